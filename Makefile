@@ -1,0 +1,40 @@
+# Two commands do everything on a fresh machine: `make train` (the main job) and `make test`.
+
+PYTHON ?= python3
+RANKS ?= 2
+VENV := .venv
+BIN := $(VENV)/bin
+# DeepSpeed builds its shared-memory op here, apart from other projects' builds.
+export TORCH_EXTENSIONS_DIR := $(CURDIR)/.torch_extensions
+export TOKENIZERS_PARALLELISM := false
+# Read at recipe time: DeepSpeed's launcher and ninja must come from the same environment.
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+FREE_PORT = $(shell $(BIN)/python -c "import socket; s = socket.socket(); s.bind(('', 0)); print(s.getsockname()[1])")
+
+.PHONY: setup train test lint clean
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: requirements.txt requirements-dev.txt setup.py
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt setuptools wheel
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
+	$(BIN)/python launcher/build_ops.py
+	touch $@
+
+train: setup
+	@if [ -d runs/quickstart ]; then \
+		old=runs/quickstart-$$(date +%Y%m%d-%H%M%S); mv runs/quickstart $$old; echo "the run before is now $$old"; fi
+	OMP_NUM_THREADS=1 deepspeed --num_accelerators $(RANKS) --master_port $(FREE_PORT) \
+		launcher/train.py --deepspeed ds_configs/zero2.json
+
+test: setup lint
+	OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu $(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf $(VENV) .torch_extensions build *.egg-info .pytest_cache .ruff_cache .hypothesis

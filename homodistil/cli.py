@@ -1,0 +1,163 @@
+"""Command line -> RunConfig: recipe or YAML file first, then dotted overrides (`train.lr=1e-3` or `--train.lr 1e-3`).
+
+Types and `--help` come from jsonargparse and the dataclasses of `config.py`; this file adds strict keys with the
+nearest known name, one-line errors and exit codes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
+
+from homodistil.config import RunConfig
+from homodistil.errors import UserError, nearest
+
+RECIPES = Path(__file__).parent / "recipes"
+EXIT_USER_ERROR = 2
+# Long enough for a launcher to end the other ranks once rank 0 has reported the same mistake.
+OTHER_RANKS_WAIT_S = 5.0
+_FLAGS = ("--help", "-h", "--print_config")
+
+
+def parse(argv: list[str], description: str = "", with_engine: bool = False) -> RunConfig:
+    """The checked run config. See `parse_with_engine` for scripts that also take DeepSpeed's JSON."""
+    return _parse(argv, description, with_engine)[0]
+
+
+def parse_with_engine(argv: list[str], description: str = "") -> tuple[RunConfig, Path]:
+    """(run config, path of DeepSpeed's JSON). Raises `UserError`; exits by itself for --help and --print_config."""
+    config, namespace = _parse(argv, description, with_engine=True)
+    if namespace.deepspeed is None:
+        raise UserError("--deepspeed: missing; give the engine's JSON, for example --deepspeed ds_configs/zero2.json")
+    return config, Path(namespace.deepspeed)
+
+
+def _parse(argv: list[str], description: str, with_engine: bool):
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = _build_parser(description, with_engine)
+    arguments = _normalise(argv)
+    _check_keys(arguments)
+    try:
+        namespace = parser.parse_args(arguments)
+    except ArgumentError as error:
+        raise UserError(_one_line(error)) from None
+    sections = [f.name for f in dataclasses.fields(RunConfig)]
+    config = RunConfig(**{name: getattr(namespace, name) for name in sections})
+    config.check()
+    return config, namespace
+
+
+def _build_parser(description: str, with_engine: bool) -> ArgumentParser:
+    parser = ArgumentParser(
+        exit_on_error=False,
+        description=f"{description} Fields may be written as section.field=value. "
+        f"recipe=NAME starts from a shipped recipe ({', '.join(recipe_names())}); default: recipe=quickstart.",
+    )
+    parser.add_argument("--config", action="config", help="YAML file with any of the fields below.")
+    if with_engine:
+        parser.add_argument("--deepspeed", type=str, help="DeepSpeed's JSON (engine matters only), see ds_configs/.")
+        parser.add_argument("--local_rank", type=int, default=-1, help="Set by the launcher.")
+    parser.add_class_arguments(RunConfig, None)
+    return parser
+
+
+def recipe_names() -> list[str]:
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def _normalise(argv: list[str]) -> list[str]:
+    """`a.b=c` -> `--a.b=c`; `recipe=NAME` -> `--config FILE`; config files first, so that overrides win."""
+    configs: list[str] = []
+    others: list[str] = []
+    tokens = iter(argv)
+    for token in tokens:
+        if token.removeprefix("--").startswith("recipe="):
+            configs.append(f"--config={_recipe_path(token.split('=', 1)[1])}")
+        elif token == "--config":
+            configs.append(f"--config={next(tokens, '')}")
+        elif token.startswith("--config="):
+            configs.append(token)
+        elif not token.startswith("-") and "=" in token:
+            others.append(f"--{token}")
+        else:
+            others.append(token)
+    if not configs and not {"-h", "--help"} & set(others):
+        configs.append(f"--config={_recipe_path('quickstart')}")
+    return configs + others
+
+
+def _recipe_path(name: str) -> Path:
+    if name not in recipe_names():
+        raise UserError(
+            f"recipe: found {name!r}, allowed: {', '.join(recipe_names())}{nearest(name, recipe_names())}; "
+            f"for a file of your own use --config FILE"
+        )
+    return RECIPES / f"{name}.yaml"
+
+
+def _known_keys() -> dict[str, set[str]]:
+    sections = dataclasses.fields(RunConfig)
+    return {s.name: {f.name for f in dataclasses.fields(s.default_factory)} for s in sections}
+
+
+def _check_keys(arguments: list[str]) -> None:
+    """Refuse unknown names before parsing (the parser alone would take `teacher.nam` for an abbreviation)."""
+    for token in arguments:
+        if token.startswith("--config="):
+            _check_file(Path(token.split("=", 1)[1]))
+        elif token.startswith("--") and "." in (key := token[2:].split("=", 1)[0]):
+            section, name = key.split(".", 1)
+            _check_key(section, name, where="command line")
+
+
+def _check_file(path: Path) -> None:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"--config: cannot read {str(path)!r} ({error.strerror}); give an existing YAML file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"--config: {str(path)!r} is not valid YAML ({_one_line(error)})") from None
+    if not isinstance(content or {}, dict):
+        raise UserError(f"--config: {str(path)!r} holds {type(content).__name__}, expected sections such as `train:`")
+    for section, fields in (content or {}).items():
+        _check_key(section, None, where=str(path))
+        for name in fields if isinstance(fields, dict) else ():
+            _check_key(section, name, where=str(path))
+
+
+def _check_key(section: str, name: str | None, where: str) -> None:
+    known = _known_keys()
+    if section not in known:
+        raise UserError(f"{section}: unknown section in {where}{nearest(section, known)}; allowed: {', '.join(known)}")
+    if name is not None and name not in known[section]:
+        raise UserError(
+            f"{section}.{name}: unknown field in {where}{nearest(name, known[section])}; "
+            f"allowed: {', '.join(sorted(known[section]))}"
+        )
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).replace("Parser key ", "").split())
+
+
+@contextlib.contextmanager
+def exit_on_user_error() -> Iterator[None]:
+    """Print a `UserError` as one line and exit with code 2. Rank 0 speaks first, see OTHER_RANKS_WAIT_S."""
+    try:
+        yield
+    except UserError as error:
+        rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
+        if rank:
+            time.sleep(OTHER_RANKS_WAIT_S)
+        print(f"error: {error}" if rank == 0 else f"error (rank {rank}): {error}", file=sys.stderr, flush=True)
+        # Not sys.exit: a process group whose peers are still inside a collective can block interpreter shutdown.
+        sys.stdout.flush()
+        os._exit(EXIT_USER_ERROR)

@@ -1,0 +1,50 @@
+"""Things made once on disk, by whichever of several processes comes first: a lock, a workspace, an atomic rename."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock
+
+from homodistil.errors import UserError
+
+
+@contextmanager
+def workspace(target: Path) -> Iterator[Path]:
+    """An empty folder beside `target`, for the one process that holds the lock of `target`; gone afterwards.
+
+    What a killed process left in it is thrown away here: nobody else can be using it while we hold the lock.
+
+    Raises:
+        UserError: the cache cannot be written, or its disk is full.
+    """
+    folder = target.parent / f".{target.name}.tmp"
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(target.parent / f".{target.name}.lock"):
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            try:
+                yield folder
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
+    except OSError as error:
+        raise UserError(
+            f"data.cache_dir: cannot write {target} ({error.strerror or error}); "
+            f"set data.cache_dir to a writable folder with free space"
+        ) from error
+
+
+def build_once(target: Path, build: Callable[[Path], None]) -> Path:
+    """The folder `target`, filled by `build(temporary folder)` unless it exists. Never seen half filled."""
+    if target.exists():
+        return target
+    with workspace(target) as folder:
+        if not target.exists():
+            build(folder)
+            os.replace(folder, target)
+    return target

@@ -1,0 +1,1 @@
+"""Teacher, student, the loss terms between them and their weighted sum."""

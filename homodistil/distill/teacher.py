@@ -1,0 +1,124 @@
+"""The frozen teacher: loaded once, run without gradients in inference precision, its MLM head on wanted rows only."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from homodistil.data.masking import Batch
+from homodistil.errors import UserError
+from homodistil.models import family_of
+from homodistil.models.taps import ATTENTION, Tapped, Taps
+
+
+class TeacherOutput(NamedTuple):
+    tapped: Tapped
+    logits: Tensor | None
+    """(rows, V) on the rows of `wanted_rows`; None when no term needs them."""
+
+
+class Teacher(nn.Module):
+    """Frozen `model` (a Hugging Face masked LM with the tapped attention). `forward` never builds a graph."""
+
+    def __init__(self, model: nn.Module, kl_positions: str = "masked", with_logits: bool = True) -> None:
+        super().__init__()
+        self.model = model.eval().requires_grad_(False)
+        self.family = family_of(model.config.model_type)
+        self.kl_positions = kl_positions
+        self.with_logits = with_logits
+        self._taps = Taps(model, self.family)
+
+    def forward(self, batch: Batch) -> TeacherOutput:
+        """What the training objective compares with."""
+        return self.observe(batch, self.kl_positions, self.with_logits)
+
+    @torch.no_grad()
+    def observe(self, batch: Batch, positions: str, with_logits: bool = True) -> TeacherOutput:
+        """Taps, and logits on the rows of `positions` ("masked" or "all")."""
+        tapped = self._taps.run(batch.input_ids, batch.attention_mask)
+        if not with_logits:
+            return TeacherOutput(tapped, None)
+        rows = wanted_rows(tapped.last, batch, positions)
+        return TeacherOutput(tapped, self.family.mlm_head(self.model)(rows))
+
+    def predict(self, batch: Batch) -> Tensor:
+        """Logits (M, V) of the masked rows."""
+        return self.observe(batch, "masked").logits
+
+
+def wanted_rows(hidden: Tensor, batch: Batch, positions: str) -> Tensor:
+    """Rows of `hidden` (B, T, D) that meet the vocabulary: (M, D) masked rows, or every valid token in order."""
+    flat = hidden.flatten(0, 1)
+    if positions == "masked":
+        return flat.index_select(0, batch.masked_index)
+    return flat.index_select(0, batch.attention_mask.flatten().nonzero().squeeze(1))
+
+
+def load_model(folder: str, dtype: torch.dtype = torch.float32, dropout: float | None = None) -> nn.Module:
+    """A masked LM with tapped attention from a folder or hub name.
+
+    Args:
+        folder: path or hub name.
+        dtype: of the weights.
+        dropout: replaces both dropout probabilities of the config (None keeps them).
+
+    Raises:
+        UserError: nothing there, unreadable, or an architecture without a table of axes.
+    """
+    config = load_config(folder)
+    family_of(config.model_type)
+    if dropout is not None:
+        config.hidden_dropout_prob = config.attention_probs_dropout_prob = dropout
+    try:
+        return AutoModelForMaskedLM.from_pretrained(folder, config=config, dtype=dtype, attn_implementation=ATTENTION)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"teacher.name: cannot load weights from {folder!r} ({_first_line(error)})") from None
+
+
+def load_config(folder: str):
+    """Its configuration. Raises `UserError` when there is none."""
+    if folder.startswith((".", "/", "~")) and not Path(folder).expanduser().is_dir():
+        raise UserError(f"teacher.name: no folder {folder!r}; give a folder with config.json, a hub name or embedded:…")
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"teacher.name: no model at {folder!r} ({_first_line(error)}); "
+            f"give a folder with config.json and weights, a reachable hub name, or embedded:bert-tiny"
+        ) from None
+
+
+def load_tokenizer(folder: str, vocab_size: int) -> PreTrainedTokenizerBase:
+    """The teacher's tokenizer. Raises `UserError` when it is missing or does not fit the `vocab_size` embeddings."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, json.JSONDecodeError) as error:
+        raise UserError(f"teacher.name: no usable tokenizer at {folder!r} ({_first_line(error)})") from None
+    if len(tokenizer) > vocab_size:
+        raise UserError(
+            f"teacher.name: the tokenizer at {folder!r} has {len(tokenizer)} tokens, the model {vocab_size} "
+            f"embeddings; use the tokenizer that the model was trained with"
+        )
+    return tokenizer
+
+
+def has_mlm_head(folder: str) -> bool:
+    """Whether the checkpoint brings its own MLM head (an encoder alone gets a freshly initialised one)."""
+    _, report = AutoModelForMaskedLM.from_pretrained(folder, output_loading_info=True)
+    return not any("cls." in name or "lm_head" in name for name in report["missing_keys"])
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def head_only_parameters(model: nn.Module, family: ModuleType) -> list[nn.Parameter]:
+    """Parameters of the MLM head that nothing else uses (the tied word embeddings are not among them)."""
+    shared = {id(p) for p in family.backbone(model).parameters()}
+    return [p for p in family.mlm_head(model).parameters() if id(p) not in shared]

@@ -1,0 +1,202 @@
+"""One student from one teacher: put the parts together, train, export, evaluate. Also the one-shot control."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+
+import torch
+
+from homodistil import ranks
+from homodistil.checkpoint import Checkpoints
+from homodistil.config import RunConfig
+from homodistil.distill.student import Student
+from homodistil.distill.teacher import Teacher, load_config
+from homodistil.engine import build_engine, student_dtype, teacher_dtype
+from homodistil.evaluation.gap import PROBE_SEQUENCES, Gap
+from homodistil.evaluation.heldout import evaluate
+from homodistil.export import save_checkpoint, stock_head_dim, stock_model
+from homodistil.materials import PERIODIC_EVALUATION_SEQUENCES, Materials, teacher_copy
+from homodistil.metrics import METRICS_FILE, read_lines, write_atomically
+from homodistil.model_card import model_card
+from homodistil.models.axes import expand_to_teacher
+from homodistil.monitor import Monitor, run_recorder, speeds
+from homodistil.pruning.calibration import calibrate
+from homodistil.pruning.importance import Importance
+from homodistil.pruning.outliers import protected_dims, variance_shares
+from homodistil.pruning.schedule import WidthSchedule
+from homodistil.pruning.scheduler import Pruner
+from homodistil.pruning.target import target_shape, target_widths
+from homodistil.resize import ResizePlan, make_plan, master_weights, slice_module
+from homodistil.trainer import Trainer, TrainState, resize_event
+
+ROW_FILE = "row.json"
+
+
+class Distillation:
+    """A run folder's worth of work: checkpoints, metrics, export and the row of the result table.
+
+    Args:
+        engine_config: from `resolve_engine_config`.
+        folder: run folder; a checkpoint found in it is gone on from.
+        command: for the model card.
+    """
+
+    def __init__(self, config: RunConfig, engine_config: dict, materials: Materials, folder: Path, command: str):
+        self.config, self.engine_config, self.materials = config, engine_config, materials
+        self.folder, self.command = folder, command
+        device = materials.device
+        self.teacher = Teacher(
+            teacher_copy(materials, teacher_dtype(config.teacher.dtype, engine_config, device)),
+            config.loss.kl_positions,
+            with_logits=config.loss.kl > 0,
+        )
+        self.student = Student(teacher_copy(materials, torch.float32, config.student.dropout), config.loss).to(device)
+        self.teacher_widths = self.student.widths
+        self.gap = Gap(self.student, self.teacher, self._probe(), device)
+        self.pruner = self._build_pruner()
+        layout = {"ranks": ranks.world_size(), "zero_optimization.stage": _stage(engine_config)}
+        layout["precision"] = str(student_dtype(engine_config))
+        self.checkpoints = Checkpoints(folder / "checkpoints", config.train.keep_checkpoints, layout)
+
+    def run(self) -> dict:
+        """Train to the end (from the last checkpoint if there is one), export and evaluate. Returns the row."""
+        if (self.folder / ROW_FILE).is_file():
+            return json.loads((self.folder / ROW_FILE).read_text(encoding="utf-8"))
+        found = self.checkpoints.load()
+        start = self._restore_shape(found[1]) if found else TrainState()
+        with run_recorder(self.folder, self.config, start.step) as recorder:
+            if not found:
+                recorder.log_evaluation(0, self._gap_values())
+                self._prune_at_once(recorder)
+            engine = build_engine(self.student, self.config, self.engine_config)
+            if found:
+                self.checkpoints.restore(engine, found[0])
+            self._trainer(engine, recorder, start).train()
+            return self._finish(engine, recorder)
+
+    # -- parts
+
+    def _probe(self):
+        share = -(-PROBE_SEQUENCES // ranks.world_size())
+        return list(self.materials.heldout(self.config, PROBE_SEQUENCES, batch_size=share))
+
+    def _build_pruner(self) -> Pruner:
+        config = self.config
+        target = target_widths(target_shape(config.student), self.teacher_widths)
+        schedule = WidthSchedule(self.teacher_widths, target, config.pruning, config.train.steps)
+        importance = Importance(
+            self.student.axis_table(), config.pruning, config.train.seed, device=self.materials.device
+        )
+        shares = ranks.mean(variance_shares(self.teacher, self.gap.batches))
+        protected = protected_dims(shares, config.pruning.protect_outliers, target["hidden"])
+        if len(protected) and ranks.rank() == 0:
+            found = ", ".join(f"{int(i)} ({float(shares[i]):.0%})" for i in protected)
+            print(f"protected residual dims (share of the variance at a LayerNorm): {found}", flush=True)
+        return Pruner(schedule, importance, protected)
+
+    def _trainer(self, engine, recorder, start: TrainState) -> Trainer:
+        config, materials = self.config, self.materials
+        dtype = student_dtype(self.engine_config)
+        monitor = Monitor(config, recorder, self.student, self.teacher_widths, materials.device, dtype)
+        return Trainer(
+            config=config,
+            engine=engine,
+            teacher=self.teacher,
+            pruner=self.pruner,
+            feed=materials.feed(config, config.train.seed),
+            monitor=monitor,
+            checkpoints=self.checkpoints,
+            gap=self.gap,
+            evaluate=functools.partial(self.evaluate, PERIODIC_EVALUATION_SEQUENCES),
+            after_event=functools.partial(self._export_milestone, engine),
+            state=start,
+        )
+
+    # -- widths without an engine: resume, and one-shot pruning before step 0
+
+    def _restore_shape(self, state: dict) -> TrainState:
+        """Cut the fresh student to the widths of the checkpoint; the engine's values are loaded later."""
+        self._shrink(make_plan(self.student.axis_table(), expand_to_teacher(state["kept"], self.teacher_widths)))
+        self.pruner.load_state_dict(state["pruner"])
+        return TrainState(state["step"], state["consumed_samples"])
+
+    def _shrink(self, plan: ResizePlan) -> None:
+        slice_module(self.student, plan)
+        self.student.after_resize(plan.keep)
+        self.pruner.after_resize(plan)
+
+    def _prune_at_once(self, recorder) -> None:
+        """The one_shot schedule: importance from a few batches of the same data and losses, one cut, then train."""
+        if not self.pruner.schedule.due(0):
+            return
+        config, batch_size = self.config, self.config.train.global_batch_size
+        feed = self.materials.feed(config, config.train.seed)
+        steps = (feed.micro_batches(i * batch_size) for i in range(config.pruning.calibration_batches))
+        table = self.student.axis_table()
+        calibrate(self.pruner.importance, self.student, table, steps, lambda b: self.student(b, self.teacher(b)).total)
+        plan = self.pruner.due(0, table, self.student.kept["hidden"])
+        before = self.gap.measure()
+        self._shrink(plan)
+        recorder.log_event(resize_event(0, plan, before, self.gap.measure()))
+
+    # -- results
+
+    def evaluate(self, limit: int | None = None) -> dict[str, float]:
+        """Held-out results of the student on the first `limit` blocks (None: all)."""
+        batches = self.materials.heldout(self.config, limit)
+        return evaluate(self.student.predict, self.teacher.predict, batches, self.materials.device)
+
+    def evaluate_teacher(self) -> dict[str, float]:
+        """The same for the teacher itself, all blocks."""
+        found = evaluate(self.teacher.predict, None, self.materials.heldout(self.config), self.materials.device)
+        return found | {"kl_to_teacher": 0.0}
+
+    def _gap_values(self) -> dict[str, float]:
+        return {f"gap/{name}": value for name, value in self.gap.measure().items()}
+
+    def _finish(self, engine, recorder) -> dict:
+        found = self.evaluate()
+        recorder.log_evaluation(self.config.train.steps, found | self._gap_values())
+        row = result_row(self.config.run.name, self.student.num_parameters(), self.student.widths["hidden"], found)
+        self._export(engine, self.folder / "export", row)
+        engine.destroy()
+        row |= ranks.on_first_rank(lambda: speeds(read_lines(self.folder / METRICS_FILE)))
+        ranks.on_first_rank(lambda: write_atomically(self.folder / ROW_FILE, json.dumps(row) + "\n"))
+        return row
+
+    def _export(self, engine, folder: Path, measured: dict) -> None:
+        weights = master_weights(engine)
+        if ranks.rank() == 0:
+            model = stock_model(weights, self.student, load_config(self.materials.teacher))
+            facts = {"parameters": self.student.num_parameters(), "hidden_size": self.student.widths["hidden"]}
+            facts |= {"folder": folder.name, "data": self.materials.corpus.description}
+            facts |= {name: value for name, value in measured.items() if name not in ("name", *facts)}
+            save_checkpoint(model, self.materials.tokenizer, model_card(self.config, facts, self.command), folder)
+        ranks.barrier()
+
+    def _export_milestone(self, engine) -> None:
+        """Export when the width has passed a milestone, at the first widths that a stock config can hold."""
+        ratio = self.student.widths["hidden"] / self.teacher_widths["hidden"]
+        for milestone in self.config.run.export_milestones:
+            folder = self.folder / "export" / f"milestone-{milestone:g}"
+            due = ranks.on_first_rank(lambda folder=folder: not folder.exists())
+            if ratio <= milestone and due and stock_head_dim(self.student.widths) is not None:
+                self._export(engine, folder, self.evaluate(PERIODIC_EVALUATION_SEQUENCES))
+
+
+def result_row(name: str, parameters: int, hidden_size: int, found: dict[str, float]) -> dict:
+    """A row of the result table from held-out results."""
+    return {
+        "name": name,
+        "parameters": parameters,
+        "hidden_size": hidden_size,
+        "heldout_mlm_loss": found["mlm_loss"],
+        "masked_top1": found["masked_top1"],
+        "kl_to_teacher": found["kl_to_teacher"],
+    }
+
+
+def _stage(engine_config: dict) -> int:
+    return engine_config.get("zero_optimization", {}).get("stage", 0)

@@ -1,0 +1,179 @@
+"""From DeepSpeed's JSON and the run config to a live engine: process group, "auto" values, optimizer, LR schedule."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from homodistil.config import RunConfig
+from homodistil.errors import UserError
+from homodistil.optimizer import build_optimizer, build_schedule
+
+# Entries of DeepSpeed's JSON that the run config decides, and the field each comes from.
+_FROM_CONFIG = {
+    "train_batch_size": "train.global_batch_size",
+    "train_micro_batch_size_per_gpu": "train.micro_batch_size",
+    "gradient_accumulation_steps": "train.global_batch_size / (train.micro_batch_size x ranks)",
+    "gradient_clipping": "train.gradient_clipping",
+}
+_NOT_HERE = {"optimizer": "optimizer.* and train.lr", "scheduler": "train.lr and train.warmup_fraction"}
+
+
+def init_ranks() -> torch.device:
+    """Join the process group and return this rank's device.
+
+    Rank variables come from the `deepspeed` launcher, torchrun or SLURM; without any the job is one rank.
+    """
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    _adopt_slurm_variables()
+    if "RANK" not in os.environ:
+        _single_rank_variables()
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+
+    deepspeed.utils.logger.setLevel(os.environ.get("HOMODISTIL_DEEPSPEED_LOG", "ERROR"))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if get_accelerator().device_name() != "cpu":
+        get_accelerator().set_device(local_rank)
+    elif "OMP_NUM_THREADS" not in os.environ:
+        local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", 1)))
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_ranks))
+    deepspeed.init_distributed(verbose=False)
+    return torch.device(get_accelerator().device_name(local_rank))
+
+
+def _adopt_slurm_variables() -> None:
+    """srun starts ranks without torch's variables: take them from SLURM's."""
+    env = os.environ
+    if "RANK" in env or "SLURM_PROCID" not in env or int(env.get("SLURM_NTASKS", 1)) == 1:
+        return
+    env["RANK"], env["WORLD_SIZE"] = env["SLURM_PROCID"], env["SLURM_NTASKS"]
+    env["LOCAL_RANK"] = env["SLURM_LOCALID"]
+    if "MASTER_ADDR" not in env:
+        command = ["scontrol", "show", "hostnames", env["SLURM_JOB_NODELIST"]]
+        env["MASTER_ADDR"] = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[0]
+    # Unlike for jobs that share a node, and known to every rank without talking.
+    env.setdefault("MASTER_PORT", str(20000 + int(env["SLURM_JOB_ID"]) % 20000))
+
+
+def _single_rank_variables() -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    os.environ |= {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+
+
+def load_engine_config(path: Path) -> dict:
+    """DeepSpeed's JSON. Raises `UserError` when it is missing or not a JSON object."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"--deepspeed: cannot read {str(path)!r} ({error.strerror}); see ds_configs/") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"--deepspeed: {str(path)!r} is not valid JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise UserError(f"--deepspeed: {str(path)!r} holds {type(content).__name__}, expected an object")
+    return content
+
+
+def resolve_engine_config(engine_config: dict, config: RunConfig, num_ranks: int) -> dict:
+    """DeepSpeed's JSON with "auto" and missing values filled from the run config.
+
+    Raises:
+        UserError: a value is set differently in both places, the batch does not divide, or the precision cannot run.
+    """
+    for section, fields in _NOT_HERE.items():
+        if section in engine_config:
+            raise UserError(
+                f"{section!r} in the DeepSpeed JSON is not read; remove it and set {fields} in the run config"
+            )
+    values = _values_from_config(config, num_ranks)
+    resolved = dict(engine_config)
+    for name, value in values.items():
+        found = engine_config.get(name, "auto")
+        if found not in ("auto", value):
+            raise UserError(
+                f"{name}: the DeepSpeed JSON says {found}, the run config says {value} ({_FROM_CONFIG[name]}); "
+                f'write "auto" in the JSON or make both agree'
+            )
+        resolved[name] = value
+    _check_precision(resolved)
+    resolved.setdefault("steps_per_print", 10**9)
+    resolved["zero_allow_untested_optimizer"] = True
+    return resolved
+
+
+def _values_from_config(config: RunConfig, num_ranks: int) -> dict:
+    train = config.train
+    together = train.micro_batch_size * num_ranks
+    if train.global_batch_size % together:
+        raise UserError(
+            f"train.global_batch_size: {train.global_batch_size} is not divisible by train.micro_batch_size x ranks = "
+            f"{train.micro_batch_size} x {num_ranks} = {together}; choose a multiple of {together}"
+        )
+    return {
+        "train_batch_size": train.global_batch_size,
+        "train_micro_batch_size_per_gpu": train.micro_batch_size,
+        "gradient_accumulation_steps": train.global_batch_size // together,
+        "gradient_clipping": train.gradient_clipping,
+    }
+
+
+def _check_precision(engine_config: dict) -> None:
+    if is_enabled(engine_config, "fp16") and not torch.cuda.is_available():
+        raise UserError("fp16.enabled: true in the DeepSpeed JSON needs a GPU; on CPU use bf16 (ds_configs/zero2.json)")
+    if is_enabled(engine_config, "fp16") and is_enabled(engine_config, "bf16"):
+        raise UserError("fp16.enabled and bf16.enabled are both true in the DeepSpeed JSON; switch one off")
+
+
+def is_enabled(engine_config: dict, section: str) -> bool:
+    return bool(engine_config.get(section, {}).get("enabled", False))
+
+
+def student_dtype(engine_config: dict) -> torch.dtype:
+    """Precision the engine trains in."""
+    if is_enabled(engine_config, "bf16"):
+        return torch.bfloat16
+    return torch.float16 if is_enabled(engine_config, "fp16") else torch.float32
+
+
+def teacher_dtype(name: str, engine_config: dict, device: torch.device) -> torch.dtype:
+    """`teacher.dtype` as a torch dtype. auto: float16 on GPU, the student's precision on CPU."""
+    if name == "auto":
+        return torch.float16 if device.type == "cuda" else student_dtype(engine_config)
+    if name == "float16" and device.type == "cpu":
+        raise UserError("teacher.dtype: float16 needs a GPU; on CPU use bfloat16, float32 or auto")
+    return getattr(torch, name)
+
+
+def build_engine(module: nn.Module, config: RunConfig, engine_config: dict):
+    """A live DeepSpeed engine around `module`, its AdamW and its LR schedule.
+
+    Args:
+        module: the student (fp32, at today's widths).
+        engine_config: from `resolve_engine_config`.
+    """
+    import deepspeed
+
+    from homodistil.resize import check_supported
+
+    optimizer = build_optimizer(module, config)
+    schedule = build_schedule(optimizer, config.train)
+    engine, *_ = deepspeed.initialize(
+        model=module, optimizer=optimizer, lr_scheduler=schedule, config=engine_config, dist_init_required=False
+    )
+    check_supported(engine)
+    return engine

@@ -1,0 +1,44 @@
+"""The teacher-student gap on a fixed held-out batch: what a resize event tears open and training closes again."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+
+import torch
+
+from homodistil import ranks
+from homodistil.data.masking import Batch
+from homodistil.distill.objective import Objective
+from homodistil.distill.student import Student
+from homodistil.distill.teacher import Teacher
+from homodistil.feed import mean_counts
+
+PROBE_SEQUENCES = 48
+"""Sequences of the probe over all ranks: enough for differences of a few per cent, cheap enough for every event."""
+
+
+class Gap:
+    """Measures MLM, KL, hidden, attention and embedding distances, per layer too.
+
+    KL, MLM and attention are measured even where the run gives them no weight; hidden and embedding need the
+    projections that only a run with those terms has.
+    """
+
+    def __init__(self, student: Student, teacher: Teacher, batches: Iterable[Batch], device: torch.device) -> None:
+        self.student, self.teacher = student, teacher
+        batches = list(batches)
+        counts = mean_counts(batches, device)
+        self.batches = [batch._replace(counts=counts).to(device) for batch in batches]
+        measured = dataclasses.replace(student.objective.config, mlm=1.0, kl=1.0, attention=1.0, kl_positions="masked")
+        self.objective = Objective(measured)
+
+    @torch.no_grad()
+    def measure(self) -> dict[str, float]:
+        """Term -> mean over the probe, the same on every rank."""
+        found: dict[str, torch.Tensor] = {}
+        for batch in self.batches:
+            terms = self.student.compare(batch, self.teacher.observe(batch, "masked"), self.objective).terms
+            for name, value in terms.items():
+                found[name] = found.get(name, 0.0) + value / len(self.batches)
+        return ranks.mean_of(found, self.batches[0].input_ids.device)

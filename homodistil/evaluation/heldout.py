@@ -1,0 +1,40 @@
+"""Held-out masked language modelling: loss, top-1 accuracy and KL to the teacher, over fixed masks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+from homodistil import ranks
+from homodistil.data.masking import Batch
+from homodistil.distill import losses
+
+Predict = Callable[[Batch], Tensor]
+"""Batch -> logits (M, V) of its masked rows, without a graph."""
+
+
+@torch.no_grad()
+def evaluate(predict: Predict, teacher: Predict | None, batches: Iterable[Batch], device: torch.device) -> dict:
+    """Means over all masked rows of all ranks' batches.
+
+    Args:
+        predict: the model under test.
+        teacher: for the KL; None leaves it out.
+        batches: this rank's share (`fixed_batches`).
+
+    Returns:
+        mlm_loss (nats), masked_top1 (fraction), kl_to_teacher (nats, teacher || model), masked_rows (count).
+    """
+    sums = torch.zeros(4, dtype=torch.float64, device=device)
+    for batch in batches:
+        batch = batch.to(device)
+        logits = predict(batch)
+        hits = (logits.argmax(-1) == batch.masked_labels).sum()
+        kl = losses.logit_kl(logits, teacher(batch), 1.0) if teacher is not None else logits.new_zeros(())
+        rows = torch.tensor(len(batch.masked_labels), device=device)
+        sums += torch.stack([value.double() for value in (losses.mlm(logits, batch.masked_labels), hits, kl, rows)])
+    mlm_loss, hits, kl, rows = ranks.total(sums).tolist()
+    result = {"mlm_loss": mlm_loss / rows, "masked_top1": hits / rows, "masked_rows": rows}
+    return result | ({"kl_to_teacher": kl / rows} if teacher is not None else {})

@@ -1,0 +1,68 @@
+"""The main job: materials -> teacher correction -> distillation -> controls -> result table and report."""
+
+from __future__ import annotations
+
+import copy
+import shlex
+import sys
+from pathlib import Path
+
+from torch import distributed
+
+from homodistil import ranks
+from homodistil.config import RunConfig
+from homodistil.correction import corrected
+from homodistil.distillation import Distillation, result_row
+from homodistil.engine import init_ranks, load_engine_config, resolve_engine_config
+from homodistil.materials import Materials, check_teacher, gather
+from homodistil.report import write_report
+from homodistil.results import format_table, write_result
+from homodistil.run_folder import open_run_folder
+
+
+def run(config: RunConfig, engine_config_path: Path) -> list[dict]:
+    """Everything from raw text to the result table. Every rank calls it; returns the table's rows."""
+    raw_engine_config = load_engine_config(engine_config_path)
+    device = init_ranks()
+    engine_config = resolve_engine_config(raw_engine_config, config, ranks.world_size())
+    check_teacher(config)
+    folder = Path(ranks.on_first_rank(lambda: open_run_folder(config, engine_config)))
+    materials, correction = corrected(config, engine_config, gather(config, device))
+    rows = _train_all(config, engine_config, materials, folder, correction)
+    ranks.on_first_rank(lambda: _conclude(folder, rows))
+    distributed.destroy_process_group()
+    return rows
+
+
+def _train_all(
+    config: RunConfig, engine_config: dict, materials: Materials, folder: Path, correction: dict
+) -> list[dict]:
+    command = shlex.join([Path(sys.executable).name, *sys.argv])
+    main = Distillation(config, engine_config, materials, folder, command)
+    rows = [_teacher_row(main, correction), main.run() | {"name": "homodistil"}]
+    for name in config.run.compare:
+        control = control_config(config, name)
+        rows.append(Distillation(control, engine_config, materials, folder / "compare" / name, command).run())
+    return rows
+
+
+def control_config(config: RunConfig, name: str) -> RunConfig:
+    """The same run with the control's one difference."""
+    control = copy.deepcopy(config)
+    control.run.name, control.run.export_milestones = name, []
+    control.pruning.schedule = {"one_shot": "one_shot"}[name]
+    return control
+
+
+def _teacher_row(run: Distillation, correction: dict) -> dict:
+    parameters = sum(p.numel() for p in run.teacher.model.parameters())
+    row = result_row("teacher", parameters, run.teacher_widths["hidden"], run.evaluate_teacher())
+    row |= {name: correction.get(name) for name in ("tokens_per_s_first", "tokens_per_s_last")}
+    if correction:
+        row["heldout_mlm_loss_before_correction"] = correction["before"]["mlm_loss"]
+    return row
+
+
+def _conclude(folder: Path, rows: list[dict]) -> None:
+    path = write_result(folder, rows)
+    print(f"\n{format_table(rows)}\n\nresult: {path}\nreport: {write_report(folder)}", flush=True)

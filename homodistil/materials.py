@@ -1,0 +1,115 @@
+"""What a run starts from: teacher folder, tokenizer and corpus, found and checked before anything is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from homodistil import ranks
+from homodistil.config import RunConfig
+from homodistil.data.assets import teacher_folder
+from homodistil.data.corpus import Corpus, prepare_corpus
+from homodistil.data.loader import BatchLoader, fixed_batches
+from homodistil.data.masking import Batch
+from homodistil.distill.teacher import has_mlm_head, load_config, load_model, load_tokenizer
+from homodistil.errors import UserError
+from homodistil.feed import Feed
+from homodistil.models import family_of
+from homodistil.pruning.target import target_shape, target_widths
+
+# Held-out masks are the same for every run and seed, so that results can be compared.
+HELDOUT_SEED = 20230501
+PERIODIC_EVALUATION_SEQUENCES = 512
+
+
+@dataclass(frozen=True)
+class Materials:
+    """Everything that is the same for correction, distillation and controls."""
+
+    teacher: str
+    """Folder or hub name of the teacher (corrected, once it has been)."""
+    tokenizer: PreTrainedTokenizerBase
+    corpus: Corpus
+    device: torch.device
+
+    def feed(self, config: RunConfig, seed: int) -> Feed:
+        loader = BatchLoader(
+            self.corpus.train,
+            self.tokenizer,
+            config.data,
+            seed,
+            config.train.global_batch_size,
+            config.train.micro_batch_size,
+            ranks.rank(),
+            ranks.world_size(),
+        )
+        return Feed(loader, self.device)
+
+    def heldout(self, config: RunConfig, limit: int | None = None, batch_size: int | None = None) -> Iterator[Batch]:
+        """This rank's share of the held-out blocks (the first `limit` of all), with fixed masks."""
+        return fixed_batches(
+            self.corpus.heldout,
+            self.tokenizer,
+            config.data,
+            HELDOUT_SEED,
+            batch_size or config.train.eval_batch_size,
+            ranks.rank(),
+            ranks.world_size(),
+            limit,
+        )
+
+
+def cache_dir(config: RunConfig) -> Path:
+    return Path(config.data.cache_dir).expanduser()
+
+
+def check_teacher(config: RunConfig) -> str:
+    """Folder of the teacher, once everything about it that the config depends on is known to fit.
+
+    Raises:
+        UserError: missing, unsupported, a target it cannot be cut to, too few positions, no MLM head.
+    """
+    folder = config.teacher.name
+    if folder.startswith("embedded:"):
+        folder = str(ranks.on_first_rank(lambda: teacher_folder(config.teacher.name, cache_dir(config))))
+    teacher = load_config(folder)
+    family = family_of(teacher.model_type)
+    with torch.device("meta"):
+        widths = family.axis_table(family.empty_model(teacher)).widths
+    target_widths(target_shape(config.student), widths)
+    if config.data.seq_len > teacher.max_position_embeddings:
+        raise UserError(
+            f"data.seq_len: {config.data.seq_len} is above the teacher's max_position_embeddings "
+            f"{teacher.max_position_embeddings}; choose 3 .. {teacher.max_position_embeddings}"
+        )
+    wants_head = config.loss.mlm > 0 or config.loss.kl > 0
+    if wants_head and not config.teacher.correction_steps and not has_mlm_head(folder):
+        raise UserError(
+            f"teacher.name: {config.teacher.name!r} has no MLM head, so loss.mlm and loss.kl would teach noise; "
+            f"set teacher.correction_steps (1000, say) to train one, or loss.mlm=0 loss.kl=0"
+        )
+    return folder
+
+
+def gather(config: RunConfig, device: torch.device) -> Materials:
+    """Teacher folder, tokenizer and corpus (fetched and prepared on first use, cached afterwards)."""
+    folder = check_teacher(config)
+    tokenizer = load_tokenizer(folder, load_config(folder).vocab_size)
+    corpus = prepare_corpus(config.data, tokenizer)
+    if len(corpus.train) < config.train.global_batch_size:
+        raise UserError(
+            f"data.sources: {len(corpus.train)} training blocks of {config.data.seq_len} tokens, fewer than one "
+            f"train.global_batch_size ({config.train.global_batch_size}); give more text or a smaller batch"
+        )
+    if ranks.rank() == 0:
+        print(f"teacher: {config.teacher.name}; corpus: {corpus.description}", flush=True)
+    return Materials(folder, tokenizer, corpus, device)
+
+
+def teacher_copy(materials: Materials, dtype: torch.dtype, dropout: float | None = None):
+    """A fresh copy of the teacher's model on this rank's device."""
+    return load_model(materials.teacher, dtype, dropout).to(materials.device)

@@ -1,0 +1,283 @@
+"""What a run says about itself: progress bar, TensorBoard, metrics.jsonl, events.jsonl; tokens/s and memory.
+
+The trainer on rank 0 owns a `Recorder` and feeds it every `train.log_every_steps`; `report.py` reads the files back.
+
+    metrics.jsonl   {"kind": "train" | "evaluation", "step": 20, "loss/total": 3.1, ...}    one object a logged step
+    events.jsonl    {"step": 20, "hash": "...", "widths_before": {...}, "widths_after": {...}, ...}    one a resize
+
+No line holds a wall-clock time, so that a resumed run leaves the same lines as an uninterrupted one (speeds apart).
+Non-finite numbers are written as null: the files are valid JSON whatever happens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from tqdm import tqdm
+
+METRICS_FILE = "metrics.jsonl"
+EVENTS_FILE = "events.jsonl"
+TENSORBOARD_FOLDER = "tensorboard"
+
+
+class Recorder:
+    """Writes everything that is logged on one rank; with `enabled=False` (the other ranks) it does nothing at all.
+
+    Args:
+        run_dir: run folder; made if it is missing.
+        total_steps: optimizer steps of the whole run.
+        start_step: optimizer steps already done. Lines beyond it (a run that went on after its last checkpoint)
+            are dropped, so log a step before saving the checkpoint of that step. 0: the files start empty.
+    """
+
+    def __init__(self, run_dir: Path, total_steps: int, start_step: int, enabled: bool) -> None:
+        self.enabled = enabled
+        if not enabled:
+            return
+        run_dir = Path(run_dir)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        for name in (METRICS_FILE, EVENTS_FILE):
+            _drop_lines_beyond(run_dir / name, start_step)
+        # Append mode: every line lands at the end, wherever another handle may have written.
+        self._metrics = open(run_dir / METRICS_FILE, "a", encoding="utf-8")
+        self._events = open(run_dir / EVENTS_FILE, "a", encoding="utf-8")
+        self._tensorboard = _summary_writer(run_dir / TENSORBOARD_FOLDER, start_step)
+        self._progress = _Bar(total_steps, start_step) if sys.stderr.isatty() else _Lines(total_steps, start_step)
+
+    def log_step(self, step: int, values: Mapping[str, float]) -> None:
+        """Values of training after `step` optimizer steps; names carry their group: "loss/mlm", "widths/hidden"."""
+        if not self.enabled:
+            return
+        _write_line(self._metrics, {"kind": "train", "step": step, **values})
+        self._add_scalars(values, step)
+        self._progress.show(step, values)
+
+    def log_evaluation(self, step: int, values: Mapping[str, float]) -> None:
+        """Held-out values after `step` optimizer steps; in TensorBoard under heldout/."""
+        if not self.enabled:
+            return
+        _write_line(self._metrics, {"kind": "evaluation", "step": step, **values})
+        self._add_scalars({f"heldout/{name}": value for name, value in values.items()}, step)
+
+    def log_event(self, event: Mapping[str, Any]) -> None:
+        """A resize: "step" and whatever else is known (nested mappings are fine); its numbers under events/."""
+        if not self.enabled:
+            return
+        _write_line(self._events, event)
+        self._add_scalars(dict(_numbers(event, "events")), event["step"])
+
+    def close(self) -> None:
+        if not self.enabled:
+            return
+        self._progress.close()
+        self._tensorboard.close()
+        self._metrics.close()
+        self._events.close()
+
+    def __enter__(self) -> Recorder:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self.close()
+
+    def _add_scalars(self, values: Mapping[str, float], step: int) -> None:
+        for name, value in values.items():
+            self._tensorboard.add_scalar(name, float(value), step)
+        self._tensorboard.flush()
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Objects of a .jsonl file. A torn last line (the process was killed while writing it) is left out."""
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            found.append(json.loads(line))
+    return found
+
+
+def to_json(value: Any) -> str:
+    """One line of strictly valid JSON: non-finite numbers become null, scalar tensors and arrays become numbers."""
+    return json.dumps(_plain(value), allow_nan=False)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """`path` holds either what it held before or all of `text`, never a part."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if value is None or isinstance(value, (str, bool, int)):
+        return value
+    if not isinstance(value, float):
+        return _plain(value.tolist())  # a tensor, an array, or one of numpy's scalars
+    return value if math.isfinite(value) else None
+
+
+def _write_line(file, value: Mapping[str, Any]) -> None:
+    file.write(to_json(value) + "\n")
+    file.flush()
+
+
+def _numbers(value: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, float]]:
+    """Every number in nested mappings, named by its path; the step is the x axis, not a value."""
+    for key, item in value.items():
+        if isinstance(item, Mapping):
+            yield from _numbers(item, f"{prefix}/{key}")
+        elif isinstance(item, (int, float)) and not isinstance(item, bool) and key != "step":
+            yield f"{prefix}/{key}", item
+
+
+def _drop_lines_beyond(path: Path, start_step: int) -> None:
+    if not path.exists():
+        return
+    kept = [line for line in read_lines(path) if 0 < start_step >= line["step"]]
+    write_atomically(path, "".join(to_json(line) + "\n" for line in kept))
+
+
+def _summary_writer(folder: Path, start_step: int):
+    # Slow to import, and needed on one rank only.
+    from torch.utils.tensorboard import SummaryWriter
+
+    had_events = folder.is_dir() and any(folder.iterdir())
+    first_new_step = start_step + 1 if start_step else 0
+    return SummaryWriter(str(folder), purge_step=first_new_step if had_events else None)
+
+
+class _Bar:
+    """Progress on a terminal: one line that renews itself."""
+
+    def __init__(self, total_steps: int, start_step: int) -> None:
+        self._bar = tqdm(total=total_steps, initial=start_step, unit="step", dynamic_ncols=True, file=sys.stderr)
+
+    def show(self, step: int, values: Mapping[str, float]) -> None:
+        self._bar.set_postfix_str(_summary(values), refresh=False)
+        self._bar.update(step - self._bar.n)
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+class _Lines:
+    """Progress in a log file: a line at the first and the last step and every half minute between."""
+
+    INTERVAL_S = 30.0
+
+    def __init__(self, total_steps: int, start_step: int) -> None:
+        self._total_steps, self._start_step = total_steps, start_step
+        self._start = time.monotonic()
+        self._next_line = self._start
+
+    def show(self, step: int, values: Mapping[str, float]) -> None:
+        now = time.monotonic()
+        if now < self._next_line and step < self._total_steps:
+            return
+        self._next_line = now + self.INTERVAL_S
+        line = f"step {step}/{self._total_steps}, {_summary(values)}"
+        if self._start_step < step < self._total_steps:
+            left_s = (now - self._start) / (step - self._start_step) * (self._total_steps - step)
+            line += f", {tqdm.format_interval(left_s)} left"
+        print(line, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        pass
+
+
+def _summary(values: Mapping[str, float]) -> str:
+    parts = []
+    if "loss/total" in values:
+        parts.append(f"loss {float(values['loss/total']):.4g}")
+    if "widths/hidden" in values:
+        parts.append(f"hidden {int(values['widths/hidden'])}")
+    if "speed/tokens_per_s" in values:
+        parts.append(f"{float(values['speed/tokens_per_s']):,.0f} tokens/s")
+    return ", ".join(parts)
+
+
+@dataclass(frozen=True)
+class Lap:
+    """Work done and time spent since the lap before."""
+
+    seconds: float
+    steps: int
+    tokens: float
+    flops: float
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.tokens / self.seconds if self.seconds > 0 else math.nan
+
+    @property
+    def flops_per_s(self) -> float:
+        return self.flops / self.seconds if self.seconds > 0 else math.nan
+
+
+class StepTimer:
+    """Throughput of the steps since the last lap, without the time inside `paused()`.
+
+    `count` after every optimizer step (costs nothing: no device synchronisation), `lap` at every logged step.
+    """
+
+    def __init__(self) -> None:
+        self._restart()
+
+    def _restart(self) -> None:
+        self._start, self._paused_s = _device_clock(), 0.0
+        self._steps, self._tokens, self._flops = 0, 0.0, 0.0
+
+    def count(self, tokens: float, flops: float = 0.0) -> None:
+        """One optimizer step of `tokens` tokens and `flops` model FLOPs, both over all ranks."""
+        self._steps += 1
+        self._tokens += tokens
+        self._flops += flops
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time inside (evaluation, checkpoint, resize) does not count. Not to be nested."""
+        start = _device_clock()
+        try:
+            yield
+        finally:
+            self._paused_s += _device_clock() - start
+
+    def lap(self) -> Lap:
+        """The steps counted since the last lap; a new lap starts."""
+        seconds = _device_clock() - self._start - self._paused_s
+        done = Lap(seconds, self._steps, self._tokens, self._flops)
+        self._restart()
+        return done
+
+
+def _device_clock() -> float:
+    """Seconds, read once the work queued on this rank's accelerator is done."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def memory_bytes() -> dict[str, int]:
+    """Resident memory of this process and, with CUDA, the accelerator's peak since the last call; under memory/."""
+    found = {"memory/rss_bytes": psutil.Process().memory_info().rss}
+    if torch.cuda.is_initialized():
+        found["memory/accelerator_bytes"] = torch.cuda.max_memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+    return found

@@ -1,0 +1,127 @@
+"""What shrinks: axes (widths) and the parameter dimensions that use them.
+
+A family file (`bert.py`) states one declarative table; importance, selection, resize, export and the tests all
+read that table and know nothing else about the model.
+
+    hidden            width of the residual stream, one for the whole model
+    layer.{i}.ffn     neurons of the feed-forward block of layer i
+    layer.{i}.heads   attention heads of layer i
+    layer.{i}.qk_dim  dims of one head shared by query and key
+    layer.{i}.vo_dim  dims of one head shared by value and output projection
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+Widths = Mapping[str, int]
+"""Axis name -> number of entries. For `qk_dim` and `vo_dim`: entries of ONE head."""
+
+Keep = Mapping[str, Tensor]
+"""Axis name -> int64 indices (in today's numbering) that stay, ascending; an absent axis stays whole.
+
+Shape (k,); for `qk_dim` and `vo_dim` (heads today, k): every head chooses its own k dims. The row of a head that
+goes in the same event is ignored.
+"""
+
+
+@dataclass(frozen=True)
+class AxisUse:
+    """Dimension `dim` of `parameter` runs over `axes`: one axis, or (heads, per-head dim) laid out head by head."""
+
+    parameter: str
+    dim: int
+    axes: tuple[str, ...]
+    scored: bool = True
+    """False: sliced with the axis, but its entries do not count for importance (distillation projections)."""
+
+
+@dataclass(frozen=True)
+class AxisTable:
+    """Every axis of a model with its width of today, and every use of it."""
+
+    widths: dict[str, int]
+    uses: tuple[AxisUse, ...]
+
+    def prefixed(self, prefix: str) -> AxisTable:
+        """The same table for the model as a submodule called `prefix` (without the dot)."""
+        return replace(self, uses=tuple(replace(u, parameter=f"{prefix}.{u.parameter}") for u in self.uses))
+
+    def with_uses(self, extra: Iterable[AxisUse]) -> AxisTable:
+        return replace(self, uses=self.uses + tuple(extra))
+
+    def with_widths(self, widths: Widths) -> AxisTable:
+        return replace(self, widths={**self.widths, **widths})
+
+    def uses_by_parameter(self) -> dict[str, list[AxisUse]]:
+        grouped: dict[str, list[AxisUse]] = {}
+        for use in self.uses:
+            grouped.setdefault(use.parameter, []).append(use)
+        return grouped
+
+    def dim_size(self, use: AxisUse) -> int:
+        """Length of the dimension that `use` describes."""
+        size = 1
+        for axis in use.axes:
+            size *= self.widths[axis]
+        return size
+
+
+def widths_after(widths: Widths, keep: Keep) -> dict[str, int]:
+    """Widths once `keep` is applied."""
+    return {axis: keep[axis].shape[-1] if axis in keep else size for axis, size in widths.items()}
+
+
+def compose(kept: Keep, keep: Keep, head_axis_of: Mapping[str, str]) -> dict[str, Tensor]:
+    """Where today's entries came from: `kept` (indices into the teacher) narrowed by `keep` (today's numbering).
+
+    Args:
+        kept: axis -> teacher indices of today's entries, shape (width,) or (heads, width).
+        keep: the event about to be applied.
+        head_axis_of: per-head axis -> its heads axis (`layer.0.qk_dim` -> `layer.0.heads`).
+    """
+    narrowed = {}
+    for axis, old in kept.items():
+        new = old
+        if axis in keep:
+            new = torch.gather(old, -1, keep[axis])
+        if axis in head_axis_of and head_axis_of[axis] in keep:
+            new = new[keep[head_axis_of[axis]]]
+        narrowed[axis] = new
+    return narrowed
+
+
+def head_axes(widths: Widths) -> dict[str, str]:
+    """Per-head axis -> its heads axis, for every layer present in `widths`."""
+    per_head = [axis for axis in widths if axis.endswith((".qk_dim", ".vo_dim"))]
+    return {axis: axis.rsplit(".", 1)[0] + ".heads" for axis in per_head}
+
+
+def whole(widths: Widths) -> dict[str, Tensor]:
+    """The `kept` record of a model of which nothing has gone yet: every entry is its own origin."""
+    heads_of = head_axes(widths)
+    record = {}
+    for axis, size in widths.items():
+        index = torch.arange(size)
+        record[axis] = index.repeat(widths[heads_of[axis]], 1) if axis in heads_of else index
+    return record
+
+
+def expand_to_teacher(kept: dict[str, Tensor], teacher_widths: dict[str, int]) -> dict[str, Tensor]:
+    """`kept` (origins of today's entries) as a keep in the teacher's numbering.
+
+    The dims of heads get a row for every teacher head; rows of heads that are gone do not matter.
+    """
+    keep = {}
+    for axis, index in kept.items():
+        if index.ndim == 2:
+            heads_axis = axis.rsplit(".", 1)[0] + ".heads"
+            rows = torch.arange(index.shape[1]).repeat(teacher_widths[heads_axis], 1)
+            rows[kept[heads_axis]] = index
+            index = rows
+        keep[axis] = index
+    return keep

@@ -1,0 +1,140 @@
+"""BERT's table of axes, and where its parts are. The model itself is Hugging Face's `BertForMaskedLM`."""
+
+from __future__ import annotations
+
+from torch import nn
+from transformers import BertConfig, BertForMaskedLM
+
+from homodistil.models.axes import AxisTable, AxisUse, Widths
+
+MODEL_TYPE = "bert"
+
+
+def axis_table(model: BertForMaskedLM) -> AxisTable:
+    """Axes and uses of `model` at its widths of today (tied parameters appear once, under their first name)."""
+    config = model.config
+    names = {name for name, _ in model.named_parameters()}
+    uses = _shared_uses() + [u for i in range(config.num_hidden_layers) for u in _layer_uses(i)]
+    return AxisTable(_widths(model), tuple(u for u in uses if u.parameter in names))
+
+
+def _widths(model: BertForMaskedLM) -> dict[str, int]:
+    widths = {"hidden": embeddings(model).word_embeddings.weight.shape[1]}
+    for i, layer in enumerate(layers(model)):
+        attention = layer.attention.self
+        widths[f"layer.{i}.ffn"] = layer.intermediate.dense.weight.shape[0]
+        widths[f"layer.{i}.heads"] = attention.num_attention_heads
+        widths[f"layer.{i}.qk_dim"] = attention.attention_head_size
+        widths[f"layer.{i}.vo_dim"] = attention.attention_head_size
+    return widths
+
+
+def _shared_uses() -> list[AxisUse]:
+    tables = ("word_embeddings", "position_embeddings", "token_type_embeddings")
+    uses = [AxisUse(f"bert.embeddings.{table}.weight", 1, ("hidden",)) for table in tables]
+    uses += _vector("bert.embeddings.LayerNorm")
+    head = "cls.predictions.transform"
+    uses += [AxisUse(f"{head}.dense.weight", dim, ("hidden",)) for dim in (0, 1)]
+    uses += [AxisUse(f"{head}.dense.bias", 0, ("hidden",))]
+    uses += _vector(f"{head}.LayerNorm")
+    # Present only when the decoder is not tied to the word embeddings.
+    return uses + [AxisUse("cls.predictions.decoder.weight", 1, ("hidden",))]
+
+
+def _layer_uses(i: int) -> list[AxisUse]:
+    layer = f"bert.encoder.layer.{i}"
+    qk = (f"layer.{i}.heads", f"layer.{i}.qk_dim")
+    vo = (f"layer.{i}.heads", f"layer.{i}.vo_dim")
+    ffn = (f"layer.{i}.ffn",)
+    uses = _linear(f"{layer}.attention.self.query", out=qk, into=("hidden",))
+    uses += _linear(f"{layer}.attention.self.key", out=qk, into=("hidden",))
+    uses += _linear(f"{layer}.attention.self.value", out=vo, into=("hidden",))
+    uses += _linear(f"{layer}.attention.output.dense", out=("hidden",), into=vo)
+    uses += _vector(f"{layer}.attention.output.LayerNorm")
+    uses += _linear(f"{layer}.intermediate.dense", out=ffn, into=("hidden",))
+    uses += _linear(f"{layer}.output.dense", out=("hidden",), into=ffn)
+    return uses + _vector(f"{layer}.output.LayerNorm")
+
+
+def _linear(name: str, out: tuple[str, ...], into: tuple[str, ...]) -> list[AxisUse]:
+    return [AxisUse(f"{name}.weight", 0, out), AxisUse(f"{name}.weight", 1, into), AxisUse(f"{name}.bias", 0, out)]
+
+
+def _vector(name: str) -> list[AxisUse]:
+    return [AxisUse(f"{name}.weight", 0, ("hidden",)), AxisUse(f"{name}.bias", 0, ("hidden",))]
+
+
+def refresh(model: BertForMaskedLM, widths: Widths) -> None:
+    """Make the sizes that modules remember agree with parameters that have just been sliced to `widths`.
+
+    `BertSelfAttention.scaling` is left alone on purpose: the softmax scale stays 1/sqrt(teacher head_dim) during
+    training and is folded into query at export (design decision 3).
+    """
+    hidden = widths["hidden"]
+    for module in model.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.normalized_shape = (hidden,)
+    for table in (m for m in embeddings(model).modules() if isinstance(m, nn.Embedding)):
+        table.embedding_dim = hidden
+    head = model.cls.predictions
+    head.transform.dense.in_features = head.transform.dense.out_features = head.decoder.in_features = hidden
+    for i, layer in enumerate(layers(model)):
+        _refresh_layer(layer, hidden, widths[f"layer.{i}.ffn"], widths[f"layer.{i}.heads"], widths[f"layer.{i}.qk_dim"])
+    model.config.hidden_size = hidden
+
+
+def _refresh_layer(layer: nn.Module, hidden: int, ffn: int, heads: int, head_dim: int) -> None:
+    attention = layer.attention.self
+    attention.num_attention_heads, attention.attention_head_size = heads, head_dim
+    attention.all_head_size = heads * head_dim
+    for projection in (attention.query, attention.key, attention.value):
+        projection.in_features, projection.out_features = hidden, heads * head_dim
+    layer.attention.output.dense.in_features, layer.attention.output.dense.out_features = heads * head_dim, hidden
+    layer.intermediate.dense.in_features, layer.intermediate.dense.out_features = hidden, ffn
+    layer.output.dense.in_features, layer.output.dense.out_features = ffn, hidden
+
+
+def backbone(model: BertForMaskedLM) -> nn.Module:
+    """Token ids -> last hidden states."""
+    return model.bert
+
+
+def embeddings(model: BertForMaskedLM) -> nn.Module:
+    """Token ids -> what enters layer 0, shape (batch, tokens, hidden)."""
+    return model.bert.embeddings
+
+
+def layers(model: BertForMaskedLM) -> nn.ModuleList:
+    return model.bert.encoder.layer
+
+
+def attentions(model: BertForMaskedLM) -> list[nn.Module]:
+    """The module of every layer that calls the attention function."""
+    return [layer.attention.self for layer in layers(model)]
+
+
+def mlm_head(model: BertForMaskedLM) -> nn.Module:
+    """Rows of the last hidden states (rows, hidden) -> logits (rows, vocabulary)."""
+    return model.cls
+
+
+def layer_norms(model: BertForMaskedLM) -> dict[str, nn.LayerNorm]:
+    """LayerNorms that read the residual stream itself (the MLM head's transform is not one of them)."""
+    inside = backbone(model).named_modules()
+    return {name: module for name, module in inside if isinstance(module, nn.LayerNorm)}
+
+
+def student_config(teacher: BertConfig, widths: Widths) -> BertConfig:
+    """Stock configuration of a model with these (uniform) widths; everything else as in `teacher`."""
+    values = teacher.to_dict()
+    values |= {
+        "hidden_size": widths["hidden"],
+        "intermediate_size": widths["layer.0.ffn"],
+        "num_attention_heads": widths["layer.0.heads"],
+    }
+    return BertConfig(**values)
+
+
+def empty_model(config: BertConfig) -> BertForMaskedLM:
+    """A freshly initialised model of this shape (put it on the meta device to look at shapes only)."""
+    return BertForMaskedLM(config)

@@ -1,0 +1,117 @@
+"""From what a step leaves behind to what is logged: means over ranks, speed, widths, memory; and the finite check."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from homodistil import ranks
+from homodistil.config import RunConfig
+from homodistil.data.masking import Batch
+from homodistil.distill.objective import LossTerms
+from homodistil.distill.student import Student
+from homodistil.errors import UserError
+from homodistil.flops import peak_flops, step_flops
+from homodistil.metrics import Recorder, StepTimer, memory_bytes
+
+
+class Monitor:
+    """Collects the micro-batches of a step and writes every `train.log_every_steps`-th.
+
+    Args:
+        recorder: writes on rank 0, silent elsewhere.
+        teacher_widths: for the FLOPs; the student's own widths when there is no teacher.
+        vocab_size: rows of the decoder.
+        dtype: the engine's, for the peak that the MFU refers to.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        recorder: Recorder,
+        student: Student,
+        teacher_widths: dict[str, int],
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self.config, self.recorder, self.student = config, recorder, student
+        self.teacher_widths, self.device = teacher_widths, device
+        self.peak = peak_flops(device, dtype)
+        self.timer = StepTimer()
+        self._micro_batches: list[dict[str, Tensor]] = []
+
+    def see(self, terms: LossTerms) -> None:
+        self._micro_batches.append({"total": terms.total.detach(), **terms.terms})
+
+    def end_step(self, step: int, batches: list[Batch], engine) -> None:
+        """Count the step; log it when it is due. Every rank calls it."""
+        counts, parts = batches[0].counts, len(batches) * ranks.world_size()
+        self.timer.count(counts.tokens * parts, self._flops(counts.masked_rows * parts))
+        if step % self.config.train.log_every_steps == 0 or step == self.config.train.steps:
+            values = self._losses()
+            self._require_finite(values, step)
+            self.recorder.log_step(step, values | self._engine_values(engine) | self._size() | self._speed())
+        self._micro_batches.clear()
+
+    def _losses(self) -> dict[str, float]:
+        """Each term: mean over micro-batches and ranks, which is the mean over the global batch (see feed.py)."""
+        names = self._micro_batches[0]
+        own = {name: torch.stack([m[name] for m in self._micro_batches]).double().mean() for name in names}
+        return {f"loss/{name}": value for name, value in ranks.mean_of(own, self.device).items()}
+
+    def _require_finite(self, values: dict[str, float], step: int) -> None:
+        bad = [name for name, value in values.items() if value != value or abs(value) == float("inf")]
+        if bad:
+            # The single terms say more than their sum.
+            terms = [name.removeprefix("loss/") for name in bad if name != "loss/total"] or ["total"]
+            raise UserError(
+                f"loss: {', '.join(terms)} is not finite at step {step}; training stops, the last checkpoint is kept. "
+                f"Lower train.lr ({self.config.train.lr:g}), lengthen train.warmup_fraction or lower that term's weight"
+            )
+
+    def _engine_values(self, engine) -> dict[str, float]:
+        values = {"optim/lr": engine.get_lr()[0]}
+        norm = engine.get_global_grad_norm()
+        return values if norm is None else values | {"optim/grad_norm": float(norm)}
+
+    def _size(self) -> dict[str, float]:
+        widths = {f"widths/{axis}": width for axis, width in self.student.widths.items()}
+        return widths | {"model/parameters": self.student.num_parameters()}
+
+    def _speed(self) -> dict[str, float]:
+        lap = self.timer.lap()
+        values = {"speed/tokens_per_s": lap.tokens_per_s, "speed/model_tflops": lap.flops_per_s / 1e12}
+        values["speed/mfu"] = lap.flops_per_s / (self.peak.flops_per_s * ranks.world_size())
+        return values | {name: float(value) for name, value in memory_bytes().items()}
+
+    def _flops(self, masked_rows: float) -> float:
+        return step_flops(
+            self.student.widths,
+            self.teacher_widths,
+            self.student.objective.config,
+            num_sequences=self.config.train.global_batch_size,
+            seq_len=self.config.data.seq_len,
+            masked_rows=masked_rows,
+            vocab_size=self.student.model.config.vocab_size,
+        ).total
+
+
+def speeds(metrics: list[dict]) -> dict[str, float | None]:
+    """tokens_per_s_first and _last: medians of the first and last five logged intervals (None: nothing logged).
+
+    Args:
+        metrics: lines of metrics.jsonl.
+    """
+    logged = [line["speed/tokens_per_s"] for line in metrics if line.get("kind") == "train"]
+    logged = [value for value in logged if value is not None]
+    if not logged:
+        return {"tokens_per_s_first": None, "tokens_per_s_last": None}
+    ends = torch.tensor(logged[:5]), torch.tensor(logged[-5:])
+    return {"tokens_per_s_first": float(ends[0].median()), "tokens_per_s_last": float(ends[1].median())}
+
+
+def run_recorder(folder: Path, config: RunConfig, start_step: int) -> Recorder:
+    """The recorder of this rank."""
+    return Recorder(folder, config.train.steps, start_step, enabled=ranks.rank() == 0)

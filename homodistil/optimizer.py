@@ -1,0 +1,80 @@
+"""AdamW for the student (decay for matrices only) from the wanted implementation, and its learning-rate schedule."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import get_linear_schedule_with_warmup
+
+from homodistil.config import RunConfig, TrainConfig
+from homodistil.errors import UserError
+
+
+def build_optimizer(module: nn.Module, config: RunConfig) -> Optimizer:
+    """AdamW over the trainable parameters of `module`, in two groups: with and without weight decay."""
+    options = {
+        "lr": config.train.lr,
+        "betas": (config.optimizer.beta1, config.optimizer.beta2),
+        "eps": config.optimizer.eps,
+    }
+    groups = parameter_groups(module, config.train.weight_decay)
+    return _IMPLEMENTATIONS[config.optimizer.implementation](groups, options)
+
+
+def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict]:
+    """Matrices of the model decay; vectors (biases, LayerNorm) and distillation projections do not."""
+    decay: list[nn.Parameter] = []
+    no_decay: list[nn.Parameter] = []
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            decays = parameter.ndim > 1 and not name.startswith("projections.")
+            (decay if decays else no_decay).append(parameter)
+    return [{"params": decay, "weight_decay": weight_decay}, {"params": no_decay, "weight_decay": 0.0}]
+
+
+def build_schedule(optimizer: Optimizer, train: TrainConfig) -> LRScheduler:
+    """Linear warm-up over `warmup_fraction` of the steps, then linear decay to 0."""
+    return get_linear_schedule_with_warmup(optimizer, round(train.warmup_fraction * train.steps), train.steps)
+
+
+def _torch_fused(groups: list[dict], options: dict) -> Optimizer:
+    return torch.optim.AdamW(groups, fused=True, **options)
+
+
+def _deepspeed_fused(groups: list[dict], options: dict) -> Optimizer:
+    if torch.cuda.is_available():
+        from deepspeed.ops.adam import FusedAdam
+
+        return FusedAdam(groups, adam_w_mode=True, **options)
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+    return DeepSpeedCPUAdam(groups, adamw_mode=True, **options)
+
+
+def _apex_fused(groups: list[dict], options: dict) -> Optimizer:
+    if not is_nvidia_apex():
+        raise UserError(
+            "optimizer.implementation: apex_fused needs NVIDIA's apex, built from its repository with CUDA extensions "
+            "(the package called apex in the Python registry is another project); use torch_fused instead"
+        )
+    from apex.optimizers import FusedAdam
+
+    return FusedAdam(groups, adam_w_mode=True, **options)
+
+
+def is_nvidia_apex() -> bool:
+    """Whether the installed `apex` is NVIDIA's, told by its files: an impostor must not even be imported."""
+    spec = importlib.util.find_spec("apex")
+    if spec is None or not spec.submodule_search_locations:
+        return False
+    folder = Path(next(iter(spec.submodule_search_locations)))
+    has_files = (folder / "optimizers" / "fused_adam.py").is_file() and (folder / "multi_tensor_apply").is_dir()
+    return has_files and importlib.util.find_spec("amp_C") is not None
+
+
+_IMPLEMENTATIONS = {"torch_fused": _torch_fused, "deepspeed_fused": _deepspeed_fused, "apex_fused": _apex_fused}

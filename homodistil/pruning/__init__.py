@@ -1,0 +1,1 @@
+"""Which neurons go, and when: schedule (when) -> importance (how much each matters) -> selection (which stay)."""

@@ -1,0 +1,54 @@
+"""Importance before the first step, for one-shot pruning: gradients of a few batches, no update."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from homodistil import ranks
+from homodistil.data.masking import Batch
+from homodistil.models.axes import AxisTable
+from homodistil.pruning.importance import Importance
+
+
+class WholePiece(NamedTuple):
+    """A whole parameter as a piece (see importance.Piece)."""
+
+    name: str
+    start: int
+    weight: Tensor
+    gradient: Tensor
+
+
+def calibrate(
+    importance: Importance,
+    module: nn.Module,
+    table: AxisTable,
+    steps: Iterator[list[Batch]],
+    loss: Callable[[Batch], Tensor],
+) -> None:
+    """Feed `importance` one update per element of `steps`, from a plain module that no engine holds yet.
+
+    Args:
+        module: the student; its gradients are left cleared.
+        steps: micro-batches of this rank, a list per global batch.
+        loss: micro-batch -> total loss with a graph.
+    """
+    shapes = {name: tuple(p.shape) for name, p in module.named_parameters()}
+    for batches in steps:
+        module.zero_grad(set_to_none=True)
+        for batch in batches:
+            (loss(batch) / len(batches)).backward()
+        importance.accumulate(_pieces(module), table, shapes)
+    module.zero_grad(set_to_none=True)
+
+
+def _pieces(module: nn.Module) -> Iterator[WholePiece]:
+    """Gradients averaged over ranks; each parameter is one rank's to report."""
+    trained = [(name, p) for name, p in module.named_parameters() if p.grad is not None]
+    for i, (name, parameter) in enumerate(trained):
+        gradient = ranks.mean(parameter.grad.float())
+        if i % ranks.world_size() == ranks.rank():
+            yield WholePiece(name, 0, parameter.detach().float().flatten(), gradient.flatten())

@@ -1,0 +1,59 @@
+"""From "which width is due" to a resize plan: schedule, importance and selection put together.
+
+`due` is None nearly always; otherwise the plan that `resize/` applies and that everything numbered by neurons
+(scores, projections, head maps) follows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from homodistil.models.axes import AxisTable
+from homodistil.pruning.importance import Importance, Piece
+from homodistil.pruning.schedule import WidthSchedule
+from homodistil.pruning.selection import select
+from homodistil.resize.plan import ResizePlan, make_plan
+
+
+class Pruner:
+    """Args:
+    schedule: path of every axis.
+    importance: smoothed scores.
+    protected: residual dims of the teacher that never go, int64 (k,).
+    """
+
+    def __init__(self, schedule: WidthSchedule, importance: Importance, protected: Tensor) -> None:
+        self.schedule, self.importance, self.protected = schedule, importance, protected
+
+    def wants_gradients(self, step: int) -> bool:
+        """Whether the gradients of update `step` still decide anything."""
+        return step <= self.schedule.end_step
+
+    def accumulate(self, pieces: Iterable[Piece], table: AxisTable, shapes: dict[str, tuple[int, ...]]) -> None:
+        self.importance.accumulate(pieces, table, shapes)
+
+    def due(self, step: int, table: AxisTable, kept_hidden: Tensor) -> ResizePlan | None:
+        """The plan for after update `step`, or None.
+
+        Args:
+            table: axes at their widths of today.
+            kept_hidden: teacher index of each residual dim of today, (hidden,).
+        """
+        due = {axis: width for axis, width in self.schedule.due(step).items() if width < table.widths[axis]}
+        if not due:
+            return None
+        protected = torch.isin(kept_hidden, self.protected).nonzero().squeeze(1)
+        return make_plan(table, select(self.importance.scores(), due, protected))
+
+    def after_resize(self, plan: ResizePlan) -> None:
+        self.importance.narrow(plan.keep)
+
+    def state_dict(self) -> dict:
+        return {"importance": self.importance.state_dict(), "protected": self.protected}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.importance.load_state_dict(state["importance"])
+        self.protected = state["protected"]

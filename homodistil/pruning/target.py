@@ -1,0 +1,76 @@
+"""The student's final shape: presets of the paper and the checks that it can be cut from the teacher."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from homodistil.config import StudentConfig
+from homodistil.errors import UserError
+from homodistil.models.axes import Widths
+
+
+class Shape(NamedTuple):
+    hidden_size: int
+    intermediate_size: int
+    num_attention_heads: int
+
+
+PRESETS = {
+    "quickstart": Shape(64, 256, 2),
+    # HomoDistil, table 1 (design section 6): ffn = 4 x hidden; heads chosen so that a stock config can express them.
+    "homobert-base": Shape(576, 2304, 12),
+    "homobert-small": Shape(256, 1024, 8),
+    "homobert-xsmall": Shape(240, 960, 12),
+    "homobert-tiny": Shape(224, 896, 8),
+}
+
+
+def target_shape(student: StudentConfig) -> Shape:
+    """Preset with the fields that are set on top. Raises `UserError` when a custom shape is incomplete."""
+    preset = PRESETS.get(student.preset)
+    values = [getattr(student, name) for name in Shape._fields]
+    if preset is not None:
+        return Shape(*(base if value is None else value for base, value in zip(preset, values, strict=True)))
+    for name, value in zip(Shape._fields, values, strict=True):
+        if value is None:
+            raise UserError(f"student.{name}: not set; preset=custom needs it (or choose one of {', '.join(PRESETS)})")
+    return Shape(*values)
+
+
+def target_widths(shape: Shape, teacher: Widths) -> dict[str, int]:
+    """Axis -> final width for every axis of the teacher.
+
+    Raises:
+        UserError: wider than the teacher, or not expressible by a stock configuration.
+    """
+    _check(shape, teacher)
+    head_dim = shape.hidden_size // shape.num_attention_heads
+    of_kind = {
+        "hidden": shape.hidden_size,
+        "ffn": shape.intermediate_size,
+        "heads": shape.num_attention_heads,
+        "qk_dim": head_dim,
+        "vo_dim": head_dim,
+    }
+    return {axis: of_kind[axis.rsplit(".", 1)[-1]] for axis in teacher}
+
+
+def _check(shape: Shape, teacher: Widths) -> None:
+    of_teacher = Shape(teacher["hidden"], teacher["layer.0.ffn"], teacher["layer.0.heads"])
+    for name, wanted, limit in zip(Shape._fields, shape, of_teacher, strict=True):
+        if not 1 <= wanted <= limit:
+            raise UserError(
+                f"student.{name}: found {wanted}, the teacher has {limit}; allowed 1 .. {limit} "
+                f"(a student is cut out of its teacher; choose a smaller value or another teacher)"
+            )
+    if shape.hidden_size % shape.num_attention_heads:
+        raise UserError(
+            f"student.hidden_size: {shape.hidden_size} is not divisible by student.num_attention_heads "
+            f"{shape.num_attention_heads}; stock configurations need hidden_size = heads x head size"
+        )
+    head_dim, limit = shape.hidden_size // shape.num_attention_heads, teacher["layer.0.qk_dim"]
+    if head_dim > limit:
+        raise UserError(
+            f"student.num_attention_heads: {shape.num_attention_heads} heads of hidden_size {shape.hidden_size} are "
+            f"{head_dim} wide, the teacher's {limit}; use at least {-(-shape.hidden_size // limit)} heads"
+        )

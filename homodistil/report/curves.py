@@ -1,0 +1,155 @@
+"""Which curves tell the story of a run, and from which logged values. Drawn by report/figures.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from homodistil.report.figures import MAX_POINTS, Line, Panel, draw
+from homodistil.report.run import Points, Run
+
+TERMS = ("mlm", "kl", "hidden", "attention", "embedding")
+FAMILIES = {"hidden": "hidden", "ffn": "feed-forward", "heads": "heads", "qk_dim": "head dim"}
+
+
+@dataclass(frozen=True)
+class Curve:
+    title: str
+    caption: str
+    svg: str | None
+    """None: the run has not logged what this figure needs."""
+
+
+def curves(run: Run) -> list[Curve]:
+    builders: dict[str, tuple[str, Callable[[Run], list[Panel]]]] = {
+        "Losses": ("Training loss: the weighted sum, and every term before its weight.", _losses),
+        "Terms by layer": ("Distillation terms by layer; the number at the end of a line is the layer.", _layer_terms),
+        "Widths": ("Share of the starting width that is left; layers of one kind averaged.", _widths),
+        "Jump at a resize": (
+            "Distance to the teacher just before (hollow) and just after (filled) every resize.",
+            _gap,
+        ),
+        "Held-out values": ("Measured on the held-out rows, with masks that never change.", _heldout),
+        "Speed and memory": ("Tokens a second over all ranks, pauses left out, and what the first rank uses.", _speed),
+        "Optimizer": ("Learning rate, and the global gradient norm before clipping.", _optimizer),
+    }
+    return [_curve(run, i, title, *builder) for i, (title, builder) in enumerate(builders.items())]
+
+
+def _curve(run: Run, i: int, title: str, caption: str, build: Callable[[Run], list[Panel]]) -> Curve:
+    panels = [panel for panel in build(run) if any(value is not None for x in panel.lines for _, value in x.points)]
+    if not panels:
+        return Curve(title, caption, None)
+    if any(len(line.points) > MAX_POINTS for panel in panels if not panel.saw_tooth for line in panel.lines):
+        caption += f" Lines show at most {MAX_POINTS} of the logged points."
+    return Curve(title, caption, draw(panels, f"figure{i + 1}", f"{title}. {caption}"))
+
+
+def _line(run: Run, name: str, label: str) -> list[Line]:
+    points = run.points(name)
+    return [Line(label, points)] if points else []
+
+
+def _losses(run: Run) -> list[Panel]:
+    terms = [line for term in TERMS for line in _line(run, f"loss/{term}", term)]
+    total = Panel("total", _line(run, "loss/total", "total"), log_when_wide=True)
+    return [total, Panel("terms", terms, log_when_wide=True)]
+
+
+def _layer_terms(run: Run) -> list[Panel]:
+    panels = []
+    for term in TERMS:
+        names = run.names(f"loss/{term}/layer.")
+        labels = [name.rsplit(".", 1)[1] for name in names]
+        shades = [_shade(i, len(names)) for i in range(len(names))]
+        lines = [Line(x, run.points(name), shade) for name, x, shade in zip(names, labels, shades, strict=True)]
+        panels.append(Panel(f"{term}, by layer", lines, log_when_wide=True))
+    return panels
+
+
+def _shade(i: int, count: int) -> str:
+    """First layer light, last layer dark."""
+    light, dark = (120, 152, 188), (10, 26, 48)
+    share = i / (count - 1) if count > 1 else 1.0
+    return "#" + "".join(f"{round(a + (b - a) * share):02x}" for a, b in zip(light, dark, strict=True))
+
+
+def _widths(run: Run) -> list[Panel]:
+    history = width_history(run)
+    share = []
+    for family, label in FAMILIES.items():
+        points = [(step, mean_width(widths, family)) for step, widths in history]
+        points = [(step, width) for step, width in points if width is not None]
+        if points:
+            first, last = points[0][1], points[-1][1]
+            text = f"{label} {first:.4g} to {last:.4g}"
+            share.append(Line(text, [(step, 100 * width / first) for step, width in points]))
+    parameters = Panel("parameters", _line(run, "model/parameters", "parameters"), stairs=True, from_zero=True)
+    return [Panel("% of the starting width", share, stairs=True, from_zero=True), parameters]
+
+
+def width_history(run: Run) -> list[tuple[int, dict[str, int]]]:
+    """(step, axis -> width): from the resize events, exact; from the logged widths where a run has no events."""
+    if run.events and all("widths_before" in event and "widths_after" in event for event in run.events):
+        history = [(0, run.events[0]["widths_before"])]
+        history += [(event["step"], event["widths_after"]) for event in run.events]
+        return history + [(run.last_step, history[-1][1])]
+    prefix = "widths/"
+    logged = [(x["step"], {k[len(prefix) :]: v for k, v in x.items() if k.startswith(prefix)}) for x in run.train]
+    return [(step, widths) for step, widths in logged if widths]
+
+
+def mean_width(widths: dict[str, Any], family: str) -> float | None:
+    """Width of a family of axes ("ffn": mean of layer.0.ffn, layer.1.ffn ...), None when it is not recorded."""
+    found = [v for axis, v in widths.items() if axis.rsplit(".", 1)[-1] == family and v is not None]
+    return sum(found) / len(found) if found else None
+
+
+def _gap(run: Run) -> list[Panel]:
+    """Terms of the probe batch at every resize, KL first: it is what the homotopic path is meant to keep small."""
+    order = sorted(TERMS, key=lambda term: term != "kl")
+    return [Panel(f"{term}, probe batch", [Line(term, _pairs(run, term))], saw_tooth=True) for term in order]
+
+
+def _pairs(run: Run, term: str) -> Points:
+    """(step, before), (step, after) of every event that measured `term`."""
+    pairs: Points = []
+    for event in run.events:
+        before, after = gap(event, "gap_before", term), gap(event, "gap_after", term)
+        if before is not None and after is not None:
+            pairs += [(event["step"], before), (event["step"], after)]
+    return pairs
+
+
+def gap(event: dict[str, Any], side: str, term: str) -> float | None:
+    """Value of `term` in an event's "gap_before" or "gap_after", None when it was not measured."""
+    return (event.get(side) or {}).get(term)
+
+
+def _heldout(run: Run) -> list[Panel]:
+    names = run.evaluation_names()
+    return [Panel(name.replace("_", " "), [Line(name, run.evaluation_points(name))]) for name in names]
+
+
+def _speed(run: Run) -> list[Panel]:
+    def scaled(name: str, factor: float) -> Points:
+        return [(step, None if value is None else value * factor) for step, value in run.points(name)]
+
+    memory = [
+        Line("resident", scaled("memory/rss_bytes", 2**-20)),
+        Line("accelerator", scaled("memory/accelerator_bytes", 2**-20)),
+    ]
+    return [
+        Panel("tokens/s", _line(run, "speed/tokens_per_s", "tokens/s"), from_zero=True),
+        Panel("MFU, % of the device's peak", [Line("MFU", scaled("speed/mfu", 100))], from_zero=True),
+        Panel("memory, MiB", [line for line in memory if line.points], from_zero=True),
+        Panel("resize, ms", [Line("ms", [(e["step"], e.get("milliseconds")) for e in run.events])], from_zero=True),
+    ]
+
+
+def _optimizer(run: Run) -> list[Panel]:
+    return [
+        Panel("learning rate", _line(run, "optim/lr", "learning rate"), from_zero=True),
+        Panel("gradient norm", _line(run, "optim/grad_norm", "gradient norm"), log_when_wide=True, from_zero=True),
+    ]

@@ -1,0 +1,183 @@
+"""Panels of lines as inline SVG. Readable in black and white: every line has a label at its end."""
+
+from __future__ import annotations
+
+import html
+import io
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+
+from homodistil.report.run import Points
+
+MAX_POINTS = 400  # of one line: more cannot be told apart at this size, and pages of long runs stay small
+WIDTH_INCHES, HEIGHT_INCHES = 9.0, 2.7
+
+_COLORS = ("#111111", "#1f5a94", "#b3541e", "#2f7d4f", "#7a4a94", "#7d7d7d")
+_DASHES = ("-", (0, (5, 2)), (0, (5, 2, 1, 2)), (0, (1, 1.5)), (0, (8, 2)), (0, (3, 1, 1, 1, 1, 1)))
+_STYLE = {
+    "font.family": "DejaVu Sans",
+    "font.size": 8,
+    "axes.titlesize": 8.5,
+    "axes.titlelocation": "left",
+    "axes.titleweight": "bold",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.6,
+    "axes.edgecolor": "#555555",
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "grid.color": "#e4e4e4",
+    "grid.linewidth": 0.6,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "lines.linewidth": 1.2,
+    # Text stays text (small, searchable); a fixed salt makes the same run give the same page.
+    "text.parse_math": False,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "homodistil",
+}
+
+
+@dataclass(frozen=True)
+class Line:
+    label: str
+    points: Points
+    color: str | None = None
+    """None: colour and dash by position in the panel. Given: solid and thin, told apart by shade and label."""
+
+
+@dataclass(frozen=True)
+class Panel:
+    title: str
+    lines: list[Line] = field(default_factory=list)
+    stairs: bool = False
+    """Draw values that hold until the next one (widths)."""
+    saw_tooth: bool = False
+    """Points come in pairs at one step, before and after a resize: hollow and filled markers."""
+    log_when_wide: bool = False
+    """Logarithmic when positive values span more than a factor of 20."""
+    from_zero: bool = False
+
+
+def draw(panels: Sequence[Panel], ident: str, description: str) -> str:
+    """One SVG element with the panels side by side, two a row.
+
+    Args:
+        ident: prefix of the ids inside, different for every figure of a page.
+        description: what the figure shows, for readers who do not see it.
+    """
+    columns = min(2, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(WIDTH_INCHES, HEIGHT_INCHES * rows), layout="constrained")
+        figure.get_layout_engine().set(wspace=0.06, hspace=0.08)
+        for i, panel in enumerate(panels):
+            _draw_panel(figure.add_subplot(rows, columns, i + 1), panel)
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    return _inline(buffer.getvalue(), ident, description)
+
+
+def _draw_panel(axes: Axes, panel: Panel) -> None:
+    axes.set_title(panel.title)
+    axes.set_xlabel("optimizer step")
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+    axes.xaxis.set_major_formatter(lambda step, _: f"{step:,.0f}")
+    for i, line in enumerate(panel.lines):
+        _draw_line(axes, panel, line, i)
+    _set_scale(axes, panel)
+    if len(panel.lines) > 1:
+        _label_ends(axes, panel.lines)
+
+
+def _draw_line(axes: Axes, panel: Panel, line: Line, i: int) -> None:
+    steps, values = _columns(line.points if panel.saw_tooth else thinned(line.points))
+    marks = {"marker": "o", "markersize": 2.5} if len(steps) <= 12 and not panel.saw_tooth else {}
+    style = {"color": _COLORS[i % len(_COLORS)], "linestyle": _DASHES[i % len(_DASHES)]}
+    if panel.saw_tooth:
+        style["linewidth"] = 0.7
+    if line.color:
+        style = {"color": line.color, "linewidth": 0.8}
+    axes.plot(steps, values, drawstyle="steps-post" if panel.stairs else "default", **style, **marks)
+    if panel.saw_tooth:
+        size = 3.5 if len(steps) < 60 else 2
+        plain = {"linestyle": "none", "marker": "o", "markersize": size, "color": style["color"]}
+        axes.plot(steps[0::2], values[0::2], markerfacecolor="white", markeredgewidth=0.8, label="before", **plain)
+        axes.plot(steps[1::2], values[1::2], label="after", **plain)
+        axes.legend(frameon=False, loc="best", title=None, handletextpad=0.2)
+
+
+def thinned(points: Points) -> Points:
+    """Every k-th point so that at most `MAX_POINTS` remain; the last one always stays."""
+    stride = math.ceil(len(points) / MAX_POINTS)
+    if stride <= 1:
+        return list(points)
+    kept = list(points[::stride])
+    return kept if (len(points) - 1) % stride == 0 else kept[:-1] + [points[-1]]
+
+
+def _columns(points: Points) -> tuple[list[int], list[float]]:
+    """A value that was not finite leaves a hole in the line."""
+    return [step for step, _ in points], [math.nan if value is None else value for _, value in points]
+
+
+def _set_scale(axes: Axes, panel: Panel) -> None:
+    values = [v for line in panel.lines for _, v in line.points if v is not None]
+    if panel.log_when_wide and values and min(values) > 0 and max(values) > 20 * min(values):
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=12))
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.yaxis.set_minor_locator(NullLocator())
+        return
+    if panel.from_zero and values and min(values) >= 0:
+        axes.set_ylim(0, 1.08 * max(values) or 1)
+    if values and max(values) >= 10_000:
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+
+
+def _label_ends(axes: Axes, lines: Sequence[Line]) -> None:
+    """Labels right of the last points, moved apart where lines end close together."""
+    ends = []
+    for drawn, line in zip(axes.get_lines(), lines, strict=True):
+        finite = [(x, y) for x, y in zip(drawn.get_xdata(), drawn.get_ydata(), strict=True) if math.isfinite(y)]
+        if finite:
+            ends.append((finite[-1], line.label, drawn.get_color()))
+    axes.set_ylim(axes.get_ylim())  # freeze: the positions below are fractions of today's range
+    to_fraction = axes.transData + axes.transAxes.inverted()
+    heights = [to_fraction.transform(point)[1] for point, _, _ in ends]
+    for (_, label, color), y in zip(ends, spread(heights, gap=0.075), strict=True):
+        axes.annotate(label, (1.02, y), xycoords="axes fraction", va="center", color=color, annotation_clip=False)
+
+
+def spread(heights: Sequence[float], gap: float) -> list[float]:
+    """Heights moved as little as needed to be `gap` apart, order kept: overlapping ones are centred as a block."""
+    order = sorted(range(len(heights)), key=lambda i: heights[i])
+    blocks: list[tuple[float, int]] = []  # (centre, members), from below
+    for i in order:
+        centre, members = heights[i], 1
+        while blocks and centre - members * gap / 2 < blocks[-1][0] + blocks[-1][1] * gap / 2:
+            below, count = blocks.pop()
+            centre, members = (below * count + centre * members) / (count + members), count + members
+        blocks.append((centre, members))
+    placed = [centre + (k - (members - 1) / 2) * gap for centre, members in blocks for k in range(members)]
+    result = [0.0] * len(heights)
+    for i, y in zip(order, placed, strict=True):
+        result[i] = y
+    return result
+
+
+def _inline(svg: str, ident: str, description: str) -> str:
+    """The <svg> element alone, scaling with the page, its ids apart from those of the page's other figures."""
+    view_box = re.search(r'viewBox="([^"]*)"', svg).group(1)
+    body = svg[svg.index(">", svg.index("<svg")) + 1 :]
+    body = re.sub(r'\bid="', f'id="{ident}-', body)
+    body = re.sub(r'(href="#|url\(#)', rf"\g<1>{ident}-", body)
+    body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.S)
+    return f'<svg role="img" aria-label="{html.escape(description)}" viewBox="{view_box}">{body}'

@@ -1,0 +1,196 @@
+"""The HTML of a report. Everything that comes from the run folder is escaped (jinja2 autoescape)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from homodistil.report.curves import FAMILIES, Curve, curves, gap
+from homodistil.report.run import FILES, Run
+from homodistil.results import COLUMNS, DASH, cells
+
+_TEMPLATE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{{ run.name }} - homodistil</title>
+<style>
+body { margin: 2.5rem auto 4rem; max-width: 62rem; padding: 0 1.5rem; color: #1a1a1a; background: #fff;
+       font: 15px/1.5 system-ui, "Segoe UI", "DejaVu Sans", sans-serif; }
+h1 { font-size: 1.7rem; font-weight: 600; margin: 0; }
+h2 { font-size: 1.1rem; font-weight: 600; margin: 2.6rem 0 .4rem; }
+p { margin: .4rem 0; max-width: 46rem; }
+.quiet, figcaption { color: #666; }
+figure { margin: 0; }
+figcaption { font-size: .87rem; margin-bottom: .6rem; }
+svg { display: block; width: 100%; height: auto; overflow: visible; }
+.wide { overflow-x: auto; margin-top: .9rem; }
+table { border-collapse: collapse; font-size: .87rem; font-variant-numeric: tabular-nums; white-space: nowrap; }
+th { font-weight: 600; border-bottom: 1px solid #1a1a1a; vertical-align: bottom;
+     white-space: normal; max-width: 6.5em; }
+th, td { text-align: right; padding: .25rem 0 .25rem 1.4rem; }
+th:first-child, td:first-child { padding-left: 0; }
+.names th:first-child, .names td:first-child { text-align: left; }
+td { border-bottom: 1px solid #e8e8e8; }
+details { margin-top: .6rem; }
+summary { cursor: pointer; }
+pre { font: .8rem/1.45 ui-monospace, "DejaVu Sans Mono", monospace; background: #f7f7f7; padding: .8rem 1rem;
+      overflow-x: auto; }
+@media print { body { margin: 0; max-width: none; } figure, tr { break-inside: avoid; } }
+</style>
+</head>
+<body>
+<h1>{{ run.name }}</h1>
+<p class="quiet">{{ progress }}</p>
+{% for name in run.missing %}
+<p class="quiet">{{ name }} is missing: {{ files[name] }}.</p>
+{% endfor %}
+
+<h2>Result</h2>
+{% if rows %}
+{% for sentence in sentences %}
+<p>{{ sentence }}</p>
+{% endfor %}
+<div class="wide"><table class="names">
+<thead><tr>{% for heading in headings %}<th>{{ heading }}</th>{% endfor %}</tr></thead>
+<tbody>
+{% for row in rows %}
+<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}
+</tbody>
+</table></div>
+{% else %}
+<p class="quiet">No results yet.</p>
+{% endif %}
+{% for curve in curves %}
+
+<h2>{{ curve.title }}</h2>
+{% if curve.svg %}
+<figure><figcaption>{{ curve.caption }}</figcaption>{{ curve.svg }}</figure>
+{% else %}
+<p class="quiet">Not recorded in this run so far.</p>
+{% endif %}
+{% endfor %}
+
+<h2>Resizes</h2>
+{% if events %}
+<details{% if events | length <= 30 %} open{% endif %}>
+<summary>{{ events | length }} resize{{ "" if events | length == 1 else "s" }}</summary>
+<div class="wide"><table>
+<thead><tr>{% for heading in event_headings %}<th>{{ heading }}</th>{% endfor %}</tr></thead>
+<tbody>
+{% for event in events %}
+<tr>{% for cell in event %}<td>{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}
+</tbody>
+</table></div>
+</details>
+{% else %}
+<p class="quiet">No resize so far.</p>
+{% endif %}
+
+<h2>Configuration</h2>
+{% for name in ("config.yaml", "ds_config.json") if name in run.texts %}
+<details><summary>{{ name }}</summary>
+<pre>{{ run.texts[name] }}</pre>
+</details>
+{% else %}
+<p class="quiet">No configuration in this folder.</p>
+{% endfor %}
+</body>
+</html>
+"""
+
+
+def render(run: Run) -> str:
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined, keep_trailing_newline=True
+    )
+    return environment.from_string(_TEMPLATE).render(
+        run=run,
+        files=FILES,
+        progress=_progress(run),
+        sentences=summary(run.rows),
+        headings=[heading for heading, _ in COLUMNS.values()],
+        rows=[cells(row) for row in run.rows],
+        curves=[Curve(c.title, c.caption, c.svg and Markup(c.svg)) for c in curves(run)],
+        event_headings=["step", *FAMILIES.values(), "KL before", "KL after", "ms", "moved", "hash"],
+        events=[_event_cells(event) for event in run.events],
+    )
+
+
+def _progress(run: Run) -> str:
+    if not run.last_step:
+        return "No step logged yet."
+    of_total = f" of {run.total_steps:,}" if run.total_steps else ""
+    return f"Step {run.last_step:,}{of_total}."
+
+
+def summary(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Compression and speed in words, one sentence or two for every model but the teacher.
+
+    The teacher is the row whose name starts with "teacher"; without one there is nothing to compare with.
+    """
+    teacher = next((row for row in rows if str(row.get("name", "")).lower().startswith("teacher")), None)
+    return [text for row in rows if row is not teacher and (text := _sentence(row, teacher or {}))]
+
+
+def _sentence(row: dict[str, Any], teacher: dict[str, Any]) -> str:
+    parts = []
+    size, full = row.get("parameters"), teacher.get("parameters")
+    if size and full:
+        parts.append(f"{size:,} of the teacher's {full:,} parameters ({size / full:.1%}, {full / size:.2f}x smaller)")
+    first, last = row.get("tokens_per_s_first"), row.get("tokens_per_s_last")
+    if first and last:
+        word = "faster" if last >= first else "slower"
+        ratio = max(last / first, first / last)
+        parts.append(f"training went from {first:,.0f} to {last:,.0f} tokens/s ({ratio:.2f}x {word})")
+    loss, reference = row.get("heldout_mlm_loss"), teacher.get("heldout_mlm_loss")
+    if loss is not None and reference is not None:
+        parts.append(f"held-out MLM loss {loss:.3f} against the teacher's {reference:.3f} ({loss - reference:+.3f})")
+    return f"{row.get('name', 'model')}: {'; '.join(parts)}." if parts else ""
+
+
+def _event_cells(event: dict[str, Any]) -> list[str]:
+    before, after = event.get("widths_before") or {}, event.get("widths_after") or {}
+    return [
+        f"{event['step']:,}",
+        *(_change(before, after, family) for family in FAMILIES),
+        _number(gap(event, "gap_before", "kl"), "{:.4f}"),
+        _number(gap(event, "gap_after", "kl"), "{:.4f}"),
+        _number(event.get("milliseconds"), "{:,.1f}"),
+        _bytes(event.get("bytes_moved")),
+        str(event.get("hash") or DASH)[:8],
+    ]
+
+
+def _change(before: dict[str, int], after: dict[str, int], family: str) -> str:
+    """ "128 -> 120"; layers that differ as a range; one number where nothing changes."""
+    old, new = _range(before, family), _range(after, family)
+    return new if old == new else f"{old} \N{RIGHTWARDS ARROW} {new}"
+
+
+def _range(widths: dict[str, int], family: str) -> str:
+    found = [v for axis, v in widths.items() if axis.rsplit(".", 1)[-1] == family and v is not None]
+    if not found:
+        return DASH
+    low, high = min(found), max(found)
+    return f"{low}" if low == high else f"{low}-{high}"
+
+
+def _number(value: float | None, form: str) -> str:
+    return DASH if value is None else form.format(value)
+
+
+def _bytes(value: float | None) -> str:
+    if value is None:
+        return DASH
+    for unit in ("B", "KiB", "MiB"):
+        if value < 1024:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.1f} GiB"

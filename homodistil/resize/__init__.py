@@ -1,0 +1,103 @@
+"""Shrinks a live DeepSpeed engine in place: weights, master weights and optimizer state, on every rank alike.
+
+    plan = make_plan(table, keep)          # pruning decides the keep, models/ the table
+    cost = resize(engine, plan)            # right after engine.step(); then the caller refreshes module attributes
+
+Engine, optimizer, scheduler, hooks and step counts stay the same objects and values. plan.py translates axes into
+indices; flat.py and move.py do the arithmetic and the moving; plain.py and zero.py know DeepSpeed's wrappers;
+support.py says which engines are accepted. `gradient_fragments` and `master_weights` only read that state.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from homodistil.resize.adapter import Fragment
+from homodistil.resize.plain import slice_module
+from homodistil.resize.plan import ResizePlan, make_plan
+from homodistil.resize.support import adapter_of, check_supported
+
+__all__ = [
+    "Fragment",
+    "ResizeCost",
+    "ResizePlan",
+    "check_supported",
+    "gradient_fragments",
+    "make_plan",
+    "master_weights",
+    "resize",
+    "slice_module",
+]
+
+
+@dataclass(frozen=True)
+class ResizeCost:
+    milliseconds: float
+    """Wall time on this rank, accelerator synchronised on both ends."""
+    bytes_moved: int
+    """Bytes that went from one rank to another, over all ranks (0 at stage 0)."""
+
+
+@torch.no_grad()
+def resize(engine, plan: ResizePlan) -> ResizeCost:
+    """Apply `plan` to the engine's parameters and all their optimizer state, in place. Every rank calls it.
+
+    Only right after `engine.step()` at a gradient accumulation boundary (or before the first step). Sizes that modules
+    remember (Linear.in_features, ...) are the caller's to refresh. The engine has passed `check_supported`.
+
+    Raises:
+        ValueError: the plan was made for a model of other parameter names or sizes.
+        RuntimeError: gradients wait for a step, or ranks hold different plans.
+    """
+    adapter = adapter_of(engine)
+    if engine.micro_steps % engine.gradient_accumulation_steps() or adapter.has_pending_gradients():
+        raise RuntimeError("resize: gradients wait for a step; resize only right after engine.step() at a boundary")
+    adapter.index_by_parameter(plan)  # a plan for another model is refused before anything has changed
+    device = next(engine.module.parameters()).device
+    _check_agreement(plan, device)
+    _synchronize(device)
+    start = time.perf_counter()
+    bytes_moved = adapter.resize(plan)
+    _synchronize(device)
+    return ResizeCost((time.perf_counter() - start) * 1e3, bytes_moved)
+
+
+@torch.no_grad()
+def gradient_fragments(engine) -> Iterator[Fragment]:
+    """This rank's share of the reduced gradients, with the fp32 weights they belong to. No communication.
+
+    Call after `engine.backward` at the accumulation boundary and before `engine.step`. Over all ranks, every element
+    of every trainable parameter appears exactly once: sums over ranks are complete. Fragments may be views of live
+    state: read them, do not change them.
+    """
+    yield from adapter_of(engine).gradient_fragments()
+
+
+@torch.no_grad()
+def master_weights(engine) -> dict[str, Tensor]:
+    """Full fp32 weights by parameter name, frozen ones too, as new tensors on every rank. Every rank calls it."""
+    return adapter_of(engine).master_weights()
+
+
+def _check_agreement(plan: ResizePlan, device: torch.device) -> None:
+    """Ranks with different plans would exchange garbage. Compares the first 63 bits of the hash."""
+    mine = torch.tensor([int(plan.hash[:16], 16) >> 1], device=device)
+    hashes = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(hashes, mine)
+    others = [rank for rank, other in enumerate(hashes) if int(other) != int(hashes[0])]
+    if others:
+        raise RuntimeError(
+            f"resize: ranks {others} hold another plan than rank 0; the event must be the same everywhere"
+        )
+
+
+def _synchronize(device: torch.device) -> None:
+    """Wait for kernels and for DeepSpeed's reduction stream; nothing to wait for on the CPU."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)

@@ -1,0 +1,163 @@
+"""Arithmetic of flat buffers: many parameters laid end to end and cut into equal partitions, one a rank.
+
+`Layout` says where every parameter lies; `FlatMove` says how an event maps one layout to a smaller one. Pure integer
+arithmetic, evaluated identically on every rank: nobody has to tell anybody what will be sent.
+
+Kept indices ascend, so survivors keep their order: numbered consecutively ("survivor numbers"), those of rank r are
+[kept[r], kept[r + 1]) before the event and [due[r], due[r + 1]) after it. Re-balancing moves contiguous ranges only.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from homodistil.resize.plan import DimIndex
+
+Shape = tuple[int, ...]
+
+
+class Piece(NamedTuple):
+    """The part of one parameter that lies in a window of the flat buffer."""
+
+    parameter: int
+    """Which parameter, in the order of the layout."""
+    position: int
+    """Where the part begins, counted from the start of the window."""
+    start: int
+    """Its first element, as a row-major index into the parameter."""
+    numel: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Parameters of `shapes` at `offsets` in a buffer of `numel` elements, split evenly over `num_partitions` ranks."""
+
+    shapes: tuple[Shape, ...]
+    offsets: tuple[int, ...]
+    end: int
+    """One past the last element that belongs to a parameter; from here on there is only padding."""
+    numel: int
+    num_partitions: int
+
+    @classmethod
+    def packed(
+        cls, shapes: Sequence[Shape], num_partitions: int, alignment: int, parameter_alignment: int = 1
+    ) -> Layout:
+        """Lay `shapes` end to end.
+
+        Args:
+            alignment: the buffer's length is a multiple of this (elements); itself a multiple of `num_partitions`.
+            parameter_alignment: every parameter starts at a multiple of this (elements).
+        """
+        offsets, end = [], 0
+        for shape in shapes:
+            start = -(-end // parameter_alignment) * parameter_alignment
+            offsets.append(start)
+            end = start + math.prod(shape)
+        numel = -(-end // alignment) * alignment
+        return cls(tuple(map(tuple, shapes)), tuple(offsets), end, numel, num_partitions)
+
+    @property
+    def partition_numel(self) -> int:
+        return self.numel // self.num_partitions
+
+    def pieces(self, start: int, stop: int) -> Iterator[Piece]:
+        """Parts of parameters inside [start, stop) of the flat buffer, in order."""
+        for i, (shape, offset) in enumerate(zip(self.shapes, self.offsets, strict=True)):
+            first, last = max(offset, start), min(offset + math.prod(shape), stop)
+            if first < last:
+                yield Piece(i, first - start, first - offset, last - first)
+
+    def partition_pieces(self, rank: int) -> Iterator[Piece]:
+        return self.pieces(rank * self.partition_numel, (rank + 1) * self.partition_numel)
+
+    def padding(self) -> tuple[int, ...]:
+        """Unused elements between each parameter and the next (after the last: 0)."""
+        ends = [offset + math.prod(shape) for shape, offset in zip(self.shapes, self.offsets, strict=True)]
+        return tuple(following - end for end, following in zip(ends, self.offsets[1:] + (self.end,), strict=True))
+
+
+@dataclass(frozen=True)
+class FlatMove:
+    """From layout `old` to layout `new`, keeping `index` of each parameter."""
+
+    old: Layout
+    new: Layout
+    index: tuple[DimIndex, ...]
+    kept: tuple[int, ...]
+    """Survivors before each old partition boundary, num_partitions + 1 numbers."""
+    due: tuple[int, ...]
+    """Survivors before each new partition boundary, num_partitions + 1 numbers."""
+
+    @classmethod
+    def plan(cls, old: Layout, index: Sequence[DimIndex], alignment: int, parameter_alignment: int = 1) -> FlatMove:
+        shapes = [shape_after(shape, kept) for shape, kept in zip(old.shapes, index, strict=True)]
+        new = Layout.packed(shapes, old.num_partitions, alignment, parameter_alignment)
+        boundaries = range(old.num_partitions + 1)
+        kept = [
+            sum(map(survivors_before, old.shapes, index, [r * old.partition_numel - o for o in old.offsets]))
+            for r in boundaries
+        ]
+        due = [sum(piece.numel for piece in new.pieces(0, r * new.partition_numel)) for r in boundaries]
+        return cls(old, new, tuple(index), tuple(kept), tuple(due))
+
+    def send_sizes(self, rank: int) -> list[int]:
+        """Survivors that `rank` holds now and each rank is due to hold."""
+        return [_overlap(self.kept, rank, self.due, other) for other in range(self.old.num_partitions)]
+
+    def receive_sizes(self, rank: int) -> list[int]:
+        """Survivors that each rank holds now and `rank` is due to hold."""
+        return [_overlap(self.kept, other, self.due, rank) for other in range(self.old.num_partitions)]
+
+    def crossing_numel(self) -> int:
+        """Survivors that change rank, over all ranks, for one partitioned state."""
+        ranks = range(self.old.num_partitions)
+        return sum(numel for r in ranks for other, numel in enumerate(self.send_sizes(r)) if other != r)
+
+
+def _overlap(a: Sequence[int], i: int, b: Sequence[int], j: int) -> int:
+    return max(0, min(a[i + 1], b[j + 1]) - max(a[i], b[j]))
+
+
+def shape_after(shape: Shape, index: DimIndex) -> Shape:
+    return tuple(index[dim].numel() if dim in index else size for dim, size in enumerate(shape))
+
+
+def survivors_before(shape: Shape, index: DimIndex, stop: int) -> int:
+    """How many survivors of a parameter have a row-major index < `stop` (any integer, also negative)."""
+    stop = min(max(stop, 0), math.prod(shape))
+    if not index:
+        return stop
+    if stop == math.prod(shape):
+        return math.prod(shape_after(shape, index))
+    before, new_shape = 0, shape_after(shape, index)
+    for dim in range(len(shape)):
+        coordinate, stop = divmod(stop, math.prod(shape[dim + 1 :]))
+        rank_among_kept = coordinate
+        if dim in index:
+            rank_among_kept = int(torch.searchsorted(index[dim], coordinate))
+        before += rank_among_kept * math.prod(new_shape[dim + 1 :])
+        if dim in index and coordinate not in index[dim]:
+            break  # the slice that `stop` points into is leaving: nothing inside it counts
+    return before
+
+
+def old_positions(shape: Shape, index: DimIndex, first: int, last: int, device: torch.device) -> Tensor:
+    """Row-major indices, in the old parameter, of its survivors number [first, last). int64, shape (last - first,)."""
+    remainder = torch.arange(first, last, device=device)
+    positions = torch.zeros_like(remainder)
+    new_shape = shape_after(shape, index)
+    for dim in range(len(shape)):
+        stride = math.prod(new_shape[dim + 1 :])
+        coordinate = remainder // stride
+        remainder = remainder - coordinate * stride
+        if dim in index:
+            coordinate = index[dim].to(device)[coordinate]
+        positions += coordinate * math.prod(shape[dim + 1 :])
+    return positions

@@ -1,0 +1,131 @@
+"""Moves surviving elements of flat buffers, inside a rank and between ranks. Knows shapes, not DeepSpeed.
+
+Survivors keep their order, so a rank compacts its own partition to the left in place, and the concatenation of the
+compacted partitions over ranks is the new buffer. One all-to-all of contiguous ranges then evens the partitions out:
+no packing, no metadata, and no more extra memory than the new partition itself.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from homodistil.resize.flat import FlatMove, Shape, old_positions, survivors_before
+from homodistil.resize.plan import DimIndex
+
+CHUNK_NUMEL = 1 << 20
+"""Elements copied at once: bounds temporaries to a few MiB, however large the embedding is."""
+
+
+def move_partition(old: Tensor, move: FlatMove, rank: int, group: dist.ProcessGroup | None) -> Tensor:
+    """This rank's partition of the new buffer; `old` (flat, old partition) is used up. Collective over `group`."""
+    numel = compact(old, rank * move.old.partition_numel, move)
+    return exchange(old[:numel], move, rank, group)
+
+
+def move_replicated(old: Tensor, move: FlatMove) -> Tensor:
+    """The whole new buffer, padding zero, from the whole old one, which is used up. No communication."""
+    numel = compact(old, 0, move)
+    new = torch.zeros(move.new.numel, dtype=old.dtype, device=old.device)
+    spread(old[:numel], new, 0, move)
+    return new
+
+
+def exchange(survivors: Tensor, move: FlatMove, rank: int, group: dist.ProcessGroup | None) -> Tensor:
+    """New partition (padding zero) of `rank` from the compacted survivors of every rank. Collective over `group`."""
+    assert survivors.numel() == move.kept[rank + 1] - move.kept[rank], "compaction and plan disagree"
+    start, numel = rank * move.new.partition_numel, move.due[rank + 1] - move.due[rank]
+    new = torch.zeros(move.new.partition_numel, dtype=survivors.dtype, device=survivors.device)
+    has_gaps = any(move.new.padding())
+    landing = torch.empty(numel, dtype=new.dtype, device=new.device) if has_gaps else new[:numel]
+    if move.new.num_partitions == 1:
+        landing.copy_(survivors)
+    else:
+        dist.all_to_all_single(landing, survivors, move.receive_sizes(rank), move.send_sizes(rank), group=group)
+    if has_gaps:
+        spread(landing, new, start, move)
+    return new
+
+
+def spread(survivors: Tensor, new: Tensor, start: int, move: FlatMove) -> None:
+    """Put consecutive survivors where parameters lie in `new`, the window of the new buffer that begins at `start`."""
+    read = 0
+    for piece in move.new.pieces(start, start + new.numel()):
+        new[piece.position : piece.position + piece.numel] = survivors[read : read + piece.numel]
+        read += piece.numel
+    assert read == survivors.numel(), "survivors and new layout disagree"
+
+
+def compact(buffer: Tensor, start: int, move: FlatMove, chunk_numel: int = CHUNK_NUMEL) -> int:
+    """Shift the survivors of `buffer` (flat, old elements [start, start + len)) to its front; returns their number."""
+    written = 0
+    for piece in move.old.pieces(start, start + buffer.numel()):
+        fragment = buffer[piece.position : piece.position + piece.numel]
+        shape, index = move.old.shapes[piece.parameter], move.index[piece.parameter]
+        if not index and piece.position == written:  # nothing has left so far: already in place
+            written += piece.numel
+            continue
+        # Chunks are copies, taken one after the other: a write never passes what is still to be read.
+        for chunk in _survivor_chunks(fragment, piece.start, shape, index, chunk_numel):
+            buffer[written : written + chunk.numel()] = chunk
+            written += chunk.numel()
+    return written
+
+
+def _survivor_chunks(fragment: Tensor, start: int, shape: Shape, index: DimIndex, chunk_numel: int) -> Iterator[Tensor]:
+    """Copies of the survivors of a parameter's elements [start, start + len(fragment)), in order, flat."""
+    stop, row_numel = start + fragment.numel(), math.prod(shape[1:])
+    if not index:
+        for begin in range(0, fragment.numel(), chunk_numel):
+            yield fragment[begin : begin + chunk_numel].clone()
+        return
+    first_row, last_row = -(-start // row_numel), stop // row_numel
+    if any(dim > 1 for dim in index) or first_row >= last_row:
+        yield from _scattered_chunks(fragment, start, start, stop, shape, index, chunk_numel)
+        return
+    yield from _scattered_chunks(fragment, start, start, first_row * row_numel, shape, index, chunk_numel)
+    rows = fragment[first_row * row_numel - start : last_row * row_numel - start]
+    yield from _row_chunks(rows.view(last_row - first_row, *shape[1:]), first_row, index, chunk_numel)
+    yield from _scattered_chunks(fragment, start, last_row * row_numel, stop, shape, index, chunk_numel)
+
+
+def _row_chunks(rows: Tensor, first_row: int, index: DimIndex, chunk_numel: int) -> Iterator[Tensor]:
+    """Survivors of whole rows, many times faster than element by element (no index as long as the data)."""
+    step = max(1, chunk_numel // math.prod(rows.shape[1:]))
+    for begin in range(0, rows.shape[0], step):
+        block = rows[begin : begin + step]
+        if 0 in index:
+            low = first_row + begin
+            bounds = torch.tensor([low, low + block.shape[0]])
+            i, j = torch.searchsorted(index[0], bounds).tolist()
+            block = block.index_select(0, (index[0][i:j] - low).to(block.device))
+        if 1 in index:
+            block = block.index_select(1, index[1].to(block.device))
+        yield block.reshape(-1)
+
+
+def _scattered_chunks(
+    fragment: Tensor, start: int, first: int, last: int, shape: Shape, index: DimIndex, chunk_numel: int
+) -> Iterator[Tensor]:
+    """Survivors of elements [first, last) of the parameter, one by one; fragment[0] is its element `start`."""
+    first, last = survivors_before(shape, index, first), survivors_before(shape, index, last)
+    for begin in range(first, last, chunk_numel):
+        positions = old_positions(shape, index, begin, min(begin + chunk_numel, last), fragment.device)
+        yield fragment.index_select(0, positions - start)
+
+
+def set_param_data(param: nn.Parameter, data: Tensor) -> None:
+    """Give `param` new data of another shape, so that the next backward works whatever still refers to the last one.
+
+    Autograd caches an AccumulateGrad node a parameter, alive as long as any old graph is (a kept loss is enough), and
+    it checks gradients against the shape at its birth. Assigning data of another dtype drops the node; another shape
+    does not. Post-accumulate-grad hooks sit on the parameter and survive.
+    """
+    param.grad = None
+    other_dtype = torch.float64 if param.dtype == torch.float32 else torch.float32
+    param.data = torch.empty(0, dtype=other_dtype, device=param.device)
+    param.data = data

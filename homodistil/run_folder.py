@@ -1,0 +1,63 @@
+"""The run folder: made, claimed or gone on with, before anything is trained; never overwritten."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import yaml
+
+from homodistil.config import RunConfig
+from homodistil.errors import UserError
+from homodistil.metrics import write_atomically
+
+CONFIG_FILE = "config.yaml"
+ENGINE_FILE = "ds_config.json"
+# What may change when a run is gone on with: nothing here touches weights or data.
+_FREE = {"train": {"save_every_steps", "keep_checkpoints", "eval_every_steps", "eval_batch_size", "log_every_steps"}}
+_FREE["data"] = {"cache_dir", "workers"}
+
+
+def open_run_folder(config: RunConfig, engine_config: dict) -> Path:
+    """Check and claim `run.dir` (rank 0 only), and write the resolved config into it.
+
+    Raises:
+        UserError: not empty without resume, not a run folder, nothing to resume, or another run's folder.
+    """
+    folder = Path(config.run_dir).expanduser().absolute()
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"run.dir: {str(folder)!r} is a file; name a folder")
+    occupied = folder.is_dir() and any(folder.iterdir())
+    resume = config.run.resume
+    if occupied and resume == "never":
+        raise UserError(
+            f"run.dir: {str(folder)!r} is not empty; choose another run.dir, or run.resume=auto to go on with that run"
+        )
+    if resume == "must" and not (folder / "checkpoints" / "latest").is_file():
+        raise UserError(f"run.resume: must, but {str(folder)!r} has no checkpoint; use auto or another run.dir")
+    if occupied:
+        _check_same_run(folder, config)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / CONFIG_FILE, yaml.safe_dump(config.to_dict(), sort_keys=False))
+        write_atomically(folder / ENGINE_FILE, json.dumps(engine_config, indent=2) + "\n")
+    except OSError as error:
+        raise UserError(f"run.dir: cannot write to {str(folder)!r} ({error.strerror})") from None
+    return folder
+
+
+def _check_same_run(folder: Path, config: RunConfig) -> None:
+    try:
+        before = yaml.safe_load((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    except OSError:
+        raise UserError(f"run.dir: {str(folder)!r} is not empty and not a run folder; choose another run.dir") from None
+    for section, fields in config.to_dict().items():
+        if section == "run":
+            continue
+        for name, value in fields.items():
+            old = before.get(section, {}).get(name, value)
+            if old != value and name not in _FREE.get(section, ()):
+                raise UserError(
+                    f"{section}.{name}: the run in {str(folder)!r} has {old}, this config {value}; "
+                    f"go on with the same value, or choose another run.dir"
+                )

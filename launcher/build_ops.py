@@ -1,0 +1,28 @@
+"""Build DeepSpeed's shared-memory op once (about a minute), so that no job has to.
+
+A job that was killed while building leaves a lock that every later job waits for, for ever: it is removed first.
+"""
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+
+def main() -> int:
+    if shutil.which(os.environ.get("CXX", "g++")) is None:
+        print("error: no C++ compiler found (g++); install one, for example `apt-get install g++`", file=sys.stderr)
+        return 2
+    folder = os.environ.get("TORCH_EXTENSIONS_DIR")
+    if folder:  # without it the folder is shared with other projects, whose build may be going on
+        for lock in Path(folder).rglob("lock"):
+            lock.unlink()
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from deepspeed.accelerator import get_accelerator
+
+    get_accelerator().create_op_builder("ShareMemCommBuilder").load()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

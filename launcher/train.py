@@ -1,0 +1,22 @@
+"""The main job: distil a student from a teacher under DeepSpeed.
+
+    deepspeed --num_accelerators 2 launcher/train.py --deepspeed ds_configs/zero2.json
+    deepspeed launcher/train.py --deepspeed ds_configs/zero2.json recipe=homobert-small \
+        teacher.name=/models/bert-base-uncased data.sources=[/data/wiki,/data/books] run.dir=/runs/small
+"""
+
+import sys
+
+from homodistil.cli import exit_on_user_error, parse_with_engine
+
+
+def main() -> None:
+    with exit_on_user_error():
+        config, engine_config = parse_with_engine(sys.argv[1:], description="Distil a student from a teacher.")
+        from homodistil.job import run  # heavy imports, not needed for --help and config errors
+
+        run(config, engine_config)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""The plain single-process training loop that DeepSpeed runs with resizes are held against. No homodistil in here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import tiny_bert
+import torch
+from torch import Tensor, nn
+
+LR, EPS, CLIP = 1e-3, 1e-6, 0.5
+ROWS = 3
+"""Sequences a rank and micro-batch."""
+
+
+@dataclass
+class Trajectory:
+    losses: list[float]
+    weights: dict[str, Tensor]
+    exp_avg: dict[str, Tensor]
+    exp_avg_sq: dict[str, Tensor]
+
+
+def make_optimizer(groups: list[dict]) -> torch.optim.AdamW:
+    return torch.optim.AdamW(groups, lr=LR, eps=EPS)
+
+
+def train(num_steps: int, accumulation: int, world: int, events: dict[int, dict[str, Tensor]]) -> Trajectory:
+    """fp32: whole global batches, AdamW, clipping, warm-up; at an event parameters and moments are cut by hand."""
+    model = tiny_bert.make_model()
+    optimizer = make_optimizer(tiny_bert.param_groups(model))
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, tiny_bert.lr_factor)
+    losses = []
+    for step in range(num_steps):
+        if step in events:
+            cut(model, {p: p for p in model.parameters()}, optimizer, events[step])
+        optimizer.zero_grad()
+        loss_sum = 0.0
+        for micro in range(accumulation):
+            batch = tiny_bert.make_batch(step * accumulation + micro, ROWS * world)
+            loss_sum += backward(model, batch, accumulation)
+        nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        optimizer.step()
+        scheduler.step()
+        losses.append(loss_sum)
+    return _trajectory(model, {p: p for p in model.parameters()}, optimizer, losses)
+
+
+def train_bf16(num_steps: int, world: int, events: dict[int, dict[str, Tensor]]) -> Trajectory:
+    """bf16 weights under fp32 masters; the ranks' gradients are averaged in bf16, as ZeRO's bucket does."""
+    model = tiny_bert.make_model(torch.bfloat16)
+    masters = {p: nn.Parameter(p.detach().float()) for p in model.parameters()}
+    groups = [g | {"params": [masters[p] for p in g["params"]]} for g in tiny_bert.param_groups(model)]
+    optimizer = make_optimizer(groups)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, tiny_bert.lr_factor)
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    losses = []
+    for step in range(num_steps):
+        if step in events:
+            cut(model, masters, optimizer, events[step])
+        average = {p: torch.zeros_like(p) for p in trainable}
+        batch, loss_sum = tiny_bert.make_batch(step, ROWS * world), 0.0
+        for rank in range(world):
+            loss_sum += backward(model, {k: v[rank * ROWS : (rank + 1) * ROWS] for k, v in batch.items()}) / world
+            for p in trainable:
+                average[p] += p.grad / world
+                p.grad = None
+        for p in trainable:
+            masters[p].grad = average[p].float()
+        nn.utils.clip_grad_norm_([masters[p] for p in trainable], CLIP)
+        optimizer.step()
+        scheduler.step()
+        with torch.no_grad():
+            for p, master in masters.items():
+                p.copy_(master)
+        losses.append(loss_sum)
+    return _trajectory(model, masters, optimizer, losses)
+
+
+def backward(model: nn.Module, batch: dict[str, Tensor], divisor: int = 1) -> float:
+    """Gradients of the mean loss / divisor. No graph outlives the call: plain torch cannot cut parameters under one."""
+    loss = model(**batch).loss / divisor
+    loss.backward()
+    return loss.item()
+
+
+@torch.no_grad()
+def cut(model: nn.Module, masters: dict, optimizer: torch.optim.Optimizer, keep: dict[str, Tensor]) -> None:
+    for name, cuts in tiny_bert.slices(model, keep).items():
+        param = model.get_parameter(name)
+        master = masters[param]
+        for key in ("exp_avg", "exp_avg_sq"):
+            if key in optimizer.state.get(master, {}):
+                optimizer.state[master][key] = tiny_bert.take(optimizer.state[master][key], cuts)
+        for tensor in {param, master}:
+            tensor.grad = None
+            tensor.data = tiny_bert.take(tensor.data, cuts)
+    tiny_bert.refresh(model, keep)
+
+
+def _trajectory(model: nn.Module, masters: dict, optimizer: torch.optim.Optimizer, losses: list[float]) -> Trajectory:
+    names = {name: masters[p] for name, p in model.named_parameters()}
+    weights = {name: master.detach() for name, master in names.items()}
+    trained = {name: optimizer.state[master] for name, master in names.items() if master in optimizer.state}
+    moments = [{name: state[key] for name, state in trained.items()} for key in ("exp_avg", "exp_avg_sq")]
+    return Trajectory(losses, weights, *moments)

@@ -1,0 +1,118 @@
+"""One rank of test_importance_sums.py: |weight * gradient| per row and column, from fragments and from one process.
+
+    torchrun --nproc_per_node 2 worker_importance.py '[0, 1, 2]'      (ZeRO stages)
+
+Prints one line `CASE {json}` a stage: the largest relative difference of any sum, and how strongly clipping acted.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import deepspeed
+import reference
+import tiny_bert
+import torch
+import torch.distributed as dist
+from reference import ROWS
+from torch import Tensor, nn
+
+from homodistil.models import bert
+from homodistil.resize import check_supported, gradient_fragments, make_plan, master_weights, resize
+
+ACCUMULATION, NUM_STEPS, EVENT_STEP = 2, 5, 3
+KEEP = {
+    "hidden": tiny_bert.pick(36, 29, 1),
+    "layer.0.ffn": tiny_bert.pick(55, 41, 2),
+    "layer.1.heads": tiny_bert.pick(4, 3, 3),
+    "layer.1.qk_dim": tiny_bert.pick_per_head(4, 9, 7, 4),
+    "layer.1.vo_dim": tiny_bert.pick_per_head(4, 9, 7, 5),
+}
+
+
+def make_engine(model: nn.Module, stage: int):
+    config = {
+        "train_micro_batch_size_per_gpu": ROWS,
+        "gradient_accumulation_steps": ACCUMULATION,
+        "gradient_clipping": reference.CLIP,
+        "zero_optimization": {"stage": stage},
+    }
+    optimizer = reference.make_optimizer(tiny_bert.param_groups(model))
+    return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
+
+
+def sums_from_fragments(engine, shapes: dict[str, torch.Size]) -> dict[str, list[Tensor]]:
+    """Per dimension of every trainable parameter: sum over the other one. One all-reduce each."""
+    products = {name: torch.zeros(shape.numel()) for name, shape in shapes.items()}
+    counts = {name: torch.zeros(shape.numel()) for name, shape in shapes.items()}
+    for name, start, weight, gradient in gradient_fragments(engine):
+        assert weight.dtype == gradient.dtype == torch.float32 and weight.shape == gradient.shape and weight.ndim == 1
+        products[name][start : start + weight.numel()] += (weight * gradient).abs()
+        counts[name][start : start + weight.numel()] += 1
+    for name in shapes:
+        dist.all_reduce(counts[name])
+        assert (counts[name] == 1).all(), f"elements of {name} appear {counts[name].unique()} times"
+        dist.all_reduce(products[name])
+    return {name: sums(products[name].view(shape)) for name, shape in shapes.items()}
+
+
+def sums(product: Tensor) -> list[Tensor]:
+    return [product] if product.ndim == 1 else [product.sum(1), product.sum(0)]
+
+
+def sums_in_one_process(model: nn.Module, weights: dict[str, Tensor], step: int) -> tuple[dict, float]:
+    """The same sums from a plain model with these weights on the global batch, and the global gradient norm."""
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(weights[name])
+    model.zero_grad()
+    for micro in range(ACCUMULATION):
+        batch = tiny_bert.make_batch(step * ACCUMULATION + micro, ROWS * dist.get_world_size())
+        reference.backward(model, batch, ACCUMULATION)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    norm = torch.stack([p.grad.norm() for p in trained.values()]).norm().item()
+    return {name: sums((p.detach() * p.grad).abs()) for name, p in trained.items()}, norm
+
+
+def run_stage(stage: int) -> dict:
+    model, plain, rank = tiny_bert.make_model(), tiny_bert.make_model(), dist.get_rank()
+    engine, worst, smallest_norm = make_engine(model, stage), 0.0, float("inf")
+    check_supported(engine)
+    for step in range(NUM_STEPS):
+        if step == EVENT_STEP:
+            plan = make_plan(bert.axis_table(model), KEEP)
+            resize(engine, plan)
+            bert.refresh(model, plan.widths_after)
+            reference.cut(plain, {p: p for p in plain.parameters()}, reference.make_optimizer([{"params": []}]), KEEP)
+        expected, norm = sums_in_one_process(plain, master_weights(engine), step)
+        for micro in range(ACCUMULATION):
+            batch = tiny_bert.make_batch(step * ACCUMULATION + micro, ROWS * dist.get_world_size())
+            loss = engine(**{k: v[rank * ROWS : (rank + 1) * ROWS] for k, v in batch.items()}).loss
+            engine.backward(loss)
+            if micro == ACCUMULATION - 1:
+                shapes = {name: p.shape for name, p in model.named_parameters() if p.requires_grad}
+                found = sums_from_fragments(engine, shapes)
+            engine.step()
+        assert found.keys() == expected.keys()
+        for name in found:
+            for got, wanted in zip(found[name], expected[name], strict=True):
+                # Biases start at exactly 0, and a key bias has no gradient but rounding: sums of 0, hence the floor.
+                worst = max(worst, ((got - wanted).abs().max() / wanted.max().clamp_min(1e-8)).item())
+        smallest_norm = min(smallest_norm, norm)
+    return {"stage": stage, "relative": worst, "smallest_gradient_norm": smallest_norm, "clip": reference.CLIP}
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    deepspeed.init_distributed()
+    for stage in json.loads(sys.argv[1]):
+        result = run_stage(stage)
+        if dist.get_rank() == 0:
+            print("CASE", json.dumps(result), flush=True)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

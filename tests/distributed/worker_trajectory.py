@@ -1,0 +1,239 @@
+"""One rank of test_trajectory.py: DeepSpeed training with resize events, checked at every event and at the end.
+
+    torchrun --nproc_per_node 2 worker_trajectory.py '[{"stage": 2}]' [--refusals]      (cases: see test_trajectory.py)
+
+Prints one line `CASE {json}` a case, with the distances to the plain loop of reference.py.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import deepspeed
+import reference
+import tiny_bert
+import torch
+import torch.distributed as dist
+from reference import ROWS
+from torch import Tensor
+
+from homodistil.models import bert
+from homodistil.resize import ResizePlan, check_supported, make_plan, master_weights, resize
+
+NUM_STEPS = 20
+STATES = ("exp_avg", "exp_avg_sq")
+
+
+class Run:
+    """One engine and the checks on it."""
+
+    def __init__(self, case: dict):
+        self.accumulation = case.get("accumulation", 1)
+        self.events = tiny_bert.events() if case.get("events", True) else {}
+        dtype = torch.bfloat16 if case.get("bf16") else torch.float32
+        self.model = tiny_bert.make_model()
+        self.engine, *_ = deepspeed.initialize(
+            model=self.model,
+            optimizer=reference.make_optimizer(tiny_bert.param_groups(self.model)),
+            lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, tiny_bert.lr_factor),
+            config={
+                "train_micro_batch_size_per_gpu": ROWS,
+                "gradient_accumulation_steps": self.accumulation,
+                "gradient_clipping": reference.CLIP,
+                "bf16": {"enabled": dtype == torch.bfloat16},
+                "zero_optimization": {"stage": case["stage"], **case.get("zero", {})},
+            },
+        )
+        check_supported(self.engine)
+        self.names = [name for name, _ in self.model.named_parameters()]
+
+    def train(self) -> list[float]:
+        rank, losses = dist.get_rank(), []
+        loss = None
+        for step in range(NUM_STEPS):
+            if step in self.events:
+                self.resize(self.events[step])  # `loss`, and with it the last graph, is still referenced here
+                before = master_weights(self.engine)
+            total = torch.zeros(1)
+            for micro in range(self.accumulation):
+                batch = tiny_bert.make_batch(step * self.accumulation + micro, ROWS * dist.get_world_size())
+                loss = self.engine(**{k: rows[rank * ROWS : (rank + 1) * ROWS] for k, rows in batch.items()}).loss
+                self.engine.backward(loss)
+                self.engine.step()
+                total += loss.detach().float() / self.accumulation
+            if step in self.events:
+                self.check_all_move(before)
+            dist.all_reduce(total)
+            losses.append(total.item() / dist.get_world_size())
+        return losses
+
+    def resize(self, keep: dict[str, Tensor]) -> None:
+        engine = self.engine
+        plan = make_plan(bert.axis_table(self.model), keep)
+        hashes = [None] * dist.get_world_size()
+        dist.all_gather_object(hashes, plan.hash)
+        assert len(set(hashes)) == 1, hashes
+        cuts, before, same = tiny_bert.slices(self.model, keep), self.everything(), self.what_stays()
+        cost = resize(engine, plan)
+        bert.refresh(self.model, plan.widths_after)
+        assert cost.milliseconds > 0
+        assert self.what_stays() == same, "an object was replaced, or a count changed"
+        after = self.everything()
+        for (kind, name), tensor in before.items():
+            expected = tiny_bert.take(tensor, cuts.get(name, {}))
+            assert torch.equal(expected, after[kind, name]), (kind, name, expected.shape, after[kind, name].shape)
+        assert after.keys() == before.keys()
+        self.check_padding()
+        check_supported(engine)  # the layout, once more: it is what a later checkpoint and event rely on
+
+    def what_stays(self) -> tuple:
+        engine, base = self.engine, self.engine.basic_optimizer
+        objects = (engine.optimizer, base, engine.lr_scheduler, engine.lr_scheduler.optimizer, engine.module)
+        parameters = [id(p) for p in self.model.parameters()] + [id(p) for g in base.param_groups for p in g["params"]]
+        steps = [float(state["step"]) for state in base.state.values()]
+        settings = [{k: v for k, v in group.items() if k != "params"} for group in base.param_groups]
+        counts = (engine.global_steps, engine.micro_steps, engine.lr_scheduler.last_epoch)
+        return tuple(map(id, objects)), parameters, steps, settings, counts
+
+    def everything(self) -> dict[tuple[str, str], Tensor]:
+        """(kind, parameter name) -> full tensor, copied: model weights, fp32 masters, moments."""
+        found = {("weight", name): p.detach().clone() for name, p in self.model.named_parameters()}
+        found |= {("master", name): tensor for name, tensor in master_weights(self.engine).items()}
+        for key in STATES:
+            found |= {(key, name): tensor for name, tensor in self.full_state(key).items()}
+        return found
+
+    def full_state(self, key: str) -> dict[str, Tensor]:
+        """Full optimizer state by parameter name, by a walk along DeepSpeed's own flat buffers."""
+        optimizer, name_of = self.engine.optimizer, {p: n for n, p in self.model.named_parameters()}
+        if not hasattr(optimizer, "single_partition_of_fp32_groups"):
+            pairs = zip(
+                getattr(optimizer, "fp16_groups", [g["params"] for g in optimizer.param_groups]),
+                [g["params"] for g in optimizer.param_groups],
+                strict=True,
+            )
+            state = self.engine.basic_optimizer.state
+            return {
+                name_of[p]: state[m][key].clone() for ps, ms in pairs for p, m in zip(ps, ms, strict=True) if m in state
+            }
+        found = {}
+        for i, partition in enumerate(optimizer.single_partition_of_fp32_groups):
+            pieces = [torch.empty_like(partition) for _ in range(dist.get_world_size())]
+            dist.all_gather(pieces, optimizer.optimizer.state[partition][key])
+            flat = torch.cat(pieces)
+            for p, offset in zip(
+                optimizer.round_robin_bit16_groups[i], optimizer.round_robin_bit16_offsets[i], strict=True
+            ):
+                found[name_of[p]] = flat[offset : offset + p.numel()].view(p.shape).clone()
+        return found
+
+    def check_padding(self) -> None:
+        """Whatever no parameter owns in a flat buffer is zero, in weights, masters and moments."""
+        optimizer = self.engine.optimizer
+        if not hasattr(optimizer, "single_partition_of_fp32_groups"):
+            return
+        for i, flat in enumerate(optimizer.bit16_groups_flat):
+            partition = optimizer.single_partition_of_fp32_groups[i]
+            start = dist.get_rank() * partition.numel()
+            free = torch.ones(flat.numel(), dtype=torch.bool)
+            for p, offset in zip(
+                optimizer.round_robin_bit16_groups[i], optimizer.round_robin_bit16_offsets[i], strict=True
+            ):
+                free[offset : offset + p.numel()] = False
+            assert not flat[free].any()
+            free = free[start : start + partition.numel()]
+            for tensor in (partition.detach(), *(optimizer.optimizer.state[partition][key] for key in STATES)):
+                assert not tensor[free].any()
+
+    def check_all_move(self, before: dict[str, Tensor]) -> None:
+        """After a step: every trainable entry changed (weight decay or gradient), no frozen one did."""
+        after = master_weights(self.engine)
+        for name, p in self.model.named_parameters():
+            assert p.numel() > 0
+            moved = (after[name] != before[name]).float().mean().item()
+            assert moved == 0 if name == tiny_bert.FROZEN else moved > 0.99, (name, moved)
+
+
+def distances(run: Run, losses: list[float], expected: reference.Trajectory) -> dict[str, float]:
+    """Largest differences to the reference; for weights also the mean."""
+    weights = master_weights(run.engine)
+    assert {n: w.shape for n, w in weights.items()} == {n: w.shape for n, w in expected.weights.items()}
+    off = {name: (weights[name] - expected.weights[name]).abs() for name in weights}
+    found = {
+        "loss": max(abs(a - b) for a, b in zip(losses, expected.losses, strict=True)),
+        "weight": max(d.max().item() for d in off.values()),
+        "weight_mean": sum(d.sum().item() for d in off.values()) / sum(d.numel() for d in off.values()),
+    }
+    for key, tensors in (("exp_avg", expected.exp_avg), ("exp_avg_sq", expected.exp_avg_sq)):
+        state = run.full_state(key)
+        assert state.keys() == tensors.keys()
+        found[key] = max((state[name] - tensors[name]).abs().max().item() for name in tensors)
+    return found
+
+
+def check_refusals() -> None:
+    """A wrong moment, and ranks that disagree, are refused before anything has changed; training goes on."""
+    rank = dist.get_rank()
+    for case in ({"stage": 0}, {"stage": 1, "accumulation": 2}, {"stage": 2}):
+        run = Run(case | {"events": False})
+        table, batch = bert.axis_table(run.model), tiny_bert.make_batch(rank, ROWS)
+        plan = make_plan(table, {"layer.0.ffn": tiny_bert.pick(55, 50, 0)})
+        for _ in range(run.accumulation):
+            run.engine.backward(run.engine(**batch).loss)
+            if run.accumulation == 1:
+                expect_refusal(run, plan, "gradients wait for a step")  # after backward, before step
+            run.engine.step()
+            if run.engine.micro_steps < run.accumulation:
+                expect_refusal(run, plan, "gradients wait for a step")  # in the middle of accumulation
+        before = run.everything()
+        other = make_plan(table, {"layer.0.ffn": tiny_bert.pick(55, 50, rank // (dist.get_world_size() - 1))})
+        expect_refusal(run, other, f"ranks [{dist.get_world_size() - 1}] hold another plan")
+        assert all(torch.equal(tensor, before[key]) for key, tensor in run.everything().items())
+        resize(run.engine, plan)
+        try:
+            resize(run.engine, plan)
+        except ValueError as error:  # the same event twice
+            assert "should be 55" in str(error), error
+        else:
+            raise AssertionError("a plan for other widths was accepted")
+        run.engine.backward(run.engine(**batch).loss)
+
+
+def expect_refusal(run: Run, plan: ResizePlan, text: str) -> None:
+    try:
+        resize(run.engine, plan)
+    except RuntimeError as error:
+        assert text in str(error), error
+    else:
+        raise AssertionError(f"accepted, expected a refusal: {text}")
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    deepspeed.init_distributed()
+    expected: dict[str, reference.Trajectory] = {}
+    cases = json.loads(sys.argv[1])
+    if "--refusals" in sys.argv:
+        check_refusals()
+    for case in cases:
+        run = Run(case)
+        losses = run.train()
+        key = json.dumps([case.get(k) for k in ("accumulation", "events", "bf16")])
+        if key not in expected:
+            arguments = (dist.get_world_size(), run.events)
+            expected[key] = (
+                reference.train_bf16(NUM_STEPS, *arguments)
+                if case.get("bf16")
+                else reference.train(NUM_STEPS, run.accumulation, *arguments)
+            )
+        found = distances(run, losses, expected[key])
+        if dist.get_rank() == 0:
+            numbers = {"wrapper": type(run.engine.optimizer).__name__, "first_loss": losses[0], "last_loss": losses[-1]}
+            print("CASE", json.dumps(case | numbers | found), flush=True)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

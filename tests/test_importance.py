@@ -1,0 +1,118 @@
+"""Importance: dimension sums of pieces against whole tensors, axis sums by hand, smoothing, narrowing."""
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from homodistil.config import PruningConfig
+from homodistil.models.axes import AxisTable, AxisUse
+from homodistil.pruning.importance import Importance, add_dim_sums
+from homodistil.pruning.selection import select
+
+
+@dataclasses.dataclass
+class _Piece:
+    name: str
+    start: int
+    weight: torch.Tensor
+    gradient: torch.Tensor
+
+
+@given(rows=st.integers(1, 6), columns=st.integers(1, 7), cuts=st.lists(st.integers(0, 42), max_size=4))
+def test_sums_of_pieces_equal_sums_of_the_whole(rows, columns, cuts):
+    values = torch.arange(rows * columns, dtype=torch.float32) + 1
+    edges = [0, *sorted(min(c, rows * columns) for c in cuts), rows * columns]
+    for dim in (0, 1):
+        sums = torch.zeros((rows, columns)[dim])
+        for a, b in zip(edges, edges[1:], strict=False):
+            add_dim_sums(values[a:b], a, (rows, columns), dim, sums)
+        assert torch.equal(sums, values.view(rows, columns).sum(1 - dim))  # small integers: exact
+
+
+# Two heads of two dims, hidden 3: a query matrix (4, 3), and a vector over hidden that is not scored.
+TABLE = AxisTable(
+    {"hidden": 3, "layer.0.heads": 2, "layer.0.qk_dim": 2},
+    (
+        AxisUse("query", 0, ("layer.0.heads", "layer.0.qk_dim")),
+        AxisUse("query", 1, ("hidden",)),
+        AxisUse("projection", 0, ("hidden",), scored=False),
+    ),
+)
+SHAPES = {"query": (4, 3), "projection": (3,)}
+
+
+def _importance(**changes):
+    return Importance(TABLE, PruningConfig(**({"ema_beta": 0.0} | changes)), seed=0, device=torch.device("cpu"))
+
+
+def _pieces(weight, gradient):
+    flat_w, flat_g = weight.flatten(), gradient.flatten()
+    yield _Piece("query", 0, flat_w[:5], flat_g[:5])
+    yield _Piece("query", 5, flat_w[5:], flat_g[5:])
+    yield _Piece("projection", 0, torch.full((3,), 1e6), torch.full((3,), 1e6))
+
+
+def test_sensitivity_by_hand():
+    weight = torch.tensor([[1.0, -2, 0], [0, 1, 1], [3, 0, 0], [0, 0, -1]])
+    gradient = torch.tensor([[1.0, 1, 9], [9, 2, -1], [-1, 9, 9], [9, 9, 4]])
+    importance = _importance()
+    importance.accumulate(_pieces(weight, gradient), TABLE, SHAPES)
+    scores = importance.scores()
+    assert scores["hidden"].tolist() == [1 + 3, 2 + 2, 1 + 4]
+    assert scores["layer.0.heads"].tolist() == [3 + 3, 3 + 4]
+    assert scores["layer.0.qk_dim"].tolist() == [[3, 3], [3, 4]]
+
+
+def test_smoothing_is_an_exponential_average():
+    importance = _importance(ema_beta=0.75)
+    one = torch.ones(4, 3)
+    for size in (1.0, 2.0):
+        importance.accumulate(_pieces(one, one * size), TABLE, SHAPES)
+    # 0.25 * 4 after one update, then 0.75 of it + 0.25 * 8
+    assert importance.scores()["hidden"].tolist() == pytest.approx([0.75 * 1.0 + 2.0] * 3)
+
+
+def test_platon_multiplies_by_the_deviation():
+    importance = _importance(importance="platon", ema_beta=0.5, uncertainty_beta=0.5)
+    one = torch.ones(4, 3)
+    importance.accumulate(_pieces(one, one), TABLE, SHAPES)
+    # average 0.5 * 4 = 2; uncertainty 0.5 * |4 - 2| = 1
+    assert importance.scores()["hidden"].tolist() == pytest.approx([2.0] * 3)
+
+
+def test_magnitude_ignores_gradients_and_random_repeats():
+    importance = _importance(importance="magnitude", ema_beta=0.9)
+    importance.accumulate(_pieces(torch.full((4, 3), -2.0), torch.zeros(4, 3)), TABLE, SHAPES)
+    assert importance.scores()["hidden"].tolist() == [8.0] * 3
+    first, second = _importance(importance="random"), _importance(importance="random")
+    assert torch.equal(first.scores()["hidden"], second.scores()["hidden"])
+    second.accumulate(iter(()), TABLE, SHAPES)
+    assert not torch.equal(first.scores()["hidden"], second.scores()["hidden"])
+
+
+def test_narrow_keeps_the_scores_of_survivors():
+    importance = _importance()
+    importance.accumulate(_pieces(torch.arange(12.0).view(4, 3), torch.ones(4, 3)), TABLE, SHAPES)
+    keep = {
+        "hidden": torch.tensor([0, 2]),
+        "layer.0.heads": torch.tensor([1]),
+        "layer.0.qk_dim": torch.tensor([[0], [1]]),
+    }
+    before = importance.scores()
+    importance.narrow(keep)
+    after = importance.scores()
+    assert after["hidden"].tolist() == before["hidden"][[0, 2]].tolist()
+    assert after["layer.0.heads"].tolist() == before["layer.0.heads"][[1]].tolist()
+    assert after["layer.0.qk_dim"].tolist() == [[before["layer.0.qk_dim"][1, 1].item()]]
+
+
+def test_select_takes_the_best_in_old_order_and_spares_the_protected():
+    scores = {"hidden": torch.tensor([5.0, 1, 4, 0, 3]), "layer.0.qk_dim": torch.tensor([[1.0, 2, 3], [3, 1, 2]])}
+    due = {"hidden": 3, "layer.0.qk_dim": 2}
+    keep = select(scores, due)
+    assert keep["hidden"].tolist() == [0, 2, 4]
+    assert keep["layer.0.qk_dim"].tolist() == [[1, 2], [0, 2]]
+    assert select(scores, due, protected=torch.tensor([3]))["hidden"].tolist() == [0, 2, 3]
