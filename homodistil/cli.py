@@ -49,10 +49,15 @@ def _parse(argv: list[str], description: str, with_engine: bool):
         namespace = parser.parse_args(arguments)
     except ArgumentError as error:
         raise UserError(_one_line(error)) from None
-    sections = [f.name for f in dataclasses.fields(RunConfig)]
-    config = RunConfig(**{name: getattr(namespace, name) for name in sections})
+    sections = {f.name: f.default_factory for f in dataclasses.fields(RunConfig)}
+    config = RunConfig(**{name: _section(make, getattr(namespace, name)) for name, make in sections.items()})
     config.check()
     return config, namespace
+
+
+def _section(make, parsed):
+    """The parser gives a dataclass, or its own namespace when a YAML file had a part in it."""
+    return parsed if isinstance(parsed, make) else make(**vars(parsed))
 
 
 def _build_parser(description: str, with_engine: bool) -> ArgumentParser:

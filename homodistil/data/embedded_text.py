@@ -35,6 +35,7 @@ _TEMPLATE_TEXT = {
 }  # fmt: skip
 _RANGE_WORDS = {"to", "and", "or", "by", "x", "-", "\u2013"}
 _DROPPED_TAGS = {"ref", "table", "gallery", "math", "timeline", "source", "syntaxhighlight", "pre", "code", "score"}
+_MARKUP = re.compile(r"\{\{|\}\}|\[\[|\]\]|</?[a-z]+[ />]|https?://")
 _MIN_PARAGRAPH_WORDS = 12  # shorter lines are headings, captions and list remains
 
 
@@ -108,7 +109,8 @@ def _prose(wikitext: str) -> str:
         elif in_body:
             parts.append(_visible(node))
     lines = (_tidy(line) for line in "".join(parts).split("\n") if not line.startswith(("*", " ", "|", "!", "{")))
-    return "\n".join(line for line in lines if len(line.split()) >= _MIN_PARAGRAPH_WORDS)
+    # A line that still shows markup had it unbalanced at the source.
+    return "\n".join(line for line in lines if len(line.split()) >= _MIN_PARAGRAPH_WORDS and not _MARKUP.search(line))
 
 
 def _visible(node) -> str:
@@ -147,8 +149,8 @@ def _template_text(template: Template) -> str:
 
 def _tidy(line: str) -> str:
     """Close the holes that dropped markup leaves: "( ; born 1809)", "word ,", runs of spaces."""
-    line = line.replace("\u00a0", " ")
-    line = re.sub(r"\(\s*[,;:]\s*", "(", line)
+    line = re.sub(r"'{2,}", "'", line)
+    line = re.sub(r"\(\s*[,;:]*\s*", "(", line)
     line = re.sub(r"\s*\(\s*\)", "", line)
     line = re.sub(r"\s+([,.;:)])", r"\1", line)
     return re.sub(r"\s{2,}", " ", line).strip()

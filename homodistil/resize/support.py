@@ -82,7 +82,11 @@ def _unsupported_settings(engine) -> Iterator[tuple[str, str, str]]:
         ("offload_param", engine.zero_offload_param()),
     ):
         if offload is not None and offload.device != "none":
-            yield f"zero_optimization.{field}.device", repr(str(offload.device.value)), "'none' (offload comes later)"
+            yield (
+                f"zero_optimization.{field}.device",
+                repr(str(offload.device)),
+                "'none' (offload comes later); remove the section",
+            )
     if engine.zenflow_config() is not None:
         yield "zero_optimization.zenflow", "a ZenFlow section", "none; remove it"
     if engine.fp16_enabled():

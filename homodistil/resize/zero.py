@@ -85,7 +85,7 @@ class ZeroAdapter(Adapter):
         }
         for field, (found, expected) in found_and_expected.items():
             if found != expected:
-                raise ValueError(f"{field}[{i}]: found {found}, expected {expected}")
+                raise ValueError(f"{field}[{i}]: {_first_difference(found, expected)}")
         for param, offset in zip(optimizer.round_robin_bit16_groups[i], layout.offsets, strict=True):
             if param.data_ptr() != flat.data_ptr() + offset * flat.element_size():
                 raise ValueError(f"bit16_groups_flat[{i}]: a parameter is not a view of it at element {offset}")
@@ -229,3 +229,10 @@ def _padding_in_partition(layout: Layout, rank: int) -> int:
     """Elements of the partition that lie behind the last parameter."""
     stop = (rank + 1) * layout.partition_numel
     return min(layout.partition_numel, max(0, stop - layout.end))
+
+
+def _first_difference(found: object, expected: object) -> str:
+    if isinstance(found, list) and isinstance(expected, list) and len(found) == len(expected):
+        place = next(k for k, pair in enumerate(zip(found, expected, strict=True)) if pair[0] != pair[1])
+        return f"found {found[place]} at {place}, expected {expected[place]}"
+    return f"found {found}, expected {expected}"

@@ -1,0 +1,122 @@
+"""The corpus of a run: `data.sources` tokenised, split by document, packed into blocks, cached by content.
+
+    python launcher/prepare_data.py data.sources=[my_texts/]      # prepares it ahead of training
+
+`prepare_corpus` is called by every rank: the first one builds, the others wait, all map the same files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerBase
+
+from homodistil.config import DataConfig
+from homodistil.data.cache import build_once
+from homodistil.data.sources import Source, check_sources, open_sources
+from homodistil.errors import UserError
+
+_FORMAT_VERSION = 1  # of the cached blocks; raise it when reading, splitting or packing changes
+
+
+class Rows:
+    """Blocks of one split, memory-mapped. `rows[ids]` -> (n, seq_len) int64, padded at the end only."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._blocks = np.load(path, mmap_mode="r")
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    def __getitem__(self, ids: np.ndarray | list[int]) -> np.ndarray:
+        return np.asarray(self._blocks[np.asarray(ids, dtype=np.int64)], dtype=np.int64)
+
+    def __reduce__(self) -> tuple:
+        # A memmap would travel to a loader process with its whole content.
+        return Rows, (self._path,)
+
+
+@dataclass(frozen=True)
+class Corpus:
+    train: Rows
+    heldout: Rows
+    fingerprint: str
+    """Hash of everything the blocks depend on; equal fingerprints mean equal blocks."""
+    description: str
+    """One line: documents, tokens and blocks of each split."""
+
+
+def prepare_corpus(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Corpus:
+    """The corpus, from the cache where it has been prepared before.
+
+    Raises:
+        UserError: a source is missing, unreadable or without text; fewer than two documents; `seq_len` too long for
+            the tokenizer's model; a package or hub data set cannot be fetched.
+    """
+    backend, special_ids = _check_tokenizer(config, tokenizer)
+    sources = open_sources(config)
+    fingerprint = _fingerprint(config, sources, backend, special_ids)
+
+    def build(folder: Path) -> None:
+        # Imported here: `datasets` takes longer to import than a prepared corpus takes to open.
+        from homodistil.data.packing import SpecialIds, build_corpus
+
+        special = SpecialIds(*special_ids)
+        build_corpus(folder, sources, backend, special, config.seq_len, config.heldout_fraction, config.workers)
+
+    cache_dir = Path(config.cache_dir).expanduser()
+    folder = build_once(cache_dir / "corpora" / fingerprint, build)
+    train, heldout = Rows(folder / "train.npy"), Rows(folder / "heldout.npy")
+    return Corpus(train, heldout, fingerprint, _describe(folder, config.seq_len))
+
+
+def _check_tokenizer(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[Tokenizer, list[int]]:
+    """(a copy of the fast tokenizer without truncation and padding, ids of CLS, SEP and PAD)."""
+    names = ("cls_token", "sep_token", "pad_token", "mask_token")
+    missing = [name for name in names if getattr(tokenizer, f"{name}_id", None) is None]
+    if missing:
+        raise UserError(
+            f"teacher.name: its tokenizer has no {', '.join(missing)}; use the tokenizer of a masked language model"
+        )
+    if config.seq_len > tokenizer.model_max_length:
+        raise UserError(
+            f"data.seq_len: found {config.seq_len}, the teacher takes at most {tokenizer.model_max_length} tokens; "
+            f"lower data.seq_len"
+        )
+    # The copy is the caller's tokenizer as saved: settings of earlier calls must not change the fingerprint.
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    content["truncation"] = content["padding"] = None
+    backend = Tokenizer.from_str(json.dumps(content))
+    return backend, [getattr(tokenizer, f"{name}_id") for name in names[:3]]
+
+
+def _fingerprint(config: DataConfig, sources: list[Source], backend: Tokenizer, special_ids: list[int]) -> str:
+    parts = {
+        "version": _FORMAT_VERSION,
+        "sources": [source.fingerprint for source in sources],
+        "text_documents": config.text_documents,
+        "text_column": config.text_column,
+        "tokenizer": hashlib.sha256(backend.to_str().encode()).hexdigest(),
+        "special_ids": special_ids,
+        "seq_len": config.seq_len,
+        "heldout_fraction": config.heldout_fraction,
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _describe(folder: Path, seq_len: int) -> str:
+    summary = json.loads((folder / "corpus.json").read_text(encoding="utf-8"))
+    parts = []
+    for label, key in (("training", "train"), ("held out", "heldout")):
+        documents, tokens, blocks = (f"{summary[key][unit]:,}" for unit in ("documents", "tokens", "blocks"))
+        parts.append(f"{label}: {documents} documents, {tokens} tokens, {blocks} blocks of {seq_len}")
+    return "; ".join(parts)
+
+
+__all__ = ["Corpus", "Rows", "check_sources", "prepare_corpus"]

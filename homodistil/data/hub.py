@@ -1,0 +1,76 @@
+"""Text of data sets on the Hugging Face hub, by name, through the `datasets` library and its own cache."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from homodistil.errors import UserError, nearest
+
+_BATCH_ROWS = 1024
+
+
+class _Name(NamedTuple):
+    repository: str
+    config: str | None = None
+    revision: str | None = None
+
+
+_SHORT_NAMES = {
+    "wikipedia": _Name("wikimedia/wikipedia", "20231101.en"),
+    # Its default branch holds a loading script, which `datasets` no longer runs; the hub's own conversion has the rows.
+    "bookcorpus": _Name("bookcorpus/bookcorpus", None, "refs/convert/parquet"),
+}
+_FILE_LIKE = re.compile(r".*\.(txt|jsonl?|parquet|csv|tsv|gz|zip|arrow)")
+
+
+class HubText:
+    """The `train` split of a hub data set."""
+
+    def __init__(self, rows, fingerprint: str) -> None:
+        self._rows = rows
+        self.fingerprint = fingerprint
+
+    def texts(self, column: str) -> Iterator[str]:
+        """Non-empty texts, read batch by batch from the memory-mapped table."""
+        for batch in self._rows.select_columns([column]).with_format("arrow").iter(_BATCH_ROWS):
+            yield from (text for text in batch.column(0).to_pylist() if text)
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether an entry of `data.sources` is a hub name: a short name, or owner/name[:config] that is no path."""
+    if name in _SHORT_NAMES:
+        return True
+    pattern = r"[A-Za-z0-9][\w.\-]*/[A-Za-z0-9][\w.\-]*(:[\w.\-]+)?"
+    return bool(re.fullmatch(pattern, name)) and not _FILE_LIKE.fullmatch(name) and not Path(name).exists()
+
+
+def open_hub(name: str, column: str) -> HubText:
+    """Fetch (or find in the cache of `datasets`) the train split.
+
+    Raises:
+        UserError: unreachable, unknown, without a train split, or without `column`.
+    """
+    import datasets
+
+    owner_name, _, config = name.partition(":")
+    wanted = _SHORT_NAMES.get(name, _Name(owner_name, config or None))
+    try:
+        rows = datasets.load_dataset(wanted.repository, wanted.config, split="train", revision=wanted.revision)
+    except Exception as error:  # datasets, the hub client and its transport raise types of their own
+        raise UserError(
+            f"data.sources: cannot load hub data set {name!r} ({type(error).__name__}: {_first_line(error)}); "
+            f"check the name and the connection to the hub, or use local files or embedded"
+        ) from error
+    if column not in rows.column_names:
+        found = rows.column_names
+        raise UserError(
+            f"data.text_column: {name!r} has no column {column!r}{nearest(column, found)}; found: {', '.join(found)}"
+        )
+    return HubText(rows, f"{wanted.repository}:{wanted.config}:{rows._fingerprint}")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or ["no message"])[0][:300]

@@ -1,0 +1,138 @@
+"""Which samples a step sees: a function of (seed, consumed samples), whatever the number of ranks and micro-batches.
+
+The position in the data is one number, so resuming needs no state. Epochs follow each other without a seam: the stream
+of samples is permutation(epoch 0), permutation(epoch 1), ...
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase
+
+from homodistil.config import DataConfig
+from homodistil.data.corpus import Rows
+from homodistil.data.masking import Batch, Masker
+from homodistil.errors import UserError
+
+_ORDER_KEY = 2**64 - 1  # masking uses (seed, epoch; sample) as keys; no sample has this number
+
+
+def sample_order(num_samples: int, seed: int, epoch: int) -> np.ndarray:
+    """Permutation of 0 .. num_samples - 1 for an epoch, (num_samples,) uint32 or int64."""
+    generator = np.random.Generator(np.random.Philox(key=np.array([seed << 32 | epoch, _ORDER_KEY], dtype=np.uint64)))
+    order = np.arange(num_samples, dtype=np.uint32 if num_samples < 1 << 32 else np.int64)
+    generator.shuffle(order)
+    return order
+
+
+class BatchLoader:
+    """Micro-batches of one rank.
+
+    Args:
+        rows: blocks of the training split.
+        tokenizer: of the teacher, for special ids.
+        config: `mask_probability`, and `workers`: processes that prepare the next steps (0 = none).
+        seed: of order and masking.
+        global_batch_size: samples of an optimizer step over all ranks.
+        micro_batch_size: samples of one micro-batch.
+        rank, world_size: whose share.
+
+    Raises:
+        UserError: no rows, or a global batch that the ranks cannot share evenly.
+    """
+
+    def __init__(
+        self,
+        rows: Rows,
+        tokenizer: PreTrainedTokenizerBase,
+        config: DataConfig,
+        seed: int,
+        global_batch_size: int,
+        micro_batch_size: int,
+        rank: int,
+        world_size: int,
+    ) -> None:
+        if global_batch_size % (micro_batch_size * world_size):
+            raise UserError(
+                f"train.global_batch_size: found {global_batch_size}, allowed are multiples of "
+                f"{micro_batch_size * world_size} = train.micro_batch_size {micro_batch_size} x {world_size} ranks"
+            )
+        if not len(rows):
+            raise UserError("data.sources: the training split holds no block of text; add text")
+        self._rows, self._seed, self._workers = rows, seed, config.workers
+        self._mask = Masker(tokenizer, config.mask_probability, seed)
+        self._global, self._micro = global_batch_size, micro_batch_size
+        self._rank, self._world = rank, world_size
+        self._order_epoch, self._order = -1, np.empty(0, dtype=np.uint32)
+        self._next_position, self._ahead = -1, iter(())
+
+    def micro_batches(self, consumed_samples: int) -> list[Batch]:
+        """This rank's micro-batches of the optimizer step that starts at `consumed_samples`, on the CPU."""
+        if not self._workers:
+            return self[consumed_samples]
+        if consumed_samples != self._next_position:
+            self._ahead = iter(self._prefetch(consumed_samples))
+        self._next_position = consumed_samples + self._global
+        return next(self._ahead)
+
+    def __getitem__(self, consumed_samples: int) -> list[Batch]:
+        """The same, made in this process. Micro-batch m of rank r starts at consumed + (m * world_size + r) * micro."""
+        starts = range(
+            consumed_samples + self._rank * self._micro, consumed_samples + self._global, self._world * self._micro
+        )
+        return [self._batch_at(start) for start in starts]
+
+    def _batch_at(self, start: int) -> Batch:
+        positions = np.arange(start, start + self._micro)
+        epochs, offsets = np.divmod(positions, len(self._rows))
+        samples = np.empty(self._micro, dtype=np.int64)
+        for epoch in np.unique(epochs):
+            here = epochs == epoch
+            samples[here] = self._order_of(int(epoch))[offsets[here]]
+        return self._mask(self._rows[samples], samples, epochs)
+
+    def _order_of(self, epoch: int) -> np.ndarray:
+        if epoch != self._order_epoch:  # kept: shuffling 10^8 samples takes seconds
+            self._order_epoch, self._order = epoch, sample_order(len(self._rows), self._seed, epoch)
+        return self._order
+
+    def _prefetch(self, consumed_samples: int) -> DataLoader:
+        positions = range(consumed_samples, 1 << 62, self._global)
+        return DataLoader(self, sampler=positions, batch_size=None, num_workers=self._workers, collate_fn=_as_it_is)
+
+
+def _as_it_is(batches: list[Batch]) -> list[Batch]:
+    return batches
+
+
+def fixed_batches(
+    rows: Rows,
+    tokenizer: PreTrainedTokenizerBase,
+    config: DataConfig,
+    seed: int,
+    batch_size: int,
+    rank: int,
+    world_size: int,
+    limit: int | None = None,
+) -> Iterator[Batch]:
+    """This rank's share of all rows for evaluation; masks depend on (seed, sample index) alone.
+
+    Every sample is in exactly one batch of one rank. All ranks get equally many batches, because under ZeRO-3 a forward
+    pass is a collective: a rank that is left without samples in the last round gets one row with nothing to predict.
+
+    Args:
+        batch_size: most samples of a batch of one rank.
+        limit: only the first `limit` samples (over all ranks).
+    """
+    mask = Masker(tokenizer, config.mask_probability, seed)
+    total = len(rows) if limit is None else min(limit, len(rows))
+    for start in range(0, total, batch_size * world_size):
+        round_ = np.arange(start, min(start + batch_size * world_size, total))
+        samples = np.array_split(round_, world_size)[rank]
+        if len(samples):
+            yield mask(rows[samples], samples, np.zeros_like(samples))
+        else:
+            yield mask.unmasked(rows[[0]])

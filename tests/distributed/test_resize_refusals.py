@@ -1,0 +1,47 @@
+"""Engines that resizing does not know are refused at start, in one line that names what was found and what to do."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from launch import run_ranks
+
+WORKER = Path(__file__).with_name("worker_refusals.py")
+
+EXPECTED = {
+    "stage 3": ["zero_optimization.stage", "found 3", "0, 1 or 2", "set it to 2"],
+    "offload": ["zero_optimization.offload_optimizer.device", "found 'cpu'", "'none'"],
+    "BF16_Optimizer": ["data_types.grad_accum_dtype", "torch.float32", "remove it"],
+    "fp32 accumulation": ["data_types.grad_accum_dtype", "torch.float32", "remove it"],
+    "autocast": ["torch_autocast.enabled", "set bf16.enabled"],
+    "unmanaged": ["managed_gradient_accumulation", "found false"],
+    "fp16": ["fp16.enabled", "found true", "bf16 or fp32"],
+    "class": ["OtherBooks", "DeepSpeedZeroOptimizer", "torch_fused"],
+    "field": ["round_robin_bit16_offsets: found nothing", "install deepspeed==0.19.8"],
+    "type": ["partition_size: found a tuple, not a list", "install deepspeed==0.19.8"],
+    "layout": ["round_robin_bit16_offsets[0]: found 3493 at 1, expected 3492", "install deepspeed==0.19.8"],
+    "view": ["not a view", "install deepspeed==0.19.8"],
+    "version": ["0.20.1", "0.19.x", "install deepspeed==0.19.8"],
+}
+
+
+@pytest.fixture(scope="module")
+def messages() -> dict[str, str | None]:
+    output = run_ranks(WORKER, [], num_ranks=1, timeout_s=120)
+    cases = [json.loads(line.split(" ", 1)[1]) for line in output.splitlines() if line.startswith("CASE ")]
+    return {case["name"]: case["message"] for case in cases}
+
+
+def test_a_known_engine_is_accepted(messages):
+    assert messages["supported"] is None
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_refused(messages, name):
+    message = messages[name]
+    assert message is not None, "accepted"
+    assert "\n" not in message
+    for part in EXPECTED[name]:
+        assert part in message, message

@@ -1,0 +1,84 @@
+"""Builds real engines that resizing must refuse, one rank. Prints `CASE {"name": ..., "message": ...}` for each.
+
+    torchrun --nproc_per_node 1 worker_refusals.py
+
+Message null: the engine was accepted.
+"""
+
+from __future__ import annotations
+
+import json
+
+import deepspeed
+import reference
+import tiny_bert
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+from homodistil.errors import UserError
+from homodistil.resize import check_supported
+
+BF16 = {"bf16": {"enabled": True}}
+CONFIGS = {
+    "supported": {"zero_optimization": {"stage": 2}},
+    "stage 3": {"zero_optimization": {"stage": 3}},
+    "offload": {
+        "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}},
+        "zero_force_ds_cpu_optimizer": False,
+    },
+    "BF16_Optimizer": BF16 | {"zero_optimization": {"stage": 1}, "data_types": {"grad_accum_dtype": "fp32"}},
+    "fp32 accumulation": BF16 | {"zero_optimization": {"stage": 2}, "data_types": {"grad_accum_dtype": "fp32"}},
+    "autocast": {"zero_optimization": {"stage": 2}, "torch_autocast": {"enabled": True, "dtype": "bfloat16"}},
+    "unmanaged": {"zero_optimization": {"stage": 2}, "managed_gradient_accumulation": False},
+}
+
+
+def make_engine(config: dict):
+    model = tiny_bert.make_model()
+    optimizer = reference.make_optimizer(tiny_bert.param_groups(model))
+    config = {"train_micro_batch_size_per_gpu": 1, "zero_allow_untested_optimizer": True, **config}
+    return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
+
+
+class OtherBooks(DeepSpeedZeroOptimizer):
+    """A wrapper that DeepSpeed might derive from the known one."""
+
+
+def tampered() -> dict[str, object]:
+    """Engines that are right except for one thing, as after an upgrade of DeepSpeed."""
+    engines = {name: make_engine(CONFIGS["supported"]) for name in ("fp16", "class", "field", "type", "layout", "view")}
+    engines["fp16"]._config.float16_config.enabled = True  # DeepSpeed itself refuses to build fp16 on a CPU
+    engines["class"].optimizer.__class__ = OtherBooks
+    del engines["field"].optimizer.round_robin_bit16_offsets
+    engines["type"].optimizer.partition_size = tuple(engines["type"].optimizer.partition_size)
+    engines["layout"].optimizer.round_robin_bit16_offsets[0][1] += 1
+    param = engines["view"].optimizer.bit16_groups[0][3]
+    param.data = param.data.clone()
+    return engines
+
+
+def report(name: str, engine) -> None:
+    try:
+        check_supported(engine)
+        message = None
+    except UserError as error:
+        message = str(error)
+    print("CASE", json.dumps({"name": name, "message": message}), flush=True)
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    deepspeed.init_distributed()
+    for name, config in CONFIGS.items():
+        report(name, make_engine(config))
+    for name, engine in tampered().items():
+        report(name, engine)
+    engine = make_engine(CONFIGS["supported"])
+    deepspeed.__version__ = "0.20.1"
+    report("version", engine)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""Small real models and batches that several tests share."""
+
+from __future__ import annotations
+
+import torch
+from transformers import BertConfig, BertForMaskedLM
+
+from homodistil.config import LossConfig
+from homodistil.data.masking import Batch, Counts
+from homodistil.distill.student import Student
+from homodistil.distill.teacher import Teacher
+from homodistil.models.axes import AxisTable, head_axes
+from homodistil.models.taps import ATTENTION
+
+VOCABULARY = 101
+
+
+def small_model(seed: int = 0, **changes) -> BertForMaskedLM:
+    """Three layers, 4 heads of 6, hidden 24, ffn 40; fp32, no dropout, tapped attention."""
+    torch.manual_seed(seed)
+    values = {
+        "hidden_size": 24,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "intermediate_size": 40,
+        "vocab_size": VOCABULARY,
+        "max_position_embeddings": 16,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        "initializer_range": 0.2,  # large enough that a wrong slice shows
+        "attn_implementation": ATTENTION,
+    }
+    model = BertForMaskedLM(BertConfig(**(values | changes)))
+    with torch.no_grad():  # fresh biases are zeros, which would hide a bias that is sliced wrongly
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(std=0.1)
+    return model
+
+
+def small_batch(seed: int = 0, lengths: tuple[int, ...] = (7, 11, 4)) -> Batch:
+    """A padded batch with some masked positions; counts are its own."""
+    generator = torch.Generator().manual_seed(seed)
+    num_tokens = max(lengths)
+    attention_mask = (torch.arange(num_tokens) < torch.tensor(lengths)[:, None]).long()
+    input_ids = torch.randint(5, VOCABULARY, attention_mask.shape, generator=generator) * attention_mask
+    chosen = (torch.rand(attention_mask.shape, generator=generator) < 0.4) & attention_mask.bool()
+    masked_index = chosen.flatten().nonzero().squeeze(1)
+    labels = torch.randint(5, VOCABULARY, (len(masked_index),), generator=generator)
+    counts = Counts(float(len(masked_index)), float(sum(lengths)), float(sum(n * n for n in lengths)))
+    return Batch(input_ids, attention_mask, masked_index, labels, counts)
+
+
+def small_pair(**loss) -> tuple[Student, Teacher]:
+    """A student that is still an exact copy of its teacher."""
+    config = LossConfig(**loss)
+    return Student(small_model(), config), Teacher(small_model(), config.kl_positions)
+
+
+def random_keep(table: AxisTable, widths: dict[str, int], seed: int = 0) -> dict[str, torch.Tensor]:
+    """Random survivors for the given new widths; each head gets its own dims."""
+    generator = torch.Generator().manual_seed(seed)
+    heads_of = head_axes(table.widths)
+    keep = {}
+    for axis, width in widths.items():
+        rows = table.widths[heads_of[axis]] if axis in heads_of else 1
+        chosen = [torch.randperm(table.widths[axis], generator=generator)[:width].sort().values for _ in range(rows)]
+        keep[axis] = torch.stack(chosen) if axis in heads_of else chosen[0]
+    return keep
