@@ -116,8 +116,10 @@ def test_uneven_global_batch_is_refused(folder, tokenizer):
         loader(make_rows(folder, 31), tokenizer, world=2, total=9)
 
 
-@pytest.mark.parametrize(("count", "world", "size", "limit"), [(31, 1, 8, None), (31, 4, 4, None), (9, 4, 2, None),
-                                                               (31, 3, 4, 17), (31, 2, 4, 1), (3, 1, 8, 99)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("count", "world", "size", "limit"),
+    [(31, 1, 8, None), (31, 4, 4, None), (9, 4, 2, None), (31, 3, 4, 17), (31, 2, 4, 1), (3, 1, 8, 99)],
+)
 def test_fixed_batches(folder, tokenizer, count, world, size, limit):
     rows = make_rows(folder, count)
     expected = list(range(min(count, limit or count)))
