@@ -14,6 +14,7 @@ from torch import nn
 from homodistil.config import RunConfig
 from homodistil.errors import UserError
 from homodistil.optimizer import build_optimizer, build_schedule
+from homodistil.resize import check_config, check_supported
 
 # Entries of DeepSpeed's JSON that the run config decides, and the field each comes from.
 _FROM_CONFIG = {
@@ -111,6 +112,7 @@ def resolve_engine_config(engine_config: dict, config: RunConfig, num_ranks: int
             )
         resolved[name] = value
     _check_precision(resolved)
+    check_config(resolved)
     resolved.setdefault("steps_per_print", 10**9)
     resolved["zero_allow_untested_optimizer"] = True
     return resolved
@@ -167,8 +169,6 @@ def build_engine(module: nn.Module, config: RunConfig, engine_config: dict):
         engine_config: from `resolve_engine_config`.
     """
     import deepspeed
-
-    from homodistil.resize import check_supported
 
     optimizer = build_optimizer(module, config)
     schedule = build_schedule(optimizer, config.train)

@@ -13,11 +13,12 @@ from homodistil import ranks
 from homodistil.config import RunConfig
 from homodistil.correction import corrected
 from homodistil.distillation import Distillation, result_row
-from homodistil.engine import init_ranks, load_engine_config, resolve_engine_config
-from homodistil.materials import Materials, check_teacher, gather
+from homodistil.engine import init_ranks, load_engine_config, resolve_engine_config, teacher_dtype
+from homodistil.materials import Materials, gather
+from homodistil.optimizer import check_implementation
 from homodistil.report import write_report
 from homodistil.results import format_table, write_result
-from homodistil.run_folder import open_run_folder
+from homodistil.run_folder import check_run_folder, claim_run_folder
 
 
 def run(config: RunConfig, engine_config_path: Path) -> list[dict]:
@@ -25,9 +26,13 @@ def run(config: RunConfig, engine_config_path: Path) -> list[dict]:
     raw_engine_config = load_engine_config(engine_config_path)
     device = init_ranks()
     engine_config = resolve_engine_config(raw_engine_config, config, ranks.world_size())
-    check_teacher(config)
-    folder = Path(ranks.on_first_rank(lambda: open_run_folder(config, engine_config)))
-    materials, correction = corrected(config, engine_config, gather(config, device))
+    teacher_dtype(config.teacher.dtype, engine_config, device)
+    check_implementation(config.optimizer.implementation)
+    folder = Path(ranks.on_first_rank(lambda: str(check_run_folder(config))))
+    materials = gather(config, device)
+    # Claimed only now: whatever the user had to mend until here, the folder is still free.
+    ranks.on_first_rank(lambda: claim_run_folder(folder, config, engine_config))
+    materials, correction = corrected(config, engine_config, materials)
     rows = _train_all(config, engine_config, materials, folder, correction)
     ranks.on_first_rank(lambda: _conclude(folder, rows))
     distributed.destroy_process_group()

@@ -19,6 +19,7 @@ from homodistil.distill.teacher import has_mlm_head, load_config, load_model, lo
 from homodistil.errors import UserError
 from homodistil.feed import Feed
 from homodistil.models import family_of
+from homodistil.pruning.schedule import WidthSchedule
 from homodistil.pruning.target import target_shape, target_widths
 
 # Held-out masks are the same for every run and seed, so that results can be compared.
@@ -80,14 +81,15 @@ def check_teacher(config: RunConfig) -> str:
     family = family_of(teacher.model_type)
     with torch.device("meta"):
         widths = family.axis_table(family.empty_model(teacher)).widths
-    target_widths(target_shape(config.student), widths)
+    target = target_widths(target_shape(config.student), widths)
+    WidthSchedule(widths, target, config.pruning, config.train.steps)
     if config.data.seq_len > teacher.max_position_embeddings:
         raise UserError(
             f"data.seq_len: {config.data.seq_len} is above the teacher's max_position_embeddings "
             f"{teacher.max_position_embeddings}; choose 3 .. {teacher.max_position_embeddings}"
         )
-    wants_head = config.loss.mlm > 0 or config.loss.kl > 0
-    if wants_head and not config.teacher.correction_steps and not has_mlm_head(folder):
+    has_head = has_mlm_head(folder)  # loads the weights, so that a damaged file is found now
+    if not has_head and not config.teacher.correction_steps and (config.loss.mlm > 0 or config.loss.kl > 0):
         raise UserError(
             f"teacher.name: {config.teacher.name!r} has no MLM head, so loss.mlm and loss.kl would teach noise; "
             f"set teacher.correction_steps (1000, say) to train one, or loss.mlm=0 loss.kl=0"

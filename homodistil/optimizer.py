@@ -56,12 +56,17 @@ def _deepspeed_fused(groups: list[dict], options: dict) -> Optimizer:
     return DeepSpeedCPUAdam(groups, adamw_mode=True, **options)
 
 
-def _apex_fused(groups: list[dict], options: dict) -> Optimizer:
-    if not is_nvidia_apex():
+def check_implementation(name: str) -> None:
+    """Raise `UserError` when the wanted implementation is not installed. Imports nothing."""
+    if name == "apex_fused" and not is_nvidia_apex():
         raise UserError(
             "optimizer.implementation: apex_fused needs NVIDIA's apex, built from its repository with CUDA extensions "
             "(the package called apex in the Python registry is another project); use torch_fused instead"
         )
+
+
+def _apex_fused(groups: list[dict], options: dict) -> Optimizer:
+    check_implementation("apex_fused")  # an impostor must not be imported
     from apex.optimizers import FusedAdam
 
     return FusedAdam(groups, adam_w_mode=True, **options)

@@ -18,8 +18,8 @@ _FREE = {"train": {"save_every_steps", "keep_checkpoints", "eval_every_steps", "
 _FREE["data"] = {"cache_dir", "workers"}
 
 
-def open_run_folder(config: RunConfig, engine_config: dict) -> Path:
-    """Check and claim `run.dir` (rank 0 only), and write the resolved config into it.
+def check_run_folder(config: RunConfig) -> Path:
+    """Absolute path of `run.dir`, once it is known to be ours to use (rank 0 only). Writes nothing.
 
     Raises:
         UserError: not empty without resume, not a run folder, nothing to resume, or another run's folder.
@@ -37,13 +37,17 @@ def open_run_folder(config: RunConfig, engine_config: dict) -> Path:
         raise UserError(f"run.resume: must, but {str(folder)!r} has no checkpoint; use auto or another run.dir")
     if occupied:
         _check_same_run(folder, config)
+    return folder
+
+
+def claim_run_folder(folder: Path, config: RunConfig, engine_config: dict) -> None:
+    """Make the folder and write the resolved configs into it (rank 0 only). Raises `UserError` if that fails."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / CONFIG_FILE, yaml.safe_dump(config.to_dict(), sort_keys=False))
         write_atomically(folder / ENGINE_FILE, json.dumps(engine_config, indent=2) + "\n")
     except OSError as error:
         raise UserError(f"run.dir: cannot write to {str(folder)!r} ({error.strerror})") from None
-    return folder
 
 
 def _check_same_run(folder: Path, config: RunConfig) -> None:

@@ -74,7 +74,9 @@ def test_splitting_a_batch_does_not_change_loss_or_gradient():
     num_tokens = whole_batch.input_ids.shape[1]
     parts = []
     for rows in (slice(0, 1), slice(1, 4)):
-        inside = (whole_batch.masked_index >= rows.start * num_tokens) & (whole_batch.masked_index < rows.stop * num_tokens)
+        inside = (whole_batch.masked_index >= rows.start * num_tokens) & (
+            whole_batch.masked_index < rows.stop * num_tokens
+        )
         counts = type(whole_batch.counts)(*(value / 2 for value in whole_batch.counts))
         index = whole_batch.masked_index[inside] - rows.start * num_tokens
         batch = whole_batch._replace(
@@ -138,8 +140,11 @@ def test_pruned_heads_are_compared_with_the_teacher_heads_they_came_from():
 @pytest.mark.parametrize("projection", ["student", "teacher"])
 def test_a_resized_student_trains_and_its_terms_stay_finite(projection):
     student, teacher = small_pair(projection=projection)
-    widths = {"hidden": 19} | {f"layer.{i}.{kind}": w for i in range(3) for kind, w in
-                               {"ffn": 21, "heads": 3, "qk_dim": 5, "vo_dim": 5}.items()}
+    widths = {"hidden": 19} | {
+        f"layer.{i}.{kind}": w
+        for i in range(3)
+        for kind, w in {"ffn": 21, "heads": 3, "qk_dim": 5, "vo_dim": 5}.items()
+    }
     _resize(student, widths)
     assert student.widths == widths | {axis: w for axis, w in student.widths.items() if axis not in widths}
     batch = small_batch()

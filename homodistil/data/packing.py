@@ -193,7 +193,7 @@ def _tokenize(texts: Path, tokens: Path, tokenizer: Tokenizer, workers: int) -> 
 
 @contextmanager
 def _progress_on_first_rank() -> Iterator[None]:
-    silence = os.environ.get("RANK", "0") != "0" and datasets.are_progress_bars_enabled()
+    silence = os.environ.get("RANK", "0") != "0" and not datasets.are_progress_bars_disabled()
     if silence:
         datasets.disable_progress_bars()
     try:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from homodistil.data.masking import Batch
 from homodistil.errors import UserError
@@ -75,8 +76,19 @@ def load_model(folder: str, dtype: torch.dtype = torch.float32, dropout: float |
     family_of(config.model_type)
     if dropout is not None:
         config.hidden_dropout_prob = config.attention_probs_dropout_prob = dropout
+    return _from_pretrained(folder, config=config, dtype=dtype, attn_implementation=ATTENTION)
+
+
+def has_mlm_head(folder: str) -> bool:
+    """Whether the checkpoint brings its own MLM head (an encoder alone gets a freshly initialised one)."""
+    _, report = _from_pretrained(folder, output_loading_info=True)
+    return not any(name.startswith(("cls.", "lm_head.")) for name in report["missing_keys"])
+
+
+def _from_pretrained(folder: str, **options):
+    logging.disable_progress_bar()  # one bar a rank and model would bury the training's own
     try:
-        return AutoModelForMaskedLM.from_pretrained(folder, config=config, dtype=dtype, attn_implementation=ATTENTION)
+        return AutoModelForMaskedLM.from_pretrained(folder, **options)
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"teacher.name: cannot load weights from {folder!r} ({_first_line(error)})") from None
 
@@ -106,12 +118,6 @@ def load_tokenizer(folder: str, vocab_size: int) -> PreTrainedTokenizerBase:
             f"embeddings; use the tokenizer that the model was trained with"
         )
     return tokenizer
-
-
-def has_mlm_head(folder: str) -> bool:
-    """Whether the checkpoint brings its own MLM head (an encoder alone gets a freshly initialised one)."""
-    _, report = AutoModelForMaskedLM.from_pretrained(folder, output_loading_info=True)
-    return not any("cls." in name or "lm_head" in name for name in report["missing_keys"])
 
 
 def _first_line(error: Exception) -> str:

@@ -21,12 +21,13 @@ from torch import Tensor
 from homodistil.resize.adapter import Fragment
 from homodistil.resize.plain import slice_module
 from homodistil.resize.plan import ResizePlan, make_plan
-from homodistil.resize.support import adapter_of, check_supported
+from homodistil.resize.support import adapter_of, check_config, check_supported
 
 __all__ = [
     "Fragment",
     "ResizeCost",
     "ResizePlan",
+    "check_config",
     "check_supported",
     "gradient_fragments",
     "make_plan",

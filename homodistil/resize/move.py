@@ -22,9 +22,14 @@ CHUNK_NUMEL = 1 << 18
 
 
 def move_partition(old: Tensor, move: FlatMove, rank: int, group: dist.ProcessGroup | None) -> Tensor:
-    """This rank's partition of the new buffer; `old` (flat, old partition) is used up. Collective over `group`."""
+    """This rank's partition of the new buffer; `old` (flat, old partition) is freed. Collective over `group`."""
     numel = compact(old, rank * move.old.partition_numel, move)
-    return exchange(old[:numel], move, rank, group)
+    new = exchange(old[:numel], move, rank, group)
+    # Freed by hand: gloo's thread may hold on to it a moment longer, and the next state's partition would come on top.
+    storage = old.untyped_storage()
+    if storage.nbytes() == old.nbytes:  # not part of something larger
+        storage.resize_(0)
+    return new
 
 
 def move_replicated(old: Tensor, move: FlatMove) -> Tensor:

@@ -7,7 +7,7 @@ never silent corruption later.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 
@@ -27,6 +27,11 @@ ADAPTERS: dict[str, type[Adapter]] = {
 }
 
 
+_STAGES = "0, 1 or 2 (3 comes later); set it to 2"
+_NO_OFFLOAD = "'none' (offload comes later)"
+_NO_FP16 = "bf16 or fp32 (fp16 comes later); set bf16.enabled instead"
+
+
 def check_supported(engine) -> None:
     """Raise `UserError` unless `engine` (a DeepSpeed engine) can be resized. Call once, after it is built."""
     _check_version()
@@ -42,6 +47,20 @@ def check_supported(engine) -> None:
         adapter.check_layout()
     except ValueError as error:
         raise _unknown_inside(str(error)) from error
+
+
+def check_config(engine_config: Mapping) -> None:
+    """The settings that a ds_config alone shows to be in the way: refused before anything is prepared or trained."""
+    zero = engine_config.get("zero_optimization", {})
+    refused = [("zero_optimization.stage", zero.get("stage", 0), zero.get("stage", 0) > 2, _STAGES)]
+    for field in ("offload_optimizer", "offload_param"):
+        device = (zero.get(field) or {}).get("device", "none")
+        refused.append((f"zero_optimization.{field}.device", repr(device), device != "none", _NO_OFFLOAD))
+    fp16 = bool(engine_config.get("fp16", {}).get("enabled", False))
+    refused.append(("fp16.enabled", "true", fp16, _NO_FP16))
+    for field, found, is_refused, allowed in refused:
+        if is_refused:
+            raise UserError(f"ds_config {field}: found {found}; resizing allows {allowed}")
 
 
 def adapter_of(engine) -> Adapter:
@@ -76,7 +95,7 @@ def _unsupported_settings(engine) -> Iterator[tuple[str, str, str]]:
     """(field of the ds_config, what was found, what is allowed and how to mend it), for every setting in the way."""
     stage = int(engine.zero_optimization_stage())
     if stage > 2:
-        yield "zero_optimization.stage", str(stage), "0, 1 or 2 (3 comes later); set it to 2"
+        yield "zero_optimization.stage", str(stage), _STAGES
     for field, offload in (
         ("offload_optimizer", engine.zero_offload_optimizer()),
         ("offload_param", engine.zero_offload_param()),
@@ -90,7 +109,7 @@ def _unsupported_settings(engine) -> Iterator[tuple[str, str, str]]:
     if engine.zenflow_config() is not None:
         yield "zero_optimization.zenflow", "a ZenFlow section", "none; remove it"
     if engine.fp16_enabled():
-        yield "fp16.enabled", "true", "bf16 or fp32 (fp16 comes later); set bf16.enabled instead"
+        yield "fp16.enabled", "true", _NO_FP16
     if engine.bf16_master_weights_and_gradients() or engine.bf16_optimizer_states():
         yield "bf16", "masters or optimizer states in bf16", "fp32 masters and states; remove bf16_* settings"
     if engine.torch_autocast_enabled():
