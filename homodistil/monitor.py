@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import torch
@@ -51,7 +52,7 @@ class Monitor:
         self.timer.count(counts.tokens * parts, self._flops(counts.masked_rows * parts))
         if step % self.config.train.log_every_steps == 0 or step == self.config.train.steps:
             values = self._losses()
-            self._require_finite(values, step)
+            require_finite(values, step, self.config)
             self.recorder.log_step(step, values | self._engine_values(engine) | self._size() | self._speed())
         self._micro_batches.clear()
 
@@ -60,16 +61,6 @@ class Monitor:
         names = self._micro_batches[0]
         own = {name: torch.stack([m[name] for m in self._micro_batches]).double().mean() for name in names}
         return {f"loss/{name}": value for name, value in ranks.mean_of(own, self.device).items()}
-
-    def _require_finite(self, values: dict[str, float], step: int) -> None:
-        bad = [name for name, value in values.items() if value != value or abs(value) == float("inf")]
-        if bad:
-            # The single terms say more than their sum.
-            terms = [name.removeprefix("loss/") for name in bad if name != "loss/total"] or ["total"]
-            raise UserError(
-                f"loss: {', '.join(terms)} is not finite at step {step}; training stops, the last checkpoint is kept. "
-                f"Lower train.lr ({self.config.train.lr:g}), lengthen train.warmup_fraction or lower that term's weight"
-            )
 
     def _engine_values(self, engine) -> dict[str, float]:
         values = {"optim/lr": engine.get_lr()[0]}
@@ -96,6 +87,18 @@ class Monitor:
             masked_rows=masked_rows,
             vocab_size=self.student.model.config.vocab_size,
         ).total
+
+
+def require_finite(terms: dict[str, float], step: int, config: RunConfig) -> None:
+    """Stop with the names of the terms that are not finite. The values are the same on every rank, so all stop."""
+    bad = [name.removeprefix("loss/") for name, value in terms.items() if not math.isfinite(value)]
+    if bad:
+        # The single terms say more than their sum.
+        named = [name for name in bad if name != "total"] or bad
+        raise UserError(
+            f"loss: {', '.join(named)} is not finite at step {step}; training stops, the last checkpoint is kept. "
+            f"Lower train.lr ({config.train.lr:g}), lengthen train.warmup_fraction or lower that term's weight"
+        )
 
 
 def speeds(metrics: list[dict]) -> dict[str, float | None]:

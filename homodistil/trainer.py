@@ -9,10 +9,9 @@ from homodistil.checkpoint import Checkpoints
 from homodistil.config import RunConfig
 from homodistil.distill.student import Student
 from homodistil.distill.teacher import Teacher
-from homodistil.errors import UserError
 from homodistil.evaluation.gap import Gap
 from homodistil.feed import Feed
-from homodistil.monitor import Monitor
+from homodistil.monitor import Monitor, require_finite
 from homodistil.pruning.scheduler import Pruner
 from homodistil.resize import ResizePlan, gradient_fragments, resize
 
@@ -80,7 +79,7 @@ class Trainer:
         """Shrink everything that is numbered by neurons, and record what it did to the gap."""
         with self.monitor.timer.paused():
             before = self.gap.measure()
-            self._require_finite(before)
+            require_finite(before, self.state.step, self.config)
             cost = resize(self.engine, plan)
             self.student.after_resize(plan.keep)
             self.pruner.after_resize(plan)
@@ -90,14 +89,6 @@ class Trainer:
                 event | {"milliseconds": cost.milliseconds, "bytes_moved": cost.bytes_moved}
             )
             self.after_event()
-
-    def _require_finite(self, gap: dict[str, float]) -> None:
-        bad = [name for name, value in gap.items() if not abs(value) < float("inf")]
-        if bad:
-            raise UserError(
-                f"loss: {', '.join(bad)} is not finite on the probe batch before the resize at step "
-                f"{self.state.step}; training stops, the last checkpoint is kept. Lower train.lr"
-            )
 
     def between_steps(self) -> None:
         """Once in a while: held-out evaluation, checkpoint."""

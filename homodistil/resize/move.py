@@ -27,16 +27,9 @@ def move_partition(old: Tensor, move: FlatMove, rank: int, group: dist.ProcessGr
     new = exchange(old[:numel], move, rank, group)
     # Freed by hand: gloo's thread may hold on to it a moment longer, and the next state's partition would come on top.
     storage = old.untyped_storage()
-    if storage.nbytes() == old.nbytes:  # not part of something larger
+    # Not part of something larger, nor mapped from a checkpoint file (which goes when its last reader does).
+    if storage.nbytes() == old.nbytes and storage.resizable():
         storage.resize_(0)
-    return new
-
-
-def move_replicated(old: Tensor, move: FlatMove) -> Tensor:
-    """The whole new buffer, padding zero, from the whole old one, which is used up. No communication."""
-    numel = compact(old, 0, move)
-    new = torch.zeros(move.new.numel, dtype=old.dtype, device=old.device)
-    spread(old[:numel], new, 0, move)
     return new
 
 

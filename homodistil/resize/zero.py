@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from homodistil.resize.adapter import Adapter, Fragment, select_param
 from homodistil.resize.flat import FlatMove, Layout
-from homodistil.resize.move import move_partition, move_replicated, set_param_data
+from homodistil.resize.move import move_partition, set_param_data
 from homodistil.resize.plan import DimIndex, ResizePlan
 
 PARAMETER_ALIGNMENT_BYTES = 16
@@ -105,8 +105,8 @@ class ZeroAdapter(Adapter):
             index = [index_of.get(param, {}) for param in self.optimizer.round_robin_bit16_groups[i]]
             move = FlatMove.plan(self.layout(i), index, *self._alignment(i))
             bytes_moved += self._move_states(i, move)
-            self._move_weights(i, move)
-            self._rebuild_group(i, move)
+            self._rebuild_weights(i, move)
+            self._rebuild_partition_info(i, move)
         self._rebuild_maps()
         self._select_unowned(index_of)
         return bytes_moved
@@ -130,29 +130,35 @@ class ZeroAdapter(Adapter):
         master.data = move_partition(master.data, move, rank, group)
         return move.crossing_numel() * element_bytes
 
-    def _move_weights(self, i: int, move: FlatMove) -> None:
-        """The flat buffer that the model computes with, and the parameters as views of it."""
-        optimizer = self.optimizer
-        optimizer.parallel_partitioned_bit16_groups[i] = None
-        optimizer.bit16_groups_flat[i] = move_replicated(optimizer.bit16_groups_flat[i], move)
-        optimizer.round_robin_bit16_meta[i] = [
-            torch.empty(shape, dtype=param.dtype, device="meta")
-            for shape, param in zip(move.new.shapes, optimizer.round_robin_bit16_groups[i], strict=True)
-        ]
-        optimizer.round_robin_bit16_padding[i] = list(move.new.padding())
-        optimizer.round_robin_bit16_offsets[i] = list(move.new.offsets)
+    def _rebuild_weights(self, i: int, move: FlatMove) -> None:
+        """The flat buffer that the model computes with, and the parameters as views of it.
+
+        Its content is the masters in the model's precision, before and after every step, so it is gathered from them
+        anew as a step does it. The old one is freed first: moving it would need a second one beside it.
+        """
+        optimizer, group = self.optimizer, self.optimizer.real_dp_process_group[i]
         for param in optimizer.bit16_groups[i]:
             param.grad_accum = None
             set_param_data(param, torch.empty(0, dtype=param.dtype, device=param.device))
+        dtype, device = optimizer.bit16_groups_flat[i].dtype, optimizer.bit16_groups_flat[i].device
+        optimizer.parallel_partitioned_bit16_groups[i] = optimizer.bit16_groups_flat[i] = None
+        flat = torch.empty(move.new.numel, dtype=dtype, device=device)
+        optimizer.bit16_groups_flat[i] = flat
+        optimizer.parallel_partitioned_bit16_groups[i] = optimizer.get_data_parallel_partitions(flat, i)
+        mine = optimizer.parallel_partitioned_bit16_groups[i][dist.get_rank(group)]
+        mine.copy_(optimizer.single_partition_of_fp32_groups[i])
+        dist.all_gather_into_tensor(flat, mine, group=group)
+        optimizer.round_robin_bit16_meta[i] = [
+            torch.empty(shape, dtype=dtype, device="meta") for shape in move.new.shapes
+        ]
+        optimizer.round_robin_bit16_padding[i] = list(move.new.padding())
+        optimizer.round_robin_bit16_offsets[i] = list(move.new.offsets)
         optimizer._update_model_bit16_weights(i)
 
-    def _rebuild_group(self, i: int, move: FlatMove) -> None:
+    def _rebuild_partition_info(self, i: int, move: FlatMove) -> None:
         """Partition bookkeeping of one group, as the wrapper's constructor does it."""
         optimizer = self.optimizer
         rank, size = dist.get_rank(optimizer.real_dp_process_group[i]), move.new.partition_numel
-        optimizer.parallel_partitioned_bit16_groups[i] = optimizer.get_data_parallel_partitions(
-            optimizer.bit16_groups_flat[i], i
-        )
         optimizer.groups_padding[i] = _padding_in_partition(move.new, rank)
         optimizer.partition_size[i] = size
         inside, outside, first_offset = optimizer.get_partition_info(

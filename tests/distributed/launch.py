@@ -18,7 +18,7 @@ def run_ranks(script: Path, args: list[str], num_ranks: int, timeout_s: int, env
     After `timeout_s` seconds the worker is ended with all its ranks, which counts as a failure.
     """
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={num_ranks}"]
-    command += ["--master_addr=127.0.0.1", f"--master_port={_free_port()}", str(script), *args]
+    command += ["--master_addr=127.0.0.1", f"--master_port={free_port()}", str(script), *args]
     environment = os.environ | {
         "DS_ACCELERATOR": "cpu",
         "OMP_NUM_THREADS": "1",
@@ -45,7 +45,7 @@ def _tail(text: str) -> str:
     return "\n".join(traceback or [text])[-TAIL_CHARS:]
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
