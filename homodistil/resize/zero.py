@@ -133,8 +133,8 @@ class ZeroAdapter(Adapter):
     def _rebuild_weights(self, i: int, move: FlatMove) -> None:
         """The flat buffer that the model computes with, and the parameters as views of it.
 
-        Its content is the masters in the model's precision, before and after every step, so it is gathered from them
-        anew as a step does it. The old one is freed first: moving it would need a second one beside it.
+        Its content is the masters in the model's precision, before and after every step, so it is spread from them
+        anew, as a step does it. The old one is freed first: moving it would need a second one beside it.
         """
         optimizer, group = self.optimizer, self.optimizer.real_dp_process_group[i]
         for param in optimizer.bit16_groups[i]:
@@ -145,9 +145,10 @@ class ZeroAdapter(Adapter):
         flat = torch.empty(move.new.numel, dtype=dtype, device=device)
         optimizer.bit16_groups_flat[i] = flat
         optimizer.parallel_partitioned_bit16_groups[i] = optimizer.get_data_parallel_partitions(flat, i)
-        mine = optimizer.parallel_partitioned_bit16_groups[i][dist.get_rank(group)]
-        mine.copy_(optimizer.single_partition_of_fp32_groups[i])
-        dist.all_gather_into_tensor(flat, mine, group=group)
+        partitions = optimizer.parallel_partitioned_bit16_groups[i]
+        partitions[dist.get_rank(group)].copy_(optimizer.single_partition_of_fp32_groups[i])
+        for owner, partition in enumerate(partitions):  # not all_gather: gloo's needs a second buffer
+            dist.broadcast(partition, group=group, group_src=owner)
         optimizer.round_robin_bit16_meta[i] = [
             torch.empty(shape, dtype=dtype, device="meta") for shape in move.new.shapes
         ]

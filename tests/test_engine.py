@@ -1,0 +1,89 @@
+"""DeepSpeed's JSON and the run config put together; rank variables; optimizer groups and schedule."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from small import small_pair
+
+from homodistil import engine
+from homodistil.config import RunConfig
+from homodistil.engine import resolve_engine_config, student_dtype, teacher_dtype
+from homodistil.errors import UserError
+from homodistil.optimizer import build_optimizer, build_schedule, is_nvidia_apex
+
+CONFIGS = sorted((Path(__file__).parents[1] / "ds_configs").glob("*.json"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_shipped_configs_are_filled_without_auto(path):
+    resolved = resolve_engine_config(json.loads(path.read_text()), RunConfig(), num_ranks=2)
+    assert "auto" not in json.dumps(resolved)
+    assert resolved["train_batch_size"] == 32 and resolved["gradient_accumulation_steps"] == 1
+    assert student_dtype(resolved) == (torch.float32 if "fp32" in path.stem else torch.bfloat16)
+
+
+def test_accumulation_follows_from_batch_and_ranks():
+    config = RunConfig()
+    config.train.global_batch_size, config.train.micro_batch_size = 96, 8
+    assert resolve_engine_config({}, config, num_ranks=4)["gradient_accumulation_steps"] == 3
+
+
+def test_equal_values_in_both_places_are_fine_and_different_ones_name_both():
+    assert resolve_engine_config({"gradient_clipping": 1.0}, RunConfig(), 1)["gradient_clipping"] == 1.0
+    with pytest.raises(UserError, match="gradient_clipping: the DeepSpeed JSON says 0.5, the run config says 1.0"):
+        resolve_engine_config({"gradient_clipping": 0.5}, RunConfig(), 1)
+
+
+def test_teacher_precision_follows_the_student_on_cpu():
+    cpu = torch.device("cpu")
+    assert teacher_dtype("auto", {"bf16": {"enabled": True}}, cpu) == torch.bfloat16
+    assert teacher_dtype("auto", {}, cpu) == torch.float32
+    assert teacher_dtype("float32", {"bf16": {"enabled": True}}, cpu) == torch.float32
+
+
+def test_slurm_variables_become_torchs(monkeypatch):
+    found = {"SLURM_PROCID": "3", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "123456"}
+    found["MASTER_ADDR"] = "node1"
+    monkeypatch.setattr(engine.os, "environ", found)  # a dict of its own: what is set must not reach other tests
+    engine._adopt_slurm_variables()
+    assert (found["RANK"], found["WORLD_SIZE"], found["LOCAL_RANK"]) == ("3", "8", "1")
+    assert (found["MASTER_ADDR"], found["MASTER_PORT"]) == ("node1", "23456")
+
+
+def test_vectors_and_projections_do_not_decay():
+    student, _ = small_pair()
+    names = {id(p): name for name, p in student.named_parameters()}
+    decay, rest = build_optimizer(student, RunConfig()).param_groups
+    assert decay["weight_decay"] == 0.01 and rest["weight_decay"] == 0.0
+    assert all(p.ndim == 2 for p in decay["params"])
+    assert not any(names[id(p)].startswith("projections.") for p in decay["params"])
+    assert len(decay["params"]) + len(rest["params"]) == len(names)
+
+
+def test_frozen_projections_are_not_trained():
+    student, _ = small_pair(projection_learned=False)
+    trained = {id(p) for group in build_optimizer(student, RunConfig()).param_groups for p in group["params"]}
+    assert not any(id(p) in trained for p in student.projections.parameters())
+
+
+def test_learning_rate_rises_and_falls_linearly():
+    config = RunConfig()
+    config.train.steps, config.train.warmup_fraction, config.train.lr = 20, 0.25, 1.0
+    optimizer = build_optimizer(small_pair()[0], config)
+    schedule = build_schedule(optimizer, config.train)
+    rates = []
+    for _ in range(20):
+        rates.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    assert rates[:6] == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1.0])
+    assert rates[5:] == pytest.approx([1 - i / 15 for i in range(15)])
+
+
+def test_an_impostor_called_apex_is_not_taken_for_nvidias(tmp_path, monkeypatch):
+    (tmp_path / "apex").mkdir()
+    (tmp_path / "apex" / "__init__.py").write_text("raise SystemExit('imported an impostor')")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert not is_nvidia_apex()
