@@ -100,6 +100,8 @@ class Distillation:
         config, materials = self.config, self.materials
         dtype = student_dtype(self.engine_config)
         monitor = Monitor(config, recorder, self.student, self.teacher_widths, materials.device, dtype)
+        if ranks.rank() == 0:
+            print(f"MFU refers to {monitor.peak.flops_per_s / 1e9:,.0f} GFLOP/s a rank ({monitor.peak.source})")
         return Trainer(
             config=config,
             engine=engine,
@@ -109,7 +111,7 @@ class Distillation:
             monitor=monitor,
             checkpoints=self.checkpoints,
             gap=self.gap,
-            evaluate=functools.partial(self.evaluate, PERIODIC_EVALUATION_SEQUENCES),
+            evaluate=lambda: self.evaluate(PERIODIC_EVALUATION_SEQUENCES) | self._gap_values(),
             after_event=functools.partial(self._export_milestone, engine),
             state=start,
         )

@@ -30,7 +30,10 @@ def curves(run: Run) -> list[Curve]:
             "Distance to the teacher just before (hollow) and just after (filled) every resize.",
             _gap,
         ),
-        "Held-out values": ("Measured on the held-out rows, with masks that never change.", _heldout),
+        "Held-out values": (
+            "Held-out rows with masks that never change; last, the terms on the probe batch.",
+            _heldout,
+        ),
         "Speed and memory": ("Tokens a second over all ranks, pauses left out, and what the first rank uses.", _speed),
         "Optimizer": ("Learning rate, and the global gradient norm before clipping.", _optimizer),
     }
@@ -128,8 +131,11 @@ def gap(event: dict[str, Any], side: str, term: str) -> float | None:
 
 
 def _heldout(run: Run) -> list[Panel]:
-    names = run.evaluation_names()
-    return [Panel(name.replace("_", " "), [Line(name, run.evaluation_points(name))]) for name in names]
+    """Results at every evaluation, then the terms of the probe batch in one panel."""
+    names = [name for name in run.evaluation_names() if not name.startswith("gap/")]
+    panels = [Panel(name.replace("_", " "), [Line(name, run.evaluation_points(name))]) for name in names]
+    probe = [Line(term, run.evaluation_points(f"gap/{term}")) for term in TERMS]
+    return [*panels, Panel("terms, probe batch", [line for line in probe if line.points], log_when_wide=True)]
 
 
 def _speed(run: Run) -> list[Panel]:

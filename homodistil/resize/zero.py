@@ -89,6 +89,8 @@ class ZeroAdapter(Adapter):
         for param, offset in zip(optimizer.round_robin_bit16_groups[i], layout.offsets, strict=True):
             if param.data_ptr() != flat.data_ptr() + offset * flat.element_size():
                 raise ValueError(f"bit16_groups_flat[{i}]: a parameter is not a view of it at element {offset}")
+        if not torch.equal(optimizer.parallel_partitioned_bit16_groups[i][rank], master.detach().to(flat.dtype)):
+            raise ValueError(f"single_partition_of_fp32_groups[{i}]: the model's weights are not these, rounded")
         for key, value in optimizer.optimizer.state.get(master, {}).items():
             if torch.is_tensor(value) and value.ndim > 0 and value.shape != master.shape:
                 raise ValueError(f"optimizer state {key!r} of group {i}: shape {tuple(value.shape)} is not per element")
@@ -104,8 +106,7 @@ class ZeroAdapter(Adapter):
         for i in range(self.num_groups()):
             index = [index_of.get(param, {}) for param in self.optimizer.round_robin_bit16_groups[i]]
             move = FlatMove.plan(self.layout(i), index, *self._alignment(i))
-            bytes_moved += self._move_states(i, move)
-            self._rebuild_weights(i, move)
+            bytes_moved += self._move_states(i, move) + self._rebuild_weights(i, move)
             self._rebuild_partition_info(i, move)
         self._rebuild_maps()
         self._select_unowned(index_of)
@@ -130,8 +131,8 @@ class ZeroAdapter(Adapter):
         master.data = move_partition(master.data, move, rank, group)
         return move.crossing_numel() * element_bytes
 
-    def _rebuild_weights(self, i: int, move: FlatMove) -> None:
-        """The flat buffer that the model computes with, and the parameters as views of it.
+    def _rebuild_weights(self, i: int, move: FlatMove) -> int:
+        """The flat buffer that the model computes with, and the parameters as views of it; returns bytes as above.
 
         Its content is the masters in the model's precision, before and after every step, so it is spread from them
         anew, as a step does it. The old one is freed first: moving it would need a second one beside it.
@@ -155,6 +156,7 @@ class ZeroAdapter(Adapter):
         optimizer.round_robin_bit16_padding[i] = list(move.new.padding())
         optimizer.round_robin_bit16_offsets[i] = list(move.new.offsets)
         optimizer._update_model_bit16_weights(i)
+        return flat.nbytes * (len(partitions) - 1)
 
     def _rebuild_partition_info(self, i: int, move: FlatMove) -> None:
         """Partition bookkeeping of one group, as the wrapper's constructor does it."""

@@ -23,6 +23,7 @@ EXPECTED = {
     "type": ["partition_size: found a tuple, not a list", "install deepspeed==0.19.8"],
     "layout": ["round_robin_bit16_offsets[0]: found 3493 at 1, expected 3492", "install deepspeed==0.19.8"],
     "view": ["not a view", "install deepspeed==0.19.8"],
+    "values": ["single_partition_of_fp32_groups[0]", "not these, rounded"],
     "version": ["0.20.1", "0.19.x", "install deepspeed==0.19.8"],
 }
 

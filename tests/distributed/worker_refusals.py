@@ -47,7 +47,10 @@ class OtherBooks(DeepSpeedZeroOptimizer):
 
 def tampered() -> dict[str, object]:
     """Engines that are right except for one thing, as after an upgrade of DeepSpeed."""
-    engines = {name: make_engine(CONFIGS["supported"]) for name in ("fp16", "class", "field", "type", "layout", "view")}
+    engines = {
+        name: make_engine(CONFIGS["supported"])
+        for name in ("fp16", "class", "field", "type", "layout", "view", "values")
+    }
     engines["fp16"]._config.float16_config.enabled = True  # DeepSpeed itself refuses to build fp16 on a CPU
     engines["class"].optimizer.__class__ = OtherBooks
     del engines["field"].optimizer.round_robin_bit16_offsets
@@ -55,6 +58,8 @@ def tampered() -> dict[str, object]:
     engines["layout"].optimizer.round_robin_bit16_offsets[0][1] += 1
     param = engines["view"].optimizer.bit16_groups[0][3]
     param.data = param.data.clone()
+    with torch.no_grad():
+        engines["values"].optimizer.bit16_groups[0][3].mul_(2)
     return engines
 
 

@@ -151,6 +151,8 @@ class Run:
         after = master_weights(self.engine)
         for name, p in self.model.named_parameters():
             assert p.numel() > 0
+            if name.endswith("attention.self.key.bias"):
+                continue  # the softmax ignores it: its gradient is rounding, or nothing
             moved = (after[name] != before[name]).float().mean().item()
             assert moved == 0 if name == tiny_bert.FROZEN else moved > 0.99, (name, moved)
 
