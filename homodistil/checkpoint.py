@@ -71,9 +71,9 @@ class Checkpoints:
         folder = self.folder / (self.folder / "latest").read_text(encoding="utf-8").strip()
         try:
             state = torch.load(folder / "run.pt", map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, EOFError) as error:
+        except Exception as error:  # a damaged pickle can fail in any way
             raise UserError(
-                f"{folder}: not a whole checkpoint ({error}); remove it and write the name of an older one into "
+                f"{folder}: not a whole checkpoint ({type(error).__name__}); remove it and write the name of an older one into "
                 f"{self.folder / 'latest'}"
             ) from None
         self._check_layout(folder, state)

@@ -28,7 +28,7 @@ from homodistil.pruning.outliers import protected_dims, variance_shares
 from homodistil.pruning.schedule import WidthSchedule
 from homodistil.pruning.scheduler import Pruner
 from homodistil.pruning.target import target_shape, target_widths
-from homodistil.resize import ResizePlan, make_plan, master_weights, slice_module
+from homodistil.resize import ResizePlan, check_supported, make_plan, master_weights, slice_module
 from homodistil.trainer import Trainer, TrainState, resize_event
 
 ROW_FILE = "row.json"
@@ -73,6 +73,7 @@ class Distillation:
             engine = build_engine(self.student, self.config, self.engine_config)
             if found:
                 self.checkpoints.restore(engine, found[0])
+                check_supported(engine)  # what was loaded is laid out as resizing expects
             self._trainer(engine, recorder, start).train()
             return self._finish(engine, recorder)
 

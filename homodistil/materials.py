@@ -76,7 +76,7 @@ def check_teacher(config: RunConfig) -> str:
     """
     folder = config.teacher.name
     if folder.startswith("embedded:"):
-        folder = str(ranks.on_first_rank(lambda: teacher_folder(config.teacher.name, cache_dir(config))))
+        folder = str(teacher_folder(folder, cache_dir(config)))  # under a lock: one rank a machine fetches
     teacher = load_config(folder)
     family = family_of(teacher.model_type)
     with torch.device("meta"):
@@ -102,6 +102,11 @@ def gather(config: RunConfig, device: torch.device) -> Materials:
     folder = check_teacher(config)
     tokenizer = load_tokenizer(folder, load_config(folder).vocab_size)
     corpus = prepare_corpus(config.data, tokenizer)
+    if corpus.fingerprint != ranks.on_first_rank(lambda: corpus.fingerprint):
+        raise UserError(
+            f"data.sources: rank {ranks.rank()} found another text than rank 0; give every machine the same files "
+            f"(a shared folder, or data.sources named one by one where `embedded` depends on npm being there)"
+        )
     if len(corpus.train) < config.train.global_batch_size:
         raise UserError(
             f"data.sources: {len(corpus.train)} training blocks of {config.data.seq_len} tokens, fewer than one "
