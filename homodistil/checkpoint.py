@@ -73,8 +73,8 @@ class Checkpoints:
             state = torch.load(folder / "run.pt", map_location="cpu", weights_only=True)
         except Exception as error:  # a damaged pickle can fail in any way
             raise UserError(
-                f"{folder}: not a whole checkpoint ({type(error).__name__}); remove it and write the name of an older one into "
-                f"{self.folder / 'latest'}"
+                f"{folder}: not a whole checkpoint ({type(error).__name__}); remove it and write the name of an older "
+                f"one into {self.folder / 'latest'}"
             ) from None
         self._check_layout(folder, state)
         return folder, state
