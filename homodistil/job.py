@@ -44,7 +44,8 @@ def _train_all(
 ) -> list[dict]:
     command = shlex.join([Path(sys.executable).name, *sys.argv])
     main = Distillation(config, engine_config, materials, folder, command)
-    rows = [_teacher_row(main, correction), main.run() | {"name": "homodistil"}]
+    student_row = main.run() | {"name": "homodistil"}
+    rows = [_teacher_row(main, correction), student_row]
     for name in config.run.compare:
         control = control_config(config, name)
         rows.append(Distillation(control, engine_config, materials, folder / "compare" / name, command).run())
