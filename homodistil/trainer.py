@@ -102,6 +102,8 @@ class Trainer:
                 self.save()
 
     def save(self) -> None:
+        """A checkpoint, unless the weights have just become useless: the one before is then worth more."""
+        require_finite(self.gap.measure(), self.state.step, self.config)
         state = {
             "step": self.state.step,
             "consumed_samples": self.state.consumed_samples,
