@@ -6,6 +6,7 @@ import json
 import os
 import socket
 import subprocess
+import warnings
 from pathlib import Path
 
 import torch
@@ -39,6 +40,8 @@ def init_ranks() -> torch.device:
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 
+    # DeepSpeed calls functions that newer torch renamed: nothing that a user of ours could act on.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     deepspeed.utils.logger.setLevel(os.environ.get("HOMODISTIL_DEEPSPEED_LOG", "ERROR"))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if get_accelerator().device_name() != "cpu":

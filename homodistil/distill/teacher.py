@@ -86,11 +86,16 @@ def has_mlm_head(folder: str) -> bool:
 
 
 def _from_pretrained(folder: str, **options):
-    logging.disable_progress_bar()  # one bar a rank and model would bury the training's own
+    # A bar and a report a rank and model would bury the training's own; `has_mlm_head` reads what matters.
+    verbosity = logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
     try:
         return AutoModelForMaskedLM.from_pretrained(folder, **options)
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"teacher.name: cannot load weights from {folder!r} ({_first_line(error)})") from None
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def load_config(folder: str):
