@@ -13,7 +13,7 @@ setup(
     license="Apache-2.0",
     packages=find_packages(include=["homodistil", "homodistil.*"]),
     package_data={"homodistil": ["recipes/*.yaml"]},
-    python_requires=">=3.10",
+    python_requires=">=3.11",
     install_requires=[
         "torch>=2.11",
         "deepspeed>=0.19,<0.20",

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -216,3 +217,16 @@ def test_kill_leaves_no_half_corpus(tokenizer, tmp_path):
         "train.npy",
     ]
     assert not list(corpora.glob(".*.tmp"))
+
+
+def test_prepare_data_script_leaves_a_corpus_that_training_finds(tmp_path, cache_dir, tokenizer):
+    for i in range(3):
+        (tmp_path / f"{i}.txt").write_text(f"Document {i} of a small folder. " * 30)
+    script = Path(__file__).parents[1] / "launcher" / "prepare_data.py"
+    arguments = [f"data.sources=[{tmp_path}]", "data.seq_len=16", f"data.cache_dir={cache_dir}"]
+    done = subprocess.run([sys.executable, str(script), *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    config = DataConfig(sources=[str(tmp_path)], seq_len=16, cache_dir=str(cache_dir))
+    corpus = prepare_corpus(config, tokenizer)
+    assert corpus.fingerprint in done.stdout and corpus.description in done.stdout
+    shutil.rmtree(cache_dir / "corpora" / corpus.fingerprint)
