@@ -64,7 +64,8 @@ def _build_parser(description: str, with_engine: bool) -> ArgumentParser:
     parser = ArgumentParser(
         exit_on_error=False,
         description=f"{description} Fields may be written as section.field=value. "
-        f"recipe=NAME starts from a shipped recipe ({', '.join(recipe_names())}); default: recipe=quickstart.",
+        f"recipe=NAME starts from a shipped recipe ({', '.join(recipe_names())}); without one and without --config "
+        f"it is recipe=quickstart. The defaults below are those of a --config file that leaves a field out.",
     )
     parser.add_argument("--config", action="config", help="YAML file with any of the fields below.")
     if with_engine:

@@ -15,6 +15,8 @@ from homodistil.errors import UserError
 
 @dataclass(kw_only=True)
 class TeacherConfig:
+    """teacher: the big model, and its correction on the corpus"""
+
     name: str = "embedded:bert-tiny"
     """Folder, hub name (bert-base-uncased) or packaged model: embedded:bert-tiny, embedded:minilm-l6."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -27,6 +29,8 @@ class TeacherConfig:
 
 @dataclass(kw_only=True)
 class StudentConfig:
+    """student: the size to reach"""
+
     preset: Literal["custom", "quickstart", "homobert-base", "homobert-small", "homobert-xsmall", "homobert-tiny"] = (
         "quickstart"
     )
@@ -43,6 +47,8 @@ class StudentConfig:
 
 @dataclass(kw_only=True)
 class DataConfig:
+    """data: text, and how it becomes batches"""
+
     sources: list[str] = field(default_factory=lambda: ["embedded"])
     """Files or folders (.txt, .jsonl, .parquet), hub data sets (wikipedia, bookcorpus, owner/name[:config]),
     or packaged text: embedded (all of it), embedded:wikipedia, embedded:bible, embedded:sotu, embedded:moby-dick."""
@@ -64,6 +70,8 @@ class DataConfig:
 
 @dataclass(kw_only=True)
 class TrainConfig:
+    """train: steps, batches, learning rate, what happens in between"""
+
     steps: int = 600
     """Optimizer steps (>= 1)."""
     global_batch_size: int = 32
@@ -94,6 +102,8 @@ class TrainConfig:
 
 @dataclass(kw_only=True)
 class PruningConfig:
+    """pruning: when and which neurons go"""
+
     schedule: Literal["cubic", "linear", "one_shot", "none"] = "cubic"
     """How widths fall: cubic (the paper), linear, one_shot (all at step 0), none (width stays the teacher's)."""
     start_fraction: float = 0.0
@@ -124,6 +134,8 @@ class PruningConfig:
 
 @dataclass(kw_only=True)
 class LossConfig:
+    """loss: weights and forms of the terms"""
+
     mlm: float = 1.0
     """Weight of masked language modelling (>= 0)."""
     kl: float = 1.0
@@ -148,6 +160,8 @@ class LossConfig:
 
 @dataclass(kw_only=True)
 class OptimizerConfig:
+    """optimizer: AdamW"""
+
     implementation: Literal["torch_fused", "deepspeed_fused", "apex_fused"] = "torch_fused"
     """AdamW from torch (fused), DeepSpeed's ops (built on first use) or NVIDIA apex (recognised by its files)."""
     beta1: float = 0.9
@@ -160,6 +174,8 @@ class OptimizerConfig:
 
 @dataclass(kw_only=True)
 class RunFolderConfig:
+    """run: the run folder"""
+
     dir: str | None = None
     """Run folder. Unset: runs/<run.name>."""
     name: str = "quickstart"
