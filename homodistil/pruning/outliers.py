@@ -16,7 +16,8 @@ from homodistil.distill.teacher import Teacher
 
 
 def variance_shares(teacher: Teacher, batches: Iterable[Batch]) -> Tensor:
-    """Largest share of the variance that each residual dim carries at any LayerNorm's input, fp32 (hidden,).
+    """Largest share of the variance that each residual dim carries at any LayerNorm's input, fp32 (hidden,),
+    on the teacher's device.
 
     A share is E[(x_j - mean of its token)^2] over the sum of the same for all dims, over valid tokens.
     """
@@ -48,13 +49,14 @@ class _ShareMeter:
         self._sum = total if self._sum is None else self._sum + total
 
     def shares(self) -> Tensor:
-        return (self._sum / self._sum.sum()).float().cpu()
+        return (self._sum / self._sum.sum()).float()
 
 
 def protected_dims(shares: Tensor, threshold: float, target_width: int) -> Tensor:
     """Indices of dims above `threshold` (0 = none), the largest shares first, at most half of the target width."""
     if threshold <= 0:
         return torch.empty(0, dtype=torch.int64)
+    shares = shares.cpu()
     above = (shares > threshold).nonzero().squeeze(1)
     order = shares[above].argsort(descending=True)[: target_width // 2]
     return above[order].sort().values

@@ -13,7 +13,7 @@ WORKER = Path(__file__).with_name("worker_importance.py")
 
 @pytest.mark.parametrize(("num_ranks", "stages"), [(2, [0, 1, 2]), (4, [2])])
 def test_sums_equal_one_process(num_ranks, stages):
-    output = run_ranks(WORKER, [json.dumps(stages)], num_ranks, timeout_s=200)
+    output = run_ranks(WORKER, [json.dumps(stages)], num_ranks, timeout_s=400)
     cases = [json.loads(line.split(" ", 1)[1]) for line in output.splitlines() if line.startswith("CASE ")]
     assert [case["stage"] for case in cases] == stages
     for case in cases:

@@ -149,7 +149,7 @@ def test_resume_after_resizes_is_bitwise_the_uninterrupted_run(finished, tmp_pat
     (copy / "row.json").unlink()
     (copy / "checkpoints" / "latest").write_text(f"step-{SAVE_EVERY:06d}\n")
     assert sum(event["step"] <= SAVE_EVERY for event in _lines(copy / "events.jsonl")) >= 2
-    run_ranks(TRAIN, _arguments(copy, cache_dir, "run.resume=auto"), num_ranks=2, timeout_s=300)
+    run_ranks(TRAIN, _arguments(copy, cache_dir, "run.resume=auto"), num_ranks=2, timeout_s=500)
     ours, theirs = (load_file(path / "export" / "model.safetensors") for path in (copy, folder))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
     for name in ("metrics.jsonl", "events.jsonl"):
@@ -168,7 +168,7 @@ def test_one_rank_follows_the_same_path_as_two(finished, tmp_path, cache_dir):
     """Data order, masks and the mean over the global batch do not depend on ranks or accumulation."""
     folder, _ = finished
     alone = tmp_path / "run"
-    run_ranks(TRAIN, _arguments(alone, cache_dir, "train.micro_batch_size=8"), num_ranks=1, timeout_s=300)
+    run_ranks(TRAIN, _arguments(alone, cache_dir, "train.micro_batch_size=8"), num_ranks=1, timeout_s=500)
     for name in ("loss/total", "loss/mlm", "loss/kl", "loss/attention", "widths/hidden", "optim/grad_norm"):
         ours, theirs = (
             [line[name] for line in _lines(path / "metrics.jsonl") if name in line] for path in (alone, folder)

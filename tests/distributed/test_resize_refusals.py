@@ -30,7 +30,7 @@ EXPECTED = {
 
 @pytest.fixture(scope="module")
 def messages() -> dict[str, str | None]:
-    output = run_ranks(WORKER, [], num_ranks=1, timeout_s=120)
+    output = run_ranks(WORKER, [], num_ranks=1, timeout_s=300)
     cases = [json.loads(line.split(" ", 1)[1]) for line in output.splitlines() if line.startswith("CASE ")]
     return {case["name"]: case["message"] for case in cases}
 

@@ -33,7 +33,7 @@ BF16 = [
 
 
 def run_cases(cases: list[dict], num_ranks: int, *flags: str) -> list[dict]:
-    output = run_ranks(WORKER, [json.dumps(cases), *flags], num_ranks, timeout_s=200)
+    output = run_ranks(WORKER, [json.dumps(cases), *flags], num_ranks, timeout_s=400)
     return [json.loads(line.split(" ", 1)[1]) for line in output.splitlines() if line.startswith("CASE ")]
 
 
