@@ -178,7 +178,7 @@ def test_second_call_is_fast(tokenizer, cache_dir, capfd):
     start = time.perf_counter()
     second = prepare_corpus(config, tokenizer)
     # Measured 0.13 s; a rebuild takes 20 s and more.
-    assert time.perf_counter() - start < 1.0
+    assert time.perf_counter() - start < 5.0
     assert second.fingerprint == first.fingerprint and second.description == first.description
     assert capfd.readouterr().err.startswith("data.sources: embedded = embedded:wikipedia, embedded:")
     assert len(first.train) > 10_000 and len(first.heldout) > 500

@@ -109,4 +109,4 @@ def test_masking_is_fast(tokenizer):
         masker(blocks, samples, samples)
         best = min(best, time.perf_counter() - start)
     # Measured: 0.3 ms alone, 0.7 ms on two busy cores; a training step of the quickstart takes 100 ms and more.
-    assert best < 3e-3
+    assert best < 1e-2
