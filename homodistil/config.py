@@ -32,9 +32,9 @@ class StudentConfig:
     """student: the size to reach"""
 
     preset: Literal["custom", "quickstart", "homobert-base", "homobert-small", "homobert-xsmall", "homobert-tiny"] = (
-        "quickstart"
+        "custom"
     )
-    """Target size by name; custom: the three fields below. A field that is set wins over the preset."""
+    """Target size by name; custom: the three fields below, all set. A field that is set wins over the preset."""
     hidden_size: int | None = None
     """Target width of the residual stream (<= teacher's, divisible by num_attention_heads)."""
     intermediate_size: int | None = None

@@ -114,6 +114,7 @@ def resolve_engine_config(engine_config: dict, config: RunConfig, num_ranks: int
                 f'write "auto" in the JSON or make both agree'
             )
         resolved[name] = value
+    _check_no_auto(resolved)
     _check_precision(resolved)
     check_config(resolved)
     resolved.setdefault("steps_per_print", 10**9)
@@ -135,6 +136,18 @@ def _values_from_config(config: RunConfig, num_ranks: int) -> dict:
         "gradient_accumulation_steps": train.global_batch_size // together,
         "gradient_clipping": train.gradient_clipping,
     }
+
+
+def _check_no_auto(section: dict, path: str = "") -> None:
+    """Other libraries fill more entries; DeepSpeed itself would fail on the word somewhere deep inside."""
+    for name, value in section.items():
+        if isinstance(value, dict):
+            _check_no_auto(value, f"{path}{name}.")
+        elif value == "auto":
+            raise UserError(
+                f'{path}{name}: "auto" in the DeepSpeed JSON is filled for {", ".join(_FROM_CONFIG)} only; '
+                f"write a value, or remove it for DeepSpeed's default"
+            )
 
 
 def _check_precision(engine_config: dict) -> None:

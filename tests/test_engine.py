@@ -36,6 +36,11 @@ def test_equal_values_in_both_places_are_fine_and_different_ones_name_both():
         resolve_engine_config({"gradient_clipping": 0.5}, RunConfig(), 1)
 
 
+def test_auto_that_nobody_fills_is_named():
+    with pytest.raises(UserError, match='zero_optimization.reduce_bucket_size: "auto"'):
+        resolve_engine_config({"zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"}}, RunConfig(), 1)
+
+
 def test_teacher_precision_follows_the_student_on_cpu():
     cpu = torch.device("cpu")
     assert teacher_dtype("auto", {"bf16": {"enabled": True}}, cpu) == torch.bfloat16

@@ -35,6 +35,10 @@ class Teacher(nn.Module):
         self.with_logits = with_logits
         self._taps = Taps(model, self.family)
 
+    def train(self, mode: bool = True) -> Teacher:
+        """Never in training mode: its dropout would be noise in every target."""
+        return super().train(False)
+
     def forward(self, batch: Batch) -> TeacherOutput:
         """What the training objective compares with."""
         return self.observe(batch, self.kl_positions, self.with_logits)
