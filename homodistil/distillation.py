@@ -19,7 +19,7 @@ from homodistil.evaluation.heldout import evaluate
 from homodistil.export import save_checkpoint, stock_head_dim, stock_model
 from homodistil.materials import PERIODIC_EVALUATION_SEQUENCES, Materials, teacher_copy
 from homodistil.metrics import METRICS_FILE, read_lines, write_atomically
-from homodistil.model_card import model_card
+from homodistil.model_card import describe_widths, model_card
 from homodistil.models.axes import expand_to_teacher
 from homodistil.monitor import Monitor, run_recorder, speeds
 from homodistil.pruning.calibration import calibrate
@@ -174,6 +174,7 @@ class Distillation:
         if ranks.rank() == 0:
             model = stock_model(weights, self.student, load_config(self.materials.teacher))
             facts = {"parameters": self.student.num_parameters(), "hidden_size": self.student.widths["hidden"]}
+            facts |= {"widths": describe_widths(self.teacher_widths, self.student.widths)}
             facts |= {"folder": folder.name, "data": self.materials.corpus.description}
             facts |= {name: value for name, value in measured.items() if name not in ("name", *facts)}
             save_checkpoint(model, self.materials.tokenizer, model_card(self.config, facts, self.command), folder)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from homodistil import __version__
 from homodistil.config import RunConfig
+from homodistil.models.axes import Widths
 
 _TEMPLATE = """---
 library_name: transformers
@@ -28,7 +29,7 @@ tokenizer = AutoTokenizer.from_pretrained("{folder}")
 |---|---|
 {rows}
 
-Data: {data}
+Text: {sources} ({data}).
 
 Command: `{command}`
 """
@@ -38,7 +39,7 @@ def model_card(config: RunConfig, facts: Mapping[str, object], command: str) -> 
     """Markdown.
 
     Args:
-        facts: parameters, hidden_size, folder, data, and any measured value to list.
+        facts: parameters, hidden_size, folder, data (the corpus in one line), and any value to list.
         command: the command line of the run.
     """
     loss = config.loss
@@ -58,7 +59,20 @@ def model_card(config: RunConfig, facts: Mapping[str, object], command: str) -> 
         folder=facts["folder"],
         teacher=config.teacher.name,
         version=__version__,
-        rows="\n".join(f"| {name} | {value} |" for name, value in listed.items()),
+        rows="\n".join(f"| {name} | {_text(value)} |" for name, value in listed.items()),
+        sources=", ".join(config.data.sources),
         data=facts["data"],
         command=command,
     )
+
+
+def _text(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def describe_widths(before: Widths, after: Widths) -> str:
+    """`hidden 128 -> 64, feed-forward 512 -> 256, heads 2 x 64 -> 2 x 32` (of layer 0; all layers are alike)."""
+    parts = [f"hidden {before['hidden']} -> {after['hidden']}"]
+    parts += [f"feed-forward {before['layer.0.ffn']} -> {after['layer.0.ffn']}"]
+    heads = [f"{widths['layer.0.heads']} x {widths['layer.0.qk_dim']}" for widths in (before, after)]
+    return ", ".join([*parts, f"heads {heads[0]} -> {heads[1]}"])

@@ -11,7 +11,7 @@ from transformers import BertConfig, BertTokenizerFast
 
 from homodistil.config import RunConfig
 from homodistil.export import save_checkpoint, stock_head_dim, stock_model
-from homodistil.model_card import model_card
+from homodistil.model_card import describe_widths, model_card
 from homodistil.resize import make_plan, slice_module
 
 TEACHER_CONFIG = BertConfig(**{**small_model().config.to_dict(), "hidden_dropout_prob": 0.1})
@@ -90,4 +90,11 @@ print(json.dumps([logits.tolist(), sum(p.numel() for p in model.parameters()), s
     found = torch.tensor(logits).flatten(0, 1)[batch.masked_index]
     torch.testing.assert_close(found, student.predict(batch), rtol=1e-5, atol=1e-5)
     assert num_parameters == student.num_parameters() and dtype == "torch.float32"
-    assert "1,234 parameters" in (folder / "README.md").read_text() and (folder / "milestone-0.9").is_dir()
+    assert "1,234 parameters" in card and "| mlm_loss | 1.5 |" in card and "`train.py a=b`" in card
+    assert (folder / "README.md").read_text() == card and (folder / "milestone-0.9").is_dir()
+
+
+def test_the_card_says_what_became_narrower():
+    before = {"hidden": 128, "layer.0.ffn": 512, "layer.0.heads": 4, "layer.0.qk_dim": 32}
+    after = {"hidden": 64, "layer.0.ffn": 256, "layer.0.heads": 2, "layer.0.qk_dim": 30}
+    assert describe_widths(before, after) == "hidden 128 -> 64, feed-forward 512 -> 256, heads 4 x 32 -> 2 x 30"
