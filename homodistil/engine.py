@@ -10,7 +10,7 @@ import warnings
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import distributed, nn
 
 from homodistil.config import RunConfig
 from homodistil.errors import UserError
@@ -50,7 +50,20 @@ def init_ranks() -> torch.device:
         local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", 1)))
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_ranks))
     deepspeed.init_distributed(verbose=False)
+    _unlink_shared_buffers()
     return torch.device(get_accelerator().device_name(local_rank))
+
+
+def _unlink_shared_buffers() -> None:
+    """DeepSpeed's CPU backend leaves 66 MiB a rank in /dev/shm when the job ends.
+
+    Behind the barrier every rank has mapped them all, so the names can go now; the memory follows with the last
+    process, however it ends.
+    """
+    distributed.barrier()
+    job = f"{os.environ.get('MASTER_ADDR')}_{os.environ.get('MASTER_PORT')}"
+    for path in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_{os.getuid()}_{job}_*"):
+        path.unlink(missing_ok=True)
 
 
 def _adopt_slurm_variables() -> None:

@@ -50,12 +50,14 @@ def finished(tmp_path_factory, cache_dir):
     """A whole run, started by DeepSpeed's own launcher."""
     folder = tmp_path_factory.mktemp("finished") / "run"
     launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", "2"]
-    command = [*launcher, "--master_port", str(free_port()), str(TRAIN)]
+    port = free_port()
+    command = [*launcher, "--master_port", str(port), str(TRAIN)]
     command += _arguments(folder, cache_dir, "run.export_milestones=[0.9]", "run.compare=[one_shot]")
     env = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
     done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=ROOT, timeout=500)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "shm_comm_op built" in done.stdout and not list(Path("/dev/shm").glob(f"*_{port}_*")), "shared memory left"
     return folder, done.stdout
 
 
