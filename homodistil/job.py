@@ -53,10 +53,10 @@ def _train_all(
 
 
 def control_config(config: RunConfig, name: str) -> RunConfig:
-    """The same run with the control's one difference."""
+    """The same run with the control's one difference: its schedule, which it is named after."""
     control = copy.deepcopy(config)
     control.run.name, control.run.export_milestones = name, []
-    control.pruning.schedule = {"one_shot": "one_shot"}[name]
+    control.pruning.schedule = name
     return control
 
 

@@ -51,10 +51,9 @@ def claim_run_folder(folder: Path, config: RunConfig, engine_config: dict) -> No
 
 
 def _check_same_run(folder: Path, config: RunConfig) -> None:
-    try:
-        before = yaml.safe_load((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    except OSError:
-        raise UserError(f"run.dir: {str(folder)!r} is not empty and not a run folder; choose another run.dir") from None
+    before = _config_of_run(folder)
+    if before is None:
+        raise UserError(f"run.dir: {str(folder)!r} is not empty and not a run folder; choose another run.dir")
     for section, fields in config.to_dict().items():
         if section == "run":
             continue
@@ -65,3 +64,14 @@ def _check_same_run(folder: Path, config: RunConfig) -> None:
                     f"{section}.{name}: the run in {str(folder)!r} has {old}, this config {value}; "
                     f"go on with the same value, or choose another run.dir"
                 )
+
+
+def _config_of_run(folder: Path) -> dict | None:
+    """The config that a run of ours left in `folder`, None when it is not ours: many things are called config.yaml."""
+    try:
+        found = yaml.safe_load((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return None
+    sections = RunConfig().to_dict().keys()
+    is_ours = isinstance(found, dict) and all(isinstance(found.get(section), dict) for section in sections)
+    return found if is_ours and (folder / ENGINE_FILE).is_file() else None

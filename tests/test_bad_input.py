@@ -14,6 +14,7 @@ from transformers import BertTokenizerFast, GPT2Config
 from homodistil.cli import parse
 from homodistil.errors import UserError
 from homodistil.job import run
+from homodistil.run_folder import check_run_folder, claim_run_folder
 
 REPO = Path(__file__).parents[1]
 ENGINE = REPO / "ds_configs" / "zero2_fp32.json"
@@ -196,6 +197,25 @@ def test_run_folder_not_empty(attempt, tmp_path):
     assert f"run.dir: '{folder}' is not empty" in message and "run.resume=auto" in message
     assert "not a run folder" in attempt("run.resume=auto", run_dir=folder)
     assert (folder / "thesis.txt").read_text() == "precious"
+
+
+@pytest.mark.parametrize("content", ["model: mine\n", "just a word", "a: [", "", "train: {lr: 1}\n"])
+def test_another_projects_config_is_not_taken_for_a_run(attempt, tmp_path, content):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "config.yaml").write_text(content)
+    (folder / "ds_config.json").write_text("{}")
+    assert "not a run folder" in attempt("run.resume=auto", run_dir=folder)
+    assert (folder / "config.yaml").read_text() == content
+
+
+def test_resuming_with_another_config_names_the_first_difference(tmp_path):
+    before = parse(["recipe=quickstart", f"run.dir={tmp_path / 'run'}"])
+    claim_run_folder(check_run_folder(before), before, {})
+    same = [f"run.dir={tmp_path / 'run'}", "run.resume=auto", "train.log_every_steps=3"]
+    assert check_run_folder(parse(same)) == tmp_path / "run"  # logging may change
+    with pytest.raises(UserError, match=r"train.lr: the run in '.*' has 0.003, this config 0.5; go on with the same"):
+        check_run_folder(parse([*same, "train.lr=0.5"]))
 
 
 def test_nothing_to_resume(attempt):
