@@ -18,22 +18,27 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from homodistil.resize.adapter import Fragment
+from homodistil.resize.adapter import Fragment, ReadState, StatePiece
 from homodistil.resize.plain import slice_module
 from homodistil.resize.plan import ResizePlan, make_plan
 from homodistil.resize.support import adapter_of, check_config, check_supported
 
 __all__ = [
     "Fragment",
+    "ReadState",
     "ResizeCost",
     "ResizePlan",
+    "StatePiece",
     "check_config",
     "check_supported",
     "gradient_fragments",
+    "load_state",
     "make_plan",
     "master_weights",
+    "owned_state",
     "resize",
     "slice_module",
+    "step_applied",
 ]
 
 
@@ -84,6 +89,31 @@ def gradient_fragments(engine) -> Iterator[Fragment]:
 def master_weights(engine) -> dict[str, Tensor]:
     """Full fp32 weights by parameter name, frozen ones too, as new tensors on every rank. Every rank calls it."""
     return adapter_of(engine).master_weights()
+
+
+def owned_state(engine) -> Iterator[StatePiece]:
+    """This rank's share of all weights and optimizer state, as views of the live tensors. No communication.
+
+    Over all ranks, every element of every parameter (frozen ones too) appears exactly once.
+    """
+    yield from adapter_of(engine).owned_state()
+
+
+@torch.no_grad()
+def load_state(engine, state_names: list[str], scalars: dict, read: ReadState) -> None:
+    """Overwrite all weights and optimizer state, whatever the engine's layout. Every rank calls it.
+
+    Args:
+        state_names: optimizer states with one value an element (`exp_avg`, ...); [] before the first step.
+        scalars: optimizer states that are the same for all elements (`step`).
+        read: gives any stretch of any parameter; each rank asks for what it holds.
+    """
+    adapter_of(engine).load_state(state_names, scalars, read)
+
+
+def step_applied(engine) -> bool:
+    """Whether the last `engine.step()` at a boundary changed the weights: not when a gradient was not finite."""
+    return bool(engine.was_step_applied())
 
 
 def _check_agreement(plan: ResizePlan, device: torch.device) -> None:

@@ -1,20 +1,64 @@
 """What `resize/` asks of each kind of DeepSpeed optimizer wrapper, and the bookkeeping they share.
 
-One subclass a wrapper (plain.py, zero.py), found by `support.adapter_of`. Private fields of DeepSpeed are touched in
-those subclasses only; each lists the ones it relies on, and `support.check_supported` verifies them at start.
+One subclass a wrapper class, found by `support.adapter_of`. Private fields of DeepSpeed are touched in those subclasses
+only; each lists the ones it relies on, and `support.check_supported` verifies them at start.
+
+To everything that only reads or writes state (importance, checkpoints, export) a wrapper is a list of `StateGroup`:
+an fp32 tensor that the torch optimizer updates, its optimizer state, and which elements of which parameters lie in it.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import ClassVar, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
+from homodistil.models.shapes import full_shape
 from homodistil.resize.move import set_param_data
 from homodistil.resize.plan import DimIndex, ResizePlan, select
+
+ReadState = Callable[[str, str, int, int], Tensor]
+"""(kind, parameter name, start, stop) -> those elements, flat; kind is "weight" or the name of an optimizer state."""
+
+
+class Held(NamedTuple):
+    """Elements [start, start + numel) of a parameter, row by row, at `position` of a flat tensor of this rank."""
+
+    name: str
+    start: int
+    position: int
+    numel: int
+
+
+class StateGroup(NamedTuple):
+    master: Tensor
+    """What the optimizer updates, the key of its state: fp32; the parameter itself when frozen (its own dtype)."""
+    state: dict
+    """Optimizer state of `master`, live; empty before the first step."""
+    held: list[Held]
+    replicated: bool
+    """Whether every rank holds the same whole group, instead of a partition."""
+
+    def per_element(self) -> dict[str, Tensor]:
+        """The states that have one value an element (both moments), without counts such as `step`."""
+        return {k: v for k, v in self.state.items() if torch.is_tensor(v) and v.shape == self.master.shape}
+
+
+class StatePiece(NamedTuple):
+    """Elements [start, start + n) of a parameter and all their state; views of the live tensors."""
+
+    name: str
+    start: int
+    weight: Tensor
+    """(n,): fp32 master weight, or the value of a frozen parameter in its own dtype."""
+    states: dict[str, Tensor]
+    """Optimizer state name -> (n,); empty for frozen parameters and before the first step."""
 
 
 class Fragment(NamedTuple):
@@ -38,6 +82,19 @@ class Adapter(ABC):
         self.engine = engine
         self.optimizer = engine.optimizer
         self.parameters: dict[str, nn.Parameter] = dict(engine.module.named_parameters())
+        self.name_of = {param: name for name, param in self.parameters.items()}
+
+    @abstractmethod
+    def torch_optimizer(self) -> torch.optim.Optimizer:
+        """The optimizer inside the wrapper."""
+
+    @abstractmethod
+    def groups(self) -> list[StateGroup]:
+        """Everything that is trained, on this rank."""
+
+    @abstractmethod
+    def gradients(self, i: int) -> Callable[[Held], Tensor]:
+        """Access to the reduced gradient (times the loss scale) of what `groups()[i]` holds."""
 
     @abstractmethod
     def check_layout(self) -> None:
@@ -52,15 +109,101 @@ class Adapter(ABC):
         """Apply `plan` to weights and state in place. Collective. Returns bytes sent between ranks, over all ranks."""
 
     @abstractmethod
+    def weights_from_masters(self) -> None:
+        """Make the model compute with today's masters, after these or their states were written to. Collective."""
+
+    def frozen_groups(self) -> list[StateGroup]:
+        """Parameters that no optimizer group holds: whole on every rank, unless a wrapper partitions them too."""
+        trained = self._trained_names()
+        return [
+            StateGroup(param, {}, [Held(name, 0, 0, param.numel())], replicated=True)
+            for name, param in self.parameters.items()
+            if name not in trained
+        ]
+
+    def _trained_names(self) -> set[str]:
+        return {name for name, param in self.parameters.items() if param.requires_grad}
+
+    def padding(self) -> Iterator[Tensor]:
+        """Parts of flat tensors that belong to no parameter, and must be zero. None in wrappers without padding."""
+        return iter(())
+
+    def loss_scale(self) -> float:
+        return float(getattr(self.optimizer, "loss_scale", 1.0)) if self.engine.fp16_enabled() else 1.0
+
+    def owned_state(self) -> Iterator[StatePiece]:
+        """See `homodistil.resize.owned_state`."""
+        for group, held in self._shares(self.groups() + self.frozen_groups()):
+            states = {key: _part(value, held) for key, value in group.per_element().items()}
+            yield StatePiece(held.name, held.start, _part(group.master, held), states)
+
     def gradient_fragments(self) -> Iterator[Fragment]:
         """See `homodistil.resize.gradient_fragments`."""
+        scale, groups = self.loss_scale(), self.groups()
+        access = {id(group.held): self.gradients(i) for i, group in enumerate(groups)}
+        for group, held in self._shares(groups):
+            gradient = access[id(group.held)](held).flatten().float()
+            assert gradient.numel() == held.numel, "gradients do not follow the layout"
+            weight = _part(group.master, held).float()
+            yield Fragment(held.name, held.start, weight, gradient / scale if scale != 1.0 else gradient)
 
-    @abstractmethod
+    def _shares(self, groups: list[StateGroup]) -> Iterator[tuple[StateGroup, Held]]:
+        """What this rank reports of `groups`: partitions whole, and its turn of what every rank has."""
+        turn, rank, world_size = itertools.count(), dist.get_rank(), dist.get_world_size()
+        for group in groups:
+            for held in group.held:
+                if not group.replicated or next(turn) % world_size == rank:
+                    yield group, held
+
     def master_weights(self) -> dict[str, Tensor]:
         """See `homodistil.resize.master_weights`."""
+        groups = self.groups() + self.frozen_groups()
+        device = next(iter(self.parameters.values())).device
+        whole = {held.name for group in groups if group.replicated for held in group.held}
+        held_by_name: dict[str, list[tuple[StateGroup, Held]]] = {}
+        for group in groups:
+            for held in group.held:
+                held_by_name.setdefault(held.name, []).append((group, held))
+        found = {}
+        for name, param in self.parameters.items():
+            full = torch.zeros(math.prod(full_shape(param)), device=device)
+            for group, held in held_by_name.get(name, ()):
+                full[held.start : held.start + held.numel] = _part(group.master, held)
+            if name not in whole:
+                dist.all_reduce(full)  # every element is on one rank, the others add zero
+            found[name] = full.view(full_shape(param))
+        return found
+
+    def load_state(self, state_names: list[str], scalars: dict, read: ReadState) -> None:
+        """See `homodistil.resize.load_state`."""
+        for group in self.frozen_groups():
+            for held in group.held:
+                _part(group.master, held).copy_(read("weight", held.name, held.start, held.start + held.numel))
+        for group in self.groups():
+            state = self.torch_optimizer().state[group.master]
+            state |= {key: self._scalar(value, group.master) for key, value in scalars.items()}
+            for kind in ("weight", *state_names):
+                target = group.master if kind == "weight" else state.get(kind)
+                if target is None or target.shape != group.master.shape:
+                    target = state[kind] = torch.zeros_like(group.master, requires_grad=False)
+                for held in group.held:
+                    _part(target, held).copy_(read(kind, held.name, held.start, held.start + held.numel))
+        self.weights_from_masters()
+
+    def _scalar(self, value: object, master: Tensor) -> object:
+        """Counts live where the torch optimizer wants them: with the masters when its kernels read them there."""
+        if not torch.is_tensor(value):
+            return value
+        settings = self.torch_optimizer().param_groups[0]
+        on_device = settings.get("fused") or settings.get("capturable")
+        return value.clone().to(master.device if on_device else "cpu")
 
     def index_by_parameter(self, plan: ResizePlan) -> dict[nn.Parameter, DimIndex]:
         return index_by_parameter(self.parameters, plan)
+
+
+def _part(tensor: Tensor, held: Held) -> Tensor:
+    return tensor.detach().view(-1)[held.position : held.position + held.numel]
 
 
 def index_by_parameter(parameters: dict[str, nn.Parameter], plan: ResizePlan) -> dict[nn.Parameter, DimIndex]:
@@ -71,11 +214,11 @@ def index_by_parameter(parameters: dict[str, nn.Parameter], plan: ResizePlan) ->
             raise ValueError(
                 f"resize plan names {name!r}, which the model lacks (tied parameters go by their first name)"
             )
-        param = parameters[name]
+        shape = full_shape(parameters[name])
         for dim, size in plan.sizes[name].items():
-            if param.ndim <= dim or param.shape[dim] != size:
-                raise ValueError(f"resize plan: dim {dim} of {name} should be {size}, found shape {tuple(param.shape)}")
-        found[param] = index
+            if len(shape) <= dim or shape[dim] != size:
+                raise ValueError(f"resize plan: dim {dim} of {name} should be {size}, found shape {shape}")
+        found[parameters[name]] = index
     return found
 
 

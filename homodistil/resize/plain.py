@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from homodistil.resize.adapter import Adapter, Fragment, index_by_parameter, select_param, select_state
+from homodistil.resize.adapter import Adapter, Held, StateGroup, index_by_parameter, select_param, select_state
 from homodistil.resize.plan import ResizePlan
 
 
@@ -35,12 +34,25 @@ class PlainAdapter(Adapter):
     def torch_optimizer(self) -> torch.optim.Optimizer:
         return self.optimizer
 
+    def groups(self) -> list[StateGroup]:
+        state = self.torch_optimizer().state
+        return [
+            StateGroup(master, state.get(master, {}), [Held(self.name_of[param], 0, 0, param.numel())], replicated=True)
+            for param, master in self.masters().items()
+        ]
+
+    def gradients(self, i: int) -> Callable[[Held], Tensor]:
+        def gradient(held: Held) -> Tensor:
+            param = self.parameters[held.name]
+            return torch.zeros_like(param) if param.grad is None else param.grad
+
+        return gradient
+
     def check_layout(self) -> None:
-        masters = self.masters()
-        for name, param in self.parameters.items():
-            master = masters.get(param, param)
+        for param, master in self.masters().items():
             if master.shape != param.shape:
-                raise ValueError(f"master weight of {name}: shape {tuple(master.shape)}, expected {tuple(param.shape)}")
+                found, expected = tuple(master.shape), tuple(param.shape)
+                raise ValueError(f"master weight of {self.name_of[param]}: shape {found}, expected {expected}")
 
     def has_pending_gradients(self) -> bool:
         return any(param.grad is not None for param in self.parameters.values())
@@ -56,23 +68,14 @@ class PlainAdapter(Adapter):
             select_param(param, index)
         return 0
 
-    def gradient_fragments(self) -> Iterator[Fragment]:
-        masters = self.masters()
-        trainable = [name for name, param in self.parameters.items() if param.requires_grad]
-        # Every rank has them all: each yields its share.
-        for name in trainable[dist.get_rank() :: dist.get_world_size()]:
-            param = self.parameters[name]
-            gradient = torch.zeros_like(param) if param.grad is None else param.grad
-            weight = masters.get(param, param).detach()
-            yield Fragment(name, 0, weight.flatten().float(), gradient.flatten().float())
-
-    def master_weights(self) -> dict[str, Tensor]:
-        masters = self.masters()
-        return {name: masters.get(p, p).detach().float().clone() for name, p in self.parameters.items()}
+    def weights_from_masters(self) -> None:
+        for param, master in self.masters().items():
+            if master is not param:
+                param.data.copy_(master)
 
 
 class UnfusedAdapter(PlainAdapter):
-    """Stage 0 in bf16 with a torch optimizer: FP16_UnfusedOptimizer, one fp32 master a parameter."""
+    """Stage 0 in bf16 or fp16 with a torch optimizer: FP16_UnfusedOptimizer, one fp32 master a parameter."""
 
     fields = {"fp16_groups": list, "fp32_groups": list, "optimizer": torch.optim.Optimizer}
 

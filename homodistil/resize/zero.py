@@ -9,22 +9,24 @@ methods where it has one.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
-from homodistil.resize.adapter import Adapter, Fragment, select_param
+from homodistil.resize.adapter import Held
 from homodistil.resize.flat import FlatMove, Layout
-from homodistil.resize.move import move_partition, set_param_data
-from homodistil.resize.plan import DimIndex, ResizePlan
+from homodistil.resize.flat_adapter import FlatAdapter, padding_in_partition
 
 PARAMETER_ALIGNMENT_BYTES = 16
 """What DeepSpeed's `parameter_alignment` aligns each parameter to."""
 
 
-class ZeroAdapter(Adapter):
+class ZeroAdapter(FlatAdapter):
+    masters_field = "single_partition_of_fp32_groups"
+    weights_field = "bit16_groups_flat"
+    params_field = "round_robin_bit16_groups"
     fields = {
         "optimizer": torch.optim.Optimizer,
         "bit16_groups": list,
@@ -51,118 +53,73 @@ class ZeroAdapter(Adapter):
         "_param_slice_mappings": list,
     }
 
-    def num_groups(self) -> int:
-        return len(self.optimizer.bit16_groups)
+    def process_group(self, i: int) -> dist.ProcessGroup:
+        return self.optimizer.real_dp_process_group[i]
 
     def layout(self, i: int) -> Layout:
-        """How group `i` lies in its flat buffer, from the shapes alone."""
         shapes = [tuple(meta.shape) for meta in self.optimizer.round_robin_bit16_meta[i]]
-        return Layout.packed(shapes, dist.get_world_size(self.optimizer.real_dp_process_group[i]), *self._alignment(i))
+        return Layout.packed(shapes, dist.get_world_size(self.process_group(i)), *self.alignment(i))
 
-    def _alignment(self, i: int) -> tuple[int, int]:
-        """Alignment of the buffer and of each parameter, in elements (`Layout.packed`)."""
+    def alignment(self, i: int) -> tuple[int, int]:
         optimizer = self.optimizer
         element_bytes = optimizer.bit16_groups_flat[i].element_size()
         of_parameter = PARAMETER_ALIGNMENT_BYTES // math.gcd(PARAMETER_ALIGNMENT_BYTES, element_bytes)
-        num_ranks = dist.get_world_size(optimizer.real_dp_process_group[i])
+        num_ranks = dist.get_world_size(self.process_group(i))
         return optimizer.nccl_start_alignment_factor * num_ranks, of_parameter if optimizer.parameter_alignment else 1
 
     def check_layout(self) -> None:
-        for i in range(self.num_groups()):
-            self._check_group(i)
-
-    def _check_group(self, i: int) -> None:
-        optimizer, layout = self.optimizer, self.layout(i)
-        flat, master = optimizer.bit16_groups_flat[i], optimizer.single_partition_of_fp32_groups[i]
-        rank = dist.get_rank(optimizer.real_dp_process_group[i])
-        found_and_expected = {
-            "round_robin_bit16_offsets": (list(optimizer.round_robin_bit16_offsets[i]), list(layout.offsets)),
-            "round_robin_bit16_padding": (list(optimizer.round_robin_bit16_padding[i]), list(layout.padding())),
-            "bit16_groups_flat": (flat.numel(), layout.numel),
-            "partition_size": (optimizer.partition_size[i], layout.partition_numel),
-            "single_partition_of_fp32_groups": (tuple(master.shape), (layout.partition_numel,)),
-            "groups_padding": (optimizer.groups_padding[i], _padding_in_partition(layout, rank)),
-        }
-        for field, (found, expected) in found_and_expected.items():
-            if found != expected:
-                raise ValueError(f"{field}[{i}]: {_first_difference(found, expected)}")
-        for param, offset in zip(optimizer.round_robin_bit16_groups[i], layout.offsets, strict=True):
-            if param.data_ptr() != flat.data_ptr() + offset * flat.element_size():
-                raise ValueError(f"bit16_groups_flat[{i}]: a parameter is not a view of it at element {offset}")
-        if not torch.equal(optimizer.parallel_partitioned_bit16_groups[i][rank], master.detach().to(flat.dtype)):
-            raise ValueError(f"single_partition_of_fp32_groups[{i}]: the model's weights are not these, rounded")
-        for key, value in optimizer.optimizer.state.get(master, {}).items():
-            if torch.is_tensor(value) and value.ndim > 0 and value.shape != master.shape:
-                raise ValueError(f"optimizer state {key!r} of group {i}: shape {tuple(value.shape)} is not per element")
+        optimizer = self.optimizer
+        for i, master in enumerate(self.masters()):
+            layout = self.layout(i)
+            found_and_expected = {
+                "round_robin_bit16_offsets": (list(optimizer.round_robin_bit16_offsets[i]), list(layout.offsets)),
+                "round_robin_bit16_padding": (list(optimizer.round_robin_bit16_padding[i]), list(layout.padding())),
+                "bit16_groups_flat": (self.weights(i).numel(), layout.numel),
+                "partition_size": (optimizer.partition_size[i], layout.partition_numel),
+                "single_partition_of_fp32_groups": (tuple(master.shape), (layout.partition_numel,)),
+                "groups_padding": (optimizer.groups_padding[i], padding_in_partition(layout, self.rank(i))),
+            }
+            self.check_group(i, found_and_expected)
 
     def has_pending_gradients(self) -> bool:
         waiting = [*self.optimizer.averaged_gradients.values(), *self.optimizer.all_grad_tensors.values()]
         return any(entry is not None for entry in [*waiting, *(param.grad for param in self.parameters.values())])
 
-    def resize(self, plan: ResizePlan) -> int:
-        index_of = self.index_by_parameter(plan)
-        self._drop_views()
-        bytes_moved = 0
-        for i in range(self.num_groups()):
-            index = [index_of.get(param, {}) for param in self.optimizer.round_robin_bit16_groups[i]]
-            move = FlatMove.plan(self.layout(i), index, *self._alignment(i))
-            bytes_moved += self._move_states(i, move) + self._rebuild_weights(i, move)
-            self._rebuild_partition_info(i, move)
-        self._rebuild_maps()
-        self._select_unowned(index_of)
-        return bytes_moved
-
-    def _drop_views(self) -> None:
-        """Fragments are views of the old weights, masters and moments: kept, they would keep all of them allocated."""
+    def drop_views(self) -> None:
+        """Fragments are views of the old weights, masters and moments."""
         for param in (param for group in self.optimizer.bit16_groups for param in group):
             param._hp_mapping = None
 
-    def _move_states(self, i: int, move: FlatMove) -> int:
-        """Master partition and every state of its shape, one after the other; returns bytes sent, over all ranks."""
-        optimizer, group = self.optimizer, self.optimizer.real_dp_process_group[i]
-        rank, master = dist.get_rank(group), self.optimizer.single_partition_of_fp32_groups[i]
-        state = optimizer.optimizer.state.get(master, {})
-        element_bytes = master.element_size()
-        for key in [key for key, value in state.items() if torch.is_tensor(value) and value.shape == master.shape]:
-            element_bytes += state[key].element_size()
-            # No second name for the old tensor: it must be free before the next state is moved.
-            state[key] = move_partition(state[key], move, rank, group)
-        master.grad = None
-        master.data = move_partition(master.data, move, rank, group)
-        return move.crossing_numel() * element_bytes
+    def resize_group(self, i: int, move: FlatMove) -> int:
+        bytes_moved = self.move_states(i, move) + self._rebuild_weights(i, move)
+        self._rebuild_partition_info(i, move)
+        return bytes_moved
 
     def _rebuild_weights(self, i: int, move: FlatMove) -> int:
-        """The flat buffer that the model computes with, and the parameters as views of it; returns bytes as above.
-
-        Its content is the masters in the model's precision, before and after every step, so it is spread from them
-        anew, as a step does it. The old one is freed first: moving it would need a second one beside it.
-        """
-        optimizer, group = self.optimizer, self.optimizer.real_dp_process_group[i]
-        for param in optimizer.bit16_groups[i]:
-            param.grad_accum = None
-            set_param_data(param, torch.empty(0, dtype=param.dtype, device=param.device))
+        """The flat buffer that the model computes with, and the parameters as views of it; returns bytes as above."""
+        optimizer = self.optimizer
         dtype, device = optimizer.bit16_groups_flat[i].dtype, optimizer.bit16_groups_flat[i].device
+        for param in self.params(i):
+            param.grad_accum = None
+        self.release_weights(i)
         optimizer.parallel_partitioned_bit16_groups[i] = optimizer.bit16_groups_flat[i] = None
-        flat = torch.empty(move.new.numel, dtype=dtype, device=device)
-        optimizer.bit16_groups_flat[i] = flat
-        optimizer.parallel_partitioned_bit16_groups[i] = optimizer.get_data_parallel_partitions(flat, i)
-        partitions = optimizer.parallel_partitioned_bit16_groups[i]
-        partitions[dist.get_rank(group)].copy_(optimizer.single_partition_of_fp32_groups[i])
-        for owner, partition in enumerate(partitions):  # not all_gather: gloo's needs a second buffer
-            dist.broadcast(partition, group=group, group_src=owner)
+        optimizer.bit16_groups_flat[i] = torch.empty(move.new.numel, dtype=dtype, device=device)
+        partitions = optimizer.get_data_parallel_partitions(optimizer.bit16_groups_flat[i], i)
+        optimizer.parallel_partitioned_bit16_groups[i] = partitions
         optimizer.round_robin_bit16_meta[i] = [
             torch.empty(shape, dtype=dtype, device="meta") for shape in move.new.shapes
         ]
         optimizer.round_robin_bit16_padding[i] = list(move.new.padding())
         optimizer.round_robin_bit16_offsets[i] = list(move.new.offsets)
+        bytes_moved = self.spread_weights(i, partitions)
         optimizer._update_model_bit16_weights(i)
-        return flat.nbytes * (len(partitions) - 1)
+        return bytes_moved
 
     def _rebuild_partition_info(self, i: int, move: FlatMove) -> None:
         """Partition bookkeeping of one group, as the wrapper's constructor does it."""
         optimizer = self.optimizer
-        rank, size = dist.get_rank(optimizer.real_dp_process_group[i]), move.new.partition_numel
-        optimizer.groups_padding[i] = _padding_in_partition(move.new, rank)
+        rank, size = self.rank(i), move.new.partition_numel
+        optimizer.groups_padding[i] = padding_in_partition(move.new, rank)
         optimizer.partition_size[i] = size
         inside, outside, first_offset = optimizer.get_partition_info(
             optimizer.round_robin_bit16_groups[i], size, rank, optimizer.round_robin_bit16_padding[i]
@@ -170,7 +127,7 @@ class ZeroAdapter(Adapter):
         optimizer.params_in_partition[i], optimizer.params_not_in_partition[i] = inside, outside
         optimizer.first_offset[i] = first_offset
 
-    def _rebuild_maps(self) -> None:
+    def rebuild_maps(self) -> None:
         """What DeepSpeed derives from all groups together, in the order of its constructor."""
         optimizer = self.optimizer
         for is_inside, groups in ((True, optimizer.params_in_partition), (False, optimizer.params_not_in_partition)):
@@ -182,66 +139,28 @@ class ZeroAdapter(Adapter):
         optimizer.all_grad_tensors.clear()
         optimizer.initialize_gradient_partitioning_data_structures()
         optimizer.reset_partition_gradient_structures()
+        self._link_fragments()
+        optimizer._param_slice_mappings = optimizer._create_param_mapping()
+
+    def _link_fragments(self) -> None:
+        """DeepSpeed's own views of masters and states, for its safe_get_* functions."""
+        optimizer = self.optimizer
         optimizer._link_all_hp_params()
         optimizer._hp_optimizer_states_linked = False
         # Not yet when a group has no state, i.e. before the first step: DeepSpeed links after that step by itself.
-        if all(optimizer.optimizer.state.get(master) for master in optimizer.single_partition_of_fp32_groups):
+        if all(optimizer.optimizer.state.get(master) for master in self.masters()):
             optimizer._lazy_init_hp_params_optimizer_state()
-        optimizer._param_slice_mappings = optimizer._create_param_mapping()
 
-    def _select_unowned(self, index_of: dict[nn.Parameter, DimIndex]) -> None:
-        """Frozen parameters: whole on every rank, in no group."""
-        owned = {param for group in self.optimizer.bit16_groups for param in group}
-        for param, index in index_of.items():
-            if param not in owned:
-                select_param(param, index)
+    def weights_from_masters(self) -> None:
+        for i, partitions in enumerate(self.optimizer.parallel_partitioned_bit16_groups):
+            self.spread_weights(i, partitions)
+        self._link_fragments()
 
-    def gradient_fragments(self) -> Iterator[Fragment]:
-        optimizer, name_of = self.optimizer, {param: name for name, param in self.parameters.items()}
-        for i, params in enumerate(optimizer.round_robin_bit16_groups):
-            averaged = optimizer.averaged_gradients.get(i)
-            assert averaged is not None, "gradients exist only between engine.backward at the boundary and engine.step"
-            gradient_at, position = {}, 0
-            for gradient in averaged:  # fragments and padding, in the order of the partition
-                gradient_at[position] = gradient
-                position += gradient.numel()
-            master = optimizer.single_partition_of_fp32_groups[i].detach()
-            for piece in self.layout(i).partition_pieces(dist.get_rank(optimizer.real_dp_process_group[i])):
-                gradient = gradient_at[piece.position].flatten().float()
-                assert gradient.numel() == piece.numel, "averaged_gradients does not follow the layout"
-                weight = master[piece.position : piece.position + piece.numel].float()
-                yield Fragment(name_of[params[piece.parameter]], piece.start, weight, gradient)
-
-    def master_weights(self) -> dict[str, Tensor]:
-        gathered = {}
-        for i, params in enumerate(self.optimizer.round_robin_bit16_groups):
-            full = self._gather_flat(i)
-            for param, shape, offset in zip(params, self.layout(i).shapes, self.layout(i).offsets, strict=True):
-                gathered[param] = full[offset : offset + math.prod(shape)].view(shape)
-        # A frozen parameter has no master: its own value is all there is.
-        return {n: gathered[p] if p in gathered else p.detach().float().clone() for n, p in self.parameters.items()}
-
-    def _gather_flat(self, i: int) -> Tensor:
-        """The whole flat buffer of fp32 masters of group `i`, on every rank.
-
-        Not DeepSpeed's safe_get_full_*: those are wrong under `round_robin_gradients` (0.19.8).
-        """
-        group = self.optimizer.real_dp_process_group[i]
-        partition = self.optimizer.single_partition_of_fp32_groups[i].detach()
-        num_ranks = dist.get_world_size(group)
-        full = torch.empty(num_ranks * partition.numel(), dtype=partition.dtype, device=partition.device)
-        dist.all_gather(list(full.chunk(num_ranks)), partition, group=group)
-        return full
-
-
-def _padding_in_partition(layout: Layout, rank: int) -> int:
-    """Elements of the partition that lie behind the last parameter."""
-    stop = (rank + 1) * layout.partition_numel
-    return min(layout.partition_numel, max(0, stop - layout.end))
-
-
-def _first_difference(found: object, expected: object) -> str:
-    if isinstance(found, list) and isinstance(expected, list) and len(found) == len(expected):
-        place = next(k for k, pair in enumerate(zip(found, expected, strict=True)) if pair[0] != pair[1])
-        return f"found {found[place]} at {place}, expected {expected[place]}"
-    return f"found {found}, expected {expected}"
+    def gradients(self, i: int) -> Callable[[Held], Tensor]:
+        averaged = self.optimizer.averaged_gradients.get(i)
+        assert averaged is not None, "gradients exist only between engine.backward at the boundary and engine.step"
+        at, position = {}, 0
+        for gradient in averaged:  # fragments and padding, in the order of the partition
+            at[position] = gradient
+            position += gradient.numel()
+        return lambda held: at[held.position]
