@@ -1,4 +1,4 @@
-"""The one exception that means "the user can mend this"."""
+"""What a run can end with: a mistake that the user can mend, or a check inside the run that failed."""
 
 from __future__ import annotations
 
@@ -10,6 +10,13 @@ class UserError(ValueError):
     """Bad input. The text is one line: the field or file, what was found, what is allowed, how to mend it.
 
     Launchers print it without a traceback and exit with code 2.
+    """
+
+
+class CheckFailed(RuntimeError):
+    """A check inside a running job failed: going on would spoil the model. The last checkpoint is intact.
+
+    The text is one line that names the check and the rank. The same on every rank.
     """
 
 

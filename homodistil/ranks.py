@@ -45,6 +45,24 @@ def on_first_rank(action: Callable[[], T]) -> T:
     return outcome[0]
 
 
+def gather(value: T) -> list[T]:
+    """Every rank's (picklable) value, by rank, on every rank."""
+    if world_size() == 1:
+        return [value]
+    found: list = [None] * world_size()
+    distributed.all_gather_object(found, value)
+    return found
+
+
+def failures(own: str | None) -> list[str]:
+    """What went wrong on any rank, as "rank 1: ..."; the same list on every rank. Every rank calls it.
+
+    Args:
+        own: what went wrong here, None if nothing did.
+    """
+    return [f"rank {number}: {text}" for number, text in enumerate(gather(own)) if text is not None]
+
+
 def mean(values: Tensor) -> Tensor:
     """Mean over ranks of a float tensor, alike on all of them (in place)."""
     return total(values).div_(world_size())

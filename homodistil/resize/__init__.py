@@ -4,8 +4,9 @@
     cost = resize(engine, plan)            # right after engine.step(); then the caller refreshes module attributes
 
 Engine, optimizer, scheduler, hooks and step counts stay the same objects and values. plan.py translates axes into
-indices; flat.py and move.py do the arithmetic and the moving; plain.py and zero.py know DeepSpeed's wrappers;
-support.py says which engines are accepted. `gradient_fragments` and `master_weights` only read that state.
+indices; flat.py and move.py do the arithmetic and the moving; an adapter a wrapper (plain, fused, bf16, zero, zero3)
+knows DeepSpeed's books; support.py says which engines are accepted, self_check.py tries a resize at start, gate.py
+looks at every event. The other functions read or fill that state by parameter name, whatever the layout.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from homodistil.resize.adapter import Fragment, ReadState, StatePiece
+from homodistil.resize.engine_state import engine_state, load_engine_state, state_scalars
+from homodistil.resize.gate import pass_gate, shapes_after
 from homodistil.resize.plain import slice_module
 from homodistil.resize.plan import ResizePlan, make_plan
 from homodistil.resize.support import adapter_of, check_config, check_supported
@@ -31,13 +34,16 @@ __all__ = [
     "StatePiece",
     "check_config",
     "check_supported",
+    "engine_state",
     "gradient_fragments",
+    "load_engine_state",
     "load_state",
     "make_plan",
     "master_weights",
     "owned_state",
     "resize",
     "slice_module",
+    "state_scalars",
     "step_applied",
 ]
 
@@ -60,16 +66,19 @@ def resize(engine, plan: ResizePlan) -> ResizeCost:
     Raises:
         ValueError: the plan was made for a model of other parameter names or sizes.
         RuntimeError: gradients wait for a step, or ranks hold different plans.
+        CheckFailed: the state after the event is not what the plan says (resize/gate.py).
     """
     adapter = adapter_of(engine)
     if engine.micro_steps % engine.gradient_accumulation_steps() or adapter.has_pending_gradients():
         raise RuntimeError("resize: gradients wait for a step; resize only right after engine.step() at a boundary")
     adapter.index_by_parameter(plan)  # a plan for another model is refused before anything has changed
+    expected = shapes_after(adapter, plan)
     device = next(engine.module.parameters()).device
     _check_agreement(plan, device)
     _synchronize(device)
     start = time.perf_counter()
     bytes_moved = adapter.resize(plan)
+    pass_gate(adapter, expected)
     _synchronize(device)
     return ResizeCost((time.perf_counter() - start) * 1e3, bytes_moved)
 

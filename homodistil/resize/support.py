@@ -7,16 +7,18 @@ never silent corruption later.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 
+from homodistil import ranks
 from homodistil.errors import UserError
 from homodistil.resize.adapter import Adapter
 from homodistil.resize.plain import PlainAdapter, UnfusedAdapter
+from homodistil.resize.self_check import try_resize
 from homodistil.resize.zero import ZeroAdapter
 
-DEEPSPEED_VERSIONS = ("0.19.",)
 DEEPSPEED_TESTED = "0.19.8"
 
 # Exact classes: a subclass (ZenFlow, SuperOffload, pipeline, hybrid engine) keeps other books.
@@ -32,9 +34,12 @@ _NO_OFFLOAD = "'none' (offload comes later)"
 _NO_FP16 = "bf16 or fp32 (fp16 comes later); set bf16.enabled instead"
 
 
+@torch.no_grad()
 def check_supported(engine) -> None:
-    """Raise `UserError` unless `engine` (a DeepSpeed engine) can be resized. Call once, after it is built."""
-    _check_version()
+    """Raise `UserError` unless `engine` (a DeepSpeed engine) can be resized. Every rank calls it, before training.
+
+    An untested version of DeepSpeed is let in, with a warning, when everything that is looked at is as expected.
+    """
     for field, found, allowed in _unsupported_settings(engine):
         raise UserError(f"ds_config {field}: found {found}; resizing allows {allowed}")
     adapter = adapter_of(engine)
@@ -43,10 +48,19 @@ def check_supported(engine) -> None:
         if not isinstance(value, expected):
             found = f"a {type(value).__name__}" if hasattr(adapter.optimizer, field) else "nothing"
             raise _unknown_inside(f"{_class_name(adapter.optimizer)}.{field}: found {found}, not a {expected.__name__}")
+    for check in (adapter.check_layout, lambda: try_resize(adapter)):
+        differences = ranks.failures(_difference(check))
+        if differences:
+            raise _unknown_inside("; ".join(differences))
+    _warn_if_untested()
+
+
+def _difference(check: Callable[[], None]) -> str | None:
     try:
-        adapter.check_layout()
-    except ValueError as error:
-        raise _unknown_inside(str(error)) from error
+        check()
+    except (ValueError, AttributeError, TypeError, KeyError, IndexError, AssertionError) as error:
+        return f"{type(error).__name__}: {error}" if not isinstance(error, ValueError) else str(error)
+    return None
 
 
 def check_config(engine_config: Mapping) -> None:
@@ -81,13 +95,14 @@ def adapter_of(engine) -> Adapter:
     return ADAPTERS[name](engine)
 
 
-def _check_version() -> None:
+def _warn_if_untested() -> None:
     import deepspeed  # heavy; an engine exists, so it is loaded already
 
-    if not deepspeed.__version__.startswith(DEEPSPEED_VERSIONS):
-        raise UserError(
-            f"deepspeed: found version {deepspeed.__version__}; resizing is known to work with "
-            f"{' '.join(v + 'x' for v in DEEPSPEED_VERSIONS)}; install deepspeed=={DEEPSPEED_TESTED}"
+    if deepspeed.__version__ != DEEPSPEED_TESTED and ranks.rank() == 0:
+        warnings.warn(
+            f"deepspeed {deepspeed.__version__} is not the version that resizing was tested with ({DEEPSPEED_TESTED}); "
+            "its engine passed the self-check, so training goes on",
+            stacklevel=3,
         )
 
 

@@ -8,6 +8,7 @@ Message null: the engine was accepted.
 from __future__ import annotations
 
 import json
+import warnings
 
 import deepspeed
 import reference
@@ -49,7 +50,7 @@ def tampered() -> dict[str, object]:
     """Engines that are right except for one thing, as after an upgrade of DeepSpeed."""
     engines = {
         name: make_engine(CONFIGS["supported"])
-        for name in ("fp16", "class", "field", "type", "layout", "view", "values")
+        for name in ("fp16", "class", "field", "type", "layout", "view", "values", "alignment")
     }
     engines["fp16"]._config.float16_config.enabled = True  # DeepSpeed itself refuses to build fp16 on a CPU
     engines["class"].optimizer.__class__ = OtherBooks
@@ -58,9 +59,31 @@ def tampered() -> dict[str, object]:
     engines["layout"].optimizer.round_robin_bit16_offsets[0][1] += 1
     param = engines["view"].optimizer.bit16_groups[0][3]
     param.data = param.data.clone()
+    engines["alignment"].optimizer.nccl_start_alignment_factor = 7  # sizes predicted with it differ from the real ones
     with torch.no_grad():
         engines["values"].optimizer.bit16_groups[0][3].mul_(2)
     return engines
+
+
+def report_other_deepspeed() -> None:
+    """A DeepSpeed whose methods changed: nothing is wrong with the engine until a resize uses them."""
+    known, known_mapping = (
+        DeepSpeedZeroOptimizer._update_model_bit16_weights,
+        DeepSpeedZeroOptimizer._create_param_mapping,
+    )
+    engine = make_engine(CONFIGS["supported"])
+    del DeepSpeedZeroOptimizer._create_param_mapping
+    report("method", engine)
+    DeepSpeedZeroOptimizer._create_param_mapping = known_mapping
+
+    def shifted(self, group: int) -> None:
+        known(self, group)
+        self.bit16_groups[group][0].data = self.bit16_groups_flat[group][1:][: self.bit16_groups[group][0].numel()]
+
+    engine = make_engine(CONFIGS["supported"])
+    DeepSpeedZeroOptimizer._update_model_bit16_weights = shifted
+    report("meaning", engine)
+    DeepSpeedZeroOptimizer._update_model_bit16_weights = known
 
 
 def report(name: str, engine) -> None:
@@ -79,9 +102,14 @@ def main() -> None:
         report(name, make_engine(config))
     for name, engine in tampered().items():
         report(name, engine)
+    report_other_deepspeed()
     engine = make_engine(CONFIGS["supported"])
     deepspeed.__version__ = "0.20.1"
-    report("version", engine)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        report("untested version", engine)
+    said = [str(warning.message) for warning in caught if "self-check" in str(warning.message)]
+    print("CASE", json.dumps({"name": "warning of the untested version", "message": "".join(said)}), flush=True)
     dist.destroy_process_group()
 
 
