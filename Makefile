@@ -1,4 +1,5 @@
 # Two commands do everything on a fresh machine: `make train` (the main job) and `make test`.
+# `make test-full` also runs the long matrices (every ZeRO option, every change of layout on resume).
 
 PYTHON ?= python3
 RANKS ?= 2
@@ -12,7 +13,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 FREE_PORT = $(shell $(BIN)/python -c "import socket; s = socket.socket(); s.bind(('', 0)); print(s.getsockname()[1])")
 
-.PHONY: setup train test lint clean
+.PHONY: setup train test test-full lint clean
 
 setup: $(VENV)/.ready
 
@@ -29,8 +30,16 @@ train: setup
 	OMP_NUM_THREADS=1 deepspeed --num_accelerators $(RANKS) --master_port $(FREE_PORT) \
 		launcher/train.py --deepspeed ds_configs/zero2.json
 
-test: setup lint
+test: setup lint $(VENV)/.optimizers
 	OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu $(BIN)/python -m pytest
+
+test-full: setup lint $(VENV)/.optimizers
+	OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu $(BIN)/python -m pytest -m "full or not full"
+
+# DeepSpeed's own optimizers for the CPU: `make train` does without them.
+$(VENV)/.optimizers: $(VENV)/.ready
+	$(BIN)/python launcher/build_ops.py --optimizers
+	touch $@
 
 lint: setup
 	$(BIN)/ruff check .

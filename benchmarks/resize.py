@@ -1,232 +1,206 @@
-"""Cost of resize events on a live DeepSpeed engine: time against a training step, extra memory, bytes between ranks.
+"""Cost of resize events on live engines: time against a training step and extra memory, next to a new engine an event.
 
-    python benchmarks/resize.py                                  # ZeRO-2, bf16, 2 ranks, 10 M parameters, CPU
-    python benchmarks/resize.py --stage 1 --dtype float32 --json out.json
+    python benchmarks/resize.py                                   # every kind of engine, 2 ranks, 10 M parameters
+    python benchmarks/resize.py --quick                           # under 90 s
+    python benchmarks/resize.py --engines "ZeRO-2 bf16" --json out.json
 
-Starts its own ranks (torchrun on this machine), twice: once for time, once for memory. A training step is small on
-purpose (2 x 32 tokens a rank): the less a step costs, the harder an event is to hide behind it. Extra memory is the
-growth of the process's peak resident set over its level before the event, with an allocator that returns freed memory
-at once (glibc on Linux only; it makes everything slower, hence the second run); the unit is one fp32 optimizer state's
+Two engines with equal weights train on equal tokens. At every event one is resized in place, the other is replaced by
+a new `deepspeed.initialize` with its state copied over by hand (reinitialize.py), the two by turns first; then all
+their state is compared bitwise. Ranks are started twice: once for time, once for memory. Extra memory is the growth of
+the process's peak resident set over its level before the event (of the allocator's on a GPU), with an allocator that
+returns freed memory at once (glibc; it makes everything slower, hence the second run); the unit is one fp32 state
 partition, parameters x 4 bytes / ranks. Every number is the worst of the ranks.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
-import socket
-import statistics
-import subprocess
-import sys
-import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from launch import hand_back, is_rank, join_ranks, run_ranks
+from memory_counters import STRICT_ALLOCATOR, memory_in_use, peak_memory, start_peak
+from report import environment, result_path, write, write_json
+from resize_tables import report, rows
+from workload import (
+    ENGINES,
+    SIZES,
+    bert_config,
+    make_engine,
+    make_model,
+    narrower,
+    refusal,
+    synchronize,
+    train_step,
+)
 
-LAYERS, HIDDEN, FFN, HEADS, VOCABULARY = 10, 256, 1024, 8, 8000
-MICRO_BATCH, TOKENS, STEPS_BETWEEN, WARMUP_STEPS = 2, 32, 4, 3
+KINDS = ["ffn", "hidden", "heads and their dims", "one neuron", "all axes"]
+QUICK_KINDS = ["hidden", "all axes"]
+QUICK_ENGINES = ["ZeRO-0 bf16", "ZeRO-1 bf16", "ZeRO-2 bf16", "ZeRO-3 bf16"]
+STEPS_BETWEEN, WARMUP_STEPS = 2, 3
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stage", type=int, choices=[0, 1, 2], default=2, help="ZeRO stage")
-    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="model precision")
+    parser.add_argument("--engines", nargs="+", choices=list(ENGINES), help="default: all")
+    parser.add_argument("--rounds", type=int, default=1, help="times through the kinds of events")
     parser.add_argument("--ranks", type=int, default=2, help="processes on this machine")
-    parser.add_argument("--json", type=Path, help="also write the numbers here")
-    return parser.parse_args()
+    parser.add_argument("--quick", action="store_true", help="small model, two events, a wrapper of each stage")
+    parser.add_argument("--json", type=Path, help="write rows here, and nothing under benchmarks/results/")
+    args = parser.parse_args()
+    args.engines = args.engines or (QUICK_ENGINES if args.quick else list(ENGINES))
+    return args
 
 
-# glibc: hand freed blocks back to the system at once, so that the resident set is what is in use.
-STRICT_ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
+def widths_of_event(widths: dict[str, int], kind: str) -> dict[str, int]:
+    """Axis -> its width after an event of this kind, about a sixteenth narrower."""
+    sixteenth = {axis: max(1, size - max(1, size // 16)) for axis, size in widths.items()}
 
+    def every(*ends: str) -> dict[str, int]:
+        return {axis: sixteenth[axis] for axis in widths if axis.endswith(ends)}
 
-def run_ranks(args: argparse.Namespace, environment: dict[str, str]) -> dict:
-    """The result of rank 0, measured in fresh processes under `environment`."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={args.ranks}"]
-    command += ["--master_addr=127.0.0.1", f"--master_port={port}", __file__]
-    command += ["--stage", str(args.stage), "--dtype", args.dtype, "--ranks", str(args.ranks)]
-    cpu = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "TOKENIZERS_PARALLELISM": "false"}
-    paths = os.pathsep.join(filter(None, [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH")]))
-    with tempfile.TemporaryDirectory() as folder:
-        result = Path(folder) / "result.json"
-        subprocess.run(
-            [*command, "--json", str(result)], env=os.environ | cpu | {"PYTHONPATH": paths} | environment, check=True
-        )
-        return json.loads(result.read_text())
-
-
-def events(table) -> dict[str, dict[str, Tensor]]:
-    """Name -> what stays. Applied one after the other; `table` is the one before the first."""
-    generator = torch.Generator().manual_seed(0)
-
-    def pick(size: int, count: int) -> Tensor:
-        return torch.randperm(size, generator=generator)[:count].sort().values
-
-    def per_head(heads: int, size: int, count: int) -> Tensor:
-        return torch.stack([pick(size, count) for _ in range(heads)])
-
-    layers, dim = [f"layer.{i}" for i in range(LAYERS)], HIDDEN // HEADS
-    heads = {f"{layer}.heads": pick(HEADS, HEADS - 1) for layer in layers}
-    dims = {f"{layer}.{axis}": per_head(HEADS, dim, dim - 4) for layer in layers for axis in ("qk_dim", "vo_dim")}
-    return {
-        "ffn of every layer": {f"{layer}.ffn": pick(FFN, FFN - 64) for layer in layers},
-        "hidden": {"hidden": pick(HIDDEN, HIDDEN - 16)},
-        "a head of every layer, dims of every head": heads | dims,
-        "one neuron": {"layer.0.ffn": pick(FFN - 64, FFN - 65)},
-        "all axes": {
-            "hidden": pick(HIDDEN - 16, HIDDEN - 32),
-            **{f"{layer}.ffn": pick(FFN - 65 if layer == "layer.0" else FFN - 64, FFN - 128) for layer in layers},
-            **{f"{k}": per_head(HEADS - 1, dim - 4, dim - 6) for k in dims},
-        },
+    if kind == "one neuron":
+        return {"layer.0.ffn": widths["layer.0.ffn"] - 1}
+    ends = {
+        "ffn": (".ffn",),
+        "hidden": ("hidden",),
+        "heads and their dims": (".heads", "_dim"),
+        "all axes": ("hidden", ".ffn", "_dim"),
     }
+    return every(*ends[kind])
 
 
-def make_engine(stage: int, dtype: str):
-    import deepspeed
-    from transformers import BertConfig, BertForMaskedLM
-
-    torch.manual_seed(0)
-    config = BertConfig(
-        hidden_size=HIDDEN,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        intermediate_size=FFN,
-        vocab_size=VOCABULARY,
-        max_position_embeddings=64,
-    )
-    model = BertForMaskedLM(config)
-    groups = [
-        {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": 0.01},
-        {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0},
-    ]
-    ds_config = {
-        "train_micro_batch_size_per_gpu": MICRO_BATCH,
-        "gradient_clipping": 1.0,
-        "bf16": {"enabled": dtype == "bfloat16"},
-        "zero_optimization": {"stage": stage},
-    }
-    optimizer = torch.optim.AdamW(groups, lr=1e-3, fused=True)
-    return deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)[0]
-
-
-def train_step(engine) -> float:
-    """Milliseconds of one optimizer step on random tokens."""
-    ids = torch.randint(0, VOCABULARY, (MICRO_BATCH, TOKENS))
-    start = time.perf_counter()
-    engine.backward(engine(input_ids=ids, labels=ids).loss)
-    engine.step()
-    return (time.perf_counter() - start) * 1e3
-
-
-def resident_bytes(field: str) -> int:
-    """VmRSS (now) or VmHWM (peak) of this process."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
-    return int(line.split()[1]) * 1024
-
-
-def run_event(engine, keep: dict[str, Tensor]) -> dict:
-    import torch.distributed as dist
+def run_engine(engine_name: str, args: argparse.Namespace, device: torch.device) -> dict:
+    """Milliseconds of steps, and one entry an event with the costs of both ways."""
+    from reinitialize import ReinitializedRun
 
     from homodistil.models import bert
-    from homodistil.resize import make_plan, resize
+    from homodistil.resize import check_supported, make_plan
 
-    model = engine.module
-    plan = make_plan(bert.axis_table(model), keep)
-    state_bytes = sum(p.numel() for p in model.parameters()) * 4 / dist.get_world_size()
-    dist.barrier()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here on
-    before = resident_bytes("VmRSS")
-    cost = resize(engine, plan)
-    extra = resident_bytes("VmHWM") - before
-    bert.refresh(model, plan.widths_after)
-    slowest = torch.tensor([cost.milliseconds, extra / state_bytes, extra / 2**20])
-    dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
-    milliseconds, extra_states, extra_mib = slowest.tolist()
-    return {
-        "milliseconds": milliseconds,
-        "extra_memory_mib": extra_mib,
-        "extra_memory_states": extra_states,
-        "bytes_moved": cost.bytes_moved,
-        "parameters_after": sum(p.numel() for p in model.parameters()),
-    }
-
-
-def measure(args: argparse.Namespace) -> dict:
-    import deepspeed
-
-    from homodistil.models import bert
-    from homodistil.resize import check_supported
-
-    torch.set_num_threads(1)
-    deepspeed.init_distributed()
-    engine = make_engine(args.stage, args.dtype)
+    size = SIZES["quick" if args.quick else "standard"]
+    build = partial(make_engine, engine_name, size=size)
+    model = make_model(size)
+    table, engine = bert.axis_table(model), build(model)
     check_supported(engine)
-    parameters = sum(p.numel() for p in engine.module.parameters())
-    for _ in range(WARMUP_STEPS):
-        train_step(engine)
-    steps, rows = [train_step(engine) for _ in range(STEPS_BETWEEN)], {}
-    for name, keep in events(bert.axis_table(engine.module)).items():
-        rows[name] = run_event(engine, keep)
-        steps += [train_step(engine) for _ in range(STEPS_BETWEEN)]
-    versions = {"torch": torch.__version__, "deepspeed": deepspeed.__version__, "python": platform.python_version()}
-    return {
-        "stage": args.stage,
-        "dtype": args.dtype,
-        "ranks": args.ranks,
-        "wrapper": type(engine.optimizer).__name__,
-        "parameters": parameters,
-        "step_milliseconds": statistics.median(steps),
-        "events": rows,
-        "versions": versions,
-    }
+    other = ReinitializedRun(build(make_model(size)), build, bert_config(size))
+    num_steps, step_ms, events = 0, [], []
+
+    def train(num: int) -> None:
+        nonlocal num_steps
+        for _ in range(num):
+            step_ms.append(train_step(engine, size, num_steps))
+            train_step(other.engine, size, num_steps)
+            num_steps += 1
+
+    train(WARMUP_STEPS)
+    step_ms.clear()
+    for number, kind in enumerate((QUICK_KINDS if args.quick else KINDS) * args.rounds):
+        train(STEPS_BETWEEN)
+        if "offload" in engine_name:
+            copy_state(engine, other.engine)
+        plan = make_plan(table, narrower(table, widths_of_event(table.widths, kind), number))
+        events.append({"kind": kind, **run_event(engine, other, plan, number, device)})
+        check_equal(engine, other.engine)
+        table = table.with_widths(plan.widths_after)
+    other.engine.destroy()
+    engine.destroy()
+    return {"step_ms": step_ms, "events": events}
 
 
-def table(result: dict) -> str:
-    step = result["step_milliseconds"]
-    lines = [
-        f"ZeRO-{result['stage']} {result['dtype']}, {result['ranks']} ranks, {result['wrapper']}, "
-        f"{result['parameters'] / 1e6:.2f} M parameters, median step {step:.0f} ms",
-        "",
-        "| event | ms | of a step | extra MiB | of one fp32 state partition | MiB between ranks | parameters after |",
-        "|---|--:|--:|--:|--:|--:|--:|",
-    ]
-    for name, row in result["events"].items():
-        lines.append(
-            f"| {name} | {row['milliseconds']:.0f} | {row['milliseconds'] / step:.2f} | {row['extra_memory_mib']:.1f} "
-            f"| {row['extra_memory_states']:.2f} | {row['bytes_moved'] / 2**20:.1f} "
-            f"| {row['parameters_after'] / 1e6:.2f} M |"
-        )
-    return "\n".join(lines)
-
-
-def run_worker(args: argparse.Namespace) -> None:
+def run_event(engine, other, plan, number: int, device: torch.device) -> dict:
+    """Costs of both ways, the worst of the ranks; who goes first alternates."""
     import torch.distributed as dist
 
-    result = measure(args)
-    if dist.get_rank() == 0:
-        args.json.write_text(json.dumps(result))
+    from homodistil.models import bert
+    from homodistil.models.shapes import full_numel
+    from homodistil.resize import resize
+
+    num_parameters = sum(map(full_numel, engine.module.parameters()))
+
+    def in_place() -> None:
+        nonlocal bytes_moved
+        bytes_moved = resize(engine, plan).bytes_moved
+        bert.refresh(engine.module, plan.widths_after)
+
+    bytes_moved, costs = 0, {}
+    ways = [("in place", in_place), ("new engine", lambda: other.resize(plan))]
+    for way, action in ways[:: 1 if number % 2 == 0 else -1]:
+        worst = torch.tensor(cost_of(action, device), dtype=torch.float64, device=device)
+        dist.all_reduce(worst, op=dist.ReduceOp.MAX)
+        costs[way] = dict(zip(("milliseconds", "extra_bytes"), worst.tolist(), strict=True))
+    state_bytes = num_parameters * 4 / dist.get_world_size()
+    return {"parameters": num_parameters, "state_bytes": state_bytes, "bytes_moved": bytes_moved, "costs": costs}
+
+
+def cost_of(action, device: torch.device) -> tuple[float, float]:
+    """Milliseconds, and bytes of the peak over the level before."""
+    import torch.distributed as dist
+
+    synchronize(device)
     dist.barrier()
-    dist.destroy_process_group()
+    before = memory_in_use(device)
+    start_peak(device)
+    start = time.perf_counter()
+    action()
+    synchronize(device)
+    return (time.perf_counter() - start) * 1e3, float(peak_memory(device) - before)
+
+
+def copy_state(engine, other) -> None:
+    """Makes what an event moves equal again. DeepSpeedCPUAdam multiplies its beta ** t up step by step, out of reach;
+    a new one computes the power: from its third step on the last bit may differ.
+    """
+    from homodistil.resize import owned_state
+
+    with torch.no_grad():
+        for mine, theirs in zip(owned_state(engine), owned_state(other), strict=True):
+            theirs.weight.copy_(mine.weight)
+            for kind, values in theirs.states.items():
+                values.copy_(mine.states[kind])
+
+
+def check_equal(engine, other) -> None:
+    """Weights, masters and both moments of the two engines are bitwise equal on this rank."""
+    from homodistil.resize import owned_state
+
+    for mine, theirs in zip(owned_state(engine), owned_state(other), strict=True):
+        assert (mine.name, mine.start, mine.states.keys()) == (theirs.name, theirs.start, theirs.states.keys())
+        assert torch.equal(mine.weight, theirs.weight), mine.name
+        assert all(torch.equal(mine.states[kind], theirs.states[kind]) for kind in mine.states), mine.name
+    for (name, mine), theirs in zip(engine.module.named_parameters(), other.module.parameters(), strict=True):
+        assert torch.equal(mine, theirs), name
+
+
+def merge(timed: dict, measured: dict) -> dict:
+    """Memory of the second run into the events of the first."""
+    for engine_name, result in timed.items():
+        for event, other in zip(result["events"], measured[engine_name]["events"], strict=True):
+            for way, cost in event["costs"].items():
+                cost["extra_bytes"] = other["costs"][way]["extra_bytes"]
+    return timed
 
 
 def main() -> None:
     args = parse_args()
-    if "LOCAL_RANK" in os.environ:
-        run_worker(args)
+    if is_rank():
+        device = join_ranks()
+        hand_back({name: run_engine(name, args, device) for name in args.engines})
         return
-    result, memory = run_ranks(args, {}), run_ranks(args, STRICT_ALLOCATOR)
-    for name, row in result["events"].items():
-        row |= {key: memory["events"][name][key] for key in ("extra_memory_mib", "extra_memory_states")}
-    print(table(result))
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+    refused = {name: reason for name in args.engines if (reason := refusal(name))}
+    options = ["--rounds", str(args.rounds), *(["--quick"] if args.quick else [])]
+    options += ["--engines", *[name for name in args.engines if name not in refused]]
+    timed, measured = (run_ranks(__file__, options, args.ranks, env) for env in ({}, STRICT_ALLOCATOR))
+    results = merge(timed, measured)
+    text = report(results, refused, args)
+    print(text)
+    if args.quick and not args.json:
+        return
+    config = {"quick": args.quick, "rounds": args.rounds, "ranks": args.ranks, **environment()}
+    write_json(args.json or result_path("resize", ".json"), rows(results, config))
+    if not args.json:
+        write(result_path("resize", ".md"), text)
 
 
 if __name__ == "__main__":

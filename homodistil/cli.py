@@ -11,6 +11,7 @@ import dataclasses
 import os
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,10 +19,10 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from homodistil.config import RunConfig
-from homodistil.errors import UserError, nearest
+from homodistil.errors import CheckFailed, RankLost, StopRequested, UserError, nearest
+from homodistil.exit_codes import code_of
 
 RECIPES = Path(__file__).parent / "recipes"
-EXIT_USER_ERROR = 2
 # Long enough for a launcher to end the other ranks once rank 0 has reported the same mistake.
 OTHER_RANKS_WAIT_S = 5.0
 _FLAGS = ("--help", "-h", "--print_config")
@@ -155,15 +156,30 @@ def _one_line(error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def exit_on_user_error() -> Iterator[None]:
-    """Print a `UserError` as one line and exit with code 2. Rank 0 speaks first, see OTHER_RANKS_WAIT_S."""
+def exit_with_code() -> Iterator[None]:
+    """Turn what a script ends with into one line and an exit code (exit_codes.py); bugs keep their traceback."""
     try:
         yield
-    except UserError as error:
-        rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
-        if rank:
-            time.sleep(OTHER_RANKS_WAIT_S)
-        print(f"error: {error}" if rank == 0 else f"error (rank {rank}): {error}", file=sys.stderr, flush=True)
-        # Not sys.exit: a process group whose peers are still inside a collective can block interpreter shutdown.
-        sys.stdout.flush()
-        os._exit(EXIT_USER_ERROR)
+    except (UserError, CheckFailed, RankLost, StopRequested) as error:
+        _say(error)
+        _leave(code_of(error))
+    except Exception as error:
+        traceback.print_exc()
+        _leave(code_of(error))
+
+
+def _say(error: BaseException) -> None:
+    """One rank prints what all of them ran into: the watch tells who, or, before there is one, rank 0 comes first."""
+    rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
+    if error.is_said is None and rank:
+        time.sleep(OTHER_RANKS_WAIT_S)
+    if not error.is_said:
+        kind = "" if isinstance(error, StopRequested) else "error: "
+        print(f"{kind}{error}" if rank == 0 else f"{kind}rank {rank}: {error}", file=sys.stderr, flush=True)
+
+
+def _leave(code: int) -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Not sys.exit: a process group whose peers are still inside a collective can block interpreter shutdown.
+    os._exit(code)

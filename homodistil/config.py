@@ -25,6 +25,8 @@ class TeacherConfig:
     """Optimizer steps of plain MLM on the corpus before distilling (0 = none). The result is cached by content."""
     correction_lr: float = 1e-3
     """Peak learning rate of the correction (> 0)."""
+    allow_pickle: bool = False
+    """Accept a teacher that has no .safetensors, only pickled weights; they are still read with weights_only."""
 
 
 @dataclass(kw_only=True)
@@ -90,8 +92,6 @@ class TrainConfig:
     """Data order, masking and initialisation (>= 0)."""
     save_every_steps: int = 0
     """Steps between checkpoints (0 = only at the end)."""
-    keep_checkpoints: int = 2
-    """Newest checkpoints kept (>= 1)."""
     eval_every_steps: int = 0
     """Steps between held-out evaluations (0 = only at the end)."""
     eval_batch_size: int = 64
@@ -182,6 +182,14 @@ class RunFolderConfig:
     """Name of the run, used for the folder and in reports."""
     resume: Literal["never", "auto", "must"] = "never"
     """never: the folder must be new; auto: go on from the last checkpoint if there is one; must: insist on one."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints kept (>= 1)."""
+    async_checkpoints: bool = False
+    """Write checkpoints while training goes on; costs memory for one copy of the state on every rank's host."""
+    grow_micro_batch: bool = False
+    """Let the micro-batch grow into the memory that resizing frees: same global batch, fewer accumulation steps."""
+    rank_timeout_s: float = 1800.0
+    """Seconds (> 0) without progress after which a rank is called stuck and the job ends; dead ones are seen sooner."""
     export_milestones: list[float] = field(default_factory=list)
     """Fractions of the teacher's hidden size, in (0, 1): a stock checkpoint is also written when the width passes."""
     compare: list[Literal["one_shot"]] = field(default_factory=list)
@@ -244,7 +252,6 @@ _RANGES = [
     ("train.gradient_clipping", 0, _INF, ""),
     ("train.seed", 0, 2**31 - 1, ""),
     ("train.save_every_steps", 0, _INF, ""),
-    ("train.keep_checkpoints", 1, _INF, ""),
     ("train.eval_every_steps", 0, _INF, ""),
     ("train.eval_batch_size", 1, _INF, ""),
     ("train.log_every_steps", 1, _INF, ""),
@@ -268,6 +275,8 @@ _RANGES = [
     ("optimizer.beta1", 0, 1, "high"),
     ("optimizer.beta2", 0, 1, "high"),
     ("optimizer.eps", 0, _INF, "low"),
+    ("run.keep_checkpoints", 1, _INF, ""),
+    ("run.rank_timeout_s", 0, _INF, "low"),
 ]
 
 

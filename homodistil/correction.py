@@ -44,7 +44,12 @@ def corrected(config: RunConfig, engine_config: dict, materials: Materials) -> t
     final = cache_dir(config) / "teachers" / _key(config, engine_config, materials)
     if not ranks.on_first_rank((final / FACTS_FILE).is_file):
         work = Path(ranks.on_first_rank(lambda: str(final.with_name(f".{final.name}.{os.getpid()}"))))
-        _Correction(config, engine_config, materials, work).run()
+        try:
+            _Correction(config, engine_config, materials, work).run()
+        except BaseException:  # a request to stop too: without a checkpoint nothing in there is of use
+            if ranks.rank() == 0:
+                shutil.rmtree(work, ignore_errors=True)
+            raise
         ranks.on_first_rank(lambda: _publish(work, final))
     facts = json.loads((final / FACTS_FILE).read_text(encoding="utf-8"))
     if ranks.rank() == 0:

@@ -14,11 +14,13 @@ from homodistil.config import RunConfig
 from homodistil.distill.student import Student
 from homodistil.distill.teacher import Teacher, load_config
 from homodistil.engine import build_engine, student_dtype, teacher_dtype
+from homodistil.errors import writing
 from homodistil.evaluation.gap import PROBE_SEQUENCES, Gap
 from homodistil.evaluation.heldout import evaluate
 from homodistil.export import save_checkpoint, stock_head_dim, stock_model
 from homodistil.materials import PERIODIC_EVALUATION_SEQUENCES, Materials, teacher_copy
 from homodistil.metrics import METRICS_FILE, read_lines, write_atomically
+from homodistil.micro_batch import MicroBatchPolicy, fit_micro_batch, with_micro_batch
 from homodistil.model_card import describe_widths, model_card
 from homodistil.models.axes import expand_to_teacher
 from homodistil.monitor import Monitor, run_recorder, speeds
@@ -46,33 +48,36 @@ class Distillation:
     def __init__(self, config: RunConfig, engine_config: dict, materials: Materials, folder: Path, command: str):
         self.config, self.engine_config, self.materials = config, engine_config, materials
         self.folder, self.command = folder, command
-        device = materials.device
+        device, dtype = materials.device, teacher_dtype(config.teacher.dtype, engine_config, materials.device)
         self.teacher = Teacher(
-            teacher_copy(materials, teacher_dtype(config.teacher.dtype, engine_config, device)),
+            teacher_copy(materials, dtype),
             config.loss.kl_positions,
             with_logits=config.loss.kl > 0,
         )
         self.student = Student(teacher_copy(materials, torch.float32, config.student.dropout), config.loss).to(device)
         self.teacher_widths = self.student.widths
+        self.micro_batch = MicroBatchPolicy(config, engine_config, self.student, dtype, ranks.world_size())
         self.gap = Gap(self.student, self.teacher, self._probe(), device)
         self.pruner = self._build_pruner()
         layout = {"ranks": ranks.world_size(), "zero_optimization.stage": _stage(engine_config)}
         layout["precision"] = str(student_dtype(engine_config))
-        self.checkpoints = Checkpoints(folder / "checkpoints", config.train.keep_checkpoints, layout)
+        self.checkpoints = Checkpoints(folder / "checkpoints", config, layout)
 
     def run(self) -> dict:
         """Train to the end (from the last checkpoint if there is one), export and evaluate. Returns the row."""
         if (self.folder / ROW_FILE).is_file():
             return json.loads((self.folder / ROW_FILE).read_text(encoding="utf-8"))
         found = self.checkpoints.load()
-        start = self._restore_shape(found[1]) if found else TrainState()
+        start = self._restore_shape(found.state) if found else TrainState()
         with run_recorder(self.folder, self.config, start.step) as recorder:
             if not found:
                 recorder.log_evaluation(0, self._gap_values())
                 self._prune_at_once(recorder)
-            engine = build_engine(self.student, self.config, self.engine_config)
+            micro_batch = self.micro_batch(self.student.widths)
+            engine_config = with_micro_batch(self.engine_config, micro_batch, ranks.world_size())
+            engine = build_engine(self.student, self.config, engine_config)
             if found:
-                self.checkpoints.restore(engine, found[0])
+                self.checkpoints.restore(engine, found)
                 check_supported(engine)  # what was loaded is laid out as resizing expects
             self._trainer(engine, recorder, start).train()
             return self._finish(engine, recorder)
@@ -103,16 +108,19 @@ class Distillation:
         monitor = Monitor(config, recorder, self.student, self.teacher_widths, materials.device, dtype)
         if ranks.rank() == 0:
             print(f"MFU refers to {monitor.peak.flops_per_s / 1e9:,.0f} GFLOP/s a rank ({monitor.peak.source})")
+        feed = materials.feed(config, config.train.seed)
+        feed.set_micro_batch_size(engine.train_micro_batch_size_per_gpu())
         return Trainer(
             config=config,
             engine=engine,
             teacher=self.teacher,
             pruner=self.pruner,
-            feed=materials.feed(config, config.train.seed),
+            feed=feed,
             monitor=monitor,
             checkpoints=self.checkpoints,
             gap=self.gap,
             evaluate=lambda: self.evaluate(PERIODIC_EVALUATION_SEQUENCES) | self._gap_values(),
+            fit_micro_batch=functools.partial(fit_micro_batch, self.micro_batch, engine, feed),
             after_event=functools.partial(self._export_milestone, engine),
             state=start,
         )
@@ -166,19 +174,25 @@ class Distillation:
         self._export(engine, self.folder / "export", row)
         engine.destroy()
         row |= ranks.on_first_rank(lambda: speeds(read_lines(self.folder / METRICS_FILE)))
-        ranks.on_first_rank(lambda: write_atomically(self.folder / ROW_FILE, json.dumps(row) + "\n"))
+        ranks.on_first_rank(lambda: self._write_row(row))
         return row
+
+    def _write_row(self, row: dict) -> None:
+        with writing(self.folder / ROW_FILE):
+            write_atomically(self.folder / ROW_FILE, json.dumps(row) + "\n")
 
     def _export(self, engine, folder: Path, measured: dict) -> None:
         weights = master_weights(engine)
-        if ranks.rank() == 0:
+
+        def write() -> None:
             model = stock_model(weights, self.student, load_config(self.materials.teacher))
             facts = {"parameters": self.student.num_parameters(), "hidden_size": self.student.widths["hidden"]}
             facts |= {"widths": describe_widths(self.teacher_widths, self.student.widths)}
             facts |= {"folder": folder.name, "data": self.materials.corpus.description}
             facts |= {name: value for name, value in measured.items() if name not in ("name", *facts)}
             save_checkpoint(model, self.materials.tokenizer, model_card(self.config, facts, self.command), folder)
-        ranks.barrier()
+
+        ranks.on_first_rank(write)
 
     def _export_milestone(self, engine) -> None:
         """Export when the width has passed a milestone, at the first widths that a stock config can hold."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 import socket
@@ -26,6 +27,9 @@ _FROM_CONFIG = {
 }
 _NOT_HERE = {"optimizer": "optimizer.* and train.lr", "scheduler": "train.lr and train.warmup_fraction"}
 
+# Rank 0 may prepare data for hours while the others wait in a collective. Ranks that hang are noticed by watch/.
+COLLECTIVE_TIMEOUT = datetime.timedelta(days=7)
+
 
 def init_ranks() -> torch.device:
     """Join the process group and return this rank's device.
@@ -49,7 +53,7 @@ def init_ranks() -> torch.device:
     elif "OMP_NUM_THREADS" not in os.environ:
         local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", 1)))
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_ranks))
-    deepspeed.init_distributed(verbose=False)
+    deepspeed.init_distributed(verbose=False, timeout=COLLECTIVE_TIMEOUT)
     _unlink_shared_buffers()
     return torch.device(get_accelerator().device_name(local_rank))
 
@@ -132,6 +136,8 @@ def resolve_engine_config(engine_config: dict, config: RunConfig, num_ranks: int
     check_config(resolved)
     resolved.setdefault("steps_per_print", 10**9)
     resolved["zero_allow_untested_optimizer"] = True
+    # torch's AdamW runs in host memory too; DeepSpeed asks for its own there unless told otherwise.
+    resolved["zero_force_ds_cpu_optimizer"] = False
     return resolved
 
 
@@ -199,10 +205,21 @@ def build_engine(module: nn.Module, config: RunConfig, engine_config: dict):
     """
     import deepspeed
 
-    optimizer = build_optimizer(module, config)
+    optimizer = build_optimizer(module, config, engine_config)
     schedule = build_schedule(optimizer, config.train)
     engine, *_ = deepspeed.initialize(
         model=module, optimizer=optimizer, lr_scheduler=schedule, config=engine_config, dist_init_required=False
     )
     check_supported(engine)
     return engine
+
+
+def backward(engine, loss: torch.Tensor) -> None:
+    """`engine.backward`, with the loss scale of fp16 in it at every stage.
+
+    DeepSpeed 0.19 multiplies the loss in ZeRO's wrappers only. Those of stage 0 divide the gradients by the scale all
+    the same: steps would be as good as zero.
+    """
+    if engine.fp16_enabled() and not engine.zero_optimization():
+        loss = loss.float() * engine.optimizer.loss_scale
+    engine.backward(loss)

@@ -2,22 +2,55 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 
-class UserError(ValueError):
+class _Ending(BaseException):
+    """Ends a script with one line and an exit code of its own (exit_codes.py), without a traceback."""
+
+    is_said: bool | None = None
+    """Another rank prints this line; None while nothing is known of other ranks."""
+
+
+class UserError(_Ending, ValueError):
     """Bad input. The text is one line: the field or file, what was found, what is allowed, how to mend it.
 
     Launchers print it without a traceback and exit with code 2.
     """
 
 
-class CheckFailed(RuntimeError):
+class CheckFailed(_Ending, RuntimeError):
     """A check inside a running job failed: going on would spoil the model. The last checkpoint is intact.
 
     The text is one line that names the check and the rank. The same on every rank.
     """
+
+
+class StopRequested(_Ending):
+    """The job ends because it was asked to. No `Exception`: nothing that mends or retries may swallow it."""
+
+
+class RankLost(_Ending, RuntimeError):
+    """Another rank is gone or hangs. The text is one line that names it."""
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn what goes wrong while `path` is written (full disk, read-only folder) into a `UserError` that names it."""
+    try:
+        yield
+    except Exception as error:
+        # The library's own error type, told by its name: this module is imported before anything heavy.
+        if not isinstance(error, OSError) and type(error).__name__ != "SafetensorError":
+            raise
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(
+            f"{path}: cannot be written ({reason}); free disk space or make the folder writable, then run again with "
+            f"run.resume=auto"
+        ) from None
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

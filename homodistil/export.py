@@ -18,6 +18,7 @@ from torch.nn import functional
 from transformers import PreTrainedTokenizerBase
 
 from homodistil.distill.student import Student
+from homodistil.errors import writing
 from homodistil.models.axes import AxisTable
 
 
@@ -80,13 +81,20 @@ def _fold_softmax_scale(model: nn.Module, student: Student, ratio: float) -> Non
 
 
 def save_checkpoint(model: nn.Module, tokenizer: PreTrainedTokenizerBase, card: str, folder: Path) -> None:
-    """Write a stock checkpoint into `folder`: each file whole, config.json last, other files there left alone."""
+    """Write a stock checkpoint into `folder`: each file whole, config.json last, other files there left alone.
+
+    Raises:
+        UserError: the disk is full, or the folder cannot be written; `folder` is as it was.
+    """
     temporary = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary)
-    tokenizer.save_pretrained(temporary)
-    (temporary / "README.md").write_text(card, encoding="utf-8")
-    folder.mkdir(parents=True, exist_ok=True)
-    for path in sorted(temporary.iterdir(), key=lambda p: p.name == "config.json"):
-        os.replace(path, folder / path.name)
-    temporary.rmdir()
+    try:
+        with writing(folder):
+            model.save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
+            (temporary / "README.md").write_text(card, encoding="utf-8")
+            folder.mkdir(parents=True, exist_ok=True)
+            for path in sorted(temporary.iterdir(), key=lambda p: p.name == "config.json"):
+                os.replace(path, folder / path.name)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -25,6 +25,10 @@ class Feed:
         counts = mean_counts(batches, self.device)
         return [batch._replace(counts=counts).to(self.device) for batch in batches]
 
+    def set_micro_batch_size(self, micro_batch_size: int) -> None:
+        """Sequences of a micro-batch from the next step on."""
+        self.loader.set_micro_batch_size(micro_batch_size)
+
 
 def mean_counts(batches: list[Batch], device: torch.device) -> Counts:
     """Mean counts of a micro-batch of this step, over all ranks (one small all-reduce).

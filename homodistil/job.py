@@ -7,9 +7,10 @@ import shlex
 import sys
 from pathlib import Path
 
+import torch
 from torch import distributed
 
-from homodistil import ranks
+from homodistil import ranks, stop, watch
 from homodistil.config import RunConfig
 from homodistil.correction import corrected
 from homodistil.distillation import Distillation, result_row
@@ -25,17 +26,24 @@ def run(config: RunConfig, engine_config_path: Path) -> list[dict]:
     """Everything from raw text to the result table. Every rank calls it; returns the table's rows."""
     raw_engine_config = load_engine_config(engine_config_path)
     device = init_ranks()
+    with stop.on_signals(), watch.watching(config.run.rank_timeout_s):
+        rows = _run(config, raw_engine_config, device)
+    distributed.destroy_process_group()
+    return rows
+
+
+def _run(config: RunConfig, raw_engine_config: dict, device: torch.device) -> list[dict]:
     engine_config = resolve_engine_config(raw_engine_config, config, ranks.world_size())
     teacher_dtype(config.teacher.dtype, engine_config, device)
     check_implementation(config.optimizer.implementation)
     folder = Path(ranks.on_first_rank(lambda: str(check_run_folder(config))))
-    materials = gather(config, device)
+    with watch.long_phase("preparing teacher and data"):
+        materials = gather(config, device)
     # Claimed only now: whatever the user had to mend until here, the folder is still free.
     ranks.on_first_rank(lambda: claim_run_folder(folder, config, engine_config))
     materials, correction = corrected(config, engine_config, materials)
     rows = _train_all(config, engine_config, materials, folder, correction)
     ranks.on_first_rank(lambda: _conclude(folder, rows))
-    distributed.destroy_process_group()
     return rows
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from homodistil import ranks
+from homodistil import ranks, watch
 from homodistil.config import RunConfig
 from homodistil.data.assets import teacher_folder
 from homodistil.data.corpus import Corpus, prepare_corpus
@@ -36,6 +36,8 @@ class Materials:
     tokenizer: PreTrainedTokenizerBase
     corpus: Corpus
     device: torch.device
+    allow_pickle: bool = False
+    """Whether the teacher's weights may be a pickle."""
 
     def feed(self, config: RunConfig, seed: int) -> Feed:
         loader = BatchLoader(
@@ -52,7 +54,7 @@ class Materials:
 
     def heldout(self, config: RunConfig, limit: int | None = None, batch_size: int | None = None) -> Iterator[Batch]:
         """This rank's share of the held-out blocks (the first `limit` of all), with fixed masks."""
-        return fixed_batches(
+        batches = fixed_batches(
             self.corpus.heldout,
             self.tokenizer,
             config.data,
@@ -62,6 +64,7 @@ class Materials:
             ranks.world_size(),
             limit,
         )
+        return watch.each("evaluating", batches)
 
 
 def cache_dir(config: RunConfig) -> Path:
@@ -88,7 +91,8 @@ def check_teacher(config: RunConfig) -> str:
             f"data.seq_len: {config.data.seq_len} is above the teacher's max_position_embeddings "
             f"{teacher.max_position_embeddings}; choose 3 .. {teacher.max_position_embeddings}"
         )
-    has_head = has_mlm_head(folder)  # loads the weights, so that a damaged file is found now
+    # Loads the weights, so that a damaged file is found now.
+    has_head = has_mlm_head(folder, config.teacher.allow_pickle)
     if not has_head and not config.teacher.correction_steps and (config.loss.mlm > 0 or config.loss.kl > 0):
         raise UserError(
             f"teacher.name: {config.teacher.name!r} has no MLM head, so loss.mlm and loss.kl would teach noise; "
@@ -114,9 +118,9 @@ def gather(config: RunConfig, device: torch.device) -> Materials:
         )
     if ranks.rank() == 0:
         print(f"teacher: {config.teacher.name}; corpus: {corpus.description}", flush=True)
-    return Materials(folder, tokenizer, corpus, device)
+    return Materials(folder, tokenizer, corpus, device, config.teacher.allow_pickle)
 
 
 def teacher_copy(materials: Materials, dtype: torch.dtype, dropout: float | None = None):
     """A fresh copy of the teacher's model on this rank's device."""
-    return load_model(materials.teacher, dtype, dropout).to(materials.device)
+    return load_model(materials.teacher, dtype, dropout, materials.allow_pickle).to(materials.device)

@@ -16,6 +16,7 @@ import json
 import math
 import os
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ from typing import Any
 import psutil
 import torch
 from tqdm import tqdm
+
+from homodistil.errors import writing
 
 METRICS_FILE = "metrics.jsonl"
 EVENTS_FILE = "events.jsonl"
@@ -45,14 +48,16 @@ class Recorder:
         self.enabled = enabled
         if not enabled:
             return
-        run_dir = Path(run_dir)
-        run_dir.mkdir(parents=True, exist_ok=True)
-        for name in (METRICS_FILE, EVENTS_FILE):
-            _drop_lines_beyond(run_dir / name, start_step)
-        # Append mode: every line lands at the end, wherever another handle may have written.
-        self._metrics = open(run_dir / METRICS_FILE, "a", encoding="utf-8")
-        self._events = open(run_dir / EVENTS_FILE, "a", encoding="utf-8")
-        self._tensorboard = _summary_writer(run_dir / TENSORBOARD_FOLDER, start_step)
+        run_dir = self._run_dir = Path(run_dir)
+        with writing(run_dir):
+            run_dir.mkdir(parents=True, exist_ok=True)
+            for name in (METRICS_FILE, EVENTS_FILE):
+                _drop_lines_beyond(run_dir / name, start_step)
+            # Append mode: every line lands at the end, wherever another handle may have written.
+            self._metrics = open(run_dir / METRICS_FILE, "a", encoding="utf-8")
+            self._events = open(run_dir / EVENTS_FILE, "a", encoding="utf-8")
+            self._tensorboard = _summary_writer(run_dir / TENSORBOARD_FOLDER, start_step)
+        self._excepthook_before, threading.excepthook = threading.excepthook, _without_tensorboards_thread
         self._progress = _Bar(total_steps, start_step) if sys.stderr.isatty() else _Lines(total_steps, start_step)
 
     def log_step(self, step: int, values: Mapping[str, float]) -> None:
@@ -81,9 +86,11 @@ class Recorder:
         if not self.enabled:
             return
         self._progress.close()
-        self._tensorboard.close()
-        self._metrics.close()
-        self._events.close()
+        threading.excepthook = self._excepthook_before
+        for file in (self._tensorboard, self._metrics, self._events):
+            # Every line was flushed when it was written: what fails here has been reported there.
+            with contextlib.suppress(OSError):
+                file.close()
 
     def __enter__(self) -> Recorder:
         return self
@@ -92,9 +99,10 @@ class Recorder:
         self.close()
 
     def _add_scalars(self, values: Mapping[str, float], step: int) -> None:
-        for name, value in values.items():
-            self._tensorboard.add_scalar(name, float(value), step)
-        self._tensorboard.flush()
+        with writing(self._run_dir / TENSORBOARD_FOLDER):
+            for name, value in values.items():
+                self._tensorboard.add_scalar(name, float(value), step)
+            self._tensorboard.flush()
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -114,11 +122,16 @@ def to_json(value: Any) -> str:
 def write_atomically(path: Path, text: str) -> None:
     """`path` holds either what it held before or all of `text`, never a part."""
     temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
 
 
 def _plain(value: Any) -> Any:
@@ -134,8 +147,9 @@ def _plain(value: Any) -> Any:
 
 
 def _write_line(file, value: Mapping[str, Any]) -> None:
-    file.write(to_json(value) + "\n")
-    file.flush()
+    with writing(Path(file.name)):
+        file.write(to_json(value) + "\n")
+        file.flush()
 
 
 def _numbers(value: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, float]]:
@@ -161,6 +175,12 @@ def _summary_writer(folder: Path, start_step: int):
     had_events = folder.is_dir() and any(folder.iterdir())
     first_new_step = start_step + 1 if start_step else 0
     return SummaryWriter(str(folder), purge_step=first_new_step if had_events else None)
+
+
+def _without_tensorboards_thread(failure: threading.ExceptHookArgs) -> None:
+    """TensorBoard's writing thread dies with a traceback when the disk is full; the next call reports the same."""
+    if not (issubclass(failure.exc_type, OSError) and type(failure.thread).__module__.startswith("tensorboard")):
+        threading.__excepthook__(failure)
 
 
 class _Bar:

@@ -13,9 +13,10 @@ from homodistil.config import RunConfig
 from homodistil.data.masking import Batch
 from homodistil.distill.objective import LossTerms
 from homodistil.distill.student import Student
-from homodistil.errors import UserError
+from homodistil.errors import CheckFailed
 from homodistil.flops import peak_flops, step_flops
 from homodistil.metrics import Recorder, StepTimer, memory_bytes
+from homodistil.resize import step_applied
 
 
 class Monitor:
@@ -63,7 +64,7 @@ class Monitor:
         return {f"loss/{name}": value for name, value in ranks.mean_of(own, self.device).items()}
 
     def _engine_values(self, engine) -> dict[str, float]:
-        values = {"optim/lr": engine.get_lr()[0]}
+        values = {"optim/lr": engine.get_lr()[0], "train/micro_batch_size": engine.train_micro_batch_size_per_gpu()}
         norm = engine.get_global_grad_norm()
         return values if norm is None else values | {"optim/grad_norm": float(norm)}
 
@@ -95,10 +96,27 @@ def require_finite(terms: dict[str, float], step: int, config: RunConfig) -> Non
     if bad:
         # The single terms say more than their sum.
         named = [name for name in bad if name != "total"] or bad
-        raise UserError(
+        raise CheckFailed(
             f"loss: {', '.join(named)} is not finite at step {step}; training stops, the last checkpoint is kept. "
             f"Lower train.lr ({config.train.lr:g}), lengthen train.warmup_fraction or lower that term's weight"
         )
+
+
+def require_applied(engine, step: int, config: RunConfig) -> None:
+    """Stop when DeepSpeed has left out a step because the gradient's norm is not finite: it does so without a word.
+
+    Call behind `engine.step()` at a boundary. The norm is the same on every rank, so all stop. Under fp16 with dynamic
+    loss scaling a skipped step is how the scale finds its place, and DeepSpeed reports it.
+
+    Raises:
+        CheckFailed: the step was left out, and no loss scale could have been the reason.
+    """
+    if step_applied(engine) or (engine.fp16_enabled() and engine.dynamic_loss_scale()):
+        return
+    raise CheckFailed(
+        f"gradients are not finite at step {step}, so it was not applied; training stops, the last checkpoint is kept. "
+        f"Lower train.lr ({config.train.lr:g}) or lengthen train.warmup_fraction"
+    )
 
 
 def speeds(metrics: list[dict]) -> dict[str, float | None]:

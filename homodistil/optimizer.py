@@ -13,17 +13,24 @@ from transformers import get_linear_schedule_with_warmup
 
 from homodistil.config import RunConfig, TrainConfig
 from homodistil.errors import UserError
+from homodistil.resize.settings import offloads_optimizer
 
 
-def build_optimizer(module: nn.Module, config: RunConfig) -> Optimizer:
-    """AdamW over the trainable parameters of `module`, in two groups: with and without weight decay."""
+def build_optimizer(module: nn.Module, config: RunConfig, engine_config: dict) -> Optimizer:
+    """AdamW over the trainable parameters of `module`, in two groups: with and without weight decay.
+
+    Args:
+        engine_config: DeepSpeed's JSON: its stage and offload decide which of DeepSpeed's kernels fits.
+    """
     options = {
         "lr": config.train.lr,
         "betas": (config.optimizer.beta1, config.optimizer.beta2),
         "eps": config.optimizer.eps,
     }
     groups = parameter_groups(module, config.train.weight_decay)
-    return _IMPLEMENTATIONS[config.optimizer.implementation](groups, options)
+    if config.optimizer.implementation == "deepspeed_fused":
+        return _deepspeed_fused(groups, options, engine_config)
+    return {"torch_fused": _torch_fused, "apex_fused": _apex_fused}[config.optimizer.implementation](groups, options)
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict]:
@@ -46,14 +53,17 @@ def _torch_fused(groups: list[dict], options: dict) -> Optimizer:
     return torch.optim.AdamW(groups, fused=True, **options)
 
 
-def _deepspeed_fused(groups: list[dict], options: dict) -> Optimizer:
-    if torch.cuda.is_available():
-        from deepspeed.ops.adam import FusedAdam
+def _deepspeed_fused(groups: list[dict], options: dict, engine_config: dict) -> Optimizer:
+    """FusedAdam, or DeepSpeedCPUAdam where masters and states are partitions in host memory."""
+    stage = engine_config.get("zero_optimization", {}).get("stage", 0)
+    on_host = offloads_optimizer(engine_config) or not torch.cuda.is_available()
+    if stage > 0 and on_host:
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-        return FusedAdam(groups, adam_w_mode=True, **options)
-    from deepspeed.ops.adam import DeepSpeedCPUAdam
+        return DeepSpeedCPUAdam(groups, adamw_mode=True, **options)
+    from deepspeed.ops.adam import FusedAdam
 
-    return DeepSpeedCPUAdam(groups, adamw_mode=True, **options)
+    return FusedAdam(groups, adam_w_mode=True, **options)
 
 
 def check_implementation(name: str) -> None:
@@ -80,6 +90,3 @@ def is_nvidia_apex() -> bool:
     folder = Path(next(iter(spec.submodule_search_locations)))
     has_files = (folder / "optimizers" / "fused_adam.py").is_file() and (folder / "multi_tensor_apply").is_dir()
     return has_files and importlib.util.find_spec("amp_C") is not None
-
-
-_IMPLEMENTATIONS = {"torch_fused": _torch_fused, "deepspeed_fused": _deepspeed_fused, "apex_fused": _apex_fused}

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from homodistil.errors import writing
 from homodistil.metrics import to_json, write_atomically
 
 RESULT_FILE = "result.json"
@@ -34,7 +35,8 @@ def write_result(run_dir: Path, rows: Sequence[Row]) -> Path:
     """Write result.json (atomically; numbers that are not finite become null). Returns its path."""
     path = Path(run_dir) / RESULT_FILE
     lines = ",\n ".join(to_json(row) for row in rows)
-    write_atomically(path, f"[{lines}]\n")
+    with writing(path):
+        write_atomically(path, f"[{lines}]\n")
     return path
 
 

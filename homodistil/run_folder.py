@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import shutil
 from pathlib import Path
 
 import yaml
 
+from homodistil.checkpoint import candidates
 from homodistil.config import RunConfig
 from homodistil.errors import UserError
 from homodistil.metrics import write_atomically
 
 CONFIG_FILE = "config.yaml"
 ENGINE_FILE = "ds_config.json"
-# What may change when a run is gone on with: nothing here touches weights or data.
-_FREE = {"train": {"save_every_steps", "keep_checkpoints", "eval_every_steps", "eval_batch_size", "log_every_steps"}}
-_FREE["data"] = {"cache_dir", "workers"}
+# What may change when a run is gone on with: it moves neither the data's order nor, beyond rounding, the student.
+_FREE = {
+    "teacher": {"dtype", "allow_pickle"},
+    "data": {"cache_dir", "workers"},
+    "train": {"micro_batch_size", "save_every_steps", "eval_every_steps", "eval_batch_size", "log_every_steps"},
+    "optimizer": {"implementation"},
+}
 
 
 def check_run_folder(config: RunConfig) -> Path:
@@ -33,7 +40,7 @@ def check_run_folder(config: RunConfig) -> Path:
         raise UserError(
             f"run.dir: {str(folder)!r} is not empty; choose another run.dir, or run.resume=auto to go on with that run"
         )
-    if resume == "must" and not (folder / "checkpoints" / "latest").is_file():
+    if resume == "must" and not candidates(folder / "checkpoints"):
         raise UserError(f"run.resume: must, but {str(folder)!r} has no checkpoint; use auto or another run.dir")
     if occupied:
         _check_same_run(folder, config)
@@ -41,13 +48,24 @@ def check_run_folder(config: RunConfig) -> Path:
 
 
 def claim_run_folder(folder: Path, config: RunConfig, engine_config: dict) -> None:
-    """Make the folder and write the resolved configs into it (rank 0 only). Raises `UserError` if that fails."""
+    """Make the folder and write the resolved configs into it (rank 0 only). Raises `UserError` if that fails.
+
+    The engine's config of before, if that was another one, stays beside it: ds_config.1.json, ds_config.2.json, ...
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / CONFIG_FILE, yaml.safe_dump(config.to_dict(), sort_keys=False))
-        write_atomically(folder / ENGINE_FILE, json.dumps(engine_config, indent=2) + "\n")
+        _keep_other(folder / ENGINE_FILE, text := json.dumps(engine_config, indent=2) + "\n")
+        write_atomically(folder / ENGINE_FILE, text)
     except OSError as error:
         raise UserError(f"run.dir: cannot write to {str(folder)!r} ({error.strerror})") from None
+
+
+def _keep_other(path: Path, text: str) -> None:
+    """A copy of `path`, under the first free number, unless it holds `text` or is not there."""
+    if path.is_file() and path.read_text(encoding="utf-8") != text:
+        numbered = (path.with_name(f"{path.stem}.{number}{path.suffix}") for number in itertools.count(1))
+        shutil.copyfile(path, next(kept for kept in numbered if not kept.exists()))
 
 
 def _check_same_run(folder: Path, config: RunConfig) -> None:

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from homodistil import stop, watch
 from homodistil.checkpoint import Checkpoints
 from homodistil.config import RunConfig
 from homodistil.distill.student import Student
 from homodistil.distill.teacher import Teacher
+from homodistil.engine import backward
+from homodistil.errors import StopRequested
 from homodistil.evaluation.gap import Gap
+from homodistil.faults import fault_point
 from homodistil.feed import Feed
-from homodistil.monitor import Monitor, require_finite
+from homodistil.models.axes import Keep
+from homodistil.models.shapes import full_shape
+from homodistil.monitor import Monitor, require_applied, require_finite
 from homodistil.pruning.scheduler import Pruner
-from homodistil.resize import ResizePlan, gradient_fragments, resize
+from homodistil.resize import ResizePlan, gradient_fragments, resize, step_applied
 
 
 @dataclass
@@ -37,6 +44,7 @@ class Trainer:
     pruner: Pruner | None = None
     gap: Gap | None = None
     checkpoints: Checkpoints | None = None
+    fit_micro_batch: Callable[[], dict[str, int]] = dict
     after_event: Callable[[], None] = lambda: None
     state: TrainState = field(default_factory=TrainState)
 
@@ -45,33 +53,50 @@ class Trainer:
         return self.engine.module
 
     def train(self) -> None:
-        while self.state.step < self.config.train.steps:
-            self.train_step()
-            self.between_steps()
+        try:
+            with stop.at_step_boundaries(self.feed.device) as stop_agreed:
+                while self.state.step < self.config.train.steps:
+                    self.train_step()
+                    self.between_steps()
+                    if number := stop_agreed():
+                        self.leave(number)
+        except BaseException:
+            if self.checkpoints:
+                self.checkpoints.settle()
+            raise
+        if self.checkpoints:
+            self.checkpoints.wait()
 
     def train_step(self) -> None:
+        fault_point("train.step")
         batches = self.feed.micro_batches(self.state.consumed_samples)
+        importance = None
         for batch in batches:
             teacher = self.teacher(batch) if self.teacher else None  # no grad, inference precision
             terms = self.engine(batch, teacher)
-            self.engine.backward(terms.total)
+            backward(self.engine, fault_point("train.backward", terms.total))
             self.monitor.see(terms)
             if self.engine.is_gradient_accumulation_boundary():
-                self.accumulate_importance()  # reduced, unscaled gradients exist only here
+                importance = self.measure_importance()  # reduced, unscaled gradients exist only here
             self.engine.step()
+        require_applied(self.engine, self.state.step + 1, self.config)
         self.state.step += 1
         self.state.consumed_samples += self.config.train.global_batch_size
         self.monitor.end_step(self.state.step, batches, self.engine)
+        if importance is not None and step_applied(self.engine):  # an fp16 overflow tells nothing
+            self.pruner.accept(importance)
         if plan := self.resize_due():  # None nearly always
             self.resize(plan)
 
-    def accumulate_importance(self) -> None:
-        if self.pruner and self.pruner.wants_gradients(self.state.step + 1):
-            shapes = {name: tuple(p.shape) for name, p in self.student.named_parameters()}
-            self.pruner.accumulate(gradient_fragments(self.engine), self.student.axis_table(), shapes)
+    def measure_importance(self) -> Keep | None:
+        if self.pruner is None or not self.pruner.wants_gradients(self.state.step + 1):
+            return None
+        shapes = {name: full_shape(p) for name, p in self.student.named_parameters()}
+        return self.pruner.measure(gradient_fragments(self.engine), self.student.axis_table(), shapes)
 
     def resize_due(self) -> ResizePlan | None:
-        if self.pruner is None:
+        """The event that is due; after a skipped step it waits for the next one."""
+        if self.pruner is None or not step_applied(self.engine):
             return None
         return self.pruner.due(self.state.step, self.student.axis_table(), self.student.kept["hidden"])
 
@@ -83,16 +108,18 @@ class Trainer:
             cost = resize(self.engine, plan)
             self.student.after_resize(plan.keep)
             self.pruner.after_resize(plan)
+            micro_batch = self.fit_micro_batch()  # from the next step on
             after = self.gap.measure()
             event = resize_event(self.state.step, plan, before, after)
             self.monitor.recorder.log_event(
-                event | {"milliseconds": cost.milliseconds, "bytes_moved": cost.bytes_moved}
+                event | micro_batch | {"milliseconds": cost.milliseconds, "bytes_moved": cost.bytes_moved}
             )
             self.after_event()
 
     def between_steps(self) -> None:
         """Once in a while: held-out evaluation, checkpoint."""
         train, step = self.config.train, self.state.step
+        watch.progress(step, "training")
         last = step == train.steps
         if train.eval_every_steps and step % train.eval_every_steps == 0 and not last:
             with self.monitor.timer.paused():
@@ -111,6 +138,17 @@ class Trainer:
             "pruner": self.pruner.state_dict() if self.pruner else None,
         }
         self.checkpoints.save(self.engine, self.state.step, state)
+
+    def leave(self, number: int) -> None:
+        """Stop on request (signal `number`), with everything on disk that going on needs."""
+        name, step = signal.Signals(number).name, self.state.step
+        if self.checkpoints is None:
+            raise StopRequested(f"stopped by {name} while correcting the teacher, which the next run starts anew")
+        with self.monitor.timer.paused():
+            self.save()
+            self.checkpoints.wait()
+        steps = self.config.train.steps
+        raise StopRequested(f"stopped by {name} at step {step} of {steps}; run.resume=auto goes on from its checkpoint")
 
 
 def resize_event(step: int, plan: ResizePlan, before: dict[str, float], after: dict[str, float]) -> dict:

@@ -1,5 +1,7 @@
 """Build DeepSpeed's shared-memory op once (about a minute), so that no job has to.
 
+    python launcher/build_ops.py [--optimizers]     # also DeepSpeedCPUAdam and FusedAdam: one more minute each
+
 A job that was killed while building leaves a lock that every later job waits for, for ever: it is removed first.
 """
 
@@ -7,6 +9,8 @@ import os
 import shutil
 import sys
 from pathlib import Path
+
+OPTIMIZERS = ("CPUAdamBuilder", "FusedAdamBuilder")
 
 
 def main() -> int:
@@ -20,7 +24,8 @@ def main() -> int:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from deepspeed.accelerator import get_accelerator
 
-    get_accelerator().create_op_builder("ShareMemCommBuilder").load()
+    for builder in ("ShareMemCommBuilder", *(OPTIMIZERS if "--optimizers" in sys.argv[1:] else ())):
+        get_accelerator().create_op_builder(builder).load()
     return 0
 
 

@@ -10,11 +10,11 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from homodistil.cli import exit_on_user_error, parse
+from homodistil.cli import exit_with_code, parse
 
 
 def main() -> None:
-    with exit_on_user_error():
+    with exit_with_code():
         config = parse(sys.argv[1:], __doc__.splitlines()[0])
         # After parsing, so that --help and mistakes need no heavy imports.
         from homodistil.data import assets

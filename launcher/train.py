@@ -7,11 +7,11 @@
 
 import sys
 
-from homodistil.cli import exit_on_user_error, parse_with_engine
+from homodistil.cli import exit_with_code, parse_with_engine
 
 
 def main() -> None:
-    with exit_on_user_error():
+    with exit_with_code():
         config, engine_config = parse_with_engine(sys.argv[1:], description="Distil a student from a teacher.")
         from homodistil.job import run  # heavy imports, not needed for --help and config errors
 

@@ -150,10 +150,10 @@ def test_optimizer_in_the_engine_file(attempt, tmp_path):
     "changes, message",
     [
         ({"fp16": {"enabled": True}}, "fp16.enabled: true in the DeepSpeed JSON needs a GPU"),
-        ({"zero_optimization": {"stage": 3}}, "zero_optimization.stage: found 3"),
+        ({"zero_optimization": {"stage": 4}}, "zero_optimization.stage: found 4"),
         (
-            {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}},
-            "zero_optimization.offload_optimizer.device: found 'cpu'",
+            {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}},
+            "zero_optimization.offload_optimizer.device: found 'nvme'",
         ),
     ],
 )

@@ -13,15 +13,22 @@ from homodistil.engine import resolve_engine_config, student_dtype, teacher_dtyp
 from homodistil.errors import UserError
 from homodistil.optimizer import build_optimizer, build_schedule, is_nvidia_apex
 
+DTYPES = {"_fp32": torch.float32, "_fp16": torch.float16}
 CONFIGS = sorted((Path(__file__).parents[1] / "ds_configs").glob("*.json"))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_shipped_configs_are_filled_without_auto(path):
+    if "fp16" in path.stem and not torch.cuda.is_available():
+        with pytest.raises(UserError, match="fp16.enabled: true in the DeepSpeed JSON needs a GPU"):
+            resolve_engine_config(json.loads(path.read_text()), RunConfig(), num_ranks=2)
+        return
     resolved = resolve_engine_config(json.loads(path.read_text()), RunConfig(), num_ranks=2)
     assert "auto" not in json.dumps(resolved)
+    assert resolved["zero_force_ds_cpu_optimizer"] is False  # torch's AdamW is welcome in host memory
     assert resolved["train_batch_size"] == 32 and resolved["gradient_accumulation_steps"] == 1
-    assert student_dtype(resolved) == (torch.float32 if "fp32" in path.stem else torch.bfloat16)
+    expected = next((t for n, t in DTYPES.items() if path.stem.endswith(n)), torch.bfloat16)
+    assert student_dtype(resolved) == expected
 
 
 def test_accumulation_follows_from_batch_and_ranks():
@@ -60,7 +67,7 @@ def test_slurm_variables_become_torchs(monkeypatch):
 def test_vectors_and_projections_do_not_decay():
     student, _ = small_pair()
     names = {id(p): name for name, p in student.named_parameters()}
-    decay, rest = build_optimizer(student, RunConfig()).param_groups
+    decay, rest = build_optimizer(student, RunConfig(), {}).param_groups
     assert decay["weight_decay"] == 0.01 and rest["weight_decay"] == 0.0
     assert all(p.ndim == 2 for p in decay["params"])
     assert not any(names[id(p)].startswith("projections.") for p in decay["params"])
@@ -69,14 +76,14 @@ def test_vectors_and_projections_do_not_decay():
 
 def test_frozen_projections_are_not_trained():
     student, _ = small_pair(projection_learned=False)
-    trained = {id(p) for group in build_optimizer(student, RunConfig()).param_groups for p in group["params"]}
+    trained = {id(p) for group in build_optimizer(student, RunConfig(), {}).param_groups for p in group["params"]}
     assert not any(id(p) in trained for p in student.projections.parameters())
 
 
 def test_learning_rate_rises_and_falls_linearly():
     config = RunConfig()
     config.train.steps, config.train.warmup_fraction, config.train.lr = 20, 0.25, 1.0
-    optimizer = build_optimizer(small_pair()[0], config)
+    optimizer = build_optimizer(small_pair()[0], config, {})
     schedule = build_schedule(optimizer, config.train)
     rates = []
     for _ in range(20):
@@ -92,3 +99,17 @@ def test_an_impostor_called_apex_is_not_taken_for_nvidias(tmp_path, monkeypatch)
     (tmp_path / "apex" / "__init__.py").write_text("raise SystemExit('imported an impostor')")
     monkeypatch.syspath_prepend(tmp_path)
     assert not is_nvidia_apex()
+
+
+@pytest.mark.parametrize(
+    ("stage", "offload", "expected"),
+    [(0, False, "FusedAdam"), (2, False, "DeepSpeedCPUAdam"), (2, True, "DeepSpeedCPUAdam")],
+)
+def test_deepspeeds_own_optimizer_follows_stage_and_offload(stage, offload, expected):
+    if torch.cuda.is_available() and not offload:
+        expected = "FusedAdam"
+    config = RunConfig()
+    config.optimizer.implementation = "deepspeed_fused"
+    zero = {"stage": stage} | ({"offload_optimizer": {"device": "cpu"}} if offload else {})
+    optimizer = build_optimizer(small_pair()[0], config, {"zero_optimization": zero})
+    assert type(optimizer).__name__ == expected

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from homodistil.config import PruningConfig
 from homodistil.models.axes import AxisTable, AxisUse
 from homodistil.pruning.importance import Importance, add_dim_sums
+from homodistil.pruning.schedule import WidthSchedule
+from homodistil.pruning.scheduler import Pruner
 from homodistil.pruning.selection import select
 
 
@@ -116,3 +118,28 @@ def test_select_takes_the_best_in_old_order_and_spares_the_protected():
     assert keep["hidden"].tolist() == [0, 2, 4]
     assert keep["layer.0.qk_dim"].tolist() == [[1, 2], [0, 2]]
     assert select(scores, due, protected=torch.tensor([3]))["hidden"].tolist() == [0, 2, 3]
+
+
+def test_a_measurement_counts_only_once_it_is_accepted():
+    importance, weight = _importance(ema_beta=0.5), torch.ones(4, 3)
+    importance.accumulate(_pieces(weight, weight), TABLE, SHAPES)
+    before = {axis: value.clone() for axis, value in importance.scores().items()}
+    count = importance.num_updates
+    overflow = importance.measure(_pieces(weight, weight * torch.inf), TABLE, SHAPES)
+    assert not overflow["hidden"].isfinite().any()
+    for axis, value in importance.scores().items():  # the step was skipped: nobody accepts
+        assert torch.equal(value, before[axis])
+    assert importance.num_updates == count
+    importance.accept(importance.measure(_pieces(weight, weight * 3), TABLE, SHAPES))
+    assert importance.scores()["hidden"].tolist() == pytest.approx([0.5 * before["hidden"][0].item() + 0.5 * 12] * 3)
+
+
+def test_an_event_waits_until_a_step_is_applied():
+    config = PruningConfig(schedule="linear", interval_steps=2, end_fraction=0.4, max_event_fraction=1.0)
+    widths = {"hidden": 3, "layer.0.heads": 2, "layer.0.qk_dim": 2}
+    schedule = WidthSchedule(widths, {"hidden": 1}, config, steps=10)
+    pruner = Pruner(schedule, _importance(), torch.tensor([], dtype=torch.int64))
+    assert sorted(schedule.table) == [2, 4]
+    assert pruner.due(1, TABLE, torch.arange(3)) is None
+    # Updates 2 to 4 were skipped, so nobody asked: update 5 finds both events.
+    assert pruner.due(5, TABLE, torch.arange(3)).widths_after["hidden"] == 1

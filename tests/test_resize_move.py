@@ -1,99 +1,158 @@
-"""The plan and the mover against naive slicing of whole tensors, with ranks simulated in one process."""
+"""The plan and the mover against numpy's slicing of whole tensors; ranks are threads, the exchange is real gloo."""
 
 from __future__ import annotations
 
-import itertools
 import math
+from dataclasses import dataclass
+from unittest import mock
 
+import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from thread_ranks import on_every_rank
 from torch import Tensor
 
 from homodistil.models.axes import AxisTable, AxisUse
+from homodistil.resize import move_partitions as partition_mover
 from homodistil.resize.flat import FlatMove, Layout
-from homodistil.resize.move import compact, set_param_data, spread
+from homodistil.resize.move import compact, exchange, move_partition, set_param_data
+from homodistil.resize.move_partitions import move_partitions
 from homodistil.resize.plan import make_plan, select
+
+NUM_CASES = 520
+
+
+@dataclass(frozen=True)
+class Case:
+    """Parameters and what stays of each, and how they are spread over ranks."""
+
+    shapes: list[tuple[int, ...]]
+    kept: list[dict[int, list[int]]]
+    num_ranks: int
+    alignment: int
+    parameter_alignment: int
+    chunk_numel: int | None
+    """Far below the data; None: the product's own."""
+
+    def arrays(self) -> list[np.ndarray]:
+        """Every element of every parameter has a value of its own, and none is zero."""
+        ends = np.cumsum([math.prod(shape) for shape in self.shapes])
+        starts = [0, *ends[:-1]]
+        return [np.arange(a, b).reshape(s) + 1.0 for a, b, s in zip(starts, ends, self.shapes, strict=True)]
+
+    def survivors(self) -> list[np.ndarray]:
+        grids = []
+        for shape, kept in zip(self.shapes, self.kept, strict=True):
+            grids.append(np.ix_(*[kept.get(dim, range(size)) for dim, size in enumerate(shape)]))
+        return [array[grid] for array, grid in zip(self.arrays(), grids, strict=True)]
+
+    def index(self) -> list[dict[int, Tensor]]:
+        return [{dim: torch.tensor(entries) for dim, entries in kept.items()} for kept in self.kept]
+
+    def layout(self) -> Layout:
+        return Layout.packed(self.shapes, self.num_ranks, self.alignment, self.parameter_alignment)
 
 
 @st.composite
-def flat_cases(draw) -> dict:
-    """Shapes of 1 to 3 dimensions, what stays of each, ranks, alignments and a chunk size far below the data."""
-    params = []
+def cases(draw) -> Case:
+    """Shapes of 1 to 3 dimensions, many of length 1; up to 8 ranks, of which some may hold nothing but padding."""
+    shapes, kept = [], []
     for _ in range(draw(st.integers(1, 6))):
-        shape = tuple(draw(st.lists(st.integers(1, 13), min_size=1, max_size=3)))
-        index = {}
-        for dim, size in enumerate(shape):
-            if draw(st.booleans()):
-                index[dim] = torch.tensor(sorted(draw(st.sets(st.integers(0, size - 1), min_size=1))))
-        params.append((shape, index))
-    return {
-        "params": params,
-        "num_ranks": draw(st.integers(1, 8)),
-        "parameter_alignment": draw(st.sampled_from([1, 4, 8])),
-        "chunk_numel": draw(st.sampled_from([1, 5, 64])),
-    }
+        shape = tuple(draw(st.lists(st.one_of(st.just(1), st.integers(1, 13)), min_size=1, max_size=3)))
+        cut = [dim for dim in range(len(shape)) if draw(st.booleans())]
+        shapes.append(shape)
+        kept.append({dim: sorted(draw(st.sets(st.integers(0, shape[dim] - 1), min_size=1))) for dim in cut})
+    num_ranks = draw(st.integers(1, 8))
+    alignment = num_ranks * draw(st.sampled_from([1, 2, 16]))
+    parameter_alignment, chunk_numel = draw(st.sampled_from([1, 4, 8])), draw(st.sampled_from([1, 5, 64, None]))
+    return Case(shapes, kept, num_ranks, alignment, parameter_alignment, chunk_numel)
 
 
-def lay_out(tensors: list[Tensor], alignment: int, parameter_alignment: int) -> Tensor:
-    """Flat buffer, built by appending: gaps before parameters, then padding at the end, all zero."""
-    flat = torch.zeros(0)
-    for tensor in tensors:
-        gap = (-len(flat)) % parameter_alignment
-        flat = torch.cat([flat, torch.zeros(gap), tensor.flatten()])
-    return torch.cat([flat, torch.zeros((-len(flat)) % alignment)])
+def lay_out(arrays: list[np.ndarray], case: Case, filler: float) -> np.ndarray:
+    """Flat buffer, built by appending: gaps before parameters, then padding at the end."""
+    flat = np.zeros(0)
+    for array in arrays:
+        gap = -len(flat) % case.parameter_alignment
+        flat = np.concatenate([flat, np.full(gap, filler), array.flatten()])
+    return np.concatenate([flat, np.full(-len(flat) % case.alignment, filler)])
 
 
-def naive_select(tensor: Tensor, index: dict[int, Tensor]) -> Tensor:
-    lists = [index[dim].tolist() if dim in index else range(size) for dim, size in enumerate(tensor.shape)]
-    values = [tensor[position].item() for position in itertools.product(*lists)]
-    return torch.tensor(values).view([len(entries) for entries in lists])
+def partitions(flat: np.ndarray, num_ranks: int) -> list[Tensor]:
+    return [torch.tensor(part, dtype=torch.float32) for part in np.split(flat, num_ranks)]
 
 
-@settings(max_examples=150, deadline=None)
-@given(flat_cases())
-def test_simulated_ranks_end_with_the_sliced_buffer(case):
-    num_ranks, parameter_alignment = case["num_ranks"], case["parameter_alignment"]
-    alignment = 2 * num_ranks
-    tensors = [torch.randn(shape) for shape, _ in case["params"]]
-    index = [kept for _, kept in case["params"]]
-    old = lay_out(tensors, alignment, parameter_alignment)
-    expected = lay_out(
-        [naive_select(t, kept) for t, kept in zip(tensors, index, strict=True)], alignment, parameter_alignment
-    )
+@settings(max_examples=NUM_CASES)
+@given(cases())
+def test_ranks_end_with_the_sliced_buffer(case: Case):
+    # NaN where nothing lies: whatever stands in a gap must not survive.
+    old = partitions(lay_out(case.arrays(), case, math.nan), case.num_ranks)
+    expected = partitions(lay_out(case.survivors(), case, 0.0), case.num_ranks)
+    move = FlatMove.plan(case.layout(), case.index(), case.alignment, case.parameter_alignment)
 
-    layout = Layout.packed([t.shape for t in tensors], num_ranks, alignment, parameter_alignment)
-    assert layout.numel == len(old)
-    move = FlatMove.plan(layout, index, alignment, parameter_alignment)
-    assert move.new.numel == len(expected)
+    def move_own(rank: int, group: dist.ProcessGroup) -> Tensor:
+        if case.chunk_numel is None:
+            return move_partition(old[rank], move, rank, group)
+        numel = compact(old[rank], rank * move.old.partition_numel, move, case.chunk_numel)
+        return exchange(old[rank][:numel], move, rank, group)
 
-    survivors = []
-    for rank, partition in enumerate(old.clone().chunk(num_ranks)):
-        numel = compact(partition, rank * layout.partition_numel, move, case["chunk_numel"])
-        survivors.append(partition[:numel])
-    # The all-to-all by hand: each rank cuts its survivors by send_sizes, and the pieces are handed over.
-    parcels = [held.split(move.send_sizes(rank)) for rank, held in enumerate(survivors)]
-    for rank, window in enumerate(expected.chunk(num_ranks)):
-        received = [parcels[other][rank] for other in range(num_ranks)]
-        assert [len(parcel) for parcel in received] == move.receive_sizes(rank)
-        new = torch.zeros(move.new.partition_numel)
-        spread(torch.cat(received), new, rank * move.new.partition_numel, move)
-        assert torch.equal(new, window)
-    crossing = sum(len(p) for rank, row in enumerate(parcels) for other, p in enumerate(row) if other != rank)
-    assert crossing == move.crossing_numel()
+    found = on_every_rank(case.num_ranks, move_own)
+    assert all(map(torch.equal, found, expected))
+    if case.chunk_numel is None:
+        assert all(partition.untyped_storage().nbytes() == 0 for partition in old), "the old partition is still there"
 
 
-@settings(max_examples=50, deadline=None)
-@given(flat_cases())
-def test_pieces_cover_every_element_once(case):
-    shapes = [shape for shape, _ in case["params"]]
-    layout = Layout.packed(shapes, case["num_ranks"], 2 * case["num_ranks"], case["parameter_alignment"])
+@settings(max_examples=NUM_CASES // 2)
+@given(cases())
+def test_ranks_end_with_sliced_partitions_of_every_parameter(case: Case):
+    """As ZeRO-3 has it: each parameter is cut over all ranks; padding is zero there, old and new."""
+
+    def cut(arrays: list[np.ndarray]) -> list[list[Tensor]]:
+        """Parameter -> rank -> its partition."""
+        padded = [np.pad(array.flatten(), (0, -array.size % case.alignment)) for array in arrays]
+        return [partitions(flat, case.num_ranks) for flat in padded]
+
+    old, expected = cut(case.arrays()), cut(case.survivors())
+    moves = [
+        FlatMove.plan(Layout.packed([shape], case.num_ranks, case.alignment), [index], case.alignment)
+        for shape, index in zip(case.shapes, case.index(), strict=True)
+    ]
+
+    def move_own(rank: int, group: dist.ProcessGroup) -> list[Tensor]:
+        new = [torch.zeros(move.new.partition_numel) for move in moves]
+        move_partitions([parts[rank] for parts in old], new, moves, rank, group, torch.device("cpu"))
+        return new
+
+    with mock.patch.object(partition_mover, "CHUNK_NUMEL", case.chunk_numel or partition_mover.CHUNK_NUMEL):
+        found = on_every_rank(case.num_ranks, move_own)
+    for i, by_rank in enumerate(expected):
+        assert all(torch.equal(found[rank][i], partition) for rank, partition in enumerate(by_rank)), i
+
+
+@settings(max_examples=100)
+@given(cases())
+def test_crossing_counts_what_changes_rank(case: Case):
+    def owners(arrays: list[np.ndarray]) -> dict[float, int]:
+        """Value -> rank; values are unique and not zero."""
+        parts = np.split(lay_out(arrays, case, 0.0), case.num_ranks)
+        return {value: rank for rank, part in enumerate(parts) for value in part if value}
+
+    before, after = owners(case.arrays()), owners(case.survivors())
+    move = FlatMove.plan(case.layout(), case.index(), case.alignment, case.parameter_alignment)
+    assert move.crossing_numel() == sum(before[value] != rank for value, rank in after.items())
+
+
+@settings(max_examples=100)
+@given(cases())
+def test_pieces_cover_every_element_once(case: Case):
+    layout = case.layout()
     owners = torch.full((layout.numel,), -1)
-    for i, (shape, offset) in enumerate(zip(shapes, layout.offsets, strict=True)):
+    for i, (shape, offset) in enumerate(zip(case.shapes, layout.offsets, strict=True)):
         owners[offset : offset + math.prod(shape)] = i
-    seen = [torch.zeros(math.prod(shape)) for shape in shapes]
-    for rank in range(case["num_ranks"]):
+    seen = [torch.zeros(math.prod(shape)) for shape in case.shapes]
+    for rank in range(case.num_ranks):
         window = owners[rank * layout.partition_numel : (rank + 1) * layout.partition_numel]
         for parameter, position, start, numel in layout.partition_pieces(rank):
             assert (window[position : position + numel] == parameter).all()

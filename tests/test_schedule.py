@@ -99,3 +99,13 @@ def test_one_shot_cuts_everything_at_step_0_and_none_nothing():
 def test_a_path_that_cannot_be_walked_is_refused_before_training():
     with pytest.raises(UserError, match="pruning.max_event_fraction.*interval_steps"):
         _schedule(interval_steps=100, max_event_fraction=0.1)
+
+
+def test_reached_is_the_sum_of_all_events_so_far():
+    config = PruningConfig(interval_steps=3, end_fraction=0.8, width_multiple=4)
+    schedule = WidthSchedule({"hidden": 64, "layer.0.ffn": 96}, {"hidden": 32, "layer.0.ffn": 40}, config, steps=30)
+    widths: dict[str, int] = {}
+    for step in range(31):
+        widths |= schedule.due(step)
+        assert schedule.reached(step) == widths
+    assert widths == {"hidden": 32, "layer.0.ffn": 40}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,11 +40,21 @@ def workspace(target: Path) -> Iterator[Path]:
         ) from error
 
 
-def build_once(target: Path, build: Callable[[Path], None]) -> Path:
-    """The folder `target`, filled by `build(temporary folder)` unless it exists. Never seen half filled."""
-    if target.exists():
+def build_once(
+    target: Path, build: Callable[[Path], None], damage: Callable[[Path], str | None] = lambda _: None
+) -> Path:
+    """The folder `target`, filled by `build(temporary folder)` unless it exists. Never seen half filled.
+
+    Args:
+        damage: says what is wrong with an existing `target`, None if nothing is. A damaged one is built again: jobs
+            that still have its old files open keep them.
+    """
+    if target.exists() and damage(target) is None:
         return target
     with workspace(target) as folder:
+        if target.exists() and (reason := damage(target)):
+            print(f"warning: {target} is damaged ({reason}); made again", file=sys.stderr, flush=True)
+            shutil.rmtree(target)
         if not target.exists():
             build(folder)
             os.replace(folder, target)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from homodistil.data.cache import build_once
 from homodistil.data.sources import Source, check_sources, open_sources
 from homodistil.errors import UserError
 
+SUMMARY_FILE = "corpus.json"
 _FORMAT_VERSION = 1  # of the cached blocks; raise it when reading, splitting or packing changes
 
 
@@ -30,11 +32,19 @@ class Rows:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._blocks = np.load(path, mmap_mode="r")
+        # Deleting the file takes nothing from us while it is open; cutting it short does, and must be noticed.
+        self._file = open(path, "rb")
+        self._num_bytes = os.fstat(self._file.fileno()).st_size
 
     def __len__(self) -> int:
         return len(self._blocks)
 
     def __getitem__(self, ids: np.ndarray | list[int]) -> np.ndarray:
+        if os.fstat(self._file.fileno()).st_size < self._num_bytes:  # touching the map beyond its end is fatal (SIGBUS)
+            raise UserError(
+                f"{self._path}: was cut short while it was being read; run again with run.resume=auto, which prepares "
+                f"the corpus again"
+            )
         return np.asarray(self._blocks[np.asarray(ids, dtype=np.int64)], dtype=np.int64)
 
     def __reduce__(self) -> tuple:
@@ -71,7 +81,7 @@ def prepare_corpus(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Co
         build_corpus(folder, sources, backend, special, config.seq_len, config.heldout_fraction, config.workers)
 
     cache_dir = Path(config.cache_dir).expanduser()
-    folder = build_once(cache_dir / "corpora" / fingerprint, build)
+    folder = build_once(cache_dir / "corpora" / fingerprint, build, _damage)
     train, heldout = Rows(folder / "train.npy"), Rows(folder / "heldout.npy")
     return Corpus(train, heldout, fingerprint, _describe(folder, config.seq_len))
 
@@ -110,8 +120,23 @@ def _fingerprint(config: DataConfig, sources: list[Source], backend: Tokenizer, 
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
+def _damage(folder: Path) -> str | None:
+    """What is missing or cut short in a prepared corpus."""
+    try:
+        summary = json.loads((folder / SUMMARY_FILE).read_text(encoding="utf-8"))
+        for name in ("train", "heldout"):
+            # Opening the map compares the file's size with the shape in its header.
+            if len(np.load(folder / f"{name}.npy", mmap_mode="r")) != summary[name]["blocks"]:
+                return f"{name}.npy has another number of blocks than {SUMMARY_FILE} says"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (ValueError, KeyError, TypeError, EOFError) as error:
+        return " ".join(str(error).split())
+    return None
+
+
 def _describe(folder: Path, seq_len: int) -> str:
-    summary = json.loads((folder / "corpus.json").read_text(encoding="utf-8"))
+    summary = json.loads((folder / SUMMARY_FILE).read_text(encoding="utf-8"))
     parts = []
     for label, key in (("training", "train"), ("held out", "heldout")):
         documents, tokens, blocks = (f"{summary[key][unit]:,}" for unit in ("documents", "tokens", "blocks"))

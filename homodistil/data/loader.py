@@ -6,9 +6,13 @@ of samples is permutation(epoch 0), permutation(epoch 1), ...
 
 from __future__ import annotations
 
+import atexit
+import multiprocessing
+import weakref
 from collections.abc import Iterator
 
 import numpy as np
+import torch
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
@@ -16,6 +20,7 @@ from homodistil.config import DataConfig
 from homodistil.data.corpus import Rows
 from homodistil.data.masking import Batch, Masker
 from homodistil.errors import UserError
+from homodistil.stop import ignore_in_worker
 
 _ORDER_KEY = 2**64 - 1  # masking uses (seed, epoch; sample) as keys; no sample has this number
 
@@ -55,28 +60,41 @@ class BatchLoader:
         rank: int,
         world_size: int,
     ) -> None:
-        if global_batch_size % (micro_batch_size * world_size):
-            raise UserError(
-                f"train.global_batch_size: found {global_batch_size}, allowed are multiples of "
-                f"{micro_batch_size * world_size} = train.micro_batch_size {micro_batch_size} x {world_size} ranks"
-            )
         if not len(rows):
             raise UserError("data.sources: the training split holds no block of text; add text")
         self._rows, self._seed, self._workers = rows, seed, config.workers
         self._mask = Masker(tokenizer, config.mask_probability, seed)
-        self._global, self._micro = global_batch_size, micro_batch_size
-        self._rank, self._world = rank, world_size
+        self._global, self._rank, self._world = global_batch_size, rank, world_size
         self._order_epoch, self._order = -1, np.empty(0, dtype=np.uint32)
-        self._next_position, self._ahead = -1, iter(())
+        self._processes: list[multiprocessing.Process] = []
+        self.set_micro_batch_size(micro_batch_size)
+
+    def set_micro_batch_size(self, micro_batch_size: int) -> None:
+        """Samples of a micro-batch from the next step on; a step's samples over all ranks stay the same.
+
+        Raises:
+            UserError: the ranks cannot share the global batch evenly.
+        """
+        if self._global % (micro_batch_size * self._world):
+            raise UserError(
+                f"train.global_batch_size: found {self._global}, allowed are multiples of "
+                f"{micro_batch_size * self._world} = train.micro_batch_size {micro_batch_size} x {self._world} ranks"
+            )
+        self._micro = micro_batch_size
+        # What workers have prepared is of the old size: dropped, and made again from the position that is asked for.
+        self._stop_workers()
 
     def micro_batches(self, consumed_samples: int) -> list[Batch]:
         """This rank's micro-batches of the optimizer step that starts at `consumed_samples`, on the CPU."""
         if not self._workers:
             return self[consumed_samples]
         if consumed_samples != self._next_position:
-            self._ahead = iter(self._prefetch(consumed_samples))
+            self._start_workers(consumed_samples)
         self._next_position = consumed_samples + self._global
-        return next(self._ahead)
+        try:
+            return next(self._ahead)
+        except UserError as error:  # out of a worker: torch puts a traceback in front of its one line
+            raise UserError(str(error).rstrip().rsplit("UserError: ", 1)[-1]) from None
 
     def __getitem__(self, consumed_samples: int) -> list[Batch]:
         """The same, made in this process. Micro-batch m of rank r starts at consumed + (m * world_size + r) * micro."""
@@ -99,13 +117,47 @@ class BatchLoader:
             self._order_epoch, self._order = epoch, sample_order(len(self._rows), self._seed, epoch)
         return self._order
 
+    def _start_workers(self, consumed_samples: int) -> None:
+        self._stop_workers()
+        others = multiprocessing.active_children()
+        self._ahead = iter(self._prefetch(consumed_samples))
+        self._processes = [child for child in multiprocessing.active_children() if child not in others]
+        # Before torch and multiprocessing, which would wait at exit for processes that ignore SIGTERM.
+        atexit.register(_end, weakref.ref(self), self._processes)
+
+    def _stop_workers(self) -> None:
+        self._next_position, self._ahead = -1, iter(())  # torch asks them to end, and waits a few seconds
+        _kill(self._processes)
+        self._processes = []
+
     def _prefetch(self, consumed_samples: int) -> DataLoader:
         positions = range(consumed_samples, 1 << 62, self._global)
-        return DataLoader(self, sampler=positions, batch_size=None, num_workers=self._workers, collate_fn=_as_it_is)
+        return DataLoader(
+            self,
+            sampler=positions,
+            batch_size=None,
+            num_workers=self._workers,
+            collate_fn=_as_it_is,
+            worker_init_fn=ignore_in_worker,
+            generator=torch.Generator(),  # the global one is dropout's, and must not depend on how often this is made
+        )
 
 
 def _as_it_is(batches: list[Batch]) -> list[Batch]:
     return batches
+
+
+def _end(loader: weakref.ref[BatchLoader], processes: list[multiprocessing.Process]) -> None:
+    if (alive := loader()) is not None:
+        alive._stop_workers()  # first: torch takes it for a failure when a worker in use is killed
+    _kill(processes)
+
+
+def _kill(processes: list[multiprocessing.Process]) -> None:
+    """By SIGKILL: torch's request to end can be lost on a busy machine, and SIGTERM is ignored (see stop.py)."""
+    for process in processes:
+        if process.is_alive():
+            process.kill()
 
 
 def fixed_batches(

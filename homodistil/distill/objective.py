@@ -89,7 +89,7 @@ class Objective:
             _add_layers(terms, "attention", per_layer)
 
     def _mse(self, student: Tensor, teacher: Tensor, batch: Batch, projection: nn.Linear) -> Tensor:
-        teacher = teacher.to(projection.weight.dtype)
+        teacher = teacher.to(student.dtype)
         if self.config.projection == "student":
             student = projection(student)
         else:

@@ -2,6 +2,9 @@
 
 `forward` is the training forward (loss terms); `predict` the inference one. The module knows where each of its
 entries came from in the teacher (`kept`), which is what a resize event narrows.
+
+Every computation enters through a call of the module itself, also those outside of training: ZeRO-3 gathers parameters
+in hooks on module calls, and fetches them ahead of need only while calls follow the order of the last training step.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from homodistil.distill.objective import LossTerms, Objective
 from homodistil.distill.teacher import TeacherOutput, head_only_parameters, wanted_rows
 from homodistil.models import axes, family_of
 from homodistil.models.axes import AxisTable, AxisUse, Keep
+from homodistil.models.shapes import full_numel
 from homodistil.models.taps import Taps
 
 
@@ -63,23 +67,36 @@ class Student(nn.Module):
         """Per layer the teacher head of each student head, int64 (N_student,), on the CPU."""
         return [self.kept[f"layer.{i}.heads"] for i in range(len(self.family.layers(self.model)))]
 
-    def forward(self, batch: Batch, teacher: TeacherOutput | None) -> LossTerms:
-        """The training forward: loss terms of one micro-batch. `teacher` None: MLM alone."""
-        return self.compare(batch, teacher, self.objective)
+    def forward(
+        self,
+        batch: Batch,
+        teacher: TeacherOutput | None = None,
+        objective: Objective | None = None,
+        only_logits: bool = False,
+    ) -> LossTerms | Tensor:
+        """The training forward: loss terms of one micro-batch. `teacher` None: MLM alone.
 
-    def compare(self, batch: Batch, teacher: TeacherOutput | None, objective: Objective) -> LossTerms:
-        """The terms of `objective`, which may differ from the one that is trained (see evaluation/gap.py)."""
+        Args:
+            objective: see `compare`; the trained one by default.
+            only_logits: see `predict`.
+        """
+        objective = objective or self.objective
         tapped = self._taps.run(batch.input_ids, batch.attention_mask)
+        if only_logits:
+            return self._head(wanted_rows(tapped.last, batch, "masked"))
         logits = None
         if objective.needs_logits:
             logits = self._head(wanted_rows(tapped.last, batch, objective.config.kl_positions))
         return objective(tapped, logits, teacher, batch, self.projections, self.head_maps)
 
+    def compare(self, batch: Batch, teacher: TeacherOutput | None, objective: Objective) -> LossTerms:
+        """The terms of `objective`, which may differ from the one that is trained (see evaluation/gap.py)."""
+        return self(batch, teacher, objective)
+
     @torch.no_grad()
     def predict(self, batch: Batch) -> Tensor:
         """Logits (M, V) of the masked rows."""
-        tapped = self._taps.run(batch.input_ids, batch.attention_mask)
-        return self._head(wanted_rows(tapped.last, batch, "masked"))
+        return self(batch, only_logits=True)
 
     def _head(self, rows: Tensor) -> Tensor:
         return self.family.mlm_head(self.model)(rows)
@@ -111,4 +128,4 @@ class Student(nn.Module):
 
     def num_parameters(self) -> int:
         """Parameters of the model that is exported (tied ones once, projections left out)."""
-        return sum(p.numel() for p in self.model.parameters())
+        return sum(full_numel(p) for p in self.model.parameters())

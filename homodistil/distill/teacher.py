@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import pickle
+import re
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
 import torch
+from huggingface_hub import list_repo_files
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
@@ -16,6 +20,8 @@ from homodistil.data.masking import Batch
 from homodistil.errors import UserError
 from homodistil.models import family_of
 from homodistil.models.taps import ATTENTION, Tapped, Taps
+
+_PICKLED_WEIGHTS = re.compile(r"pytorch_model.*\.bin")
 
 
 class TeacherOutput(NamedTuple):
@@ -65,41 +71,63 @@ def wanted_rows(hidden: Tensor, batch: Batch, positions: str) -> Tensor:
     return flat.index_select(0, batch.attention_mask.flatten().nonzero().squeeze(1))
 
 
-def load_model(folder: str, dtype: torch.dtype = torch.float32, dropout: float | None = None) -> nn.Module:
+def load_model(
+    folder: str, dtype: torch.dtype = torch.float32, dropout: float | None = None, allow_pickle: bool = False
+) -> nn.Module:
     """A masked LM with tapped attention from a folder or hub name.
 
     Args:
         folder: path or hub name.
         dtype: of the weights.
         dropout: replaces both dropout probabilities of the config (None keeps them).
+        allow_pickle: take pickled weights (with weights_only) where there are no safetensors.
 
     Raises:
-        UserError: nothing there, unreadable, or an architecture without a table of axes.
+        UserError: nothing there, unreadable, pickled, or an architecture without a table of axes.
     """
     config = load_config(folder)
     family_of(config.model_type)
     if dropout is not None:
         config.hidden_dropout_prob = config.attention_probs_dropout_prob = dropout
-    return _from_pretrained(folder, config=config, dtype=dtype, attn_implementation=ATTENTION)
+    return _from_pretrained(folder, allow_pickle, config=config, dtype=dtype, attn_implementation=ATTENTION)
 
 
-def has_mlm_head(folder: str) -> bool:
+def has_mlm_head(folder: str, allow_pickle: bool = False) -> bool:
     """Whether the checkpoint brings its own MLM head (an encoder alone gets a freshly initialised one)."""
-    _, report = _from_pretrained(folder, output_loading_info=True)
+    _, report = _from_pretrained(folder, allow_pickle, output_loading_info=True)
     return not any(name.startswith(("cls.", "lm_head.")) for name in report["missing_keys"])
 
 
-def _from_pretrained(folder: str, **options):
+def _from_pretrained(folder: str, allow_pickle: bool, **options):
+    """Weights out of safetensors; a pickle could run anything while it is read. Code beside weights is never run."""
+    options |= {"trust_remote_code": False, "weights_only": True, "use_safetensors": None if allow_pickle else True}
     # A bar and a report a rank and model would bury the training's own; `has_mlm_head` reads what matters.
     verbosity = logging.get_verbosity()
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     try:
         return AutoModelForMaskedLM.from_pretrained(folder, **options)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
+        if not allow_pickle and _has_only_pickles(folder):
+            raise UserError(
+                f"teacher.name: {folder!r} has pickled weights only (.bin), which can run code when they are read; "
+                f"give one with model.safetensors, or teacher.allow_pickle=true to read them with torch's weights_only"
+            ) from None
         raise UserError(f"teacher.name: cannot load weights from {folder!r} ({_first_line(error)})") from None
     finally:
         logging.set_verbosity(verbosity)
+
+
+def _has_only_pickles(folder: str) -> bool:
+    """Whether a folder (or, if it is reachable, a hub repository) has .bin weights but no safetensors."""
+    if Path(folder).is_dir():
+        names = [path.name for path in Path(folder).iterdir()]
+    else:
+        try:
+            names = list_repo_files(folder)
+        except Exception:  # the hub client and its transport raise types of their own; the first error is the better
+            return False
+    return not any(name.endswith(".safetensors") for name in names) and any(map(_PICKLED_WEIGHTS.fullmatch, names))
 
 
 def load_config(folder: str):
@@ -107,7 +135,7 @@ def load_config(folder: str):
     if folder.startswith((".", "/", "~")) and not Path(folder).expanduser().is_dir():
         raise UserError(f"teacher.name: no folder {folder!r}; give a folder with config.json, a hub name or embedded:…")
     try:
-        return AutoConfig.from_pretrained(folder)
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UserError(
             f"teacher.name: no model at {folder!r} ({_first_line(error)}); "
@@ -118,7 +146,7 @@ def load_config(folder: str):
 def load_tokenizer(folder: str, vocab_size: int) -> PreTrainedTokenizerBase:
     """The teacher's tokenizer. Raises `UserError` when it is missing or does not fit the `vocab_size` embeddings."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, json.JSONDecodeError) as error:
         raise UserError(f"teacher.name: no usable tokenizer at {folder!r} ({_first_line(error)})") from None
     if len(tokenizer) > vocab_size:

@@ -19,10 +19,11 @@ def axis_table(model: BertForMaskedLM) -> AxisTable:
 
 
 def _widths(model: BertForMaskedLM) -> dict[str, int]:
-    widths = {"hidden": embeddings(model).word_embeddings.weight.shape[1]}
+    # From what `refresh` keeps, not from the weights: under ZeRO-3 these are empty between uses.
+    widths = {"hidden": embeddings(model).word_embeddings.embedding_dim}
     for i, layer in enumerate(layers(model)):
         attention = layer.attention.self
-        widths[f"layer.{i}.ffn"] = layer.intermediate.dense.weight.shape[0]
+        widths[f"layer.{i}.ffn"] = layer.intermediate.dense.out_features
         widths[f"layer.{i}.heads"] = attention.num_attention_heads
         widths[f"layer.{i}.qk_dim"] = attention.attention_head_size
         widths[f"layer.{i}.vo_dim"] = attention.attention_head_size

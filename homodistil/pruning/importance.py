@@ -77,32 +77,41 @@ class Importance:
         self.average = _zeros(table, device)
         self.uncertainty = _zeros(table, device)
 
-    def accumulate(self, pieces: Iterable[Piece], table: AxisTable, shapes: dict[str, tuple[int, ...]]) -> None:
-        """Take one step's gradients in.
+    def measure(self, pieces: Iterable[Piece], table: AxisTable, shapes: dict[str, tuple[int, ...]]) -> Keep:
+        """One step's sums by axis, alike on all ranks; nothing is taken in before `accept`. Every rank calls it.
 
         Args:
             pieces: what this rank holds.
             table: axes at their widths of today.
             shapes: of the parameters today.
         """
-        if self.config.importance != "random":
-            self._smooth(self._sums(pieces, table, shapes))
+        return {} if self.config.importance == "random" else self._sums(pieces, table, shapes)
+
+    def accept(self, sums: Keep) -> None:
+        """Take in what `measure` gave, once its step has been applied: an overflow's sums are not finite."""
+        self._smooth(sums)
         self.num_updates += 1
+
+    def accumulate(self, pieces: Iterable[Piece], table: AxisTable, shapes: dict[str, tuple[int, ...]]) -> None:
+        """Both at once, where no step can fail in between."""
+        self.accept(self.measure(pieces, table, shapes))
 
     def _sums(self, pieces: Iterable[Piece], table: AxisTable, shapes: dict[str, tuple[int, ...]]) -> Keep:
         uses = table.uses_by_parameter()
-        dim_sums: dict[AxisUse, Tensor] = {
-            use: torch.zeros(table.dim_size(use), device=self.device) for use in table.uses if use.scored
-        }
+        dim_sums: dict[AxisUse, Tensor] = {}
         for piece in pieces:
             scored = [use for use in uses.get(piece.name, ()) if use.scored]
             if not scored:
                 continue
             value = self._element_scores(piece)
             for use in scored:
+                if use not in dim_sums:  # where the pieces lie: in host memory, with an offloaded optimizer
+                    dim_sums[use] = torch.zeros(table.dim_size(use), device=value.device)
                 add_dim_sums(value, piece.start, shapes[piece.name], use.dim, dim_sums[use])
-        _sum_over_ranks(list(dim_sums.values()))
-        return _per_axis(dim_sums, table, self.device)
+        absent = {use: torch.zeros(table.dim_size(use)) for use in table.uses if use.scored and use not in dim_sums}
+        on_device = {use: (dim_sums | absent)[use].to(self.device) for use in table.uses if use.scored}
+        _sum_over_ranks(list(on_device.values()))
+        return _per_axis(on_device, table, self.device)
 
     def _element_scores(self, piece: Piece) -> Tensor:
         if self.config.importance == "magnitude":

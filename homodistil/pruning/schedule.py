@@ -117,6 +117,11 @@ class WidthSchedule:
         """Axis -> new width for the axes that change after update `step`; empty nearly always."""
         return self.table.get(step, {})
 
+    def reached(self, step: int) -> dict[str, int]:
+        """Axis -> width after update `step`, for the axes that have changed by then."""
+        events = (self.table[at] for at in sorted(self.table) if at <= step)
+        return {axis: width for event in events for axis, width in event.items()}
+
 
 def _multiple(axis: str, config: PruningConfig) -> int:
     if axis == "hidden":

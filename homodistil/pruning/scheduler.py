@@ -11,7 +11,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from homodistil.models.axes import AxisTable
+from homodistil.models.axes import AxisTable, Keep
 from homodistil.pruning.importance import Importance, Piece
 from homodistil.pruning.schedule import WidthSchedule
 from homodistil.pruning.selection import select
@@ -32,17 +32,24 @@ class Pruner:
         """Whether the gradients of update `step` still decide anything."""
         return step <= self.schedule.end_step
 
-    def accumulate(self, pieces: Iterable[Piece], table: AxisTable, shapes: dict[str, tuple[int, ...]]) -> None:
-        self.importance.accumulate(pieces, table, shapes)
+    def measure(self, pieces: Iterable[Piece], table: AxisTable, shapes: dict[str, tuple[int, ...]]) -> Keep:
+        """Sums of this step's gradients, to be accepted once the step has been applied (see Importance)."""
+        return self.importance.measure(pieces, table, shapes)
+
+    def accept(self, sums: Keep) -> None:
+        self.importance.accept(sums)
 
     def due(self, step: int, table: AxisTable, kept_hidden: Tensor) -> ResizePlan | None:
-        """The plan for after update `step`, or None.
+        """The plan for after update `step`, or None. Not to be asked after an update that was skipped.
+
+        An event that fell on skipped updates is still due at the next one: what counts is the width that the schedule
+        has reached.
 
         Args:
             table: axes at their widths of today.
             kept_hidden: teacher index of each residual dim of today, (hidden,).
         """
-        due = {axis: width for axis, width in self.schedule.due(step).items() if width < table.widths[axis]}
+        due = {axis: width for axis, width in self.schedule.reached(step).items() if width < table.widths[axis]}
         if not due:
             return None
         protected = torch.isin(kept_hidden, self.protected).nonzero().squeeze(1)

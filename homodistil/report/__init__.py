@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from homodistil.errors import writing
 from homodistil.metrics import write_atomically
 from homodistil.report.page import render
 from homodistil.report.run import read_run
@@ -22,5 +23,7 @@ def write_report(run_dir: Path) -> Path:
     is not a run folder.
     """
     path = Path(run_dir) / REPORT_FILE
-    write_atomically(path, render(read_run(Path(run_dir))))
+    page = render(read_run(Path(run_dir)))
+    with writing(path):
+        write_atomically(path, page)
     return path

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from homodistil.faults import fault_point
 from homodistil.resize.adapter import Fragment, ReadState, StatePiece
 from homodistil.resize.engine_state import engine_state, load_engine_state, state_scalars
 from homodistil.resize.gate import pass_gate, shapes_after
@@ -75,9 +76,11 @@ def resize(engine, plan: ResizePlan) -> ResizeCost:
     expected = shapes_after(adapter, plan)
     device = next(engine.module.parameters()).device
     _check_agreement(plan, device)
+    fault_point("resize.before")
     _synchronize(device)
     start = time.perf_counter()
     bytes_moved = adapter.resize(plan)
+    fault_point("resize.moved")
     pass_gate(adapter, expected)
     _synchronize(device)
     return ResizeCost((time.perf_counter() - start) * 1e3, bytes_moved)

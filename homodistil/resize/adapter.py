@@ -112,6 +112,10 @@ class Adapter(ABC):
     def weights_from_masters(self) -> None:
         """Make the model compute with today's masters, after these or their states were written to. Collective."""
 
+    def rebuild_maps(self) -> None:
+        """Derive anew what the wrapper keeps about groups and their states. Nothing in wrappers without such books."""
+        return None
+
     def frozen_groups(self) -> list[StateGroup]:
         """Parameters that no optimizer group holds: whole on every rank, unless a wrapper partitions them too."""
         trained = self._trained_names()

@@ -7,6 +7,7 @@ under which names their wrapper keeps the buffers, and rebuild what it derives f
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Iterator
 from typing import ClassVar
@@ -74,11 +75,11 @@ class FlatAdapter(Adapter):
 
     def padding(self) -> Iterator[Tensor]:
         for i, group in enumerate(self.groups()):
-            gaps = list(_gaps(group.held, group.master.numel()))
+            unused = list(gaps(group.held, group.master.numel()))
             for tensor in (group.master.detach(), *group.per_element().values()):
-                yield from (tensor[start:stop] for start, stop in gaps)
+                yield from (tensor[start:stop] for start, stop in unused)
             pieces = list(self.layout(i).pieces(0, self.weights(i).numel()))
-            yield from (self.weights(i)[start:stop] for start, stop in _gaps(pieces, self.weights(i).numel()))
+            yield from (self.weights(i)[start:stop] for start, stop in gaps(pieces, self.weights(i).numel()))
 
     # -- resizing
 
@@ -96,30 +97,33 @@ class FlatAdapter(Adapter):
     def drop_views(self) -> None:
         """Let go of everything that refers to the old buffers: kept, it would keep all of them allocated."""
 
-    def rebuild_maps(self) -> None:
-        """What the wrapper derives from all groups together."""
-
     def move_states(self, i: int, move: FlatMove) -> int:
         """Master partition and every state of its shape, one after the other; returns bytes sent, over all ranks."""
-        master, group = self.masters()[i], self.process_group(i)
+        master = self.masters()[i]
         state = self.torch_optimizer().state.get(master, {})
         element_bytes = master.element_size()
         for key in [key for key, value in state.items() if torch.is_tensor(value) and value.shape == master.shape]:
             element_bytes += state[key].element_size()
             # No second name for the old tensor: it must be free before the next state is moved.
-            state[key] = self.place(move_partition(state[key], move, self.rank(i), group))
+            state[key] = self.move_partition(i, state[key], move)
         master.grad = None
-        master.data = self.place(move_partition(master.data, move, self.rank(i), group))
+        master.data = self.move_partition(i, master.data, move)
         return move.crossing_numel() * element_bytes
 
-    def place(self, partition: Tensor) -> Tensor:
-        """Where a moved partition is to live (pinned host memory, with offload)."""
-        return partition
+    def move_partition(self, i: int, old: Tensor, move: FlatMove) -> Tensor:
+        """This rank's new partition of one master or state of group `i`; `old` is freed. Collective."""
+        return move_partition(old, move, self.rank(i), self.process_group(i))
 
     def release_weights(self, i: int) -> None:
         """Parameters let go of the flat buffer that they are views of."""
         for param in self.params(i):
             set_param_data(param, torch.empty(0, dtype=param.dtype, device=param.device))
+
+    def bind_weights(self, i: int, layout: Layout) -> None:
+        """Parameters become views of the flat buffer of group `i`, as `layout` says."""
+        flat = self.weights(i)
+        for param, shape, offset in zip(self.params(i), layout.shapes, layout.offsets, strict=True):
+            param.data = flat[offset : offset + math.prod(shape)].view(shape)
 
     def spread_weights(self, i: int, partitions: list[Tensor]) -> int:
         """Fill the model's flat buffer of group `i`, given as its partitions, from every rank's masters.
@@ -144,6 +148,10 @@ class FlatAdapter(Adapter):
 
     # -- checks
 
+    def weights_follow_masters(self) -> bool:
+        """Whether the model's weights are the rounded masters by now."""
+        return True
+
     def check_group(self, i: int, found: dict[str, tuple[object, object]]) -> None:
         """Raise ValueError for the first of `found` (field -> found and expected) that differs, then check content."""
         for field, (value, expected) in found.items():
@@ -154,7 +162,8 @@ class FlatAdapter(Adapter):
             if param.data_ptr() != flat.data_ptr() + offset * flat.element_size():
                 raise ValueError(f"{self.weights_field}[{i}]: a parameter is not a view of it at element {offset}")
         own = flat[self.rank(i) * layout.partition_numel :][: layout.partition_numel]
-        if not torch.equal(own, master.detach().to(device=flat.device, dtype=flat.dtype)):
+        rounded = master.detach().to(device=flat.device, dtype=flat.dtype)
+        if self.weights_follow_masters() and not torch.equal(own, rounded):
             raise ValueError(f"{self.masters_field}[{i}]: the model's weights are not these, rounded")
         for key, value in self.torch_optimizer().state.get(master, {}).items():
             if torch.is_tensor(value) and value.ndim > 0 and value.shape != master.shape:
@@ -167,7 +176,7 @@ def padding_in_partition(layout: Layout, rank: int) -> int:
     return min(layout.partition_numel, max(0, stop - layout.end))
 
 
-def _gaps(pieces: list, numel: int) -> Iterator[tuple[int, int]]:
+def gaps(pieces: list, numel: int) -> Iterator[tuple[int, int]]:
     """Stretches of [0, numel) that none of `pieces` (ascending, with `position` and `numel`) covers."""
     end = 0
     for piece in pieces:

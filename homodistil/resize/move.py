@@ -2,7 +2,9 @@
 
 Survivors keep their order, so a rank compacts its own partition to the left in place, and the concatenation of the
 compacted partitions over ranks is the new buffer. One all-to-all of contiguous ranges then evens the partitions out:
-no packing, no metadata, and no more extra memory than the new partition itself.
+no packing, no metadata, and no more extra memory than the new partition itself (`move_partition`).
+
+Where every parameter is partitioned on its own (ZeRO-3), move_partitions.py exchanges many parameters together.
 """
 
 from __future__ import annotations
@@ -26,11 +28,16 @@ def move_partition(old: Tensor, move: FlatMove, rank: int, group: dist.ProcessGr
     numel = compact(old, rank * move.old.partition_numel, move)
     new = exchange(old[:numel], move, rank, group)
     # Freed by hand: gloo's thread may hold on to it a moment longer, and the next state's partition would come on top.
-    storage = old.untyped_storage()
-    # Not part of something larger, nor mapped from a checkpoint file (which goes when its last reader does).
-    if storage.nbytes() == old.nbytes and storage.resizable():
-        storage.resize_(0)
+    free(old)
     return new
+
+
+def free(tensor: Tensor) -> None:
+    """Give back the memory of `tensor`, whoever else refers to it, unless it is part of something larger."""
+    storage = tensor.untyped_storage()
+    # Memory that is mapped from a checkpoint file cannot be resized: it goes when its last reader does.
+    if storage.nbytes() == tensor.nbytes and storage.resizable():
+        storage.resize_(0)
 
 
 def exchange(survivors: Tensor, move: FlatMove, rank: int, group: dist.ProcessGroup | None) -> Tensor:

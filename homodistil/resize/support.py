@@ -15,9 +15,14 @@ import torch
 from homodistil import ranks
 from homodistil.errors import UserError
 from homodistil.resize.adapter import Adapter
+from homodistil.resize.bf16 import Bf16Adapter
+from homodistil.resize.fused import FusedAdapter
+from homodistil.resize.offload import OffloadAdapter
 from homodistil.resize.plain import PlainAdapter, UnfusedAdapter
 from homodistil.resize.self_check import try_resize
+from homodistil.resize.settings import refusals
 from homodistil.resize.zero import ZeroAdapter
+from homodistil.resize.zero3 import Zero3Adapter
 
 DEEPSPEED_TESTED = "0.19.8"
 
@@ -25,13 +30,11 @@ DEEPSPEED_TESTED = "0.19.8"
 ENGINE_CLASS = "deepspeed.runtime.engine.DeepSpeedEngine"
 ADAPTERS: dict[str, type[Adapter]] = {
     "deepspeed.runtime.fp16.unfused_optimizer.FP16_UnfusedOptimizer": UnfusedAdapter,
+    "deepspeed.runtime.fp16.fused_optimizer.FP16_Optimizer": FusedAdapter,
+    "deepspeed.runtime.bf16_optimizer.BF16_Optimizer": Bf16Adapter,
     "deepspeed.runtime.zero.stage_1_and_2.DeepSpeedZeroOptimizer": ZeroAdapter,
+    "deepspeed.runtime.zero.stage3.DeepSpeedZeroOptimizer_Stage3": Zero3Adapter,
 }
-
-
-_STAGES = "0, 1 or 2 (3 comes later); set it to 2"
-_NO_OFFLOAD = "'none' (offload comes later)"
-_NO_FP16 = "bf16 or fp32 (fp16 comes later); set bf16.enabled instead"
 
 
 @torch.no_grad()
@@ -40,7 +43,8 @@ def check_supported(engine) -> None:
 
     An untested version of DeepSpeed is let in, with a warning, when everything that is looked at is as expected.
     """
-    for field, found, allowed in _unsupported_settings(engine):
+    check_config(engine._config._param_dict)
+    for field, found, allowed in _unsupported_structure(engine):
         raise UserError(f"ds_config {field}: found {found}; resizing allows {allowed}")
     adapter = adapter_of(engine)
     for field, expected in adapter.fields.items():
@@ -65,16 +69,8 @@ def _difference(check: Callable[[], None]) -> str | None:
 
 def check_config(engine_config: Mapping) -> None:
     """The settings that a ds_config alone shows to be in the way: refused before anything is prepared or trained."""
-    zero = engine_config.get("zero_optimization", {})
-    refused = [("zero_optimization.stage", zero.get("stage", 0), zero.get("stage", 0) > 2, _STAGES)]
-    for field in ("offload_optimizer", "offload_param"):
-        device = (zero.get(field) or {}).get("device", "none")
-        refused.append((f"zero_optimization.{field}.device", repr(device), device != "none", _NO_OFFLOAD))
-    fp16 = bool(engine_config.get("fp16", {}).get("enabled", False))
-    refused.append(("fp16.enabled", "true", fp16, _NO_FP16))
-    for field, found, is_refused, allowed in refused:
-        if is_refused:
-            raise UserError(f"ds_config {field}: found {found}; resizing allows {allowed}")
+    for field, found, allowed in refusals(engine_config):
+        raise UserError(f"ds_config {field}: found {found}; resizing allows {allowed}")
 
 
 def adapter_of(engine) -> Adapter:
@@ -90,9 +86,12 @@ def adapter_of(engine) -> Adapter:
         raise UserError(
             f"optimizer: DeepSpeed wrapped it in {name}, which cannot be resized; allowed are "
             f"{', '.join(n.rsplit('.', 1)[1] for n in ADAPTERS)} and a bare torch optimizer: "
-            "set optimizer.implementation=torch_fused, or zero_optimization.stage 1 or 2 in the ds_config"
+            "set optimizer.implementation=torch_fused, or zero_optimization.stage 1, 2 or 3 in the ds_config"
         )
-    return ADAPTERS[name](engine)
+    adapter = ADAPTERS[name]
+    if adapter is ZeroAdapter and getattr(optimizer, "cpu_offload", False):
+        adapter = OffloadAdapter
+    return adapter(engine)
 
 
 def _warn_if_untested() -> None:
@@ -106,47 +105,14 @@ def _warn_if_untested() -> None:
         )
 
 
-def _unsupported_settings(engine) -> Iterator[tuple[str, str, str]]:
-    """(field of the ds_config, what was found, what is allowed and how to mend it), for every setting in the way."""
-    stage = int(engine.zero_optimization_stage())
-    if stage > 2:
-        yield "zero_optimization.stage", str(stage), _STAGES
-    for field, offload in (
-        ("offload_optimizer", engine.zero_offload_optimizer()),
-        ("offload_param", engine.zero_offload_param()),
-    ):
-        if offload is not None and offload.device != "none":
-            yield (
-                f"zero_optimization.{field}.device",
-                repr(str(offload.device)),
-                "'none' (offload comes later); remove the section",
-            )
-    if engine.zenflow_config() is not None:
-        yield "zero_optimization.zenflow", "a ZenFlow section", "none; remove it"
-    if engine.fp16_enabled():
-        yield "fp16.enabled", "true", _NO_FP16
-    if engine.bf16_master_weights_and_gradients() or engine.bf16_optimizer_states():
-        yield "bf16", "masters or optimizer states in bf16", "fp32 masters and states; remove bf16_* settings"
-    if engine.torch_autocast_enabled():
-        yield "torch_autocast.enabled", "true", "false; set bf16.enabled instead"
-    model_dtype, accumulation_dtype = engine.get_data_types()
-    if model_dtype != accumulation_dtype:
-        found = f"{accumulation_dtype} for a {model_dtype} model"
-        yield "data_types.grad_accum_dtype", found, "the model's own type (fp32 comes later); remove it"
-    yield from _unsupported_structure(engine)
-
-
 def _unsupported_structure(engine) -> Iterator[tuple[str, str, str]]:
-    if not engine.managed_gradient_accumulation():
-        yield "managed_gradient_accumulation", "false", "true; remove it"
+    """(field, what was found, what is allowed): what the JSON alone does not show."""
     if "muon" in type(engine.basic_optimizer).__name__.lower():
         yield "optimizer.type", type(engine.basic_optimizer).__name__, "optimizers with a state per element, as AdamW"
     if engine.has_moe_layers:
         yield "moe", "a model with expert layers", "dense models only"
     if engine.mp_world_size > 1:
         yield "tensor_parallel", f"{engine.mp_world_size} model-parallel ranks", "data parallelism only"
-    if engine.is_deepcompile_enabled():
-        yield "compile.deepcompile", "true", "false; remove it"
 
 
 def _unknown_inside(difference: str) -> UserError:

@@ -18,6 +18,7 @@ from torch import Tensor
 from homodistil.resize.adapter import Held
 from homodistil.resize.flat import FlatMove, Layout
 from homodistil.resize.flat_adapter import FlatAdapter, padding_in_partition
+from homodistil.resize.fragments import drop_fragments, link_fragments, rebuild_fragments
 
 PARAMETER_ALIGNMENT_BYTES = 16
 """What DeepSpeed's `parameter_alignment` aligns each parameter to."""
@@ -87,8 +88,7 @@ class ZeroAdapter(FlatAdapter):
 
     def drop_views(self) -> None:
         """Fragments are views of the old weights, masters and moments."""
-        for param in (param for group in self.optimizer.bit16_groups for param in group):
-            param._hp_mapping = None
+        drop_fragments(param for group in self.optimizer.bit16_groups for param in group)
 
     def resize_group(self, i: int, move: FlatMove) -> int:
         bytes_moved = self.move_states(i, move) + self._rebuild_weights(i, move)
@@ -139,22 +139,12 @@ class ZeroAdapter(FlatAdapter):
         optimizer.all_grad_tensors.clear()
         optimizer.initialize_gradient_partitioning_data_structures()
         optimizer.reset_partition_gradient_structures()
-        self._link_fragments()
-        optimizer._param_slice_mappings = optimizer._create_param_mapping()
-
-    def _link_fragments(self) -> None:
-        """DeepSpeed's own views of masters and states, for its safe_get_* functions."""
-        optimizer = self.optimizer
-        optimizer._link_all_hp_params()
-        optimizer._hp_optimizer_states_linked = False
-        # Not yet when a group has no state, i.e. before the first step: DeepSpeed links after that step by itself.
-        if all(optimizer.optimizer.state.get(master) for master in self.masters()):
-            optimizer._lazy_init_hp_params_optimizer_state()
+        rebuild_fragments(optimizer, self.masters())
 
     def weights_from_masters(self) -> None:
         for i, partitions in enumerate(self.optimizer.parallel_partitioned_bit16_groups):
             self.spread_weights(i, partitions)
-        self._link_fragments()
+        link_fragments(self.optimizer, self.masters())
 
     def gradients(self, i: int) -> Callable[[Held], Tensor]:
         averaged = self.optimizer.averaged_gradients.get(i)

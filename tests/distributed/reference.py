@@ -25,6 +25,18 @@ def make_optimizer(groups: list[dict]) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=LR, eps=EPS)
 
 
+def make_cpu_adam(groups: list[dict]) -> torch.optim.Optimizer:
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+    return DeepSpeedCPUAdam(groups, lr=LR, eps=EPS)
+
+
+def make_fused(groups: list[dict]) -> torch.optim.Optimizer:
+    from deepspeed.ops.adam import FusedAdam
+
+    return FusedAdam(groups, lr=LR, eps=EPS)
+
+
 def train(num_steps: int, accumulation: int, world: int, events: dict[int, dict[str, Tensor]]) -> Trajectory:
     """fp32: whole global batches, AdamW, clipping, warm-up; at an event parameters and moments are cut by hand."""
     model = tiny_bert.make_model()
@@ -46,41 +58,73 @@ def train(num_steps: int, accumulation: int, world: int, events: dict[int, dict[
     return _trajectory(model, {p: p for p in model.parameters()}, optimizer, losses)
 
 
-def train_bf16(num_steps: int, world: int, events: dict[int, dict[str, Tensor]]) -> Trajectory:
-    """bf16 weights under fp32 masters; the ranks' gradients are averaged in bf16, as ZeRO's bucket does."""
-    model = tiny_bert.make_model(torch.bfloat16)
+def train_bf16(
+    num_steps: int,
+    world: int,
+    events: dict[int, dict[str, Tensor]],
+    accumulation: int = 1,
+    accumulate_fp32: bool = False,
+    warm_states: bool = False,
+    loss_scales: list[float | None] | None = None,
+) -> Trajectory:
+    """bf16 weights under fp32 masters; the ranks' gradients are averaged in bf16, as ZeRO's bucket does.
+
+    Args:
+        accumulate_fp32: a rank's gradients are added up over micro-batches in fp32, not in bf16.
+        warm_states: a step on zero gradients comes first, as in DeepSpeed's wrappers of stage 0.
+        loss_scales: train in fp16 instead, with this factor on the loss of each step; None: the step is left out.
+    """
+    model = tiny_bert.make_model(torch.bfloat16 if loss_scales is None else torch.float16)
     masters = {p: nn.Parameter(p.detach().float()) for p in model.parameters()}
     groups = [g | {"params": [masters[p] for p in g["params"]]} for g in tiny_bert.param_groups(model)]
     optimizer = make_optimizer(groups)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, tiny_bert.lr_factor)
     trainable = [p for p in model.parameters() if p.requires_grad]
+    if warm_states:
+        step_masters(masters, {p: torch.zeros_like(masters[p]) for p in trainable}, optimizer)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, tiny_bert.lr_factor)
     losses = []
     for step in range(num_steps):
         if step in events:
             cut(model, masters, optimizer, events[step])
+        scale = 1.0 if loss_scales is None else loss_scales[step]
+        if scale is None:
+            continue
         average = {p: torch.zeros_like(p) for p in trainable}
-        batch, loss_sum = tiny_bert.make_batch(step, ROWS * world), 0.0
+        loss_sum = 0.0
         for rank in range(world):
-            loss_sum += backward(model, {k: v[rank * ROWS : (rank + 1) * ROWS] for k, v in batch.items()}) / world
+            own = {p: torch.zeros_like(p, dtype=torch.float32 if accumulate_fp32 else None) for p in trainable}
+            for micro in range(accumulation):
+                batch = tiny_bert.make_batch(step * accumulation + micro, ROWS * world)
+                rows = {k: v[rank * ROWS : (rank + 1) * ROWS] for k, v in batch.items()}
+                loss_sum += backward(model, rows, accumulation, scale) / world
+                for p in trainable:
+                    own[p] += p.grad
+                    p.grad = None
             for p in trainable:
-                average[p] += p.grad / world
-                p.grad = None
-        for p in trainable:
-            masters[p].grad = average[p].float()
-        nn.utils.clip_grad_norm_([masters[p] for p in trainable], CLIP)
-        optimizer.step()
+                average[p] += own[p].to(p.dtype) / world
+        step_masters(masters, {p: g.float() / scale for p, g in average.items()}, optimizer)
         scheduler.step()
-        with torch.no_grad():
-            for p, master in masters.items():
-                p.copy_(master)
         losses.append(loss_sum)
     return _trajectory(model, masters, optimizer, losses)
 
 
-def backward(model: nn.Module, batch: dict[str, Tensor], divisor: int = 1) -> float:
-    """Gradients of the mean loss / divisor. No graph outlives the call: plain torch cannot cut parameters under one."""
+def step_masters(masters: dict, gradients: dict[Tensor, Tensor], optimizer: torch.optim.Optimizer) -> None:
+    for p, gradient in gradients.items():
+        masters[p].grad = gradient
+    nn.utils.clip_grad_norm_([masters[p] for p in gradients], CLIP)
+    optimizer.step()
+    with torch.no_grad():
+        for p, master in masters.items():
+            p.copy_(master)
+
+
+def backward(model: nn.Module, batch: dict[str, Tensor], divisor: int = 1, scale: float = 1.0) -> float:
+    """Gradients of the mean loss / divisor, times `scale`; returns the loss / divisor.
+
+    No graph outlives the call: plain torch cannot cut parameters under one.
+    """
     loss = model(**batch).loss / divisor
-    loss.backward()
+    (loss.float() * scale).backward()
     return loss.item()
 
 

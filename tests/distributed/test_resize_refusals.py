@@ -11,13 +11,9 @@ from launch import run_ranks
 WORKER = Path(__file__).with_name("worker_refusals.py")
 
 EXPECTED = {
-    "stage 3": ["zero_optimization.stage", "found 3", "0, 1 or 2", "set it to 2"],
-    "offload": ["zero_optimization.offload_optimizer.device", "found 'cpu'", "'none'"],
-    "BF16_Optimizer": ["data_types.grad_accum_dtype", "torch.float32", "remove it"],
-    "fp32 accumulation": ["data_types.grad_accum_dtype", "torch.float32", "remove it"],
+    "bf16 accumulation": ["data_types.grad_accum_dtype", "found 'bf16'", "allows 'fp32'; remove it"],
     "autocast": ["torch_autocast.enabled", "set bf16.enabled"],
     "unmanaged": ["managed_gradient_accumulation", "found false"],
-    "fp16": ["fp16.enabled", "found true", "bf16 or fp32"],
     "class": ["OtherBooks", "DeepSpeedZeroOptimizer", "torch_fused"],
     "field": ["round_robin_bit16_offsets: found nothing", "install deepspeed==0.19.8"],
     "type": ["partition_size: found a tuple, not a list", "install deepspeed==0.19.8"],
@@ -26,7 +22,7 @@ EXPECTED = {
     "values": ["single_partition_of_fp32_groups[0]", "not these, rounded"],
     "alignment": ["bit16_groups_flat[0]: found", "install deepspeed==0.19.8"],
     "method": ["_create_param_mapping", "install deepspeed==0.19.8"],
-    "meaning": ["keeps everything changed weight bert.embeddings.word_embeddings.weight", "install deepspeed==0.19.8"],
+    "meaning": ["bit16_groups_flat[0]: a parameter is not a view", "install deepspeed==0.19.8"],
     "warning of the untested version": ["0.20.1", "tested with (0.19.8)", "passed the self-check"],
 }
 

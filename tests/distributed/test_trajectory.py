@@ -30,6 +30,32 @@ BF16 = [
     {"stage": 0, "bf16": True},
     {"stage": 1, "bf16": True, "zero": {"parameter_alignment": True}},
 ]
+OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
+OFFLOADED = [
+    {"stage": 2, "zero": OFFLOAD},
+    {"stage": 2, "zero": OFFLOAD, "accumulation": 2, "optimizer": "cpu_adam"},
+]
+FP32_SUMS = {"data_types": {"grad_accum_dtype": "fp32"}}
+WRAPPERS = [
+    {"stage": 1, "bf16": True, "config": FP32_SUMS, "reference": {"accumulate_fp32": True}, "accumulation": 2},
+    {"stage": 0, "bf16": True, "optimizer": "fused", "reference": {"warm_states": True}},
+]
+MORE_FP32 = [
+    {"stage": 2, "zero": {"reduce_scatter": False}},
+    {"stage": 2, "zero": {"overlap_comm": True, "contiguous_gradients": False}},
+    {"stage": 2, "zero": OFFLOAD | {"parameter_alignment": True, "round_robin_gradients": True}, "accumulation": 2},
+    {"stage": 1, "zero": OFFLOAD},
+    {"stage": 1, "zero": OFFLOAD, "optimizer": "cpu_adam"},
+    {"stage": 0, "optimizer": "fused"},
+]
+MORE_BF16 = [
+    {"stage": 1, "bf16": True, "config": FP32_SUMS, "reference": {"accumulate_fp32": True}},
+    WRAPPERS[0] | {"bf16_settings": {"immediate_grad_update": True}},
+    {"stage": 2, "bf16": True, "config": FP32_SUMS, "reference": {"accumulate_fp32": True}},
+    {"stage": 1, "bf16": True, "config": FP32_SUMS, "reference": {"accumulate_fp32": True}, "zero": OFFLOAD},
+    {"stage": 2, "bf16": True, "zero": OFFLOAD},
+    {"stage": 0, "bf16": True, "optimizer": "cpu_adam", "reference": {"warm_states": True}},
+]
 
 
 def run_cases(cases: list[dict], num_ranks: int, *flags: str) -> list[dict]:
@@ -68,3 +94,50 @@ def test_bf16_is_as_close_as_without_events(two_ranks):
 def test_four_ranks_one_of_them_left_with_padding():
     (case,) = run_cases([{"stage": 2, "accumulation": 2}], 4)
     assert_equals_reference(case)
+
+
+def assert_close_to_its_control(case: dict, control: dict) -> None:
+    """bf16 rounding can flip, and then paths drift apart; 1e-5 is 1/100 of one step of the learning rate."""
+    assert case["wrapper"] == control["wrapper"]
+    assert case["weight_mean"] <= control["weight_mean"] + 1e-5, (case, control)
+    assert control["weight_mean"] < 2e-5, control  # or the reference is another computation
+
+
+@pytest.fixture(scope="module")
+def wrapped() -> list[dict]:
+    return run_cases(OFFLOADED + WRAPPERS + [case | {"events": False} for case in WRAPPERS], 2)
+
+
+def test_offload_equals_plain_training(wrapped):
+    for case in wrapped[: len(OFFLOADED)]:
+        assert_equals_reference(case)
+
+
+def test_wrappers_are_as_close_as_without_events(wrapped):
+    cases = wrapped[len(OFFLOADED) :]
+    assert [case["wrapper"] for case in cases[:2]] == ["BF16_Optimizer", "FP16_Optimizer"]
+    for case, control in zip(cases[:2], cases[2:], strict=True):
+        assert_close_to_its_control(case, control)
+
+
+@pytest.mark.full
+def test_more_settings_equal_plain_training():
+    for case in run_cases(MORE_FP32, 2):
+        assert_equals_reference(case)
+
+
+@pytest.mark.full
+def test_more_bf16_settings_are_as_close_as_without_events():
+    cases = run_cases(MORE_BF16 + [case | {"events": False} for case in MORE_BF16], 2)
+    for case, control in zip(cases[: len(MORE_BF16)], cases[len(MORE_BF16) :], strict=True):
+        assert_close_to_its_control(case, control)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("num_ranks", [3, 4])
+def test_uneven_and_empty_partitions(num_ranks):
+    cases = [{"stage": 2}, {"stage": 2, "accumulation": 2, "zero": OFFLOAD}, WRAPPERS[0]]
+    *in_fp32, in_bf16 = run_cases(cases, num_ranks)
+    for case in in_fp32:
+        assert_equals_reference(case)
+    assert in_bf16["weight_mean"] < 2e-5, in_bf16

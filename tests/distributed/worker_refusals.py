@@ -23,13 +23,7 @@ from homodistil.resize import check_supported
 BF16 = {"bf16": {"enabled": True}}
 CONFIGS = {
     "supported": {"zero_optimization": {"stage": 2}},
-    "stage 3": {"zero_optimization": {"stage": 3}},
-    "offload": {
-        "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}},
-        "zero_force_ds_cpu_optimizer": False,
-    },
-    "BF16_Optimizer": BF16 | {"zero_optimization": {"stage": 1}, "data_types": {"grad_accum_dtype": "fp32"}},
-    "fp32 accumulation": BF16 | {"zero_optimization": {"stage": 2}, "data_types": {"grad_accum_dtype": "fp32"}},
+    "bf16 accumulation": {"zero_optimization": {"stage": 2}, "data_types": {"grad_accum_dtype": "bf16"}},
     "autocast": {"zero_optimization": {"stage": 2}, "torch_autocast": {"enabled": True, "dtype": "bfloat16"}},
     "unmanaged": {"zero_optimization": {"stage": 2}, "managed_gradient_accumulation": False},
 }
@@ -50,9 +44,8 @@ def tampered() -> dict[str, object]:
     """Engines that are right except for one thing, as after an upgrade of DeepSpeed."""
     engines = {
         name: make_engine(CONFIGS["supported"])
-        for name in ("fp16", "class", "field", "type", "layout", "view", "values", "alignment")
+        for name in ("class", "field", "type", "layout", "view", "values", "alignment")
     }
-    engines["fp16"]._config.float16_config.enabled = True  # DeepSpeed itself refuses to build fp16 on a CPU
     engines["class"].optimizer.__class__ = OtherBooks
     del engines["field"].optimizer.round_robin_bit16_offsets
     engines["type"].optimizer.partition_size = tuple(engines["type"].optimizer.partition_size)

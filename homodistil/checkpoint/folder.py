@@ -1,0 +1,167 @@
+"""The folder of checkpoints: names, manifest, publishing, which ones to go on from, and what is wrong with one.
+
+A checkpoint is published by one rename, after its manifest and before `latest`: whatever moment the machine stops at,
+`latest` names a whole checkpoint, or the step folders beside it do.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from homodistil.checkpoint.files import FileRecord, WriteError, sync_folder, write_json
+from homodistil.data.downloads import file_sha256
+from homodistil.errors import UserError
+from homodistil.faults import fault_point
+from homodistil.metrics import write_atomically
+
+FORMAT = 2
+MANIFEST_FILE, RUN_FILE, RUN_TENSORS_FILE = "manifest.json", "run.json", "run.safetensors"
+LATEST_FILE = "latest"
+_STEP = re.compile(r"step-(\d+)")
+
+
+def name_of(step: int) -> str:
+    return f"step-{step:06d}"
+
+
+def part_folder(folder: Path, step: int) -> Path:
+    """Where the checkpoint of `step` is put together, out of sight."""
+    return folder / f".{name_of(step)}.part"
+
+
+def start_part(folder: Path, step: int) -> None:
+    """An empty part folder; what killed jobs left of theirs goes. Raises `UserError` when the disk says no."""
+    part = part_folder(folder, step)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for stale in (*folder.glob(".step-*.part"), *folder.glob(".step-*.old")):
+            shutil.rmtree(stale, ignore_errors=True)
+        part.mkdir()
+    except OSError as error:
+        raise UserError(
+            f"checkpoint: rank 0 cannot make {part}: {error.strerror}; make run.dir a writable folder; "
+            f"checkpoints before step {step} are intact"
+        ) from None
+
+
+def publish(folder: Path, step: int, files: dict[str, FileRecord], keep: int) -> None:
+    """Give the finished part folder its manifest and its name, point `latest` at it, remove the oldest.
+
+    Raises:
+        WriteError: disk full or read-only; the checkpoint before stays the latest.
+    """
+    part, final = part_folder(folder, step), folder / name_of(step)
+    fault_point("checkpoint.before_manifest")
+    table = {name: {"bytes": r.num_bytes, "sha256": r.sha256} for name, r in sorted(files.items())}
+    write_json(part / MANIFEST_FILE, {"format": FORMAT, "step": step, "files": table})
+    sync_folder(part)
+    fault_point("checkpoint.before_rename")
+    try:
+        if final.exists():  # left by a run that went on from an older checkpoint, or damaged
+            os.replace(final, folder / f".{final.name}.old")
+        os.replace(part, final)
+        sync_folder(folder)
+        fault_point("checkpoint.before_latest")
+        write_atomically(folder / LATEST_FILE, final.name + "\n")
+        sync_folder(folder)
+    except OSError as error:
+        raise WriteError(f"{final}: {error.strerror}") from error
+    fault_point("checkpoint.before_prune")
+    _prune(folder, step, keep)
+
+
+def _prune(folder: Path, step: int, keep: int) -> None:
+    """Keep `keep` checkpoints up to `step`. Newer ones are of a run that was gone back on: they will be replaced."""
+    reached = [name for name in _published(folder) if _number(name) <= step]
+    for stale in (*(folder / name for name in reached[keep:]), *folder.glob(".step-*.old")):
+        # Out of sight first: half a removed checkpoint must not be found.
+        hidden = stale if stale.name.startswith(".") else stale.with_name(f".{stale.name}.old")
+        if hidden != stale:
+            os.replace(stale, hidden)
+        shutil.rmtree(hidden, ignore_errors=True)
+
+
+def candidates(folder: Path) -> list[str]:
+    """Names of the checkpoints to try: `latest`, then older ones, then (should all of these fail) newer ones."""
+    published, latest = _published(folder), _latest(folder)
+    if latest is None:
+        return published
+    older = [name for name in published if _number(name) < _number(latest)]
+    newer = [name for name in published if _number(name) > _number(latest)]
+    return [latest, *older, *newer]
+
+
+def _published(folder: Path) -> list[str]:
+    """Names of the step folders, newest first."""
+    found = [path.name for path in folder.glob("step-*") if _STEP.fullmatch(path.name) and path.is_dir()]
+    return sorted(found, key=_number, reverse=True)
+
+
+def _latest(folder: Path) -> str | None:
+    """What `latest` says; None when it is missing or says nothing that could be a checkpoint."""
+    try:
+        name = (folder / LATEST_FILE).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        return None
+    return name if _STEP.fullmatch(name) else None
+
+
+def _number(name: str) -> int:
+    return int(_STEP.fullmatch(name).group(1))
+
+
+def read_manifest(folder: Path) -> dict[str, FileRecord]:
+    """File name -> record.
+
+    Raises:
+        ValueError: there is none, or it is damaged; the text says what is wrong.
+        UserError: a checkpoint of the old, pickled format.
+    """
+    if (folder / "engine").is_dir() or (folder / "run.pt").is_file():
+        raise UserError(
+            f"{folder}: checkpoint format 1 (DeepSpeed's pickled files), which this version does not read; go on with "
+            f"the version that wrote it, or choose another run.dir"
+        )
+    if not folder.is_dir():
+        raise ValueError("no such folder")
+    try:
+        content = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
+        found = {name: FileRecord(int(r["bytes"]), str(r["sha256"])) for name, r in content["files"].items()}
+        version = content["format"]
+    except FileNotFoundError:
+        raise ValueError(f"{MANIFEST_FILE} is missing") from None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{MANIFEST_FILE} is damaged ({type(error).__name__})") from None
+    if version != FORMAT:
+        raise ValueError(f"{MANIFEST_FILE} says format {version}, this version reads {FORMAT}")
+    if not {RUN_FILE, RUN_TENSORS_FILE} <= found.keys() or any("/" in name for name in found):
+        raise ValueError(f"{MANIFEST_FILE} is damaged (its list of files)")
+    return found
+
+
+def problems(folder: Path, files: dict[str, FileRecord]) -> Iterator[str]:
+    """What is wrong with these files of the checkpoint `folder`: nothing, if they are as they were written."""
+    for name, record in files.items():
+        path = folder / name
+        try:
+            num_bytes = path.stat().st_size
+            if num_bytes != record.num_bytes:
+                yield f"{name} has {num_bytes} bytes, {record.num_bytes} were written"
+            elif file_sha256(path) != record.sha256:
+                yield f"{name} is not what was written (sha256 differs)"
+            elif path.suffix == ".json":
+                json.loads(path.read_text(encoding="utf-8"))
+            else:
+                with safe_open(path, "pt"):
+                    pass
+        except FileNotFoundError:
+            yield f"{name} is missing"
+        except (OSError, ValueError, SafetensorError) as error:
+            yield f"{name} cannot be read ({str(error) or type(error).__name__})"

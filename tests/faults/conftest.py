@@ -1,0 +1,38 @@
+"""One fork server and one small teacher with its text for all fault tests."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "distributed")]
+
+from fork_server import ForkServer  # noqa: E402
+from small_job import make_materials  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def server():
+    with ForkServer() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def materials(tmp_path_factory):
+    """Folder with the teacher, its text and the cache."""
+    folder = tmp_path_factory.mktemp("materials")
+    make_materials(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def reference(server, materials, tmp_path_factory):
+    """Run folder of the job that nothing happened to."""
+    from small_job import TRAIN, arguments
+
+    folder = tmp_path_factory.mktemp("reference") / "run"
+    job = server.start(TRAIN, arguments(materials, folder))
+    assert job.wait(timeout_s=300) == [0, 0], job.output()
+    return folder

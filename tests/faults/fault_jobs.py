@@ -1,0 +1,90 @@
+"""What the fault tests run on forked ranks besides the whole job: one mechanism each, in a second."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import resource
+import runpy
+import sys
+import time
+
+import torch
+from small_job import TRAIN, VOCABULARY
+from torch import distributed
+
+from homodistil import ranks, stop, watch
+from homodistil.cli import exit_with_code
+from homodistil.config import DataConfig
+from homodistil.data.corpus import prepare_corpus
+from homodistil.distill.teacher import load_tokenizer
+from homodistil.engine import init_ranks
+from homodistil.errors import UserError
+
+
+def train_with_file_limit(num_bytes: int, arguments: list[str]) -> None:
+    """The job, in a process that may write no file beyond `num_bytes` (Python leaves SIGXFSZ ignored)."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, num_bytes))
+    sys.argv = [str(TRAIN), *arguments]
+    runpy.run_path(str(TRAIN), run_name="__main__")
+
+
+def sleep_outside_training() -> None:
+    with exit_with_code(), stop.on_signals():
+        print("ready", flush=True)
+        time.sleep(60)
+
+
+def pool_inside_handlers() -> None:
+    """Forked children must die of the SIGTERM by which pools end them, and must not tell their parent of it."""
+    with stop.on_signals():
+        with multiprocessing.get_context("fork").Pool(2) as pool:
+            assert pool.map(abs, [-1, -2]) == [1, 2]
+            pool.terminate()
+            pool.join()
+        time.sleep(0.2)
+        assert stop._requests.number == 0
+    print("done", flush=True)
+
+
+def agree(signal_step: int, num_steps: int) -> None:
+    """Rank 1 signals itself in a step; every rank prints the step at which it would leave."""
+    device = init_ranks()
+    with exit_with_code(), stop.on_signals(), stop.at_step_boundaries(device) as stop_agreed:
+        for step in range(1, num_steps + 1):
+            if step == signal_step and ranks.rank() == 1:
+                os.kill(os.getpid(), stop.SIGNALS[1])
+            if number := stop_agreed():
+                print(f"agreed on {number} at step {step}", flush=True)
+                os._exit(0)
+
+
+def wait_for_rank(kind: str, rank_timeout_s: float) -> None:
+    """Rank 1 does something else while the others wait for it in a collective, as `kind` says."""
+    device = init_ranks()
+    with exit_with_code(), watch.watching(rank_timeout_s):
+        for step in range(1, 4):
+            watch.progress(step, "training")
+            distributed.all_reduce(torch.ones(1, device=device))
+        if ranks.rank() == 1:
+            _ACTIONS[kind]()
+        distributed.all_reduce(torch.ones(1, device=device))
+    print("all is well", flush=True)
+
+
+def prepare(materials: str, cache: str) -> None:
+    """The corpus of the small job, without a process group, as launcher/prepare_data.py has it."""
+    config = DataConfig(sources=[f"{materials}/text"], seq_len=16, heldout_fraction=0.2, cache_dir=cache)
+    prepare_corpus(config, load_tokenizer(f"{materials}/teacher", len(VOCABULARY)))
+
+
+def _fail() -> None:
+    raise UserError("run.dir: rank 1 alone cannot write it; mend it")
+
+
+def _prepare() -> None:
+    with watch.long_phase("preparing data"):
+        time.sleep(9)
+
+
+_ACTIONS = {"sleep": lambda: time.sleep(60), "fail": _fail, "long": _prepare, "exit": lambda: os._exit(0)}
