@@ -24,24 +24,27 @@ from homodistil.engine import build_engine, student_dtype
 from homodistil.evaluation.heldout import evaluate
 from homodistil.export import save_checkpoint, stock_model
 from homodistil.materials import PERIODIC_EVALUATION_SEQUENCES, Materials, cache_dir, teacher_copy
-from homodistil.metrics import METRICS_FILE, read_lines
+from homodistil.metrics import METRICS_FILE, read_lines, write_atomically
 from homodistil.monitor import Monitor, run_recorder, speeds
 from homodistil.resize import master_weights
 from homodistil.trainer import Trainer
 
 FACTS_FILE = "correction.json"
+TEACHER_FILE = "teacher.json"
 # The teacher must not have seen the student's batches with the student's masks (research: seed reuse costs .05).
 SEED_OFFSET = 7919
 
 
-def corrected(config: RunConfig, engine_config: dict, materials: Materials) -> tuple[Materials, dict]:
+def corrected(config: RunConfig, engine_config: dict, materials: Materials, run_folder: Path) -> tuple[Materials, dict]:
     """Materials with the corrected teacher, and what is known of the correction ({} without one).
 
-    The facts: before and after (held-out results), tokens_per_s_first and _last, steps.
+    The facts: before and after (held-out results), tokens_per_s_first and _last, steps. The run folder remembers which
+    teacher its run began with: going on in another precision must not change it.
     """
     if not config.teacher.correction_steps:
         return materials, {}
-    final = cache_dir(config) / "teachers" / _key(config, engine_config, materials)
+    teachers, key = cache_dir(config) / "teachers", _key(config, engine_config, materials)
+    final = teachers / (ranks.on_first_rank(lambda: _begun_with(run_folder, teachers)) or key)
     if not ranks.on_first_rank((final / FACTS_FILE).is_file):
         work = Path(ranks.on_first_rank(lambda: str(final.with_name(f".{final.name}.{os.getpid()}"))))
         try:
@@ -51,11 +54,23 @@ def corrected(config: RunConfig, engine_config: dict, materials: Materials) -> t
                 shutil.rmtree(work, ignore_errors=True)
             raise
         ranks.on_first_rank(lambda: _publish(work, final))
+    ranks.on_first_rank(
+        lambda: write_atomically(run_folder / TEACHER_FILE, json.dumps({"corrected": final.name}) + "\n")
+    )
     facts = json.loads((final / FACTS_FILE).read_text(encoding="utf-8"))
     if ranks.rank() == 0:
         before, after = facts["before"]["mlm_loss"], facts["after"]["mlm_loss"]
         print(f"teacher corrected on the corpus: held-out MLM loss {before:.3f} -> {after:.3f}", flush=True)
     return dataclasses.replace(materials, teacher=str(final)), facts
+
+
+def _begun_with(run_folder: Path, teachers: Path) -> str | None:
+    """Name of the corrected teacher that this run folder's run began with, None when there is none (any more)."""
+    try:
+        name = json.loads((run_folder / TEACHER_FILE).read_text(encoding="utf-8"))["corrected"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return name if isinstance(name, str) and (teachers / name / FACTS_FILE).is_file() else None
 
 
 class _Correction:

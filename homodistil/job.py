@@ -41,7 +41,7 @@ def _run(config: RunConfig, raw_engine_config: dict, device: torch.device) -> li
         materials = gather(config, device)
     # Claimed only now: whatever the user had to mend until here, the folder is still free.
     ranks.on_first_rank(lambda: claim_run_folder(folder, config, engine_config))
-    materials, correction = corrected(config, engine_config, materials)
+    materials, correction = corrected(config, engine_config, materials, folder)
     rows = _train_all(config, engine_config, materials, folder, correction)
     ranks.on_first_rank(lambda: _conclude(folder, rows))
     return rows

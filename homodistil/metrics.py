@@ -52,7 +52,7 @@ class Recorder:
         with writing(run_dir):
             run_dir.mkdir(parents=True, exist_ok=True)
             for name in (METRICS_FILE, EVENTS_FILE):
-                _drop_lines_beyond(run_dir / name, start_step)
+                _drop_lines_beyond(run_dir / name, start_step, total_steps)
             # Append mode: every line lands at the end, wherever another handle may have written.
             self._metrics = open(run_dir / METRICS_FILE, "a", encoding="utf-8")
             self._events = open(run_dir / EVENTS_FILE, "a", encoding="utf-8")
@@ -161,11 +161,16 @@ def _numbers(value: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, float
             yield f"{prefix}/{key}", item
 
 
-def _drop_lines_beyond(path: Path, start_step: int) -> None:
+def _drop_lines_beyond(path: Path, start_step: int, total_steps: int) -> None:
+    """What was logged after the last checkpoint is logged again, the concluding evaluation included."""
     if not path.exists():
         return
-    kept = [line for line in read_lines(path) if 0 < start_step >= line["step"]]
+    kept = [line for line in read_lines(path) if 0 < start_step >= line["step"] and not _concludes(line, total_steps)]
     write_atomically(path, "".join(to_json(line) + "\n" for line in kept))
+
+
+def _concludes(line: Mapping[str, Any], total_steps: int) -> bool:
+    return line.get("kind") == "evaluation" and line["step"] == total_steps
 
 
 def _summary_writer(folder: Path, start_step: int):

@@ -110,6 +110,7 @@ class Trainer:
             self.pruner.after_resize(plan)
             micro_batch = self.fit_micro_batch()  # from the next step on
             after = self.gap.measure()
+            require_finite(after, self.state.step, self.config)
             event = resize_event(self.state.step, plan, before, after)
             self.monitor.recorder.log_event(
                 event | micro_batch | {"milliseconds": cost.milliseconds, "bytes_moved": cost.bytes_moved}

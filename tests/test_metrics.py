@@ -119,6 +119,18 @@ def test_non_finite_values_become_null(tmp_path):
     assert event == {**EVENT, "gap_after": {"kl": None}, "widths_after": {"hidden": None}}
 
 
+def test_the_concluding_evaluation_is_logged_once_however_often_the_run_is_concluded(tmp_path):
+    record(tmp_path, 10, 60)
+    for _ in range(2):  # killed behind the last checkpoint, after this line
+        with Recorder(tmp_path, total_steps=60, start_step=60, enabled=True) as recorder:
+            recorder.log_evaluation(60, {"mlm_loss": 4.0})
+    lines = strict_lines(tmp_path / "metrics.jsonl")
+    assert [line["step"] for line in lines if line["kind"] == "train"] == [10, 20, 30, 40, 50, 60]
+    assert [line for line in lines if line["step"] == 60 and line["kind"] == "evaluation"] == [
+        {"kind": "evaluation", "step": 60, "mlm_loss": 4.0}
+    ]
+
+
 def test_scalar_tensors_are_written_as_numbers(tmp_path):
     with Recorder(tmp_path, total_steps=60, start_step=0, enabled=True) as recorder:
         recorder.log_step(10, {"loss/total": torch.tensor(1.25), "widths/hidden": torch.tensor(7)})

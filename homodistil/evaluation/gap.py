@@ -35,10 +35,12 @@ class Gap:
 
     @torch.no_grad()
     def measure(self) -> dict[str, float]:
-        """Term -> mean over the probe, the same on every rank."""
+        """Term -> mean over the probe, the same on every rank; `total`: their sum with the run's own weights."""
         found: dict[str, torch.Tensor] = {}
         for batch in self.batches:
             terms = self.student.compare(batch, self.teacher.observe(batch, "masked"), self.objective).terms
             for name, value in terms.items():
                 found[name] = found.get(name, 0.0) + value / len(self.batches)
+        weights = self.student.objective.weights
+        found["total"] = sum(weight * found[name] for name, weight in weights.items())
         return ranks.mean_of(found, self.batches[0].input_ids.device)

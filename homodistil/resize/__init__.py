@@ -4,8 +4,8 @@
     cost = resize(engine, plan)            # right after engine.step(); then the caller refreshes module attributes
 
 Engine, optimizer, scheduler, hooks and step counts stay the same objects and values. plan.py translates axes into
-indices; flat.py and move.py do the arithmetic and the moving; an adapter a wrapper (plain, fused, bf16, zero, zero3)
-knows DeepSpeed's books; support.py says which engines are accepted, self_check.py tries a resize at start, gate.py
+indices; flat.py, move.py and move_partitions.py do the arithmetic and the moving; wrappers/ knows
+DeepSpeed's books; support.py says which engines are accepted, self_check.py tries a resize at start, gate.py
 looks at every event. The other functions read or fill that state by parameter name, whatever the layout.
 """
 
@@ -20,12 +20,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from homodistil.faults import fault_point
-from homodistil.resize.adapter import Fragment, ReadState, StatePiece
 from homodistil.resize.engine_state import engine_state, load_engine_state, state_scalars
 from homodistil.resize.gate import pass_gate, shapes_after
-from homodistil.resize.plain import slice_module
 from homodistil.resize.plan import ResizePlan, make_plan
 from homodistil.resize.support import adapter_of, check_config, check_supported
+from homodistil.resize.wrappers.adapter import Fragment, ReadState, StatePiece
+from homodistil.resize.wrappers.plain import slice_module
 
 __all__ = [
     "Fragment",

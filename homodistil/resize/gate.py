@@ -12,9 +12,9 @@ from torch import Tensor
 from homodistil import ranks
 from homodistil.errors import CheckFailed
 from homodistil.models.shapes import full_shape
-from homodistil.resize.adapter import Adapter
 from homodistil.resize.flat import Shape, shape_after
 from homodistil.resize.plan import ResizePlan
+from homodistil.resize.wrappers.adapter import Adapter
 
 
 def shapes_after(adapter: Adapter, plan: ResizePlan) -> dict[str, Shape]:

@@ -12,8 +12,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from homodistil.resize.adapter import Adapter
 from homodistil.resize.plan import ResizePlan
+from homodistil.resize.wrappers.adapter import Adapter
 
 NOTHING = ResizePlan(keep={}, index={}, sizes={}, widths_before={}, widths_after={}, hash="")
 PROBE = "homodistil_probe"

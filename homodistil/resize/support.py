@@ -14,15 +14,15 @@ import torch
 
 from homodistil import ranks
 from homodistil.errors import UserError
-from homodistil.resize.adapter import Adapter
-from homodistil.resize.bf16 import Bf16Adapter
-from homodistil.resize.fused import FusedAdapter
-from homodistil.resize.offload import OffloadAdapter
-from homodistil.resize.plain import PlainAdapter, UnfusedAdapter
 from homodistil.resize.self_check import try_resize
 from homodistil.resize.settings import refusals
-from homodistil.resize.zero import ZeroAdapter
-from homodistil.resize.zero3 import Zero3Adapter
+from homodistil.resize.wrappers.adapter import Adapter
+from homodistil.resize.wrappers.bf16 import Bf16Adapter
+from homodistil.resize.wrappers.fused import FusedAdapter
+from homodistil.resize.wrappers.offload import OffloadAdapter
+from homodistil.resize.wrappers.plain import PlainAdapter, UnfusedAdapter
+from homodistil.resize.wrappers.zero import ZeroAdapter
+from homodistil.resize.wrappers.zero3 import Zero3Adapter
 
 DEEPSPEED_TESTED = "0.19.8"
 

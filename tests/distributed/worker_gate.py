@@ -19,7 +19,7 @@ from reference import ROWS
 from homodistil.errors import CheckFailed
 from homodistil.models import bert
 from homodistil.resize import check_supported, make_plan, resize
-from homodistil.resize.zero import ZeroAdapter
+from homodistil.resize.wrappers.zero import ZeroAdapter
 
 
 def spoil_nothing(_optimizer) -> None: ...

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from homodistil.resize.adapter import Adapter, Held, StateGroup, index_by_parameter, select_param, select_state
 from homodistil.resize.plan import ResizePlan
+from homodistil.resize.wrappers.adapter import Adapter, Held, StateGroup, index_by_parameter, select_param, select_state
 
 
 @torch.no_grad()

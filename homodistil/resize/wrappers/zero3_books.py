@@ -15,7 +15,7 @@ from homodistil.models.shapes import full_shape
 from homodistil.resize.flat import Layout
 
 if TYPE_CHECKING:
-    from homodistil.resize.zero3 import Zero3Adapter
+    from homodistil.resize.wrappers.zero3 import Zero3Adapter
 
 GRADIENT_OF_ID = "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition"
 """`ds_id` of a parameter -> its share of the reduced gradient, a view of `grad_partitions_flat_buffer`."""

@@ -17,13 +17,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from homodistil.models.shapes import full_numel, full_shape
-from homodistil.resize.adapter import Adapter, Held, StateGroup
 from homodistil.resize.flat import FlatMove, Layout
-from homodistil.resize.flat_adapter import gaps
 from homodistil.resize.move import free, set_param_data
 from homodistil.resize.move_partitions import move_partitions
 from homodistil.resize.plan import ResizePlan
-from homodistil.resize.zero3_books import GRADIENT_OF_ID, check_books
+from homodistil.resize.wrappers.adapter import Adapter, Held, StateGroup
+from homodistil.resize.wrappers.flat_adapter import gaps
+from homodistil.resize.wrappers.zero3_books import GRADIENT_OF_ID, check_books
 
 Moves = dict[nn.Parameter, FlatMove]
 

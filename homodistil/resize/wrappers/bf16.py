@@ -14,10 +14,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from homodistil.resize.adapter import Held
 from homodistil.resize.flat import FlatMove, Layout
-from homodistil.resize.flat_adapter import FlatAdapter
-from homodistil.resize.fragments import drop_fragments, link_fragments, rebuild_fragments
+from homodistil.resize.wrappers.adapter import Held
+from homodistil.resize.wrappers.flat_adapter import FlatAdapter
+from homodistil.resize.wrappers.fragments import drop_fragments, link_fragments, rebuild_fragments
 
 
 class Bf16Adapter(FlatAdapter):

@@ -11,9 +11,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from homodistil.resize.adapter import Held
 from homodistil.resize.flat import FlatMove, Layout
-from homodistil.resize.flat_adapter import FlatAdapter
+from homodistil.resize.wrappers.adapter import Held
+from homodistil.resize.wrappers.flat_adapter import FlatAdapter
 
 
 class FusedAdapter(FlatAdapter):

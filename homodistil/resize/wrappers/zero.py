@@ -15,10 +15,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from homodistil.resize.adapter import Held
 from homodistil.resize.flat import FlatMove, Layout
-from homodistil.resize.flat_adapter import FlatAdapter, padding_in_partition
-from homodistil.resize.fragments import drop_fragments, link_fragments, rebuild_fragments
+from homodistil.resize.wrappers.adapter import Held
+from homodistil.resize.wrappers.flat_adapter import FlatAdapter, padding_in_partition
+from homodistil.resize.wrappers.fragments import drop_fragments, link_fragments, rebuild_fragments
 
 PARAMETER_ALIGNMENT_BYTES = 16
 """What DeepSpeed's `parameter_alignment` aligns each parameter to."""

@@ -16,10 +16,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from homodistil.resize.adapter import Adapter, Held, StateGroup, select_param
 from homodistil.resize.flat import FlatMove, Layout
 from homodistil.resize.move import move_partition, set_param_data
 from homodistil.resize.plan import DimIndex, ResizePlan
+from homodistil.resize.wrappers.adapter import Adapter, Held, StateGroup, select_param
 
 
 class FlatAdapter(Adapter):

@@ -13,11 +13,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from homodistil.resize.adapter import Held
 from homodistil.resize.flat import FlatMove
 from homodistil.resize.move import free, spread
 from homodistil.resize.move_partitions import move_partitions
-from homodistil.resize.zero import ZeroAdapter
+from homodistil.resize.wrappers.adapter import Held
+from homodistil.resize.wrappers.zero import ZeroAdapter
 
 
 class OffloadAdapter(ZeroAdapter):
