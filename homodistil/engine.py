@@ -14,7 +14,8 @@ import torch
 from torch import distributed, nn
 
 from homodistil.config import RunConfig
-from homodistil.errors import UserError
+from homodistil.errors import RankLost, UserError
+from homodistil.native_ops import load_op
 from homodistil.optimizer import build_optimizer, build_schedule
 from homodistil.resize import check_config, check_supported
 
@@ -31,8 +32,8 @@ _NOT_HERE = {"optimizer": "optimizer.* and train.lr", "scheduler": "train.lr and
 COLLECTIVE_TIMEOUT = datetime.timedelta(days=7)
 
 
-def init_ranks() -> torch.device:
-    """Join the process group and return this rank's device.
+def init_ranks(rank_timeout_s: float = 1800) -> torch.device:
+    """Join the process group and return this rank's device. Raises `RankLost` when the others do not come in time.
 
     Rank variables come from the `deepspeed` launcher, torchrun or SLURM; without any the job is one rank.
     """
@@ -50,12 +51,29 @@ def init_ranks() -> torch.device:
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if get_accelerator().device_name() != "cpu":
         get_accelerator().set_device(local_rank)
-    elif "OMP_NUM_THREADS" not in os.environ:
-        local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", 1)))
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_ranks))
-    deepspeed.init_distributed(verbose=False, timeout=COLLECTIVE_TIMEOUT)
+    else:
+        if "OMP_NUM_THREADS" not in os.environ:
+            local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", 1)))
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_ranks))
+        load_op("ShareMemCommBuilder")
+    _join(rank_timeout_s)
     _unlink_shared_buffers()
+    distributed.distributed_c10d._set_pg_timeout(COLLECTIVE_TIMEOUT)
     return torch.device(get_accelerator().device_name(local_rank))
+
+
+def _join(rank_timeout_s: float) -> None:
+    import deepspeed
+
+    try:
+        deepspeed.init_distributed(verbose=False, timeout=datetime.timedelta(seconds=rank_timeout_s))
+    except (distributed.DistError, RuntimeError) as error:
+        env = os.environ
+        raise RankLost(
+            f"rank {env['RANK']} of {env['WORLD_SIZE']} could not join the others at {env.get('MASTER_ADDR')}:"
+            f"{env.get('MASTER_PORT')} within run.rank_timeout_s ({rank_timeout_s:g} s): {str(error).splitlines()[0]}; "
+            f"start all ranks, with the same address and a free port"
+        ) from error
 
 
 def _unlink_shared_buffers() -> None:

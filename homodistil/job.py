@@ -25,7 +25,7 @@ from homodistil.run_folder import check_run_folder, claim_run_folder
 def run(config: RunConfig, engine_config_path: Path) -> list[dict]:
     """Everything from raw text to the result table. Every rank calls it; returns the table's rows."""
     raw_engine_config = load_engine_config(engine_config_path)
-    device = init_ranks()
+    device = init_ranks(config.run.rank_timeout_s)
     with stop.on_signals(), watch.watching(config.run.rank_timeout_s):
         rows = _run(config, raw_engine_config, device)
     distributed.destroy_process_group()

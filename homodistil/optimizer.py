@@ -13,6 +13,7 @@ from transformers import get_linear_schedule_with_warmup
 
 from homodistil.config import RunConfig, TrainConfig
 from homodistil.errors import UserError
+from homodistil.native_ops import load_op
 from homodistil.resize.settings import offloads_optimizer
 
 
@@ -60,9 +61,11 @@ def _deepspeed_fused(groups: list[dict], options: dict, engine_config: dict) -> 
     if stage > 0 and on_host:
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
+        load_op("CPUAdamBuilder")
         return DeepSpeedCPUAdam(groups, adamw_mode=True, **options)
     from deepspeed.ops.adam import FusedAdam
 
+    load_op("FusedAdamBuilder")
     return FusedAdam(groups, adam_w_mode=True, **options)
 
 

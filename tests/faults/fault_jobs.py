@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import random
 import resource
 import runpy
 import sys
 import time
+from pathlib import Path
 
 import torch
 from small_job import TRAIN, VOCABULARY
@@ -20,6 +22,7 @@ from homodistil.data.corpus import prepare_corpus
 from homodistil.distill.teacher import load_tokenizer
 from homodistil.engine import init_ranks
 from homodistil.errors import UserError
+from homodistil.native_ops import _alone
 
 
 def train_with_file_limit(num_bytes: int, arguments: list[str]) -> None:
@@ -27,6 +30,34 @@ def train_with_file_limit(num_bytes: int, arguments: list[str]) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, num_bytes))
     sys.argv = [str(TRAIN), *arguments]
     runpy.run_path(str(TRAIN), run_name="__main__")
+
+
+def train_with_jumping_clock(arguments: list[str]) -> None:
+    """The job, on a machine whose clock jumps by up to a day, forwards and backwards, every time somebody looks."""
+    real, jumps = time.time, random.Random(0)
+    time.time = lambda: real() + jumps.uniform(-86400, 86400)
+    sys.argv = [str(TRAIN), *arguments]
+    runpy.run_path(str(TRAIN), run_name="__main__")
+
+
+def join_where_others_are_missing(rank: int, rank_timeout_s: float) -> None:
+    """One rank of a job whose other ranks never start."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "3"}
+    with exit_with_code():
+        init_ranks(rank_timeout_s)
+
+
+def hold_lock(path: str) -> None:
+    """As torch does while it builds an op."""
+    os.open(path, os.O_CREAT | os.O_EXCL)
+    print("held", flush=True)
+    time.sleep(120)
+
+
+def be_alone(folder: str) -> None:
+    with _alone(Path(folder)):
+        print("alone", flush=True)
+        time.sleep(120)
 
 
 def sleep_outside_training() -> None:

@@ -126,13 +126,20 @@ class Campaign:
     def _wait_for_moment(self, job: Job, folder: Path) -> None:
         """Some logged steps, and a little more."""
         lines, before = self.random.randint(0, STEPS), _num_lines(folder)
+        deadline = time.monotonic() + LIMIT_S
         while job.is_running() and _num_lines(folder) < max(lines, before + (lines > 0)):
+            if time.monotonic() > deadline:
+                return  # `_end` reports it
             time.sleep(0.005)
         time.sleep(self.random.uniform(0, 0.3))
 
     def _end(self, job: Job) -> bool:
         """Until all ranks have ended. Returns whether one of them was killed by us."""
+        deadline = time.monotonic() + LIMIT_S
         while job.is_running() and -9 not in job.codes():
+            if time.monotonic() > deadline:
+                self.record.wrong.append(f"a start that hangs, {job.codes()}:\n{job.output()[-1500:]}")
+                break
             time.sleep(0.005)
         killed = -9 in job.codes()
         if killed and self.random.random() < SURVIVORS_ALONE:

@@ -4,7 +4,7 @@ import ast
 
 import pytest
 from fork_server import ROOT
-from small_job import TRAIN, arguments
+from small_job import TRAIN, arguments, differences, result
 
 from homodistil import faults
 from homodistil.errors import UserError
@@ -70,3 +70,9 @@ def test_no_wall_clock_is_read():
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
                 name = f"{node.value.id}.{node.attr}"
                 assert name not in ("time.time", "datetime.now", "datetime.utcnow"), f"{path}:{node.lineno}"
+
+
+def test_a_clock_that_jumps_changes_nothing(server, materials, reference, tmp_path):
+    job = server.start("fault_jobs:train_with_jumping_clock", [arguments(materials, tmp_path / "run")])
+    assert job.wait(timeout_s=180) == [0, 0], job.output()
+    assert differences(result(tmp_path / "run"), result(reference)) == []
