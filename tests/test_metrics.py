@@ -84,11 +84,17 @@ def test_lines_are_on_disk_before_close(tmp_path):
     recorder.close()
 
 
+def next_second() -> None:
+    """TensorBoard reads the files of a folder by the second they were made in; within one, by a number without zeros."""
+    time.sleep(1.01 - time.time() % 1)
+
+
 def test_resume_leaves_the_files_of_an_uninterrupted_run(tmp_path):
     record(tmp_path / "straight", 10, 60)
     record(tmp_path / "resumed", 10, 40)  # killed at 40; the last checkpoint is that of step 20
     with open(tmp_path / "resumed" / "metrics.jsonl", "a") as file:
         file.write('{"kind": "train", "step": 5')  # killed while writing
+    next_second()
     record(tmp_path / "resumed", 30, 60, start_step=20)
     for name in ("metrics.jsonl", "events.jsonl"):
         assert (tmp_path / "resumed" / name).read_bytes() == (tmp_path / "straight" / name).read_bytes()
@@ -101,6 +107,7 @@ def test_start_at_zero_forgets_a_run_that_died_before_its_first_checkpoint(tmp_p
     with Recorder(tmp_path / "again", total_steps=60, start_step=0, enabled=True) as recorder:
         recorder.log_evaluation(0, {"mlm_loss": 9.0})
         recorder.log_step(10, {"loss/total": 99.0})
+    next_second()
     record(tmp_path / "again", 10, 30)
     for name in ("metrics.jsonl", "events.jsonl"):
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "straight" / name).read_bytes()

@@ -61,6 +61,7 @@ def arguments(materials: Path, run_dir: Path, *overrides: str, engine: Path | No
         "pruning.ffn_multiple": 1,
         "pruning.max_event_fraction": 1.0,
         "run.dir": run_dir,
+        "run.rank_timeout_s": 100,  # also how long the survivor of a kill during the start waits for the other
     }
     fields = [f"{name}={value}" for name, value in fields.items()]
     engine = engine or ROOT / "ds_configs" / "zero2_fp32.json"
