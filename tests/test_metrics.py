@@ -85,7 +85,7 @@ def test_lines_are_on_disk_before_close(tmp_path):
 
 
 def next_second() -> None:
-    """TensorBoard reads the files of a folder by the second they were made in; within one, by a number without zeros."""
+    """TensorBoard orders the files of a folder by the second they were made in, then by a number without zeros."""
     time.sleep(1.01 - time.time() % 1)
 
 
