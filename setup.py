@@ -32,6 +32,6 @@ setup(
     ],
     extras_require={
         "gpu": ["triton>=3.6"],
-        "dev": ["pytest", "pytest-timeout", "hypothesis", "torch-pruning", "ruff"],
+        "dev": ["pytest", "pytest-timeout", "hypothesis", "torch-pruning", "ruff", "triton>=3.6"],
     },
 )

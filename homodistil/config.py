@@ -27,6 +27,19 @@ class TeacherConfig:
     """Peak learning rate of the correction (> 0)."""
     allow_pickle: bool = False
     """Accept a teacher that has no .safetensors, only pickled weights; they are still read with weights_only."""
+    runtime: Literal["torch", "compile", "deepspeed"] = "torch"
+    """How the frozen teacher runs: as it is, under torch.compile, or under deepspeed.init_inference."""
+    kernel_inject: bool = False
+    """With runtime=deepspeed: DeepSpeed's own kernels (GPU), if they agree with the plain teacher at start."""
+    lock_step: bool = True
+    """With runtime=torch: each teacher layer runs just before the student's, and is freed once compared: less memory,
+    the same numbers. false: the whole teacher first."""
+    own_stream: bool = False
+    """GPU: run the teacher on a CUDA stream of its own, beside the student's forward (leaves lock-step)."""
+
+    @property
+    def in_lock_step(self) -> bool:
+        return self.lock_step and self.runtime == "torch" and not self.own_stream
 
 
 @dataclass(kw_only=True)
@@ -45,6 +58,8 @@ class StudentConfig:
     """Target heads a layer (<= teacher's). Head size becomes hidden_size / num_attention_heads (<= teacher's)."""
     dropout: float = 0.0
     """Dropout probability while distilling, in [0, 1). The exported config keeps the teacher's values."""
+    compile: bool = False
+    """torch.compile the student's layers: compiled anew after each resize event, so for long runs with few events."""
 
 
 @dataclass(kw_only=True)
@@ -150,20 +165,24 @@ class LossConfig:
     """Temperature of the KL term (> 0); the term carries its square."""
     kl_positions: Literal["masked", "all"] = "masked"
     """Rows on which the KL is taken."""
-    attention_target: Literal["scores", "probabilities"] = "scores"
-    """What the attention MSE compares: q.k/sqrt(d) before the softmax (TinyBERT's code), or after it."""
+    attention_target: Literal["scores", "probabilities", "probabilities_kl"] = "scores"
+    """What the attention term compares: q.k/sqrt(d) before the softmax (MSE; TinyBERT's code), or after it (MSE, or
+    KL(teacher || student) a query)."""
     projection: Literal["student", "teacher"] = "student"
     """Side of W in the hidden and embedding terms: MSE(H_s W, H_t) or the paper's slide MSE(H_s, H_t W)."""
     projection_learned: bool = True
     """Train W, or keep it the selection of the surviving dims."""
+    kernels: Literal["auto", "torch", "triton"] = "auto"
+    """What computes the terms: auto = Triton on a GPU where it is installed, torch elsewhere."""
 
 
 @dataclass(kw_only=True)
 class OptimizerConfig:
     """optimizer: AdamW"""
 
-    implementation: Literal["torch_fused", "deepspeed_fused", "apex_fused"] = "torch_fused"
-    """AdamW from torch (fused), DeepSpeed's ops (built on first use) or NVIDIA apex (recognised by its files)."""
+    implementation: Literal["torch_fused", "deepspeed_fused", "apex_fused", "homodistil_fused"] = "torch_fused"
+    """AdamW from torch (fused), DeepSpeed's ops (built on first use), NVIDIA apex (recognised by its files), or ours:
+    torch's AdamW and the importance of every neuron in one pass."""
     beta1: float = 0.9
     """Adam's beta1, in [0, 1)."""
     beta2: float = 0.999

@@ -10,16 +10,18 @@ import torch
 
 from homodistil import ranks
 from homodistil.checkpoint import Checkpoints
+from homodistil.checkpoint.checkpoints import Found
 from homodistil.config import RunConfig
+from homodistil.distill.compiled import CompiledLayers
 from homodistil.distill.student import Student
-from homodistil.distill.teacher import Teacher, load_config
+from homodistil.distill.teacher import build_teacher, load_config
 from homodistil.engine import build_engine, student_dtype, teacher_dtype
 from homodistil.errors import writing
 from homodistil.evaluation.gap import PROBE_SEQUENCES, Gap
 from homodistil.evaluation.heldout import evaluate
 from homodistil.export import save_checkpoint, stock_head_dim, stock_model
 from homodistil.materials import PERIODIC_EVALUATION_SEQUENCES, Materials, teacher_copy
-from homodistil.metrics import METRICS_FILE, read_lines, write_atomically
+from homodistil.metrics import METRICS_FILE, Recorder, read_lines, write_atomically
 from homodistil.micro_batch import MicroBatchPolicy, fit_micro_batch, with_micro_batch
 from homodistil.model_card import describe_widths, model_card
 from homodistil.models.axes import expand_to_teacher
@@ -49,11 +51,7 @@ class Distillation:
         self.config, self.engine_config, self.materials = config, engine_config, materials
         self.folder, self.command = folder, command
         device, dtype = materials.device, teacher_dtype(config.teacher.dtype, engine_config, materials.device)
-        self.teacher = Teacher(
-            teacher_copy(materials, dtype),
-            config.loss.kl_positions,
-            with_logits=config.loss.kl > 0,
-        )
+        self.teacher = build_teacher(teacher_copy(materials, dtype), config.teacher, device, dtype)
         self.student = Student(teacher_copy(materials, torch.float32, config.student.dropout), config.loss).to(device)
         self.teacher_widths = self.student.widths
         self.micro_batch = MicroBatchPolicy(config, engine_config, self.student, dtype, ranks.world_size())
@@ -73,14 +71,22 @@ class Distillation:
             if not found:
                 recorder.log_evaluation(0, self._gap_values())
                 self._prune_at_once(recorder)
-            micro_batch = self.micro_batch(self.student.widths)
-            engine_config = with_micro_batch(self.engine_config, micro_batch, ranks.world_size())
-            engine = build_engine(self.student, self.config, engine_config)
-            if found:
-                self.checkpoints.restore(engine, found)
-                check_supported(engine)  # what was loaded is laid out as resizing expects
-            self._trainer(engine, recorder, start).train()
-            return self._finish(engine, recorder)
+            trainer = self.build_trainer(recorder, start, found)
+            trainer.train()
+            return self._finish(trainer.engine, recorder)
+
+    def build_trainer(self, recorder: Recorder, start: TrainState, found: Found | None = None) -> Trainer:
+        """The live engine around the student, and the loop. `found`: whose values the engine takes over."""
+        config = self.config
+        micro_batch = self.micro_batch(self.student.widths)
+        engine_config = with_micro_batch(self.engine_config, micro_batch, ranks.world_size())
+        engine = build_engine(self.student, config, engine_config)
+        if config.student.compile:
+            CompiledLayers(self.student.family.layers(self.student.model), len(self.pruner.schedule.table))
+        if found:
+            self.checkpoints.restore(engine, found)
+            check_supported(engine)  # what was loaded is laid out as resizing expects
+        return self._trainer(engine, recorder, start)
 
     # -- parts
 
@@ -95,7 +101,7 @@ class Distillation:
         importance = Importance(
             self.student.axis_table(), config.pruning, config.train.seed, device=self.materials.device
         )
-        shares = ranks.mean(variance_shares(self.teacher, self.gap.batches))
+        shares = ranks.mean(variance_shares(self.student.model, self.student.family, self.gap.batches))
         protected = protected_dims(shares, config.pruning.protect_outliers, target["hidden"])
         if len(protected) and ranks.rank() == 0:
             found = ", ".join(f"{int(i)} ({float(shares[i]):.0%})" for i in protected)

@@ -13,6 +13,8 @@ from torch import distributed
 from homodistil import ranks, stop, watch
 from homodistil.config import RunConfig
 from homodistil.correction import corrected
+from homodistil.distill.compiled import check_student_compile
+from homodistil.distill.runtime import check_teacher_runtime
 from homodistil.distillation import Distillation, result_row
 from homodistil.engine import init_ranks, load_engine_config, resolve_engine_config, teacher_dtype
 from homodistil.materials import Materials, gather
@@ -36,6 +38,8 @@ def _run(config: RunConfig, raw_engine_config: dict, device: torch.device) -> li
     engine_config = resolve_engine_config(raw_engine_config, config, ranks.world_size())
     teacher_dtype(config.teacher.dtype, engine_config, device)
     check_implementation(config.optimizer.implementation)
+    check_teacher_runtime(config, device)
+    check_student_compile(config, engine_config, device)
     folder = Path(ranks.on_first_rank(lambda: str(check_run_folder(config))))
     with watch.long_phase("preparing teacher and data"):
         materials = gather(config, device)

@@ -12,6 +12,7 @@ Non-finite numbers are written as null: the files are valid JSON whatever happen
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import math
 import os
@@ -99,9 +100,12 @@ class Recorder:
         self.close()
 
     def _add_scalars(self, values: Mapping[str, float], step: int) -> None:
+        """One TensorBoard event for all: a call of `add_scalar` each would cost ten times as much."""
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        scalars = [Summary.Value(tag=name, simple_value=float(value)) for name, value in values.items()]
         with writing(self._run_dir / TENSORBOARD_FOLDER):
-            for name, value in values.items():
-                self._tensorboard.add_scalar(name, float(value), step)
+            self._tensorboard.file_writer.add_summary(Summary(value=scalars), step)
             self._tensorboard.flush()
 
 
@@ -243,7 +247,6 @@ class Lap:
     """Work done and time spent since the lap before."""
 
     seconds: float
-    steps: int
     tokens: float
     flops: float
 
@@ -257,23 +260,13 @@ class Lap:
 
 
 class StepTimer:
-    """Throughput of the steps since the last lap, without the time inside `paused()`.
-
-    `count` after every optimizer step (costs nothing: no device synchronisation), `lap` at every logged step.
-    """
+    """Throughput of the steps since the last lap, without the time inside `paused()`."""
 
     def __init__(self) -> None:
         self._restart()
 
     def _restart(self) -> None:
         self._start, self._paused_s = _device_clock(), 0.0
-        self._steps, self._tokens, self._flops = 0, 0.0, 0.0
-
-    def count(self, tokens: float, flops: float = 0.0) -> None:
-        """One optimizer step of `tokens` tokens and `flops` model FLOPs, both over all ranks."""
-        self._steps += 1
-        self._tokens += tokens
-        self._flops += flops
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -284,10 +277,9 @@ class StepTimer:
         finally:
             self._paused_s += _device_clock() - start
 
-    def lap(self) -> Lap:
-        """The steps counted since the last lap; a new lap starts."""
-        seconds = _device_clock() - self._start - self._paused_s
-        done = Lap(seconds, self._steps, self._tokens, self._flops)
+    def lap(self, tokens: float, flops: float) -> Lap:
+        """End the lap, in which `tokens` and `flops` were worked off, both over all ranks; a new one starts."""
+        done = Lap(_device_clock() - self._start - self._paused_s, tokens, flops)
         self._restart()
         return done
 
@@ -301,8 +293,13 @@ def _device_clock() -> float:
 
 def memory_bytes() -> dict[str, int]:
     """Resident memory of this process and, with CUDA, the accelerator's peak since the last call; under memory/."""
-    found = {"memory/rss_bytes": psutil.Process().memory_info().rss}
+    found = {"memory/rss_bytes": _process(os.getpid()).memory_info().rss}
     if torch.cuda.is_initialized():
         found["memory/accelerator_bytes"] = torch.cuda.max_memory_allocated()
         torch.cuda.reset_peak_memory_stats()
     return found
+
+
+@functools.cache
+def _process(pid: int) -> psutil.Process:
+    return psutil.Process(pid)  # looks up when it was started: not at every logged step

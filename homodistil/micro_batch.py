@@ -14,6 +14,7 @@ from homodistil.config import RunConfig
 from homodistil.distill.student import Student
 from homodistil.engine import student_dtype
 from homodistil.feed import Feed
+from homodistil.models.attention import keeps_probabilities
 from homodistil.models.axes import Widths
 from homodistil.resize.batch_size import set_micro_batch_size
 from homodistil.step_memory import SequenceBytes, StateLayout, sequence_bytes, state_bytes
@@ -41,6 +42,7 @@ class MicroBatchPolicy:
         self._table = student.axis_table()
         self._shapes = {name: (tuple(p.shape), p.requires_grad) for name, p in student.named_parameters()}
         self._vocab_size = student.model.config.vocab_size
+        self._device_type = student.model.device.type
         start, steps = config.train.micro_batch_size, config.train.global_batch_size // num_ranks
         self.sizes = micro_batch_sizes(start, steps // start) if config.run.grow_micro_batch else [start]
         self.budget_bytes = self.rank_bytes(self.start_widths, start)
@@ -75,6 +77,8 @@ class MicroBatchPolicy:
             vocab_size=self._vocab_size,
             student_bytes=self.layout.dtype.itemsize,
             teacher_bytes=self.teacher_dtype.itemsize,
+            lock_step=self.config.teacher.in_lock_step,
+            keeps_probabilities=keeps_probabilities(self._device_type, self.layout.dtype),
         )
 
 

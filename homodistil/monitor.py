@@ -1,22 +1,50 @@
-"""From what a step leaves behind to what is logged: means over ranks, speed, widths, memory; and the finite check."""
+"""From what a step leaves behind to what is logged: means over ranks, speed, widths, memory; and the finite check.
+
+A step that is not logged leaves tensors behind and is not waited for. A logged one brings all of them from the device
+in one transfer, behind one all-reduce.
+"""
 
 from __future__ import annotations
 
 import math
+from itertools import groupby
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from homodistil import ranks
 from homodistil.config import RunConfig
-from homodistil.data.masking import Batch
+from homodistil.data.masking import Batch, Counts
 from homodistil.distill.objective import LossTerms
 from homodistil.distill.student import Student
 from homodistil.errors import CheckFailed
 from homodistil.flops import peak_flops, step_flops
 from homodistil.metrics import Recorder, StepTimer, memory_bytes
+from homodistil.models.axes import Widths
 from homodistil.resize import step_applied
+
+
+class _Step(NamedTuple):
+    """An optimizer step that waits to be logged."""
+
+    num_batches: int
+    """Micro-batches over all ranks."""
+    counts: Counts
+    """Of a micro-batch, on the device."""
+    widths: Widths
+
+
+class _Read(NamedTuple):
+    """What a logged step brings to the host."""
+
+    losses: dict[str, float]
+    masked_rows: list[float]
+    """Over the whole global batch, for each step since the last logged one."""
+    tokens: list[float]
+    grad_norm: float | None
+    data_wait_s: float
 
 
 class Monitor:
@@ -43,44 +71,79 @@ class Monitor:
         self.peak = peak_flops(device, dtype)
         self.timer = StepTimer()
         self._micro_batches: list[dict[str, Tensor]] = []
+        self._steps: list[_Step] = []
+        self._kept, self._widths, self._num_parameters = None, {}, 0
+        self._data_wait_s = 0.0
 
     def see(self, terms: LossTerms) -> None:
         self._micro_batches.append({"total": terms.total.detach(), **terms.terms})
 
-    def end_step(self, step: int, batches: list[Batch], engine) -> None:
-        """Count the step; log it when it is due. Every rank calls it."""
-        counts, parts = batches[0].counts, len(batches) * ranks.world_size()
-        self.timer.count(counts.tokens * parts, self._flops(counts.masked_rows * parts))
+    def end_step(self, step: int, batches: list[Batch], engine, data_wait_s: float = 0.0) -> None:
+        """Count the step; log it when it is due. Every rank calls it.
+
+        Args:
+            data_wait_s: seconds that this rank has waited for data so far (`Feed.wait_s`).
+        """
+        self._note_widths()
+        self._steps.append(_Step(len(batches) * ranks.world_size(), batches[0].counts, self._widths))
         if step % self.config.train.log_every_steps == 0 or step == self.config.train.steps:
-            values = self._losses()
-            require_finite(values, step, self.config)
-            self.recorder.log_step(step, values | self._engine_values(engine) | self._size() | self._speed())
+            self._log(step, engine, data_wait_s)
+            self._steps.clear()
         self._micro_batches.clear()
 
-    def _losses(self) -> dict[str, float]:
-        """Each term: mean over micro-batches and ranks, which is the mean over the global batch (see feed.py)."""
-        names = self._micro_batches[0]
-        own = {name: torch.stack([m[name] for m in self._micro_batches]).double().mean() for name in names}
-        return {f"loss/{name}": value for name, value in ranks.mean_of(own, self.device).items()}
+    def _note_widths(self) -> None:
+        """They change with a resize event alone, which gives the student another `kept`."""
+        if self._kept is not self.student.kept:
+            self._kept, self._widths = self.student.kept, self.student.widths
+            self._num_parameters = self.student.num_parameters()
 
-    def _engine_values(self, engine) -> dict[str, float]:
+    def _log(self, step: int, engine, data_wait_s: float) -> None:
+        read = self._read(engine.get_global_grad_norm(), data_wait_s - self._data_wait_s)
+        self._data_wait_s = data_wait_s
+        require_finite(read.losses, step, self.config)
         values = {"optim/lr": engine.get_lr()[0], "train/micro_batch_size": engine.train_micro_batch_size_per_gpu()}
-        norm = engine.get_global_grad_norm()
-        return values if norm is None else values | {"optim/grad_norm": float(norm)}
+        values |= {} if read.grad_norm is None else {"optim/grad_norm": read.grad_norm}
+        self.recorder.log_step(step, read.losses | values | self._size() | self._speed(read))
+
+    def _read(self, grad_norm: float | Tensor | None, data_wait_s: float) -> _Read:
+        """Each term: mean over micro-batches and ranks, which is the mean over the global batch (see feed.py)."""
+        names = list(self._micro_batches[0])
+        terms = torch.stack([terms[name] for terms in self._micro_batches for name in names])
+        counts = [count for step in self._steps for count in (step.counts.masked_rows, step.counts.tokens)]
+        others = [torch.as_tensor(v, dtype=torch.float64, device=self.device) for v in (grad_norm or 0.0, data_wait_s)]
+        found = [terms.double().view(-1, len(names)).mean(0), torch.stack(counts).double(), torch.stack(others)]
+        *values, norm, wait_s = ranks.mean(torch.cat(found)).tolist()
+        rows, tokens = values[len(names) :: 2], values[len(names) + 1 :: 2]
+        return _Read(
+            {f"loss/{name}": value for name, value in zip(names, values[: len(names)], strict=True)},
+            [mean * step.num_batches for mean, step in zip(rows, self._steps, strict=True)],
+            [mean * step.num_batches for mean, step in zip(tokens, self._steps, strict=True)],
+            None if grad_norm is None else norm,
+            wait_s,
+        )
 
     def _size(self) -> dict[str, float]:
-        widths = {f"widths/{axis}": width for axis, width in self.student.widths.items()}
-        return widths | {"model/parameters": self.student.num_parameters()}
+        widths = {f"widths/{axis}": width for axis, width in self._widths.items()}
+        return widths | {"model/parameters": self._num_parameters}
 
-    def _speed(self) -> dict[str, float]:
-        lap = self.timer.lap()
+    def _speed(self, read: _Read) -> dict[str, float]:
+        lap = self.timer.lap(sum(read.tokens), self._flops(read.masked_rows))
         values = {"speed/tokens_per_s": lap.tokens_per_s, "speed/model_tflops": lap.flops_per_s / 1e12}
         values["speed/mfu"] = lap.flops_per_s / (self.peak.flops_per_s * ranks.world_size())
+        values["speed/data_wait_fraction"] = read.data_wait_s / lap.seconds
         return values | {name: float(value) for name, value in memory_bytes().items()}
 
-    def _flops(self, masked_rows: float) -> float:
+    def _flops(self, masked_rows: list[float]) -> float:
+        """Of all steps since the last logged one. At the same widths they are linear in the rows: looked up once."""
+        total = 0.0
+        for _, same in groupby(zip(self._steps, masked_rows, strict=True), key=lambda pair: id(pair[0].widths)):
+            steps, rows = zip(*same, strict=True)
+            total += len(steps) * self._step_flops(steps[0].widths, sum(rows) / len(rows))
+        return total
+
+    def _step_flops(self, widths: Widths, masked_rows: float) -> float:
         return step_flops(
-            self.student.widths,
+            widths,
             self.teacher_widths,
             self.student.objective.config,
             num_sequences=self.config.train.global_batch_size,

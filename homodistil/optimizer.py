@@ -14,6 +14,7 @@ from transformers import get_linear_schedule_with_warmup
 from homodistil.config import RunConfig, TrainConfig
 from homodistil.errors import UserError
 from homodistil.native_ops import load_op
+from homodistil.pruning.one_pass import CountingAdamW
 from homodistil.resize.settings import offloads_optimizer
 
 
@@ -31,7 +32,8 @@ def build_optimizer(module: nn.Module, config: RunConfig, engine_config: dict) -
     groups = parameter_groups(module, config.train.weight_decay)
     if config.optimizer.implementation == "deepspeed_fused":
         return _deepspeed_fused(groups, options, engine_config)
-    return {"torch_fused": _torch_fused, "apex_fused": _apex_fused}[config.optimizer.implementation](groups, options)
+    build = {"torch_fused": _torch_fused, "apex_fused": _apex_fused, "homodistil_fused": CountingAdamW}
+    return build[config.optimizer.implementation](groups, **options)
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict]:
@@ -50,7 +52,7 @@ def build_schedule(optimizer: Optimizer, train: TrainConfig) -> LRScheduler:
     return get_linear_schedule_with_warmup(optimizer, round(train.warmup_fraction * train.steps), train.steps)
 
 
-def _torch_fused(groups: list[dict], options: dict) -> Optimizer:
+def _torch_fused(groups: list[dict], **options) -> Optimizer:
     return torch.optim.AdamW(groups, fused=True, **options)
 
 
@@ -78,7 +80,7 @@ def check_implementation(name: str) -> None:
         )
 
 
-def _apex_fused(groups: list[dict], options: dict) -> Optimizer:
+def _apex_fused(groups: list[dict], **options) -> Optimizer:
     check_implementation("apex_fused")  # an impostor must not be imported
     from apex.optimizers import FusedAdam
 

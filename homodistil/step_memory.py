@@ -58,11 +58,12 @@ class SequenceBytes:
     losses: float
     """Saved by the terms of the objective."""
     teacher: float
-    """The teacher's output: it builds no graph, so nothing else of it stays."""
+    """What the teacher holds before the student begins: its output, or nothing in lock-step. Freed layer by layer."""
 
     @property
     def total(self) -> float:
-        return self.student + self.losses + self.teacher
+        """The larger of both ends of the student's forward pass: layer by layer, what it saves replaces the other."""
+        return max(self.student + self.losses, self.teacher)
 
 
 def sequence_bytes(
@@ -75,10 +76,13 @@ def sequence_bytes(
     vocab_size: int,
     student_bytes: int,
     teacher_bytes: int,
+    lock_step: bool = True,
+    keeps_probabilities: bool = False,
 ) -> SequenceBytes:
     """Activations of one sequence at the student's widths of today.
 
-    Dropout masks are left out: off by default, and a small share of what they are made for.
+    Dropout masks are left out: off by default, and a small share of what they are made for. So are the gradients of
+    decoder and projections that the losses make in their forward: they do not grow with the batch.
 
     Args:
         student, teacher: axis -> width (`models.axes`), the same number of layers in both.
@@ -87,15 +91,20 @@ def sequence_bytes(
         masked_rows: rows to predict in a sequence (an expected value).
         vocab_size: rows of the decoder.
         student_bytes, teacher_bytes: bytes of an element of each model's activations.
+        lock_step: whether the teacher's layers run beside the student's (distill/targets.py).
+        keeps_probabilities: whether the student's attention saves them (models/attention.py).
     """
     kl_rows = seq_len if loss.kl_positions == "all" else masked_rows
     head_rows = max(masked_rows if loss.mlm else 0, kl_rows if loss.kl else 0)
     distils = any((loss.kl, loss.hidden, loss.attention, loss.embedding))
     ours = _backbone(student, seq_len, student_bytes) + _mlm_head(student["hidden"], head_rows, student_bytes)
-    terms = _logit_terms(loss, masked_rows, kl_rows, vocab_size) + _score_terms(student, loss, seq_len, student_bytes)
-    terms += _hidden_terms(student, teacher, loss, seq_len, student_bytes)
-    theirs = _taps(teacher, seq_len) + (kl_rows * vocab_size if loss.kl else 0)
-    return SequenceBytes(ours, terms, teacher_bytes * theirs if distils else 0)
+    if keeps_probabilities:  # instead of a logarithm a row
+        num_heads = sum(student[f"layer.{i}.heads"] for i in range(num_layers(student)))
+        ours += num_heads * seq_len * (seq_len * student_bytes - FP32_BYTES)
+    terms = masked_rows * vocab_size * _logit_bytes(loss, student_bytes, teacher_bytes)
+    terms += _score_terms(student, loss, seq_len, student_bytes) + _hidden_terms(student, loss, seq_len, student_bytes)
+    theirs = 0 if lock_step or not distils else teacher_bytes * _taps(teacher, seq_len)
+    return SequenceBytes(ours, terms, theirs)
 
 
 def _backbone(widths: Widths, seq_len: int, element_bytes: int) -> float:
@@ -119,35 +128,28 @@ def _mlm_head(hidden: int, rows: float, element_bytes: int) -> float:
     return rows * (4 * hidden * element_bytes + _LAYER_NORM_BYTES) if rows else 0
 
 
-def _logit_terms(loss: LossConfig, masked_rows: float, kl_rows: float, vocab_size: int) -> float:
-    """fp32: log-softmax of the cross-entropy; log q and p of the KL; the gradient with which the way back begins."""
-    saved = (masked_rows if loss.mlm else 0) + (2 * kl_rows if loss.kl else 0)
-    gradient = max(masked_rows if loss.mlm else 0, kl_rows if loss.kl else 0)
-    return FP32_BYTES * vocab_size * (saved + gradient)
+def _logit_bytes(loss: LossConfig, student_bytes: int, teacher_bytes: int) -> int:
+    """Of one row and entry of the vocabulary: logits of both models, and the gradient with which the way back begins.
 
-
-def _hidden_terms(student: Widths, teacher: Widths, loss: LossConfig, seq_len: int, element_bytes: int) -> float:
-    """The fp32 difference of each comparison, and the last layer's output, which nothing else would save.
-
-    What else a projection reads is held anyway: the next layer's input, or the teacher's output.
+    KL on all tokens keeps none of them: its gradients are made in the forward, chunk by chunk.
     """
+    if not (loss.mlm or loss.kl) or (loss.kl and loss.kl_positions == "all"):
+        return 0
+    return 2 * student_bytes + (teacher_bytes if loss.kl else 0)
+
+
+def _hidden_terms(student: Widths, loss: LossConfig, seq_len: int, element_bytes: int) -> float:
+    """The gradient of each comparison, made in the forward."""
     count = (1 if loss.embedding else 0) + (num_layers(student) if loss.hidden else 0)
-    width = (teacher if loss.projection == "student" else student)["hidden"]
-    reads_last = loss.hidden and loss.projection == "student" and loss.projection_learned
-    return seq_len * (count * width * FP32_BYTES + (student["hidden"] * element_bytes if reads_last else 0))
+    return seq_len * count * student["hidden"] * element_bytes
 
 
 def _score_terms(student: Widths, loss: LossConfig, seq_len: int, element_bytes: int) -> float:
-    """Per layer: contiguous copies of query and key, the fp32 difference of the scores, the mask of valid pairs."""
+    """The gradients of each layer's queries and keys, made in the forward; in fp32 where the model runs in fp16."""
     if not loss.attention:
         return 0
-    total = 0
-    for i in range(num_layers(student)):
-        heads = student[f"layer.{i}.heads"]
-        matrices = 2 if loss.attention_target == "probabilities" else 1  # the student's softmax is saved as well
-        scores = matrices * heads * seq_len**2 * FP32_BYTES + seq_len**2
-        total += scores + 2 * seq_len * heads * student[f"layer.{i}.qk_dim"] * element_bytes
-    return total
+    layers = range(num_layers(student))
+    return sum(2 * seq_len * student[f"layer.{i}.heads"] * student[f"layer.{i}.qk_dim"] for i in layers) * element_bytes
 
 
 def _taps(widths: Widths, seq_len: int) -> float:

@@ -16,11 +16,11 @@ from homodistil.errors import StopRequested
 from homodistil.evaluation.gap import Gap
 from homodistil.faults import fault_point
 from homodistil.feed import Feed
-from homodistil.models.axes import Keep
+from homodistil.measurement import Measurement, measure_importance
 from homodistil.models.shapes import full_shape
 from homodistil.monitor import Monitor, require_applied, require_finite
 from homodistil.pruning.scheduler import Pruner
-from homodistil.resize import ResizePlan, gradient_fragments, resize, step_applied
+from homodistil.resize import ResizePlan, resize, step_applied
 
 
 @dataclass
@@ -82,17 +82,17 @@ class Trainer:
         require_applied(self.engine, self.state.step + 1, self.config)
         self.state.step += 1
         self.state.consumed_samples += self.config.train.global_batch_size
-        self.monitor.end_step(self.state.step, batches, self.engine)
+        self.monitor.end_step(self.state.step, batches, self.engine, self.feed.wait_s)
         if importance is not None and step_applied(self.engine):  # an fp16 overflow tells nothing
-            self.pruner.accept(importance)
+            self.pruner.accept(importance())
         if plan := self.resize_due():  # None nearly always
             self.resize(plan)
 
-    def measure_importance(self) -> Keep | None:
+    def measure_importance(self) -> Measurement | None:
         if self.pruner is None or not self.pruner.wants_gradients(self.state.step + 1):
             return None
         shapes = {name: full_shape(p) for name, p in self.student.named_parameters()}
-        return self.pruner.measure(gradient_fragments(self.engine), self.student.axis_table(), shapes)
+        return measure_importance(self.engine, self.pruner.importance, self.student.axis_table(), shapes)
 
     def resize_due(self) -> ResizePlan | None:
         """The event that is due; after a skipped step it waits for the next one."""

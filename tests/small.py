@@ -39,7 +39,7 @@ def small_model(seed: int = 0, **changes) -> BertForMaskedLM:
 
 
 def small_batch(seed: int = 0, lengths: tuple[int, ...] = (7, 11, 4)) -> Batch:
-    """A padded batch with some masked positions; counts are its own."""
+    """A padded batch with some masked positions; counts are its own, as tensors (what a feed makes of them)."""
     generator = torch.Generator().manual_seed(seed)
     num_tokens = max(lengths)
     attention_mask = (torch.arange(num_tokens) < torch.tensor(lengths)[:, None]).long()
@@ -47,14 +47,15 @@ def small_batch(seed: int = 0, lengths: tuple[int, ...] = (7, 11, 4)) -> Batch:
     chosen = (torch.rand(attention_mask.shape, generator=generator) < 0.4) & attention_mask.bool()
     masked_index = chosen.flatten().nonzero().squeeze(1)
     labels = torch.randint(5, VOCABULARY, (len(masked_index),), generator=generator)
-    counts = Counts(float(len(masked_index)), float(sum(lengths)), float(sum(n * n for n in lengths)))
-    return Batch(input_ids, attention_mask, masked_index, labels, counts)
+    token_index = attention_mask.flatten().nonzero().squeeze(1)
+    counts = Counts(*torch.tensor([len(masked_index), sum(lengths), sum(n * n for n in lengths)]).float().unbind())
+    return Batch(input_ids, attention_mask, masked_index, labels, token_index, counts)
 
 
 def small_pair(**loss) -> tuple[Student, Teacher]:
     """A student that is still an exact copy of its teacher."""
     config = LossConfig(**loss)
-    return Student(small_model(), config), Teacher(small_model(), config.kl_positions)
+    return Student(small_model(), config), Teacher(small_model())
 
 
 def random_keep(table: AxisTable, widths: dict[str, int], seed: int = 0) -> dict[str, torch.Tensor]:

@@ -78,7 +78,8 @@ def test_labels_restore_the_blocks_and_counts_are_right(tokenizer, count, width,
     lengths = [sum(1 for token in row if token != PAD) for row in blocks.tolist()]
     assert batch.attention_mask.tolist() == [[1] * n + [0] * (width - n) for n in lengths]
     assert batch.counts == (len(batch.masked_index), sum(lengths), sum(n * n for n in lengths))
-    assert all(t.dtype == torch.int64 for t in batch[:4])
+    assert batch.token_index.tolist() == np.flatnonzero(blocks != PAD).tolist()
+    assert len(batch.tensors) == 5 and all(t.dtype == torch.int64 for t in batch.tensors)
 
 
 def test_draws_depend_on_seed_epoch_and_sample_alone(tokenizer):

@@ -10,6 +10,7 @@ from homodistil.distill.teacher import Teacher
 from homodistil.evaluation.gap import Gap
 from homodistil.evaluation.heldout import evaluate
 from homodistil.feed import mean_counts
+from homodistil.models import bert
 from homodistil.pruning.calibration import calibrate
 from homodistil.pruning.importance import Importance
 from homodistil.pruning.outliers import protected_dims, variance_shares
@@ -61,12 +62,12 @@ def test_variance_shares_find_a_dim_that_dominates_a_layer_norm():
     with torch.no_grad():  # every token gets a large value in dim 5 in front of the second layer's output LayerNorm
         model.bert.encoder.layer[1].output.dense.bias[5] = 50.0
     batch = small_batch()
-    shares = variance_shares(Teacher(model), [batch])
+    shares = variance_shares(model, bert, [batch])
     assert shares.argmax() == 5 and shares[5] > 0.8
     inputs = []
     norm = model.bert.encoder.layer[1].output.LayerNorm
     handle = norm.register_forward_pre_hook(lambda _module, args: inputs.append(args[0].detach()))
-    Teacher(model)(batch)
+    Teacher(model).run(batch)
     handle.remove()
     x = inputs[0][batch.attention_mask.bool()].double()
     squared = (x - x.mean(-1, keepdim=True)).square().sum(0)

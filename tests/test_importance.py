@@ -8,11 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from homodistil.config import PruningConfig
+from homodistil.kernels.score_sums import add_score_sums
 from homodistil.models.axes import AxisTable, AxisUse
-from homodistil.pruning.importance import Importance, add_dim_sums
+from homodistil.pruning.importance import Importance
+from homodistil.pruning.one_pass import Count, CountingAdamW
 from homodistil.pruning.schedule import WidthSchedule
 from homodistil.pruning.scheduler import Pruner
 from homodistil.pruning.selection import select
+from homodistil.resize import Held
 
 
 @dataclasses.dataclass
@@ -23,15 +26,39 @@ class _Piece:
     gradient: torch.Tensor
 
 
-@given(rows=st.integers(1, 6), columns=st.integers(1, 7), cuts=st.lists(st.integers(0, 42), max_size=4))
-def test_sums_of_pieces_equal_sums_of_the_whole(rows, columns, cuts):
-    values = torch.arange(rows * columns, dtype=torch.float32) + 1
+@given(
+    rows=st.integers(1, 6),
+    columns=st.integers(1, 7),
+    cuts=st.lists(st.integers(0, 42), max_size=4),
+    block=st.sampled_from([1, 5, 14, 1000]),
+    dims=st.sampled_from([(0,), (1,), (0, 1)]),
+)
+def test_sums_of_pieces_equal_sums_of_the_whole(rows, columns, cuts, block, dims):
+    weight = torch.arange(rows * columns, dtype=torch.float32) + 1
+    gradient = torch.where(weight % 3 == 0, -2.0, 1.0)
     edges = [0, *sorted(min(c, rows * columns) for c in cuts), rows * columns]
-    for dim in (0, 1):
-        sums = torch.zeros((rows, columns)[dim])
+    row_sums = torch.zeros(rows) if 0 in dims else None
+    column_sums = torch.zeros(columns) if 1 in dims else None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("homodistil.kernels.score_sums.BLOCK_NUMEL", block)
         for a, b in zip(edges, edges[1:], strict=False):
-            add_dim_sums(values[a:b], a, (rows, columns), dim, sums)
-        assert torch.equal(sums, values.view(rows, columns).sum(1 - dim))  # small integers: exact
+            add_score_sums(weight[a:b], gradient[a:b], a, columns, row_sums, column_sums)
+    scores = (weight * gradient).abs().view(rows, columns)  # small integers: exact
+    assert row_sums is None or torch.equal(row_sums, scores.sum(1))
+    assert column_sums is None or torch.equal(column_sums, scores.sum(0))
+
+
+def test_sums_of_a_large_matrix_are_exact_to_fp32():
+    torch.manual_seed(0)
+    weight, gradient = torch.randn(3001 * 257), torch.randn(3001 * 257)
+    row_sums, column_sums = torch.zeros(3001), torch.zeros(257)
+    begin, end = 100, 3001 * 257 - 100
+    add_score_sums(weight[begin:end], gradient[begin:end], begin, 257, row_sums, column_sums)
+    scores = (weight.double() * gradient.double()).abs()
+    scores[:begin] = scores[end:] = 0
+    # 3001 positive terms, added in blocks: some roundings of 6e-8.
+    torch.testing.assert_close(row_sums.double(), scores.view(3001, 257).sum(1), rtol=1e-6, atol=0)
+    torch.testing.assert_close(column_sums.double(), scores.view(3001, 257).sum(0), rtol=1e-6, atol=0)
 
 
 # Two heads of two dims, hidden 3: a query matrix (4, 3), and a vector over hidden that is not scored.
@@ -143,3 +170,25 @@ def test_an_event_waits_until_a_step_is_applied():
     assert pruner.due(1, TABLE, torch.arange(3)) is None
     # Updates 2 to 4 were skipped, so nobody asked: update 5 finds both events.
     assert pruner.due(5, TABLE, torch.arange(3)).widths_after["hidden"] == 1
+
+
+def test_a_skipped_step_counts_nothing_and_the_next_one_only_itself():
+    torch.manual_seed(0)
+    query, projection = (torch.nn.Parameter(torch.randn(SHAPES[name])) for name in ("query", "projection"))
+    optimizer = CountingAdamW([{"params": [query, projection]}], lr=1e-2)
+    held = [(query, Held("query", 0, 0, 12)), (projection, Held("projection", 0, 0, 3))]
+    count = Count.plan(TABLE, SHAPES, held)
+    optimizer.count(count)  # and no step: an overflow
+    optimizer.count(count)
+    query.grad, projection.grad = torch.randn(4, 3), torch.ones(3)
+    scores = (query.detach() * query.grad).abs()
+    optimizer.step()
+    offsets = count.layout.target("query", SHAPES["query"])
+    rows, columns = count.sums[offsets.rows_at :][:4], count.sums[offsets.columns_at :][:3]
+    torch.testing.assert_close(rows, scores.sum(1))
+    torch.testing.assert_close(columns, scores.sum(0))
+    assert [norm.item() for norm in count.norms] == [3.0]
+    counted = count.sums.clone()
+    optimizer.step()  # nobody asked
+    assert torch.equal(count.sums, counted) and len(count.norms) == 1
+    assert optimizer.state[query]["step"] == 2

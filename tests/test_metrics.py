@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import time
@@ -176,18 +177,15 @@ def test_throughput_leaves_pauses_out():
     timer = StepTimer()
     for _ in range(3):
         time.sleep(0.05)
-        timer.count(tokens=100, flops=1000)
         with timer.paused():
             time.sleep(0.4)
-    lap = timer.lap()
-    assert (lap.steps, lap.tokens, lap.flops) == (3, 300, 3000)
+    lap = timer.lap(tokens=300, flops=3000)
     # Sleeping overshoots on a busy machine, but one whole pause counted would already break the upper bound.
     assert 0.15 <= lap.seconds < 0.5
     assert lap.tokens_per_s == 300 / lap.seconds and lap.flops_per_s == 3000 / lap.seconds
     time.sleep(0.02)
-    timer.count(tokens=7)
-    lap = timer.lap()
-    assert (lap.steps, lap.tokens, lap.flops) == (1, 7, 0) and 0.02 <= lap.seconds < 0.15
+    lap = timer.lap(tokens=7, flops=0)
+    assert (lap.tokens, lap.flops) == (7, 0) and 0.02 <= lap.seconds < 0.15
 
 
 def test_a_pause_ends_with_an_exception_too():
@@ -195,15 +193,16 @@ def test_a_pause_ends_with_an_exception_too():
     with pytest.raises(KeyError), timer.paused():
         time.sleep(0.1)
         raise KeyError
-    assert timer.lap().seconds < 0.05
+    assert timer.lap(0, 0).seconds < 0.05
 
 
 def test_memory_grows_with_what_is_held():
+    gc.collect()  # what other tests have left shall not go in between
     before = memory_bytes()["memory/rss_bytes"]
-    held = torch.ones(16 * 2**20)  # 64 MiB, touched
+    held = torch.ones(64 * 2**20)  # 256 MiB, touched
     grown = memory_bytes()["memory/rss_bytes"] - before
     # The allocator may serve a part from pages it already holds.
-    assert 48 * 2**20 < grown < 80 * 2**20
+    assert 192 * 2**20 < grown < 320 * 2**20
     assert held.sum() > 0
     assert ("memory/accelerator_bytes" in memory_bytes()) == torch.cuda.is_initialized()
 

@@ -31,7 +31,7 @@ def test_an_encoder_has_no_mlm_head(tmp_path):
 
 def test_taps_are_what_the_stock_model_shows():
     model, batch = small_model(), small_batch()
-    tapped = Teacher(model)(batch).tapped
+    tapped = Teacher(model).run(batch)
     stock = small_model()
     stock.set_attn_implementation("eager")
     with torch.no_grad():
@@ -50,6 +50,6 @@ def test_taps_are_what_the_stock_model_shows():
 
 def test_the_teacher_builds_no_graph_and_is_not_trained():
     teacher = Teacher(small_model()).train()
-    output = teacher(small_batch())
-    assert not output.logits.requires_grad and not any(p.requires_grad for p in teacher.parameters())
+    logits = teacher.predict(small_batch())
+    assert not logits.requires_grad and not any(p.requires_grad for p in teacher.parameters())
     assert not teacher.model.training  # dropout stays off whatever the caller says

@@ -64,7 +64,7 @@ class BatchLoader:
             raise UserError("data.sources: the training split holds no block of text; add text")
         self._rows, self._seed, self._workers = rows, seed, config.workers
         self._mask = Masker(tokenizer, config.mask_probability, seed)
-        self._global, self._rank, self._world = global_batch_size, rank, world_size
+        self.global_batch_size, self._rank, self._world = global_batch_size, rank, world_size
         self._order_epoch, self._order = -1, np.empty(0, dtype=np.uint32)
         self._processes: list[multiprocessing.Process] = []
         self.set_micro_batch_size(micro_batch_size)
@@ -75,22 +75,27 @@ class BatchLoader:
         Raises:
             UserError: the ranks cannot share the global batch evenly.
         """
-        if self._global % (micro_batch_size * self._world):
+        if self.global_batch_size % (micro_batch_size * self._world):
             raise UserError(
-                f"train.global_batch_size: found {self._global}, allowed are multiples of "
+                f"train.global_batch_size: found {self.global_batch_size}, allowed are multiples of "
                 f"{micro_batch_size * self._world} = train.micro_batch_size {micro_batch_size} x {self._world} ranks"
             )
         self._micro = micro_batch_size
         # What workers have prepared is of the old size: dropped, and made again from the position that is asked for.
         self._stop_workers()
 
+    def seek(self, consumed_samples: int) -> None:
+        """Start the worker processes at this position, unless there are none or they are there. Main thread only."""
+        if self._workers and consumed_samples != self._next_position:
+            self._start_workers(consumed_samples)
+            self._next_position = consumed_samples
+
     def micro_batches(self, consumed_samples: int) -> list[Batch]:
         """This rank's micro-batches of the optimizer step that starts at `consumed_samples`, on the CPU."""
         if not self._workers:
             return self[consumed_samples]
-        if consumed_samples != self._next_position:
-            self._start_workers(consumed_samples)
-        self._next_position = consumed_samples + self._global
+        self.seek(consumed_samples)
+        self._next_position = consumed_samples + self.global_batch_size
         try:
             return next(self._ahead)
         except UserError as error:  # out of a worker: torch puts a traceback in front of its one line
@@ -99,7 +104,9 @@ class BatchLoader:
     def __getitem__(self, consumed_samples: int) -> list[Batch]:
         """The same, made in this process. Micro-batch m of rank r starts at consumed + (m * world_size + r) * micro."""
         starts = range(
-            consumed_samples + self._rank * self._micro, consumed_samples + self._global, self._world * self._micro
+            consumed_samples + self._rank * self._micro,
+            consumed_samples + self.global_batch_size,
+            self._world * self._micro,
         )
         return [self._batch_at(start) for start in starts]
 
@@ -131,7 +138,7 @@ class BatchLoader:
         self._processes = []
 
     def _prefetch(self, consumed_samples: int) -> DataLoader:
-        positions = range(consumed_samples, 1 << 62, self._global)
+        positions = range(consumed_samples, 1 << 62, self.global_batch_size)
         return DataLoader(
             self,
             sampler=positions,

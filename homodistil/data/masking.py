@@ -17,12 +17,14 @@ _MASKED, _RANDOM = 0.8, 0.1  # Devlin et al. 2019, section 3.1; the rest stays a
 
 
 class Counts(NamedTuple):
-    """What the loss terms divide by. A loader fills in the batch's own."""
+    """What the loss terms divide by: numbers of the batch's own from a loader; from a feed 0-dim fp32 tensors on the
+    device, means over all micro-batches of the step (see feed.py), which nothing in a step may bring to the host.
+    """
 
-    masked_rows: float
-    tokens: float
+    masked_rows: float | Tensor
+    tokens: float | Tensor
     """Valid (not padding) tokens."""
-    pairs: float
+    pairs: float | Tensor
     """Valid query-key pairs, summed over the batch."""
 
 
@@ -35,11 +37,27 @@ class Batch(NamedTuple):
     """(M,) int64, flat positions b * T + t of the rows to predict, ascending."""
     masked_labels: Tensor
     """(M,) int64, the tokens that stood there."""
+    token_index: Tensor
+    """(tokens,) int64, flat positions of the valid tokens, ascending: finding them on the device would wait for it."""
     counts: Counts
 
+    @property
+    def padding_mask(self) -> Tensor | None:
+        """`attention_mask`, or None where it masks nothing: models then take their faster ways. Asks no device."""
+        return None if self.token_index.numel() == self.input_ids.numel() else self.attention_mask
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All but the counts."""
+        return self[:-1]
+
+    def pinned(self) -> Batch:
+        """A copy in page-locked memory, out of which a GPU copies while the host goes on."""
+        return Batch(*(tensor.pin_memory() for tensor in self.tensors), self.counts)
+
     def to(self, device: torch.device | str) -> Batch:
-        """The batch with its tensors on `device`."""
-        return Batch(*(tensor.to(device, non_blocking=True) for tensor in self[:4]), self.counts)
+        """The batch with its tensors on `device`; from pinned memory without waiting for the copies."""
+        return Batch(*(tensor.to(device, non_blocking=True) for tensor in self.tensors), self.counts)
 
 
 class Masker:
@@ -77,7 +95,7 @@ class Masker:
         lengths = valid.sum(axis=1)
         index = np.flatnonzero(chosen)
         counts = Counts(float(len(index)), float(lengths.sum()), float((lengths**2).sum()))
-        arrays = (input_ids, valid.astype(np.int64), index, blocks.ravel()[index])
+        arrays = (input_ids, valid.astype(np.int64), index, blocks.ravel()[index], np.flatnonzero(valid))
         return Batch(*map(torch.from_numpy, arrays), counts)
 
     def _draw(self, samples: np.ndarray, epochs: np.ndarray, width: int) -> np.ndarray:

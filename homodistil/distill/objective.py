@@ -1,20 +1,23 @@
 """The objective: L = MLM + a1 KL + a2 sum_k hidden_k + a3 sum_k attention_k + a4 embedding (HomoDistil, equation of
-the seed). Every layer of the student is compared with the same layer of the teacher.
+the seed). Every layer of the student is compared with the same layer of the teacher, as soon as both are known.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from homodistil.config import LossConfig
 from homodistil.data.masking import Batch
-from homodistil.distill import losses
-from homodistil.distill.teacher import TeacherOutput
-from homodistil.models.taps import Tapped
+from homodistil.distill.targets import Targets
+from homodistil.distill.vocabulary import VocabularyTerms
+from homodistil.kernels.attention_map import attention_map_loss
+from homodistil.models.taps import LayerTap, Visitor
+
+if TYPE_CHECKING:
+    from homodistil.distill.student import Student
 
 
 class LossTerms(NamedTuple):
@@ -39,75 +42,82 @@ class Objective:
     def needs_logits(self) -> bool:
         return "mlm" in self.weights or "kl" in self.weights
 
-    def __call__(
-        self,
-        student: Tapped,
-        logits: Tensor | None,
-        teacher: TeacherOutput | None,
-        batch: Batch,
-        projections: Mapping[str, nn.Linear],
-        head_maps: list[Tensor],
-    ) -> LossTerms:
-        """All terms with a weight above 0.
-
-        Args:
-            student: taps of the student.
-            logits: (rows, V) of the student on the rows of `kl_positions`.
-            teacher: its output on the same batch; None leaves MLM alone (teacher correction).
-            batch: with `counts` = means over all micro-batches of the step on all ranks.
-            projections: `embedding`, `layer_0`, ... (see `Student`).
-            head_maps: per layer the teacher head of each student head, int64 (N_student,).
-        """
-        terms: dict[str, Tensor] = {}
-        if "mlm" in self.weights:
-            terms["mlm"] = losses.mlm(self._masked(logits, batch), batch.masked_labels) / batch.counts.masked_rows
-        if teacher is not None:
-            self._distillation_terms(terms, student, logits, teacher, batch, projections, head_maps)
-        total = torch.stack([weight * terms[name] for name, weight in self.weights.items() if name in terms]).sum()
-        return LossTerms(total, {name: term.detach() for name, term in terms.items()})
-
-    def _masked(self, logits: Tensor, batch: Batch) -> Tensor:
-        """The rows with a label: all of `logits`, or a selection when it covers every valid token."""
-        if self.config.kl_positions == "masked":
-            return logits
-        row_of_position = batch.attention_mask.flatten().cumsum(0) - 1
-        return logits.index_select(0, row_of_position[batch.masked_index])
-
-    def _distillation_terms(self, terms, student, logits, teacher, batch, projections, head_maps) -> None:
-        counts, tapped = batch.counts, teacher.tapped
-        if "kl" in self.weights:
-            rows = counts.masked_rows if self.config.kl_positions == "masked" else counts.tokens
-            terms["kl"] = losses.logit_kl(logits, teacher.logits, self.config.kl_temperature) / rows
-        if "hidden" in self.weights:
-            pairs = zip(student.layers, tapped.layers, strict=True)
-            per_layer = [self._mse(s, t, batch, projections[f"layer_{i}"]) for i, (s, t) in enumerate(pairs)]
-            _add_layers(terms, "hidden", per_layer)
-        if "embedding" in self.weights:
-            terms["embedding"] = self._mse(student.embedding, tapped.embedding, batch, projections["embedding"])
-        if "attention" in self.weights:
-            per_layer = [self._attention(i, student, tapped, batch, heads) for i, heads in enumerate(head_maps)]
-            _add_layers(terms, "attention", per_layer)
-
-    def _mse(self, student: Tensor, teacher: Tensor, batch: Batch, projection: nn.Linear) -> Tensor:
-        teacher = teacher.to(student.dtype)
-        if self.config.projection == "student":
-            student = projection(student)
-        else:
-            teacher = projection(teacher)
-        return losses.hidden_mse(student, teacher, batch.attention_mask) / batch.counts.tokens
-
-    def _attention(self, i: int, student: Tapped, teacher: Tapped, batch: Batch, heads: Tensor) -> Tensor:
-        ours = losses.attention_scores(student.queries[i], student.keys[i], student.scale)
-        queries, keys = teacher.queries[i], teacher.keys[i]
-        if len(heads) < queries.shape[1]:
-            # Pruned heads are gone from the student: compare each survivor with the teacher head that it came from.
-            heads = heads.to(queries.device, non_blocking=True)
-            queries, keys = queries.index_select(1, heads), keys.index_select(1, heads)
-        theirs = losses.attention_scores(queries, keys, teacher.scale)
-        target = self.config.attention_target
-        return losses.attention_mse(ours, theirs, batch.attention_mask, target) / batch.counts.pairs
+    @property
+    def positions(self) -> str:
+        """Rows that meet the vocabulary: "masked", or "all" when the KL is taken over every token."""
+        return self.config.kl_positions if "kl" in self.weights else "masked"
 
 
-def _add_layers(terms: dict[str, Tensor], name: str, per_layer: list[Tensor]) -> None:
-    terms[name] = torch.stack(per_layer).sum()
-    terms |= {f"{name}/layer.{i}": value for i, value in enumerate(per_layer)}
+class Comparison(Visitor):
+    """The terms of one micro-batch, gathered while the student's forward pass goes by.
+
+    Args:
+        objective: weights and options.
+        student: for its projections, head maps and softmax scale.
+        batch: with `counts` = means over all micro-batches of the step on all ranks.
+        targets: the teacher's side; None leaves MLM alone (teacher correction).
+    """
+
+    def __init__(self, objective: Objective, student: Student, batch: Batch, targets: Targets | None) -> None:
+        self._objective, self._student, self._batch, self._targets = objective, student, batch, targets
+        self._per_layer: dict[str, list[Tensor]] = {"hidden": [], "attention": []}
+        self._sums: dict[str, Tensor] = {}
+
+    def before_embedding(self, args: tuple, kwargs: dict) -> None:
+        if self._targets:
+            self._targets.run_embedding(args, kwargs)
+
+    def embedding(self, output: Tensor) -> None:
+        if not self._targets:
+            self._student.pass_projection("embedding", output)
+        elif self._wants("embedding"):
+            self._sums["embedding"] = self._hidden("embedding", output, self._targets.take_embedding())
+
+    def before_layer(self, i: int, args: tuple, kwargs: dict) -> None:
+        if self._targets:
+            self._targets.run_layer(i, args, kwargs)
+
+    def layer(self, i: int, tap: LayerTap) -> None:
+        if not self._targets:
+            self._student.pass_projection(f"layer_{i}", tap.hidden)
+            return
+        target = self._targets.take_layer(i)
+        if self._wants("hidden"):
+            self._per_layer["hidden"].append(self._hidden(f"layer_{i}", tap.hidden, target.hidden))
+        if self._wants("attention"):
+            self._per_layer["attention"].append(self._attention(i, tap, target))
+
+    def finish(self, vocabulary: VocabularyTerms | None) -> LossTerms:
+        """All terms, once the forward pass has ended."""
+        terms = vocabulary.terms if vocabulary else {}
+        weighted = [vocabulary.total] if vocabulary else []
+        for name, values in self._per_layer.items():
+            if values:
+                self._sums[name] = torch.stack(values).sum()
+                terms |= {f"{name}/layer.{i}": value.detach() for i, value in enumerate(values)}
+        terms |= {name: value.detach() for name, value in self._sums.items()}
+        weighted += [self._objective.weights[name] * value for name, value in self._sums.items()]
+        return LossTerms(torch.stack(weighted).sum(), terms)
+
+    def _wants(self, name: str) -> bool:
+        return self._targets is not None and name in self._objective.weights
+
+    def _hidden(self, name: str, student: Tensor, teacher: Tensor) -> Tensor:
+        mask, counts = self._batch.attention_mask, self._batch.counts
+        return self._student.projections[name](student, teacher, mask) / counts.tokens
+
+    def _attention(self, i: int, student: LayerTap, teacher: LayerTap) -> Tensor:
+        config, counts = self._objective.config, self._batch.counts
+        loss = attention_map_loss(
+            student.queries,
+            student.keys,
+            teacher.queries,
+            teacher.keys,
+            self._student.softmax_scale,
+            self._targets.scale,
+            self._batch.attention_mask,
+            heads=self._student.pruned_heads(i, student.queries.device),
+            target=config.attention_target,
+            implementation=config.kernels,
+        )
+        return loss / (counts.tokens if config.attention_target == "probabilities_kl" else counts.pairs)

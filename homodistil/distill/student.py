@@ -14,8 +14,11 @@ from torch import Tensor, nn
 
 from homodistil.config import LossConfig
 from homodistil.data.masking import Batch
-from homodistil.distill.objective import LossTerms, Objective
-from homodistil.distill.teacher import TeacherOutput, head_only_parameters, wanted_rows
+from homodistil.distill.objective import Comparison, LossTerms, Objective
+from homodistil.distill.projection import Projection
+from homodistil.distill.targets import Targets, wanted_rows
+from homodistil.distill.teacher import head_only_parameters
+from homodistil.distill.vocabulary import vocabulary_terms
 from homodistil.models import axes, family_of
 from homodistil.models.axes import AxisTable, AxisUse, Keep
 from homodistil.models.shapes import full_numel
@@ -37,22 +40,17 @@ class Student(nn.Module):
         self.projections = self._make_projections(config) if distil else nn.ModuleDict()
         self.kept = axes.whole(self.family.axis_table(model).widths)
         self._taps = Taps(model, self.family)
+        self._num_teacher_heads = [len(heads) for heads in self.head_maps]
+        self._pruned_heads: dict[int, Tensor | None] = {}
         if not self.objective.needs_logits:
             for parameter in head_only_parameters(model, self.family):
                 parameter.requires_grad_(False)
 
     def _make_projections(self, config: LossConfig) -> nn.ModuleDict:
-        """Identity matrices: every distillation term starts at exactly 0, and slicing one makes it a selection."""
         names = ["embedding"] if config.embedding > 0 else []
         if config.hidden > 0:
             names += [f"layer_{i}" for i in range(len(self.family.layers(self.model)))]
-        return nn.ModuleDict({name: self._identity(config.projection_learned) for name in names})
-
-    def _identity(self, learned: bool) -> nn.Linear:
-        hidden_size = self.model.config.hidden_size
-        projection = nn.Linear(hidden_size, hidden_size, bias=False)
-        nn.init.eye_(projection.weight)
-        return projection.requires_grad_(learned)
+        return nn.ModuleDict({name: Projection(self.model.config.hidden_size, config) for name in names})
 
     def axis_table(self) -> AxisTable:
         """The family's table under the name `model`, and the student's side of every projection."""
@@ -67,38 +65,49 @@ class Student(nn.Module):
         """Per layer the teacher head of each student head, int64 (N_student,), on the CPU."""
         return [self.kept[f"layer.{i}.heads"] for i in range(len(self.family.layers(self.model)))]
 
+    def pruned_heads(self, i: int, device: torch.device) -> Tensor | None:
+        """The head map of layer `i` on `device`; None while it has all heads of the teacher's."""
+        if i not in self._pruned_heads:
+            heads = self.head_maps[i]
+            self._pruned_heads[i] = heads.to(device) if len(heads) < self._num_teacher_heads[i] else None
+        return self._pruned_heads[i]
+
     def forward(
         self,
         batch: Batch,
-        teacher: TeacherOutput | None = None,
+        targets: Targets | None = None,
         objective: Objective | None = None,
         only_logits: bool = False,
     ) -> LossTerms | Tensor:
-        """The training forward: loss terms of one micro-batch. `teacher` None: MLM alone.
+        """The training forward: loss terms of one micro-batch. `targets` None: MLM alone.
 
         Args:
             objective: see `compare`; the trained one by default.
             only_logits: see `predict`.
         """
         objective = objective or self.objective
-        tapped = self._taps.run(batch.input_ids, batch.attention_mask)
+        comparison = Comparison(objective, self, batch, None if only_logits else targets)
+        last = self._taps.visit(batch.input_ids, batch.padding_mask, comparison)
         if only_logits:
-            return self._head(wanted_rows(tapped.last, batch, "masked"))
-        logits = None
-        if objective.needs_logits:
-            logits = self._head(wanted_rows(tapped.last, batch, objective.config.kl_positions))
-        return objective(tapped, logits, teacher, batch, self.projections, self.head_maps)
+            return self.mlm_logits(wanted_rows(last, batch, "masked"))
+        return comparison.finish(vocabulary_terms(objective, self, last, batch, targets))
 
-    def compare(self, batch: Batch, teacher: TeacherOutput | None, objective: Objective) -> LossTerms:
+    def compare(self, batch: Batch, targets: Targets | None, objective: Objective) -> LossTerms:
         """The terms of `objective`, which may differ from the one that is trained (see evaluation/gap.py)."""
-        return self(batch, teacher, objective)
+        return self(batch, targets, objective)
 
     @torch.no_grad()
     def predict(self, batch: Batch) -> Tensor:
         """Logits (M, V) of the masked rows."""
         return self(batch, only_logits=True)
 
-    def _head(self, rows: Tensor) -> Tensor:
+    def pass_projection(self, name: str, hidden: Tensor) -> None:
+        """Keep to the order of module calls where nothing is compared (see above)."""
+        if name in self.projections:
+            self.projections[name](hidden, None, None)
+
+    def mlm_logits(self, rows: Tensor) -> Tensor:
+        """(rows, D) of the last layer -> (rows, V)."""
         return self.family.mlm_head(self.model)(rows)
 
     def after_resize(self, keep: Keep) -> None:
@@ -107,14 +116,9 @@ class Student(nn.Module):
         widths = axes.widths_after(before, keep)
         self.kept = axes.compose(self.kept, keep, axes.head_axes(before))
         self.family.refresh(self.model, widths)
-        self._refresh_projections(widths["hidden"])
-
-    def _refresh_projections(self, hidden_size: int) -> None:
+        self._pruned_heads.clear()
         for projection in self.projections.values():
-            if self.objective.config.projection == "student":
-                projection.in_features = hidden_size
-            else:
-                projection.out_features = hidden_size
+            projection.after_resize(self.kept["hidden"])
 
     @property
     def widths(self) -> dict[str, int]:

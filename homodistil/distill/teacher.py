@@ -7,7 +7,6 @@ import pickle
 import re
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
 
 import torch
 from huggingface_hub import list_repo_files
@@ -16,7 +15,10 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from homodistil.config import TeacherConfig
 from homodistil.data.masking import Batch
+from homodistil.distill.runtime import OwnStream, Runtime, build_runtime
+from homodistil.distill.targets import Finished, LockStep, Targets, wanted_rows
 from homodistil.errors import UserError
 from homodistil.models import family_of
 from homodistil.models.taps import ATTENTION, Tapped, Taps
@@ -24,51 +26,64 @@ from homodistil.models.taps import ATTENTION, Tapped, Taps
 _PICKLED_WEIGHTS = re.compile(r"pytorch_model.*\.bin")
 
 
-class TeacherOutput(NamedTuple):
-    tapped: Tapped
-    logits: Tensor | None
-    """(rows, V) on the rows of `wanted_rows`; None when no term needs them."""
-
-
 class Teacher(nn.Module):
-    """Frozen `model` (a Hugging Face masked LM with the tapped attention). `forward` never builds a graph."""
+    """Frozen `model` (a Hugging Face masked LM with the tapped attention). Nothing here ever builds a graph.
 
-    def __init__(self, model: nn.Module, kl_positions: str = "masked", with_logits: bool = True) -> None:
+    Args:
+        model: frozen and put into evaluation mode here.
+        lock_step: run layer by layer beside the student (targets.py) instead of as a whole.
+        runtime: how a whole forward pass runs (distill/runtime), never in lock-step; None: as the module is.
+        stream: runs whole passes beside whatever the current stream does.
+    """
+
+    def __init__(
+        self, model: nn.Module, lock_step: bool = True, runtime: Runtime | None = None, stream: OwnStream | None = None
+    ) -> None:
         super().__init__()
         self.model = model.eval().requires_grad_(False)
         self.family = family_of(model.config.model_type)
-        self.kl_positions = kl_positions
-        self.with_logits = with_logits
-        self._taps = Taps(model, self.family)
+        self._taps = Taps(model, self.family) if runtime is None else None
+        self._lock_step = lock_step and runtime is None
+        self._runtime = runtime or self._taps.run
+        self._stream = stream
+        self.scale = runtime.scale if runtime else self._taps.scale
+        """What the softmax multiplies q.k with."""
+        self.shows_attention = runtime is None or runtime.shows_attention
+        """Whether its targets have queries and keys."""
 
     def train(self, mode: bool = True) -> Teacher:
         """Never in training mode: its dropout would be noise in every target."""
         return super().train(False)
 
-    def forward(self, batch: Batch) -> TeacherOutput:
-        """What the training objective compares with."""
-        return self.observe(batch, self.kl_positions, self.with_logits)
+    @torch.no_grad()
+    def forward(self, batch: Batch) -> Targets:
+        """What the objective compares with. In lock-step nothing is computed before the student runs."""
+        if self._lock_step:
+            return LockStep(self.model, self.family, batch, self._taps)
+        if self._stream is None:
+            tapped = self.run(batch)
+            return Finished(self.model, self.family, batch, self.scale, lambda: tapped)
+        pending = self._stream.start(batch.input_ids, batch.padding_mask)
+        return Finished(self.model, self.family, batch, self.scale, pending.result)
 
     @torch.no_grad()
-    def observe(self, batch: Batch, positions: str, with_logits: bool = True) -> TeacherOutput:
-        """Taps, and logits on the rows of `positions` ("masked" or "all")."""
-        tapped = self._taps.run(batch.input_ids, batch.attention_mask)
-        if not with_logits:
-            return TeacherOutput(tapped, None)
-        rows = wanted_rows(tapped.last, batch, positions)
-        return TeacherOutput(tapped, self.family.mlm_head(self.model)(rows))
+    def run(self, batch: Batch) -> Tapped:
+        """A whole forward pass of the backbone."""
+        return self._runtime(batch.input_ids, batch.padding_mask)
 
+    @torch.no_grad()
     def predict(self, batch: Batch) -> Tensor:
         """Logits (M, V) of the masked rows."""
-        return self.observe(batch, "masked").logits
+        return self.family.mlm_head(self.model)(wanted_rows(self.run(batch).last, batch, "masked"))
 
 
-def wanted_rows(hidden: Tensor, batch: Batch, positions: str) -> Tensor:
-    """Rows of `hidden` (B, T, D) that meet the vocabulary: (M, D) masked rows, or every valid token in order."""
-    flat = hidden.flatten(0, 1)
-    if positions == "masked":
-        return flat.index_select(0, batch.masked_index)
-    return flat.index_select(0, batch.attention_mask.flatten().nonzero().squeeze(1))
+def build_teacher(model: nn.Module, config: TeacherConfig, device: torch.device, dtype: torch.dtype) -> Teacher:
+    """`model` in the runtime of `config`. Raises `UserError` when that runtime does not compute what the model does."""
+    model, family = model.eval().requires_grad_(False), family_of(model.config.model_type)
+    plain = config.runtime == "torch" and not config.own_stream
+    runtime = None if plain else build_runtime(model, family, config, device, dtype)
+    stream = OwnStream(runtime, device) if config.own_stream else None
+    return Teacher(model, config.in_lock_step, runtime, stream)
 
 
 def load_model(

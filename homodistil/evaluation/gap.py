@@ -30,7 +30,9 @@ class Gap:
         batches = list(batches)
         counts = mean_counts(batches, device)
         self.batches = [batch._replace(counts=counts).to(device) for batch in batches]
-        measured = dataclasses.replace(student.objective.config, mlm=1.0, kl=1.0, attention=1.0, kl_positions="masked")
+        measured = dataclasses.replace(student.objective.config, mlm=1.0, kl=1.0, kl_positions="masked")
+        if teacher.shows_attention:
+            measured = dataclasses.replace(measured, attention=1.0)
         self.objective = Objective(measured)
 
     @torch.no_grad()
@@ -38,7 +40,7 @@ class Gap:
         """Term -> mean over the probe, the same on every rank; `total`: their sum with the run's own weights."""
         found: dict[str, torch.Tensor] = {}
         for batch in self.batches:
-            terms = self.student.compare(batch, self.teacher.observe(batch, "masked"), self.objective).terms
+            terms = self.student.compare(batch, self.teacher(batch), self.objective).terms
             for name, value in terms.items():
                 found[name] = found.get(name, 0.0) + value / len(self.batches)
         weights = self.student.objective.weights

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from homodistil import ranks
 from homodistil.data.masking import Batch
-from homodistil.distill import losses
+from homodistil.kernels.masked_lm import masked_lm_losses
 
 Predict = Callable[[Batch], Tensor]
 """Batch -> logits (M, V) of its masked rows, without a graph."""
@@ -32,9 +32,10 @@ def evaluate(predict: Predict, teacher: Predict | None, batches: Iterable[Batch]
         batch = batch.to(device)
         logits = predict(batch)
         hits = (logits.argmax(-1) == batch.masked_labels).sum()
-        kl = losses.logit_kl(logits, teacher(batch), 1.0) if teacher is not None else logits.new_zeros(())
+        loss, kl = masked_lm_losses(logits, teacher(batch) if teacher else None, batch.masked_labels)
         rows = torch.tensor(len(batch.masked_labels), device=device)
-        sums += torch.stack([value.double() for value in (losses.mlm(logits, batch.masked_labels), hits, kl, rows)])
+        kl = loss.new_zeros(()) if kl is None else kl
+        sums += torch.stack([value.double() for value in (loss, hits, kl, rows)])
     mlm_loss, hits, kl, rows = ranks.total(sums).tolist()
     result = {"mlm_loss": mlm_loss / rows, "masked_top1": hits / rows, "masked_rows": rows}
     return result | ({"kl_to_teacher": kl / rows} if teacher is not None else {})

@@ -119,6 +119,19 @@ def mlm_head(model: BertForMaskedLM) -> nn.Module:
     return model.cls
 
 
+def mlm_transform(model: BertForMaskedLM) -> nn.Module:
+    """First part of the MLM head: rows of the last hidden states (rows, hidden) -> rows that enter the decoder."""
+    return model.cls.predictions.transform
+
+
+def decoder(model: BertForMaskedLM) -> nn.Linear:
+    """Second part: -> logits (rows, vocabulary). Its weight is the word embeddings' where they are tied.
+
+    Under ZeRO-3 weight and bias exist only inside a call of this module.
+    """
+    return model.cls.predictions.decoder
+
+
 def layer_norms(model: BertForMaskedLM) -> dict[str, nn.LayerNorm]:
     """LayerNorms that read the residual stream itself (the MLM head's transform is not one of them)."""
     inside = backbone(model).named_modules()

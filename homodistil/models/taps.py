@@ -2,24 +2,40 @@
 
 Q and K come through the library's registry of attention functions, so SDPA / flash keeps computing the output and no
 attention matrix is made here; layer outputs come through module hooks. No modelling code of our own.
+
+What passes by is shown to a `Visitor` at once, so that it can be used and freed while the forward pass goes on.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 from typing import NamedTuple
 
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+from homodistil.models.attention import attend
 
 ATTENTION = "homodistil_sdpa"
 """Value for `attn_implementation`: SDPA that shows its queries and keys to the taps."""
 
 
+class LayerTap(NamedTuple):
+    """One layer. B batch, T tokens, D hidden, N heads, H dims of a head."""
+
+    hidden: Tensor
+    """Its output, (B, T, D)."""
+    queries: Tensor
+    """(B, N, T, H)."""
+    keys: Tensor
+    """(B, N, T, H)."""
+
+
 class Tapped(NamedTuple):
-    """One forward pass. B batch, T tokens, D hidden, N heads, H dims of a head."""
+    """One whole forward pass."""
 
     embedding: Tensor
     """What entered layer 0, (B, T, D)."""
@@ -37,44 +53,115 @@ class Tapped(NamedTuple):
         return self.layers[-1]
 
 
+class Visitor:
+    """What may be done while a forward pass goes by. `args` and `kwargs` are those of the module about to run."""
+
+    def before_embedding(self, args: tuple, kwargs: dict) -> None:
+        """Nothing by default."""
+
+    def embedding(self, output: Tensor) -> None:
+        """What enters layer 0, (B, T, D)."""
+
+    def before_layer(self, i: int, args: tuple, kwargs: dict) -> None:
+        """Nothing by default."""
+
+    def layer(self, i: int, tap: LayerTap) -> None:
+        """Layer `i` is done."""
+
+
 class Taps:
-    """Hooks on one model. `run` is the model's backbone forward and returns what passed by.
+    """Hooks on one model, silent unless `visit` or `run` is under way.
 
     `scale` is what the model's softmax multiplies q.k with.
     """
 
     def __init__(self, model: nn.Module, family: ModuleType) -> None:
         self._backbone = family.backbone(model)
-        self._seen: dict[str, list[Tensor]] = {}
+        self._visitor: Visitor | None = None
+        self._queries: Tensor | None = None
+        self._keys: Tensor | None = None
         self.scale = float(family.attentions(model)[0].scaling)
-        self._listen(family.embeddings(model), "embedding")
-        for layer in family.layers(model):
-            self._listen(layer, "layers")
+        embeddings = family.embeddings(model)
+        embeddings.register_forward_pre_hook(self._before_embedding, with_kwargs=True)
+        embeddings.register_forward_hook(self._after_embedding)
+        for i, layer in enumerate(family.layers(model)):
+            layer.register_forward_pre_hook(self._before_layer(i), with_kwargs=True)
+            layer.register_forward_hook(self._after_layer(i))
         for attention in family.attentions(model):
             attention.homodistil_taps = self
 
-    def _listen(self, module: nn.Module, name: str) -> None:
-        module.register_forward_hook(lambda _module, _inputs, output: self.record(name, output))
+    def visit(self, input_ids: Tensor, padding_mask: Tensor | None, visitor: Visitor) -> Tensor:
+        """The model's backbone forward, shown to `visitor`. Returns the last layer's output (B, T, D).
 
-    def record(self, name: str, output: Tensor | tuple[Tensor, ...]) -> None:
-        tensor = output[0] if isinstance(output, tuple) else output
-        self._seen.setdefault(name, []).append(tensor)
+        input_ids and padding_mask: int64, (B, T); mask 1 = token, 0 = padding, None: no padding (see Batch).
+        """
+        if padding_mask is not None:  # of two dims, the library would ask the device whether it masks anything
+            padding_mask = padding_mask[:, None, None, :].bool().expand(-1, 1, padding_mask.shape[1], -1)
+        with self.shown_to(visitor):
+            return self._backbone(input_ids=input_ids, attention_mask=padding_mask).last_hidden_state
 
-    def run(self, input_ids: Tensor, attention_mask: Tensor) -> Tapped:
-        """input_ids and attention_mask: int64, (B, T); mask 1 = token, 0 = padding."""
-        self._seen = {}
-        self._backbone(input_ids=input_ids, attention_mask=attention_mask)
-        # Handed over, not kept: a graph that outlives its step would hold memory and old parameter shapes.
-        seen, self._seen = self._seen, {}
-        return Tapped(seen["embedding"][0], seen["layers"], seen["queries"], seen["keys"], self.scale)
+    @contextmanager
+    def shown_to(self, visitor: Visitor) -> Iterator[None]:
+        """Whatever part of the model runs inside is shown to `visitor`."""
+        self._visitor = visitor
+        try:
+            yield
+        finally:
+            # Not kept: a graph that outlives its step would hold memory and old parameter shapes.
+            self._visitor = self._queries = self._keys = None
+
+    def run(self, input_ids: Tensor, padding_mask: Tensor | None) -> Tapped:
+        """The same, collected."""
+        collector = _Collector()
+        self.visit(input_ids, padding_mask, collector)
+        hidden, queries, keys = (list(part) for part in zip(*collector.layers, strict=True))
+        return Tapped(collector.embedded, hidden, queries, keys, self.scale)
+
+    def record(self, queries: Tensor, keys: Tensor) -> None:
+        """Called by the attention function, inside a layer."""
+        if self._visitor is not None:
+            self._queries, self._keys = queries, keys
+
+    def _before_embedding(self, _module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if self._visitor is not None:
+            self._visitor.before_embedding(args, kwargs)
+
+    def _after_embedding(self, _module: nn.Module, _args: tuple, output: Tensor) -> None:
+        if self._visitor is not None:
+            self._visitor.embedding(output)
+
+    def _before_layer(self, i: int):
+        def hook(_module: nn.Module, args: tuple, kwargs: dict) -> None:
+            if self._visitor is not None:
+                self._visitor.before_layer(i, args, kwargs)
+
+        return hook
+
+    def _after_layer(self, i: int):
+        def hook(_module: nn.Module, _args: tuple, output: Tensor | tuple[Tensor, ...]) -> None:
+            if self._visitor is not None:
+                hidden = output[0] if isinstance(output, tuple) else output
+                self._visitor.layer(i, LayerTap(hidden, self._queries, self._keys))
+
+        return hook
+
+
+class _Collector(Visitor):
+    def __init__(self) -> None:
+        self.layers: list[LayerTap] = []
+
+    def embedding(self, output: Tensor) -> None:
+        self.embedded = output
+
+    def layer(self, i: int, tap: LayerTap) -> None:
+        self.layers.append(tap)
 
 
 def _tapped_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask, **kwargs):
     taps = getattr(module, "homodistil_taps", None)
     if taps is not None:
-        taps.record("queries", query)
-        taps.record("keys", key)
-    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+        taps.record(query, key)
+    return attend(module, query, key, value, attention_mask, **kwargs)
 
 
 AttentionInterface.register(ATTENTION, _tapped_attention)

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, distributed
 
 from homodistil.config import PruningConfig
+from homodistil.kernels.score_sums import add_score_sums
 from homodistil.models import axes
-from homodistil.models.axes import AxisTable, AxisUse, Keep
+from homodistil.models.axes import AxisTable, Keep
+from homodistil.pruning.use_sums import Target, UseSums
 
 
 class Piece(Protocol):
@@ -24,44 +26,6 @@ class Piece(Protocol):
     start: int
     weight: Tensor
     gradient: Tensor
-
-
-def add_dim_sums(values: Tensor, start: int, shape: tuple[int, ...], dim: int, sums: Tensor) -> None:
-    """Add `values`, elements [start, start + n) of a row-major tensor, to the sums over all other dims.
-
-    Args:
-        values: (n,).
-        shape: of the whole tensor, one or two dims.
-        dim: the dim that stays.
-        sums: (shape[dim],), changed in place.
-    """
-    if len(shape) == 1:
-        sums[start : start + len(values)] += values
-        return
-    columns = shape[1]
-    head = min((-start) % columns, len(values))
-    whole_rows = (len(values) - head) // columns
-    tail = head + whole_rows * columns
-    row, column = divmod(start, columns)
-    if head:
-        _add_part(values[:head], row, column, dim, sums)
-    if whole_rows:
-        first = row + (1 if head else 0)
-        block = values[head:tail].view(whole_rows, columns)
-        if dim == 0:
-            sums[first : first + whole_rows] += block.sum(1)
-        else:
-            sums += block.sum(0)
-    if tail < len(values):
-        _add_part(values[tail:], (start + tail) // columns, 0, dim, sums)
-
-
-def _add_part(part: Tensor, row: int, column: int, dim: int, sums: Tensor) -> None:
-    """A piece of one row that starts at `column`."""
-    if dim == 0:
-        sums[row] += part.sum()
-    else:
-        sums[column : column + len(part)] += part
 
 
 class Importance:
@@ -87,6 +51,10 @@ class Importance:
         """
         return {} if self.config.importance == "random" else self._sums(pieces, table, shapes)
 
+    @property
+    def needs_gradients(self) -> bool:
+        return self.config.importance in ("sensitivity", "platon")
+
     def accept(self, sums: Keep) -> None:
         """Take in what `measure` gave, once its step has been applied: an overflow's sums are not finite."""
         self._smooth(sums)
@@ -97,35 +65,54 @@ class Importance:
         self.accept(self.measure(pieces, table, shapes))
 
     def _sums(self, pieces: Iterable[Piece], table: AxisTable, shapes: dict[str, tuple[int, ...]]) -> Keep:
-        uses = table.uses_by_parameter()
-        dim_sums: dict[AxisUse, Tensor] = {}
+        layout, sums = UseSums(table), None
         for piece in pieces:
-            scored = [use for use in uses.get(piece.name, ()) if use.scored]
-            if not scored:
+            target = layout.target(piece.name, shapes[piece.name])
+            if target is None:
                 continue
-            value = self._element_scores(piece)
-            for use in scored:
-                if use not in dim_sums:  # where the pieces lie: in host memory, with an offloaded optimizer
-                    dim_sums[use] = torch.zeros(table.dim_size(use), device=value.device)
-                add_dim_sums(value, piece.start, shapes[piece.name], use.dim, dim_sums[use])
-        absent = {use: torch.zeros(table.dim_size(use)) for use in table.uses if use.scored and use not in dim_sums}
-        on_device = {use: (dim_sums | absent)[use].to(self.device) for use in table.uses if use.scored}
-        _sum_over_ranks(list(on_device.values()))
-        return _per_axis(on_device, table, self.device)
+            if sums is None:  # where the pieces lie: in host memory, with an offloaded optimizer
+                sums = torch.zeros(layout.numel, device=piece.weight.device)
+            self._add(piece, target, sums)
+        return self.over_ranks(layout, torch.zeros(layout.numel) if sums is None else sums)
 
-    def _element_scores(self, piece: Piece) -> Tensor:
-        if self.config.importance == "magnitude":
-            return piece.weight.detach().abs()
-        return (piece.weight.detach() * piece.gradient).abs_()
+    def _add(self, piece: Piece, target: Target, sums: Tensor) -> None:
+        columns, rows_at, columns_at = target
+        add_score_sums(
+            piece.weight.detach(),
+            piece.gradient if self.needs_gradients else None,
+            piece.start,
+            columns,
+            sums[rows_at:] if rows_at >= 0 else None,
+            sums[columns_at : columns_at + columns] if columns_at >= 0 else None,
+        )
+
+    def over_ranks(self, layout: UseSums, sums: Tensor, probes: Tensor | None = None) -> Keep:
+        """This rank's share of the sums -> the sums of all, by axis. Every rank calls it.
+
+        Args:
+            sums: (layout.numel,).
+            probes: (2,), a norm of the gradients that importance is meant for, and of those that `sums` was taken from:
+                the sums are brought to the former.
+        """
+        together = sums.to(self.device) if probes is None else torch.cat([sums, probes]).to(self.device)
+        if distributed.is_initialized() and distributed.get_world_size() > 1:
+            distributed.all_reduce(together)
+        sums, found = together.split([layout.numel, len(together) - layout.numel])
+        if probes is not None:
+            sums = sums * torch.where(found[1] > 0, found[0] / found[1], 1.0)
+        return layout.per_axis(sums)
 
     def _smooth(self, fresh: Keep) -> None:
         beta, beta_uncertainty = self.config.ema_beta, self.config.uncertainty_beta
         if self.config.importance == "magnitude":
             beta = 0.0
-        for axis, value in fresh.items():
-            self.average[axis].lerp_(value, 1 - beta)
-            deviation = (value - self.average[axis]).abs()
-            self.uncertainty[axis].lerp_(deviation, 1 - beta_uncertainty)
+        if not fresh:
+            return
+        values, averages = list(fresh.values()), [self.average[axis] for axis in fresh]
+        torch._foreach_lerp_(averages, values, 1 - beta)
+        deviations = torch._foreach_sub(values, averages)
+        torch._foreach_abs_(deviations)
+        torch._foreach_lerp_([self.uncertainty[axis] for axis in fresh], deviations, 1 - beta_uncertainty)
 
     def scores(self) -> dict[str, Tensor]:
         """Axis -> fp32 scores, (width,) or (heads, width) for the dims of heads, on the CPU."""
@@ -158,27 +145,3 @@ class Importance:
 
 def _zeros(table: AxisTable, device: torch.device) -> dict[str, Tensor]:
     return {axis: torch.zeros(index.shape, device=device) for axis, index in axes.whole(table.widths).items()}
-
-
-def _sum_over_ranks(tensors: list[Tensor]) -> None:
-    """One all-reduce for all of them."""
-    if not (distributed.is_initialized() and distributed.get_world_size() > 1):
-        return
-    flat = torch.cat(tensors)
-    distributed.all_reduce(flat)
-    for tensor, part in zip(tensors, flat.split([len(t) for t in tensors]), strict=True):
-        tensor.copy_(part)
-
-
-def _per_axis(dim_sums: dict[AxisUse, Tensor], table: AxisTable, device: torch.device) -> dict[str, Tensor]:
-    """Sums per dimension -> sums per axis entry; a (heads, dims) dimension counts for both of its axes."""
-    scores = _zeros(table, device)
-    for use, value in dim_sums.items():
-        if len(use.axes) == 1:
-            scores[use.axes[0]] += value
-        else:
-            heads, dims = use.axes
-            grid = value.view(table.widths[heads], table.widths[dims])
-            scores[heads] += grid.sum(1)
-            scores[dims] += grid
-    return scores

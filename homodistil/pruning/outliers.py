@@ -7,28 +7,33 @@ Every BERT has one or two. Sensitivity ranks them low, and without them LayerNor
 from __future__ import annotations
 
 from collections.abc import Iterable
+from types import ModuleType
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from homodistil.data.masking import Batch
-from homodistil.distill.teacher import Teacher
 
 
-def variance_shares(teacher: Teacher, batches: Iterable[Batch]) -> Tensor:
+@torch.no_grad()
+def variance_shares(model: nn.Module, family: ModuleType, batches: Iterable[Batch]) -> Tensor:
     """Largest share of the variance that each residual dim carries at any LayerNorm's input, fp32 (hidden,),
-    on the teacher's device.
+    on the model's device.
 
     A share is E[(x_j - mean of its token)^2] over the sum of the same for all dims, over valid tokens.
+
+    Args:
+        model: at the teacher's widths, with its own layers (a runtime may have replaced those of the teacher).
+        family: its table.
     """
-    meters = {name: _ShareMeter() for name in teacher.family.layer_norms(teacher.model)}
-    norms = teacher.family.layer_norms(teacher.model)
+    norms = family.layer_norms(model)
+    meters = {name: _ShareMeter() for name in norms}
     handles = [norms[name].register_forward_pre_hook(meter) for name, meter in meters.items()]
     try:
         for batch in batches:
             for meter in meters.values():
                 meter.attention_mask = batch.attention_mask
-            teacher(batch)
+            family.backbone(model)(input_ids=batch.input_ids, attention_mask=batch.padding_mask)
     finally:
         for handle in handles:
             handle.remove()

@@ -6,13 +6,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor
 
 from homodistil.models.axes import AxisTable, Keep
-from homodistil.pruning.importance import Importance, Piece
+from homodistil.pruning.importance import Importance
 from homodistil.pruning.schedule import WidthSchedule
 from homodistil.pruning.selection import select
 from homodistil.resize.plan import ResizePlan, make_plan
@@ -32,11 +30,8 @@ class Pruner:
         """Whether the gradients of update `step` still decide anything."""
         return step <= self.schedule.end_step
 
-    def measure(self, pieces: Iterable[Piece], table: AxisTable, shapes: dict[str, tuple[int, ...]]) -> Keep:
-        """Sums of this step's gradients, to be accepted once the step has been applied (see Importance)."""
-        return self.importance.measure(pieces, table, shapes)
-
     def accept(self, sums: Keep) -> None:
+        """One step's sums (Importance.measure), once the step has been applied."""
         self.importance.accept(sums)
 
     def due(self, step: int, table: AxisTable, kept_hidden: Tensor) -> ResizePlan | None:

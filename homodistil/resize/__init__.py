@@ -12,7 +12,7 @@ looks at every event. The other functions read or fill that state by parameter n
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -24,19 +24,22 @@ from homodistil.resize.engine_state import engine_state, load_engine_state, stat
 from homodistil.resize.gate import pass_gate, shapes_after
 from homodistil.resize.plan import ResizePlan, make_plan
 from homodistil.resize.support import adapter_of, check_config, check_supported
-from homodistil.resize.wrappers.adapter import Fragment, ReadState, StatePiece
+from homodistil.resize.wrappers.adapter import Fragment, Held, ReadState, StatePiece
 from homodistil.resize.wrappers.plain import slice_module
 
 __all__ = [
     "Fragment",
+    "Held",
     "ReadState",
     "ResizeCost",
     "ResizePlan",
     "StatePiece",
+    "base_optimizer",
     "check_config",
     "check_supported",
     "engine_state",
     "gradient_fragments",
+    "held_masters",
     "load_engine_state",
     "load_state",
     "make_plan",
@@ -87,14 +90,31 @@ def resize(engine, plan: ResizePlan) -> ResizeCost:
 
 
 @torch.no_grad()
-def gradient_fragments(engine) -> Iterator[Fragment]:
+def gradient_fragments(engine, names: Container[str] | None = None) -> Iterator[Fragment]:
     """This rank's share of the reduced gradients, with the fp32 weights they belong to. No communication.
 
     Call after `engine.backward` at the accumulation boundary and before `engine.step`. Over all ranks, every element
     of every trainable parameter appears exactly once: sums over ranks are complete. Fragments may be views of live
     state: read them, do not change them.
+
+    Args:
+        names: parameters that are wanted; None: all.
     """
-    yield from adapter_of(engine).gradient_fragments()
+    yield from adapter_of(engine).gradient_fragments(names)
+
+
+def held_masters(engine) -> Iterator[tuple[Tensor, Held]]:
+    """This rank's share of the trainable parameters: the tensor that the optimizer updates, and what lies where in it.
+
+    The same elements as in `gradient_fragments`; the tensors are those in the optimizer's `param_groups`, now and for
+    as long as the engine lives, the places change with every resize.
+    """
+    yield from adapter_of(engine).held_masters()
+
+
+def base_optimizer(engine) -> torch.optim.Optimizer:
+    """The torch optimizer inside the engine's wrapper."""
+    return adapter_of(engine).torch_optimizer()
 
 
 @torch.no_grad()

@@ -79,7 +79,7 @@ def _counts_of(group: StateGroup) -> dict[str, float]:
 
 
 def _is_torchs(optimizer: torch.optim.Optimizer) -> bool:
-    return type(optimizer).__module__.startswith("torch.optim")
+    return isinstance(optimizer, torch.optim.Adam)  # or derived from it; DeepSpeed's and apex's are not
 
 
 def _plain(value: object) -> object:

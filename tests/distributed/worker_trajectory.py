@@ -2,6 +2,7 @@
 
     torchrun --nproc_per_node 2 worker_trajectory.py '[{"stage": 2}]' [--refusals]      (cases: see test_trajectory.py)
 
+Runs on a GPU as well (DS_ACCELERATOR=cuda); the plain loop stays on the CPU.
 Prints one line `CASE {json}` a case, with the distances to the plain loop of reference.py.
 """
 
@@ -17,6 +18,7 @@ import tiny_bert
 import torch
 import torch.distributed as dist
 import zero3_walk
+from deepspeed.accelerator import get_accelerator
 from reference import ROWS
 from torch import Tensor
 
@@ -34,6 +36,7 @@ class Run:
     def __init__(self, case: dict):
         self.accumulation = case.get("accumulation", 1)
         self.events = tiny_bert.events() if case.get("events", True) else {}
+        self.device = torch.device(get_accelerator().current_device_name())
         dtype = torch.bfloat16 if case.get("bf16") else torch.float32
         self.model = tiny_bert.make_model()
         self.engine, *_ = deepspeed.initialize(
@@ -61,10 +64,11 @@ class Run:
             if step in self.events:
                 self.resize(self.events[step])  # `loss`, and with it the last graph, is still referenced here
                 before = master_weights(self.engine)
-            total = torch.zeros(1)
+            total = torch.zeros(1, device=self.device)
             for micro in range(self.accumulation):
                 batch = tiny_bert.make_batch(step * self.accumulation + micro, ROWS * dist.get_world_size())
-                loss = self.engine(**{k: rows[rank * ROWS : (rank + 1) * ROWS] for k, rows in batch.items()}).loss
+                mine = slice(rank * ROWS, (rank + 1) * ROWS)
+                loss = self.engine(**{k: rows[mine].to(self.device) for k, rows in batch.items()}).loss
                 self.engine.backward(loss)
                 self.engine.step()
                 total += loss.detach().float() / self.accumulation

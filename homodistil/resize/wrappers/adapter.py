@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -25,6 +25,10 @@ from homodistil.resize.plan import DimIndex, ResizePlan, select
 
 ReadState = Callable[[str, str, int, int], Tensor]
 """(kind, parameter name, start, stop) -> those elements, flat; kind is "weight" or the name of an optimizer state."""
+
+
+CONVERTED_NUMEL = 1 << 19
+"""Elements of a gradient that are converted to fp32 at a time on a CPU: as many as its caches hold."""
 
 
 class Held(NamedTuple):
@@ -141,15 +145,21 @@ class Adapter(ABC):
             states = {key: _part(value, held) for key, value in group.per_element().items()}
             yield StatePiece(held.name, held.start, _part(group.master, held), states)
 
-    def gradient_fragments(self) -> Iterator[Fragment]:
+    def gradient_fragments(self, names: Container[str] | None = None) -> Iterator[Fragment]:
         """See `homodistil.resize.gradient_fragments`."""
         scale, groups = self.loss_scale(), self.groups()
         access = {id(group.held): self.gradients(i) for i, group in enumerate(groups)}
         for group, held in self._shares(groups):
-            gradient = access[id(group.held)](held).flatten().float()
+            if names is not None and held.name not in names:
+                continue
+            gradient = access[id(group.held)](held).flatten()
             assert gradient.numel() == held.numel, "gradients do not follow the layout"
-            weight = _part(group.master, held).float()
-            yield Fragment(held.name, held.start, weight, gradient / scale if scale != 1.0 else gradient)
+            yield from _unscaled(held, _part(group.master, held), gradient, scale)
+
+    def held_masters(self) -> Iterator[tuple[Tensor, Held]]:
+        """See `homodistil.resize.held_masters`."""
+        for group, held in self._shares(self.groups()):
+            yield group.master, held
 
     def _shares(self, groups: list[StateGroup]) -> Iterator[tuple[StateGroup, Held]]:
         """What this rank reports of `groups`: partitions whole, and its turn of what every rank has."""
@@ -208,6 +218,19 @@ class Adapter(ABC):
 
 def _part(tensor: Tensor, held: Held) -> Tensor:
     return tensor.detach().view(-1)[held.position : held.position + held.numel]
+
+
+def _unscaled(held: Held, weight: Tensor, gradient: Tensor, scale: float) -> Iterator[Fragment]:
+    """The gradient as it lies, or copied stretch by stretch where it is to be converted."""
+    if gradient.dtype == torch.float32 and scale == 1.0:
+        yield Fragment(held.name, held.start, weight, gradient)
+        return
+    step = CONVERTED_NUMEL if gradient.device.type == "cpu" else held.numel
+    for begin in range(0, held.numel, step):
+        converted = gradient[begin : begin + step].to(torch.float32, copy=True)
+        if scale != 1.0:
+            converted /= scale
+        yield Fragment(held.name, held.start + begin, weight[begin : begin + step], converted)
 
 
 def index_by_parameter(parameters: dict[str, nn.Parameter], plan: ResizePlan) -> dict[nn.Parameter, DimIndex]:

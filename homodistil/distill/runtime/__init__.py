@@ -1,0 +1,77 @@
+"""How the frozen teacher's backbone runs: as it is, under torch.compile, or under deepspeed.init_inference.
+
+    check_teacher_runtime(config, device)                      # at start, before anything is made
+    runtime = build_runtime(model, family, config.teacher, device, dtype)
+    tapped = runtime(input_ids, attention_mask)                # never builds a graph
+
+own_stream.py runs any of them beside the student's forward; self_check.py decides whether injected kernels are right.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from homodistil.config import RunConfig, TeacherConfig
+from homodistil.distill.inductor import require_compiler
+from homodistil.distill.runtime.compiled import CompiledRuntime
+from homodistil.distill.runtime.deepspeed_inference import EngineRuntime, InjectedRuntime
+from homodistil.distill.runtime.own_stream import OwnStream, Pending
+from homodistil.distill.runtime.plain import PlainRuntime
+from homodistil.errors import UserError
+from homodistil.models.taps import Tapped
+
+__all__ = ["OwnStream", "Pending", "Runtime", "build_runtime", "check_teacher_runtime"]
+
+
+class Runtime(Protocol):
+    scale: float
+    """What the teacher's softmax multiplies q.k with."""
+    shows_attention: bool
+    """False: `Tapped.queries` and `Tapped.keys` hold None (injected kernels)."""
+
+    def __call__(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tapped:
+        """input_ids, attention_mask: int64, (B, T); mask 1 = token, 0 = padding, None: none. No tensor has a graph."""
+
+
+def check_teacher_runtime(config: RunConfig, device: torch.device) -> None:
+    """Raises `UserError` for settings of `teacher` that cannot work together or on this device."""
+    teacher = config.teacher
+    if teacher.runtime == "compile":
+        require_compiler("teacher.runtime", device)
+    if teacher.own_stream and device.type != "cuda":
+        raise UserError(
+            f"teacher.own_stream: true needs an NVIDIA GPU, this run is on {device.type}; set teacher.own_stream=false"
+        )
+    if teacher.kernel_inject and teacher.runtime != "deepspeed":
+        raise UserError(
+            f"teacher.kernel_inject: true needs teacher.runtime=deepspeed, found {teacher.runtime}; set that, or "
+            f"teacher.kernel_inject=false"
+        )
+    if teacher.kernel_inject and config.loss.attention > 0:
+        raise UserError(
+            f"teacher.kernel_inject: DeepSpeed's kernels show no queries and keys, which loss.attention="
+            f"{config.loss.attention:g} compares; set loss.attention=0 or teacher.kernel_inject=false"
+        )
+
+
+def build_runtime(
+    model: nn.Module, family: ModuleType, config: TeacherConfig, device: torch.device, dtype: torch.dtype
+) -> Runtime:
+    """The runtime of `config.runtime` around `model`, which is frozen, in evaluation mode and on `device` already.
+
+    It listens to the model through taps of its own: those that were made before see nothing of attention any more.
+    Injected kernels replace layers of `model`: look into its modules before.
+
+    Raises:
+        UserError: DeepSpeed's kernels cannot be injected, or give something else than the plain model.
+    """
+    if config.runtime == "compile":
+        return CompiledRuntime(model, family, device)
+    if config.runtime == "deepspeed":
+        make = InjectedRuntime if config.kernel_inject else EngineRuntime
+        return make(model, family, device, dtype)
+    return PlainRuntime(model, family)

@@ -1,0 +1,22 @@
+"""teacher.runtime=torch: the module as it is."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+from torch import Tensor, nn
+
+from homodistil.models.taps import Tapped, Taps
+
+
+class PlainRuntime:
+    shows_attention = True
+
+    def __init__(self, model: nn.Module, family: ModuleType) -> None:
+        self._taps = Taps(model, family)
+        self.scale = self._taps.scale
+
+    @torch.no_grad()
+    def __call__(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tapped:
+        return self._taps.run(input_ids, attention_mask)

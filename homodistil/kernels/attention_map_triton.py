@@ -1,0 +1,127 @@
+"""Launches the Triton kernels of the attention-map loss, attention_map_kernels_triton.py, and says how to compile them.
+
+Tensors go in as they are, with strides: Hugging Face hands out (B, N, T, H) as views of (B, T, N, H), where the dims of
+a head still lie side by side. A row of a head fills whole memory sectors either way: a contiguous copy would be cost
+without gain.
+
+Numbers that change from batch to batch or with pruning (tokens, heads, dims) are run-time arguments, so a resize
+compiles nothing until a head's dims pass a power of two (or stop being a multiple of 16).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from homodistil.kernels import attention_map_kernels_triton as kernels
+from homodistil.kernels.attention_map import Gradients, Maps
+from homodistil.kernels.attention_map_kernels_triton import Side
+from homodistil.kernels.triton_support import padded
+
+FP16_SHIFT = 1024.0
+"""The gradient of a probability near the teacher's is below what fp16 holds: it enters the product this much larger."""
+
+
+class Launch(NamedTuple):
+    """How a kernel is compiled for a shape."""
+
+    constexprs: dict[str, int]
+    """Extents of its tiles."""
+    num_warps: int
+    num_stages: int
+
+
+def configuration(
+    num_tokens: int, student_dims: int, teacher_dims: int, in_fp32: bool = False, capability: int = 90
+) -> dict[str, Launch]:
+    """The kernels that run for these shapes, by name, and how. None spills registers (test_compile_ahead.py).
+
+    Args:
+        in_fp32: one of the models computes in fp32. Such products run without tensor cores, from registers alone.
+        capability: of the GPU, 80 for A100, 90 for H100 and H200. Before 90 both operands and results of a product take
+            up registers: smaller tiles.
+    """
+    dims = {"STUDENT_DIMS": padded(student_dims), "TEACHER_DIMS": padded(teacher_dims)}
+    if in_fp32:
+        launch = Launch(dims | {"QUERIES": 32, "KEYS": 32}, num_warps=8, num_stages=2)
+        return {"row_kernel": launch, "column_kernel": launch}
+    if num_tokens <= (128 if capability >= 90 else 64):
+        tokens = padded(num_tokens)
+        return {"tile_kernel": Launch(dims | {"TOKENS": tokens}, num_warps=8 if tokens == 128 else 4, num_stages=1)}
+    if capability >= 90:
+        launch = Launch(dims | {"QUERIES": 64, "KEYS": 64}, num_warps=4, num_stages=2)
+    else:
+        launch = Launch(dims | {"QUERIES": 32, "KEYS": 64}, num_warps=4, num_stages=1)
+    return {"row_kernel": launch, "column_kernel": launch}
+
+
+def options(target: str, student_dtype: torch.dtype) -> dict[str, str | float]:
+    """The constexprs that do not follow from shapes."""
+    # Differences of scores are not bounded as those of probabilities are: larger, they could overflow fp16.
+    shift = FP16_SHIFT if student_dtype == torch.float16 and target != "scores" else 1.0
+    return {"TARGET": target, "SHIFT": shift}
+
+
+def evaluate(maps: Maps, with_gradients: bool) -> tuple[Tensor, Gradients | None]:
+    """Sum over heads of the loss, and the gradients of that sum."""
+    num_texts, num_heads, num_tokens, student_dims = maps.student_queries.shape
+    capability = _capability(maps.student_queries.device)
+    in_fp32 = torch.float32 in (maps.student_queries.dtype, maps.teacher_queries.dtype)
+    launches = configuration(num_tokens, student_dims, maps.teacher_queries.shape[-1], in_fp32, capability)
+    gradients = (maps.gradient_buffer(), maps.gradient_buffer()) if with_gradients else None
+    arguments = _arguments(maps, gradients)
+    if "tile_kernel" in launches:
+        losses = _launch("tile_kernel", launches, arguments, num_tokens, with_losses=True)
+        return losses.sum(), gradients
+    arguments["row_sums"] = maps.student_queries.new_empty(num_texts * num_heads * 3 * num_tokens, dtype=torch.float32)
+    losses = _launch("row_kernel", launches, arguments, launches["row_kernel"].constexprs["QUERIES"], with_losses=True)
+    if with_gradients:
+        _launch("column_kernel", launches, arguments, launches["column_kernel"].constexprs["KEYS"], with_losses=False)
+    return losses.sum(), gradients
+
+
+def _capability(device: torch.device) -> int:
+    """90 where kernels are interpreted."""
+    if device.type != "cuda":
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def _launch(name: str, launches: dict[str, Launch], arguments: dict, block: int, with_losses: bool) -> Tensor | None:
+    """One program for `block` tokens of a map. Returns the losses of the programs."""
+    launch, mask = launches[name], arguments["attention_mask"]
+    num_programs = mask.shape[0] * arguments["num_heads"] * triton.cdiv(mask.shape[1], block)
+    losses = torch.empty(num_programs, device=mask.device) if with_losses else None
+    outputs = {"losses": losses} if with_losses else {}
+    kernel = getattr(kernels, name)
+    kernel[(num_programs,)](
+        **arguments, **outputs, **launch.constexprs, num_warps=launch.num_warps, num_stages=launch.num_stages
+    )
+    return losses
+
+
+def _arguments(maps: Maps, gradients: Gradients | None) -> dict:
+    """What all kernels take."""
+    return {
+        "student": _side(maps.student_queries, maps.student_keys),
+        "teacher": _side(maps.teacher_queries, maps.teacher_keys),
+        "gradients": None if gradients is None else _side(*gradients),
+        "attention_mask": maps.attention_mask.contiguous(),
+        "heads": maps.heads,
+        "student_scale": maps.student_scale,
+        "teacher_scale": maps.teacher_scale,
+        "num_heads": maps.student_queries.shape[1],
+        "num_tokens": maps.student_queries.shape[2],
+        **options(maps.target, maps.student_queries.dtype),
+    }
+
+
+def _side(queries: Tensor, keys: Tensor) -> Side:
+    """A model's queries and keys share their strides, the dims of a head side by side; anything else is copied."""
+    if queries.stride() != keys.stride() or queries.stride(-1) != 1:
+        queries, keys = queries.contiguous(), keys.contiguous()
+    return Side(queries, keys, *queries.stride()[:3], queries.shape[-1])

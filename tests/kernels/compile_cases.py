@@ -1,0 +1,132 @@
+"""What compile_worker.py compiles: the public operations on tensors of the product's shapes, forward and backward.
+
+Only extents that a kernel is specialised on are real (head dims, tokens, vocabulary, dtypes); batches are as small as
+they can be, since nothing runs and outputs are whatever the memory holds.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from homodistil.kernels.adam_importance import AdamSettings, Segment, SegmentTable, adamw_with_sums_
+from homodistil.kernels.attention_map import TARGETS, attention_map_loss
+from homodistil.kernels.masked_lm import linear_masked_lm_losses, masked_lm_losses
+
+VOCABULARY = 30522
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    launch: Callable[[], None]
+    is_representative: bool
+    """Part of the default run; the others belong to the full matrix."""
+
+
+# -- attention maps
+
+
+def attention(target: str, num_tokens: int, head_dim: int, dtype: str, num_teacher_heads: int = 3) -> None:
+    """Heads of 64 in the teacher, its first two left in the student; Q and K as models have them: strided views."""
+    student = [heads(2, num_tokens, head_dim, dtype).requires_grad_() for _ in range(2)]
+    teacher = [heads(num_teacher_heads, num_tokens, 64, dtype) for _ in range(2)]
+    mask = torch.ones(2, num_tokens, dtype=torch.int64)
+    head_map = torch.arange(2) if num_teacher_heads > 2 else None
+    loss = attention_map_loss(*student, *teacher, 0.125, 0.125, mask, head_map, target, "triton")
+    loss.backward()
+
+
+def heads(num_heads: int, num_tokens: int, head_dim: int, dtype: str) -> Tensor:
+    """(B, N, T, H) out of (B, T, N * H)."""
+    return tensor(2, num_tokens, num_heads, head_dim, dtype=dtype).transpose(1, 2)
+
+
+HEAD_DIMS, NUM_TOKENS = (64, 48, 32, 28, 20), (64, 128, 512)
+USUAL_ATTENTION = {
+    ("scores", 128, 64, "bf16"),
+    ("scores", 512, 64, "bf16"),
+    ("scores", 128, 20, "bf16"),
+    ("scores", 512, 64, "fp32"),
+    ("probabilities", 128, 64, "bf16"),
+    ("probabilities", 512, 48, "fp16"),
+    ("probabilities", 128, 28, "fp32"),
+    ("probabilities_kl", 64, 32, "fp16"),
+    ("probabilities_kl", 512, 64, "bf16"),
+}
+
+
+def attention_cases() -> list[Case]:
+    found = []
+    for settings in itertools.product(TARGETS, NUM_TOKENS, HEAD_DIMS, DTYPES):
+        target, num_tokens, head_dim, dtype = settings
+        name = f"{target} T={num_tokens} H={head_dim} {dtype}"
+        found.append(Case(name, lambda s=settings: attention(*s), settings in USUAL_ATTENTION))
+    whole = Case("scores T=128 H=64 bf16, no head map", lambda: attention("scores", 128, 64, "bf16", 2), False)
+    return [*found, whole]
+
+
+# -- vocabulary
+
+
+def rows(dtype: str, temperature: float) -> None:
+    student, teacher = (tensor(37, VOCABULARY, dtype=dtype) for _ in range(2))
+    student.requires_grad_()
+    ce, kl = masked_lm_losses(student, teacher, labels(37), temperature, "triton")
+    (ce + kl).backward()
+
+
+def rows_without_teacher(dtype: str) -> None:
+    student = tensor(37, VOCABULARY, dtype=dtype).requires_grad_()
+    ce, _ = masked_lm_losses(student, None, labels(37), 1.0, "triton")
+    ce.backward()
+
+
+def linear(dtype: str, temperature: float) -> None:
+    heads = [tensor(*shape, dtype=dtype) for shape in ((5, 16), (VOCABULARY, 16), (VOCABULARY,)) * 2]
+    for leaf in heads[:3]:
+        leaf.requires_grad_()
+    factor = torch.ones(())
+    total, _, _ = linear_masked_lm_losses(*heads, labels(5), factor, factor, temperature, implementation="triton")
+    total.backward()
+
+
+def tensor(*shape: int, dtype: str) -> Tensor:
+    return torch.zeros(*shape, dtype=DTYPES[dtype])
+
+
+def labels(num_rows: int) -> Tensor:
+    return torch.zeros(num_rows, dtype=torch.int64)
+
+
+def vocabulary_cases() -> list[Case]:
+    found = []
+    for dtype, temperature in itertools.product(DTYPES, (1.0, 2.0)):
+        usual = (dtype, temperature) in (("bf16", 1.0), ("fp32", 2.0))
+        found.append(Case(f"CE + KL {dtype} T={temperature:g}", lambda d=dtype, t=temperature: rows(d, t), usual))
+        found.append(Case(f"decoder {dtype} T={temperature:g}", lambda d=dtype, t=temperature: linear(d, t), usual))
+    return found + [Case(f"CE {dtype}", lambda d=dtype: rows_without_teacher(d), dtype == "bf16") for dtype in DTYPES]
+
+
+# -- optimizer
+
+
+def adam(columns: int) -> None:
+    """A whole matrix and the end of another one, as a ZeRO partition has them."""
+    segments = [Segment(0, 10 * columns, 0, columns, 0, 10), Segment(10 * columns, 40, 8, columns, 10 + columns)]
+    numel = 10 * columns + 64
+    tensors, sums = [torch.zeros(numel) for _ in range(4)], torch.zeros(200 + 2 * columns)
+    settings = AdamSettings(1e-3, 0.9, 0.999, 1e-8, 0.01)
+    adamw_with_sums_(*tensors, torch.ones(()), settings, SegmentTable(segments, numel), sums, "triton")
+
+
+def optimizer_cases() -> list[Case]:
+    return [Case(f"AdamW, rows of {columns}", lambda c=columns: adam(c), True) for columns in (768, 575)]
+
+
+CASES = attention_cases() + vocabulary_cases() + optimizer_cases()
