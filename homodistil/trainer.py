@@ -72,8 +72,8 @@ class Trainer:
         batches = self.feed.micro_batches(self.state.consumed_samples)
         importance = None
         for batch in batches:
-            teacher = self.teacher(batch) if self.teacher else None  # no grad, inference precision
-            terms = self.engine(batch, teacher)
+            targets = self.teacher(batch) if self.teacher else None  # no grad; in lock-step it runs with the student
+            terms = self.engine(batch, targets)
             backward(self.engine, fault_point("train.backward", terms.total))
             self.monitor.see(terms)
             if self.engine.is_gradient_accumulation_boundary():
