@@ -123,8 +123,8 @@ def attention_map_loss(
 
 
 def _without_slow_products(implementation: str, maps: Maps) -> str:
-    """Exact fp32 products have no tensor cores: tiles of them spill tens of kilobytes of registers. Torch's library is
-    faster there, unless Triton is asked for by name.
+    """Exact fp32 products have no tensor cores: tiles of them spill tens of kilobytes of registers. So torch is
+    taken there unless Triton is asked for by name; which is faster on a GPU has not been measured.
     """
     any_fp32 = torch.float32 in (maps.student_queries.dtype, maps.teacher_queries.dtype)
     return "torch" if implementation == "auto" and any_fp32 else implementation
