@@ -12,12 +12,13 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["homodistil", "homodistil.*"]),
-    package_data={"homodistil": ["recipes/*.yaml"]},
+    package_data={"homodistil": ["recipes/*.yaml", "recipes/*/*.yaml"]},
     python_requires=">=3.11",
     install_requires=[
         "torch>=2.11",
         "deepspeed>=0.19,<0.20",
         "transformers>=5.17,<6",
+        "accelerate>=1.1",  # Hugging Face's Trainer needs it
         "datasets>=4",
         "tensorboard",
         "jsonargparse[signatures]>=4.40",
@@ -28,6 +29,8 @@ setup(
         "psutil",
         "pyyaml",
         "jinja2",
+        "scikit-learn>=1.5",
+        "scipy>=1.11",
         "ninja",
     ],
     extras_require={

@@ -158,7 +158,7 @@ def recipe_schedule(shape: Shape, run: Measurement) -> dict:
         end_fraction=0.7,
         interval_steps=config.pruning.interval_steps,
     )
-    target = target_widths(target_shape(run.trainer.config.student), run.teacher_widths)
+    target = target_widths(target_shape(run.trainer.config.student, run.teacher_widths), run.teacher_widths)
     schedule = WidthSchedule(run.teacher_widths, target, pruning, config.train.steps)
     widths, points = dict(run.teacher_widths), []
     bounds = [0, *sorted(schedule.table), config.train.steps]

@@ -77,7 +77,8 @@ def _build_parser(description: str, with_engine: bool) -> ArgumentParser:
 
 
 def recipe_names() -> list[str]:
-    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+    """Those in folders by folder and name: baselines/distilbert."""
+    return sorted(path.relative_to(RECIPES).with_suffix("").as_posix() for path in RECIPES.rglob("*.yaml"))
 
 
 def _normalise(argv: list[str]) -> list[str]:

@@ -1,7 +1,7 @@
 """The typed config of a run: one YAML file plus dotted overrides. Field docstrings are the `--help` text.
 
 DeepSpeed's JSON holds engine matters only (ZeRO stage, precision, buckets); everything a model depends on is here.
-Parsing lives in `homodistil/cli.py`; `RunConfig.check()` holds the rules that cross fields.
+Parsing lives in `homodistil/cli.py`; the rules that cross fields are in `config_rules.py`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Literal
 
-from homodistil.errors import UserError
+from homodistil.config_rules import check_rules
 
 
 @dataclass(kw_only=True)
@@ -46,10 +46,18 @@ class TeacherConfig:
 class StudentConfig:
     """student: the size to reach"""
 
-    preset: Literal["custom", "quickstart", "homobert-base", "homobert-small", "homobert-xsmall", "homobert-tiny"] = (
-        "custom"
-    )
-    """Target size by name; custom: the three fields below, all set. A field that is set wins over the preset."""
+    preset: Literal[
+        "custom", "teacher", "quickstart", "homobert-base", "homobert-small", "homobert-xsmall", "homobert-tiny"
+    ] = "custom"
+    """Target size by name; custom: the three fields below, all set; teacher: the teacher's own widths. A field that is
+    set wins over the preset."""
+    init: Literal["teacher", "random"] = "teacher"
+    """What the student starts from: teacher = its copy, then pruned; random = fresh weights at the target size."""
+    num_hidden_layers: int | None = None
+    """Layers of the student (None: as many as the teacher). Student layer m is compared with teacher layer
+    (m + 1) x N / M - 1, and starts as a copy of the teacher layer that init_layers says."""
+    init_layers: list[int] = field(default_factory=list)
+    """Teacher layers that a shallower student starts from, ascending, counted from 0; empty: every (N / M)-th."""
     hidden_size: int | None = None
     """Target width of the residual stream (<= teacher's, divisible by num_attention_heads)."""
     intermediate_size: int | None = None
@@ -97,6 +105,8 @@ class TrainConfig:
     """Sequences a rank processes at once; the rest of the global batch is gradient accumulation."""
     lr: float = 3e-3
     """Peak learning rate (> 0), linear warm-up then linear decay to 0."""
+    rewarm_steps: int = 0
+    """After each resize event the learning rate climbs back linearly over so many steps (0 = it does not fall)."""
     warmup_fraction: float = 0.1
     """Fraction of steps spent warming up, in [0, 1]."""
     weight_decay: float = 0.01
@@ -119,8 +129,9 @@ class TrainConfig:
 class PruningConfig:
     """pruning: when and which neurons go"""
 
-    schedule: Literal["cubic", "linear", "one_shot", "none"] = "cubic"
-    """How widths fall: cubic (the paper), linear, one_shot (all at step 0), none (width stays the teacher's)."""
+    schedule: Literal["cubic", "linear", "one_shot", "gap", "none"] = "cubic"
+    """How widths fall: cubic (the paper), linear, one_shot (all at step 0), gap (as fast as gap_bound allows), none
+    (width stays what it is)."""
     start_fraction: float = 0.0
     """t_i as a fraction of train.steps, in [0, 1]."""
     end_fraction: float = 0.3
@@ -135,8 +146,14 @@ class PruningConfig:
     """The same for the dims of a head."""
     max_event_fraction: float = 0.25
     """Largest share of an axis one event may remove, in (0, 1]. one_shot ignores it."""
-    importance: Literal["sensitivity", "magnitude", "random", "platon"] = "sensitivity"
-    """Score of an entry: |theta * gradient| (the paper), |theta|, random, or sensitivity x uncertainty (PLATON)."""
+    gap_bound: float = 0.1
+    """schedule=gap: largest rise of the KL to the teacher (nats, on the probe) that one event may cause (> 0)."""
+    gap_recovery: float = 0.5
+    """schedule=gap: share of the last event's rise that must be won back before the next event, in [0, 1]; not waited
+    for once pruning is behind a straight line to the target."""
+    importance: Literal["sensitivity", "magnitude", "random", "platon", "teacher_kl"] = "sensitivity"
+    """Score of an entry: |theta * gradient| (the paper), |theta|, random, sensitivity x uncertainty (PLATON), or
+    |theta * gradient| of the cross-entropy to labels sampled from the teacher instead of the whole loss."""
     ema_beta: float = 0.85
     """Smoothing of the scores over steps, in [0, 1)."""
     uncertainty_beta: float = 0.95
@@ -145,6 +162,20 @@ class PruningConfig:
     """Global batches over which one_shot measures importance before step 0 (>= 1)."""
     protect_outliers: float = 0.1
     """Residual dims with more than this share of the variance at any LayerNorm stay (0 = protect none)."""
+    compensation: Literal["none", "refit", "full"] = "none"
+    """What a cut does about what it takes away: none (the paper), refit (least squares of what remains), full (rotated
+    heads and a projected residual stream, then refit)."""
+    compensation_sequences: int = 128
+    """Training sequences over all ranks that an event's statistics are taken on (>= 1)."""
+    compensation_ridge: float = 1e-2
+    """Ridge of the refit, as a share of the mean variance of its inputs (> 0)."""
+    compensation_limit: float = 0.25
+    """full: largest rise of the held-out loss (nats) by a mere rotation at full width, found at start; above it the
+    residual dims that protect_outliers names are kept as they are, and only the others are rotated."""
+    one_shot_stages: int = 1
+    """one_shot with compensation: cut in so many stages of equal ratio (>= 1)."""
+    carry_moments: bool = True
+    """Keep Adam's moments of what survives an event; false: they start from 0 (for comparisons)."""
 
 
 @dataclass(kw_only=True)
@@ -161,6 +192,14 @@ class LossConfig:
     """alpha3: weight of the attention MSE, summed over layers (>= 0)."""
     embedding: float = 1.0
     """alpha4: weight of the embedding MSE (>= 0)."""
+    cosine: float = 0.0
+    """Weight of 1 - cosine of the last hidden states (DistilBERT), mean over tokens (>= 0)."""
+    relations: float = 0.0
+    """Weight of the self-attention relations Q-Q, K-K and V-V (MiniLMv2), KL(teacher || student) of each (>= 0)."""
+    relation_heads: int = 0
+    """Relation heads that the dims of all heads are regrouped into (0: the teacher's number of heads)."""
+    relation_layer: int = -1
+    """Teacher layer whose relations the student's last layer learns; negative counts from the last."""
     kl_temperature: float = 1.0
     """Temperature of the KL term (> 0); the term carries its square."""
     kl_positions: Literal["masked", "all"] = "masked"
@@ -237,77 +276,4 @@ class RunConfig:
 
     def check(self) -> None:
         """Rules on values and between fields that need no model, data or ranks. Raises `UserError`."""
-        for name, low, high, open_ends in _RANGES:
-            _check_range(name, _get(self, name), low, high, open_ends)
-        if self.pruning.end_fraction < self.pruning.start_fraction:
-            raise UserError(
-                f"pruning.end_fraction: {self.pruning.end_fraction} is before pruning.start_fraction "
-                f"{self.pruning.start_fraction}; set end_fraction >= start_fraction"
-            )
-        if not self.data.sources:
-            raise UserError("data.sources: found an empty list; name at least one file, folder, data set or embedded")
-        if not any(getattr(self.loss, term) for term in ("mlm", "kl", "hidden", "attention", "embedding")):
-            raise UserError("loss: every weight is 0; give at least one term a weight > 0")
-        for fraction in self.run.export_milestones:
-            _check_range("run.export_milestones", fraction, 0, 1, "both")
-
-
-# (field, smallest, largest, which ends are excluded: "", "low", "high", "both")
-_INF = float("inf")
-_RANGES = [
-    ("teacher.correction_steps", 0, _INF, ""),
-    ("teacher.correction_lr", 0, _INF, "low"),
-    ("student.dropout", 0, 1, "high"),
-    ("data.seq_len", 3, _INF, ""),
-    ("data.heldout_fraction", 0, 1, "both"),
-    ("data.mask_probability", 0, 1, "both"),
-    ("data.workers", 0, _INF, ""),
-    ("train.steps", 1, _INF, ""),
-    ("train.global_batch_size", 1, _INF, ""),
-    ("train.micro_batch_size", 1, _INF, ""),
-    ("train.lr", 0, _INF, "low"),
-    ("train.warmup_fraction", 0, 1, ""),
-    ("train.weight_decay", 0, _INF, ""),
-    ("train.gradient_clipping", 0, _INF, ""),
-    ("train.seed", 0, 2**31 - 1, ""),
-    ("train.save_every_steps", 0, _INF, ""),
-    ("train.eval_every_steps", 0, _INF, ""),
-    ("train.eval_batch_size", 1, _INF, ""),
-    ("train.log_every_steps", 1, _INF, ""),
-    ("pruning.start_fraction", 0, 1, ""),
-    ("pruning.end_fraction", 0, 1, ""),
-    ("pruning.interval_steps", 1, _INF, ""),
-    ("pruning.width_multiple", 1, _INF, ""),
-    ("pruning.ffn_multiple", 1, _INF, ""),
-    ("pruning.head_dim_multiple", 1, _INF, ""),
-    ("pruning.max_event_fraction", 0, 1, "low"),
-    ("pruning.ema_beta", 0, 1, "high"),
-    ("pruning.uncertainty_beta", 0, 1, "high"),
-    ("pruning.calibration_batches", 1, _INF, ""),
-    ("pruning.protect_outliers", 0, 1, ""),
-    ("loss.mlm", 0, _INF, ""),
-    ("loss.kl", 0, _INF, ""),
-    ("loss.hidden", 0, _INF, ""),
-    ("loss.attention", 0, _INF, ""),
-    ("loss.embedding", 0, _INF, ""),
-    ("loss.kl_temperature", 0, _INF, "low"),
-    ("optimizer.beta1", 0, 1, "high"),
-    ("optimizer.beta2", 0, 1, "high"),
-    ("optimizer.eps", 0, _INF, "low"),
-    ("run.keep_checkpoints", 1, _INF, ""),
-    ("run.rank_timeout_s", 0, _INF, "low"),
-]
-
-
-def _get(config: RunConfig, dotted: str):
-    section, name = dotted.split(".")
-    return getattr(getattr(config, section), name)
-
-
-def _check_range(name: str, value: float, low: float, high: float, open_ends: str) -> None:
-    above = value > low if open_ends in ("low", "both") else value >= low
-    below = value < high if open_ends in ("high", "both") else value <= high
-    if not (above and below):
-        left = "(" if open_ends in ("low", "both") else "["
-        right = ")" if open_ends in ("high", "both") or high == _INF else "]"
-        raise UserError(f"{name}: found {value}, allowed {left}{low}, {high}{right}")
+        check_rules(self)

@@ -12,9 +12,12 @@ from homodistil import ranks
 from homodistil.checkpoint import Checkpoints
 from homodistil.checkpoint.checkpoints import Found
 from homodistil.config import RunConfig
+from homodistil.cuts import Cuts
 from homodistil.distill.compiled import CompiledLayers
+from homodistil.distill.initial_student import build_student
+from homodistil.distill.relations import relation_layer
 from homodistil.distill.student import Student
-from homodistil.distill.teacher import build_teacher, load_config
+from homodistil.distill.teacher import Teacher, build_teacher, load_config
 from homodistil.engine import build_engine, student_dtype, teacher_dtype
 from homodistil.errors import writing
 from homodistil.evaluation.gap import PROBE_SEQUENCES, Gap
@@ -24,18 +27,12 @@ from homodistil.materials import PERIODIC_EVALUATION_SEQUENCES, Materials, teach
 from homodistil.metrics import METRICS_FILE, Recorder, read_lines, write_atomically
 from homodistil.micro_batch import MicroBatchPolicy, fit_micro_batch, with_micro_batch
 from homodistil.model_card import describe_widths, model_card
-from homodistil.models.axes import expand_to_teacher
+from homodistil.models import family_of
+from homodistil.models.taps import show_values
 from homodistil.monitor import Monitor, run_recorder, speeds
-from homodistil.pruning.calibration import calibrate
-from homodistil.pruning.importance import Importance
-from homodistil.pruning.outliers import protected_dims, variance_shares
-from homodistil.pruning.schedule import WidthSchedule
-from homodistil.pruning.scheduler import Pruner
-from homodistil.pruning.target import target_shape, target_widths
-from homodistil.resize import ResizePlan, check_supported, make_plan, master_weights, slice_module
-from homodistil.trainer import Trainer, TrainState, resize_event
-
-ROW_FILE = "row.json"
+from homodistil.resize import check_supported, master_weights
+from homodistil.results import ROW_FILE
+from homodistil.trainer import Trainer, TrainState
 
 
 class Distillation:
@@ -51,12 +48,15 @@ class Distillation:
         self.config, self.engine_config, self.materials = config, engine_config, materials
         self.folder, self.command = folder, command
         device, dtype = materials.device, teacher_dtype(config.teacher.dtype, engine_config, materials.device)
-        self.teacher = build_teacher(teacher_copy(materials, dtype), config.teacher, device, dtype)
-        self.student = Student(teacher_copy(materials, torch.float32, config.student.dropout), config.loss).to(device)
-        self.teacher_widths = self.student.widths
+        self.teacher_widths, self.teacher = self._build_teacher(device, dtype)
+        load = functools.partial(teacher_copy, materials, torch.float32, config.student.dropout)
+        self.student = build_student(config, load_config(materials.teacher), load).to(device)
+        self.initial_widths = self.student.widths
         self.micro_batch = MicroBatchPolicy(config, engine_config, self.student, dtype, ranks.world_size())
         self.gap = Gap(self.student, self.teacher, self._probe(), device)
-        self.pruner = self._build_pruner()
+        parts = (self.student, self.teacher, self.gap, self.teacher_widths)
+        self.cuts = Cuts(config, materials, *parts, self._heldout_loss)
+        self.pruner = self.cuts.pruner
         layout = {"ranks": ranks.world_size(), "zero_optimization.stage": _stage(engine_config)}
         layout["precision"] = str(student_dtype(engine_config))
         self.checkpoints = Checkpoints(folder / "checkpoints", config, layout)
@@ -70,7 +70,7 @@ class Distillation:
         with run_recorder(self.folder, self.config, start.step) as recorder:
             if not found:
                 recorder.log_evaluation(0, self._gap_values())
-                self._prune_at_once(recorder)
+                self.cuts.before_training(recorder)
             trainer = self.build_trainer(recorder, start, found)
             trainer.train()
             return self._finish(trainer.engine, recorder)
@@ -80,13 +80,17 @@ class Distillation:
         config = self.config
         micro_batch = self.micro_batch(self.student.widths)
         engine_config = with_micro_batch(self.engine_config, micro_batch, ranks.world_size())
+        copies = self.cuts.plain_copies()
         engine = build_engine(self.student, config, engine_config)
         if config.student.compile:
-            CompiledLayers(self.student.family.layers(self.student.model), len(self.pruner.schedule.table))
+            CompiledLayers(self.student.family.layers(self.student.model), self.pruner.schedule.num_events)
         if found:
             self.checkpoints.restore(engine, found)
             check_supported(engine)  # what was loaded is laid out as resizing expects
-        return self._trainer(engine, recorder, start)
+        trainer = self._trainer(engine, recorder, start)
+        if copies:
+            self.cuts.attach(trainer, copies, student_dtype(self.engine_config))
+        return trainer
 
     # -- parts
 
@@ -94,19 +98,18 @@ class Distillation:
         share = -(-PROBE_SEQUENCES // ranks.world_size())
         return list(self.materials.heldout(self.config, PROBE_SEQUENCES, batch_size=share))
 
-    def _build_pruner(self) -> Pruner:
-        config = self.config
-        target = target_widths(target_shape(config.student), self.teacher_widths)
-        schedule = WidthSchedule(self.teacher_widths, target, config.pruning, config.train.steps)
-        importance = Importance(
-            self.student.axis_table(), config.pruning, config.train.seed, device=self.materials.device
-        )
-        shares = ranks.mean(variance_shares(self.student.model, self.student.family, self.gap.batches))
-        protected = protected_dims(shares, config.pruning.protect_outliers, target["hidden"])
-        if len(protected) and ranks.rank() == 0:
-            found = ", ".join(f"{int(i)} ({float(shares[i]):.0%})" for i in protected)
-            print(f"protected residual dims (share of the variance at a LayerNorm): {found}", flush=True)
-        return Pruner(schedule, importance, protected)
+    def _build_teacher(self, device: torch.device, dtype: torch.dtype) -> tuple[dict[str, int], Teacher]:
+        """Its widths, and the teacher: a runtime may replace the layers that widths are read from."""
+        config, model = self.config, teacher_copy(self.materials, dtype)
+        family = family_of(model.config.model_type)
+        widths = family.axis_table(model).widths
+        if config.loss.relations > 0:
+            show_values(model, family, relation_layer(config.loss, model.config.num_hidden_layers))
+        return widths, build_teacher(model, config.teacher, device, dtype)
+
+    def _heldout_loss(self, student: Student) -> float:
+        batches = self.materials.heldout(self.config, PERIODIC_EVALUATION_SEQUENCES)
+        return evaluate(student.predict, None, batches, self.materials.device)["mlm_loss"]
 
     def _trainer(self, engine, recorder, start: TrainState) -> Trainer:
         config, materials = self.config, self.materials
@@ -119,7 +122,7 @@ class Distillation:
         return Trainer(
             config=config,
             engine=engine,
-            teacher=self.teacher,
+            teacher=self.teacher if self.student.objective.needs_teacher else None,
             pruner=self.pruner,
             feed=feed,
             monitor=monitor,
@@ -131,32 +134,9 @@ class Distillation:
             state=start,
         )
 
-    # -- widths without an engine: resume, and one-shot pruning before step 0
-
     def _restore_shape(self, state: dict) -> TrainState:
-        """Cut the fresh student to the widths of the checkpoint; the engine's values are loaded later."""
-        self._shrink(make_plan(self.student.axis_table(), expand_to_teacher(state["kept"], self.teacher_widths)))
-        self.pruner.load_state_dict(state["pruner"])
+        self.cuts.restore(state)
         return TrainState(state["step"], state["consumed_samples"])
-
-    def _shrink(self, plan: ResizePlan) -> None:
-        slice_module(self.student, plan)
-        self.student.after_resize(plan.keep)
-        self.pruner.after_resize(plan)
-
-    def _prune_at_once(self, recorder) -> None:
-        """The one_shot schedule: importance from a few batches of the same data and losses, one cut, then train."""
-        if not self.pruner.schedule.due(0):
-            return
-        config, batch_size = self.config, self.config.train.global_batch_size
-        feed = self.materials.feed(config, config.train.seed)
-        steps = (feed.micro_batches(i * batch_size) for i in range(config.pruning.calibration_batches))
-        table = self.student.axis_table()
-        calibrate(self.pruner.importance, self.student, table, steps, lambda b: self.student(b, self.teacher(b)).total)
-        plan = self.pruner.due(0, table, self.student.kept["hidden"])
-        before = self.gap.measure()
-        self._shrink(plan)
-        recorder.log_event(resize_event(0, plan, before, self.gap.measure()))
 
     # -- results
 
@@ -179,6 +159,7 @@ class Distillation:
         row = result_row(self.config.run.name, self.student.num_parameters(), self.student.widths["hidden"], found)
         self._export(engine, self.folder / "export", row)
         engine.destroy()
+        row |= self.cuts.summary()
         row |= ranks.on_first_rank(lambda: speeds(read_lines(self.folder / METRICS_FILE)))
         ranks.on_first_rank(lambda: self._write_row(row))
         return row

@@ -26,7 +26,7 @@ class StepFlops:
     student: float
     """Forward and backward of the student."""
     losses: float
-    """Distillation projections and the attention scores that the attention term recomputes, with their backward."""
+    """Distillation projections, and the scores that the attention and relation terms recompute, with their backward."""
 
     @property
     def total(self) -> float:
@@ -46,7 +46,7 @@ def step_flops(
     """FLOPs of one optimizer step at the student's widths of today.
 
     Args:
-        student, teacher: axis -> width (`models.axes`), the same number of layers in both.
+        student, teacher: axis -> width (`models.axes`); the student may have fewer layers.
         loss: a term of weight 0 costs nothing; without any distillation term the teacher does not run.
         num_sequences: global batch size in sequences.
         seq_len: tokens of a sequence, padding included.
@@ -57,12 +57,14 @@ def step_flops(
     kl_rows = tokens if loss.kl_positions == "all" else masked_rows
     student_rows = max(masked_rows if loss.mlm else 0, kl_rows if loss.kl else 0)
     forward = _backbone(student, tokens, seq_len) + _mlm_head(student["hidden"], student_rows, vocab_size)
-    distils = any((loss.kl, loss.hidden, loss.attention, loss.embedding))
+    distils = any((loss.kl, loss.hidden, loss.attention, loss.embedding, loss.cosine, loss.relations))
     teacher_head = _mlm_head(teacher["hidden"], kl_rows if loss.kl else 0, vocab_size)
     return StepFlops(
         teacher=_backbone(teacher, tokens, seq_len) + teacher_head if distils else 0,
         student=3 * forward,  # backward: one product for the gradient of each of the two factors
-        losses=_projections(student, teacher, loss, tokens) + _score_terms(student, teacher, loss, tokens, seq_len),
+        losses=_projections(student, teacher, loss, tokens)
+        + _score_terms(student, teacher, loss, tokens, seq_len)
+        + _relation_terms(student, teacher, loss, tokens, seq_len),
     )
 
 
@@ -92,7 +94,9 @@ def _projections(student: Widths, teacher: Widths, loss: LossConfig, tokens: flo
     forward = 2 * tokens * student["hidden"] * teacher["hidden"]
     # The teacher's states need no gradient; a frozen W needs none either.
     passes = 1 + (loss.projection == "student") + loss.projection_learned
-    return count * passes * forward
+    # The cosine's W is always the student's; of equal widths it may not even be there.
+    of_cosine = 2 + loss.projection_learned if loss.cosine and student["hidden"] != teacher["hidden"] else 0
+    return (count * passes + of_cosine) * forward
 
 
 def _score_terms(student: Widths, teacher: Widths, loss: LossConfig, tokens: float, seq_len: int) -> float:
@@ -105,6 +109,20 @@ def _score_terms(student: Widths, teacher: Widths, loss: LossConfig, tokens: flo
         per_head = 3 * student[f"layer.{i}.qk_dim"] + teacher[f"layer.{i}.qk_dim"]
         total += 2 * tokens * seq_len * heads * per_head
     return total
+
+
+def _relation_terms(student: Widths, teacher: Widths, loss: LossConfig, tokens: float, seq_len: int) -> float:
+    """A A^T of queries, keys and values of one layer: of the student (forward and backward) and of the teacher."""
+    if not loss.relations:
+        return 0
+    ours, theirs = (dims_of_last_layer(widths) for widths in (student, teacher))
+    return 2 * tokens * seq_len * (3 * ours + theirs)
+
+
+def dims_of_last_layer(widths: Widths) -> int:
+    """Of all heads, queries, keys and values together."""
+    layer = f"layer.{num_layers(widths) - 1}"
+    return widths[f"{layer}.heads"] * (2 * widths[f"{layer}.qk_dim"] + widths[f"{layer}.vo_dim"])
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,14 @@ from homodistil.data.assets import teacher_folder
 from homodistil.data.corpus import Corpus, prepare_corpus
 from homodistil.data.loader import BatchLoader, fixed_batches
 from homodistil.data.masking import Batch
+from homodistil.distill.counterpart import check_student
+from homodistil.distill.relations import check_relations
 from homodistil.distill.teacher import has_mlm_head, load_config, load_model, load_tokenizer
 from homodistil.errors import UserError
 from homodistil.feed import Feed
 from homodistil.models import family_of
-from homodistil.pruning.schedule import WidthSchedule
-from homodistil.pruning.target import target_shape, target_widths
+from homodistil.pruning.scheduler import width_schedule
+from homodistil.pruning.target import student_widths
 
 # Held-out masks are the same for every run and seed, so that results can be compared.
 HELDOUT_SEED = 20230501
@@ -40,7 +42,11 @@ class Materials:
     """Whether the teacher's weights may be a pickle."""
 
     def feed(self, config: RunConfig, seed: int) -> Feed:
-        loader = BatchLoader(
+        return Feed(self.loader(config, seed), self.device)
+
+    def loader(self, config: RunConfig, seed: int) -> BatchLoader:
+        """This rank's share of the training blocks."""
+        return BatchLoader(
             self.corpus.train,
             self.tokenizer,
             config.data,
@@ -50,7 +56,6 @@ class Materials:
             ranks.rank(),
             ranks.world_size(),
         )
-        return Feed(loader, self.device)
 
     def heldout(self, config: RunConfig, limit: int | None = None, batch_size: int | None = None) -> Iterator[Batch]:
         """This rank's share of the held-out blocks (the first `limit` of all), with fixed masks."""
@@ -84,8 +89,11 @@ def check_teacher(config: RunConfig) -> str:
     family = family_of(teacher.model_type)
     with torch.device("meta"):
         widths = family.axis_table(family.empty_model(teacher)).widths
-    target = target_widths(target_shape(config.student), widths)
-    WidthSchedule(widths, target, config.pruning, config.train.steps)
+    check_student(config, teacher.num_hidden_layers)
+    initial, target = student_widths(config.student, widths)
+    schedule = width_schedule(initial, target, config.pruning, config.train.steps)
+    on_the_way = [schedule.table[step] for step in sorted(getattr(schedule, "table", {}))]
+    check_relations(config.loss, widths, [initial, *on_the_way])
     if config.data.seq_len > teacher.max_position_embeddings:
         raise UserError(
             f"data.seq_len: {config.data.seq_len} is above the teacher's max_position_embeddings "

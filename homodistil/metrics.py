@@ -111,8 +111,13 @@ class Recorder:
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """Objects of a .jsonl file. A torn last line (the process was killed while writing it) is left out."""
+    return parse_lines(path.read_text(encoding="utf-8"))
+
+
+def parse_lines(text: str) -> list[dict[str, Any]]:
+    """As `read_lines`, of the file's text."""
     found = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in text.splitlines():
         with contextlib.suppress(json.JSONDecodeError):
             found.append(json.loads(line))
     return found

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from homodistil import __version__
 from homodistil.config import RunConfig
+from homodistil.distill.objective import TERMS
 from homodistil.models.axes import Widths
 
 _TEMPLATE = """---
@@ -16,8 +17,7 @@ tags: [homodistil, distillation, pruning, bert]
 # {name}
 
 {parameters:,} parameters, hidden size {hidden_size}. Made from `{teacher}` with homodistil {version} (homotopic
-distillation: Liang et al., HomoDistil, ICLR 2023): the student starts as the teacher and loses its least important
-neurons while it is trained to imitate the teacher.
+distillation: Liang et al., HomoDistil, ICLR 2023): {how}.
 
 ```python
 from transformers import AutoModelForMaskedLM, AutoTokenizer
@@ -43,7 +43,7 @@ def model_card(config: RunConfig, facts: Mapping[str, object], command: str) -> 
         command: the command line of the run.
     """
     loss = config.loss
-    weights = ", ".join(f"{term} {getattr(loss, term):g}" for term in ("mlm", "kl", "hidden", "attention", "embedding"))
+    weights = ", ".join(f"{term} {getattr(loss, term):g}" for term in TERMS if getattr(loss, term))
     listed = {
         "steps": config.train.steps,
         "global batch": f"{config.train.global_batch_size} sequences of {config.data.seq_len} tokens",
@@ -59,11 +59,22 @@ def model_card(config: RunConfig, facts: Mapping[str, object], command: str) -> 
         folder=facts["folder"],
         teacher=config.teacher.name,
         version=__version__,
+        how=_how(config),
         rows="\n".join(f"| {name} | {_text(value)} |" for name, value in listed.items()),
         sources=", ".join(config.data.sources),
         data=facts["data"],
         command=command,
     )
+
+
+def _how(config: RunConfig) -> str:
+    """What was done, in a few words."""
+    if config.student.init == "random":
+        return "the student starts with fresh weights at its final size and is trained on the teacher's outputs or text"
+    if config.pruning.schedule == "none":
+        return "the student starts with weights of the teacher and keeps its width"
+    when = "at once" if config.pruning.schedule == "one_shot" else "while it is trained"
+    return f"the student starts as the teacher, loses its least important neurons {when}, and learns to imitate it"
 
 
 def _text(value: object) -> str:

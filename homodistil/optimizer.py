@@ -8,8 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
-from transformers import get_linear_schedule_with_warmup
+from torch.optim.lr_scheduler import LambdaLR
 
 from homodistil.config import RunConfig, TrainConfig
 from homodistil.errors import UserError
@@ -47,9 +46,43 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict]:
     return [{"params": decay, "weight_decay": weight_decay}, {"params": no_decay, "weight_decay": 0.0}]
 
 
-def build_schedule(optimizer: Optimizer, train: TrainConfig) -> LRScheduler:
+class LearningRateShare:
+    """Share of `train.lr` by updates done: linear warm-up, then linear decay to 0; lowered for a while by `rewarm`.
+
+    torch's LambdaLR keeps the attributes of such an object in its state: a resumed run goes on with them.
+    """
+
+    def __init__(self, train: TrainConfig) -> None:
+        self.warmup_steps, self.steps = round(train.warmup_fraction * train.steps), train.steps
+        self.rewarm_steps = train.rewarm_steps
+        self.lowered_at: int | None = None
+        """Updates done when the rate was lowered last."""
+
+    def __call__(self, step: int) -> float:
+        if step < self.warmup_steps:
+            share = step / self.warmup_steps
+        else:
+            share = max(0.0, (self.steps - step) / max(1, self.steps - self.warmup_steps))
+        if self.lowered_at is None:
+            return share
+        # Not from 0 itself: with an event every few updates nothing would be learned in between.
+        return share * min(1.0, (step - self.lowered_at + 1) / (self.rewarm_steps + 1))
+
+
+def build_schedule(optimizer: Optimizer, train: TrainConfig) -> LambdaLR:
     """Linear warm-up over `warmup_fraction` of the steps, then linear decay to 0."""
-    return get_linear_schedule_with_warmup(optimizer, round(train.warmup_fraction * train.steps), train.steps)
+    return LambdaLR(optimizer, LearningRateShare(train))
+
+
+def rewarm(schedule: LambdaLR) -> None:
+    """After a resize event: the next `train.rewarm_steps` updates have 1/(n + 1), 2/(n + 1), ... of their rate.
+
+    An event while the rate still climbs lowers it anew.
+    """
+    for share, group, peak in zip(schedule.lr_lambdas, schedule.optimizer.param_groups, schedule.base_lrs, strict=True):
+        if share.rewarm_steps:
+            share.lowered_at = schedule.last_epoch
+            group["lr"] = peak * share(schedule.last_epoch)  # the next update's, set when the last one ended
 
 
 def _torch_fused(groups: list[dict], **options) -> Optimizer:

@@ -75,6 +75,13 @@ def total(values: Tensor) -> Tensor:
     return values
 
 
+def from_first(values: Tensor) -> Tensor:
+    """Rank 0's values on every rank (in place): what was solved from equal sums may still differ in its last bits."""
+    if world_size() > 1:
+        distributed.broadcast(values, src=0)
+    return values
+
+
 def mean_of(named: dict[str, float | Tensor], device: torch.device) -> dict[str, float]:
     """Mean over ranks of named scalars, one all-reduce for all of them. Every rank passes the same names."""
     values = torch.stack([torch.as_tensor(v, dtype=torch.float64, device=device) for v in named.values()])

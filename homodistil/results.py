@@ -12,6 +12,8 @@ from homodistil.errors import writing
 from homodistil.metrics import to_json, write_atomically
 
 RESULT_FILE = "result.json"
+ROW_FILE = "row.json"
+"""One model's row, before all of a run are known."""
 DASH = "-"
 
 Row = Mapping[str, Any]
@@ -51,8 +53,10 @@ def cells(row: Row) -> list[str]:
 
 
 def _cell(value: Any, form: str) -> str:
-    missing = value is None or (isinstance(value, float) and not math.isfinite(value))
-    return DASH if missing else form.format(value)
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        return DASH
+    # Anything else than a number (a file that was edited) is shown as it stands.
+    return form.format(value) if isinstance(value, (int, float)) else str(value)
 
 
 def format_table(rows: Sequence[Row]) -> str:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from homodistil.config import LossConfig
-from homodistil.flops import num_layers
+from homodistil.flops import dims_of_last_layer, num_layers
 from homodistil.models.axes import Widths
 
 FP32_BYTES = 4
@@ -85,7 +85,7 @@ def sequence_bytes(
     decoder and projections that the losses make in their forward: they do not grow with the batch.
 
     Args:
-        student, teacher: axis -> width (`models.axes`), the same number of layers in both.
+        student, teacher: axis -> width (`models.axes`); the student may have fewer layers.
         loss: a term of weight 0 saves nothing; without any distillation term the teacher does not run.
         seq_len: tokens of a sequence, padding included.
         masked_rows: rows to predict in a sequence (an expected value).
@@ -96,13 +96,14 @@ def sequence_bytes(
     """
     kl_rows = seq_len if loss.kl_positions == "all" else masked_rows
     head_rows = max(masked_rows if loss.mlm else 0, kl_rows if loss.kl else 0)
-    distils = any((loss.kl, loss.hidden, loss.attention, loss.embedding))
+    distils = any((loss.kl, loss.hidden, loss.attention, loss.embedding, loss.cosine, loss.relations))
     ours = _backbone(student, seq_len, student_bytes) + _mlm_head(student["hidden"], head_rows, student_bytes)
     if keeps_probabilities:  # instead of a logarithm a row
         num_heads = sum(student[f"layer.{i}.heads"] for i in range(num_layers(student)))
         ours += num_heads * seq_len * (seq_len * student_bytes - FP32_BYTES)
     terms = masked_rows * vocab_size * _logit_bytes(loss, student_bytes, teacher_bytes)
     terms += _score_terms(student, loss, seq_len, student_bytes) + _hidden_terms(student, loss, seq_len, student_bytes)
+    terms += _last_layer_terms(student, teacher, loss, seq_len, student_bytes)
     theirs = 0 if lock_step or not distils else teacher_bytes * _taps(teacher, seq_len)
     return SequenceBytes(ours, terms, theirs)
 
@@ -150,6 +151,15 @@ def _score_terms(student: Widths, loss: LossConfig, seq_len: int, element_bytes:
         return 0
     layers = range(num_layers(student))
     return sum(2 * seq_len * student[f"layer.{i}.heads"] * student[f"layer.{i}.qk_dim"] for i in layers) * element_bytes
+
+
+def _last_layer_terms(student: Widths, teacher: Widths, loss: LossConfig, seq_len: int, element_bytes: int) -> float:
+    """Relations: gradients of queries, keys and values, twice, as either factor of A A^T. Cosine: what enters W, the
+    states behind it and the teacher's in fp32, their norms and the mask.
+    """
+    relations = 2 * dims_of_last_layer(student) * element_bytes if loss.relations else 0
+    row = student["hidden"] * element_bytes + 2 * teacher["hidden"] * FP32_BYTES + 2 * FP32_BYTES + INT64_BYTES
+    return seq_len * (relations + (row if loss.cosine else 0))
 
 
 def _taps(widths: Widths, seq_len: int) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -17,10 +18,13 @@ from homodistil.evaluation.gap import Gap
 from homodistil.faults import fault_point
 from homodistil.feed import Feed
 from homodistil.measurement import Measurement, measure_importance
+from homodistil.models.axes import Keep
 from homodistil.models.shapes import full_shape
 from homodistil.monitor import Monitor, require_applied, require_finite
+from homodistil.optimizer import rewarm
+from homodistil.pruning.events import Proposal
 from homodistil.pruning.scheduler import Pruner
-from homodistil.resize import ResizePlan, resize, step_applied
+from homodistil.resize import ResizePlan, reset_moments, resize, step_applied, write_weights
 
 
 @dataclass
@@ -43,6 +47,7 @@ class Trainer:
     teacher: Teacher | None = None
     pruner: Pruner | None = None
     gap: Gap | None = None
+    compensate: Callable[[Keep], Proposal] | None = None
     checkpoints: Checkpoints | None = None
     fit_micro_batch: Callable[[], dict[str, int]] = dict
     after_event: Callable[[], None] = lambda: None
@@ -105,17 +110,33 @@ class Trainer:
         with self.monitor.timer.paused():
             before = self.gap.measure()
             require_finite(before, self.state.step, self.config)
+            proposal = self.compensate(plan.keep) if self.compensate else Proposal(plan)
+            plan = proposal.plan
+            if not self.config.pruning.carry_moments:
+                reset_moments(self.engine)
             cost = resize(self.engine, plan)
             self.student.after_resize(plan.keep)
             self.pruner.after_resize(plan)
+            refit = self.refit(proposal)
             micro_batch = self.fit_micro_batch()  # from the next step on
             after = self.gap.measure()
             require_finite(after, self.state.step, self.config)
+            rewarm(self.engine.lr_scheduler)
             event = resize_event(self.state.step, plan, before, after)
+            event |= self.pruner.after_event(self.state.step, before["kl"], after["kl"]) | refit
             self.monitor.recorder.log_event(
                 event | micro_batch | {"milliseconds": cost.milliseconds, "bytes_moved": cost.bytes_moved}
             )
             self.after_event()
+
+    def refit(self, proposal: Proposal) -> dict[str, float]:
+        """Give the engine the refitted weights of an event that it has gone through; what the event's line tells."""
+        if not proposal.weights:
+            return {}
+        cut = self.gap.measure()["kl"]
+        start_s = time.perf_counter()
+        write_weights(self.engine, proposal.weights)
+        return proposal.report | {"kl_after_cut": cut, "milliseconds_write": (time.perf_counter() - start_s) * 1e3}
 
     def between_steps(self) -> None:
         """Once in a while: held-out evaluation, checkpoint."""

@@ -1,25 +1,39 @@
-"""Write the HTML report of a run folder: python launcher/report.py RUN_DIR. Prints the path of the page."""
+"""Write the HTML page of a run, or one page that compares many; prints its path. Works while runs go on.
+
+python launcher/report.py runs/quickstart                      # runs/quickstart/report.html
+python launcher/report.py runs/a runs/b --out comparison.html --figures figures
+python launcher/report.py benchmarks/results/quality_main_cpu_202611.json --out quality.html
+"""
 
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
-from homodistil.errors import UserError
-from homodistil.report import write_report
+from homodistil.cli import exit_with_code
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description="Write RUN_DIR/report.html; works while the run goes on.")
-    parser.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="run folder, such as runs/quickstart")
-    try:
-        print(write_report(parser.parse_args().run_dir))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+def main() -> None:
+    arguments = _parser().parse_args()
+    with exit_with_code():
+        from homodistil.report import write_report
+        from homodistil.report.comparison import write_run_comparison
+
+        inputs = list(dict.fromkeys(arguments.runs))
+        if len(inputs) == 1 and not inputs[0].is_file():
+            print(write_report(inputs[0], arguments.out, arguments.figures))
+        else:
+            print(write_run_comparison(inputs, arguments.out or Path("comparison.html"), arguments.figures))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("runs", metavar="RUN_DIR", type=Path, nargs="+", help="run folders, or JSON files of benchmarks/quality.py")
+    add("--out", type=Path, help="the page (one run: RUN_DIR/report.html, many: comparison.html)")
+    add("--figures", type=Path, metavar="DIR", help="export every figure as PNG and SVG into this folder")
+    return parser
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

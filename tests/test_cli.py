@@ -16,18 +16,21 @@ from homodistil.errors import UserError
 REPO = Path(__file__).parents[1]
 
 
-@pytest.mark.parametrize("name", ["quickstart", "homobert-base", "homobert-small", "homobert-xsmall", "homobert-tiny"])
+@pytest.mark.parametrize("name", recipe_names())
 def test_every_recipe_parses_and_says_what_it_sets(name):
     config = parse([f"recipe={name}"])
     written = yaml.safe_load((RECIPES / f"{name}.yaml").read_text())
     for section, fields in written.items():
         for field, value in fields.items():
             assert getattr(getattr(config, section), field) == value, (section, field)
-    assert config.student.preset == name and config.run.name == name
+    assert config.run.name == name.split("/")[-1]
+    assert not name.startswith("homobert") or config.student.preset == name
 
 
-def test_all_recipes_are_tested():
-    assert set(recipe_names()) == {"quickstart", *(f"homobert-{s}" for s in ("base", "small", "xsmall", "tiny"))}
+def test_recipes_of_a_folder_go_by_folder_and_name():
+    assert {"quickstart", "homobert-base", "paper", "baselines/distilbert"} <= set(recipe_names())
+    with pytest.raises(UserError, match=r"did you mean 'baselines/tinybert'"):
+        parse(["recipe=baselines/tinybrt"])
 
 
 def test_overrides_win_over_the_file_wherever_they_stand(tmp_path):

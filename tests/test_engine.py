@@ -11,7 +11,7 @@ from homodistil import engine
 from homodistil.config import RunConfig
 from homodistil.engine import resolve_engine_config, student_dtype, teacher_dtype
 from homodistil.errors import UserError
-from homodistil.optimizer import build_optimizer, build_schedule, is_nvidia_apex
+from homodistil.optimizer import build_optimizer, build_schedule, is_nvidia_apex, rewarm
 
 DTYPES = {"_fp32": torch.float32, "_fp16": torch.float16}
 CONFIGS = sorted((Path(__file__).parents[1] / "ds_configs").glob("*.json"))
@@ -92,6 +92,48 @@ def test_learning_rate_rises_and_falls_linearly():
         schedule.step()
     assert rates[:6] == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1.0])
     assert rates[5:] == pytest.approx([1 - i / 15 for i in range(15)])
+
+
+def _rates(schedule, num_updates: int, events: tuple[int, ...] = (), done: int = 0) -> list[float]:
+    """Rate of every update; `events`: updates done when the student is resized."""
+    rates = []
+    for step in range(done, done + num_updates):
+        if step in events:
+            rewarm(schedule)
+        rates.append([group["lr"] for group in schedule.optimizer.param_groups])
+        schedule.optimizer.step()
+        schedule.step()
+    assert all(first == second for first, second in rates)
+    return [first for first, _ in rates]
+
+
+def _schedule(rewarm_steps: int):
+    config = RunConfig()
+    config.train.steps, config.train.warmup_fraction, config.train.lr = 20, 0.25, 1.0
+    config.train.rewarm_steps = rewarm_steps
+    return build_schedule(build_optimizer(small_pair()[0], config, {}), config.train)
+
+
+def test_learning_rate_climbs_back_after_an_event_to_where_it_would_have_been():
+    plain = _rates(_schedule(0), 20, events=(8, 13))
+    assert plain == pytest.approx([0, 0.2, 0.4, 0.6, 0.8] + [1 - i / 15 for i in range(15)])  # nothing falls
+    found = _rates(_schedule(3), 20, events=(3, 8, 13, 15))
+    shares = [1, 1, 1, 1 / 4, 2 / 4, 3 / 4, 1, 1, 1 / 4, 2 / 4, 3 / 4, 1, 1, 1 / 4, 2 / 4, 1 / 4, 2 / 4, 3 / 4, 1, 1]
+    assert found == pytest.approx([rate * share for rate, share in zip(plain, shares, strict=True)])
+
+
+@pytest.mark.parametrize("stop_at", [8, 9, 12])
+def test_learning_rate_goes_on_climbing_after_a_resume(stop_at):
+    whole, first, second = (_schedule(4) for _ in range(3))
+    expected = _rates(whole, 20, events=(8,))
+    found = _rates(first, stop_at, events=(8,))
+    if stop_at == 8:
+        rewarm(first)  # saved right after the event
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    for group, saved in zip(second.optimizer.param_groups, first.optimizer.param_groups, strict=True):
+        group["lr"] = saved["lr"]  # as resize/engine_state.py does
+    assert found + _rates(second, 20 - stop_at, done=stop_at) == pytest.approx(expected)
+    assert expected[8] == pytest.approx((1 - 3 / 15) / 5)
 
 
 def test_an_impostor_called_apex_is_not_taken_for_nvidias(tmp_path, monkeypatch):

@@ -97,6 +97,25 @@ def test_teacher_without_kl_runs_no_head():
     assert flops(widths, widths, kl=0.0).teacher == measured
 
 
+def test_relations_and_cosine_of_the_last_layers():
+    student, teacher = (bert.axis_table(m).widths for m in (uneven_bert(), stock_bert(24, 56, 4)))
+    del student["layer.2.ffn"]  # a student of fewer layers: its last one is layer 1, of 2 heads of 7 dims
+
+    def step():
+        for heads, dims, is_student in ((2, 7, True), (4, 6, False)):
+            for _ in range(3):
+                part = torch.randn(SEQUENCES, SEQ_LEN, heads * dims, requires_grad=is_student)
+                scores = part @ part.transpose(1, 2)
+                if is_student:
+                    scores.sum().backward()
+        states = torch.randn(SEQUENCES * SEQ_LEN, student["hidden"], requires_grad=True)
+        (states @ torch.randn(student["hidden"], teacher["hidden"], requires_grad=True)).sum().backward()
+
+    loss = NO_DISTILLATION | {"cosine": 1.0, "relations": 1.0}
+    assert flops(student, teacher, **loss).losses == count(step)
+    assert flops(student, teacher, **loss).teacher > 0 == flops(student, teacher, **NO_DISTILLATION).teacher
+
+
 @pytest.mark.parametrize("learned", [True, False])
 @pytest.mark.parametrize("side", ["student", "teacher"])
 def test_projections(side, learned):

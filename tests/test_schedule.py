@@ -96,6 +96,17 @@ def test_one_shot_cuts_everything_at_step_0_and_none_nothing():
     assert not any(schedule.due(step) for step in range(401))
 
 
+@pytest.mark.parametrize("kind", ["cubic", "linear"])
+@pytest.mark.parametrize("end_fraction", [0.05, 0.1])
+def test_front_loaded_schedules_cut_after_every_step_and_end_in_time(kind, end_fraction):
+    schedule, _, target = _schedule(schedule=kind, end_fraction=end_fraction, interval_steps=1)
+    last = round(400 * end_fraction)
+    assert schedule.end_step == last and max(schedule.table) <= last and schedule.reached(last) == target
+    assert len(schedule.table) >= last // 2
+    first = min(schedule.table)
+    assert first <= 2 and schedule.reached(last // 2)["layer.0.ffn"] < 512
+
+
 def test_a_path_that_cannot_be_walked_is_refused_before_training():
     with pytest.raises(UserError, match="pruning.max_event_fraction.*interval_steps"):
         _schedule(interval_steps=100, max_event_fraction=0.1)

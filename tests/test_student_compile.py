@@ -56,7 +56,9 @@ class Seen(Visitor):
         self.taps.append(tap)
 
     def loss(self) -> Tensor:
-        return torch.stack([part.float().square().mean() for tap in self.taps for part in tap]).sum()
+        return torch.stack(
+            [part.float().square().mean() for tap in self.taps for part in tap if part is not None]
+        ).sum()
 
 
 def loss_and_gradients(model: nn.Module, taps: Taps) -> tuple[Tensor, list[Tensor]]:

@@ -27,7 +27,7 @@ def _teacher_widths():
 
 @pytest.mark.parametrize("preset", TABLE)
 def test_presets_have_the_papers_sizes(preset):
-    widths = target_widths(target_shape(StudentConfig(preset=preset)), _teacher_widths())
+    widths = target_widths(target_shape(StudentConfig(preset=preset), _teacher_widths()), _teacher_widths())
     with torch.device("meta"):
         model = BertForMaskedLM(bert.student_config(BERT_BASE, widths))
     weights = {name: p.numel() / 1e6 for name, p in model.named_parameters() if p.ndim == 2}
@@ -58,8 +58,9 @@ def test_every_preset_can_be_expressed_by_a_stock_config():
 )
 def test_impossible_shapes_name_the_field(student, message):
     with pytest.raises(UserError, match=message):
-        target_widths(target_shape(student), _teacher_widths())
+        target_widths(target_shape(student, _teacher_widths()), _teacher_widths())
 
 
 def test_fields_override_the_preset():
-    assert target_shape(StudentConfig(preset="homobert-small", hidden_size=128)) == Shape(128, 1024, 8)
+    student = StudentConfig(preset="homobert-small", hidden_size=128)
+    assert target_shape(student, _teacher_widths()) == Shape(128, 1024, 8)

@@ -49,7 +49,9 @@ def test_a_layer_of_the_teacher_is_gone_when_the_next_is_compared(lock_step, sou
     def watched(self, i):
         alive.append([name for name, ref in seen if ref() is not None])
         tap = take(self, i)
-        seen.extend((f"{field}.{i}", weakref.ref(tensor)) for field, tensor in tap._asdict().items())
+        seen.extend(
+            (f"{field}.{i}", weakref.ref(tensor)) for field, tensor in tap._asdict().items() if tensor is not None
+        )
         return tap
 
     monkeypatch.setattr(source, "take_layer", watched)

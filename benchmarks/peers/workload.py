@@ -204,7 +204,7 @@ def _write_student(task: Task, files: Files, teacher) -> None:
         intermediate_size=task.student_ffn,
         num_attention_heads=task.student_heads,
     )
-    widths = target_widths(target_shape(shape), table.widths)
+    widths = target_widths(target_shape(shape, table.widths), table.widths)
     keep = _random_keep(table.widths, widths)
     torch.save(keep, files.folder / "keep.pt")
     slice_module(teacher, make_plan(table, keep))

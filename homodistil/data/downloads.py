@@ -88,7 +88,9 @@ def _by_hand(package: Package, file: Path) -> str:
 def _download(package: Package, folder: Path, file: Path) -> Path:
     """The one file that the client leaves in `folder`."""
     command = _pip_command(package, file) if package.client == "pip" else _npm_command(package, file)
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, errors="replace")
+    # The requirement of a source package comes on standard input, see `_pip_command`.
+    wanted = f"{package.spec} --hash=sha256:{package.sha256}"
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, errors="replace", input=wanted)
     found = sorted(folder.iterdir())
     if done.returncode or len(found) != 1:
         raise UserError(
@@ -107,6 +109,10 @@ def _pip_command(package: Package, file: Path) -> list[str]:
         )
     client = [sys.executable, "-m", "pip", "download", "--no-input", "--disable-pip-version-check", "--quiet"]
     patience = ["--timeout", "30", "--retries", "2"]
+    if package.filename.endswith(".tar.gz"):
+        # pip runs the set-up script of a source package even for a download: only after it has checked the hash.
+        source = ["--require-hashes", "--no-deps", f"--no-binary={package.spec.partition('==')[0]}"]
+        return [*client, *patience, *source, "--dest", ".", "-r", "/dev/stdin"]
     target = ["--python-version", "3.11", "--implementation", "cp", "--abi", "cp311"]
     target += ["--platform", "manylinux_2_28_x86_64", "--only-binary=:all:", "--no-deps"]
     return [*client, *patience, *target, "--dest", ".", package.spec]

@@ -1,5 +1,7 @@
 """The objective: L = MLM + a1 KL + a2 sum_k hidden_k + a3 sum_k attention_k + a4 embedding (HomoDistil, equation of
-the seed). Every layer of the student is compared with the same layer of the teacher, as soon as both are known.
+the seed), and the terms of its rivals: the cosine of the last hidden states (cosine.py), relations (relations.py).
+
+Every layer of the student is compared with its layer of the teacher (counterpart.py), as soon as both are known.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from torch import Tensor
 
 from homodistil.config import LossConfig
 from homodistil.data.masking import Batch
+from homodistil.distill.relations import num_relation_heads, relation_loss
 from homodistil.distill.targets import Targets
 from homodistil.distill.vocabulary import VocabularyTerms
 from homodistil.kernels.attention_map import attention_map_loss
@@ -19,12 +22,15 @@ from homodistil.models.taps import LayerTap, Visitor
 if TYPE_CHECKING:
     from homodistil.distill.student import Student
 
+TERMS = ("mlm", "kl", "hidden", "attention", "embedding", "cosine", "relations")
+"""Each a weight of the config."""
+
 
 class LossTerms(NamedTuple):
     total: Tensor
     """Weighted sum, a scalar with a graph."""
     terms: dict[str, Tensor]
-    """Detached fp32 scalars, unweighted: mlm, kl, hidden, attention, embedding, and hidden/layer.0 and so on."""
+    """Detached fp32 scalars, unweighted: those of TERMS with a weight, and hidden/layer.0 and so on."""
 
 
 class Objective:
@@ -32,11 +38,16 @@ class Objective:
 
     def __init__(self, config: LossConfig) -> None:
         self.config = config
-        self.weights = {
-            name: weight
-            for name in ("mlm", "kl", "hidden", "attention", "embedding")
-            if (weight := float(getattr(config, name))) > 0
-        }
+        self.weights = {name: weight for name in TERMS if (weight := float(getattr(config, name))) > 0}
+
+    @property
+    def needs_last_layer(self) -> bool:
+        """Whether any term reads what the last layer puts out."""
+        return any(name in self.weights for name in ("mlm", "kl", "hidden", "cosine"))
+
+    @property
+    def needs_teacher(self) -> bool:
+        return any(name != "mlm" for name in self.weights)
 
     @property
     def needs_logits(self) -> bool:
@@ -75,17 +86,31 @@ class Comparison(Visitor):
 
     def before_layer(self, i: int, args: tuple, kwargs: dict) -> None:
         if self._targets:
-            self._targets.run_layer(i, args, kwargs)
+            self._targets.run_layer(self._student.counterpart.layers[i], args, kwargs)
 
     def layer(self, i: int, tap: LayerTap) -> None:
         if not self._targets:
             self._student.pass_projection(f"layer_{i}", tap.hidden)
+            if i + 1 == self._student.num_layers:
+                self._student.pass_projection("last", tap.hidden)
             return
-        target = self._targets.take_layer(i)
+        target = self._targets.take_layer(self._student.counterpart.layers[i])
         if self._wants("hidden"):
             self._per_layer["hidden"].append(self._hidden(f"layer_{i}", tap.hidden, target.hidden))
         if self._wants("attention"):
             self._per_layer["attention"].append(self._attention(i, tap, target))
+        if i + 1 == self._student.num_layers:
+            self._last_layer(tap, target)
+
+    def _last_layer(self, tap: LayerTap, target: LayerTap) -> None:
+        mask, counts = self._batch.attention_mask, self._batch.counts
+        if self._wants("cosine"):
+            self._sums["cosine"] = self._student.cosine_to(target.hidden, tap.hidden, mask) / counts.tokens
+        if self._wants("relations"):
+            config = self._objective.config
+            num_heads = num_relation_heads(config, self._student.counterpart.num_heads)
+            loss = relation_loss(tap, self._targets.take_relations(), mask, num_heads, config.kernels)
+            self._sums["relations"] = loss / counts.tokens
 
     def finish(self, vocabulary: VocabularyTerms | None) -> LossTerms:
         """All terms, once the forward pass has ended."""

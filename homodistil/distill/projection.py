@@ -18,11 +18,16 @@ class Projection(nn.Linear):
     Args:
         hidden_size: of the teacher, and at first of the student.
         config: `projection` says on which side W stands, `projection_learned` whether it is trained.
+        own_size: hidden size of a student that was not cut out of the teacher: W then starts as nn.Linear does.
     """
 
-    def __init__(self, hidden_size: int, config: LossConfig) -> None:
-        super().__init__(hidden_size, hidden_size, bias=False)
-        nn.init.eye_(self.weight)
+    def __init__(self, hidden_size: int, config: LossConfig, own_size: int | None = None) -> None:
+        sizes = (hidden_size if own_size is None else own_size, hidden_size)
+        super().__init__(*(sizes if config.projection == "student" else reversed(sizes)), bias=False)
+        if own_size is None:
+            nn.init.eye_(self.weight)
+        # torch keeps (out, in): a student-side W reads the shrinking width, a teacher-side W writes it.
+        self.student_dim = 1 if config.projection == "student" else 0
         self.weight.requires_grad_(config.projection_learned)
         self._side, self._kernels = config.projection, config.kernels
         self._selection = None if config.projection_learned else torch.arange(hidden_size)

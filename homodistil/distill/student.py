@@ -1,7 +1,8 @@
 """The student as DeepSpeed trains it: Hugging Face's model, the distillation projections and the objective.
 
 `forward` is the training forward (loss terms); `predict` the inference one. The module knows where each of its
-entries came from in the teacher (`kept`), which is what a resize event narrows.
+entries came from in the teacher (`kept`), which is what a resize event narrows. Entries of an axis that has been mapped
+(resize/plan.py) have no origin: there `kept` only says how many there are.
 
 Every computation enters through a call of the module itself, also those outside of training: ZeRO-3 gathers parameters
 in hooks on module calls, and fetches them ahead of need only while calls follow the order of the last training step.
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 
 from homodistil.config import LossConfig
 from homodistil.data.masking import Batch
+from homodistil.distill.cosine import CosineProjection, cosine_distance
+from homodistil.distill.counterpart import Counterpart
 from homodistil.distill.objective import Comparison, LossTerms, Objective
 from homodistil.distill.projection import Projection
 from homodistil.distill.targets import Targets, wanted_rows
@@ -22,54 +25,73 @@ from homodistil.distill.vocabulary import vocabulary_terms
 from homodistil.models import axes, family_of
 from homodistil.models.axes import AxisTable, AxisUse, Keep
 from homodistil.models.shapes import full_numel
-from homodistil.models.taps import Taps
+from homodistil.models.taps import Taps, show_values
 
 
 class Student(nn.Module):
     """Args:
-    model: masked LM with tapped attention, a copy of the teacher at first.
+    model: masked LM with tapped attention.
     config: weights and options of the terms.
     distil: False trains MLM alone (teacher correction): no projections are made.
+    counterpart: the teacher's measures; None: `model` is a copy of the teacher, as it is.
     """
 
-    def __init__(self, model: nn.Module, config: LossConfig, distil: bool = True) -> None:
+    def __init__(
+        self, model: nn.Module, config: LossConfig, distil: bool = True, counterpart: Counterpart | None = None
+    ) -> None:
         super().__init__()
         self.model = model
         self.family = family_of(model.config.model_type)
         self.objective = Objective(config)
+        self.counterpart = counterpart or _copied_from(model.config)
         self.projections = self._make_projections(config) if distil else nn.ModuleDict()
         self.kept = axes.whole(self.family.axis_table(model).widths)
         self._taps = Taps(model, self.family)
-        self._num_teacher_heads = [len(heads) for heads in self.head_maps]
         self._pruned_heads: dict[int, Tensor | None] = {}
+        if "relations" in self.objective.weights:
+            show_values(model, self.family, -1)
+        # What no gradient reaches would only decay.
         if not self.objective.needs_logits:
             for parameter in head_only_parameters(model, self.family):
                 parameter.requires_grad_(False)
+        if not self.objective.needs_last_layer:
+            parts = self.family.layer_parts(model)[-1]
+            values = () if "relations" in self.objective.weights else (parts.value,)
+            for module in (*values, parts.attention_output, parts.ffn, parts.ffn_output):
+                module.requires_grad_(False)
 
     def _make_projections(self, config: LossConfig) -> nn.ModuleDict:
         names = ["embedding"] if config.embedding > 0 else []
         if config.hidden > 0:
-            names += [f"layer_{i}" for i in range(len(self.family.layers(self.model)))]
-        return nn.ModuleDict({name: Projection(self.model.config.hidden_size, config) for name in names})
+            names += [f"layer_{i}" for i in range(self.num_layers)]
+        size, own, is_origin = self.counterpart.hidden_size, self.model.config.hidden_size, self.counterpart.is_origin
+        made = {name: Projection(size, config, None if is_origin else own) for name in names}
+        if config.cosine > 0 and not self.counterpart.keeps_width:
+            made["last"] = CosineProjection(size, own, config.projection_learned, is_origin)
+        return nn.ModuleDict(made)
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.family.layers(self.model))
 
     def axis_table(self) -> AxisTable:
         """The family's table under the name `model`, and the student's side of every projection."""
-        # torch keeps (out, in): a student-side W reads the shrinking width, a teacher-side W writes it.
-        dim = 1 if self.objective.config.projection == "student" else 0
-        names = [f"projections.{name}.weight" for name in self.projections]
-        extra = [AxisUse(name, dim, ("hidden",), scored=False) for name in names]
+        extra = [
+            AxisUse(f"projections.{name}.weight", projection.student_dim, ("hidden",), scored=False)
+            for name, projection in self.projections.items()
+        ]
         return self.family.axis_table(self.model).prefixed("model").with_uses(extra)
 
     @property
     def head_maps(self) -> list[Tensor]:
         """Per layer the teacher head of each student head, int64 (N_student,), on the CPU."""
-        return [self.kept[f"layer.{i}.heads"] for i in range(len(self.family.layers(self.model)))]
+        return [self.kept[f"layer.{i}.heads"] for i in range(self.num_layers)]
 
     def pruned_heads(self, i: int, device: torch.device) -> Tensor | None:
         """The head map of layer `i` on `device`; None while it has all heads of the teacher's."""
         if i not in self._pruned_heads:
             heads = self.head_maps[i]
-            self._pruned_heads[i] = heads.to(device) if len(heads) < self._num_teacher_heads[i] else None
+            self._pruned_heads[i] = heads.to(device) if len(heads) < self.counterpart.num_heads else None
         return self._pruned_heads[i]
 
     def forward(
@@ -106,6 +128,11 @@ class Student(nn.Module):
         if name in self.projections:
             self.projections[name](hidden, None, None)
 
+    def cosine_to(self, teacher: Tensor, hidden: Tensor, attention_mask: Tensor) -> Tensor:
+        """Cosine distance of the last hidden states (B, T, D), summed over valid tokens."""
+        compare = self.projections["last"] if "last" in self.projections else cosine_distance
+        return compare(hidden, teacher, attention_mask)
+
     def mlm_logits(self, rows: Tensor) -> Tensor:
         """(rows, D) of the last layer -> (rows, V)."""
         return self.family.mlm_head(self.model)(rows)
@@ -127,9 +154,14 @@ class Student(nn.Module):
 
     @property
     def softmax_scale(self) -> float:
-        """What the softmax multiplies q.k with: the teacher's, whatever the width of the heads now."""
+        """What the softmax multiplies q.k with: that of the start, whatever the width of the heads now."""
         return self._taps.scale
 
     def num_parameters(self) -> int:
         """Parameters of the model that is exported (tied ones once, projections left out)."""
         return sum(full_numel(p) for p in self.model.parameters())
+
+
+def _copied_from(config) -> Counterpart:
+    """The counterpart of a copy of the whole teacher."""
+    return Counterpart(config.hidden_size, config.num_attention_heads, tuple(range(config.num_hidden_layers)))

@@ -1,8 +1,9 @@
 """The teacher's side of one micro-batch: every tensor is handed over once, and freed by whoever has compared it.
 
-`Finished`: the teacher has run as a whole. `LockStep`: its layers run one by one, each just before the same layer of
-the student. A whole forward leaves 3 x layers tensors of (tokens, hidden) behind that wait for the student; in
-lock-step each is compared and freed before the next exists. The numbers are the same: it is the order that changes.
+`Finished`: the teacher has run as a whole. `LockStep`: its layers run one by one, each just before the student's layer
+that it is compared with. A whole forward leaves 3 x layers tensors of (tokens, hidden) behind that wait for the
+student; in lock-step each is compared and freed before the next exists. The numbers are the same: it is the order that
+changes.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class Targets(ABC):
         return None
 
     def run_layer(self, i: int, args: tuple, kwargs: dict) -> None:
-        """The student's layer `i` is about to run, with these arguments."""
+        """The student's layer that layer `i` is compared with is about to run, with these arguments."""
         return None
 
     @abstractmethod
@@ -40,7 +41,11 @@ class Targets(ABC):
 
     @abstractmethod
     def take_layer(self, i: int) -> LayerTap:
-        """Of layer `i`, in ascending order."""
+        """Of layer `i`, in ascending order; layers between are passed over."""
+
+    @abstractmethod
+    def take_relations(self) -> LayerTap:
+        """Of the layer that shows its values, once it has run."""
 
     @abstractmethod
     def take_last(self) -> Tensor:
@@ -68,6 +73,7 @@ class Finished(Targets):
     ) -> None:
         super().__init__(model, family, batch, scale)
         self._wait, self._tapped = tapped, None
+        self._num_taken = 0
 
     def _seen(self) -> Tapped:
         if self._tapped is None:
@@ -80,10 +86,16 @@ class Finished(Targets):
     def take_layer(self, i: int) -> LayerTap:
         seen = self._seen()
         tap = LayerTap(seen.layers[i], seen.queries[i], seen.keys[i])
-        seen.queries[i] = seen.keys[i] = None
-        if i + 1 < len(seen.layers):
-            seen.layers[i] = None
+        for done in range(self._num_taken, i + 1):
+            seen.queries[done] = seen.keys[done] = None
+            if done + 1 < len(seen.layers):
+                seen.layers[done] = None
+        self._num_taken = i + 1
         return tap
+
+    def take_relations(self) -> LayerTap:
+        relations, self._tapped = self._seen().relations, self._seen()._replace(relations=None)
+        return relations
 
     def take_last(self) -> Tensor:
         return self._seen().layers.pop()
@@ -98,6 +110,8 @@ class LockStep(Targets, Visitor):
         self._taps = taps
         self._hidden: Tensor | None = None
         self._tap: LayerTap | None = None
+        self._relations: LayerTap | None = None
+        self._num_run = 0
 
     @torch.no_grad()
     def run_embedding(self, args: tuple, kwargs: dict) -> None:
@@ -107,10 +121,14 @@ class LockStep(Targets, Visitor):
     def run_layer(self, i: int, args: tuple, kwargs: dict) -> None:
         _students_hidden, *others = args
         with self._taps.shown_to(self):
-            self._layers[i](self._hidden, *others, **kwargs)
+            for layer in self._layers[self._num_run : i + 1]:
+                layer(self._hidden, *others, **kwargs)
+        self._num_run = i + 1
 
     def layer(self, _i: int, tap: LayerTap) -> None:
         self._tap, self._hidden = tap, tap.hidden
+        if tap.values is not None:
+            self._relations = tap
 
     def take_embedding(self) -> Tensor:
         return self._hidden
@@ -118,6 +136,10 @@ class LockStep(Targets, Visitor):
     def take_layer(self, _i: int) -> LayerTap:
         tap, self._tap = self._tap, None
         return tap
+
+    def take_relations(self) -> LayerTap:
+        relations, self._relations = self._relations, None
+        return relations
 
     def take_last(self) -> Tensor:
         last, self._hidden = self._hidden, None

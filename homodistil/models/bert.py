@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from torch import nn
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor, nn
 from transformers import BertConfig, BertForMaskedLM
 
 from homodistil.models.axes import AxisTable, AxisUse, Widths
@@ -132,19 +135,97 @@ def decoder(model: BertForMaskedLM) -> nn.Linear:
     return model.cls.predictions.decoder
 
 
+class LayerParts(NamedTuple):
+    """One layer: `attend`, then `attention_output`, `ffn` and `ffn_output`, and the linears and LayerNorms in these.
+
+    Each output block is LayerNorm(linear(input) + residual), dropout aside.
+    """
+
+    query: nn.Linear
+    key: nn.Linear
+    value: nn.Linear
+    attention_linear: nn.Linear
+    attention_output: nn.Module
+    """(heads side by side, residual) -> residual stream after attention."""
+    attention_norm: nn.LayerNorm
+    ffn_linear: nn.Linear
+    ffn: nn.Module
+    """Residual stream -> activated neurons."""
+    ffn_output_linear: nn.Linear
+    ffn_output: nn.Module
+    """(activated neurons, residual) -> residual stream after the layer."""
+    ffn_norm: nn.LayerNorm
+
+
+def layer_parts(model: BertForMaskedLM) -> list[LayerParts]:
+    return [_layer_parts(layer) for layer in layers(model)]
+
+
+def _layer_parts(layer: nn.Module) -> LayerParts:
+    attention, output = layer.attention.self, layer.attention.output
+    return LayerParts(
+        query=attention.query,
+        key=attention.key,
+        value=attention.value,
+        attention_linear=output.dense,
+        attention_output=output,
+        attention_norm=output.LayerNorm,
+        ffn_linear=layer.intermediate.dense,
+        ffn=layer.intermediate,
+        ffn_output_linear=layer.output.dense,
+        ffn_output=layer.output,
+        ffn_norm=layer.output.LayerNorm,
+    )
+
+
+def attend(model: BertForMaskedLM, i: int, hidden: Tensor, seen: Tensor | None) -> Tensor:
+    """Attention of layer `i` before its output projection: (B, T, hidden) -> (B, T, heads x dims of a head).
+
+    Args:
+        seen: bool, (B, 1, 1 or T, T), True = looked at; None: everything is. For SDPA, as `layers` take it.
+    """
+    return attentions(model)[i](hidden, attention_mask=seen)[0]
+
+
+class HeadParts(NamedTuple):
+    """The MLM head before the decoder: LayerNorm(activation(linear(hidden)))."""
+
+    linear: nn.Linear
+    activation: nn.Module
+    norm: nn.LayerNorm
+
+
+def head_parts(model: BertForMaskedLM) -> HeadParts:
+    transform = mlm_transform(model)
+    return HeadParts(transform.dense, transform.transform_act_fn, transform.LayerNorm)
+
+
+def embedding_norm(model: BertForMaskedLM) -> nn.LayerNorm:
+    """The LayerNorm that ends the embeddings."""
+    return embeddings(model).LayerNorm
+
+
 def layer_norms(model: BertForMaskedLM) -> dict[str, nn.LayerNorm]:
     """LayerNorms that read the residual stream itself (the MLM head's transform is not one of them)."""
     inside = backbone(model).named_modules()
     return {name: module for name, module in inside if isinstance(module, nn.LayerNorm)}
 
 
+def keep_layers(model: BertForMaskedLM, kept: Sequence[int]) -> None:
+    """Leave out all layers but these, in place. `kept`: ascending. Call before anything holds on to layers."""
+    encoder = model.bert.encoder
+    encoder.layer = nn.ModuleList(encoder.layer[i] for i in kept)
+    model.config.num_hidden_layers = len(kept)
+
+
 def student_config(teacher: BertConfig, widths: Widths) -> BertConfig:
-    """Stock configuration of a model with these (uniform) widths; everything else as in `teacher`."""
+    """Stock configuration of a model with these (uniform) widths and their layers; the rest as in `teacher`."""
     values = teacher.to_dict()
     values |= {
         "hidden_size": widths["hidden"],
         "intermediate_size": widths["layer.0.ffn"],
         "num_attention_heads": widths["layer.0.heads"],
+        "num_hidden_layers": sum(axis.endswith(".ffn") for axis in widths),
     }
     return BertConfig(**values)
 

@@ -1,6 +1,6 @@
-"""Taps: what distillation compares (embeddings, layer outputs, Q and K), read from a stock Hugging Face model.
+"""Taps: what distillation compares (embeddings, layer outputs, Q, K and V), read from a stock Hugging Face model.
 
-Q and K come through the library's registry of attention functions, so SDPA / flash keeps computing the output and no
+Q, K and V come through the library's registry of attention functions, so SDPA / flash keeps computing the output and no
 attention matrix is made here; layer outputs come through module hooks. No modelling code of our own.
 
 What passes by is shown to a `Visitor` at once, so that it can be used and freed while the forward pass goes on.
@@ -8,6 +8,7 @@ What passes by is shown to a `Visitor` at once, so that it can be used and freed
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
@@ -20,7 +21,7 @@ from transformers.masking_utils import sdpa_mask
 from homodistil.models.attention import attend
 
 ATTENTION = "homodistil_sdpa"
-"""Value for `attn_implementation`: SDPA that shows its queries and keys to the taps."""
+"""Value for `attn_implementation`: SDPA that shows its queries and keys to the taps, and values where wanted."""
 
 
 class LayerTap(NamedTuple):
@@ -32,6 +33,8 @@ class LayerTap(NamedTuple):
     """(B, N, T, H)."""
     keys: Tensor
     """(B, N, T, H)."""
+    values: Tensor | None = None
+    """(B, N, T, H) of a layer that `show_values` was called for. Elsewhere they are not held on to."""
 
 
 class Tapped(NamedTuple):
@@ -47,6 +50,8 @@ class Tapped(NamedTuple):
     """(B, N, T, H) a layer."""
     scale: float
     """What the softmax multiplies q.k with."""
+    relations: LayerTap | None = None
+    """Of the layer that shows its values."""
 
     @property
     def last(self) -> Tensor:
@@ -69,6 +74,11 @@ class Visitor:
         """Layer `i` is done."""
 
 
+def show_values(model: nn.Module, family: ModuleType, i: int) -> None:
+    """From now on taps on `model`, those of copies too, also see the values of layer `i` (negative: from the last)."""
+    family.attentions(model)[i].homodistil_shows_values = True
+
+
 class Taps:
     """Hooks on one model, silent unless `visit` or `run` is under way.
 
@@ -80,13 +90,15 @@ class Taps:
         self._visitor: Visitor | None = None
         self._queries: Tensor | None = None
         self._keys: Tensor | None = None
+        self._values: Tensor | None = None
         self.scale = float(family.attentions(model)[0].scaling)
         embeddings = family.embeddings(model)
         embeddings.register_forward_pre_hook(self._before_embedding, with_kwargs=True)
         embeddings.register_forward_hook(self._after_embedding)
         for i, layer in enumerate(family.layers(model)):
-            layer.register_forward_pre_hook(self._before_layer(i), with_kwargs=True)
-            layer.register_forward_hook(self._after_layer(i))
+            # No closures: a copy of the model is to have hooks of its own.
+            layer.register_forward_pre_hook(functools.partial(self._before_layer, i), with_kwargs=True)
+            layer.register_forward_hook(functools.partial(self._after_layer, i))
         for attention in family.attentions(model):
             attention.homodistil_taps = self
 
@@ -108,19 +120,20 @@ class Taps:
             yield
         finally:
             # Not kept: a graph that outlives its step would hold memory and old parameter shapes.
-            self._visitor = self._queries = self._keys = None
+            self._visitor = self._queries = self._keys = self._values = None
 
     def run(self, input_ids: Tensor, padding_mask: Tensor | None) -> Tapped:
         """The same, collected."""
         collector = _Collector()
         self.visit(input_ids, padding_mask, collector)
-        hidden, queries, keys = (list(part) for part in zip(*collector.layers, strict=True))
-        return Tapped(collector.embedded, hidden, queries, keys, self.scale)
+        hidden, queries, keys, _values = (list(part) for part in zip(*collector.layers, strict=True))
+        relations = next((tap for tap in collector.layers if tap.values is not None), None)
+        return Tapped(collector.embedded, hidden, queries, keys, self.scale, relations)
 
-    def record(self, queries: Tensor, keys: Tensor) -> None:
+    def record(self, queries: Tensor, keys: Tensor, values: Tensor | None) -> None:
         """Called by the attention function, inside a layer."""
         if self._visitor is not None:
-            self._queries, self._keys = queries, keys
+            self._queries, self._keys, self._values = queries, keys, values
 
     def _before_embedding(self, _module: nn.Module, args: tuple, kwargs: dict) -> None:
         if self._visitor is not None:
@@ -130,20 +143,14 @@ class Taps:
         if self._visitor is not None:
             self._visitor.embedding(output)
 
-    def _before_layer(self, i: int):
-        def hook(_module: nn.Module, args: tuple, kwargs: dict) -> None:
-            if self._visitor is not None:
-                self._visitor.before_layer(i, args, kwargs)
+    def _before_layer(self, i: int, _module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if self._visitor is not None:
+            self._visitor.before_layer(i, args, kwargs)
 
-        return hook
-
-    def _after_layer(self, i: int):
-        def hook(_module: nn.Module, _args: tuple, output: Tensor | tuple[Tensor, ...]) -> None:
-            if self._visitor is not None:
-                hidden = output[0] if isinstance(output, tuple) else output
-                self._visitor.layer(i, LayerTap(hidden, self._queries, self._keys))
-
-        return hook
+    def _after_layer(self, i: int, _module: nn.Module, _args: tuple, output: Tensor | tuple[Tensor, ...]) -> None:
+        if self._visitor is not None:
+            hidden = output[0] if isinstance(output, tuple) else output
+            self._visitor.layer(i, LayerTap(hidden, self._queries, self._keys, self._values))
 
 
 class _Collector(Visitor):
@@ -160,7 +167,7 @@ class _Collector(Visitor):
 def _tapped_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask, **kwargs):
     taps = getattr(module, "homodistil_taps", None)
     if taps is not None:
-        taps.record(query, key)
+        taps.record(query, key, value if getattr(module, "homodistil_shows_values", False) else None)
     return attend(module, query, key, value, attention_mask, **kwargs)
 
 

@@ -33,6 +33,7 @@ class Importance:
 
     `sensitivity` (HomoDistil): EMA of sum |theta * g|. `platon` (Zhang et al. 2022): that EMA times the EMA of its
     deviation. `magnitude`: sum |theta| of today. `random`: seeded noise (the control that any criterion must beat).
+    `teacher_kl`: like sensitivity, fed by pruning/teacher_labels.py instead of by training.
     """
 
     def __init__(self, table: AxisTable, config: PruningConfig, seed: int, device: torch.device) -> None:
@@ -53,7 +54,12 @@ class Importance:
 
     @property
     def needs_gradients(self) -> bool:
-        return self.config.importance in ("sensitivity", "platon")
+        return self.config.importance in ("sensitivity", "platon", "teacher_kl")
+
+    @property
+    def uses_training(self) -> bool:
+        """Whether every training step counts; if not, gradients of their own are taken just before an event."""
+        return self.config.importance != "teacher_kl"
 
     def accept(self, sums: Keep) -> None:
         """Take in what `measure` gave, once its step has been applied: an overflow's sums are not finite."""

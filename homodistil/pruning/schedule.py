@@ -46,26 +46,26 @@ def width_path(ratios: list[float], initial: int, target: int, multiple: int, ma
     """
     widest = [float(target)]  # from which the rest of the events still reaches the target, last event first
     for _ in ratios:
-        widest.append(_widest_before(int(widest[-1]), multiple, max_event_fraction, initial))
+        widest.append(widest_before(int(widest[-1]), multiple, max_event_fraction, initial))
     if initial > widest[-1]:
         raise ValueError(f"{initial} to {target} in {len(ratios)} events")
     path, width = [], initial
     for ratio, limit in zip(ratios, reversed(widest[:-1]), strict=True):
         wanted = round(ratio * initial / multiple) * multiple
-        narrowest = _narrowest_after(width, target, multiple, max_event_fraction)
+        narrowest = narrowest_after(width, target, multiple, max_event_fraction)
         width = max(narrowest, target, min(wanted, int(limit), width))
         path.append(width)
     return path
 
 
-def _narrowest_after(width: int, target: int, multiple: int, max_event_fraction: float) -> int:
+def narrowest_after(width: int, target: int, multiple: int, max_event_fraction: float) -> int:
     """Narrowest axis that one event may leave of `width`."""
     by_fraction = math.ceil(width * (1 - max_event_fraction) - 1e-9)
     rounded_up = -(-by_fraction // multiple) * multiple
     return max(target, min(by_fraction if by_fraction <= target else rounded_up, (width - 1) // multiple * multiple))
 
 
-def _widest_before(width: int, multiple: int, max_event_fraction: float, initial: int) -> int:
+def widest_before(width: int, multiple: int, max_event_fraction: float, initial: int) -> int:
     """Widest axis, a multiple or `initial`, that one event may bring down to `width`."""
     by_fraction = initial if max_event_fraction >= 1 else math.floor(width / (1 - max_event_fraction) + 1e-9)
     widest = max(by_fraction, (width // multiple + 1) * multiple)
@@ -100,13 +100,9 @@ class WidthSchedule:
         initial, target = self.initial[axis], self.target[axis]
         ratios = [keep_ratio(config.schedule, step, start_step, self.end_step, target / initial) for step in at]
         try:
-            path = width_path(ratios, initial, target, _multiple(axis, config), config.max_event_fraction)
-        except ValueError as error:
-            raise UserError(
-                f"pruning.max_event_fraction: {axis} cannot go from {error} of at most {config.max_event_fraction:.0%} "
-                f"each; lower pruning.interval_steps ({config.interval_steps}), raise pruning.end_fraction "
-                f"({config.end_fraction}) or raise pruning.max_event_fraction"
-            ) from None
+            path = width_path(ratios, initial, target, multiple_of(axis, config), config.max_event_fraction)
+        except ValueError:
+            raise unreachable(axis, initial, target, len(at), config) from None
         previous = initial
         for step, width in zip(at, path, strict=True):
             if width < previous:
@@ -122,8 +118,22 @@ class WidthSchedule:
         events = (self.table[at] for at in sorted(self.table) if at <= step)
         return {axis: width for event in events for axis, width in event.items()}
 
+    @property
+    def num_events(self) -> int:
+        return len(self.table)
 
-def _multiple(axis: str, config: PruningConfig) -> int:
+
+def unreachable(axis: str, initial: int, target: int, num_events: int, config: PruningConfig) -> UserError:
+    """For a path that cannot be walked."""
+    return UserError(
+        f"pruning.max_event_fraction: {axis} cannot go from {initial} to {target} in {num_events} events of at most "
+        f"{config.max_event_fraction:.0%} each; lower pruning.interval_steps ({config.interval_steps}), raise "
+        f"pruning.end_fraction ({config.end_fraction}) or raise pruning.max_event_fraction"
+    )
+
+
+def multiple_of(axis: str, config: PruningConfig) -> int:
+    """What widths of `axis` are multiples of on the way."""
     if axis == "hidden":
         return config.width_multiple
     if axis.endswith(".ffn"):

@@ -24,17 +24,46 @@ PRESETS = {
     "homobert-tiny": Shape(224, 896, 8),
 }
 
+NAMES = ("teacher", *PRESETS)
+"""Of all sizes that need no further field."""
 
-def target_shape(student: StudentConfig) -> Shape:
+
+def target_shape(student: StudentConfig, teacher: Widths) -> Shape:
     """Preset with the fields that are set on top. Raises `UserError` when a custom shape is incomplete."""
-    preset = PRESETS.get(student.preset)
+    preset = _shape_of(teacher) if student.preset == "teacher" else PRESETS.get(student.preset)
     values = [getattr(student, name) for name in Shape._fields]
     if preset is not None:
         return Shape(*(base if value is None else value for base, value in zip(preset, values, strict=True)))
     for name, value in zip(Shape._fields, values, strict=True):
         if value is None:
-            raise UserError(f"student.{name}: not set; preset=custom needs it (or choose one of {', '.join(PRESETS)})")
+            raise UserError(f"student.{name}: not set; preset=custom needs it (or choose one of {', '.join(NAMES)})")
     return Shape(*values)
+
+
+def _shape_of(widths: Widths) -> Shape:
+    return Shape(widths["hidden"], widths["layer.0.ffn"], widths["layer.0.heads"])
+
+
+def student_widths(student: StudentConfig, teacher: Widths) -> tuple[dict[str, int], dict[str, int]]:
+    """Axis -> width of the student as it starts, and as it ends, for every axis that it has.
+
+    A copy starts with the teacher's widths; one of fewer layers has the axes of that many. Fresh weights have the
+    target's widths from the start.
+
+    Args:
+        teacher: widths, alike in all layers.
+
+    Raises:
+        UserError: as `target_shape` and `target_widths`.
+    """
+    layers = student.num_hidden_layers or sum(axis.endswith(".ffn") for axis in teacher)
+    own = {axis: width for axis, width in teacher.items() if axis == "hidden" or _layer(axis) < layers}
+    target = target_widths(target_shape(student, teacher), own)
+    return (target if student.init == "random" else own), target
+
+
+def _layer(axis: str) -> int:
+    return int(axis.split(".")[1])
 
 
 def target_widths(shape: Shape, teacher: Widths) -> dict[str, int]:
@@ -56,8 +85,7 @@ def target_widths(shape: Shape, teacher: Widths) -> dict[str, int]:
 
 
 def _check(shape: Shape, teacher: Widths) -> None:
-    of_teacher = Shape(teacher["hidden"], teacher["layer.0.ffn"], teacher["layer.0.heads"])
-    for name, wanted, limit in zip(Shape._fields, shape, of_teacher, strict=True):
+    for name, wanted, limit in zip(Shape._fields, shape, _shape_of(teacher), strict=True):
         if not 1 <= wanted <= limit:
             raise UserError(
                 f"student.{name}: found {wanted}, the teacher has {limit}; allowed 1 .. {limit} "

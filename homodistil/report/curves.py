@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from homodistil.report.figures import MAX_POINTS, Line, Panel, draw
+from homodistil.report.figures import MAX_POINTS, Line, Panel
 from homodistil.report.run import Points, Run
 
 TERMS = ("mlm", "kl", "hidden", "attention", "embedding")
@@ -17,8 +17,8 @@ FAMILIES = {"hidden": "hidden", "ffn": "feed-forward", "heads": "heads", "qk_dim
 class Curve:
     title: str
     caption: str
-    svg: str | None
-    """None: the run has not logged what this figure needs."""
+    panels: list[Panel]
+    """Empty: the run has not logged what this figure needs."""
 
 
 def curves(run: Run) -> list[Curve]:
@@ -37,16 +37,15 @@ def curves(run: Run) -> list[Curve]:
         "Speed and memory": ("Tokens a second over all ranks, pauses left out, and what the first rank uses.", _speed),
         "Optimizer": ("Learning rate, and the global gradient norm before clipping.", _optimizer),
     }
-    return [_curve(run, i, title, *builder) for i, (title, builder) in enumerate(builders.items())]
+    return [curve(title, caption, build(run)) for title, (caption, build) in builders.items()]
 
 
-def _curve(run: Run, i: int, title: str, caption: str, build: Callable[[Run], list[Panel]]) -> Curve:
-    panels = [panel for panel in build(run) if any(value is not None for x in panel.lines for _, value in x.points)]
-    if not panels:
-        return Curve(title, caption, None)
+def curve(title: str, caption: str, panels: list[Panel]) -> Curve:
+    """Without the panels in which nothing would be drawn."""
+    panels = [panel for panel in panels if any(value is not None for x in panel.lines for _, value in x.points)]
     if any(len(line.points) > MAX_POINTS for panel in panels if not panel.saw_tooth for line in panel.lines):
         caption += f" Lines show at most {MAX_POINTS} of the logged points."
-    return Curve(title, caption, draw(panels, f"figure{i + 1}", f"{title}. {caption}"))
+    return Curve(title, caption, panels)
 
 
 def _line(run: Run, name: str, label: str) -> list[Line]:

@@ -6,12 +6,15 @@ import html
 import io
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from homodistil.report.run import Points
@@ -48,9 +51,12 @@ _STYLE = {
 @dataclass(frozen=True)
 class Line:
     label: str
+    """Written at its end; empty: none, the line belongs to a group that is labelled already."""
     points: Points
     color: str | None = None
-    """None: colour and dash by position in the panel. Given: solid and thin, told apart by shade and label."""
+    """None: colour and dash by `style`. Given: solid and thin, told apart by shade and label."""
+    style: int | None = None
+    """Number of the colour and dash; None: the position in the panel. Lines of one group share it."""
 
 
 @dataclass(frozen=True)
@@ -67,22 +73,52 @@ class Panel:
 
 
 def draw(panels: Sequence[Panel], ident: str, description: str) -> str:
-    """One SVG element with the panels side by side, two a row.
+    """One SVG element with the panels side by side, two a row. Arguments: see `inline`."""
+    return inline(compose(panels), ident, description)
+
+
+def compose(panels: Sequence[Panel]) -> Figure:
+    """The panels side by side, two a row."""
+    return side_by_side([lambda axes, panel=panel: _draw_panel(axes, panel) for panel in panels])
+
+
+def side_by_side(drawers: Sequence[Callable[[Axes], None]], height_inches: float = HEIGHT_INCHES) -> Figure:
+    """A figure of axes, two a row, that the drawers fill."""
+    columns = min(2, len(drawers))
+    rows = math.ceil(len(drawers) / columns)
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(WIDTH_INCHES, height_inches * rows), layout="constrained")
+        figure.get_layout_engine().set(wspace=0.06, hspace=0.08)
+        for i, draw_into in enumerate(drawers):
+            draw_into(figure.add_subplot(rows, columns, i + 1))
+    return figure
+
+
+def inline(figure: Figure, ident: str, description: str) -> str:
+    """The figure as one SVG element.
 
     Args:
         ident: prefix of the ids inside, different for every figure of a page.
         description: what the figure shows, for readers who do not see it.
     """
-    columns = min(2, len(panels))
-    rows = math.ceil(len(panels) / columns)
+    buffer = io.StringIO()
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(WIDTH_INCHES, HEIGHT_INCHES * rows), layout="constrained")
-        figure.get_layout_engine().set(wspace=0.06, hspace=0.08)
-        for i, panel in enumerate(panels):
-            _draw_panel(figure.add_subplot(rows, columns, i + 1), panel)
-        buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     return _inline(buffer.getvalue(), ident, description)
+
+
+def export(figure: Figure, folder: Path, name: str) -> None:
+    """folder/name.png and folder/name.svg. Raises `OSError`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with matplotlib.rc_context(_STYLE):
+        figure.savefig(folder / f"{name}.png", dpi=200)
+        figure.savefig(folder / f"{name}.svg", metadata={"Date": None, "Creator": None})
+
+
+def look(i: int) -> dict[str, Any]:
+    """Colour and dash of the i-th line; 36 differ, and dashes alone tell neighbours apart without colour."""
+    count = len(_COLORS)
+    return {"color": _COLORS[i % count], "linestyle": _DASHES[(i + i // count) % count]}
 
 
 def _draw_panel(axes: Axes, panel: Panel) -> None:
@@ -90,28 +126,31 @@ def _draw_panel(axes: Axes, panel: Panel) -> None:
     axes.set_xlabel("optimizer step")
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     axes.xaxis.set_major_formatter(lambda step, _: f"{step:,.0f}")
-    for i, line in enumerate(panel.lines):
-        _draw_line(axes, panel, line, i)
+    drawn = [
+        _draw_line(axes, panel, line, i if line.style is None else line.style) for i, line in enumerate(panel.lines)
+    ]
     _set_scale(axes, panel)
     if len(panel.lines) > 1:
-        _label_ends(axes, panel.lines)
+        _label_ends(axes, [(line.label, curve) for line, curve in zip(panel.lines, drawn, strict=True) if line.label])
 
 
-def _draw_line(axes: Axes, panel: Panel, line: Line, i: int) -> None:
+def _draw_line(axes: Axes, panel: Panel, line: Line, i: int) -> Line2D:
     steps, values = _columns(line.points if panel.saw_tooth else thinned(line.points))
     marks = {"marker": "o", "markersize": 2.5} if len(steps) <= 12 and not panel.saw_tooth else {}
-    style = {"color": _COLORS[i % len(_COLORS)], "linestyle": _DASHES[i % len(_DASHES)]}
+    style = look(i)
     if panel.saw_tooth:
         style["linewidth"] = 0.7
     if line.color:
         style = {"color": line.color, "linewidth": 0.8}
-    axes.plot(steps, values, drawstyle="steps-post" if panel.stairs else "default", **style, **marks)
+    (curve,) = axes.plot(steps, values, drawstyle="steps-post" if panel.stairs else "default", **style, **marks)
     if panel.saw_tooth:
         size = 3.5 if len(steps) < 60 else 2
         plain = {"linestyle": "none", "marker": "o", "markersize": size, "color": style["color"]}
         axes.plot(steps[0::2], values[0::2], markerfacecolor="white", markeredgewidth=0.8, label="before", **plain)
         axes.plot(steps[1::2], values[1::2], label="after", **plain)
-        axes.legend(frameon=False, loc="best", title=None, handletextpad=0.2)
+        if len(panel.lines) == 1:
+            axes.legend(frameon=False, loc="best", title=None, handletextpad=0.2)
+    return curve
 
 
 def thinned(points: Points) -> Points:
@@ -142,13 +181,13 @@ def _set_scale(axes: Axes, panel: Panel) -> None:
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
 
 
-def _label_ends(axes: Axes, lines: Sequence[Line]) -> None:
+def _label_ends(axes: Axes, curves: Sequence[tuple[str, Line2D]]) -> None:
     """Labels right of the last points, moved apart where lines end close together."""
     ends = []
-    for drawn, line in zip(axes.get_lines(), lines, strict=True):
-        finite = [(x, y) for x, y in zip(drawn.get_xdata(), drawn.get_ydata(), strict=True) if math.isfinite(y)]
+    for label, curve in curves:
+        finite = [(x, y) for x, y in zip(curve.get_xdata(), curve.get_ydata(), strict=True) if math.isfinite(y)]
         if finite:
-            ends.append((finite[-1], line.label, drawn.get_color()))
+            ends.append((finite[-1], label, curve.get_color()))
     axes.set_ylim(axes.get_ylim())  # freeze: the positions below are fractions of today's range
     to_fraction = axes.transData + axes.transAxes.inverted()
     heights = [to_fraction.transform(point)[1] for point, _, _ in ends]

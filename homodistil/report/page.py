@@ -9,17 +9,11 @@ import jinja2
 from markupsafe import Markup
 
 from homodistil.report.curves import FAMILIES, Curve, curves, gap
+from homodistil.report.figures import draw
 from homodistil.report.run import FILES, Run
 from homodistil.results import COLUMNS, DASH, cells
 
-_TEMPLATE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{{ run.name }} - homodistil</title>
-<style>
-body { margin: 2.5rem auto 4rem; max-width: 62rem; padding: 0 1.5rem; color: #1a1a1a; background: #fff;
+CSS = """body { margin: 2.5rem auto 4rem; max-width: 62rem; padding: 0 1.5rem; color: #1a1a1a; background: #fff;
        font: 15px/1.5 system-ui, "Segoe UI", "DejaVu Sans", sans-serif; }
 h1 { font-size: 1.7rem; font-weight: 600; margin: 0; }
 h2 { font-size: 1.1rem; font-weight: 600; margin: 2.6rem 0 .4rem; }
@@ -40,7 +34,17 @@ details { margin-top: .6rem; }
 summary { cursor: pointer; }
 pre { font: .8rem/1.45 ui-monospace, "DejaVu Sans Mono", monospace; background: #f7f7f7; padding: .8rem 1rem;
       overflow-x: auto; }
-@media print { body { margin: 0; max-width: none; } figure, tr { break-inside: avoid; } }
+@media print { body { margin: 0; max-width: none; } figure, tr { break-inside: avoid; } }"""
+"""Of both pages."""
+
+_TEMPLATE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{{ run.name }} - homodistil</title>
+<style>
+{{ css }}
 </style>
 </head>
 <body>
@@ -117,10 +121,20 @@ def render(run: Run) -> str:
         sentences=summary(run.rows),
         headings=[heading for heading, _ in COLUMNS.values()],
         rows=[cells(row) for row in run.rows],
-        curves=[Curve(c.title, c.caption, c.svg and Markup(c.svg)) for c in curves(run)],
+        css=Markup(CSS),
+        curves=drawn(curves(run)),
         event_headings=["step", *FAMILIES.values(), "KL before", "KL after", "ms", "moved", "hash"],
         events=[_event_cells(event) for event in run.events],
     )
+
+
+def drawn(curves: Sequence[Curve]) -> list[dict[str, Any]]:
+    """title, caption and svg (None where there is nothing to draw) of every figure of a page."""
+    figures = []
+    for i, curve in enumerate(curves):
+        svg = Markup(draw(curve.panels, f"figure{i + 1}", f"{curve.title}. {curve.caption}")) if curve.panels else None
+        figures.append({"title": curve.title, "caption": curve.caption, "svg": svg})
+    return figures
 
 
 def _progress(run: Run) -> str:

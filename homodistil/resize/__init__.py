@@ -4,15 +4,16 @@
     cost = resize(engine, plan)            # right after engine.step(); then the caller refreshes module attributes
 
 Engine, optimizer, scheduler, hooks and step counts stay the same objects and values. plan.py translates axes into
-indices; flat.py, move.py and move_partitions.py do the arithmetic and the moving; wrappers/ knows
-DeepSpeed's books; support.py says which engines are accepted, self_check.py tries a resize at start, gate.py
-looks at every event. The other functions read or fill that state by parameter name, whatever the layout.
+indices and maps; rewrite.py changes values in place, by maps too; flat.py, move.py and move_partitions.py do the
+arithmetic and the moving; wrappers/ knows DeepSpeed's books; support.py says which engines are accepted,
+self_check.py tries a resize at start, gate.py looks at every event. The other functions read or fill that state by
+parameter name, whatever the layout.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -22,9 +23,10 @@ from torch import Tensor
 from homodistil.faults import fault_point
 from homodistil.resize.engine_state import engine_state, load_engine_state, state_scalars
 from homodistil.resize.gate import pass_gate, shapes_after
-from homodistil.resize.plan import ResizePlan, make_plan
+from homodistil.resize.plan import ResizePlan, make_plan, transform
+from homodistil.resize.rewrite import apply_maps, overwrite_weights, reset_states
 from homodistil.resize.support import adapter_of, check_config, check_supported
-from homodistil.resize.wrappers.adapter import Fragment, Held, ReadState, StatePiece
+from homodistil.resize.wrappers.adapter import Adapter, Fragment, Held, ReadState, StatePiece
 from homodistil.resize.wrappers.plain import slice_module
 
 __all__ = [
@@ -45,10 +47,13 @@ __all__ = [
     "make_plan",
     "master_weights",
     "owned_state",
+    "reset_moments",
     "resize",
     "slice_module",
     "state_scalars",
     "step_applied",
+    "transform",
+    "write_weights",
 ]
 
 
@@ -57,12 +62,14 @@ class ResizeCost:
     milliseconds: float
     """Wall time on this rank, accelerator synchronised on both ends."""
     bytes_moved: int
-    """Bytes that went from one rank to another, over all ranks (0 at stage 0)."""
+    """Bytes that moving sent from one rank to another, over all ranks (0 at stage 0), without gathering for maps."""
 
 
 @torch.no_grad()
 def resize(engine, plan: ResizePlan) -> ResizeCost:
     """Apply `plan` to the engine's parameters and all their optimizer state, in place. Every rank calls it.
+
+    Where the plan has maps, weights and first moments are contracted with them, second moments with the squared maps.
 
     Only right after `engine.step()` at a gradient accumulation boundary (or before the first step). Sizes that modules
     remember (Linear.in_features, ...) are the caller's to refresh. The engine has passed `check_supported`.
@@ -73,20 +80,46 @@ def resize(engine, plan: ResizePlan) -> ResizeCost:
         CheckFailed: the state after the event is not what the plan says (resize/gate.py).
     """
     adapter = adapter_of(engine)
-    if engine.micro_steps % engine.gradient_accumulation_steps() or adapter.has_pending_gradients():
-        raise RuntimeError("resize: gradients wait for a step; resize only right after engine.step() at a boundary")
+    _check_boundary(adapter)
     adapter.index_by_parameter(plan)  # a plan for another model is refused before anything has changed
-    expected = shapes_after(adapter, plan)
+    selection = plan.as_selection()
+    expected = shapes_after(adapter, selection)
     device = next(engine.module.parameters()).device
     _check_agreement(plan, device)
     fault_point("resize.before")
     _synchronize(device)
     start = time.perf_counter()
-    bytes_moved = adapter.resize(plan)
+    if plan.maps:
+        apply_maps(adapter, plan)
+    bytes_moved = adapter.resize(selection)
     fault_point("resize.moved")
     pass_gate(adapter, expected)
     _synchronize(device)
     return ResizeCost((time.perf_counter() - start) * 1e3, bytes_moved)
+
+
+@torch.no_grad()
+def write_weights(engine, weights: Mapping[str, Tensor]) -> None:
+    """Overwrite parameters (frozen ones too, which round to their dtype); optimizer state stays. Every rank calls it.
+
+    Only when a resize would be allowed.
+
+    Args:
+        weights: full, by parameter name, at today's widths, alike on every rank; those that are absent stay.
+
+    Raises:
+        RuntimeError: gradients wait for a step.
+        ValueError: an unknown name, or another shape; nothing has changed.
+    """
+    adapter = adapter_of(engine)
+    _check_boundary(adapter)
+    overwrite_weights(adapter, weights)
+
+
+@torch.no_grad()
+def reset_moments(engine) -> None:
+    """Optimizer state as before the first step, moments and their counts. No communication."""
+    reset_states(adapter_of(engine))
 
 
 @torch.no_grad()
@@ -146,6 +179,12 @@ def load_state(engine, state_names: list[str], scalars: dict, read: ReadState) -
 def step_applied(engine) -> bool:
     """Whether the last `engine.step()` at a boundary changed the weights: not when a gradient was not finite."""
     return bool(engine.was_step_applied())
+
+
+def _check_boundary(adapter: Adapter) -> None:
+    engine = adapter.engine
+    if engine.micro_steps % engine.gradient_accumulation_steps() or adapter.has_pending_gradients():
+        raise RuntimeError("resize: gradients wait for a step; resize only right after engine.step() at a boundary")
 
 
 def _check_agreement(plan: ResizePlan, device: torch.device) -> None:

@@ -1,17 +1,19 @@
-"""What a resize event does to every parameter: kept indices of axes -> kept indices of parameter dimensions.
+"""What a resize event does to every parameter: kept indices or linear maps of axes -> those of parameter dimensions.
 
-pruning/selection decides the keep; `make_plan` translates it once, from the same axis table that importance and export
-read; `resize()` and `slice_module()` apply it. Nothing here knows of ranks, optimizers or DeepSpeed.
+pruning/selection decides the keep, pruning/compensation the maps; `make_plan` translates them once, from the same axis
+table that importance and export read; `resize()` and `slice_module()` apply the plan. Nothing here knows of ranks,
+optimizers or DeepSpeed.
 
-A plan only selects. A linear map per axis would be a change of the surviving values at the old widths, followed by
-this same selection, so nothing below the plan (layouts, moves, adapters) would have to change.
+A dimension is either selected from (`index`) or contracted with a matrix (`maps`), of which a selection is the simple
+case. On a live engine a map is a change of values at the old widths that leaves the result in the leading entries,
+followed by the selection of these (`as_selection`), so nothing below the plan (layouts, moves, adapters) knows of maps.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -21,36 +23,60 @@ from homodistil.models.axes import AxisTable, AxisUse, Keep, head_axes, widths_a
 DimIndex = Mapping[int, Tensor]
 """Dimension of a parameter -> int64 indices that stay, ascending, shape (k,); an absent dimension stays whole."""
 
+DimMaps = Mapping[int, Tensor]
+"""Dimension of a parameter -> matrix M (old length, new length) that contracts it: new_j = sum_i old_i M_ij."""
+
 
 @dataclass(frozen=True)
 class ResizePlan:
-    """One resize event, the same on every rank. Indices live on the CPU."""
+    """One resize event, the same on every rank. Indices and maps live on the CPU."""
 
     keep: Keep
     """What was asked for, by axis."""
     index: dict[str, dict[int, Tensor]]
     """Parameter name -> dimension -> indices that stay. Only dimensions that lose something."""
     sizes: dict[str, dict[int, int]]
-    """Parameter name -> dimension -> its length before the event, for exactly the entries of `index`."""
+    """Parameter name -> dimension -> its length before the event, for exactly the entries of `index` and `maps`."""
     widths_before: dict[str, int]
     widths_after: dict[str, int]
     hash: str
-    """sha256 (hex) over names, dimensions, lengths and indices: equal hashes, equal events."""
+    """sha256 (hex) over names, dimensions, lengths, indices and maps: equal hashes, equal events."""
+    maps: dict[str, dict[int, Tensor]] = field(default_factory=dict)
+    """Parameter name -> dimension -> its map, fp32 or fp64. A dimension has an index or a map, not both."""
+
+    def as_selection(self) -> ResizePlan:
+        """The same event for values that a map has already brought into the leading entries of each mapped dim."""
+        index = {name: dict(dims) for name, dims in self.index.items()}
+        for name, dims in self.maps.items():
+            for dim, matrix in dims.items():
+                if matrix.shape[1] < matrix.shape[0]:  # a rotation loses nothing
+                    index.setdefault(name, {})[dim] = torch.arange(matrix.shape[1])
+        sizes = {name: {dim: self.sizes[name][dim] for dim in dims} for name, dims in index.items()}
+        return replace(self, index=index, sizes=sizes, maps={})
 
 
-def make_plan(table: AxisTable, keep: Keep) -> ResizePlan:
-    """Translate `keep` into indices of every parameter that `table` names.
+def make_plan(table: AxisTable, keep: Keep, maps: Mapping[str, DimMaps] | None = None) -> ResizePlan:
+    """Translate `keep` into indices of every parameter that `table` names, except where `maps` has a matrix.
+
+    Args:
+        keep: of mapped axes: the leading entries, as many as the maps leave.
+        maps: parameter name -> dim -> (old length, new length), for every use of the axes that are mapped.
 
     Raises:
         ValueError: a programming error in the keep (unknown axis, wrong shape, indices not ascending, out of range
-            or empty) or in the table (two uses of one dimension that disagree).
+            or empty), in the table (two uses of one dimension that disagree) or in the maps (of another length, of
+            a dimension that the table lacks, or of some uses of an axis only).
     """
     keep = {axis: index.to(device="cpu", dtype=torch.int64) for axis, index in keep.items()}
     _check_table(table)
     _check_keep(table, keep)
+    after = widths_after(table.widths, keep)
+    matrices = _checked_maps(table, table.with_widths(after), maps or {})
     index: dict[str, dict[int, Tensor]] = {}
-    sizes: dict[str, dict[int, int]] = {}
+    sizes: dict[str, dict[int, int]] = {n: {dim: len(m) for dim, m in dims.items()} for n, dims in matrices.items()}
     for use in table.uses:
+        if use.dim in matrices.get(use.parameter, {}):
+            continue
         kept, size = _use_index(table, use, keep), table.dim_size(use)
         if kept is None or kept.numel() == size:  # ascending, in range and as long as before: nothing leaves
             continue
@@ -58,8 +84,7 @@ def make_plan(table: AxisTable, keep: Keep) -> ResizePlan:
         if not torch.equal(known, kept):
             raise ValueError(f"{use.parameter} dim {use.dim}: two uses in the table keep different indices")
         sizes.setdefault(use.parameter, {})[use.dim] = size
-    after = widths_after(table.widths, keep)
-    return ResizePlan(keep, index, sizes, dict(table.widths), after, _hash(index, sizes))
+    return ResizePlan(keep, index, sizes, dict(table.widths), after, _hash(index, sizes, matrices), matrices)
 
 
 def select(tensor: Tensor, index: DimIndex) -> Tensor:
@@ -67,6 +92,46 @@ def select(tensor: Tensor, index: DimIndex) -> Tensor:
     for dim, kept in index.items():
         tensor = tensor.index_select(dim, kept.to(tensor.device))
     return tensor
+
+
+def transform(tensor: Tensor, index: DimIndex, maps: DimMaps, squared: bool = False) -> Tensor:
+    """All that an event does to one whole tensor; `tensor` itself when there is nothing to do.
+
+    Args:
+        squared: maps enter squared, element by element: how second moments follow (compensation.md, section 4).
+
+    Returns:
+        A contiguous tensor of the dtype of `tensor`; contracted in that dtype, but at least in fp32.
+    """
+    dtype = torch.promote_types(tensor.dtype, torch.float32)
+    selected = select(tensor, index)
+    if not maps:
+        return selected
+    changed = selected.to(dtype)
+    for dim, matrix in maps.items():
+        matrix = matrix.to(tensor.device, dtype)
+        changed = torch.tensordot(changed, matrix.square() if squared else matrix, ([dim], [0])).movedim(-1, dim)
+    return changed.to(tensor.dtype).contiguous()
+
+
+def _checked_maps(before: AxisTable, after: AxisTable, maps: Mapping[str, DimMaps]) -> dict[str, dict[int, Tensor]]:
+    """The maps on the CPU, once each is known to fit the widths and every axis to be mapped in all its uses or none."""
+    found: dict[str, dict[int, Tensor]] = {}
+    is_mapped: dict[tuple[str, ...], bool] = {}
+    for use in before.uses:
+        matrix = maps.get(use.parameter, {}).get(use.dim)
+        if is_mapped.setdefault(use.axes, matrix is not None) != (matrix is not None):
+            raise ValueError(f"{use.parameter} dim {use.dim}: {use.axes} is mapped in some of its uses only")
+        if matrix is None:
+            continue
+        shape = (before.dim_size(use), after.dim_size(use))
+        if tuple(matrix.shape) != shape:
+            raise ValueError(f"{use.parameter} dim {use.dim}: map of shape {tuple(matrix.shape)}, expected {shape}")
+        found.setdefault(use.parameter, {})[use.dim] = matrix.detach().cpu().contiguous()
+    for name, dims in maps.items():
+        if unknown := set(dims) - set(found.get(name, {})):
+            raise ValueError(f"maps name {name} dim {min(unknown)}, which the axis table lacks")
+    return found
 
 
 def _use_index(table: AxisTable, use: AxisUse, keep: Keep) -> Tensor | None:
@@ -117,10 +182,14 @@ def _check_rows(axis: str, rows: Tensor, size: int) -> None:
         raise ValueError(f"keep[{axis!r}]: indices are not strictly ascending")
 
 
-def _hash(index: Mapping[str, DimIndex], sizes: Mapping[str, Mapping[int, int]]) -> str:
+def _hash(index: Mapping[str, DimIndex], sizes: Mapping[str, Mapping[int, int]], maps: Mapping[str, DimMaps]) -> str:
     digest = hashlib.sha256()
     for name in sorted(index):
         for dim, kept in sorted(index[name].items()):
             digest.update(f"{name}:{dim}:{sizes[name][dim]}:{kept.numel()};".encode())
             digest.update(kept.numpy().tobytes())
+    for name in sorted(maps):
+        for dim, matrix in sorted(maps[name].items()):
+            digest.update(f"{name}:{dim}:map {tuple(matrix.shape)};".encode())
+            digest.update(matrix.numpy().tobytes())
     return digest.hexdigest()

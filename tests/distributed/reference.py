@@ -55,7 +55,7 @@ def train(num_steps: int, accumulation: int, world: int, events: dict[int, dict[
         optimizer.step()
         scheduler.step()
         losses.append(loss_sum)
-    return _trajectory(model, {p: p for p in model.parameters()}, optimizer, losses)
+    return trajectory(model, {p: p for p in model.parameters()}, optimizer, losses)
 
 
 def train_bf16(
@@ -105,7 +105,7 @@ def train_bf16(
         step_masters(masters, {p: g.float() / scale for p, g in average.items()}, optimizer)
         scheduler.step()
         losses.append(loss_sum)
-    return _trajectory(model, masters, optimizer, losses)
+    return trajectory(model, masters, optimizer, losses)
 
 
 def step_masters(masters: dict, gradients: dict[Tensor, Tensor], optimizer: torch.optim.Optimizer) -> None:
@@ -142,7 +142,7 @@ def cut(model: nn.Module, masters: dict, optimizer: torch.optim.Optimizer, keep:
     tiny_bert.refresh(model, keep)
 
 
-def _trajectory(model: nn.Module, masters: dict, optimizer: torch.optim.Optimizer, losses: list[float]) -> Trajectory:
+def trajectory(model: nn.Module, masters: dict, optimizer: torch.optim.Optimizer, losses: list[float]) -> Trajectory:
     names = {name: masters[p] for name, p in model.named_parameters()}
     weights = {name: master.detach() for name, master in names.items()}
     trained = {name: optimizer.state[master] for name, master in names.items() if master in optimizer.state}

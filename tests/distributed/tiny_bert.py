@@ -97,7 +97,7 @@ def slices(model: BertForMaskedLM, keep: dict[str, Tensor]) -> dict[str, dict[in
     """Parameter name -> dimension -> rows that stay, spelt out for BERT."""
     cuts: dict[str, dict[int, Tensor]] = {}
     if "hidden" in keep:
-        _cut_hidden(cuts, keep["hidden"])
+        cut_hidden(cuts, keep["hidden"])
     for i in range(NUM_LAYERS):
         layer, ffn = f"bert.encoder.layer.{i}", keep.get(f"layer.{i}.ffn")
         if ffn is not None:
@@ -114,7 +114,7 @@ def slices(model: BertForMaskedLM, keep: dict[str, Tensor]) -> dict[str, dict[in
     return cuts
 
 
-def _cut_hidden(cuts: dict[str, dict[int, Tensor]], hidden: Tensor) -> None:
+def cut_hidden(cuts: dict[str, dict[int, Tensor]], hidden: Tensor) -> None:
     columns = [f"bert.embeddings.{t}_embeddings.weight" for t in ("word", "position", "token_type")]
     columns += ["cls.predictions.transform.dense.weight"]
     vectors = ["bert.embeddings.LayerNorm.weight", "bert.embeddings.LayerNorm.bias"]

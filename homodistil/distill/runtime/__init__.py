@@ -51,11 +51,12 @@ def check_teacher_runtime(config: RunConfig, device: torch.device) -> None:
             f"teacher.kernel_inject: true needs teacher.runtime=deepspeed, found {teacher.runtime}; set that, or "
             f"teacher.kernel_inject=false"
         )
-    if teacher.kernel_inject and config.loss.attention > 0:
-        raise UserError(
-            f"teacher.kernel_inject: DeepSpeed's kernels show no queries and keys, which loss.attention="
-            f"{config.loss.attention:g} compares; set loss.attention=0 or teacher.kernel_inject=false"
-        )
+    for term in ("attention", "relations"):
+        if teacher.kernel_inject and (weight := getattr(config.loss, term)) > 0:
+            raise UserError(
+                f"teacher.kernel_inject: DeepSpeed's kernels show no queries and keys, which loss.{term}="
+                f"{weight:g} compares; set loss.{term}=0 or teacher.kernel_inject=false"
+            )
 
 
 def build_runtime(

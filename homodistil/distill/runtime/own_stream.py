@@ -66,5 +66,5 @@ def _tensors(parts: Iterable) -> Iterator[Tensor]:
     for part in parts:
         if isinstance(part, Tensor):
             yield part
-        elif isinstance(part, list):
+        elif isinstance(part, list | tuple):
             yield from _tensors(part)

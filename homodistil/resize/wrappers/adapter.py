@@ -142,8 +142,8 @@ class Adapter(ABC):
     def owned_state(self) -> Iterator[StatePiece]:
         """See `homodistil.resize.owned_state`."""
         for group, held in self._shares(self.groups() + self.frozen_groups()):
-            states = {key: _part(value, held) for key, value in group.per_element().items()}
-            yield StatePiece(held.name, held.start, _part(group.master, held), states)
+            states = {key: held_part(value, held) for key, value in group.per_element().items()}
+            yield StatePiece(held.name, held.start, held_part(group.master, held), states)
 
     def gradient_fragments(self, names: Container[str] | None = None) -> Iterator[Fragment]:
         """See `homodistil.resize.gradient_fragments`."""
@@ -154,7 +154,7 @@ class Adapter(ABC):
                 continue
             gradient = access[id(group.held)](held).flatten()
             assert gradient.numel() == held.numel, "gradients do not follow the layout"
-            yield from _unscaled(held, _part(group.master, held), gradient, scale)
+            yield from _unscaled(held, held_part(group.master, held), gradient, scale)
 
     def held_masters(self) -> Iterator[tuple[Tensor, Held]]:
         """See `homodistil.resize.held_masters`."""
@@ -182,7 +182,7 @@ class Adapter(ABC):
         for name, param in self.parameters.items():
             full = torch.zeros(math.prod(full_shape(param)), device=device)
             for group, held in held_by_name.get(name, ()):
-                full[held.start : held.start + held.numel] = _part(group.master, held)
+                full[held.start : held.start + held.numel] = held_part(group.master, held)
             if name not in whole:
                 dist.all_reduce(full)  # every element is on one rank, the others add zero
             found[name] = full.view(full_shape(param))
@@ -192,7 +192,7 @@ class Adapter(ABC):
         """See `homodistil.resize.load_state`."""
         for group in self.frozen_groups():
             for held in group.held:
-                _part(group.master, held).copy_(read("weight", held.name, held.start, held.start + held.numel))
+                held_part(group.master, held).copy_(read("weight", held.name, held.start, held.start + held.numel))
         for group in self.groups():
             state = self.torch_optimizer().state[group.master]
             state |= {key: self._scalar(value, group.master) for key, value in scalars.items()}
@@ -201,7 +201,7 @@ class Adapter(ABC):
                 if target is None or target.shape != group.master.shape:
                     target = state[kind] = torch.zeros_like(group.master, requires_grad=False)
                 for held in group.held:
-                    _part(target, held).copy_(read(kind, held.name, held.start, held.start + held.numel))
+                    held_part(target, held).copy_(read(kind, held.name, held.start, held.start + held.numel))
         self.weights_from_masters()
 
     def _scalar(self, value: object, master: Tensor) -> object:
@@ -216,7 +216,8 @@ class Adapter(ABC):
         return index_by_parameter(self.parameters, plan)
 
 
-def _part(tensor: Tensor, held: Held) -> Tensor:
+def held_part(tensor: Tensor, held: Held) -> Tensor:
+    """What `held` says of a flat (or flattened) tensor of this rank, as a view."""
     return tensor.detach().view(-1)[held.position : held.position + held.numel]
 
 
@@ -235,18 +236,16 @@ def _unscaled(held: Held, weight: Tensor, gradient: Tensor, scale: float) -> Ite
 
 def index_by_parameter(parameters: dict[str, nn.Parameter], plan: ResizePlan) -> dict[nn.Parameter, DimIndex]:
     """The plan by parameter object. ValueError when the plan was made for a model of other names or sizes."""
-    found = {}
-    for name, index in plan.index.items():
+    for name, sizes in plan.sizes.items():
         if name not in parameters:
             raise ValueError(
                 f"resize plan names {name!r}, which the model lacks (tied parameters go by their first name)"
             )
         shape = full_shape(parameters[name])
-        for dim, size in plan.sizes[name].items():
+        for dim, size in sizes.items():
             if len(shape) <= dim or shape[dim] != size:
                 raise ValueError(f"resize plan: dim {dim} of {name} should be {size}, found shape {shape}")
-        found[parameters[name]] = index
-    return found
+    return {parameters[name]: index for name, index in plan.index.items()}
 
 
 def select_param(param: nn.Parameter, index: DimIndex) -> None:

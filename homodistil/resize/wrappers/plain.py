@@ -7,7 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from homodistil.resize.plan import ResizePlan
+from homodistil.resize.move import set_param_data
+from homodistil.resize.plan import ResizePlan, transform
 from homodistil.resize.wrappers.adapter import Adapter, Held, StateGroup, index_by_parameter, select_param, select_state
 
 
@@ -18,8 +19,11 @@ def slice_module(module: nn.Module, plan: ResizePlan) -> None:
     Raises:
         ValueError: the plan was made for a model of other parameter names or sizes.
     """
-    for param, index in index_by_parameter(dict(module.named_parameters()), plan).items():
-        select_param(param, index)
+    parameters = dict(module.named_parameters())
+    index_by_parameter(parameters, plan)  # a plan for another model is refused before anything has changed
+    for name in plan.sizes:
+        param = parameters[name]
+        set_param_data(param, transform(param.data, plan.index.get(name, {}), plan.maps.get(name, {})))
 
 
 class PlainAdapter(Adapter):

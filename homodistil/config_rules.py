@@ -1,0 +1,121 @@
+"""Rules on the values of a run config that need no model, data or ranks: ranges, and what fields must say together."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from homodistil.errors import UserError
+
+if TYPE_CHECKING:
+    from homodistil.config import RunConfig
+
+# (field, smallest, largest, which ends are excluded: "", "low", "high", "both")
+_INF = float("inf")
+_RANGES = [
+    ("teacher.correction_steps", 0, _INF, ""),
+    ("teacher.correction_lr", 0, _INF, "low"),
+    ("student.dropout", 0, 1, "high"),
+    ("data.seq_len", 3, _INF, ""),
+    ("data.heldout_fraction", 0, 1, "both"),
+    ("data.mask_probability", 0, 1, "both"),
+    ("data.workers", 0, _INF, ""),
+    ("train.steps", 1, _INF, ""),
+    ("train.global_batch_size", 1, _INF, ""),
+    ("train.micro_batch_size", 1, _INF, ""),
+    ("train.lr", 0, _INF, "low"),
+    ("train.rewarm_steps", 0, _INF, ""),
+    ("train.warmup_fraction", 0, 1, ""),
+    ("train.weight_decay", 0, _INF, ""),
+    ("train.gradient_clipping", 0, _INF, ""),
+    ("train.seed", 0, 2**31 - 1, ""),
+    ("train.save_every_steps", 0, _INF, ""),
+    ("train.eval_every_steps", 0, _INF, ""),
+    ("train.eval_batch_size", 1, _INF, ""),
+    ("train.log_every_steps", 1, _INF, ""),
+    ("pruning.start_fraction", 0, 1, ""),
+    ("pruning.end_fraction", 0, 1, ""),
+    ("pruning.interval_steps", 1, _INF, ""),
+    ("pruning.width_multiple", 1, _INF, ""),
+    ("pruning.ffn_multiple", 1, _INF, ""),
+    ("pruning.head_dim_multiple", 1, _INF, ""),
+    ("pruning.max_event_fraction", 0, 1, "low"),
+    ("pruning.ema_beta", 0, 1, "high"),
+    ("pruning.uncertainty_beta", 0, 1, "high"),
+    ("pruning.calibration_batches", 1, _INF, ""),
+    ("pruning.protect_outliers", 0, 1, ""),
+    ("pruning.gap_bound", 0, _INF, "low"),
+    ("pruning.gap_recovery", 0, 1, ""),
+    ("pruning.compensation_sequences", 1, _INF, ""),
+    ("pruning.compensation_ridge", 0, _INF, "low"),
+    ("pruning.compensation_limit", 0, _INF, ""),
+    ("pruning.one_shot_stages", 1, _INF, ""),
+    ("loss.mlm", 0, _INF, ""),
+    ("loss.kl", 0, _INF, ""),
+    ("loss.hidden", 0, _INF, ""),
+    ("loss.attention", 0, _INF, ""),
+    ("loss.embedding", 0, _INF, ""),
+    ("loss.cosine", 0, _INF, ""),
+    ("loss.relations", 0, _INF, ""),
+    ("loss.relation_heads", 0, _INF, ""),
+    ("loss.kl_temperature", 0, _INF, "low"),
+    ("optimizer.beta1", 0, 1, "high"),
+    ("optimizer.beta2", 0, 1, "high"),
+    ("optimizer.eps", 0, _INF, "low"),
+    ("run.keep_checkpoints", 1, _INF, ""),
+    ("run.rank_timeout_s", 0, _INF, "low"),
+]
+
+
+def check_rules(config: RunConfig) -> None:
+    """Raises `UserError` at the first rule that `config` breaks."""
+    for name, low, high, open_ends in _RANGES:
+        _check_range(name, _get(config, name), low, high, open_ends)
+    if config.pruning.end_fraction < config.pruning.start_fraction:
+        raise UserError(
+            f"pruning.end_fraction: {config.pruning.end_fraction} is before pruning.start_fraction "
+            f"{config.pruning.start_fraction}; set end_fraction >= start_fraction"
+        )
+    if not config.data.sources:
+        raise UserError("data.sources: found an empty list; name at least one file, folder, data set or embedded")
+    terms = ("mlm", "kl", "hidden", "attention", "embedding", "cosine", "relations")
+    if not any(getattr(config.loss, term) for term in terms):
+        raise UserError("loss: every weight is 0; give at least one term a weight > 0")
+    for fraction in config.run.export_milestones:
+        _check_range("run.export_milestones", fraction, 0, 1, "both")
+    _check_compensation(config)
+
+
+def _check_compensation(config: RunConfig) -> None:
+    pruning, loss = config.pruning, config.loss
+    if pruning.compensation != "none" and pruning.schedule == "none":
+        raise UserError(
+            f"pruning.compensation: found {pruning.compensation}, but pruning.schedule=none cuts nothing; set "
+            f"pruning.compensation=none or another schedule"
+        )
+    cuts_at_once = pruning.schedule == "one_shot" or "one_shot" in config.run.compare
+    if pruning.one_shot_stages > 1 and not (cuts_at_once and pruning.compensation != "none"):
+        raise UserError(
+            f"pruning.one_shot_stages: found {pruning.one_shot_stages}, allowed is 1 unless pruning.schedule is "
+            f"one_shot (found {pruning.schedule}) and pruning.compensation refit or full (found "
+            f"{pruning.compensation})"
+        )
+    has_projections = loss.hidden > 0 or loss.embedding > 0
+    if pruning.compensation == "full" and has_projections and not loss.projection_learned:
+        raise UserError(
+            "loss.projection_learned: found false, allowed with pruning.compensation=full is true: a projected "
+            "residual stream has no selected dims that W could be; set it to true, or pruning.compensation=refit"
+        )
+
+
+def _get(config: RunConfig, dotted: str):
+    section, name = dotted.split(".")
+    return getattr(getattr(config, section), name)
+
+
+def _check_range(name: str, value: float, low: float, high: float, open_ends: str) -> None:
+    above = value > low if open_ends in ("low", "both") else value >= low
+    below = value < high if open_ends in ("high", "both") else value <= high
+    if not (above and below):
+        left = "(" if open_ends in ("low", "both") else "["
+        right = ")" if open_ends in ("high", "both") or high == _INF else "]"
+        raise UserError(f"{name}: found {value}, allowed {left}{low}, {high}{right}")

@@ -1,0 +1,55 @@
+"""DistilBERT's third term: 1 - cosine of the last hidden states (arXiv 1910.01108, section 2; loss.cosine).
+
+Their student is as wide as the teacher. A narrower one goes through a projection first, which is learned with it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+def cosine_distance(student: Tensor, teacher: Tensor, attention_mask: Tensor) -> Tensor:
+    """1 - cosine of each token's states, summed over valid tokens. Count: tokens.
+
+    Args:
+        student: (B, T, D). teacher: (B, T, D), any float dtype; no gradient.
+        attention_mask: (B, T), 1 = token, 0 = padding, which contributes nothing.
+
+    Returns:
+        fp32 0-dim (float64 for float64 students).
+    """
+    dtype = torch.promote_types(student.dtype, torch.float32)
+    distances = 1 - functional.cosine_similarity(student.to(dtype), teacher.detach().to(dtype), dim=-1)
+    return (distances * attention_mask).sum()
+
+
+class CosineProjection(nn.Linear):
+    """W on the student's side, and the distance behind it: under ZeRO-3 its weight exists only inside this call.
+
+    Args:
+        hidden_size: of the teacher.
+        student_size: of the student now.
+        learned: whether W is trained.
+        is_origin: the student has the teacher's dims, so W starts as the identity; otherwise as nn.Linear does.
+    """
+
+    student_dim = 1
+    """Dimension of the weight that runs over the student's dims."""
+
+    def __init__(self, hidden_size: int, student_size: int, learned: bool, is_origin: bool) -> None:
+        super().__init__(student_size, hidden_size, bias=False)
+        if is_origin:
+            nn.init.eye_(self.weight)
+        self.weight.requires_grad_(learned)
+
+    def forward(self, student: Tensor, teacher: Tensor | None, attention_mask: Tensor | None) -> Tensor | None:
+        """`cosine_distance` of (B, T, Ds) and (B, T, Dt). No teacher: nothing but its place in the order of calls."""
+        if teacher is None:
+            return None
+        return cosine_distance(functional.linear(student, self.weight), teacher, attention_mask)
+
+    def after_resize(self, kept: Tensor) -> None:
+        """`kept`: teacher index of each residual dim of the student now, int64 (Ds,)."""
+        self.in_features = len(kept)

@@ -1,0 +1,124 @@
+"""All runs of a command: tasks x learning rates x batch sizes x epochs x seeds, one JSON file a finished run.
+
+An interrupted command goes on where it stopped: what has a file is not run again. A file of another checkpoint, other
+data or other settings is a mistake, never overwritten.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from homodistil.errors import UserError
+from homodistil.evaluation.glue.checkpoint import checkpoint_folder, checkpoint_identity, load_classifier
+from homodistil.evaluation.glue.fine_tuning import Settings, encode, train
+from homodistil.evaluation.glue.sources import TaskData, load_task
+from homodistil.evaluation.glue.tasks import Task
+from homodistil.metrics import to_json, write_atomically
+
+Record = dict[str, Any]
+"""One finished run: task, checkpoint (as given), identity, setting (lr, batch_size, epochs, seed), result."""
+
+_VARIED = ("lr", "batch_size", "epochs", "seed")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """What is varied, and the settings that all runs share."""
+
+    lrs: Sequence[float]
+    batch_sizes: Sequence[int]
+    epochs: Sequence[int]
+    seeds: Sequence[int]
+    shared: Settings
+
+    def settings(self) -> Iterator[Settings]:
+        """Every run, seeds innermost."""
+        values = itertools.product(self.lrs, self.batch_sizes, self.epochs, self.seeds)
+        for value in dict.fromkeys(values):
+            yield dataclasses.replace(self.shared, **dict(zip(_VARIED, value, strict=True)))
+
+
+def run_grid(
+    checkpoint: str, tasks: list[Task], source: str, grid: Grid, out: Path, cache_dir: Path, say: Callable[[str], None]
+) -> list[Record]:
+    """Run what is not finished yet; give every record in `out`.
+
+    Everything that can be wrong with checkpoint, data or `out` is found before the first run.
+
+    Args:
+        checkpoint: folder, hub name or embedded:NAME.
+        source: see `sources.load_task`.
+        say: takes one line a task and one a finished run.
+
+    Raises:
+        UserError: checkpoint or data cannot be used, or `out` holds results of another checkpoint, data or settings.
+    """
+    folder = checkpoint_folder(checkpoint, cache_dir)
+    data = {task.name: load_task(task, source, cache_dir) for task in tasks}
+    load_classifier(folder, tasks[0])
+    identity = checkpoint_identity(folder)
+    identities = {task.name: _identity(identity, data[task.name], grid.shared) for task in tasks}
+    finished = _read_all(out, identity, identities)
+    for task in tasks:
+        todo = [s for s in grid.settings() if _file(out, task, s) not in finished]
+        say(f"{task.title}: {len(todo)} runs to do, {len(list(grid.settings())) - len(todo)} finished before")
+        encoded = encode(folder, data[task.name], grid.shared.max_length) if todo else None
+        for settings in todo:
+            result = train(folder, task, encoded, settings)
+            record = {"task": task.name, "checkpoint": checkpoint, "identity": identities[task.name]}
+            record |= {"setting": {name: getattr(settings, name) for name in _VARIED}, "result": result}
+            file = _file(out, task, settings)
+            write_output(file, to_json(record) + "\n")
+            finished[file] = record
+            say(f"{task.title}: {file.stem}: " + ", ".join(f"{n} {result[n]:.4f}" for n in task.result_names))
+    return [finished[file] for file in sorted(finished)]
+
+
+def write_output(file: Path, text: str) -> None:
+    """Atomically. Raises `UserError` when the folder cannot be written."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, text)
+    except OSError as error:
+        raise UserError(
+            f"{file}: cannot be written ({error.strerror or error}); free disk space or give another --out, and run "
+            f"the command again: finished runs are kept"
+        ) from None
+
+
+def _identity(checkpoint: str, data: TaskData, shared: Settings) -> dict[str, Any]:
+    """Whatever changes a result and does not stand in the file's name. The device does not count."""
+    fixed = {name: value for name, value in dataclasses.asdict(shared).items() if name not in (*_VARIED, "device")}
+    return {"checkpoint": checkpoint, "data": data.fingerprint, **fixed}
+
+
+def _file(out: Path, task: Task, settings: Settings) -> Path:
+    name = f"lr{settings.lr:g}-batch{settings.batch_size}-epochs{settings.epochs}-seed{settings.seed}.json"
+    return out / task.name / name
+
+
+def _read_all(out: Path, checkpoint: str, identities: dict[str, dict]) -> dict[Path, Record]:
+    """Finished runs by file. Those of tasks that are not asked for now need the same checkpoint only."""
+    records = {}
+    for file in sorted(out.glob("*/lr*.json")):
+        try:
+            record = json.loads(file.read_text(encoding="utf-8"))
+            found = record["identity"]
+            expected = identities.get(record["task"], found | {"checkpoint": checkpoint})
+        except (OSError, ValueError, KeyError, TypeError):
+            raise UserError(f"{file}: found no result of a run; delete the file, or give another --out") from None
+        if differing := [name for name, value in expected.items() if found.get(name) != value]:
+            shown = ", ".join(f"{n}: found {_short(found.get(n))}, now {_short(expected[n])}" for n in differing)
+            raise UserError(f"{file}: result of another run ({shown}); give another --out, or delete the old results")
+        records[file] = record
+    return records
+
+
+def _short(value: Any) -> str:
+    return value[:12] if isinstance(value, str) else str(value)

@@ -1,0 +1,134 @@
+"""One fine-tuning run: one checkpoint, one SQuAD version, one setting, one seed, by Hugging Face's Trainer."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import nn
+from transformers import (
+    AutoModelForQuestionAnswering,
+    DataCollatorWithPadding,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.trainer_callback import PrinterCallback
+
+from homodistil.evaluation.glue.checkpoint import load_tokenizer, readable
+from homodistil.evaluation.glue.fine_tuning import Settings as EncoderSettings
+from homodistil.evaluation.glue.fine_tuning import alone, on_cpu, quiet
+from homodistil.evaluation.squad.answers import answers
+from homodistil.evaluation.squad.examples import SquadData
+from homodistil.evaluation.squad.features import Windows, check_lengths, windows
+from homodistil.evaluation.squad.metrics import score
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(EncoderSettings):
+    """How one run is trained and read; lengths in tokens. `patience` is not used: the last epoch counts."""
+
+    epochs: int = 2
+    max_length: int = 384
+    """A window: question, context and special tokens."""
+    stride: int = 128
+    """Context shared by neighbouring windows."""
+    max_answer_tokens: int = 30
+    null_threshold: float = 0.0
+    """v2.0: how far the score of no answer must exceed the best answer's."""
+
+
+class Encoded(NamedTuple):
+    """Both splits as windows."""
+
+    data: SquadData
+    train: Windows
+    dev: Windows
+    tokenizer: PreTrainedTokenizerBase
+
+
+def fine_tune(checkpoint: str | Path, data: SquadData, settings: Settings) -> tuple[dict[str, float], dict[str, str]]:
+    """Fine-tune and evaluate on dev. Sets the random state of torch, numpy and Python.
+
+    Args:
+        checkpoint: folder or hub name of any Hugging Face encoder, such as our export.
+
+    Returns:
+        Metrics (fractions; see `metrics.score`) with `steps`, `seconds` (training and evaluation) and `parameters`
+        (with the head), and the answers on dev (id -> text, what the official script reads).
+
+    Raises:
+        UserError: the checkpoint cannot be loaded, or the lengths do not fit it.
+    """
+    return train(checkpoint, encode(checkpoint, data, settings), settings)
+
+
+def encode(checkpoint: str | Path, data: SquadData, settings: Settings) -> Encoded:
+    """Tokenised once for all runs of a checkpoint. Questions whose first answer is misplaced are not trained on."""
+    tokenizer = load_tokenizer(str(checkpoint), settings.max_length)
+    check_lengths(tokenizer, settings.max_length, settings.stride)
+    lengths = (tokenizer, settings.max_length, settings.stride)
+    trained = [example for example in data.train if not example.answers or example.answers[0].start >= 0]
+    return Encoded(data, windows(trained, *lengths, True), windows(data.dev, *lengths, False), tokenizer)
+
+
+def train(checkpoint: str | Path, encoded: Encoded, settings: Settings) -> tuple[dict[str, float], dict[str, str]]:
+    """As `fine_tune`, on examples that are encoded already."""
+    start = time.perf_counter()
+    with alone(), quiet(), tempfile.TemporaryDirectory() as folder:
+        set_seed(settings.seed)
+        trainer = Trainer(
+            model=load_reader(str(checkpoint)),
+            args=_arguments(folder, settings),
+            train_dataset=encoded.train.inputs,
+            data_collator=DataCollatorWithPadding(encoded.tokenizer),
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+        # Left as it was for training, Trainer would reorder the windows here too, and not say how.
+        trainer.args.train_sampling_strategy = "sequential"
+        start_logits, end_logits = trainer.predict(encoded.dev.inputs).predictions
+    threshold = settings.null_threshold if encoded.data.has_unanswerable else None
+    dev = encoded.data.dev
+    found = answers(dev, encoded.dev, start_logits, end_logits, settings.max_answer_tokens, threshold)
+    about = {"steps": trainer.state.global_step, "seconds": time.perf_counter() - start}
+    about["parameters"] = sum(p.numel() for p in trainer.model.parameters())
+    return score(dev, found) | about, found
+
+
+def load_reader(folder: str) -> nn.Module:
+    """The model with a fresh span head (drawn from torch's random state), fp32. Raises `UserError`."""
+    with readable(folder):
+        model = AutoModelForQuestionAnswering.from_pretrained(
+            folder, trust_remote_code=False, use_safetensors=True, dtype="float32"
+        )
+    return model.train()
+
+
+def _arguments(folder: str, settings: Settings) -> TrainingArguments:
+    arguments = TrainingArguments(
+        output_dir=folder,
+        per_device_train_batch_size=settings.batch_size,
+        per_device_eval_batch_size=max(64, settings.batch_size),
+        learning_rate=settings.lr,
+        num_train_epochs=settings.epochs,
+        warmup_steps=settings.warmup_fraction,
+        weight_decay=settings.weight_decay,
+        seed=settings.seed,
+        use_cpu=on_cpu(settings.device),
+        bf16=settings.precision == "bf16",
+        save_strategy="no",
+        logging_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        train_sampling_strategy="group_by_length",
+        remove_unused_columns=False,
+        dataloader_pin_memory=not on_cpu(settings.device),
+    )
+    # Trainer would spread every batch over all GPUs it sees, and make it that much larger.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments

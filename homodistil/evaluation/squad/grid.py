@@ -1,0 +1,137 @@
+"""All SQuAD runs of a command, one JSON file a finished run, and their table. An interrupted command goes on."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from homodistil.errors import UserError
+from homodistil.evaluation.glue.checkpoint import checkpoint_folder, checkpoint_identity
+from homodistil.evaluation.glue.grid import Grid, write_output
+from homodistil.evaluation.squad.examples import SquadData
+from homodistil.evaluation.squad.fine_tuning import Settings, encode, load_reader, train
+from homodistil.metrics import to_json
+
+MARKDOWN_FILE, JSON_FILE = "squad.md", "squad.json"
+METRICS = {
+    "exact": "EM",
+    "f1": "F1",
+    "has_answer_exact": "EM, answerable",
+    "has_answer_f1": "F1, answerable",
+    "no_answer_accuracy": "accuracy, unanswerable",
+}
+Record = dict[str, Any]
+"""One finished run: version, checkpoint (as given), identity, setting (lr, batch_size, epochs, seed), result."""
+
+_SETTING = ("lr", "batch_size", "epochs")
+_VARIED = (*_SETTING, "seed")
+
+
+def run_grid(
+    checkpoint: str, data: SquadData, grid: Grid, out: Path, cache_dir: Path, say: Callable[[str], None]
+) -> list[Record]:
+    """Run what is not finished yet; give the records of this version in `out`.
+
+    Args:
+        checkpoint: folder, hub name or embedded:NAME.
+        grid: its shared settings are `squad.fine_tuning.Settings`.
+        say: takes one line a finished run.
+
+    Raises:
+        UserError: the checkpoint cannot be used, or `out` holds results of another checkpoint, data or settings.
+    """
+    folder = checkpoint_folder(checkpoint, cache_dir)
+    load_reader(folder)
+    identity = _identity(checkpoint_identity(folder), data, grid.shared)
+    place = out / data.version
+    finished = {file: _read(file, identity) for file in sorted(place.glob("lr*.json"))}
+    todo = {file: s for s in grid.settings() if (file := place / _name(s)) not in finished}
+    encoded = encode(folder, data, grid.shared) if todo else None
+    for file, settings in todo.items():
+        result, predictions = train(folder, encoded, settings)
+        record = {"version": data.version, "checkpoint": checkpoint, "identity": identity}
+        record |= {"setting": {name: getattr(settings, name) for name in _VARIED}, "result": result}
+        # The record last: it says that the run is finished.
+        write_output(place / f"predictions-{file.name}", json.dumps(predictions) + "\n")
+        write_output(file, to_json(record) + "\n")
+        finished[file] = record
+        say(f"SQuAD {data.version}: {file.stem}: EM {result['exact']:.4f}, F1 {result['f1']:.4f}")
+    return [finished[file] for file in sorted(finished)]
+
+
+def _identity(checkpoint: str, data: SquadData, shared: Settings) -> dict[str, Any]:
+    """Whatever changes a result and does not stand in the file's name. The device does not count."""
+    fixed = {name: value for name, value in dataclasses.asdict(shared).items() if name not in (*_VARIED, "device")}
+    return {"checkpoint": checkpoint, "data": data.fingerprint, **fixed}
+
+
+def _name(settings: Settings) -> str:
+    return f"lr{settings.lr:g}-batch{settings.batch_size}-epochs{settings.epochs}-seed{settings.seed}.json"
+
+
+def _read(file: Path, identity: dict[str, Any]) -> Record:
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+        found = dict(record["identity"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{file}: found no result of a run; delete the file, or give another --out") from None
+    if differing := [name for name, value in identity.items() if found.get(name) != value]:
+        raise UserError(
+            f"{file}: result of another run (differs in {', '.join(differing)}); give another --out, or delete the "
+            f"old results"
+        )
+    return record
+
+
+def summarise(records: Iterable[Record]) -> list[dict[str, Any]]:
+    """One dict a setting, the best median F1 first: lr, batch_size, epochs, seeds, and for each metric its median,
+    standard deviation (of the sample; None for one seed), min and max over the seeds."""
+    groups: dict[tuple, list[Record]] = {}
+    for record in records:
+        groups.setdefault(tuple(record["setting"][name] for name in _SETTING), []).append(record)
+    summaries = []
+    for key, group in sorted(groups.items()):
+        found = {m: [r["result"][m] for r in group] for m in METRICS if m in group[0]["result"]}
+        seeds = sorted(record["setting"]["seed"] for record in group)
+        summary = dict(zip(_SETTING, key, strict=True)) | {"seeds": seeds}
+        summaries.append(summary | {"metrics": {name: _spread(values) for name, values in found.items()}})
+    return sorted(summaries, key=lambda summary: -summary["metrics"]["f1"]["median"])
+
+
+def _spread(values: list[float]) -> dict[str, float | None]:
+    deviation = statistics.stdev(values) if len(values) > 1 else None
+    spread = {"median": statistics.median(values), "standard_deviation": deviation}
+    return spread | {"min": min(values), "max": max(values)}
+
+
+def write_table(records: list[Record], out: Path) -> str:
+    """Write squad.json and squad.md (of one version) into `out`/VERSION, atomically. Returns the Markdown."""
+    summaries = summarise(records)
+    about = {name: records[-1][name] for name in ("version", "checkpoint")}
+    about["parameters"] = records[-1]["result"]["parameters"]
+    names = [name for name in METRICS if name in summaries[0]["metrics"]]
+    lines = [["model", "parameters, M", "lr", "batch", "epochs", "seeds", *(METRICS[name] for name in names)]]
+    for summary in summaries:
+        setting = [f"{summary['lr']:g}", str(summary["batch_size"]), str(summary["epochs"]), str(len(summary["seeds"]))]
+        cells = [_cell(summary["metrics"][name]) for name in names]
+        model = str(about["checkpoint"]).replace("|", "\\|")
+        lines.append([model, f"{about['parameters'] / 1e6:.1f}", *setting, *cells])
+    lines.insert(1, ["---"] * len(lines[0]))
+    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    text = (
+        f"# SQuAD {about['version']}, dev (percent)\n\n{table}\n\n"
+        "Medians over the seeds +- standard deviation, the setting with the best F1 first (chosen on dev itself).\n"
+    )
+    write_output(out / about["version"] / JSON_FILE, to_json({**about, "settings": summaries}) + "\n")
+    write_output(out / about["version"] / MARKDOWN_FILE, text)
+    return text
+
+
+def _cell(spread: dict[str, float | None]) -> str:
+    deviation = spread["standard_deviation"]
+    median = f"{100 * spread['median']:.1f}"
+    return median if deviation is None else f"{median} +- {100 * deviation:.1f}"

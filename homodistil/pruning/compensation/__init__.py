@@ -1,0 +1,162 @@
+"""Compensated width cuts: what a resize event takes away, the rest of the network makes up for, in closed form.
+
+`compensate` turns the widths that are due into a plan (selections and linear maps) and the weights after it. Modes:
+refit: entries are selected by importance, then every remaining part is fitted by least squares to what it put out;
+full: heads are rotated so that their leading dims matter most, the residual stream is projected onto its best
+subspace, neurons and whole heads are selected, then the same fit. It works on plain stock models; bringing the result
+to a live engine is the caller's part (pruning/events.py). Source: compensation study, sections 4 and 5.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from homodistil import ranks
+from homodistil.data.masking import Batch
+from homodistil.models.axes import AxisTable, Keep
+from homodistil.pruning.compensation.axis_maps import AxisMaps, is_mapped, layer_of, leading
+from homodistil.pruning.compensation.head import is_straight, refit_head, straighten_head
+from homodistil.pruning.compensation.projection import residual_projection
+from homodistil.pruning.compensation.refit import Refit
+from homodistil.pruning.compensation.statistics import Statistics, collect
+from homodistil.resize.plan import ResizePlan, make_plan
+from homodistil.resize.wrappers.plain import slice_module
+
+
+@dataclass(frozen=True)
+class Options:
+    mode: Literal["refit", "full"] = "full"
+    ridge: float = 1e-2
+    """Of the refit, as a share of the mean variance of a linear's inputs (> 0)."""
+    basis: Literal["fisher", "pca"] = "fisher"
+    """full: what the residual stream's subspace is chosen by (projection.py)."""
+    seed: int = 0
+    """full: of drawn labels and of the mixed basis."""
+
+
+class Compensated(NamedTuple):
+    plan: ResizePlan
+    model: nn.Module
+    """A new model at the new widths, refitted; in evaluation mode, its parameters frozen."""
+    report: dict[str, float]
+    """seconds: wall time; lost: share of the variance of the last hidden states, as the plan has them, that the new
+    network's do not explain."""
+
+
+def compensate(
+    model: nn.Module,
+    family: ModuleType,
+    table: AxisTable,
+    keep: Keep,
+    batches: Sequence[Batch],
+    options: Options,
+    fixed_dims: Tensor | None = None,
+) -> Compensated:
+    """One event, compensated. Every rank calls it and gets the same bits.
+
+    Args:
+        model: the network of today, a plain fp32 masked LM with tapped attention; not changed.
+        family: its table of names.
+        table: axes at the widths of today, by the names of `model.named_parameters()`.
+        keep: selection by importance for the axes that are due. full: of `hidden`, `qk_dim` and `vo_dim` only the
+            widths count.
+        batches: this rank's calibration micro-batches on the model's device, one at least.
+        fixed_dims: full: int64, residual dims that stay coordinate axes; in the new network they come first.
+
+    Raises:
+        ValueError: a keep that does not fit the table; no more dims than fixed ones.
+    """
+    start_s = time.perf_counter()
+    with _frozen(model):
+        plan, statistics = _plan(model, family, table, keep, batches, options, fixed_dims)
+        new = copy.deepcopy(model)
+        slice_module(new, plan)
+        family.refresh(new, plan.widths_after)
+        refit = Refit(model, new, family, plan, batches, options.ridge)
+        lost = _refit(refit, statistics.decoder if statistics else None)
+    return Compensated(plan, new, {"seconds": time.perf_counter() - start_s, "lost": lost})
+
+
+def rotation_only(
+    model: nn.Module,
+    family: ModuleType,
+    table: AxisTable,
+    batches: Sequence[Batch],
+    options: Options,
+    fixed_dims: Tensor | None = None,
+) -> nn.Module:
+    """The model with its residual stream rotated at full width, and refitted: what rotating alone costs (LayerNorm's
+    gammas do not commute with it). Arguments as of `compensate`."""
+    keep = {"hidden": torch.arange(table.widths["hidden"])}
+    return compensate(model, family, table, keep, batches, options, fixed_dims).model
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """`model` without dropout and gradients of its own inside, and as it was afterwards."""
+    training = {module: module.training for module in model.modules()}
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model.eval().requires_grad_(False)
+    try:
+        yield
+    finally:
+        for module, was_training in training.items():
+            module.training = was_training
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
+def _plan(
+    model: nn.Module,
+    family: ModuleType,
+    table: AxisTable,
+    keep: Keep,
+    batches: Sequence[Batch],
+    options: Options,
+    fixed_dims: Tensor | None,
+) -> tuple[ResizePlan, Statistics | None]:
+    """The event's plan, and what a projection was chosen by. `model` is frozen."""
+    mapped = [axis for axis in keep if is_mapped(axis)] if options.mode == "full" else []
+    if not mapped:
+        return make_plan(table, keep), None
+    head_layers = {layer_of(axis) for axis in mapped if axis != "hidden"}
+    statistics = collect(model, family, batches, head_layers, "hidden" in mapped, options.seed)
+    maps = AxisMaps(model, family, table, keep)
+    for axis in mapped:
+        if axis == "hidden":
+            maps.project(_projection(statistics, len(keep[axis]), options, fixed_dims))
+        else:
+            maps.rotate(axis, statistics.heads[layer_of(axis)])
+    kept = {axis: leading(table, keep, axis) if axis in mapped else keep[axis] for axis in keep}
+    return make_plan(table, kept, maps.by_parameter), statistics
+
+
+def _projection(statistics: Statistics, width: int, options: Options, fixed_dims: Tensor | None) -> Tensor:
+    fixed = torch.empty(0, dtype=torch.int64) if fixed_dims is None else fixed_dims
+    fixed = fixed.to(statistics.decoder.device)
+    return ranks.from_first(residual_projection(statistics, width, fixed, options.basis, options.seed))
+
+
+@torch.no_grad()
+def _refit(refit: Refit, decoder_gram: Tensor | None) -> float:
+    """Fit the whole of the new network. Returns the share that `Compensated.report` calls lost.
+
+    Args:
+        decoder_gram: where the residual stream has been projected, for the MLM head.
+    """
+    refit.run()
+    lost = refit.lost()
+    if decoder_gram is not None and is_straight(refit.family.head_parts(refit.new).activation):
+        straighten_head(refit, decoder_gram)
+    elif refit.is_affected:
+        refit_head(refit)
+    return lost

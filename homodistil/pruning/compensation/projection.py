@@ -1,0 +1,82 @@
+"""An orthonormal basis in which the residual stream loses least, and in which a LayerNorm works on what is left.
+
+One matrix P (D, d) serves all places of the residual stream. Coordinates that must stay what they are come first.
+Source: compensation study, section 4.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from homodistil.pruning.compensation.least_squares import TINY
+from homodistil.pruning.compensation.statistics import Statistics
+
+IDENTITY_SHARE = 0.5
+"""Of the identity in the weights, beside the gradients' and the decoder rows' (0.1 to 2 are alike in the study)."""
+
+
+def residual_projection(statistics: Statistics, width: int, fixed: Tensor, basis: str, seed: int) -> Tensor:
+    """P, fp64 (D, width) with orthonormal columns: first unit vectors of `fixed`, then a basis of the best rest.
+
+    Args:
+        width: of the new residual stream, above the number of `fixed`.
+        fixed: int64, dims that stay coordinate axes; on the device of the statistics.
+        basis: "fisher" weighs directions by the gradients there, "pca" by variance alone.
+        seed: of the mixing.
+    """
+    size = len(statistics.decoder)
+    if not len(fixed) < width <= size:
+        raise ValueError(f"{width} residual dims of {size}, of which {len(fixed)} are fixed")
+    rest = torch.ones(size, dtype=torch.bool, device=fixed.device)
+    rest[fixed] = False
+    spread = _spread(statistics)[rest][:, rest]
+    weights = _weights(statistics, basis, size)[rest][:, rest]
+    best = _mix(_leading(spread, weights, width - len(fixed)), seed)
+    projection = best.new_zeros(size, width)
+    projection[fixed, torch.arange(len(fixed), device=fixed.device)] = 1
+    projection[rest, len(fixed) :] = best
+    return projection
+
+
+def _spread(statistics: Statistics) -> Tensor:
+    """What there is to keep: mean over places of covariance / trace, plus the decoder rows' by predicted token."""
+    covariances = torch.stack([_per_trace(moments.covariance) for moments in statistics.residual])
+    return covariances.mean(0) + _per_trace(statistics.decoder)
+
+
+def _weights(statistics: Statistics, basis: str, size: int) -> Tensor:
+    """How much an error in each direction matters, (D, D)."""
+    identity = torch.eye(size, dtype=torch.float64, device=statistics.decoder.device)
+    if basis == "pca":
+        return identity
+    of_gradient, of_head = (_per_trace(m) * size for m in (statistics.gradient, statistics.head_rows.second))
+    return of_gradient + of_head + IDENTITY_SHARE * identity
+
+
+def _per_trace(matrix: Tensor) -> Tensor:
+    return matrix / matrix.trace().clamp(min=TINY)
+
+
+def _leading(spread: Tensor, weights: Tensor, width: int) -> Tensor:
+    """Orthonormal (D, width): the directions of most weighted spread, in falling order."""
+    values, vectors = torch.linalg.eigh(weights)
+    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+    _, directions = torch.linalg.eigh(root @ spread @ root)
+    return torch.linalg.qr(root @ directions[:, -width:].flip(1)).Q
+
+
+def _mix(basis: Tensor, seed: int) -> Tensor:
+    """The same subspace in coordinates that suit a LayerNorm.
+
+    It removes the mean over dims: the least important direction is put there (a Householder reflection swaps it with
+    the mean direction). The others are mixed at random, so that no coordinate dominates.
+    """
+    width = basis.shape[1]
+    generator = torch.Generator().manual_seed(seed)
+    random = torch.linalg.qr(torch.randn(width - 1, width - 1, generator=generator, dtype=torch.float64)).Q
+    mixed = torch.cat([basis[:, :-1] @ random.to(basis.device), basis[:, -1:]], 1)
+    normal = torch.full((width,), width**-0.5, dtype=basis.dtype, device=basis.device)
+    normal[-1] -= 1
+    length = normal.norm()
+    return mixed if length < 1e-12 else mixed - 2 * torch.outer(mixed @ normal, normal) / length.square()

@@ -1,0 +1,33 @@
+"""Rows of `benchmarks/quality.py` (one a method, width and metric) -> rows of the comparison (one a model)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from homodistil.errors import UserError
+
+# The benchmark's metric -> column of the comparison. Others keep their name.
+_COLUMNS = {"mlm_loss": "heldout_mlm_loss", "tokens_per_cpu_s": "tokens_per_s"}
+
+
+def read_benchmark(file: Path) -> list[dict[str, Any]]:
+    """Rows for `write_comparison`, lists of a number a seed. Raises `UserError` for any other file."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        models: dict[tuple[str, str], dict[str, Any]] = {}
+        for row in content:
+            width = "" if row["x"] == row["variant"] else f", {row['x']}"
+            name = f"{row['variant']}{width}"
+            found = models.setdefault((row["variant"], str(row["x"])), {"name": name})
+            found |= {
+                column: row["config"][column] for column in ("parameters", "hidden_size") if column in row["config"]
+            }
+            found[_COLUMNS.get(row["metric"], row["metric"])] = row.get("values", [row["value"]])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(
+            f"{file}: found no rows of benchmarks/quality.py ({type(error).__name__}: {error}); give its JSON file, or "
+            f"run folders"
+        ) from None
+    return list(models.values())

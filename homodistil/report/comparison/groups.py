@@ -1,0 +1,108 @@
+"""Rows of many runs -> one model each, seeds together: mean and standard deviation. Feeds scatter.py and page.py."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from homodistil.results import DASH
+
+# Column -> (heading, how a number is written). Further numbers of the rows follow under their own names.
+COLUMNS = {
+    "parameters": ("parameters", "{:,.0f}"),
+    "hidden_size": ("hidden size", "{:,.0f}"),
+    "heldout_mlm_loss": ("held-out MLM loss", "{:.3f}"),
+    "masked_top1": ("masked top-1", "{:.4f}"),
+    "kl_to_teacher": ("KL to teacher", "{:.3f}"),
+    "glue": ("GLUE, mean score", "{:.4f}"),
+    "tokens_per_s": ("tokens/s", "{:,.0f}"),
+}
+_NO_NUMBER = ("name", "seed", "seeds", "tokens_per_s_first", "tokens_per_s_last", "heldout_mlm_loss_before_correction")
+_OTHER_FORM = "{:.4g}"
+
+
+class Spread(NamedTuple):
+    mean: float
+    deviation: float | None
+    """Of the sample (n - 1); None for one value."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """One method at one size: the values of its seeds."""
+
+    name: str
+    values: Mapping[str, Sequence[float]]
+    """Column -> a value a seed; a column that no seed measured is absent."""
+    num_seeds: int
+
+    def spread(self, column: str) -> Spread | None:
+        """None: not measured."""
+        found = self.values.get(column)
+        if not found:
+            return None
+        return Spread(statistics.fmean(found), statistics.stdev(found) if len(found) > 1 else None)
+
+    def mean(self, column: str) -> float | None:
+        spread = self.spread(column)
+        return spread and spread.mean
+
+
+def models(rows: Iterable[Mapping[str, Any]]) -> list[Model]:
+    """Rows with the same name, parameter count and hidden size are seeds of one model.
+
+    A value may be a number or a list of numbers, one a seed. What is no finite number (None, text) is not measured.
+    Rows equal in everything count once: runs that share a teacher repeat its row.
+    """
+    groups: dict[tuple, list[dict[str, list[float]]]] = {}
+    for row in rows:
+        numbers = {name: found for name, value in _with_speed(row).items() if (found := _numbers(name, value))}
+        key = (
+            str(row.get("name", "model")),
+            *(tuple(numbers.get(name, ())[:1]) for name in ("parameters", "hidden_size")),
+        )
+        group = groups.setdefault(key, [])
+        if numbers not in group or row.get("seed") is not None:
+            group.append(numbers)
+    return [_model(key[0], group) for key, group in groups.items()]
+
+
+def _with_speed(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A run's row has two speeds: the one at the final width is what counts here."""
+    return {"tokens_per_s": row.get("tokens_per_s_last"), **row}
+
+
+def _numbers(name: str, value: Any) -> list[float]:
+    if name in _NO_NUMBER:
+        return []
+    values = value if isinstance(value, (list, tuple)) else [value]
+    return [v for v in values if isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v)]
+
+
+def _model(name: str, group: list[dict[str, list[float]]]) -> Model:
+    values: dict[str, list[float]] = {}
+    for numbers in group:
+        for column, found in numbers.items():
+            values.setdefault(column, []).extend(found)
+    for column in ("parameters", "hidden_size"):
+        values[column] = values.get(column, [])[:1]
+    return Model(name, {c: v for c, v in values.items() if v}, max(map(len, values.values()), default=0))
+
+
+def columns(found: Sequence[Model]) -> dict[str, tuple[str, str]]:
+    """`COLUMNS` and the rows' further numbers, without what no model has: name -> (heading, form)."""
+    named = dict.fromkeys(column for model in found for column in model.values)
+    forms = COLUMNS | {name: (name.replace("_", " "), _OTHER_FORM) for name in named if name not in COLUMNS}
+    return {name: form for name, form in forms.items() if name in named}
+
+
+def cell(model: Model, column: str, form: str) -> str:
+    """ "4.123 \u00b1 0.004", without the deviation where there is none, or a dash."""
+    spread = model.spread(column)
+    if spread is None:
+        return DASH
+    mean = form.format(spread.mean)
+    return mean if spread.deviation is None else f"{mean} \N{PLUS-MINUS SIGN} {form.format(spread.deviation)}"

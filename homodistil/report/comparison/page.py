@@ -1,0 +1,100 @@
+"""The HTML of a comparison. Everything that comes from files is escaped (jinja2 autoescape)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+from matplotlib.figure import Figure
+
+from homodistil.report.comparison.groups import Model, cell, columns
+from homodistil.report.curves import Curve
+from homodistil.report.figures import inline
+from homodistil.report.page import CSS, drawn
+from homodistil.results import COLUMNS as ROW_COLUMNS
+from homodistil.results import cells
+
+SCATTER_CAPTION = (
+    "A shape and a label a model; bars are standard deviations over seeds. Over size, larger markers are faster."
+)
+
+_TEMPLATE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{{ title }} - homodistil</title>
+<style>
+{{ css }}
+</style>
+</head>
+<body>
+<h1>{{ title }}</h1>
+{% macro table(headings, rows) %}
+<div class="wide"><table class="names">
+<thead><tr>{% for heading in headings %}<th>{{ heading }}</th>{% endfor %}</tr></thead>
+<tbody>
+{% for row in rows %}
+<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}
+</tbody>
+</table></div>
+{% endmacro %}
+{% for note in notes %}
+<p class="quiet">{{ note }}</p>
+{% endfor %}
+
+<h2>Models</h2>
+{% if models %}
+<p class="quiet">Mean, and standard deviation over the seeds.</p>
+{{ table(model_headings, models) }}
+{% else %}
+<p class="quiet">No results yet.</p>
+{% endif %}
+{% if scatter %}
+
+<h2>Size, quality, speed</h2>
+<figure><figcaption>{{ scatter_caption }}</figcaption>{{ scatter }}</figure>
+{% endif %}
+{% for curve in curves if curve.svg %}
+
+<h2>{{ curve.title }}</h2>
+<figure><figcaption>{{ curve.caption }}</figcaption>{{ curve.svg }}</figure>
+{% endfor %}
+{% if sources %}
+
+<h2>All rows</h2>
+{{ table(row_headings, sources) }}
+{% endif %}
+</body>
+</html>
+"""
+
+
+def render(
+    title: str,
+    models: Sequence[Model],
+    scatter: Figure | None,
+    curves: Sequence[Curve],
+    notes: Sequence[str],
+    sources: Sequence[tuple[str, Mapping[str, Any]]],
+) -> str:
+    """Args: notes: what is missing, a sentence each; sources: (file or folder, row), listed as they are."""
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined, keep_trailing_newline=True
+    )
+    shown = columns(models)
+    return environment.from_string(_TEMPLATE).render(
+        title=title,
+        css=Markup(CSS),
+        notes=notes,
+        model_headings=["model", "seeds", *(heading for heading, _ in shown.values())],
+        models=[[m.name, m.num_seeds, *(cell(m, c, form) for c, (_, form) in shown.items())] for m in models],
+        scatter=scatter and Markup(inline(scatter, "scatter", f"Size, quality, speed. {SCATTER_CAPTION}")),
+        scatter_caption=SCATTER_CAPTION,
+        curves=drawn(curves),
+        row_headings=["from", *(heading for heading, _ in ROW_COLUMNS.values())],
+        sources=[[source, *cells(row)] for source, row in sources],
+    )

@@ -1,0 +1,193 @@
+"""Many run folders -> rows for the tables and curves over one axis. Seeds of one setting are found by their config."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from homodistil.report.curves import TERMS, Curve, curve, gap
+from homodistil.report.figures import Line, Panel
+from homodistil.report.run import Points, Run, read_run
+from homodistil.results import ROW_FILE
+
+GLUE_FILE = Path("glue") / "glue.json"
+"""Where `launcher/glue.py --out RUN/glue` writes."""
+
+
+@dataclass
+class Entry:
+    """A run in the comparison."""
+
+    run: Run
+    setting: str
+    """The same for runs that differ in seed, name and folder only."""
+    label: str = ""
+    """Of the setting; the same for all its seeds."""
+    found: list[dict[str, Any]] = field(default_factory=list)
+    """Rows as they stand in the folder."""
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    """The same under names that tell the runs apart."""
+    notes: list[str] = field(default_factory=list)
+
+
+def read_entries(folders: Sequence[Path]) -> list[Entry]:
+    """Runs in any state: what is missing or damaged becomes a note. Raises `UserError` for a folder that is no run."""
+    runs = [read_run(Path(folder), lenient=True) for folder in dict.fromkeys(map(Path, folders))]
+    entries = [Entry(run, _setting(run), notes=list(run.notes)) for run in runs]
+    _label(entries)
+    for entry in entries:
+        _add_rows(entry)
+        _add_glue(entry)
+        _note_state(entry)
+    return entries
+
+
+def _setting(run: Run) -> str:
+    if not run.config:
+        return str(run.folder)
+    config = copy.deepcopy({name: section for name, section in run.config.items() if name != "run"})
+    if isinstance(config.get("train"), dict):
+        config["train"].pop("seed", None)
+    return repr((config, run.texts.get("ds_config.json")))
+
+
+def _label(entries: Sequence[Entry]) -> None:
+    """The common beginning of the names of a setting's runs; told apart by number where two settings share one."""
+    taken: dict[str, str] = {}
+    for entry in entries:
+        names = [other.run.name for other in entries if other.setting == entry.setting]
+        folders = [other.run.folder.resolve().name for other in entries if other.setting == entry.setting]
+        # Names are often left at the recipe's: folders tell settings apart then.
+        distinct = len({other.run.name for other in entries}) >= len({other.setting for other in entries})
+        name = _common(names if distinct else folders)
+        label, number = name, 2
+        while taken.setdefault(label, entry.setting) != entry.setting:
+            label, number = f"{name} ({number})", number + 1
+        entry.label = label
+
+
+def _common(names: Sequence[str]) -> str:
+    if len(names) == 1:
+        return names[0]
+    return re.sub(r"[-_. ]*(seed)?[-_. ]*$", "", os.path.commonprefix(list(names))) or names[0]
+
+
+def _add_rows(entry: Entry) -> None:
+    """result.json, else row.json (the student alone, written before the comparisons of a run)."""
+    rows = entry.run.rows
+    path = entry.run.folder / ROW_FILE
+    if not rows and path.is_file():
+        found = _object(path, entry.notes)
+        rows = [found] if found else []
+    entry.found = list(rows)
+    student = next((row for row in rows if not _is_teacher(row)), None)
+    for row in rows:
+        name = str(row.get("name", "model"))
+        if not _is_teacher(row):
+            name = entry.label if row is student else f"{entry.label}: {name}"
+        entry.rows.append({**row, "name": name})
+
+
+def _is_teacher(row: Mapping[str, Any]) -> bool:
+    return str(row.get("name", "")).lower().startswith("teacher")
+
+
+def _add_glue(entry: Entry) -> None:
+    """Mean over the tasks of the best setting's score, in the student's row."""
+    path = entry.run.folder / GLUE_FILE
+    student = next((row for row in entry.rows if row["name"] == entry.label), None)
+    if student is None or not path.is_file():
+        return
+    tasks = _object(path, entry.notes).get("tasks")
+    try:
+        scores = [float(task["best"]["score"]) for task in tasks.values()]
+        student["glue"] = sum(scores) / len(scores)
+    except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError):
+        entry.notes.append(f"{GLUE_FILE}: holds no scores")
+
+
+def _object(path: Path, notes: list[str]) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        found = str(error).splitlines()[0]
+    if isinstance(found, dict):
+        return found
+    notes.append(f"{path.name}: cannot be read ({found if isinstance(found, str) else 'no object'})")
+    return {}
+
+
+def _note_state(entry: Entry) -> None:
+    run = entry.run
+    missing = [name for name in run.missing if name != "events.jsonl"]
+    if missing:
+        entry.notes.append(f"{', '.join(missing)} missing")
+    if run.total_steps and run.last_step < run.total_steps:
+        entry.notes.append(f"stands at step {run.last_step:,} of {run.total_steps:,}")
+
+
+def run_curves(entries: Sequence[Entry]) -> list[Curve]:
+    """All runs over one axis; seeds of a setting share colour and dash, the first of them carries the label."""
+    order = list(dict.fromkeys(entry.setting for entry in entries))
+
+    def lines(points_of) -> list[Line]:
+        found, labelled = [], set()
+        for entry in entries:
+            if points := points_of(entry.run):
+                label = "" if entry.setting in labelled else entry.label
+                labelled.add(entry.setting)
+                found.append(Line(label, points, style=order.index(entry.setting)))
+        return found
+
+    def evaluated(name: str) -> list[Line]:
+        return lines(lambda run: run.evaluation_points(name))
+
+    first = "Lines of one kind are seeds of one setting."
+    losses = Panel("total", lines(lambda run: run.points("loss/total")), log_when_wide=True)
+    terms = [Panel(term, lines(lambda run, t=term: run.points(f"loss/{t}")), log_when_wide=True) for term in TERMS]
+    heldout = [Panel(title, evaluated(name)) for name, title in _HELDOUT.items()]
+    distances = [
+        Panel(f"{t}, probe batch", evaluated(f"gap/{t}"), log_when_wide=True) for t in ("kl", "hidden", "attention")
+    ]
+    widths = [
+        Panel("hidden size", lines(_hidden), stairs=True, from_zero=True),
+        Panel("parameters", lines(lambda run: run.points("model/parameters")), stairs=True, from_zero=True),
+    ]
+    jumps = [
+        Panel(f"{t}, probe batch", lines(lambda run, t=t: _jumps(run, t)), saw_tooth=True) for t in ("kl", "hidden")
+    ]
+    speed = [Panel("tokens/s", lines(lambda run: run.points("speed/tokens_per_s")), from_zero=True)]
+    return [
+        curve("Held-out values", f"On held-out rows with masks that never change. {first}", heldout),
+        curve("Distance to the teacher", f"Terms on the probe batch at every evaluation. {first}", distances),
+        curve("Jump at a resize", "Just before (hollow) and just after (filled) every resize.", jumps),
+        curve("Training loss", f"The weighted sum, and every term before its weight. {first}", [losses, *terms]),
+        curve("Widths", "What is left of the student.", widths),
+        curve("Speed", "Tokens a second over all ranks, pauses left out.", speed),
+    ]
+
+
+_HELDOUT = {"mlm_loss": "MLM loss", "kl_to_teacher": "KL to teacher", "masked_top1": "masked top-1"}
+
+
+def _hidden(run: Run) -> Points:
+    points = run.points("widths/hidden")
+    before = [event.get("widths_before", {}).get("hidden") for event in run.events[:1]]
+    steps = [(event["step"], event.get("widths_after", {}).get("hidden")) for event in run.events]
+    exact = [(0, before[0]), *steps] if before and before[0] is not None else []
+    return sorted(dict([*points, *exact]).items())
+
+
+def _jumps(run: Run, term: str) -> Points:
+    pairs: Points = []
+    for event in run.events:
+        before, after = gap(event, "gap_before", term), gap(event, "gap_after", term)
+        if isinstance(before, (int, float)) and isinstance(after, (int, float)):
+            pairs += [(event["step"], before), (event["step"], after)]
+    return pairs
