@@ -13,7 +13,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 FREE_PORT = $(shell $(BIN)/python -c "import socket; s = socket.socket(); s.bind(('', 0)); print(s.getsockname()[1])")
 
-.PHONY: setup train test test-full lint clean
+.PHONY: setup train quality test test-full lint clean
 
 setup: $(VENV)/.ready
 
@@ -29,6 +29,10 @@ train: setup
 		old=runs/quickstart-$$(date +%Y%m%d-%H%M%S); mv runs/quickstart $$old; echo "the run before is now $$old"; fi
 	OMP_NUM_THREADS=1 deepspeed --num_accelerators $(RANKS) --master_port $(FREE_PORT) \
 		launcher/train.py --deepspeed ds_configs/zero2.json
+
+# Within an hour on two cores; what was measured is kept, so after an interruption the same command goes on.
+quality: setup
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/quality.py main
 
 test: setup lint $(VENV)/.optimizers
 	OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu $(BIN)/python -m pytest

@@ -1,0 +1,130 @@
+"""`quality.py ablate`: one thing changed at a time, three seeds, paired differences to the base.
+
+Every variant is trained at the base's own best rate (chosen on the VALIDATION half, first seed): what is asked is what
+the one change does, not what it would do with a rate of its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from study.arms import ARMS, BASE, EARLY, FULL, ONE_SHOT, SHAPES
+from study.comparison import Entry, try_rates
+from study.jobs import Train
+from study.options import Options
+from study.pool import Pool
+from study.specs import RunSpec
+
+SELECTION = ("pruning.compensation=none",)
+REFIT = ("pruning.compensation=refit",)
+GRADUAL = ("pruning.schedule=cubic",)
+
+VARIANTS: dict[str, dict[str, tuple[str, ...]]] = {
+    "importance": {
+        "sensitivity": ("pruning.importance=sensitivity",),
+        "magnitude": ("pruning.importance=magnitude",),
+        "random": ("pruning.importance=random",),
+        "PLATON": ("pruning.importance=platon",),
+        "KL to drawn labels of the teacher": ("pruning.importance=teacher_kl",),
+    },
+    "projection": {
+        "student's side, learned": ("loss.projection=student", "loss.projection_learned=true"),
+        "student's side, frozen": ("loss.projection=student", "loss.projection_learned=false"),
+        "teacher's side, learned": ("loss.projection=teacher", "loss.projection_learned=true"),
+        "teacher's side, frozen": ("loss.projection=teacher", "loss.projection_learned=false"),
+    },
+    "attention target": {
+        "probabilities (MSE)": ("loss.attention_target=probabilities",),
+        "probabilities (KL)": ("loss.attention_target=probabilities_kl",),
+    },
+    "loss removed": {name: (f"loss.{name}=0",) for name in ("mlm", "kl", "hidden", "attention", "embedding")},
+    "loss weights": {
+        "attention 0.1": ("loss.attention=0.1",),
+        "KL 2": ("loss.kl=2",),
+        "hidden 0.1": ("loss.hidden=0.1",),
+    },
+    "smoothing of importance": {
+        "EMA beta 0": ("pruning.ema_beta=0",),
+        "EMA beta 0.95": ("pruning.ema_beta=0.95",),
+    },
+    "events": {
+        "interval 5": ("pruning.interval_steps=5",),
+        "interval 50": ("pruning.interval_steps=50", "pruning.max_event_fraction=0.9"),
+        "width multiple 8": ("pruning.width_multiple=8",),
+        "width multiple 16": ("pruning.width_multiple=16",),
+        "schedule linear": ("pruning.schedule=linear",),
+        "schedule gap (closed loop)": ("pruning.schedule=gap",),
+        "no protected outliers": ("pruning.protect_outliers=0",),
+    },
+    "optimizer at events": {
+        "Adam's moments reset": ("pruning.carry_moments=false",),
+        "learning rate climbs back over 10 steps": ("train.rewarm_steps=10",),
+        "learning rate climbs back over 30 steps": ("train.rewarm_steps=30",),
+    },
+    "compensation": {
+        "gradual, none": GRADUAL + SELECTION,
+        "gradual, refit": GRADUAL + REFIT,
+        "gradual, full, early": GRADUAL + FULL + EARLY,
+        "one-shot, none": ONE_SHOT + SELECTION,
+        "one-shot, refit": ONE_SHOT + REFIT,
+        "one-shot, full": ONE_SHOT + FULL,
+        "one-shot, full, two stages": (*ONE_SHOT, *FULL, "pruning.one_shot_stages=2"),
+    },
+}
+ONLY_GRADUAL = ("smoothing of importance", "events", "optimizer at events")
+"""Groups that mean nothing where everything is cut at step 0."""
+QUICK_GROUPS = ("loss weights",)
+
+
+@dataclass
+class Variant:
+    group: str
+    name: str
+    width: str
+    runs: dict[int, dict] = field(default_factory=dict)
+    """Seed -> measured."""
+
+
+@dataclass
+class Ablation:
+    base: dict[str, Entry]
+    """Width -> the base with its rate and runs."""
+    variants: list[Variant]
+
+
+def run(pool: Pool, options: Options) -> Ablation:
+    base = {width: Entry(ARMS[options.base], width) for width in options.widths}
+    try_rates(pool, options, list(base.values()))
+    cells: list[tuple[Entry | Variant, int, Train]] = []
+    for width, entry in base.items():
+        if entry.rate is not None:
+            cells += _cells(options, width, entry)
+    for (what, seed, _), found in zip(cells, pool.run("ablation", [cell[2] for cell in cells]), strict=True):
+        if found:
+            what.runs[seed] = found
+    in_order = {id(what): what for what, _, _ in cells}.values()
+    return Ablation(base, [what for what in in_order if isinstance(what, Variant)])
+
+
+def _cells(options: Options, width: str, entry: Entry) -> list[tuple[Entry | Variant, int, Train]]:
+    """Base and variants with every seed; variants that are the base itself are left out."""
+    gradual = "pruning.schedule=one_shot" not in entry.arm.overrides
+    cells = [(entry, seed, _job(options, entry, (), "base", seed)) for seed in options.seeds]
+    base_key = cells[0][2].spec.key
+    for group, variants in VARIANTS.items():
+        if (group in ONLY_GRADUAL and not gradual) or (options.quick and group not in QUICK_GROUPS):
+            continue
+        for name, overrides in variants.items():
+            jobs = [_job(options, entry, overrides, f"{group}: {name}", seed) for seed in options.seeds]
+            if jobs[0].spec.key != base_key:
+                variant = Variant(group, name, width)
+                cells += [(variant, seed, job) for seed, job in zip(options.seeds, jobs, strict=True)]
+    return cells
+
+
+def _job(options: Options, entry: Entry, overrides: tuple[str, ...], name: str, seed: int) -> Train:
+    parts = (BASE, SHAPES[entry.width].overrides, entry.arm.overrides, overrides, options.set)
+    label = entry.label if name == "base" else f"{entry.label}, {name},"
+    return Train(
+        RunSpec.of(label, *parts, steps=options.steps, lr=entry.rate, seed=seed), eval_blocks=options.eval_blocks
+    )

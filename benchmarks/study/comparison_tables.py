@@ -1,0 +1,185 @@
+"""The main comparison as Markdown and as rows of JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from report import environment_text, row
+
+from study import fine_tuning, published
+from study.arms import DEFAULT_ARM
+from study.comparison import OWN_SHAPE, Comparison, Entry
+from study.markdown import DASH, failures, number, plus_minus, table
+from study.options import Options
+from study.statistics import Spread, spread, verdict
+
+NOT_TUNED = "Fine-tuning was left out."
+
+
+class Metric(NamedTuple):
+    heading: str
+    unit: str
+    form: str
+    lower_is_better: bool
+
+
+METRICS = {
+    "mlm_loss": Metric("held-out MLM loss", "nats", "{:.3f}", True),
+    "masked_top1": Metric("masked top-1", "fraction", "{:.4f}", False),
+    "kl_to_teacher": Metric("KL to teacher", "nats", "{:.3f}", True),
+}
+TASKS = {name: Metric(column.title, "fraction", "{:.3f}", False) for name, column in fine_tuning.TASKS.items()}
+COSTS = {
+    "tokens_per_cpu_s": Metric("tokens / CPU s", "tokens/s", "{:,.0f}", False),
+    "cpu_s": Metric("CPU s", "s", "{:.0f}", True),
+    "flops": Metric("TFLOP", "FLOP", "{:.2f}", True),
+}
+_SCALE = {"flops": 1e-12}
+
+
+def values(entry: Entry, metric: str) -> list[float]:
+    """One a seed, on the TEST half."""
+    if metric in TASKS:
+        return entry.tasks.get(metric, [])
+    runs = entry.runs.values()
+    return [found["test"][metric] if metric in METRICS else found[metric] * _SCALE.get(metric, 1) for found in runs]
+
+
+def mean(entry: Entry, metric: str) -> Spread | None:
+    found = values(entry, metric)
+    return spread(found) if found else None
+
+
+def report(found: Comparison, options: Options, command: str, errors: dict[str, str]) -> str:
+    parts = [f"# Quality: our method and its rivals\n\n{environment_text()}\n\n    {command}\n\n{_how(options)}"]
+    parts += [_width_part(found, width) for width in dict.fromkeys(entry.width for entry in found.entries)]
+    return "\n\n".join([*parts, _verdicts(found), _rates(found), _published(), *failures(errors)])
+
+
+def _how(options: Options) -> str:
+    rates = ", ".join(f"{rate:g}" for rate in options.rates)
+    return (
+        f"Every run: {options.steps} steps of {8 if options.quick else 32} sequences of 64 tokens, the same batches "
+        f"and masks for every method (by seed), no dropout, one process of one thread, {options.deepspeed.name}. Each "
+        f"method at its own best of the learning rates {rates}, and of one further rate (a factor of 2 beyond the end) "
+        f"where the best was the first or the last, for every method alike; chosen by the MLM loss on one half "
+        f"of the held-out blocks (stretches of 64, by turns), seed {options.seeds[0]}. Reported: the other, mean +- "
+        f"standard deviation over seeds {', '.join(map(str, options.seeds))}. CPU seconds: of the process while it "
+        f"trains (calibration, cut, steps, resize events), without evaluations and the start-up check. TFLOP: student "
+        f"and teacher by the runs' own count, calibration of one-shot pruning included, closed-form compensation not. "
+        + ("Fine-tuned: the exports of all seeds, dev sets of the packaged tasks." if options.tune else NOT_TUNED)
+    )
+
+
+def _width_part(found: Comparison, width: str) -> str:
+    entries = [entry for entry in found.entries if entry.width == width]
+    columns = METRICS | TASKS | COSTS
+    headings = ["method", "parameters", "lr", *(metric.heading for metric in columns.values())]
+    lines = [_teacher_line(found)] + [_line(entry, columns) for entry in entries]
+    notes = [f"* {entry.arm.label}: {entry.arm.note}." for entry in entries if entry.arm.note]
+    hidden = next((run["hidden_size"] for entry in entries for run in entry.runs.values()), None)
+    title = "Another parameter count" if width == OWN_SHAPE else f"Width: {width} (hidden {hidden or DASH})"
+    return f"## {title}\n\n{table(headings, lines)}" + ("\n\n" + "\n".join(notes) if notes else "")
+
+
+def _line(entry: Entry, columns: dict[str, Metric]) -> list[str]:
+    parameters = next((f"{run['parameters']:,}" for run in entry.runs.values()), DASH)
+    rate = number(entry.rate, "{:g}")
+    return [
+        entry.arm.label,
+        parameters,
+        rate,
+        *(plus_minus(mean(entry, m), column.form) for m, column in columns.items()),
+    ]
+
+
+def _teacher_line(found: Comparison) -> list[str]:
+    teacher = found.teacher
+    cells = [metric.form.format(teacher["test"][name]) if teacher else DASH for name, metric in METRICS.items()]
+    scores = [found.teacher_tasks.get(task) for task in TASKS]
+    cells += [plus_minus(spread(s) if s else None, m.form) for s, m in zip(scores, TASKS.values(), strict=True)]
+    parameters = f"{teacher['parameters']:,}" if teacher else DASH
+    return ["teacher (corrected)", parameters, DASH, *cells, *[DASH] * len(COSTS)]
+
+
+def _verdicts(found: Comparison) -> str:
+    headings = ["against", "width", "metric", "difference", "2 sd of it", "better by more than 2 sd"]
+    lines, lost = [], []
+    for ours, rival in _pairs(found.entries):
+        for name, metric in (METRICS | TASKS).items():
+            a, b = mean(ours, name), mean(rival, name)
+            if a is None or b is None:
+                continue
+            judged = verdict(a, b, metric.lower_is_better)
+            signed = metric.form.replace(":", ":+")
+            answer = "yes" if judged.is_better else "no"
+            double = number(2 * judged.deviation, metric.form)
+            name_of = rival.arm.label + (" (own form)" if rival.arm.is_ours else "")
+            lines.append([name_of, ours.width, metric.heading, signed.format(judged.difference), double, answer])
+            if not judged.is_better and not rival.arm.is_ours:
+                lost.append(f"{rival.arm.label} at {ours.width} width in {metric.heading}")
+    if not lines:
+        return "## Verdict\n\nNone: our default or every rival is missing."
+    text = (
+        "Our default is better than every rival of the same parameter count, at every width and in every metric, by "
+        "more than two standard deviations of the difference."
+        if not lost
+        else "Our default is NOT better by more than two standard deviations of the difference than: " + "; ".join(lost)
+    )
+    note = "Difference: our default - the other; its deviation: sqrt(sd^2 + sd^2)."
+    return f"## Verdict\n\n{text}\n\n{note}\n\n{table(headings, lines)}"
+
+
+def _pairs(entries: Sequence[Entry]) -> list[tuple[Entry, Entry]]:
+    """Our default with every other method at its width."""
+    defaults = {entry.width: entry for entry in entries if entry.arm.name == DEFAULT_ARM}
+    others = (entry for entry in entries if entry.arm.name != DEFAULT_ARM)
+    return [(defaults[entry.width], entry) for entry in others if entry.width in defaults]
+
+
+def _rates(found: Comparison) -> str:
+    lines = [
+        [
+            entry.label,
+            "; ".join(f"{rate:g}: {number(loss, '{:.3f}')}" for rate, loss in sorted(entry.validation.items())),
+            number(entry.rate, "{:g}"),
+            number(entry.extended, "{:g}"),
+        ]
+        for entry in found.entries
+    ]
+    headings = ["method/width", "validation MLM loss by rate (seed of the choice)", "chosen", "beyond the grid"]
+    return f"## Learning rates\n\n{table(headings, lines)}"
+
+
+def _published() -> str:
+    headings = ["model (full scale)", "M parameters", *published.TASKS, "measured here", "source"]
+    lines = [
+        [r.model, f"{r.parameters_m:g}", *(number(v, "{:.1f}") for v in r.figures), "not measured", r.source]
+        for r in published.ROWS
+    ]
+    return (
+        f"## Full scale: not measured here\n\nDev sets, per cent, as published; a dash: no figure that could be read "
+        f"at its source. {published.NOTE}\n\n{table(headings, lines)}"
+    )
+
+
+def rows(found: Comparison, config: dict) -> list[dict]:
+    """One a method, width and metric: `x` is the width, `values` has a number a seed."""
+    made = []
+    for entry in found.entries:
+        about = config | {"rate": entry.rate, "validation": {f"{r:g}": v for r, v in entry.validation.items()}}
+        about |= {"seeds": list(entry.runs), "parameters": [run["parameters"] for run in entry.runs.values()][:1]}
+        for name, metric in (METRICS | TASKS | COSTS).items():
+            if numbers := values(entry, name):
+                unit = "TFLOP" if name == "flops" else metric.unit
+                made.append(row("quality_main", entry.arm.name, name, unit, entry.width, numbers, about))
+                made[-1]["values"] = numbers
+    for name, metric in METRICS.items():
+        if found.teacher:
+            made.append(
+                row("quality_main", "teacher", name, metric.unit, "teacher", [found.teacher["test"][name]], config)
+            )
+    for name, scores in found.teacher_tasks.items():
+        made.append(row("quality_main", "teacher", name, "fraction", "teacher", scores, config))
+    return made

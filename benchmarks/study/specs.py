@@ -1,0 +1,65 @@
+"""What one run of a study is, and the address of its results: a hash of everything they depend on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+from homodistil import cli
+from homodistil.config import RunConfig
+
+RESULTS_VERSION = "2"
+"""Raise it when a change of the code changes what runs come to: results of before are then no longer used."""
+# What decides nothing about a run's results.
+_FREE = {"run": None, "data": ("cache_dir", "workers"), "train": ("save_every_steps", "log_every_steps")}
+
+
+class Shape(NamedTuple):
+    """Target size of a student."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_attention_heads: int
+
+    @property
+    def overrides(self) -> tuple[str, ...]:
+        return ("student.preset=custom", *(f"student.{name}={value}" for name, value in self._asdict().items()))
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """One run: overrides of the run config, and how progress lines call it."""
+
+    label: str
+    overrides: tuple[str, ...]
+
+    @classmethod
+    def of(cls, label: str, *parts: Sequence[str], steps: int, lr: float, seed: int) -> RunSpec:
+        """`parts` in order (a later field wins), then steps, rate and seed."""
+        own = (f"train.steps={steps}", f"train.lr={lr:g}", f"train.seed={seed}")
+        return cls(f"{label} lr {lr:g} seed {seed}", (*(field for part in parts for field in part), *own))
+
+    def config(self) -> RunConfig:
+        """Raises `UserError` when an override is none."""
+        return cli.parse(list(self.overrides))
+
+    @cached_property
+    def key(self) -> str:
+        """Hash of the resolved config (without what decides nothing) and RESULTS_VERSION."""
+        return content_hash(relevant(self.config()))
+
+
+def relevant(config: RunConfig) -> dict:
+    found = config.to_dict()
+    for section, names in _FREE.items():
+        found[section] = {} if names is None else {n: v for n, v in found[section].items() if n not in names}
+    return found
+
+
+def content_hash(content: object) -> str:
+    text = json.dumps([RESULTS_VERSION, content], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,0 +1,64 @@
+"""Choosing a learning rate, means over seeds, and what counts as better."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+FACTOR = 2.0
+"""By which a grid of rates is extended, once, where its best is at an end."""
+
+
+class Spread(NamedTuple):
+    """Mean and standard deviation (n - 1) over seeds; the deviation of a single value is not known: NaN."""
+
+    mean: float
+    sd: float
+    num: int
+
+
+class Verdict(NamedTuple):
+    """Is ours better than a rival?"""
+
+    difference: float
+    """Ours - rival."""
+    deviation: float
+    """Of the difference: sqrt(sd_ours^2 + sd_rival^2)."""
+    is_better: bool
+    """By more than two deviations, in the direction that counts."""
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """Raises `statistics.StatisticsError` when there is none."""
+    sd = statistics.stdev(values) if len(values) > 1 else math.nan
+    return Spread(statistics.fmean(values), sd, len(values))
+
+
+def paired(values: Sequence[float], base: Sequence[float]) -> Spread:
+    """Of the differences to `base`, seed by seed."""
+    return spread([value - other for value, other in zip(values, base, strict=True)])
+
+
+def verdict(ours: Spread, rival: Spread, lower_is_better: bool) -> Verdict:
+    """Where a deviation is not known (one seed), nothing is better."""
+    difference, deviation = ours.mean - rival.mean, math.hypot(ours.sd, rival.sd)
+    gain = -difference if lower_is_better else difference
+    return Verdict(difference, deviation, gain > 2 * deviation)
+
+
+def best_rate(losses: Mapping[float, float | None]) -> float | None:
+    """The rate of the lowest validation loss; None among `losses` is a run that failed. None: all failed."""
+    finite = {rate: loss for rate, loss in losses.items() if loss is not None and math.isfinite(loss)}
+    return min(finite, key=finite.__getitem__) if finite else None
+
+
+def extension(losses: Mapping[float, float | None]) -> float | None:
+    """The one rate to try in addition, where the best is the lowest or the highest; None where it is inside."""
+    best = best_rate(losses)
+    if best is None:
+        return None
+    if best == max(losses):
+        return best * FACTOR
+    return best / FACTOR if best == min(losses) else None
