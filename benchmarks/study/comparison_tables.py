@@ -175,11 +175,16 @@ def rows(found: Comparison, config: dict) -> list[dict]:
                 unit = "TFLOP" if name == "flops" else metric.unit
                 made.append(row("quality_main", entry.arm.name, name, unit, entry.width, numbers, about))
                 made[-1]["values"] = numbers
-    for name, metric in METRICS.items():
-        if found.teacher:
-            made.append(
-                row("quality_main", "teacher", name, metric.unit, "teacher", [found.teacher["test"][name]], config)
-            )
-    for name, scores in found.teacher_tasks.items():
-        made.append(row("quality_main", "teacher", name, "fraction", "teacher", scores, config))
-    return made
+    return made + _teacher_rows(found, config)
+
+
+def _teacher_rows(found: Comparison, config: dict) -> list[dict]:
+    about, measured = config, {}
+    if found.teacher:
+        about = config | {"parameters": [found.teacher["parameters"]]}
+        measured = {name: (metric.unit, [found.teacher["test"][name]]) for name, metric in METRICS.items()}
+    measured |= {name: ("fraction", scores) for name, scores in found.teacher_tasks.items()}
+    return [
+        row("quality_main", "teacher", name, unit, "teacher", numbers, about)
+        for name, (unit, numbers) in measured.items()
+    ]
