@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import signal
 import statistics
@@ -18,7 +19,7 @@ from glue_files import write_checkpoint, write_glue
 
 from homodistil.errors import UserError
 from homodistil.evaluation.glue import published
-from homodistil.evaluation.glue.fine_tuning import Settings, _best, fine_tune
+from homodistil.evaluation.glue.fine_tuning import Settings, _best, encode, fine_tune
 from homodistil.evaluation.glue.grid import Grid, run_grid
 from homodistil.evaluation.glue.sources import TaskData
 from homodistil.evaluation.glue.table import summarise, write_table
@@ -85,6 +86,20 @@ def test_training_learns_and_leaves_nothing_behind(checkpoint, tmp_path, monkeyp
     again = fine_tune(checkpoint, TASKS["sst2"], data, dataclasses.replace(settings, epochs=1))
     same = fine_tune(checkpoint, TASKS["sst2"], data, dataclasses.replace(settings, epochs=1))
     assert {**again, "seconds": 0} == {**same, "seconds": 0}
+
+
+def test_similarities_are_standardised_by_train(checkpoint):
+    pair = ("one", "two")
+    data = TaskData(Split([pair] * 4, [1.0, 3.0, 5.0, 5.0]), {"": Split([pair], [0.0])})
+    encoded = encode(checkpoint, TASKS["stsb"], data, 32)
+    deviation = math.sqrt((2.5**2 + 0.5**2 + 2 * 1.5**2) / 4)
+    expected = [value / deviation for value in (-2.5, -0.5, 1.5, 1.5)]
+    assert [example["labels"] for example in encoded.train] == pytest.approx(expected)
+    assert encoded.dev["dev"][0]["labels"] == pytest.approx(-3.5 / deviation)
+    same = TaskData(Split([pair] * 2, [2.0, 2.0]), data.dev)
+    assert [e["labels"] for e in encode(checkpoint, TASKS["stsb"], same, 32).train] == [0.0, 0.0]
+    classes = encode(checkpoint, TASKS["mnli"], TaskData(Split([pair], [2]), {"m": Split([pair], [1])}), 32)
+    assert classes.train[0]["labels"] == 2
 
 
 def test_early_stopping_reports_the_best_epoch(checkpoint):

@@ -68,7 +68,7 @@ def run_grid(
     for task in tasks:
         todo = [s for s in grid.settings() if _file(out, task, s) not in finished]
         say(f"{task.title}: {len(todo)} runs to do, {len(list(grid.settings())) - len(todo)} finished before")
-        encoded = encode(folder, data[task.name], grid.shared.max_length) if todo else None
+        encoded = encode(folder, task, data[task.name], grid.shared.max_length) if todo else None
         for settings in todo:
             result = train(folder, task, encoded, settings)
             record = {"task": task.name, "checkpoint": checkpoint, "identity": identities[task.name]}
