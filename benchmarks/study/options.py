@@ -62,10 +62,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 # (steps, widths) where nothing was said.
 _DEFAULTS = {
-    "main": (300, ("half", "quarter")),
-    "gap": (300, ("half",)),
+    "main": (240, ("half", "quarter")),
+    "gap": (240, ("half",)),
     "map": (75, ("half", "quarter", "eighth")),
-    "ablate": (300, ("half",)),
+    "ablate": (240, ("half",)),
 }
 
 
