@@ -10,10 +10,9 @@ The same command goes on after an interruption: each finished run is a file in O
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from homodistil.cli import exit_with_code
-from homodistil.config import DataConfig
+from homodistil.evaluation.command_line import fine_tuning_parser
 
 
 def main() -> None:
@@ -46,33 +45,14 @@ def main() -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    lines = __doc__.splitlines()
-    parser = argparse.ArgumentParser(description=lines[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = fine_tuning_parser(
+        __doc__.splitlines()[0], lr=(2e-5, 5e-5, 1e-4), epochs=3, seeds=(0, 1, 2), max_length=128
+    )
     add = parser.add_argument
-    add("--checkpoint", required=True, help="folder or hub name of a Hugging Face encoder, or embedded:minilm-l6")
     add("--tasks", default="all", help="comma-separated: cola,sst2,mrpc,stsb,qqp,mnli,qnli,rte,wnli,movie")
     add("--data", default="embedded", help="glue_data folder, hub, or embedded (STS-B and movie sentences)")
-    add("--lr", type=_positive(float), nargs="+", default=[2e-5, 5e-5, 1e-4], help="learning rates")
-    add("--batch-size", type=_positive(int), nargs="+", default=[32], help="batch sizes")
-    add("--epochs", type=_positive(int), nargs="+", default=[3], help="epochs (the learning rate falls over them)")
-    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of head, order and dropout")
     add("--patience", type=int, default=2, help="stop after so many epochs without a better dev score; 0: never")
-    add("--max-length", type=_positive(int), default=128, help="tokens of a sentence or pair")
-    add("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16: autocast")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="cuda: the first visible GPU")
-    add("--out", type=Path, required=True, help="folder for results; what is finished there is not run again")
-    add("--cache-dir", type=Path, default=Path(DataConfig().cache_dir), help="where packaged data and models are kept")
     return parser
-
-
-def _positive(kind: type):
-    def number(text: str):
-        if not 0 < (value := kind(text)) < float("inf"):
-            raise ValueError
-        return value
-
-    number.__name__ = f"positive {kind.__name__}"  # argparse's message names it
-    return number
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import argparse
 from pathlib import Path
 
 from homodistil.cli import exit_with_code
-from homodistil.config import DataConfig
+from homodistil.evaluation.command_line import fine_tuning_parser, positive
 
 
 def main() -> None:
@@ -50,35 +50,14 @@ def main() -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    lines = __doc__.splitlines()
-    parser = argparse.ArgumentParser(description=lines[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = fine_tuning_parser(__doc__.splitlines()[0], lr=(5e-5,), epochs=2, seeds=(0,), max_length=384)
     add = parser.add_argument
-    add("--checkpoint", required=True, help="folder or hub name of a Hugging Face encoder, or embedded:minilm-l6")
     add("--data", type=Path, required=True, help="folder with train-v*.json and dev-v*.json")
     add("--version", choices=("v1.1", "v2.0"), help="needed where the folder holds both")
-    add("--lr", type=_positive(float), nargs="+", default=[5e-5], help="learning rates")
-    add("--batch-size", type=_positive(int), nargs="+", default=[32], help="batch sizes, in windows")
-    add("--epochs", type=_positive(int), nargs="+", default=[2], help="epochs (the learning rate falls over them)")
-    add("--seeds", type=int, nargs="+", default=[0], help="seeds of head, order and dropout")
-    add("--max-length", type=_positive(int), default=384, help="tokens of a window: question and context")
     add("--stride", type=int, default=128, help="tokens of context that neighbouring windows share")
-    add("--max-answer-tokens", type=_positive(int), default=30, help="longest answer")
+    add("--max-answer-tokens", type=positive(int), default=30, help="longest answer")
     add("--null-threshold", type=float, default=0.0, help="v2.0: lead that `no answer` needs over the best answer")
-    add("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16: autocast")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="cuda: the first visible GPU")
-    add("--out", type=Path, required=True, help="folder for results; what is finished there is not run again")
-    add("--cache-dir", type=Path, default=Path(DataConfig().cache_dir), help="where packaged data and models are kept")
     return parser
-
-
-def _positive(kind: type):
-    def number(text: str):
-        if not 0 < (value := kind(text)) < float("inf"):
-            raise ValueError
-        return value
-
-    number.__name__ = f"positive {kind.__name__}"  # argparse's message names it
-    return number
 
 
 if __name__ == "__main__":

@@ -2,57 +2,41 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
-import torch
 from transformers import (
     DataCollatorWithPadding,
     EarlyStoppingCallback,
     PreTrainedTokenizerBase,
     Trainer,
-    TrainingArguments,
     set_seed,
 )
 from transformers.trainer_callback import PrinterCallback
-from transformers.utils import logging
 
-from homodistil.errors import UserError
 from homodistil.evaluation.glue.checkpoint import load_classifier, load_tokenizer
 from homodistil.evaluation.glue.metrics import compute
 from homodistil.evaluation.glue.sources import TaskData
 from homodistil.evaluation.glue.tables import Split
 from homodistil.evaluation.glue.tasks import Task, find_task, metric_name
+from homodistil.evaluation.trainer_arguments import Settings as TrainerSettings
+from homodistil.evaluation.trainer_arguments import alone, quiet, training_arguments
 
-_RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _ONLY_DEV = "dev"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
-    """How one run is trained: AdamW, linear warm-up and decay."""
+class Settings(TrainerSettings):
+    """`max_length`: of a pair; the longer sentence is cut first."""
 
-    lr: float = 5e-5
-    batch_size: int = 32
-    epochs: int = 3
-    seed: int = 0
-    max_length: int = 128
-    """Tokens a pair; the longer sentence is cut first."""
-    warmup_fraction: float = 0.1
-    weight_decay: float = 0.01
     patience: int | None = None
     """Stop after so many epochs without a better dev score, and report the best epoch. None: train all epochs and
     report the last one."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16: autocast; weights and optimizer stay fp32."""
 
 
 class Encoded(NamedTuple):
@@ -104,7 +88,13 @@ def train(checkpoint: str | Path, task: Task, data: Encoded, settings: Settings)
         stopper = [] if settings.patience is None else [EarlyStoppingCallback(settings.patience)]
         trainer = Trainer(
             model=model,
-            args=_arguments(folder, data, settings),
+            args=training_arguments(
+                folder,
+                settings,
+                eval_strategy="no" if settings.patience is None else "epoch",
+                metric_for_best_model=f"eval_{next(iter(data.dev))}_score",
+                greater_is_better=True,
+            ),
             train_dataset=data.train,
             eval_dataset=dict(data.dev),
             data_collator=DataCollatorWithPadding(data.tokenizer),
@@ -118,42 +108,6 @@ def train(checkpoint: str | Path, task: Task, data: Encoded, settings: Settings)
         num_parameters = sum(p.numel() for p in model.parameters())
     took = {"steps": trainer.state.global_step, "seconds": time.perf_counter() - start}
     return best | took | {"parameters": num_parameters}
-
-
-def _arguments(folder: str, data: Encoded, settings: Settings) -> TrainingArguments:
-    arguments = TrainingArguments(
-        output_dir=folder,
-        per_device_train_batch_size=settings.batch_size,
-        per_device_eval_batch_size=max(64, settings.batch_size),
-        learning_rate=settings.lr,
-        num_train_epochs=settings.epochs,
-        warmup_steps=settings.warmup_fraction,
-        weight_decay=settings.weight_decay,
-        seed=settings.seed,
-        use_cpu=on_cpu(settings.device),
-        bf16=settings.precision == "bf16",
-        eval_strategy="no" if settings.patience is None else "epoch",
-        metric_for_best_model=f"eval_{next(iter(data.dev))}_score",
-        greater_is_better=True,
-        save_strategy="no",
-        logging_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        # Batches of like lengths: padding costs as much as text.
-        train_sampling_strategy="group_by_length",
-        remove_unused_columns=False,
-        dataloader_pin_memory=not on_cpu(settings.device),
-    )
-    # Trainer would spread every batch over all GPUs it sees, and make it that much larger.
-    arguments._n_gpu = min(arguments.n_gpu, 1)
-    return arguments
-
-
-def on_cpu(device: str) -> bool:
-    """Whether `Settings.device` means the CPU here. Raises `UserError` for a GPU that is not there."""
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device: found cuda, but torch sees no GPU here; allowed: auto, cpu; or install a GPU build")
-    return device == "cpu" or not torch.cuda.is_available()
 
 
 def _standardised(data: TaskData) -> TaskData:
@@ -188,24 +142,3 @@ def _best(task: Task, history: list[dict[str, float]]) -> dict[str, float]:
         for metric in task.metrics
     }
     return values | {"score": best[key], "epoch": best["epoch"]}
-
-
-@contextlib.contextmanager
-def alone() -> Iterator[None]:
-    """Hide the process group of a surrounding job: Trainer would join it."""
-    hidden = {name: os.environ.pop(name) for name in _RANK_VARIABLES if name in os.environ}
-    try:
-        yield
-    finally:
-        os.environ.update(hidden)
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Without the library's remarks on how it is used."""
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)

@@ -14,23 +14,22 @@ from transformers import (
     DataCollatorWithPadding,
     PreTrainedTokenizerBase,
     Trainer,
-    TrainingArguments,
     set_seed,
 )
 from transformers.trainer_callback import PrinterCallback
 
 from homodistil.evaluation.glue.checkpoint import load_tokenizer, readable
-from homodistil.evaluation.glue.fine_tuning import Settings as EncoderSettings
-from homodistil.evaluation.glue.fine_tuning import alone, on_cpu, quiet
 from homodistil.evaluation.squad.answers import answers
 from homodistil.evaluation.squad.examples import SquadData
 from homodistil.evaluation.squad.features import Windows, check_lengths, windows
 from homodistil.evaluation.squad.metrics import score
+from homodistil.evaluation.trainer_arguments import Settings as TrainerSettings
+from homodistil.evaluation.trainer_arguments import alone, quiet, training_arguments
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(EncoderSettings):
-    """How one run is trained and read; lengths in tokens. `patience` is not used: the last epoch counts."""
+class Settings(TrainerSettings):
+    """How one run is trained and read; lengths in tokens."""
 
     epochs: int = 2
     max_length: int = 384
@@ -83,7 +82,7 @@ def train(checkpoint: str | Path, encoded: Encoded, settings: Settings) -> tuple
         set_seed(settings.seed)
         trainer = Trainer(
             model=load_reader(str(checkpoint)),
-            args=_arguments(folder, settings),
+            args=training_arguments(folder, settings),
             train_dataset=encoded.train.inputs,
             data_collator=DataCollatorWithPadding(encoded.tokenizer),
         )
@@ -107,28 +106,3 @@ def load_reader(folder: str) -> nn.Module:
             folder, trust_remote_code=False, use_safetensors=True, dtype="float32"
         )
     return model.train()
-
-
-def _arguments(folder: str, settings: Settings) -> TrainingArguments:
-    arguments = TrainingArguments(
-        output_dir=folder,
-        per_device_train_batch_size=settings.batch_size,
-        per_device_eval_batch_size=max(64, settings.batch_size),
-        learning_rate=settings.lr,
-        num_train_epochs=settings.epochs,
-        warmup_steps=settings.warmup_fraction,
-        weight_decay=settings.weight_decay,
-        seed=settings.seed,
-        use_cpu=on_cpu(settings.device),
-        bf16=settings.precision == "bf16",
-        save_strategy="no",
-        logging_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        train_sampling_strategy="group_by_length",
-        remove_unused_columns=False,
-        dataloader_pin_memory=not on_cpu(settings.device),
-    )
-    # Trainer would spread every batch over all GPUs it sees, and make it that much larger.
-    arguments._n_gpu = min(arguments.n_gpu, 1)
-    return arguments
