@@ -90,15 +90,34 @@ def _end_on_second_signal(wakes: socket.socket) -> None:
                     os._exit(of_signal(number))
 
 
+_forking = threading.local()
+"""mask: signals that the forking thread had blocked before."""
+
+
+def _hold_signals() -> None:
+    """Until parent or child is ready for them. A child that gets SIGTERM before it has forgotten our handlers would
+    lose it (Python drops what is pending when it starts a child), and a pool that ends it would wait for ever."""
+    if _requests is not None:
+        _forking.mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+
+
+def _let_signals_go() -> None:
+    mask = getattr(_forking, "mask", None)
+    if mask is not None:
+        _forking.mask = None
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
 def _forget_in_child() -> None:
     """A forked worker must end on SIGTERM, which pools rely on, and must not write into our wake-up socket."""
     if _requests is not None:
         signal.set_wakeup_fd(-1)
         for number in SIGNALS:
             signal.signal(number, signal.SIG_DFL)
+    _let_signals_go()
 
 
-os.register_at_fork(after_in_child=_forget_in_child)
+os.register_at_fork(before=_hold_signals, after_in_parent=_let_signals_go, after_in_child=_forget_in_child)
 
 
 def ignore_in_worker(_worker: int = 0) -> None:

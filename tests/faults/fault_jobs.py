@@ -7,6 +7,7 @@ import os
 import random
 import resource
 import runpy
+import signal
 import sys
 import time
 from pathlib import Path
@@ -74,6 +75,21 @@ def pool_inside_handlers() -> None:
             pool.terminate()
             pool.join()
         time.sleep(0.2)
+        assert stop._requests.number == 0
+    print("done", flush=True)
+
+
+def children_ended_at_once() -> None:
+    """SIGTERM right behind the fork, before the child has run a line."""
+    with stop.on_signals():
+        for _ in range(20):
+            child = os.fork()
+            if child == 0:
+                time.sleep(60)
+                os._exit(0)
+            os.kill(child, signal.SIGTERM)
+            _, status = os.waitpid(child, 0)
+            assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGTERM
         assert stop._requests.number == 0
     print("done", flush=True)
 

@@ -81,8 +81,9 @@ def test_outside_training_one_signal_is_enough(server):
 
 
 def test_forked_children_have_none_of_it(server):
-    job = server.start("fault_jobs:pool_inside_handlers", num_ranks=1)
-    assert job.wait(timeout_s=60) == [0], job.output()
+    for ended in ("pool_inside_handlers", "children_ended_at_once"):
+        job = server.start(f"fault_jobs:{ended}", num_ranks=1)
+        assert job.wait(timeout_s=60) == [0], job.output()
 
 
 def test_the_correction_of_the_teacher_leaves_nothing_behind(server, materials, tmp_path):
