@@ -35,6 +35,7 @@ def run_config(shape: Shape, plan: Plan, work: Path, quick: bool, num_ranks: int
     overrides += [f"train.micro_batch_size={micro_batch}", f"pruning.interval_steps={plan.interval}"]
     overrides += [f"pruning.start_fraction={plan.settle / plan.num_steps}"]
     overrides += [f"pruning.end_fraction={plan.end_step / plan.num_steps}", "pruning.max_event_fraction=0.5"]
+    overrides += ["pruning.compensation=none"]  # what a step costs at a width, not how it got there
     return cli.parse([*overrides, *extra])
 
 

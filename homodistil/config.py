@@ -250,8 +250,9 @@ class RunFolderConfig:
     """Seconds (> 0) without progress after which a rank is called stuck and the job ends; dead ones are seen sooner."""
     export_milestones: list[float] = field(default_factory=list)
     """Fractions of the teacher's hidden size, in (0, 1): a stock checkpoint is also written when the width passes."""
-    compare: list[Literal["one_shot"]] = field(default_factory=list)
-    """Controls trained afterwards with the same data, losses and steps, for the result table."""
+    compare: list[Literal["one_shot", "plain_one_shot"]] = field(default_factory=list)
+    """Controls trained afterwards with the same data, losses and steps, for the result table: cut before step 0, with
+    the run's own compensation (one_shot) or without any (plain_one_shot)."""
 
 
 @dataclass(kw_only=True)

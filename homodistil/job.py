@@ -65,10 +65,12 @@ def _train_all(
 
 
 def control_config(config: RunConfig, name: str) -> RunConfig:
-    """The same run with the control's one difference: its schedule, which it is named after."""
+    """The same run cut at once, before step 0; `plain_one_shot`: by a mere selection of neurons as well."""
     control = copy.deepcopy(config)
     control.run.name, control.run.export_milestones = name, []
-    control.pruning.schedule = name
+    control.pruning.schedule = "one_shot"
+    if name == "plain_one_shot":
+        control.pruning.compensation, control.pruning.one_shot_stages = "none", 1
     return control
 
 

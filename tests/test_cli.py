@@ -62,7 +62,7 @@ def test_resolved_config_is_a_file_that_gives_the_same_config(tmp_path):
         (["pruning.end_fraction=1.5"], r"pruning\.end_fraction: found 1\.5, allowed \[0, 1\]"),
         (["data.heldout_fraction=0"], r"data\.heldout_fraction: found 0.*\(0, 1\)"),
         (["data.mask_probability=-0.1"], r"data\.mask_probability"),
-        (["pruning.start_fraction=0.6"], r"pruning\.end_fraction: 0\.3 is before"),
+        (["pruning.start_fraction=0.6"], r"pruning\.end_fraction: 0\.1 is before"),
         (["data.sources=[]"], r"data\.sources: found an empty list"),
         (["loss.mlm=0", "loss.kl=0", "loss.hidden=0", "loss.attention=0", "loss.embedding=0"], "every weight is 0"),
         (["recipe=homobert-smal"], r"recipe: found 'homobert-smal'.*did you mean 'homobert-small'"),

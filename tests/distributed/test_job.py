@@ -188,8 +188,10 @@ def test_one_rank_of_another_stage_goes_on_where_two_were_cut_off(finished, tmp_
     for name in ("loss/total", "loss/mlm", "loss/attention", "loss/kl"):
         lines_of = ([line[name] for line in lines if name in line] for lines in (ours, theirs))
         assert next(lines_of) == pytest.approx(next(lines_of), rel=1e-5, abs=1e-5), name
-    hashes = ([event["hash"] for event in _lines(path / "events.jsonl")] for path in (copy, folder))
-    assert len(set(map(tuple, hashes))) == 1
+    # Hashes cover the maps of compensated events, so those of later events differ with the sums they come from.
+    events = [_lines(path / "events.jsonl") for path in (copy, folder)]
+    for field in ("step", "widths_after"):
+        assert len(events[0]) == len(events[1]) and [e[field] for e in events[0]] == [e[field] for e in events[1]]
     stages = [
         json.loads((copy / name).read_text())["zero_optimization"]["stage"]
         for name in ("ds_config.1.json", "ds_config.json")
@@ -198,16 +200,22 @@ def test_one_rank_of_another_stage_goes_on_where_two_were_cut_off(finished, tmp_
 
 
 def test_one_rank_follows_the_same_path_as_two(finished, tmp_path, cache_dir):
-    """Data order, masks and the mean over the global batch do not depend on ranks or accumulation."""
+    """Data order, masks, draws and means over the global batch do not depend on ranks or accumulation."""
     folder, _ = finished
     alone = tmp_path / "run"
     run_ranks(TRAIN, _arguments(alone, cache_dir, "train.micro_batch_size=8"), num_ranks=1, timeout_s=500)
+    first_event = _lines(folder / "events.jsonl")[0]["step"]
     for name in ("loss/total", "loss/mlm", "loss/kl", "loss/attention", "widths/hidden", "optim/grad_norm"):
         ours, theirs = (
             [line[name] for line in _lines(path / "metrics.jsonl") if name in line] for path in (alone, folder)
         )
-        # fp32 sums in another order; Adam's normalisation lifts the differences of tiny gradients.
-        assert ours == pytest.approx(theirs, rel=2e-3), name
+        # fp32 sums in another order.
+        assert ours[:first_event] == pytest.approx(theirs[:first_event], rel=1e-5), name
+        # Compensation solves for what Adam has moved, and Adam's normalisation lifts differences of tiny gradients:
+        # 1 % in the total and 4 % in small terms were seen (one batch differs from the next by 5-10 %).
+        assert ours == pytest.approx(theirs, rel=0.03 if name in ("loss/total", "loss/mlm") else 0.2), name
+    first = [_lines(path / "events.jsonl")[0] for path in (alone, folder)]
+    assert first[0]["gap_after"]["kl"] == pytest.approx(first[1]["gap_after"]["kl"], rel=5e-3)
 
 
 def _without_speed(lines: list[dict]) -> list[dict]:

@@ -70,13 +70,21 @@ def _mix(basis: Tensor, seed: int) -> Tensor:
     """The same subspace in coordinates that suit a LayerNorm.
 
     It removes the mean over dims: the least important direction is put there (a Householder reflection swaps it with
-    the mean direction). The others are mixed at random, so that no coordinate dominates.
+    the mean direction). The others are mixed at random, so that no coordinate dominates: random vectors projected onto
+    their subspace, made orthonormal. That depends on the subspace alone, not on the signs that an eigensolver gives its
+    vectors, which rounding can turn: runs on other numbers of ranks go the same way.
     """
-    width = basis.shape[1]
+    size, width = basis.shape
     generator = torch.Generator().manual_seed(seed)
-    random = torch.linalg.qr(torch.randn(width - 1, width - 1, generator=generator, dtype=torch.float64)).Q
-    mixed = torch.cat([basis[:, :-1] @ random.to(basis.device), basis[:, -1:]], 1)
+    random = torch.randn(size, width - 1, generator=generator, dtype=torch.float64).to(basis.device)
+    mixing, triangle = torch.linalg.qr(basis[:, :-1].T @ random)
+    mixed = torch.cat([basis[:, :-1] @ (mixing * triangle.diagonal().sign()), _pointed(basis[:, -1:])], 1)
     normal = torch.full((width,), width**-0.5, dtype=basis.dtype, device=basis.device)
     normal[-1] -= 1
     length = normal.norm()
     return mixed if length < 1e-12 else mixed - 2 * torch.outer(mixed @ normal, normal) / length.square()
+
+
+def _pointed(direction: Tensor) -> Tensor:
+    """The sign with which its largest entry is positive."""
+    return direction * direction.flatten()[direction.abs().argmax()].sign()

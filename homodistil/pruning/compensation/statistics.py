@@ -84,9 +84,8 @@ def collect(
     num_with_gradients = -(-len(batches) // 2) if with_residual else 0
     try:
         for i, batch in enumerate(batches):
-            # The same draws however the micro-batches are dealt out to ranks.
-            place = i * ranks.world_size() + ranks.rank()
-            collector.run(batch, seed * 1_000_003 + place if i < num_with_gradients else None)
+            first = (i * ranks.world_size() + ranks.rank()) * len(batch.input_ids)
+            collector.run(batch, uniform_numbers(batch, first, seed) if i < num_with_gradients else None)
     finally:
         collector.remove_hooks()
     return collector.result()
@@ -114,21 +113,21 @@ class _Collector:
         for handle in self._handles:
             handle.remove()
 
-    def run(self, batch: Batch, seed: int | None) -> None:
-        """One micro-batch; with gradients when there is a `seed` for the labels."""
+    def run(self, batch: Batch, numbers: Tensor | None) -> None:
+        """One micro-batch; with gradients when there are `numbers` to draw the labels with."""
         self._batch = batch
-        with torch.set_grad_enabled(seed is not None):
+        with torch.set_grad_enabled(numbers is not None):
             hidden = self.family.backbone(self.model)(input_ids=batch.input_ids, attention_mask=batch.padding_mask)[0]
-            if seed is not None:
-                self._head(hidden.flatten(0, 1)[batch.masked_index], seed)
+            if numbers is not None:
+                self._head(hidden.flatten(0, 1)[batch.masked_index], numbers)
 
-    def _head(self, hidden: Tensor, seed: int) -> None:
+    def _head(self, hidden: Tensor, numbers: Tensor) -> None:
         rows, decoder = self.family.mlm_transform(self.model)(hidden), self.family.decoder(self.model)
         with torch.no_grad():
             probabilities = decoder(rows).softmax(-1)
             self._add("head_rows", _products(rows))
             self._add("predictions", probabilities.sum(0).double())
-            labels = _draw(probabilities, seed)
+            labels = draw_labels(probabilities, numbers)
             gradient = probabilities @ decoder.weight - decoder.weight[labels]  # of -log p(label)
         rows.backward(gradient)
 
@@ -166,11 +165,22 @@ class _Collector:
         return Statistics(heads, residual, Moments(sums["gradient"]).second, head_rows, gram)
 
 
-def _draw(probabilities: Tensor, seed: int) -> Tensor:
+def uniform_numbers(batch: Batch, first_sequence: int, seed: int) -> Tensor:
+    """Of [0, 1), fp32, one for each masked row of `batch`: the same however sequences are dealt out to micro-batches.
+
+    Args:
+        first_sequence: place of the batch's first sequence among those of all ranks.
+    """
+    num_sequences, seq_len = batch.input_ids.shape
+    seeds = ((seed * 1_000_003 + first_sequence + b) % 2**63 for b in range(num_sequences))
+    numbers = [torch.rand(seq_len, generator=torch.Generator().manual_seed(one)) for one in seeds]
+    return torch.cat(numbers).to(batch.masked_index.device)[batch.masked_index]
+
+
+def draw_labels(probabilities: Tensor, numbers: Tensor) -> Tensor:
     """A label for each row (rows, V), by its cumulative probability; torch.multinomial draws a number an entry."""
-    generator = torch.Generator(probabilities.device).manual_seed(seed)
-    drawn = torch.rand(len(probabilities), 1, generator=generator, device=probabilities.device)
-    return torch.searchsorted(probabilities.cumsum(-1), drawn).squeeze(1).clamp(max=probabilities.shape[1] - 1)
+    sums = probabilities.cumsum(-1)
+    return torch.searchsorted(sums, numbers.unsqueeze(1).to(sums)).squeeze(1).clamp(max=probabilities.shape[1] - 1)
 
 
 def decoder_gram(decoder_weight: Tensor, predictions: Tensor) -> Tensor:
