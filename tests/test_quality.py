@@ -172,6 +172,19 @@ def test_a_run_is_addressed_by_what_decides_its_result():
     assert len({key(), *others}) == len(others) + 1
 
 
+def test_the_products_defaults_change_no_arm():
+    """What the quickstart decides about pruning and losses is pinned, or a new default would rename all old results."""
+    import yaml
+    from study.arms import BASE
+
+    from homodistil.cli import RECIPES
+
+    pinned = {override.split("=")[0] for override in BASE}
+    quickstart = yaml.safe_load((RECIPES / "quickstart.yaml").read_text())
+    decided = {f"{section}.{name}" for section in ("pruning", "loss", "run") for name in quickstart.get(section, {})}
+    assert decided - {"run.name"} <= pinned
+
+
 def test_no_two_arms_are_the_same_run():
     from study.arms import ARMS, BASE, SHAPES
     from study.specs import RunSpec

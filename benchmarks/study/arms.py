@@ -22,6 +22,7 @@ BASE = (
     "pruning.start_fraction=0",
     "pruning.end_fraction=0.3",
     "pruning.interval_steps=10",
+    "pruning.max_event_fraction=0.25",
     "pruning.width_multiple=1",
     "pruning.importance=sensitivity",
     "pruning.ema_beta=0.85",
@@ -127,5 +128,5 @@ ARMS = {
         Arm("mlm_only", "random init, MLM only", RANDOM + NO_TERMS, recipe="baselines/mlm_only"),
     )
 }
-DEFAULT_ARM = "ours_one_shot"
+DEFAULT_ARM = "ours_gradual"
 """Whose superiority the verdicts are about: the form of our method that the product does by default."""

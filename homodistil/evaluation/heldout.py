@@ -31,7 +31,8 @@ def evaluate(predict: Predict, teacher: Predict | None, batches: Iterable[Batch]
     for batch in batches:
         batch = batch.to(device)
         logits = predict(batch)
-        hits = (logits.argmax(-1) == batch.masked_labels).sum()
+        # Not argmax: the same indices, but four times as slow for bf16 on CPU.
+        hits = (logits.max(-1).indices == batch.masked_labels).sum()
         loss, kl = masked_lm_losses(logits, teacher(batch) if teacher else None, batch.masked_labels)
         rows = torch.tensor(len(batch.masked_labels), device=device)
         kl = loss.new_zeros(()) if kl is None else kl
