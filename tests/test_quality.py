@@ -402,10 +402,12 @@ def test_the_gap_is_told_in_the_order_in_which_it_was(tmp_path):
     assert mean_over_steps(curve) == pytest.approx((4 * 1.4 + 4 * 0.75) / 8)
 
 
-def test_ablations_are_paired_by_seed_and_the_base_is_no_variant_of_itself(tmp_path):
+def test_ablations_are_paired_by_seed_and_the_base_is_no_variant_of_itself(tmp_path, monkeypatch):
     from study import ablation
     from study.ablation_tables import difference, report
 
+    some = ("importance", "projection", "events", "compensation")
+    monkeypatch.setattr(ablation, "VARIANTS", {group: ablation.VARIANTS[group] for group in some})
     options = _options(tmp_path, "ablate", "--base", "homodistil", "--rates", "0.003", "0.006", "0.012")
 
     def outcome(name: str, rate: float, seed: int):
@@ -432,6 +434,28 @@ def test_ablations_are_paired_by_seed_and_the_base_is_no_variant_of_itself(tmp_p
     assert all("lr 0.006" in label for label in pool.asked if isinstance(label, str))
     text = report(found, options, "the command", {})
     assert "| random | 5.300 +- 1.000 | +0.300 +- 0.000 * |" in text
+    intervals = {name: names[name].runs for name in ("twice as many", "half as many")}
+    assert all(len(runs) == 3 for runs in intervals.values())
+
+
+def test_a_variant_that_the_product_refuses_is_named_with_its_reason(tmp_path, monkeypatch):
+    from study import ablation
+    from study.ablation_tables import report
+
+    monkeypatch.setattr(ablation, "VARIANTS", {"projection": ablation.VARIANTS["projection"]})
+    options = _options(tmp_path, "ablate", "--base", "ours_gradual", "--rates", "0.003", "0.006", "0.012")
+
+    class Pool(_FakePool):
+        def run(self, phase, jobs, later=None):
+            if phase != "ablation":
+                return super().run(phase, jobs, later)
+            return [_measured(9, 4.0) for _ in jobs]
+
+    found = ablation.run(Pool(lambda name, rate, seed: _measured(4.0, 4.0), tmp_path), options)
+    runs = {variant.name: len(variant.runs) for variant in found.variants}
+    assert runs == {"student's side, frozen": 0, "teacher's side, learned": 3, "teacher's side, frozen": 0}
+    text = report(found, options, "the command", {})
+    assert "* student's side, frozen: refused. loss.projection_learned: found false" in text
 
 
 # -- a real study

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from homodistil.errors import UserError
 from study.arms import ARMS, BASE, EARLY, FULL, ONE_SHOT, SHAPES
 from study.comparison import Entry, try_rates
 from study.jobs import Train
@@ -18,6 +19,7 @@ from study.specs import RunSpec
 SELECTION = ("pruning.compensation=none",)
 REFIT = ("pruning.compensation=refit",)
 GRADUAL = ("pruning.schedule=cubic",)
+BIG_EVENTS = "pruning.max_event_fraction=0.5"
 
 VARIANTS: dict[str, dict[str, tuple[str, ...]]] = {
     "importance": {
@@ -47,9 +49,15 @@ VARIANTS: dict[str, dict[str, tuple[str, ...]]] = {
         "EMA beta 0": ("pruning.ema_beta=0",),
         "EMA beta 0.95": ("pruning.ema_beta=0.95",),
     },
+    "end of pruning": {
+        "t_f .05, events 3 steps apart": ("pruning.end_fraction=0.05", "pruning.interval_steps=3", BIG_EVENTS),
+        "t_f .1, events 5 steps apart": ("pruning.end_fraction=0.1", "pruning.interval_steps=5", BIG_EVENTS),
+        "t_f .3, events 10 steps apart": ("pruning.end_fraction=0.3", "pruning.interval_steps=10"),
+        "t_f .7, events 20 steps apart": ("pruning.end_fraction=0.7", "pruning.interval_steps=20"),
+    },
     "events": {
-        "interval 5": ("pruning.interval_steps=5",),
-        "interval 50": ("pruning.interval_steps=50", "pruning.max_event_fraction=0.9"),
+        "twice as many": ("pruning.interval_steps={half}",),
+        "half as many": ("pruning.interval_steps={double}", "pruning.max_event_fraction=0.9"),
         "width multiple 8": ("pruning.width_multiple=8",),
         "width multiple 16": ("pruning.width_multiple=16",),
         "schedule linear": ("pruning.schedule=linear",),
@@ -71,7 +79,7 @@ VARIANTS: dict[str, dict[str, tuple[str, ...]]] = {
         "one-shot, full, two stages": (*ONE_SHOT, *FULL, "pruning.one_shot_stages=2"),
     },
 }
-ONLY_GRADUAL = ("smoothing of importance", "events", "optimizer at events")
+ONLY_GRADUAL = ("smoothing of importance", "end of pruning", "events", "optimizer at events")
 """Groups that mean nothing where everything is cut at step 0."""
 QUICK_GROUPS = ("loss weights",)
 
@@ -83,6 +91,8 @@ class Variant:
     width: str
     runs: dict[int, dict] = field(default_factory=dict)
     """Seed -> measured."""
+    refused: str = ""
+    """Why the product does not run it with this base."""
 
 
 @dataclass
@@ -95,31 +105,37 @@ class Ablation:
 def run(pool: Pool, options: Options) -> Ablation:
     base = {width: Entry(ARMS[options.base], width) for width in options.widths}
     try_rates(pool, options, list(base.values()))
-    cells: list[tuple[Entry | Variant, int, Train]] = []
+    plans: list[tuple[Entry | Variant, list[Train]]] = []
     for width, entry in base.items():
         if entry.rate is not None:
-            cells += _cells(options, width, entry)
+            plans += _plans(options, width, entry)
+    cells = [(what, seed, job) for what, jobs in plans for seed, job in zip(options.seeds, jobs, strict=False)]
     for (what, seed, _), found in zip(cells, pool.run("ablation", [cell[2] for cell in cells]), strict=True):
         if found:
             what.runs[seed] = found
-    in_order = {id(what): what for what, _, _ in cells}.values()
-    return Ablation(base, [what for what in in_order if isinstance(what, Variant)])
+    return Ablation(base, [what for what, _ in plans if isinstance(what, Variant)])
 
 
-def _cells(options: Options, width: str, entry: Entry) -> list[tuple[Entry | Variant, int, Train]]:
-    """Base and variants with every seed; variants that are the base itself are left out."""
+def _plans(options: Options, width: str, entry: Entry) -> list[tuple[Entry | Variant, list[Train]]]:
+    """Base and variants, each with a job a seed; variants that are the base itself are left out."""
     gradual = "pruning.schedule=one_shot" not in entry.arm.overrides
-    cells = [(entry, seed, _job(options, entry, (), "base", seed)) for seed in options.seeds]
-    base_key = cells[0][2].spec.key
+    base_jobs = [_job(options, entry, (), "base", seed) for seed in options.seeds]
+    interval = base_jobs[0].spec.config().pruning.interval_steps
+    plans: list[tuple[Entry | Variant, list[Train]]] = [(entry, base_jobs)]
     for group, variants in VARIANTS.items():
         if (group in ONLY_GRADUAL and not gradual) or (options.quick and group not in QUICK_GROUPS):
             continue
-        for name, overrides in variants.items():
+        for name, fields in variants.items():
+            overrides = tuple(part.format(half=max(1, interval // 2), double=2 * interval) for part in fields)
+            variant = Variant(group, name, width)
             jobs = [_job(options, entry, overrides, f"{group}: {name}", seed) for seed in options.seeds]
-            if jobs[0].spec.key != base_key:
-                variant = Variant(group, name, width)
-                cells += [(variant, seed, job) for seed, job in zip(options.seeds, jobs, strict=True)]
-    return cells
+            try:
+                is_base = jobs[0].spec.key == base_jobs[0].spec.key
+            except UserError as error:
+                variant.refused, jobs, is_base = str(error), [], False
+            if not is_base:
+                plans.append((variant, jobs))
+    return plans
 
 
 def _job(options: Options, entry: Entry, overrides: tuple[str, ...], name: str, seed: int) -> Train:

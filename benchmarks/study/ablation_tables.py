@@ -45,7 +45,9 @@ def _width_part(found: Ablation, width: str) -> str:
                 group = variant.group
                 lines.append([f"**{group}**", *[""] * (len(HEADINGS) - 1)])
             lines.append(_line(variant, base, variant.name))
-    return f"## Width: {width}, lr {number(base.rate, '{:g}')}\n\n{table(HEADINGS, lines)}"
+    refused = [f"* {v.name}: refused. {v.refused}" for v in found.variants if v.width == width and v.refused]
+    title = f"## Width: {width}, lr {number(base.rate, '{:g}')}"
+    return "\n\n".join([title, table(HEADINGS, lines), *(["\n".join(refused)] if refused else [])])
 
 
 def _line(what: Variant | Entry, base: Entry, name: str) -> list[str]:
