@@ -365,7 +365,8 @@ def test_the_tables_of_the_comparison(tmp_path):
     verdicts = {line[2]: line[3:] for line in lines if line[0] == ARMS["one_shot"].label and line[1] == "half"}
     assert verdicts["held-out MLM loss"] == ["-0.100", "0.028", "yes"]
     assert verdicts["STS-B Spearman"] == ["+0.000", "0.045", "no"]
-    assert "NOT better" in text and f"{ARMS['one_shot'].label} at half width in STS-B Spearman" in text
+    assert "by more than two standard deviations of the difference, in: held-out MLM loss," in text
+    assert f"* in STS-B Spearman than: {ARMS['one_shot'].label} at half width\n" in text
     assert by_name[f"{DEFAULT_ARM}/half"] == [f"{DEFAULT_ARM}/half", "0.003: 4.250; 0.006: -", "0.003", "-"]
     assert "* x lr 1: ValueError: y" in text and "HomoBERT-tiny" in by_name
 

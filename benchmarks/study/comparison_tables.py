@@ -105,7 +105,9 @@ def _teacher_line(found: Comparison) -> list[str]:
 
 def _verdicts(found: Comparison) -> str:
     headings = ["against", "width", "metric", "difference", "2 sd of it", "better by more than 2 sd"]
-    lines, lost = [], []
+    lines: list[list[str]] = []
+    lost: dict[str, list[str]] = {}
+    """Column -> the rivals that our default does not beat there."""
     for ours, rival in _pairs(found.entries):
         for name, metric in (METRICS | TASKS).items():
             a, b = mean(ours, name), mean(rival, name)
@@ -117,18 +119,28 @@ def _verdicts(found: Comparison) -> str:
             double = number(2 * judged.deviation, metric.form)
             name_of = rival.arm.label + (" (own form)" if rival.arm.is_ours else "")
             lines.append([name_of, ours.width, metric.heading, signed.format(judged.difference), double, answer])
-            if not judged.is_better and not rival.arm.is_ours:
-                lost.append(f"{rival.arm.label} at {ours.width} width in {metric.heading}")
+            if not rival.arm.is_ours:
+                against = [] if judged.is_better else [f"{rival.arm.label} at {ours.width} width"]
+                lost[metric.heading] = lost.get(metric.heading, []) + against
     if not lines:
         return "## Verdict\n\nNone: our default or every rival is missing."
-    text = (
-        "Our default is better than every rival of the same parameter count, at every width and in every metric, by "
-        "more than two standard deviations of the difference."
-        if not lost
-        else "Our default is NOT better by more than two standard deviations of the difference than: " + "; ".join(lost)
-    )
     note = "Difference: our default - the other; its deviation: sqrt(sd^2 + sd^2)."
-    return f"## Verdict\n\n{text}\n\n{note}\n\n{table(headings, lines)}"
+    return f"## Verdict\n\n{_summary(lost)}\n\n{note}\n\n{table(headings, lines)}"
+
+
+def _summary(lost: dict[str, list[str]]) -> str:
+    """In words: columns where nobody is left, then whoever is."""
+    won = [heading for heading, rivals in lost.items() if not rivals]
+    parts = []
+    if won:
+        parts.append(
+            f"Our default is better than every rival of the same parameter count, at every width, by more than two "
+            f"standard deviations of the difference, in: {', '.join(won)}."
+        )
+    if len(won) < len(lost):
+        parts.append("It is NOT better by more than two standard deviations of the difference:")
+    parts += [f"* in {heading} than: {'; '.join(rivals)}" for heading, rivals in lost.items() if rivals]
+    return "\n".join(parts) if parts else "No rival was measured."
 
 
 def _pairs(entries: Sequence[Entry]) -> list[tuple[Entry, Entry]]:
