@@ -43,6 +43,8 @@ VARIANTS: dict[str, dict[str, tuple[str, ...]]] = {
     "loss weights": {
         "attention 0.1": ("loss.attention=0.1",),
         "KL 2": ("loss.kl=2",),
+        "KL 4": ("loss.kl=4",),
+        "KL 8": ("loss.kl=8",),
         "hidden 0.1": ("loss.hidden=0.1",),
     },
     "smoothing of importance": {
