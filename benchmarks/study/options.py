@@ -6,7 +6,7 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
-from study.arms import ARMS, DEFAULT_ARM
+from study.arms import ABLATED_ARM, ARMS
 
 ROOT = Path(__file__).resolve().parents[2]
 WORK = Path("~/.cache/homodistil/quality")
@@ -89,7 +89,7 @@ def options_of(args: argparse.Namespace) -> Options:
         quick=quick,
         set=(*(QUICK if quick else ()), *args.set),
         tune=not args.no_tune,
-        base=args.base or ("homodistil" if quick else DEFAULT_ARM),
+        base=args.base or ("homodistil" if quick else ABLATED_ARM),
         budget_minutes=args.budget_minutes,
         eval_blocks=64 if quick else None,
     )
