@@ -184,12 +184,15 @@ def test_one_rank_of_another_stage_goes_on_where_two_were_cut_off(finished, tmp_
     run_ranks(TRAIN, arguments, num_ranks=1, timeout_s=500)
     ours, theirs = (_lines(path / "metrics.jsonl") for path in (copy, folder))
     assert [line["step"] for line in ours] == [line["step"] for line in theirs]
-    # fp32 sums over one rank's rows instead of two, and another number of rows a micro-batch.
-    for name in ("loss/total", "loss/mlm", "loss/attention", "loss/kl"):
-        lines_of = ([line[name] for line in lines if name in line] for lines in (ours, theirs))
-        assert next(lines_of) == pytest.approx(next(lines_of), rel=1e-5, abs=1e-5), name
-    # Hashes cover the maps of compensated events, so those of later events differ with the sums they come from.
     events = [_lines(path / "events.jsonl") for path in (copy, folder)]
+    next_event = next(event["step"] for event in events[0] if event["step"] > SAVE_EVERY)
+    for name in ("loss/total", "loss/mlm", "loss/attention", "loss/kl"):
+        found, expected = ([line[name] for line in lines if name in line] for lines in (ours, theirs))
+        # fp32 sums over one rank's rows instead of two, and another number of rows a micro-batch.
+        assert found[:next_event] == pytest.approx(expected[:next_event], rel=1e-5, abs=1e-5), name
+        # Later events solve for what these sums have moved (see the next test).
+        assert found == pytest.approx(expected, rel=0.03 if name in ("loss/total", "loss/mlm") else 0.2), name
+    # Hashes cover the maps of compensated events, so those of later events differ, too.
     for field in ("step", "widths_after"):
         assert len(events[0]) == len(events[1]) and [e[field] for e in events[0]] == [e[field] for e in events[1]]
     stages = [
