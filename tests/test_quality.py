@@ -493,9 +493,12 @@ def test_a_real_study_of_two_methods(tmp_path, cache_dir):
 
     materials = gather(jobs[0].spec.config(), torch.device("cpu"))
     for half, name in zip(halves(materials, 6), ("validation", "test"), strict=True):
-        expected = _masked_lm_loss(jobs[1].export(tmp_path), half.heldout(jobs[1].spec.config()))
+        batches = half.heldout(jobs[1].spec.config())
+        loss, kl = _by_stock_models(jobs[1].export(tmp_path), materials.teacher, batches)
         # The run measured in bf16: 8 bits of mantissa on each logit of about 10, averaged over 50 rows.
-        assert gradual[name]["mlm_loss"] == pytest.approx(expected, abs=0.02)
+        assert gradual[name]["mlm_loss"] == pytest.approx(loss, abs=0.02)
+        # The second run of the worker: the teacher's logits are those that the first one has left.
+        assert gradual[name]["kl_to_teacher"] == pytest.approx(kl, abs=0.02)
     assert abs(gradual["validation"]["mlm_loss"] - gradual["test"]["mlm_loss"]) > 0.02  # or the check says nothing
 
     def no_start(connection: Connection, number: int):
@@ -507,15 +510,30 @@ def test_a_real_study_of_two_methods(tmp_path, cache_dir):
 
 
 @torch.no_grad()
-def _masked_lm_loss(export: Path, batches) -> float:
-    """By the stock model, fp32, all positions."""
+def _by_stock_models(export: Path, teacher: str, batches) -> tuple[float, float]:
+    """(MLM loss, KL to the teacher), fp32, all positions."""
     from transformers import AutoModelForMaskedLM
 
-    model = AutoModelForMaskedLM.from_pretrained(export).eval()
-    total, rows = 0.0, 0
+    models = [AutoModelForMaskedLM.from_pretrained(folder).eval() for folder in (export, teacher)]
+    loss, kl, rows = 0.0, 0.0, 0
     for batch in batches:
-        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits.flatten(0, 1)
-        picked = logits[batch.masked_index].double()
-        total += float(torch.nn.functional.cross_entropy(picked, batch.masked_labels, reduction="sum"))
+        outputs = [model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits for model in models]
+        student, expected = (logits.flatten(0, 1)[batch.masked_index].double().log_softmax(-1) for logits in outputs)
+        loss -= float(student.gather(1, batch.masked_labels[:, None]).sum())
+        kl += float((expected.exp() * (expected - student)).sum())
         rows += len(batch.masked_labels)
-    return total / rows
+    return loss / rows, kl / rows
+
+
+def test_a_teacher_is_asked_once_for_each_batch():
+    from study.measured_run import RememberedLogits
+
+    asked = []
+
+    def predict(batch):
+        asked.append(batch)
+        return torch.tensor([float(batch)])
+
+    remembered = RememberedLogits()
+    walks = [list(map(remembered.of(predict), batches)) for batches in ([3, 1], [3, 1, 2])]
+    assert asked == [3, 1, 2] and walks[0] == walks[1][:2] == [3.0, 1.0] and walks[1][2] == 2.0

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from torch import Tensor
 
 from homodistil.config import RunConfig
 from homodistil.data.corpus import Rows
+from homodistil.data.masking import Batch
 from homodistil.distillation import Distillation
-from homodistil.evaluation.heldout import evaluate
+from homodistil.evaluation.heldout import Predict, evaluate
 from homodistil.flops import step_flops
 from homodistil.materials import Materials
 from homodistil.metrics import METRICS_FILE, read_lines
@@ -51,6 +54,25 @@ def halves(materials: Materials, limit: int | None = None) -> tuple[Materials, M
     corpora = (dataclasses.replace(materials.corpus, heldout=part) for part in parts)
     validation, test = (dataclasses.replace(materials, corpus=corpus) for corpus in corpora)
     return validation, test
+
+
+class RememberedLogits:
+    """The teacher's on held-out batches, which are the same in all runs of a worker: computed by the first."""
+
+    def __init__(self) -> None:
+        self._logits: list[Tensor] = []
+
+    def of(self, predict: Predict) -> Predict:
+        """`predict`, for one walk over the batches from the first on."""
+        places = itertools.count()
+
+        def remembered(batch: Batch) -> Tensor:
+            place = next(places)
+            if place == len(self._logits):
+                self._logits.append(predict(batch))
+            return self._logits[place]
+
+        return remembered
 
 
 class CpuClock:
@@ -93,14 +115,21 @@ class MeasuredRun(Distillation):
 
     Args:
         config, engine_config, folder: as of `Distillation`.
-        validation, test: from `halves`.
+        both: VALIDATION and TEST, from `halves`.
+        remembered: of each half.
     """
 
     def __init__(
-        self, config: RunConfig, engine_config: dict, validation: Materials, test: Materials, folder: Path
+        self,
+        config: RunConfig,
+        engine_config: dict,
+        both: tuple[Materials, Materials],
+        remembered: tuple[RememberedLogits, RememberedLogits],
+        folder: Path,
     ) -> None:
-        self.clock, self.test, self.final = CpuClock(), test, {}
-        super().__init__(config, engine_config, validation, folder, "python benchmarks/quality.py")
+        self.clock, self.final = CpuClock(), {}
+        self._halves = tuple(zip(both, remembered, strict=True))
+        super().__init__(config, engine_config, both[0], folder, "python benchmarks/quality.py")
         self.gap.measure = self.clock.left_out(self.gap.measure)
         self.cuts._check_rotation = self.clock.left_out(self.cuts._check_rotation)
         self.cuts.before_training = self.clock.counted(self.cuts.before_training)
@@ -114,10 +143,13 @@ class MeasuredRun(Distillation):
     def evaluate(self, limit: int | None = None) -> dict[str, float]:
         if limit is not None:
             return super().evaluate(min(limit, PERIODIC_SEQUENCES))
-        batches = self.test.heldout(self.config)
-        test = evaluate(self.student.predict, self.teacher.predict, batches, self.test.device)
-        self.final = super().evaluate() | {f"test/{name}": value for name, value in test.items()}
+        validation, test = (self._evaluate_half(*half) for half in self._halves)
+        self.final = validation | {f"test/{name}": value for name, value in test.items()}
         return self.final
+
+    def _evaluate_half(self, half: Materials, remembered: RememberedLogits) -> dict[str, float]:
+        teacher = remembered.of(self.teacher.predict)
+        return evaluate(self.student.predict, teacher, half.heldout(self.config), half.device)
 
     def measured(self) -> dict:
         """What the study keeps of the run, once it has ended."""

@@ -25,7 +25,7 @@ from homodistil.errors import StopRequested
 from homodistil.evaluation.heldout import evaluate
 from homodistil.materials import Materials, check_teacher, gather, teacher_copy
 from study.jobs import ERROR_FILE, Job
-from study.measured_run import MeasuredRun, halves
+from study.measured_run import MeasuredRun, RememberedLogits, halves
 from study.specs import content_hash
 
 CORRECTION_SEED = 0
@@ -40,17 +40,27 @@ class Context:
         self.work, self.device = work, device
         self._engine_config = load_engine_config(engine_json)
         self._materials: dict[str, Materials] = {}
+        self._remembered: tuple[str, tuple[RememberedLogits, RememberedLogits]] | None = None
 
     def train(self, config: RunConfig, folder: Path, eval_blocks: int | None) -> dict:
         """One run of the product, measured."""
         engine_config = resolve_engine_config(copy.deepcopy(self._engine_config), config, 1)
         teacher_dtype(config.teacher.dtype, engine_config, self.device)
         check_teacher(config)
-        validation, test = halves(self.materials(config), eval_blocks)
+        both = halves(self.materials(config), eval_blocks)
         torch.manual_seed(config.train.seed)  # whatever a worker did before must not show
-        run = MeasuredRun(config, engine_config, validation, test, folder)
+        run = MeasuredRun(config, engine_config, both, self._teacher_logits(config, eval_blocks), folder)
         run.run()
         return run.measured()
+
+    def _teacher_logits(self, config: RunConfig, eval_blocks: int | None) -> tuple[RememberedLogits, RememberedLogits]:
+        """Of both halves, from the run before if that had the same teacher and batches."""
+        folder = self.materials(config).teacher
+        sections = [dataclasses.asdict(part) for part in (config.teacher, config.data)]
+        key = content_hash([folder, *sections, config.train.eval_batch_size, eval_blocks])
+        if self._remembered is None or self._remembered[0] != key:
+            self._remembered = key, (RememberedLogits(), RememberedLogits())
+        return self._remembered[1]
 
     def materials(self, config: RunConfig) -> Materials:
         """Corpus and corrected teacher, the same for all runs with these teacher, data and batch settings."""
