@@ -94,6 +94,31 @@ def test_the_rate_is_chosen_on_the_validation_half_and_every_grid_is_extended_on
     assert list(entries[0].runs) == [0, 1, 2]
 
 
+def test_narrow_widths_have_a_grid_of_their_own_unless_one_is_given(tmp_path):
+    from study.arms import ARMS
+    from study.comparison import Entry, try_rates
+
+    def outcome(name: str, rate: float, seed: int):
+        return _measured(4 + abs(rate - 0.012), 4.0)
+
+    def asked(*arguments: str) -> list[tuple[str, float]]:
+        pool = _FakePool(outcome, tmp_path)
+        options = _options(tmp_path, "main", "--no-tune", *arguments)
+        try_rates(pool, options, [Entry(ARMS["one_shot"], width) for width in ("half", "quarter")])
+        return [(name.split("/")[1], rate) for phase, name, rate, _ in pool.asked if phase == "learning rates"]
+
+    assert asked() == [
+        ("half", 0.003),
+        ("half", 0.006),
+        ("quarter", 0.006),
+        ("half", 0.012),
+        ("quarter", 0.012),
+        ("quarter", 0.024),
+    ]
+    given = asked("--rates", "0.01", "0.02", "0.04")
+    assert given == [(width, rate) for rate in (0.01, 0.02, 0.04) for width in ("half", "quarter")]
+
+
 def test_a_method_whose_runs_all_failed_has_no_rate():
     from study.statistics import best_rate, extension
 
@@ -523,6 +548,29 @@ def _by_stock_models(export: Path, teacher: str, batches) -> tuple[float, float]
         kl += float((expected.exp() * (expected - student)).sum())
         rows += len(batch.masked_labels)
     return loss / rows, kl / rows
+
+
+def test_a_task_is_encoded_once_for_all_students_of_one_tokenizer(tmp_path, monkeypatch):
+    from study import fine_tuning
+
+    from homodistil.evaluation.glue import fine_tuning as glue
+    from homodistil.evaluation.glue import sources
+
+    encoded = []
+    monkeypatch.setattr(sources, "load_task", lambda *_: "data")
+    monkeypatch.setattr(glue, "encode", lambda checkpoint, *_: encoded.append(checkpoint.name) or checkpoint.name)
+    for name, text in (("a", "same"), ("b", "same"), ("c", "other")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "tokenizer.json").write_text(text)
+        (tmp_path / name / "config.json").write_text(name)
+    fine_tuning._encoded.cache_clear()
+    found = [
+        fine_tuning._encoded(fine_tuning._Tokenizer(tmp_path / name), task, False, tmp_path)
+        for name, task in (("a", "stsb"), ("a", "movie"), ("b", "stsb"), ("b", "movie"), ("c", "movie"))
+    ]
+    fine_tuning._encoded.cache_clear()
+    assert found == ["a", "a", "a", "a", "c"]
+    assert encoded == ["a", "a", "c"]
 
 
 def test_a_teacher_is_asked_once_for_each_batch():

@@ -56,7 +56,8 @@ def run(pool: Pool, options: Options) -> Comparison:
     entries = [Entry(ARMS[name], width) for name in options.arms for width in _widths(ARMS[name], options)]
     try_rates(pool, options, entries)
     run_seeds(pool, options, entries)
-    teacher = EvaluateTeacher(spec(options, entries[0], options.rates[0], options.seeds[0]), options.eval_blocks)
+    some_rate = options.grid(entries[0].width)[0]
+    teacher = EvaluateTeacher(spec(options, entries[0], some_rate, options.seeds[0]), options.eval_blocks)
     comparison = Comparison(entries, pool.run("teacher", [teacher])[0] or {})
     if options.tune:
         _fine_tune(pool, options, comparison, teacher)
@@ -82,7 +83,8 @@ def try_rates(pool: Pool, options: Options, entries: list[Entry]) -> None:
     """The grid on the first seed, then the one further rate where the best is at its end."""
     others = len(options.seeds) - 1
     later = {"Train": round(len(entries) * (others + EXTENDED_SHARE))} | _tuning(options, entries)
-    cells = [(entry, rate) for rate in sorted(options.rates) for entry in entries]
+    cells = [(entry, rate) for entry in entries for rate in options.grid(entry.width)]
+    cells.sort(key=lambda cell: cell[1])
     _validate(pool, options, "learning rates", cells, later)
     cells = []
     for entry in entries:

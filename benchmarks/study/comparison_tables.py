@@ -58,18 +58,23 @@ def report(found: Comparison, options: Options, command: str, errors: dict[str, 
 
 
 def _how(options: Options) -> str:
-    rates = ", ".join(f"{rate:g}" for rate in options.rates)
     return (
         f"Every run: {options.steps} steps of {8 if options.quick else 32} sequences of 64 tokens, the same batches "
         f"and masks for every method (by seed), no dropout, one process of one thread, {options.deepspeed.name}. Each "
-        f"method at its own best of the learning rates {rates}, and of one further rate (a factor of 2 beyond the end) "
-        f"where the best was the first or the last, for every method alike; chosen by the MLM loss on one half "
-        f"of the held-out blocks (stretches of 64, by turns), seed {options.seeds[0]}. Reported: the other, mean +- "
-        f"standard deviation over seeds {', '.join(map(str, options.seeds))}. CPU seconds: of the process while it "
-        f"trains (calibration, cut, steps, resize events), without evaluations and the start-up check. TFLOP: student "
-        f"and teacher by the runs' own count, calibration of one-shot pruning included, closed-form compensation not. "
+        f"method at its own best of the learning rates {_grids(options)}, and of one further rate (a factor of 2 "
+        f"beyond the end) where the best was the first or the last, for every method alike; chosen by the MLM loss on "
+        f"one half of the held-out blocks (stretches of 64, by turns), seed {options.seeds[0]}. Reported: the other, "
+        f"mean +- standard deviation over seeds {', '.join(map(str, options.seeds))}. CPU seconds: of the process "
+        f"while it trains (calibration, cut, steps, resize events), without evaluations and the start-up check. "
+        f"TFLOP: student and teacher by the runs' own count, calibration of one-shot pruning included, closed-form "
+        f"compensation not. "
         + ("Fine-tuned: the exports of all seeds, dev sets of the packaged tasks." if options.tune else NOT_TUNED)
     )
+
+
+def _grids(options: Options) -> str:
+    grids = {width: ", ".join(f"{rate:g}" for rate in options.grid(width)) for width in options.widths}
+    return "; ".join(f"{grid} ({width} width)" for width, grid in grids.items())
 
 
 def _width_part(found: Comparison, width: str) -> str:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from homodistil.materials import cache_dir
 from study.jobs import EvaluateTeacher, Job, Train
 from study.specs import content_hash
+
+if TYPE_CHECKING:
+    from homodistil.evaluation.glue.fine_tuning import Encoded
 
 
 class TaskColumn(NamedTuple):
@@ -57,9 +61,37 @@ class FineTune(Job):
         return {"score": found[TASKS[self.task].metric], "metrics": found, "cpu_s": time.process_time() - start}
 
 
+# homodistil.evaluation.glue is slow to import, and needed in workers only.
+
+
 def _fine_tune(checkpoint: Path, task: str, seed: int, quick: bool, cache: Path) -> dict[str, float]:
-    # Slow to import, and needed in workers only.
-    from homodistil.evaluation.glue.fine_tuning import Settings, fine_tune
+    from homodistil.evaluation.glue.fine_tuning import Settings, train
+    from homodistil.evaluation.glue.tasks import find_task
+
+    epochs = TASKS[task].epochs
+    settings = Settings(lr=RATE, batch_size=BATCH_SIZE, epochs=epochs, seed=seed, max_length=MAX_TOKENS, device="cpu")
+    return train(checkpoint, find_task(task), _encoded(_Tokenizer(checkpoint), task, quick, cache), settings)
+
+
+class _Tokenizer:
+    """That of a checkpoint. Two with the same files are the same."""
+
+    def __init__(self, checkpoint: Path) -> None:
+        self.checkpoint = checkpoint
+        files = sorted(checkpoint.glob("*token*")) + sorted(checkpoint.glob("vocab*"))
+        self._key = tuple((path.name, path.read_bytes()) for path in files)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Tokenizer) and self._key == other._key
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+
+@functools.lru_cache(maxsize=len(TASKS))
+def _encoded(tokenizer: _Tokenizer, task: str, quick: bool, cache: Path) -> Encoded:
+    """The task as model inputs, from the job before if its student had the same tokenizer, as all of a study have."""
+    from homodistil.evaluation.glue.fine_tuning import encode
     from homodistil.evaluation.glue.sources import TaskData, load_task
     from homodistil.evaluation.glue.tasks import find_task
 
@@ -68,6 +100,4 @@ def _fine_tune(checkpoint: Path, task: str, seed: int, quick: bool, cache: Path)
         splits = (data.train, *data.dev.values())
         train, *dev = (split._replace(texts=split.texts[:64], labels=split.labels[:64]) for split in splits)
         data = TaskData(train, dict(zip(data.dev, dev, strict=True)))
-    epochs = TASKS[task].epochs
-    settings = Settings(lr=RATE, batch_size=BATCH_SIZE, epochs=epochs, seed=seed, max_length=MAX_TOKENS, device="cpu")
-    return fine_tune(checkpoint, task, data, settings)
+    return encode(tokenizer.checkpoint, find_task(task), data, MAX_TOKENS)
