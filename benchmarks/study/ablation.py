@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from homodistil.errors import UserError
-from study.arms import ARMS, BASE, EARLY, FULL, ONE_SHOT, SHAPES
+from study.arms import ARMS, BASE, EARLY, FULL, ONE_SHOT, OUR_WEIGHTS, SHAPES
 from study.comparison import Entry, try_rates
 from study.jobs import Train
 from study.options import Options
@@ -19,6 +19,7 @@ from study.specs import RunSpec
 SELECTION = ("pruning.compensation=none",)
 REFIT = ("pruning.compensation=refit",)
 GRADUAL = ("pruning.schedule=cubic",)
+REWARM = (*OUR_WEIGHTS, "train.rewarm_steps=10")
 BIG_EVENTS = "pruning.max_event_fraction=0.5"
 
 VARIANTS: dict[str, dict[str, tuple[str, ...]]] = {
@@ -80,8 +81,12 @@ VARIANTS: dict[str, dict[str, tuple[str, ...]]] = {
         "one-shot, full": ONE_SHOT + FULL,
         "one-shot, full, two stages": (*ONE_SHOT, *FULL, "pruning.one_shot_stages=2"),
     },
+    "what helped, together": {
+        "KL 4, rate climbs back over 10": REWARM,
+        "KL 4, rate climbs back over 10, twice as many events": (*REWARM, "pruning.interval_steps={half}"),
+    },
 }
-ONLY_GRADUAL = ("smoothing of importance", "end of pruning", "events", "optimizer at events")
+ONLY_GRADUAL = ("smoothing of importance", "end of pruning", "events", "optimizer at events", "what helped, together")
 """Groups that mean nothing where everything is cut at step 0."""
 QUICK_GROUPS = ("loss weights",)
 
