@@ -28,7 +28,7 @@ def test_a_killed_rank_is_named_by_the_others(server, materials, tmp_path, dead)
     assert codes[dead] == -signal.SIGKILL and codes[1 - dead] == RANK_LOST
     (line,) = _errors(job)
     assert f"error: rank {dead} (host " in line and f"pid {job.pids[dead]}) is gone: its process has ended" in line
-    assert re.search(r"last seen in step \d, \w+ at homodistil/\S+:\d+ \w+, \d s ago", line), line
+    assert re.search(r"last seen in step \d, \w+ at homodistil/\S+:\d+ \S+, \d s ago", line), line
     assert "run.resume=auto goes on from the last checkpoint" in line
     assert (tmp_path / "run" / "checkpoints" / "latest").read_text().strip() == "step-000003"
 
