@@ -70,6 +70,9 @@ class Arm:
     """A form of our own method: a verdict against it says nothing about rivals."""
     own_shape: bool = False
     """Has a size of its own, so it is trained once, not once a width."""
+    rate: float = 6e-3
+    """About its best learning rate at half width: the grid lies around it. From earlier runs: a grid that begins
+    elsewhere ends at the same rate, but has to be extended."""
     recipe: str | None = None
     """Shipped recipe whose losses these are, but for what `note` says."""
     is_extra: bool = False
@@ -80,13 +83,14 @@ class Arm:
 ARMS = {
     arm.name: arm
     for arm in (
-        Arm("ours_gradual", "ours, gradual, compensated", (*FULL, *EARLY, *OUR_WEIGHTS), is_ours=True),
-        Arm("ours_one_shot", "ours, one-shot, compensated", (*ONE_SHOT, *FULL, *OUR_WEIGHTS), is_ours=True),
+        Arm("ours_gradual", "ours, gradual, compensated", (*FULL, *EARLY, *OUR_WEIGHTS), is_ours=True, rate=3e-3),
+        Arm("ours_one_shot", "ours, one-shot, compensated", (*ONE_SHOT, *FULL, *OUR_WEIGHTS), is_ours=True, rate=3e-3),
         Arm(
             "equal_weights",
             "ours, gradual, compensated, all losses with weight 1",
             (*FULL, *EARLY),
             is_ours=True,
+            rate=3e-3,
             is_extra=True,
         ),
         Arm("homodistil", "HomoDistil (gradual, selection, t_f = .3), same losses", OUR_WEIGHTS),
@@ -107,6 +111,7 @@ ARMS = {
             "distilbert",
             "DistilBERT's losses",
             (*RANDOM, *DISTILBERT),
+            rate=3e-3,
             recipe="baselines/distilbert",
             note="student of the target size, so it starts at random: its published start needs the teacher's width; "
             "KL on the masked rows (its code has that as an option; all rows would take several times as long)",
@@ -116,6 +121,7 @@ ARMS = {
             "DistilBERT as published",
             ("student.preset=teacher", "student.num_hidden_layers=1", "pruning.schedule=none", *DISTILBERT),
             own_shape=True,
+            rate=3e-3,
             recipe="baselines/distilbert",
             note="half the layers at the teacher's width: another parameter count; KL on the masked rows",
         ),
@@ -123,6 +129,7 @@ ARMS = {
             "tinybert",
             "TinyBERT + MLM",
             (*RANDOM, "loss.kl=0"),
+            rate=1.2e-2,
             recipe="baselines/tinybert",
             note="general distillation; MLM added (weight 1), it has no MLM head otherwise",
         ),
@@ -133,8 +140,14 @@ ARMS = {
             recipe="baselines/minilmv2",
             note="relations of the last layer; MLM added (weight 1), it has no MLM head otherwise",
         ),
-        Arm("random_init", "random init, our losses", (*RANDOM, *OUR_WEIGHTS), recipe="baselines/random_init"),
-        Arm("mlm_only", "random init, MLM only", RANDOM + NO_TERMS, recipe="baselines/mlm_only"),
+        Arm(
+            "random_init",
+            "random init, our losses",
+            (*RANDOM, *OUR_WEIGHTS),
+            rate=1.2e-2,
+            recipe="baselines/random_init",
+        ),
+        Arm("mlm_only", "random init, MLM only", RANDOM + NO_TERMS, rate=3e-3, recipe="baselines/mlm_only"),
     )
 }
 DEFAULT_ARM = "ours_gradual"

@@ -56,7 +56,7 @@ def run(pool: Pool, options: Options) -> Comparison:
     entries = [Entry(ARMS[name], width) for name in options.arms for width in _widths(ARMS[name], options)]
     try_rates(pool, options, entries)
     run_seeds(pool, options, entries)
-    some_rate = options.grid(entries[0].width)[0]
+    some_rate = options.rates[0]
     teacher = EvaluateTeacher(spec(options, entries[0], some_rate, options.seeds[0]), options.eval_blocks)
     comparison = Comparison(entries, pool.run("teacher", [teacher])[0] or {})
     if options.tune:
@@ -83,7 +83,7 @@ def try_rates(pool: Pool, options: Options, entries: list[Entry]) -> None:
     """The grid on the first seed, then the one further rate where the best is at its end."""
     others = len(options.seeds) - 1
     later = {"Train": round(len(entries) * (others + EXTENDED_SHARE))} | _tuning(options, entries)
-    cells = [(entry, rate) for entry in entries for rate in options.grid(entry.width)]
+    cells = [(entry, rate) for entry in entries for rate in options.grid(entry.arm, entry.width)]
     cells.sort(key=lambda cell: cell[1])
     _validate(pool, options, "learning rates", cells, later)
     cells = []

@@ -61,9 +61,10 @@ def _how(options: Options) -> str:
     return (
         f"Every run: {options.steps} steps of {8 if options.quick else 32} sequences of 64 tokens, the same batches "
         f"and masks for every method (by seed), no dropout, one process of one thread, {options.deepspeed.name}. Each "
-        f"method at its own best of the learning rates {_grids(options)}, and of one further rate (a factor of 2 "
-        f"beyond the end) where the best was the first or the last, for every method alike; chosen by the MLM loss on "
-        f"one half of the held-out blocks (stretches of 64, by turns), seed {options.seeds[0]}. Reported: the other, "
+        f"method at its own best learning rate of {_grids(options)}, and of one further rate (a factor of 2 beyond the "
+        f"end) where the best was the first or the last, for every method alike (all of them are at the end); chosen "
+        f"by the MLM loss on one half of the held-out blocks (stretches of 64, by turns), seed {options.seeds[0]}. "
+        f"Reported: the other, "
         f"mean +- standard deviation over seeds {', '.join(map(str, options.seeds))}. CPU seconds: of the process "
         f"while it trains (calibration, cut, steps, resize events), without evaluations and the start-up check. "
         f"TFLOP: student and teacher by the runs' own count, calibration of one-shot pruning included, closed-form "
@@ -73,8 +74,9 @@ def _how(options: Options) -> str:
 
 
 def _grids(options: Options) -> str:
-    grids = {width: ", ".join(f"{rate:g}" for rate in options.grid(width)) for width in options.widths}
-    return "; ".join(f"{grid} ({width} width)" for width, grid in grids.items())
+    if options.own_rates:
+        return "three, a factor of 2 apart, around the method's usual one"
+    return ", ".join(f"{rate:g}" for rate in options.rates)
 
 
 def _width_part(found: Comparison, width: str) -> str:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
-from study.arms import ABLATED_ARM, ARMS
+from study.arms import ABLATED_ARM, ARMS, Arm
 
 ROOT = Path(__file__).resolve().parents[2]
 WORK = Path("~/.cache/homodistil/quality")
@@ -41,18 +40,21 @@ class Options:
     base: str
     budget_minutes: float | None
     eval_blocks: int | None = None
-    narrow_rates: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
-    """Grids of widths that have their own."""
+    own_rates: bool = False
+    """Every method has a grid around its own usual rate, instead of `rates`."""
 
-    def grid(self, width: str) -> tuple[float, ...]:
-        """Learning rates that every method is tried with at this width."""
-        return self.narrow_rates.get(width, self.rates)
+    def grid(self, arm: Arm, width: str) -> tuple[float, ...]:
+        """Learning rates that the method is tried with at this width, ascending."""
+        if not self.own_rates:
+            return self.rates
+        usual = arm.rate * _NARROW.get(width, 1)
+        return usual / 2, usual, usual * 2
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("study", choices=["main", "gap", "map", "ablate"])
     parser.add_argument("--steps", type=int, help="optimizer steps of a run (map: of its shortest)")
-    parser.add_argument("--rates", type=float, nargs="+", help="grid of learning rates, ascending, for all widths")
+    parser.add_argument("--rates", type=float, nargs="+", help="learning rates, ascending, for all methods")
     parser.add_argument("--seeds", type=int, nargs="+", help="the first chooses the learning rates")
     parser.add_argument("--widths", nargs="+", choices=["half", "quarter", "eighth"])
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), help="main: see study/arms.py")
@@ -76,8 +78,8 @@ _DEFAULTS = {
 }
 
 _RATES = (3e-3, 6e-3, 1.2e-2)
-# With _RATES the best of nearly every method was the last one at quarter width, and nearly every grid was extended.
-_NARROW_RATES = {"quarter": (6e-3, 1.2e-2, 2.4e-2), "eighth": (6e-3, 1.2e-2, 2.4e-2)}
+_NARROW = {"quarter": 2, "eighth": 4}
+"""How much higher the best rate lies than at half width, roughly, for every method."""
 
 
 def options_of(args: argparse.Namespace) -> Options:
@@ -103,5 +105,5 @@ def options_of(args: argparse.Namespace) -> Options:
         base=args.base or ("homodistil" if quick else ABLATED_ARM),
         budget_minutes=args.budget_minutes,
         eval_blocks=64 if quick else None,
-        narrow_rates={} if args.rates or quick or args.study != "main" else _NARROW_RATES,
+        own_rates=args.study == "main" and not (args.rates or quick),
     )

@@ -23,7 +23,7 @@ def test_the_rate_is_chosen_on_the_validation_half_and_every_grid_is_extended_on
         loss = losses[name][rate]
         return None if loss is None else measured(loss, 10 - loss)
 
-    options = study_options(tmp_path, "main", "--no-tune", "--widths", "half")
+    options = study_options(tmp_path, "main", "--no-tune", "--widths", "half", "--rates", "0.003", "0.006", "0.012")
     pool = FakePool(outcome, tmp_path)
     entries = [Entry(ARMS[name], "half") for name in ("one_shot", "homodistil", "mlm_only")]
     try_rates(pool, options, entries)
@@ -41,29 +41,25 @@ def test_the_rate_is_chosen_on_the_validation_half_and_every_grid_is_extended_on
     assert list(entries[0].runs) == [0, 1, 2]
 
 
-def test_narrow_widths_have_a_grid_of_their_own_unless_one_is_given(tmp_path):
+def test_every_method_has_a_grid_around_its_own_rate_unless_one_is_given(tmp_path):
     from study.arms import ARMS
-    from study.comparison import Entry, try_rates
+    from study.comparison import OWN_SHAPE, Entry, try_rates
 
     def outcome(name: str, rate: float, seed: int):
         return measured(4 + abs(rate - 0.012), 4.0)
 
-    def asked(*arguments: str) -> list[tuple[str, float]]:
+    def asked(arm: str, width: str, *arguments: str) -> list[float]:
         pool = FakePool(outcome, tmp_path)
         options = study_options(tmp_path, "main", "--no-tune", *arguments)
-        try_rates(pool, options, [Entry(ARMS["one_shot"], width) for width in ("half", "quarter")])
-        return [(name.split("/")[1], rate) for phase, name, rate, _ in pool.asked if phase == "learning rates"]
+        try_rates(pool, options, [Entry(ARMS[arm], width)])
+        return [rate for phase, _, rate, _ in pool.asked if phase == "learning rates"]
 
-    assert asked() == [
-        ("half", 0.003),
-        ("half", 0.006),
-        ("quarter", 0.006),
-        ("half", 0.012),
-        ("quarter", 0.012),
-        ("quarter", 0.024),
-    ]
-    given = asked("--rates", "0.01", "0.02", "0.04")
-    assert given == [(width, rate) for rate in (0.01, 0.02, 0.04) for width in ("half", "quarter")]
+    assert ARMS["one_shot"].rate == 6e-3 and ARMS["tinybert"].rate == 1.2e-2
+    assert asked("one_shot", "half") == [0.003, 0.006, 0.012]
+    assert asked("one_shot", "quarter") == asked("tinybert", "half") == [0.006, 0.012, 0.024]
+    assert asked("distilbert_layers", OWN_SHAPE) == [0.0015, 0.003, 0.006]
+    for arm, width in (("one_shot", "half"), ("tinybert", "quarter")):
+        assert asked(arm, width, "--rates", "0.01", "0.02", "0.04") == [0.01, 0.02, 0.04]
 
 
 def test_a_method_whose_runs_all_failed_has_no_rate():
