@@ -96,11 +96,16 @@ def test_four_ranks_one_of_them_left_with_padding():
     assert_equals_reference(case)
 
 
+# Where a sum of bf16 products is rounded depends on the CPU: below 2e-5 on one, 2.05e-5 on another. A step of Adam is
+# about as large as the learning rate, 1e-3, and a wrong rule moves the weights by about as much.
+_BF16_WEIGHT_MEAN = 5e-5
+
+
 def assert_close_to_its_control(case: dict, control: dict) -> None:
     """bf16 rounding can flip, and then paths drift apart; 1e-5 is 1/100 of one step of the learning rate."""
     assert case["wrapper"] == control["wrapper"]
     assert case["weight_mean"] <= control["weight_mean"] + 1e-5, (case, control)
-    assert control["weight_mean"] < 2e-5, control  # or the reference is another computation
+    assert control["weight_mean"] < _BF16_WEIGHT_MEAN, control  # or the reference is another computation
 
 
 @pytest.fixture(scope="module")
@@ -140,4 +145,4 @@ def test_uneven_and_empty_partitions(num_ranks):
     *in_fp32, in_bf16 = run_cases(cases, num_ranks)
     for case in in_fp32:
         assert_equals_reference(case)
-    assert in_bf16["weight_mean"] < 2e-5, in_bf16
+    assert in_bf16["weight_mean"] < _BF16_WEIGHT_MEAN, in_bf16
