@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,6 +90,11 @@ def prepare_share(config: DataConfig, tokenizer: PreTrainedTokenizerBase, task: 
     return _Order(config, tokenizer).share(task, tasks)
 
 
+def shards_of(config: DataConfig, tokenizer: PreTrainedTokenizerBase, folder: Path) -> Preparation:
+    """The shards of a corpus, to be made in `folder` apart from the cache, whether the corpus is there or not."""
+    return _Order(config, tokenizer).preparation(folder, lambda: False)
+
+
 class _Order:
     """A corpus that is asked for, with its sources opened."""
 
@@ -102,7 +108,7 @@ class _Order:
     def whole(self) -> Corpus:
         def build(folder: Path) -> None:
             nonlocal preparation
-            preparation = self._preparation()
+            preparation = self.preparation()
             self._build(folder, preparation)
 
         preparation = None
@@ -115,7 +121,7 @@ class _Order:
     def share(self, task: int, tasks: int) -> Corpus | str:
         if self._is_there():
             return self.whole()
-        preparation = self._preparation()
+        preparation = self.preparation()
         numbers = range(len(preparation.plan.shards))
         preparation.make(numbers[task::tasks], self._config.workers)
         left = [] if self._is_there() else preparation.unfinished()
@@ -129,10 +135,12 @@ class _Order:
     def _is_there(self) -> bool:
         return self._target.exists() and _damage(self._target) is None
 
-    def _preparation(self) -> Preparation:
+    def preparation(self, folder: Path | None = None, is_over: Callable[[], bool] | None = None) -> Preparation:
         plan = make_plan(self._sources, self._config.shard_bytes, self._fingerprint)
         recipe = Recipe(self._sources, self._backend, Filters(self._config))
-        return Preparation(self._cache_dir / "parts" / plan.hash[:16], plan, recipe, self._is_there)
+        return Preparation(
+            folder or self._cache_dir / "parts" / plan.hash[:16], plan, recipe, is_over or self._is_there
+        )
 
     def _build(self, folder: Path, preparation: Preparation) -> None:
         plan, wanted = preparation.plan, list(range(len(preparation.plan.shards)))
@@ -206,4 +214,4 @@ def _describe(folder: Path, seq_len: int) -> str:
     return "; ".join(parts)
 
 
-__all__ = ["Corpus", "Rows", "check_sources", "prepare_corpus", "prepare_share"]
+__all__ = ["Corpus", "Rows", "check_sources", "prepare_corpus", "prepare_share", "shards_of"]
