@@ -91,7 +91,7 @@ def _check_weights(config: RunConfig) -> None:
     weights, sources = config.data.weights, config.data.sources
     if weights and len(weights) != len(sources):
         raise UserError(
-            f"data.weights: found {len(weights)}, allowed are none or one for each of {len(sources)} sources"
+            f"data.weights: found {len(weights)} for {len(sources)} data.sources; give one for each source, or none"
         )
     for weight in weights:
         _check_range("data.weights", weight, 0, 1000, "low")

@@ -6,7 +6,7 @@ import json
 import math
 import shutil
 import sys
-from collections.abc import Callable
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from preparation.process import Ran, run
 
 ROOT = Path(__file__).resolve().parents[2]
 SEQ_LEN = 64
+_SAY_EVERY_S = 60.0
 
 
 @dataclass
@@ -68,7 +69,8 @@ class Job:
 
     def uninterrupted(self, name: str, files: list[Path]) -> Prepared:
         prepared = self._prepared(name, files)
-        prepared.starts.append(run(self._command(prepared, files), self.folder / "log"))
+        watch = _Watch(name, prepared.cache)
+        prepared.starts.append(run(self._command(prepared, files), self.folder / "log", watch))
         prepared.read()
         return prepared
 
@@ -78,12 +80,14 @@ class Job:
         num_shards = self._num_shards(files)
         for kill in range(self.kills):
             wanted = max(1, num_shards * (kill + 1) // (self.kills + 1))
-            ran = run(self._command(prepared, files), self.folder / "log", _have_finished(prepared.cache, wanted))
+            watch = _Watch(name, prepared.cache, wanted)
+            ran = run(self._command(prepared, files), self.folder / "log", watch)
             if not ran.was_killed:
                 raise RuntimeError(f"{name}: ended before it could be killed; use smaller --shard-megabytes")
             prepared.starts.append(ran)
             print(f"{name}: killed at {len(_finished(prepared.cache))} of {num_shards} shards", flush=True)
-        prepared.starts.append(run(self._command(prepared, files), self.folder / "log"))
+        watch = _Watch(name, prepared.cache)
+        prepared.starts.append(run(self._command(prepared, files), self.folder / "log", watch))
         prepared.read()
         return prepared
 
@@ -112,8 +116,19 @@ def _finished(cache: Path) -> list[Path]:
     return list(cache.glob("parts/*/[0-9]*/summary.json"))
 
 
-def _have_finished(cache: Path, wanted: int) -> Callable[[], bool]:
-    return lambda: len(_finished(cache)) >= wanted
+class _Watch:
+    """Says whether so many shards are finished, and prints how many every minute."""
+
+    def __init__(self, name: str, cache: Path, wanted: int | None = None) -> None:
+        self._name, self._cache, self._wanted = name, cache, wanted
+        self._start_s = self._said_s = time.monotonic()
+
+    def __call__(self) -> bool:
+        num_finished = len(_finished(self._cache))
+        if time.monotonic() - self._said_s > _SAY_EVERY_S:
+            self._said_s = time.monotonic()
+            print(f"{self._name}: {num_finished} shards after {self._said_s - self._start_s:.0f} s", flush=True)
+        return self._wanted is not None and num_finished >= self._wanted
 
 
 def plain_job(folder: Path, teacher: Path, workers: int, files: list[Path]) -> dict:

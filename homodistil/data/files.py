@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import lzma
 import os
 import zlib
@@ -63,6 +64,14 @@ class TextFile:
             filesystem, path = _filesystem(self.location)
             return filesystem.info(path).get("size")
 
+    def has_ranges(self) -> bool:
+        """Whether parts of the file can be asked for: some web servers only send the whole."""
+        if not self.location.startswith(("http://", "https://")):
+            return True
+        with self._errors():
+            filesystem, path = _filesystem(self.location)
+            return bool(filesystem.info(path).get("partial"))
+
     def identity(self) -> str:
         """Of a remote file: changes when its store says that the content did. Raises `UserError`."""
         with self._errors():
@@ -81,9 +90,10 @@ class TextFile:
                 return
             import fsspec
 
-            options = {"block_size": _BLOCK_BYTES} if self.is_remote else {}
+            is_stream = not self.has_ranges()
+            options = {"block_size": 0 if is_stream else _BLOCK_BYTES} if self.is_remote else {}
             with fsspec.open(self.location, "rb", compression=compression, **options) as raw:
-                yield raw
+                yield io.BufferedReader(_Forward(raw), _BLOCK_BYTES) if is_stream else raw
 
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:
@@ -111,6 +121,21 @@ class TextFile:
             f"data.sources: cannot read {self.location!r} ({type(error).__name__}: {reason[:300]}); check the URL, its "
             f"credentials and the connection"
         )
+
+
+class _Forward(io.RawIOBase):
+    """Lines of what can only be read from start to end; fsspec's own would seek."""
+
+    def __init__(self, raw: BinaryIO) -> None:
+        self._raw = raw
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:
+        content = self._raw.read(len(buffer))
+        buffer[: len(content)] = content
+        return len(content)
 
 
 def _is_missing_codec(error: Exception) -> bool:

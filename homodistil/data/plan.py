@@ -81,16 +81,17 @@ def _spans(source: Source, shard_bytes: int) -> Iterator[Span]:
         else:
             with file.reading() as raw:
                 is_blank_needed = file.kind == ".txt"
-                cuts = [0, *_cuts(raw, size, shard_bytes, is_blank_needed), size] if raw.seekable() else [0, -1]
+                cuts = [0, *_cuts(raw, size, shard_bytes, is_blank_needed), size]
             for start, end in zip(cuts, cuts[1:], strict=False):
-                yield Span(index, start, end, end - start if end >= 0 else size)
+                yield Span(index, start, end, end - start)
 
 
 def _can_be_cut(source: Source, file: TextFile, size: int | None, shard_bytes: int) -> bool:
     """Lines of a plain file whose documents are shorter than the file."""
     if size is None or size <= shard_bytes or file.compression:
         return False
-    return file.kind == ".jsonl" or (file.kind == ".txt" and source.text_documents == "paragraph")
+    is_of_many = file.kind == ".jsonl" or (file.kind == ".txt" and source.text_documents == "paragraph")
+    return is_of_many and file.has_ranges()
 
 
 def _cuts(raw: BinaryIO, size: int, shard_bytes: int, is_blank_needed: bool) -> Iterator[int]:
