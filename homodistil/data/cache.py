@@ -42,6 +42,13 @@ def as_user_error(target: Path) -> Iterator[None]:
         yield
     except Timeout:  # of a lock: an OSError that says nothing about the disk
         raise
+    except NotImplementedError as error:
+        if "flock" not in str(error):
+            raise
+        raise UserError(
+            f"data.cache_dir: the file system of {target} has no file locks (flock); set data.cache_dir to one that "
+            f"has, or mount it with them (Lustre: -o flock)"
+        ) from error
     except OSError as error:
         raise UserError(
             f"data.cache_dir: cannot write {target} ({error.strerror or error}); "
