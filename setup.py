@@ -35,6 +35,7 @@ setup(
     ],
     extras_require={
         "gpu": ["triton>=3.6"],
+        "data": ["datatrove>=0.10", "datasketch>=2", "aiohttp"],  # filters and URLs of launcher/prepare_data.py
         "dev": ["pytest", "pytest-timeout", "hypothesis", "torch-pruning", "ruff", "triton>=3.6"],
     },
 )

@@ -75,7 +75,8 @@ class DataConfig:
     """data: text, and how it becomes batches"""
 
     sources: list[str] = field(default_factory=lambda: ["embedded"])
-    """Files or folders (.txt, .jsonl, .parquet), hub data sets (wikipedia, bookcorpus, owner/name[:config]),
+    """Files or folders (.txt, .jsonl, .parquet, Wikipedia dumps .xml; all but .parquet also .gz, .bz2, .xz, .zst), URLs
+    of them (s3://, gs://, https://, ... through fsspec), hub data sets (wikipedia, bookcorpus, owner/name[:config]),
     or packaged text: embedded (all of it), embedded:wikipedia, embedded:bible, embedded:sotu, embedded:moby-dick."""
     text_documents: Literal["file", "paragraph"] = "file"
     """What one document is in .txt files: the whole file, or each block between blank lines."""
@@ -91,6 +92,14 @@ class DataConfig:
     """Where fetched assets, tokenised corpora and corrected teachers are kept."""
     workers: int = 0
     """Processes for tokenising, and data-loader workers a rank (0 = in the training process)."""
+    shard_bytes: int = 64_000_000
+    """Text (bytes) that is prepared, and after a kill done again, at once. The blocks do not depend on it."""
+    weights: list[float] = field(default_factory=list)
+    """One a source: how often its training blocks come in an epoch (2: twice, 0.5: every second). Empty: once each."""
+    boilerplate_filter: Literal["none", "gopher"] = "none"
+    """Leave out documents that fail Gopher's rules on quality and repetition, as datatrove has them."""
+    near_duplicates: Literal["none", "minhash"] = "none"
+    """minhash: of documents that are nearly the same (Jaccard of word 5-grams about 0.8) only the first stays."""
 
 
 @dataclass(kw_only=True)

@@ -19,6 +19,7 @@ _RANGES = [
     ("data.heldout_fraction", 0, 1, "both"),
     ("data.mask_probability", 0, 1, "both"),
     ("data.workers", 0, _INF, ""),
+    ("data.shard_bytes", 1, _INF, ""),
     ("train.steps", 1, _INF, ""),
     ("train.global_batch_size", 1, _INF, ""),
     ("train.micro_batch_size", 1, _INF, ""),
@@ -77,12 +78,23 @@ def check_rules(config: RunConfig) -> None:
         )
     if not config.data.sources:
         raise UserError("data.sources: found an empty list; name at least one file, folder, data set or embedded")
+    _check_weights(config)
     terms = ("mlm", "kl", "hidden", "attention", "embedding", "cosine", "relations")
     if not any(getattr(config.loss, term) for term in terms):
         raise UserError("loss: every weight is 0; give at least one term a weight > 0")
     for fraction in config.run.export_milestones:
         _check_range("run.export_milestones", fraction, 0, 1, "both")
     _check_compensation(config)
+
+
+def _check_weights(config: RunConfig) -> None:
+    weights, sources = config.data.weights, config.data.sources
+    if weights and len(weights) != len(sources):
+        raise UserError(
+            f"data.weights: found {len(weights)} for {len(sources)} data.sources; give one for each source, or none"
+        )
+    for weight in weights:
+        _check_range("data.weights", weight, 0, 1000, "low")
 
 
 def _check_compensation(config: RunConfig) -> None:

@@ -202,9 +202,10 @@ def test_ranks_prepare_once_and_agree(tokenizer, tmp_path):
 
 def test_kill_leaves_no_half_corpus(tokenizer, tmp_path):
     source = write_jsonl(tmp_path / "a.jsonl", make_texts(3000))
-    corpora = tmp_path / "cache" / "corpora"
-    process, deadline = start(tokenizer, tmp_path / "cache", source), time.monotonic() + 60
-    while not list(corpora.glob(".*.tmp/texts.arrow")) and time.monotonic() < deadline:
+    cache = tmp_path / "cache"
+    corpora = cache / "corpora"
+    process, deadline = start(tokenizer, cache, source), time.monotonic() + 60
+    while not list(cache.glob("parts/*/.*.tmp/tokens.bin")) and time.monotonic() < deadline:
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.communicate()
@@ -214,9 +215,10 @@ def test_kill_leaves_no_half_corpus(tokenizer, tmp_path):
     assert sorted(p.name for p in (corpora / after.fingerprint).iterdir()) == [
         "corpus.json",
         "heldout.npy",
+        "manifest.json",
         "train.npy",
     ]
-    assert not list(corpora.glob(".*.tmp"))
+    assert not list(corpora.glob(".*.tmp")) and not list(cache.glob("parts/[!.]*")), "no scratch is left"
 
 
 def test_prepare_data_script_leaves_a_corpus_that_training_finds(tmp_path, cache_dir, tokenizer):

@@ -41,9 +41,19 @@ def test_missing_and_unknown_sources(tokenizer, tmp_path, monkeypatch):
     refuse(tokenizer, tmp_path, r"'embeded' does not exist \(did you mean 'embedded'\?\)", "embeded")
     refuse(tokenizer, tmp_path, r"found 'embedded:bibel', packaged are .*mean 'embedded:bible'", "embedded:bibel")
     (tmp_path / "a.csv").write_text("text\n")
-    refuse(tokenizer, tmp_path, r"'.*a.csv' has suffix '.csv', allowed: .txt, .jsonl, .parquet", tmp_path / "a.csv")
+    refuse(
+        tokenizer,
+        tmp_path,
+        r"'.*a.csv' has suffix '.csv', allowed: .txt, .jsonl, .parquet",
+        tmp_path / "a.csv",
+    )
     (tmp_path / "empty").mkdir()
-    refuse(tokenizer, tmp_path, r"folder '.*empty' holds no .txt, .jsonl, .parquet file", tmp_path / "empty")
+    refuse(
+        tokenizer,
+        tmp_path,
+        r"folder '.*empty' holds no .txt, .jsonl, .parquet, .* file",
+        tmp_path / "empty",
+    )
     with pytest.raises(UserError, match="does not exist"):
         check_sources(DataConfig(sources=["embedded", "/nowhere/at/all"], cache_dir=str(tmp_path / "untouched")))
     assert not (tmp_path / "untouched").exists()

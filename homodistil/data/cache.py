@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from homodistil.errors import UserError
 
@@ -24,7 +24,7 @@ def workspace(target: Path) -> Iterator[Path]:
         UserError: the cache cannot be written, or its disk is full.
     """
     folder = target.parent / f".{target.name}.tmp"
-    try:
+    with as_user_error(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(target.parent / f".{target.name}.lock"):
             shutil.rmtree(folder, ignore_errors=True)
@@ -33,11 +33,33 @@ def workspace(target: Path) -> Iterator[Path]:
                 yield folder
             finally:
                 shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def as_user_error(target: Path) -> Iterator[None]:
+    """Turn a full disk or a folder that cannot be written into a `UserError` that names `target`."""
+    try:
+        yield
+    except Timeout:  # of a lock: an OSError that says nothing about the disk
+        raise
+    except NotImplementedError as error:
+        if "flock" not in str(error):
+            raise
+        raise UserError(
+            f"data.cache_dir: the file system of {target} has no file locks (flock); set data.cache_dir to one that "
+            f"has, or mount it with them (Lustre: -o flock)"
+        ) from error
     except OSError as error:
         raise UserError(
             f"data.cache_dir: cannot write {target} ({error.strerror or error}); "
             f"set data.cache_dir to a writable folder with free space"
         ) from error
+
+
+def set_aside(folder: Path, reason: str) -> None:
+    """Delete what is damaged and will be made again, with a warning."""
+    print(f"warning: {folder} is damaged ({reason}); made again", file=sys.stderr, flush=True)
+    shutil.rmtree(folder)
 
 
 def build_once(
@@ -53,8 +75,7 @@ def build_once(
         return target
     with workspace(target) as folder:
         if target.exists() and (reason := damage(target)):
-            print(f"warning: {target} is damaged ({reason}); made again", file=sys.stderr, flush=True)
-            shutil.rmtree(target)
+            set_aside(target, reason)
         if not target.exists():
             build(folder)
             os.replace(folder, target)

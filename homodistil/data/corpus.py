@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,10 +20,15 @@ from transformers import PreTrainedTokenizerBase
 
 from homodistil.config import DataConfig
 from homodistil.data.cache import build_once
+from homodistil.data.filters import Filters, versions
+from homodistil.data.merge import SUMMARY_FILE, merge
+from homodistil.data.packing import SpecialIds
+from homodistil.data.plan import make_plan
+from homodistil.data.preparation import Preparation
+from homodistil.data.shards import Recipe
 from homodistil.data.sources import Source, check_sources, open_sources
 from homodistil.errors import UserError
 
-SUMMARY_FILE = "corpus.json"
 _FORMAT_VERSION = 1  # of the cached blocks; raise it when reading, splitting or packing changes
 
 
@@ -63,27 +69,86 @@ class Corpus:
 
 
 def prepare_corpus(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Corpus:
-    """The corpus, from the cache where it has been prepared before.
+    """The corpus, from the cache where it has been prepared before; what a killed process finished is taken over.
 
     Raises:
         UserError: a source is missing, unreadable or without text; fewer than two documents; `seq_len` too long for
-            the tokenizer's model; a package or hub data set cannot be fetched.
+            the tokenizer's model; a package or hub data set cannot be fetched; a filter's library is not installed.
     """
-    backend, special_ids = _check_tokenizer(config, tokenizer)
-    sources = open_sources(config)
-    fingerprint = _fingerprint(config, sources, backend, special_ids)
+    return _Order(config, tokenizer).whole()
 
-    def build(folder: Path) -> None:
-        # Imported here: `datasets` takes longer to import than a prepared corpus takes to open.
-        from homodistil.data.packing import SpecialIds, build_corpus
 
-        special = SpecialIds(*special_ids)
-        build_corpus(folder, sources, backend, special, config.seq_len, config.heldout_fraction, config.workers)
+def prepare_share(config: DataConfig, tokenizer: PreTrainedTokenizerBase, task: int, tasks: int) -> Corpus | str:
+    """One array task's part of the work: every `tasks`-th shard.
 
-    cache_dir = Path(config.cache_dir).expanduser()
-    folder = build_once(cache_dir / "corpora" / fingerprint, build, _damage)
-    train, heldout = Rows(folder / "train.npy"), Rows(folder / "heldout.npy")
-    return Corpus(train, heldout, fingerprint, _describe(folder, config.seq_len))
+    Returns:
+        The corpus for the task that finishes last, which merges the shards; for the others a line on what is left.
+
+    Raises:
+        UserError: as `prepare_corpus`.
+    """
+    return _Order(config, tokenizer).share(task, tasks)
+
+
+def shards_of(config: DataConfig, tokenizer: PreTrainedTokenizerBase, folder: Path) -> Preparation:
+    """The shards of a corpus, to be made in `folder` apart from the cache, whether the corpus is there or not."""
+    return _Order(config, tokenizer).preparation(folder, lambda: False)
+
+
+class _Order:
+    """A corpus that is asked for, with its sources opened."""
+
+    def __init__(self, config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._backend, self._special_ids = _check_tokenizer(config, tokenizer)
+        self._config, self._sources = config, open_sources(config)
+        self._fingerprint = _fingerprint(config, self._sources, self._backend, self._special_ids)
+        self._cache_dir = Path(config.cache_dir).expanduser()
+        self._target = self._cache_dir / "corpora" / self._fingerprint
+
+    def whole(self) -> Corpus:
+        def build(folder: Path) -> None:
+            nonlocal preparation
+            preparation = self.preparation()
+            self._build(folder, preparation)
+
+        preparation = None
+        folder = build_once(self._target, build, _damage)
+        if preparation is not None:
+            preparation.give_up()
+        train, heldout = Rows(folder / "train.npy"), Rows(folder / "heldout.npy")
+        return Corpus(train, heldout, self._fingerprint, _describe(folder, self._config.seq_len))
+
+    def share(self, task: int, tasks: int) -> Corpus | str:
+        if self._is_there():
+            return self.whole()
+        preparation = self.preparation()
+        numbers = range(len(preparation.plan.shards))
+        preparation.make(numbers[task::tasks], self._config.workers)
+        left = [] if self._is_there() else preparation.unfinished()
+        if not left:
+            return self.whole()
+        return (
+            f"task {task} of {tasks} is done; {len(left)} of {len(numbers)} shards are left to other tasks; "
+            f"the last one to finish merges them"
+        )
+
+    def _is_there(self) -> bool:
+        return self._target.exists() and _damage(self._target) is None
+
+    def preparation(self, folder: Path | None = None, is_over: Callable[[], bool] | None = None) -> Preparation:
+        plan = make_plan(self._sources, self._config.shard_bytes, self._fingerprint)
+        recipe = Recipe(self._sources, self._backend, Filters(self._config))
+        return Preparation(
+            folder or self._cache_dir / "parts" / plan.hash[:16], plan, recipe, is_over or self._is_there
+        )
+
+    def _build(self, folder: Path, preparation: Preparation) -> None:
+        plan, wanted = preparation.plan, list(range(len(preparation.plan.shards)))
+        while wanted:
+            preparation.make(wanted, self._config.workers)
+            wanted = preparation.set_aside_altered()
+        shards = [preparation.shard_folder(index) for index in range(len(plan.shards))]
+        merge(folder, plan, shards, preparation.recipe, SpecialIds(*self._special_ids), self._config)
 
 
 def _check_tokenizer(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[Tokenizer, list[int]]:
@@ -117,6 +182,11 @@ def _fingerprint(config: DataConfig, sources: list[Source], backend: Tokenizer, 
         "seq_len": config.seq_len,
         "heldout_fraction": config.heldout_fraction,
     }
+    # Only where they say something: corpora of before they existed stay what they were.
+    if any(source.weight != 1 for source in sources):
+        parts["weights"] = [source.weight for source in sources]
+    if used := versions(config):
+        parts["filters"] = [config.boilerplate_filter, config.near_duplicates, used]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
@@ -144,4 +214,4 @@ def _describe(folder: Path, seq_len: int) -> str:
     return "; ".join(parts)
 
 
-__all__ = ["Corpus", "Rows", "check_sources", "prepare_corpus"]
+__all__ = ["Corpus", "Rows", "check_sources", "prepare_corpus", "prepare_share", "shards_of"]

@@ -12,7 +12,7 @@ import tarfile
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 from xml.etree import ElementTree
 
 import mwparserfromhell
@@ -47,14 +47,21 @@ class Document(NamedTuple):
 def wikipedia(wheel: Path) -> Iterator[Document]:
     """Articles of gensim's test dump: paragraphs of prose, one a line."""
     with zipfile.ZipFile(wheel) as archive, archive.open(_WIKIPEDIA_MEMBER) as packed, bz2.open(packed) as dump:
-        for _, page in ElementTree.iterparse(dump):
-            if not page.tag.endswith("}page"):
-                continue
-            space = page.tag.removesuffix("page")
-            is_article = page.findtext(f"{space}ns") == "0" and page.find(f"{space}redirect") is None
-            if is_article and (text := _prose(page.findtext(f"{space}revision/{space}text") or "")):
-                yield Document(page.findtext(f"{space}title"), text)
-            page.clear()
+        yield from articles(dump)
+
+
+def articles(dump: BinaryIO) -> Iterator[Document]:
+    """Articles of a Wikipedia dump (XML), page by page. Raises `ElementTree.ParseError`."""
+    root = None
+    for event, page in ElementTree.iterparse(dump, events=("start", "end")):
+        root = page if root is None else root
+        if event == "start" or not page.tag.endswith("}page"):
+            continue
+        space = page.tag.removesuffix("page")
+        is_article = page.findtext(f"{space}ns") == "0" and page.find(f"{space}redirect") is None
+        if is_article and (text := _prose(page.findtext(f"{space}revision/{space}text") or "")):
+            yield Document(page.findtext(f"{space}title"), text)
+        root.clear()  # else every page's empty shell stays: gigabytes over a whole dump
 
 
 def bible(wheel: Path) -> Iterator[Document]:

@@ -33,9 +33,19 @@ class HubText:
         self._rows = rows
         self.fingerprint = fingerprint
 
-    def texts(self, column: str) -> Iterator[str]:
-        """Non-empty texts, read batch by batch from the memory-mapped table."""
-        for batch in self._rows.select_columns([column]).with_format("arrow").iter(_BATCH_ROWS):
+    @property
+    def num_rows(self) -> int:
+        return len(self._rows)
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all columns, about."""
+        return self._rows.data.nbytes
+
+    def texts(self, column: str, start: int = 0, end: int | None = None) -> Iterator[str]:
+        """Non-empty texts of rows start .. end - 1, read batch by batch from the memory-mapped table."""
+        rows = self._rows.select(range(start, self.num_rows if end is None else end))
+        for batch in rows.select_columns([column]).with_format("arrow").iter(_BATCH_ROWS):
             yield from (text for text in batch.column(0).to_pylist() if text)
 
 

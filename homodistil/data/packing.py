@@ -1,33 +1,16 @@
-"""Documents -> tokens -> blocks on disk: `train.npy`, `heldout.npy` (n, seq_len) and `corpus.json`.
-
-Reading is one pass, tokenising runs in parallel per piece of text, packing is one vectorised pass over Arrow batches:
-memory stays bounded (some bytes a document), and the result does not depend on the number of processes.
-"""
+"""Tokens of documents -> [CLS] ... [SEP] blocks in a .npy file, written in order with bounded memory."""
 
 from __future__ import annotations
 
 import hashlib
-import json
-import math
 import os
-from array import array
-from collections.abc import Iterator
-from contextlib import contextmanager
+from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
 
-import datasets
 import numpy as np
-import pyarrow as pa
-from tokenizers import Tokenizer
 
-from homodistil.data.sources import Source
 from homodistil.errors import UserError
-
-_WRITE_ROWS, _WRITE_CHARS = 4096, 1 << 22
-_TOKENIZE_ROWS = 256  # pieces a batch: the tokenizer's own objects need some 100 bytes a token
-_PACK_ROWS = 1024
-_SCHEMA = pa.schema({"document": pa.int64(), "text": pa.large_string()})
 
 
 class SpecialIds(NamedTuple):
@@ -36,46 +19,12 @@ class SpecialIds(NamedTuple):
     pad: int
 
 
-def build_corpus(
-    folder: Path,
-    sources: list[Source],
-    tokenizer: Tokenizer,
-    special: SpecialIds,
-    seq_len: int,
-    heldout_fraction: float,
-    workers: int,
-) -> None:
-    """Fill `folder`.
+class Rows(NamedTuple):
+    """Some documents, or pieces of a long one, in order."""
 
-    Args:
-        folder: an empty one; scratch files in it are removed at the end.
-        sources: read once, in order.
-        tokenizer: fast tokenizer, without truncation and padding.
-        special: ids that frame and fill the blocks.
-        seq_len: tokens of a block, [CLS] and [SEP] included.
-        heldout_fraction: of each source's documents.
-        workers: processes for tokenising (0 = this one).
-
-    Raises:
-        UserError: a source cannot be read or holds no text, or there are fewer than two documents.
-    """
-    texts, tokens = folder / "texts.arrow", folder / "tokens.arrow"
-    hashes, source_of = _write_texts(sources, texts)
-    rows = _tokenize(texts, tokens, tokenizer, workers)
-    lengths = _document_lengths(rows, len(hashes))
-    is_heldout = split(hashes, np.where(lengths > 0, source_of, -1), heldout_fraction)
-    dtype = np.uint16 if tokenizer.get_vocab_size() < 1 << 16 else np.int32
-    summary = {}
-    for name, chosen in (("train", (is_heldout == 0)), ("heldout", (is_heldout == 1))):
-        chosen &= lengths > 0
-        packer = _Packer(folder / f"{name}.npy", lengths[chosen], special, seq_len, dtype)
-        for values in _stream(rows, chosen, special.sep):
-            packer.add(values)
-        packer.close()
-        summary[name] = {"documents": int(chosen.sum()), "tokens": int(lengths[chosen].sum()), "blocks": packer.blocks}
-    (folder / "corpus.json").write_text(json.dumps(summary), encoding="utf-8")
-    for scratch in folder.glob("*.arrow"):
-        os.remove(scratch)
+    documents: np.ndarray  # (rows,) int64
+    lengths: np.ndarray  # (rows,) int64, tokens a row
+    values: np.ndarray  # (sum of lengths,) token ids
 
 
 def split(hashes: np.ndarray, source_of: np.ndarray, fraction: float) -> np.ndarray:
@@ -93,18 +42,14 @@ def split(hashes: np.ndarray, source_of: np.ndarray, fraction: float) -> np.ndar
         UserError: nothing to hold out, that is, fewer than two documents.
     """
     counts = np.append(np.bincount(source_of[source_of >= 0]), 0)  # the last: looked up by -1
-    group_of = np.where(counts[source_of] == 1, len(counts), source_of)
+    group_of = np.where(counts[source_of] == 1, len(counts), source_of).astype(np.int32)
     is_heldout = np.zeros(len(hashes), dtype=np.int8)
     for group in np.unique(group_of[group_of >= 0]):
-        members = np.flatnonzero(group_of == group)
-        if len(members) < 2:
+        members = group_of == group
+        if (count := int(members.sum())) < 2:
             continue
-        wanted = min(max(round(fraction * len(members)), 1), len(members) - 1)
-        by_hash = members[np.argsort(hashes[members], kind="stable")]
-        boundaries = np.flatnonzero(np.diff(hashes[by_hash])) + 1  # cuts that tear no set of equal documents
-        if len(boundaries):
-            wanted = boundaries[np.abs(boundaries - wanted).argmin()]
-        is_heldout[by_hash[:wanted]] = 1
+        wanted = min(max(round(fraction * count), 1), count - 1)
+        is_heldout[members] = _smallest(hashes[members], wanted)
     if not is_heldout.any():
         raise UserError(
             f"data.sources: found {int((source_of >= 0).sum())} document(s), at least 2 are needed (the split into "
@@ -113,159 +58,92 @@ def split(hashes: np.ndarray, source_of: np.ndarray, fraction: float) -> np.ndar
     return is_heldout
 
 
-def _write_texts(sources: list[Source], path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """All texts as an Arrow stream of (document, piece). Returns content hashes (N,) and source indices (N,)."""
-    hashes, source_of = array("Q"), array("i")
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, _SCHEMA) as stream:
-        rows = _RowBuffer(stream)
-        for index, source in enumerate(sources):
-            before = len(hashes)
-            for pieces in source.documents():
-                digest, is_empty = hashlib.blake2b(digest_size=8), True
-                for piece in pieces:
-                    if piece.strip():
-                        rows.add(len(hashes), piece)
-                        digest.update(piece.encode("utf-8", "surrogatepass"))
-                        is_empty = False
-                if not is_empty:
-                    hashes.append(int.from_bytes(digest.digest(), "little"))
-                    source_of.append(index)
-            if len(hashes) == before:
-                raise UserError(f"data.sources: {source.name!r} holds no text; remove it or fill it")
-        rows.flush()
-    return np.array(hashes, dtype=np.uint64), np.array(source_of, dtype=np.int32)
+def _smallest(hashes: np.ndarray, wanted: int) -> np.ndarray:
+    """(N,) whether a hash is among the `wanted` smallest; more or fewer, where a set of equal ones would be torn."""
+    ordered = np.sort(hashes)
+    low, high = (int(np.searchsorted(ordered, ordered[wanted], side)) for side in ("left", "right"))
+    if low == 0 and high == len(ordered):  # all are equal
+        return np.arange(len(hashes)) < wanted
+    cut = low if low > 0 and (high == len(ordered) or wanted - low <= high - wanted) else high
+    return hashes < ordered[cut]
 
 
-class _RowBuffer:
-    """Collects rows into record batches of a bounded size."""
+class BlockFile:
+    """A .npy file of a known number of blocks, written from start to end."""
 
-    def __init__(self, stream: pa.ipc.RecordBatchStreamWriter) -> None:
-        self._stream = stream
-        self._documents: list[int] = []
-        self._texts: list[str] = []
-        self._chars = 0
+    def __init__(self, path: Path, num_blocks: int, seq_len: int, dtype: np.dtype) -> None:
+        self._file, self._sha256 = open(path, "wb"), hashlib.sha256()
+        self._dtype, self._left, self.num_blocks = dtype, num_blocks, num_blocks
+        header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (num_blocks, seq_len)}
+        np.lib.format.write_array_header_1_0(self, header)
 
-    def add(self, document: int, text: str) -> None:
-        self._documents.append(document)
-        self._texts.append(text)
-        self._chars += len(text)
-        if self._chars >= _WRITE_CHARS or len(self._texts) >= _WRITE_ROWS:
-            self.flush()
+    def write(self, content: bytes) -> None:
+        self._file.write(content)
+        self._sha256.update(content)
 
-    def flush(self) -> None:
-        if self._texts:
-            columns = [pa.array(self._documents, pa.int64()), pa.array(self._texts, pa.large_string())]
-            self._stream.write_batch(pa.record_batch(columns, schema=_SCHEMA))
-        self._documents, self._texts, self._chars = [], [], 0
+    def add(self, blocks: np.ndarray) -> None:
+        """Blocks (n, seq_len)."""
+        self._left -= len(blocks)
+        self.write(blocks.astype(self._dtype).tobytes())
 
-
-class _Tokenize:
-    """Batch of texts -> token ids. A text that spells "[MASK]" is three ordinary tokens, not the special one."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-
-    def __call__(self, batch: dict) -> dict:
-        self._tokenizer.encode_special_tokens = True  # here: the switch does not survive the way to a worker process
-        encodings = self._tokenizer.encode_batch_fast(batch["text"], add_special_tokens=False)
-        return {"input_ids": [encoding.ids for encoding in encodings]}
+    def close(self) -> str:
+        """Hex sha256, once everything is on the disk."""
+        assert self._left == 0, self._left
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        return self._sha256.hexdigest()
 
 
-def _tokenize(texts: Path, tokens: Path, tokenizer: Tokenizer, workers: int) -> datasets.Dataset:
-    """Rows (document, input_ids), in order, memory-mapped."""
-    rows = datasets.Dataset.from_file(str(texts))
-    with _progress_on_first_rank():
-        return rows.map(
-            _Tokenize(tokenizer),
-            batched=True,
-            batch_size=_TOKENIZE_ROWS,
-            num_proc=min(workers, len(rows)) or None,
-            remove_columns=["text"],
-            features=datasets.Features(
-                {"document": datasets.Value("int64"), "input_ids": datasets.Sequence(datasets.Value("int32"))}
-            ),
-            cache_file_name=str(tokens),
-            load_from_cache_file=False,
-            new_fingerprint="tokens",  # nothing is looked up by it; the library would otherwise hash the tokenizer
-            desc="tokenising",
-        )
+class Packer:
+    """Cuts a stream of documents into blocks; only the last block is padded.
 
+    Args:
+        special: ids that frame and fill the blocks. SEP also stands between one document and the next.
+        seq_len: tokens of a block, [CLS] and [SEP] included.
+        weight: how often a block is written, on average; which ones come once more is spread evenly.
+    """
 
-@contextmanager
-def _progress_on_first_rank() -> Iterator[None]:
-    silence = os.environ.get("RANK", "0") != "0" and not datasets.are_progress_bars_disabled()
-    if silence:
-        datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        if silence:
-            datasets.enable_progress_bars()
-
-
-class _Piece(NamedTuple):
-    """Columns of one Arrow batch."""
-
-    documents: np.ndarray  # (rows,) int64
-    lengths: np.ndarray  # (rows,) int64, tokens a row
-    values: np.ndarray  # (sum of lengths,) int32
-
-
-def _batches(rows: datasets.Dataset) -> Iterator[_Piece]:
-    for table in rows.with_format("arrow").iter(_PACK_ROWS):
-        ids = table.column("input_ids").combine_chunks()
-        lengths = ids.value_lengths().to_numpy(zero_copy_only=False).astype(np.int64)
-        yield _Piece(table.column("document").to_numpy(), lengths, ids.flatten().to_numpy(zero_copy_only=False))
-
-
-def _document_lengths(rows: datasets.Dataset, num_documents: int) -> np.ndarray:
-    """Tokens of each document, (N,) int64."""
-    lengths = np.zeros(num_documents, dtype=np.int64)
-    for batch in _batches(rows):
-        np.add.at(lengths, batch.documents, batch.lengths)
-    return lengths
-
-
-def _stream(rows: datasets.Dataset, chosen: np.ndarray, sep: int) -> Iterator[np.ndarray]:
-    """Token ids of the chosen documents, with `sep` between one document and the next."""
-    previous = -1
-    for documents, lengths, values in _batches(rows):
-        keep = chosen[documents] & (lengths > 0)
-        if not keep.any():
-            continue
-        values = values[np.repeat(keep, lengths)]
-        documents, lengths = documents[keep], lengths[keep]
-        before = np.append(previous, documents[:-1])
-        starts = (documents != before) & (before >= 0)
-        yield np.insert(values, (np.cumsum(lengths) - lengths)[starts], sep)
-        previous = documents[-1]
-
-
-class _Packer:
-    """Cuts a stream of tokens into [CLS] ... [SEP] blocks of a .npy file; only the last block is padded."""
-
-    def __init__(self, path: Path, lengths: np.ndarray, special: SpecialIds, seq_len: int, dtype: type) -> None:
-        self._body = seq_len - 2
-        self.blocks = math.ceil((int(lengths.sum()) + len(lengths) - 1) / self._body)
-        self._out = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=(self.blocks, seq_len))
-        self._special = special
+    def __init__(self, special: SpecialIds, seq_len: int, weight: float = 1.0) -> None:
+        self._special, self._body, self._weight = special, seq_len - 2, Fraction(str(weight))
         self._rest = np.empty(0, dtype=np.int32)
-        self._filled = 0
+        self._last_document = -1
+        self._made = 0
 
-    def add(self, values: np.ndarray) -> None:
-        values = np.concatenate((self._rest, values))
+    def num_blocks(self, num_documents: int, num_tokens: int) -> int:
+        """Written for so many documents, none of them empty, with so many tokens."""
+        made = -(-(num_tokens + max(num_documents - 1, 0)) // self._body)
+        return int(made * self._weight)
+
+    def add(self, rows: Rows, out: BlockFile) -> None:
+        """The next documents; rows of no tokens do not count."""
+        values = np.concatenate((self._rest, self._joined(rows)))
         full = len(values) // self._body
-        block = self._out[self._filled : self._filled + full]
-        block[:, 0], block[:, -1] = self._special.cls, self._special.sep
-        block[:, 1:-1] = values[: full * self._body].reshape(full, self._body)
-        self._filled += full
+        blocks = np.empty((full, self._body + 2), dtype=np.int32)
+        blocks[:, 0], blocks[:, -1] = self._special.cls, self._special.sep
+        blocks[:, 1:-1] = values[: full * self._body].reshape(full, self._body)
         self._rest = values[full * self._body :]
+        self._write(blocks, out)
 
-    def close(self) -> None:
+    def close(self, out: BlockFile) -> None:
         if len(self._rest):
-            last = np.full(self._body + 2, self._special.pad)
-            last[: len(self._rest) + 2] = [self._special.cls, *self._rest, self._special.sep]
-            self._out[self._filled] = last
-            self._filled += 1
-        assert self._filled == self.blocks, (self._filled, self.blocks)
-        self._out.flush()
+            last = np.full((1, self._body + 2), self._special.pad, dtype=np.int32)
+            last[0, : len(self._rest) + 2] = [self._special.cls, *self._rest, self._special.sep]
+            self._write(last, out)
+
+    def _joined(self, rows: Rows) -> np.ndarray:
+        documents, lengths = rows.documents, rows.lengths
+        if not len(documents):
+            return np.empty(0, dtype=np.int32)
+        before = np.append(self._last_document, documents[:-1])
+        starts = (documents != before) & (before >= 0)
+        self._last_document = documents[-1]
+        return np.insert(rows.values, (np.cumsum(lengths) - lengths)[starts], self._special.sep).astype(np.int32)
+
+    def _write(self, blocks: np.ndarray, out: BlockFile) -> None:
+        if self._weight != 1:
+            up, down = self._weight.numerator, self._weight.denominator
+            ends = np.arange(self._made, self._made + len(blocks) + 1) * up // down
+            self._made += len(blocks)
+            blocks = np.repeat(blocks, np.diff(ends), axis=0)
+        out.add(blocks)

@@ -1,0 +1,177 @@
+"""Text files by path or URL: what kind they are, how large, and how to read them, on a disk or in object storage."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import lzma
+import os
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from homodistil.errors import UserError
+
+KINDS = (".txt", ".jsonl", ".parquet", ".xml")
+COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}
+_BLOCK_BYTES = 8 << 20  # of a remote file fetched at once
+_IDENTITY = ("ETag", "etag", "md5Hash", "generation", "LastModified", "last_modified", "mtime", "created", "size")
+
+
+@dataclass(frozen=True)
+class TextFile:
+    """One file of a source."""
+
+    location: str
+    """Path, or URL that fsspec knows (s3://, gs://, memory://, https://, ...)."""
+
+    @property
+    def is_remote(self) -> bool:
+        return "://" in self.location
+
+    @property
+    def suffix(self) -> str:
+        """Kind and compression, such as .jsonl.gz."""
+        kind = self.kind
+        return (kind or "") + (self._last if self.compression or not kind else "")
+
+    @property
+    def _last(self) -> str:
+        return os.path.splitext(self.location)[1]
+
+    @property
+    def compression(self) -> str | None:
+        """As fsspec calls it."""
+        return COMPRESSIONS.get(self._last)
+
+    @property
+    def kind(self) -> str | None:
+        """One of KINDS, None for a file that is not read. Dumps come as NAME.xml.bz2 and NAME.xml-p1p41242.bz2."""
+        stem = self.location.removesuffix(self._last) if self.compression else self.location
+        last = os.path.splitext(stem)[1]
+        if last.startswith(".xml-p"):
+            last = ".xml"
+        is_packed_parquet = last == ".parquet" and self.compression is not None
+        return last if last in KINDS and not is_packed_parquet else None
+
+    def num_bytes(self) -> int | None:
+        """As it lies there; None where a server does not say. Raises `UserError`."""
+        with self._errors():
+            if not self.is_remote:
+                return os.stat(self.location).st_size
+            filesystem, path = _filesystem(self.location)
+            return filesystem.info(path).get("size")
+
+    def has_ranges(self) -> bool:
+        """Whether parts of the file can be asked for: some web servers only send the whole."""
+        if not self.location.startswith(("http://", "https://")):
+            return True
+        with self._errors():
+            filesystem, path = _filesystem(self.location)
+            return bool(filesystem.info(path).get("partial"))
+
+    def identity(self) -> str:
+        """Of a remote file: changes when its store says that the content did. Raises `UserError`."""
+        with self._errors():
+            filesystem, path = _filesystem(self.location)
+            info = filesystem.info(path)
+        return ";".join([self.location, *(f"{key}={info[key]}" for key in _IDENTITY if info.get(key) is not None)])
+
+    @contextlib.contextmanager
+    def reading(self, unpack: bool = True) -> Iterator[BinaryIO]:
+        """The file opened for reading bytes; what goes wrong inside becomes a `UserError` that names it."""
+        with self._errors():
+            compression = self.compression if unpack else None
+            if not self.is_remote and compression is None:
+                with open(self.location, "rb") as raw:
+                    yield raw
+                return
+            import fsspec
+
+            is_stream = not self.has_ranges()
+            options = {"block_size": 0 if is_stream else _BLOCK_BYTES} if self.is_remote else {}
+            with fsspec.open(self.location, "rb", compression=compression, **options) as raw:
+                yield io.BufferedReader(_Forward(raw), _BLOCK_BYTES) if is_stream else raw
+
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except UserError:
+            raise
+        except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+            raise self.unreadable(error) from None
+        except Exception as error:
+            if _is_missing_codec(error):
+                raise UserError(
+                    f"data.sources: reading {self.location!r} needs a package for {self._last} files; "
+                    f"pip install zstandard, or unpack the file"
+                ) from None
+            if not self.is_remote:
+                raise
+            raise self.unreadable(error) from None  # stores and their clients raise types of their own
+
+    def unreadable(self, error: Exception) -> UserError:
+        reason = " ".join(str(getattr(error, "strerror", None) or error or type(error).__name__).split())
+        if not self.is_remote:
+            return UserError(f"data.sources: cannot read {self.location!r} ({reason}); check its permissions")
+        return UserError(
+            f"data.sources: cannot read {self.location!r} ({type(error).__name__}: {reason[:300]}); check the URL, its "
+            f"credentials and the connection"
+        )
+
+
+class _Forward(io.RawIOBase):
+    """Lines of what can only be read from start to end; fsspec's own would seek."""
+
+    def __init__(self, raw: BinaryIO) -> None:
+        self._raw = raw
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:
+        content = self._raw.read(len(buffer))
+        buffer[: len(content)] = content
+        return len(content)
+
+
+def _is_missing_codec(error: Exception) -> bool:
+    return isinstance(error, ValueError) and "ompression type" in str(error)
+
+
+def is_url(name: str) -> bool:
+    """Whether an entry of `data.sources` is a URL."""
+    return "://" in name
+
+
+def local_path(name: str) -> str:
+    """file:// URLs are paths like any other."""
+    return name.removeprefix("file://")
+
+
+def remote_files(url: str) -> list[TextFile]:
+    """The file, or the readable kinds of file below the folder, in the order of their names. Raises `UserError`."""
+    asked = TextFile(url)
+    if asked.kind:
+        asked.num_bytes()
+        return [asked]
+    with asked._errors():
+        filesystem, path = _filesystem(url)
+        below = sorted(filesystem.find(path))
+        found = [TextFile(filesystem.unstrip_protocol(name)) for name in below]
+    readable = [file for file in found if file.kind and not Path(file.location).name.startswith(".")]
+    if not readable:
+        raise UserError(
+            f"data.sources: {url!r} is no {', '.join(KINDS)} file (also {', '.join(COMPRESSIONS)}) and holds none; "
+            f"found {len(found)} other file(s)"
+        )
+    return readable
+
+
+def _filesystem(url: str):
+    import fsspec
+
+    return fsspec.core.url_to_fs(url)

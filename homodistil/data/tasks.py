@@ -1,0 +1,37 @@
+"""`--task N --tasks M` of launcher/prepare_data.py: which of several array tasks this one is."""
+
+from __future__ import annotations
+
+import argparse
+
+from homodistil.errors import UserError
+
+
+def split_task(argv: list[str]) -> tuple[tuple[int, int], list[str]]:
+    """((task, tasks), the other arguments); (0, 1) where none is given.
+
+    Raises:
+        UserError: only one of them, no numbers, or not 0 <= task < tasks.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--task")
+    parser.add_argument("--tasks")
+    try:
+        found, others = parser.parse_known_args(argv)
+    except (argparse.ArgumentError, SystemExit):
+        raise UserError("--task: expected a number after it, for example --task 0 --tasks 4") from None
+    if found.task is None and found.tasks is None:
+        return (0, 1), others
+    return _checked(found.task, found.tasks), others
+
+
+def _checked(task: str | None, tasks: str | None) -> tuple[int, int]:
+    if task is None or tasks is None:
+        missing = "--task" if task is None else "--tasks"
+        raise UserError(f"{missing}: missing; give both, for example --task 0 --tasks 4")
+    if not (task.isdecimal() and tasks.isdecimal() and int(task) < int(tasks)):
+        raise UserError(
+            f"--task: found {task} of --tasks {tasks}, allowed are 0 .. --tasks - 1; number array tasks from 0 "
+            f"(sbatch --array=0-7 goes with --tasks 8)"
+        )
+    return int(task), int(tasks)
