@@ -28,7 +28,7 @@ mkdir -p "$LOGS" || exit $USER_ERROR
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-false}
 
 # -- signals: USR1 comes before the time limit; TERM when SLURM itself cancels, preempts or requeues the job.
-asked_to_stop='' ended_by_slurm='' step_pid=''
+asked_to_stop='' ended_by_slurm='' step_pid='' step_code=0
 trap 'asked_to_stop=1; [ -z "$step_pid" ] || kill -USR1 "$step_pid" 2>/dev/null' USR1
 trap 'ended_by_slurm=1' TERM
 
