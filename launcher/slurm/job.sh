@@ -110,7 +110,7 @@ requeue_after_loss() {
     local losses
     losses=$(count_loss)
     if ((losses > ${MAX_LOSS_REQUEUES:-3})); then
-        say "job $JOB: rank lost (code $1) for the ${losses}th time without a new checkpoint, not requeued: $(first_error)"
+        say "job $JOB: rank lost (code $1), $losses losses without a new checkpoint (MAX_LOSS_REQUEUES), not requeued: $(first_error)"
     else
         requeue "rank lost (code $1, ${losses} of ${MAX_LOSS_REQUEUES:-3}): $(first_error)"
     fi
