@@ -110,6 +110,16 @@ def test_deepspeed_by_openmpi(job, reference, tmp_path):
 
 
 @pytest.mark.full
+def test_deepspeed_by_slurm(cluster, site, slurm_materials, reference, tmp_path):
+    """Its srun hands on neither RANK nor MASTER_*: both come from SLURM's variables."""
+    script = Path(__file__).with_name("deepspeed_launcher.sbatch")
+    own = [str(tmp_path / "hostfile"), *arguments(slurm_materials, tmp_path / "run")]
+    job = cluster.submit(script, own, ["--nodes=2", "--ntasks-per-node=1", "--time=10"], site)
+    assert cluster.wait(job, timeout_s=LIMIT_S) == "COMPLETED", cluster.output(job)
+    assert _export(tmp_path / "run") == reference
+
+
+@pytest.mark.full
 def test_the_exit_code_of_a_user_error_comes_back_from_torchrun(slurm_materials, tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
     command = ["torchrun", "--nnodes=1", "--nproc_per_node=2", f"--master_port={free_port()}", TRAIN]
