@@ -13,7 +13,7 @@ sys.path[:0] = [
     *(str(Path(__file__).parents[1] / name) for name in ("faults", "distributed")),
 ]
 
-from cluster import Cluster, why_not  # noqa: E402
+from slurm_cluster import Cluster, why_not  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -45,7 +45,7 @@ def site(tmp_path_factory):
     folder = tmp_path_factory.mktemp("site")
     lines = [
         f"PATH={Path(sys.executable).parent}:$PATH",
-        f"LOG_DIR={folder}/logs",
+        f"LOG_DIR=${{LOG_DIR:-{folder}/logs}}",
         "export DS_ACCELERATOR=cpu OMP_NUM_THREADS=1 GLOO_SOCKET_IFNAME=lo",
         "MAX_LOSS_REQUEUES=1",
         "RANK_EXIT_WAIT_S=60",

@@ -1,6 +1,6 @@
 #!/bin/bash
 # sandbox.sh FOLDER: a SLURM controller and two nodes, in namespaces of their own, until this process is killed.
-# Runs behind `unshare --net --mount --uts --pid --fork --kill-child --mount-proc` (cluster.py): ports and /dev/shm
+# Runs behind `unshare --net --mount --uts --pid --fork --kill-child --mount-proc` (slurm_cluster.py): ports and /dev/shm
 # are private, nothing outside is touched, and nothing outlives the sandbox.
 set -euo pipefail
 folder=$1

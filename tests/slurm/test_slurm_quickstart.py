@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from cluster import ROOT
+from slurm_cluster import ROOT
 
 
 @pytest.mark.full

@@ -1,10 +1,10 @@
-"""glue_array.sbatch and sweep.sbatch on a real SLURM: pairs dealt out, one table, every line of a file."""
+"""The array scripts on a real SLURM: pairs dealt out and one table, every line of a file, data in shares."""
 
 import json
 
 import pytest
-from cluster import ROOT
 from glue_files import write_checkpoint, write_glue
+from slurm_cluster import ROOT
 from small_job import VOCABULARY, arguments
 from transformers import BertTokenizerFast
 
@@ -37,6 +37,7 @@ def test_tasks_and_seeds_are_dealt_out_and_the_last_writes_the_table(cluster, si
     assert {name: table[name]["best"]["seeds"] for name in table} == {"rte": [0, 1], "stsb": [0, 1]}
 
 
+@pytest.mark.full
 def test_a_sweep_runs_the_line_of_its_number(cluster, site, slurm_materials, tmp_path):
     """Line 2 of the file, with a field that holds a space; line 3 is not there."""
     lines = [f"train.steps=3 run.dir='{tmp_path}/run {number}' run.name=line-{number}" for number in (1, 2)]
@@ -47,3 +48,14 @@ def test_a_sweep_runs_the_line_of_its_number(cluster, site, slurm_materials, tmp
     assert cluster.wait(job, timeout_s=180) == "COMPLETED+FAILED", cluster.output(job)
     assert "error: sweep: found no line 3" in cluster.output(job)
     assert (tmp_path / "run 2" / "export" / "model.safetensors").is_file() and not (tmp_path / "run 1").exists()
+
+
+def test_tasks_of_an_array_prepare_one_corpus(cluster, site, slurm_materials, tmp_path):
+    fields = [
+        word for word in arguments(slurm_materials, tmp_path) if word.startswith(("data.s", "data.h", "teacher."))
+    ]
+    env = site | {"CACHE_DIR": str(tmp_path / "cache"), "LOG_DIR": str(tmp_path / "logs")}
+    own = ["--config", str(slurm_materials / "empty.yaml"), *fields]
+    job = cluster.submit(SCRIPTS / "prepare_data.sbatch", own, ["--array=0-1", "--time=5"], env)
+    assert cluster.wait(job, timeout_s=180) == "COMPLETED", cluster.output(job)
+    assert len(list((tmp_path / "cache" / "corpora").glob("[0-9a-f]*/"))) == 1

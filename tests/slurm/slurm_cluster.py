@@ -18,7 +18,7 @@ from pathlib import Path
 import psutil
 
 ROOT = Path(__file__).resolve().parents[2]
-PROGRAMS = ("slurmctld", "slurmd", "sbatch", "srun", "scontrol", "unshare", "nsenter", "ip")
+PROGRAMS = ("slurmctld", "slurmd", "sbatch", "srun", "scontrol", "unshare", "nsenter", "setpriv", "ip")
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY", "BOOT_FAIL"}
 POLL_S = 0.2
 START_S = 60
@@ -47,13 +47,16 @@ class Cluster:
 
     def __enter__(self) -> Cluster:
         script = str(Path(__file__).with_name("sandbox.sh"))
-        self._outer = subprocess.Popen([*_UNSHARE, "bash", script, str(self._log)], stderr=subprocess.PIPE, text=True)
+        # If the tests are killed the sandbox goes with them.
+        command = ["setpriv", "--pdeathsig", "KILL", *_UNSHARE, "bash", script, str(self._log)]
+        with open(self._log / "sandbox.out", "w") as log:
+            self._outer = subprocess.Popen(command, stderr=log)
         deadline = time.monotonic() + START_S
         while not self._is_ready():
             if self._outer.poll() is not None or time.monotonic() > deadline:
                 self.__exit__()
                 logs = "\n".join(path.read_text()[-1000:] for path in self._log.glob("*.out"))
-                raise AssertionError(f"SLURM did not start: {self._outer.stderr.read()}\n{logs}")
+                raise AssertionError(f"SLURM did not start:\n{logs}")
             time.sleep(POLL_S)
         return self
 

@@ -4,7 +4,7 @@ import signal
 import time
 
 import pytest
-from cluster import ROOT
+from slurm_cluster import ROOT
 
 from homodistil.exit_codes import CHECK_FAILED, FAILED, RANK_LOST, STOPPED, USER_ERROR, of_signal
 

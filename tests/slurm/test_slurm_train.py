@@ -3,7 +3,7 @@
 import time
 
 import pytest
-from cluster import ROOT
+from slurm_cluster import ROOT
 from small_job import arguments, differences, result
 
 from homodistil.exit_codes import USER_ERROR
