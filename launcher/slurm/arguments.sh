@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # The Python scripts' command lines out of those of the job scripts. Sourced behind job.sh; all set `arguments`.
 
 # launcher/train.py's: what is left open is filled in. Also sets CHECKPOINTS (of the run, for counting losses).

@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # What the job scripts share. Sourced in the repository's root, behind `set -uo pipefail`; bash 4.4 or later.
 #
 #   run_ranks COMMAND...        the command as ranks on all nodes of the job, through srun
@@ -69,6 +70,10 @@ run_step() {
         step_code=$?
         kill -0 "$step_pid" 2>/dev/null || break # else a trap has interrupted the waiting
     done
+    local ended # if it ended while a trap ran, its code is still to be had; 127: it was the code above
+    wait "$step_pid" 2>/dev/null
+    ended=$?
+    ((ended == 127)) || step_code=$ended
     step_pid=''
     cat "$LOGS/srun.txt" >&2
     step_code=$(deciding_code "$step_code")
