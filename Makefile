@@ -13,7 +13,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 FREE_PORT = $(shell $(BIN)/python -c "import socket; s = socket.socket(); s.bind(('', 0)); print(s.getsockname()[1])")
 
-.PHONY: setup train quality test test-full lint clean
+.PHONY: setup train quality test test-full lint slurm clean
 
 setup: $(VENV)/.ready
 
@@ -34,16 +34,20 @@ train: setup
 quality: setup
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/quality.py main
 
-test: setup lint $(VENV)/.optimizers
+test: setup lint $(VENV)/.optimizers slurm
 	OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu $(BIN)/python -m pytest
 
-test-full: setup lint $(VENV)/.optimizers
+test-full: setup lint $(VENV)/.optimizers slurm
 	OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu $(BIN)/python -m pytest -m "full or not full"
 
 # DeepSpeed's own optimizers for the CPU: `make train` does without them.
 $(VENV)/.optimizers: $(VENV)/.ready
 	$(BIN)/python launcher/build_ops.py --optimizers
 	touch $@
+
+# A real SLURM for tests/slurm; where it cannot be installed they are skipped.
+slurm:
+	@tests/slurm/install.sh
 
 lint: setup
 	$(BIN)/ruff check .

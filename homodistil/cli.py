@@ -21,6 +21,7 @@ from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 from homodistil.config import RunConfig
 from homodistil.errors import CheckFailed, RankLost, StopRequested, UserError, nearest
 from homodistil.exit_codes import code_of
+from homodistil.launch_environment import rank_before_joining
 
 RECIPES = Path(__file__).parent / "recipes"
 # Long enough for a launcher to end the other ranks once rank 0 has reported the same mistake.
@@ -171,7 +172,7 @@ def exit_with_code() -> Iterator[None]:
 
 def _say(error: BaseException) -> None:
     """One rank prints what all of them ran into: the watch tells who, or, before there is one, rank 0 comes first."""
-    rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
+    rank = rank_before_joining()
     if error.is_said is None and rank:
         time.sleep(OTHER_RANKS_WAIT_S)
     if not error.is_said:

@@ -6,7 +6,6 @@ import datetime
 import json
 import os
 import socket
-import subprocess
 import warnings
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from torch import distributed, nn
 
 from homodistil.config import RunConfig
 from homodistil.errors import RankLost, UserError
+from homodistil.launch_environment import adopt_launcher_variables
 from homodistil.native_ops import load_op
 from homodistil.optimizer import build_optimizer, build_schedule
 from homodistil.resize import check_config, check_supported
@@ -35,11 +35,12 @@ COLLECTIVE_TIMEOUT = datetime.timedelta(days=7)
 def init_ranks(rank_timeout_s: float = 1800) -> torch.device:
     """Join the process group and return this rank's device. Raises `RankLost` when the others do not come in time.
 
-    Rank variables come from the `deepspeed` launcher, torchrun or SLURM; without any the job is one rank.
+    Rank variables come from the `deepspeed` launcher, torchrun, srun or mpirun (launch_environment.py); without any
+    the job is one rank.
     """
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    _adopt_slurm_variables()
+    adopt_launcher_variables()
     if "RANK" not in os.environ:
         _single_rank_variables()
     import deepspeed
@@ -86,20 +87,6 @@ def _unlink_shared_buffers() -> None:
     job = f"{os.environ.get('MASTER_ADDR')}_{os.environ.get('MASTER_PORT')}"
     for path in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_{os.getuid()}_{job}_*"):
         path.unlink(missing_ok=True)
-
-
-def _adopt_slurm_variables() -> None:
-    """srun starts ranks without torch's variables: take them from SLURM's."""
-    env = os.environ
-    if "RANK" in env or "SLURM_PROCID" not in env or int(env.get("SLURM_NTASKS", 1)) == 1:
-        return
-    env["RANK"], env["WORLD_SIZE"] = env["SLURM_PROCID"], env["SLURM_NTASKS"]
-    env["LOCAL_RANK"] = env["SLURM_LOCALID"]
-    if "MASTER_ADDR" not in env:
-        command = ["scontrol", "show", "hostnames", env["SLURM_JOB_NODELIST"]]
-        env["MASTER_ADDR"] = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[0]
-    # Unlike for jobs that share a node, and known to every rank without talking.
-    env.setdefault("MASTER_PORT", str(20000 + int(env["SLURM_JOB_ID"]) % 20000))
 
 
 def _single_rank_variables() -> None:

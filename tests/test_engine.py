@@ -7,7 +7,6 @@ import pytest
 import torch
 from small import small_pair
 
-from homodistil import engine
 from homodistil.config import RunConfig
 from homodistil.engine import resolve_engine_config, student_dtype, teacher_dtype
 from homodistil.errors import UserError
@@ -53,15 +52,6 @@ def test_teacher_precision_follows_the_student_on_cpu():
     assert teacher_dtype("auto", {"bf16": {"enabled": True}}, cpu) == torch.bfloat16
     assert teacher_dtype("auto", {}, cpu) == torch.float32
     assert teacher_dtype("float32", {"bf16": {"enabled": True}}, cpu) == torch.float32
-
-
-def test_slurm_variables_become_torchs(monkeypatch):
-    found = {"SLURM_PROCID": "3", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "123456"}
-    found["MASTER_ADDR"] = "node1"
-    monkeypatch.setattr(engine.os, "environ", found)  # a dict of its own: what is set must not reach other tests
-    engine._adopt_slurm_variables()
-    assert (found["RANK"], found["WORLD_SIZE"], found["LOCAL_RANK"]) == ("3", "8", "1")
-    assert (found["MASTER_ADDR"], found["MASTER_PORT"]) == ("node1", "23456")
 
 
 def test_vectors_and_projections_do_not_decay():

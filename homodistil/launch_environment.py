@@ -1,0 +1,74 @@
+"""Rank variables of launchers that do not speak torch's language: srun's SLURM_* and mpirun's OMPI_* -> RANK, ...
+
+The `deepspeed` launcher (its pdsh and --no_ssh forms) and torchrun set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and
+MASTER_PORT; their values always win, also inside a SLURM job. DeepSpeed itself would ask mpi4py where one of the five
+is missing.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+
+from homodistil.errors import UserError
+
+_FIRST_PORT, _NUM_PORTS = 20000, 10000  # below the range that Linux hands out by itself
+
+
+def rank_before_joining() -> int:
+    """This process's rank as its launcher says, 0 without one. For messages before there is a process group."""
+    names = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK")
+    return int(next((os.environ[name] for name in names if name in os.environ), 0))
+
+
+def adopt_launcher_variables() -> None:
+    """Set torch's rank variables from srun's or mpirun's, unless a launcher has set RANK. One rank alone needs none.
+
+    Raises:
+        UserError: mpirun over several machines without MASTER_ADDR, or srun outside of a job's environment.
+    """
+    env = os.environ
+    if "RANK" in env:
+        return
+    if int(env.get("OMPI_COMM_WORLD_SIZE", 1)) > 1:
+        _adopt_openmpi()
+    elif "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", 1)) > 1:
+        _adopt_slurm()
+
+
+def _adopt_slurm() -> None:
+    env = os.environ
+    env["RANK"], env["WORLD_SIZE"], env["LOCAL_RANK"] = env["SLURM_PROCID"], env["SLURM_NTASKS"], env["SLURM_LOCALID"]
+    if "MASTER_ADDR" not in env:  # a container has no scontrol: launcher/slurm sets it outside
+        env["MASTER_ADDR"] = _first_host(env["SLURM_JOB_NODELIST"])
+    # Unlike for jobs that share a node, and known to every rank without talking.
+    env.setdefault("MASTER_PORT", str(_port_of(env["SLURM_JOB_ID"])))
+
+
+def _first_host(node_list: str) -> str:
+    command = ["scontrol", "show", "hostnames", node_list]
+    try:
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError) as error:
+        raise UserError(
+            f"MASTER_ADDR: not set, and `{' '.join(command)}` does not name the first node ({error}); "
+            f"export MASTER_ADDR (launcher/slurm/train.sbatch does)"
+        ) from None
+
+
+def _adopt_openmpi() -> None:
+    env = os.environ
+    size, local_size = env["OMPI_COMM_WORLD_SIZE"], env["OMPI_COMM_WORLD_LOCAL_SIZE"]
+    if "MASTER_ADDR" not in env and local_size != size:
+        raise UserError(
+            f"MASTER_ADDR: not set, and mpirun's {size} ranks are on several machines; name the machine of rank 0, "
+            f"for example mpirun -x MASTER_ADDR=node1 -x MASTER_PORT=29500 ..."
+        )
+    env["RANK"], env["WORLD_SIZE"] = env["OMPI_COMM_WORLD_RANK"], size
+    env["LOCAL_RANK"], env["LOCAL_WORLD_SIZE"] = env["OMPI_COMM_WORLD_LOCAL_RANK"], local_size
+    env.setdefault("MASTER_ADDR", "127.0.0.1")
+    env.setdefault("MASTER_PORT", str(_port_of(env.get("OMPI_MCA_ess_base_jobid", "0"))))
+
+
+def _port_of(job: str) -> int:
+    return _FIRST_PORT + int(job) % _NUM_PORTS

@@ -1,0 +1,61 @@
+"""The array scripts on a real SLURM: pairs dealt out and one table, every line of a file, data in shares."""
+
+import json
+
+import pytest
+from glue_files import write_checkpoint, write_glue
+from slurm_cluster import ROOT
+from small_job import VOCABULARY, arguments
+from transformers import BertTokenizerFast
+
+SCRIPTS = ROOT / "launcher" / "slurm"
+
+
+@pytest.fixture
+def glue(tmp_path):
+    """Arguments for a tiny checkpoint and tiny official files."""
+    (tmp_path / "vocab.txt").write_text("\n".join(VOCABULARY))
+    write_checkpoint(tmp_path / "model", BertTokenizerFast(vocab=str(tmp_path / "vocab.txt")))
+    write_glue(tmp_path / "glue_data")
+    paths = {"--checkpoint": tmp_path / "model", "--data": tmp_path / "glue_data", "--out": tmp_path / "out"}
+    options = {**paths, "--lr": 1e-3, "--epochs": 1, "--batch-size": 4, "--max-length": 16}
+    return [str(word) for option in options.items() for word in option]
+
+
+def test_tasks_and_seeds_are_dealt_out_and_the_last_writes_the_table(cluster, site, glue, tmp_path):
+    env = site | {"GLUE_TASKS": "rte stsb", "GLUE_SEEDS": "0 1"}
+    job = cluster.submit(SCRIPTS / "glue_array.sbatch", glue, ["--array=0-1", "--time=5"], env)
+    assert cluster.wait(job, timeout_s=180) == "COMPLETED", cluster.output(job)
+    out = tmp_path / "out"
+    assert sorted(file.parent.name + file.stem[-6:] for file in out.glob("*/lr*.json")) == [
+        "rte-seed0",
+        "rte-seed1",
+        "stsb-seed0",
+        "stsb-seed1",
+    ]
+    table = json.loads((out / "glue.json").read_text())["tasks"]
+    assert {name: table[name]["best"]["seeds"] for name in table} == {"rte": [0, 1], "stsb": [0, 1]}
+
+
+@pytest.mark.full
+def test_a_sweep_runs_the_line_of_its_number(cluster, site, slurm_materials, tmp_path):
+    """Line 2 of the file, with a field that holds a space; line 3 is not there."""
+    lines = [f"train.steps=3 run.dir='{tmp_path}/run {number}' run.name=line-{number}" for number in (1, 2)]
+    (tmp_path / "sweep.txt").write_text("\n".join(lines) + "\n")
+    common = [word for word in arguments(slurm_materials, tmp_path) if not word.startswith("run.dir=")]
+    options = ["--nodes=2", "--array=2-3", "--time=5"]
+    job = cluster.submit(SCRIPTS / "sweep.sbatch", [str(tmp_path / "sweep.txt"), *common], options, site)
+    assert cluster.wait(job, timeout_s=180) == "COMPLETED+FAILED", cluster.output(job)
+    assert "error: sweep: found no line 3" in cluster.output(job)
+    assert (tmp_path / "run 2" / "export" / "model.safetensors").is_file() and not (tmp_path / "run 1").exists()
+
+
+def test_tasks_of_an_array_prepare_one_corpus(cluster, site, slurm_materials, tmp_path):
+    fields = [
+        word for word in arguments(slurm_materials, tmp_path) if word.startswith(("data.s", "data.h", "teacher."))
+    ]
+    env = site | {"CACHE_DIR": str(tmp_path / "cache"), "LOG_DIR": str(tmp_path / "logs")}
+    own = ["--config", str(slurm_materials / "empty.yaml"), *fields]
+    job = cluster.submit(SCRIPTS / "prepare_data.sbatch", own, ["--array=0-1", "--time=5"], env)
+    assert cluster.wait(job, timeout_s=180) == "COMPLETED", cluster.output(job)
+    assert len(list((tmp_path / "cache" / "corpora").glob("[0-9a-f]*/"))) == 1
