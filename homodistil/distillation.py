@@ -22,15 +22,15 @@ from homodistil.engine import build_engine, student_dtype, teacher_dtype
 from homodistil.errors import writing
 from homodistil.evaluation.gap import PROBE_SEQUENCES, Gap
 from homodistil.evaluation.heldout import evaluate
-from homodistil.export import save_checkpoint, stock_head_dim, stock_model
+from homodistil.exporter import Exporter
+from homodistil.family import Family
 from homodistil.materials import PERIODIC_EVALUATION_SEQUENCES, Materials, teacher_copy
 from homodistil.metrics import METRICS_FILE, Recorder, read_lines, write_atomically
 from homodistil.micro_batch import MicroBatchPolicy, fit_micro_batch, with_micro_batch
-from homodistil.model_card import describe_widths, model_card
 from homodistil.models import family_of
 from homodistil.models.taps import show_values
 from homodistil.monitor import Monitor, run_recorder, speeds
-from homodistil.resize import check_supported, master_weights
+from homodistil.resize import check_supported
 from homodistil.results import ROW_FILE
 from homodistil.trainer import Trainer, TrainState
 
@@ -46,7 +46,7 @@ class Distillation:
 
     def __init__(self, config: RunConfig, engine_config: dict, materials: Materials, folder: Path, command: str):
         self.config, self.engine_config, self.materials = config, engine_config, materials
-        self.folder, self.command = folder, command
+        self.folder = folder
         device, dtype = materials.device, teacher_dtype(config.teacher.dtype, engine_config, materials.device)
         self.teacher_widths, self.teacher = self._build_teacher(device, dtype)
         load = functools.partial(teacher_copy, materials, torch.float32, config.student.dropout)
@@ -57,6 +57,8 @@ class Distillation:
         parts = (self.student, self.teacher, self.gap, self.teacher_widths)
         self.cuts = Cuts(config, materials, *parts, self._heldout_loss)
         self.pruner = self.cuts.pruner
+        self.exporter = Exporter(config, materials, self.student, self.teacher_widths, command)
+        self.family = Family(config, folder, self.exporter, self._row)
         layout = {"ranks": ranks.world_size(), "zero_optimization.stage": _stage(engine_config)}
         layout["precision"] = str(student_dtype(engine_config))
         self.checkpoints = Checkpoints(folder / "checkpoints", config, layout)
@@ -130,7 +132,7 @@ class Distillation:
             gap=self.gap,
             evaluate=lambda: self.evaluate(PERIODIC_EVALUATION_SEQUENCES) | self._gap_values(),
             fit_micro_batch=functools.partial(fit_micro_batch, self.micro_batch, engine, feed),
-            after_event=functools.partial(self._export_milestone, engine),
+            export_milestone=self.family.export,
             state=start,
         )
 
@@ -156,39 +158,22 @@ class Distillation:
     def _finish(self, engine, recorder) -> dict:
         found = self.evaluate()
         recorder.log_evaluation(self.config.train.steps, found | self._gap_values())
-        row = result_row(self.config.run.name, self.student.num_parameters(), self.student.widths["hidden"], found)
-        self._export(engine, self.folder / "export", row)
+        row = self._row(found)
+        self.exporter.export(engine, self.folder / "export", row)
         engine.destroy()
         row |= self.cuts.summary()
         row |= ranks.on_first_rank(lambda: speeds(read_lines(self.folder / METRICS_FILE)))
         ranks.on_first_rank(lambda: self._write_row(row))
         return row
 
+    def _row(self, found: dict[str, float] | None = None) -> dict:
+        """The student of now as a row of the result table. `found`: its held-out results, if they are there already."""
+        name, parameters = self.config.run.name, self.student.num_parameters()
+        return result_row(name, parameters, self.student.widths["hidden"], found or self.evaluate())
+
     def _write_row(self, row: dict) -> None:
         with writing(self.folder / ROW_FILE):
             write_atomically(self.folder / ROW_FILE, json.dumps(row) + "\n")
-
-    def _export(self, engine, folder: Path, measured: dict) -> None:
-        weights = master_weights(engine)
-
-        def write() -> None:
-            model = stock_model(weights, self.student, load_config(self.materials.teacher))
-            facts = {"parameters": self.student.num_parameters(), "hidden_size": self.student.widths["hidden"]}
-            facts |= {"widths": describe_widths(self.teacher_widths, self.student.widths)}
-            facts |= {"folder": folder.name, "data": self.materials.corpus.description}
-            facts |= {name: value for name, value in measured.items() if name not in ("name", *facts)}
-            save_checkpoint(model, self.materials.tokenizer, model_card(self.config, facts, self.command), folder)
-
-        ranks.on_first_rank(write)
-
-    def _export_milestone(self, engine) -> None:
-        """Export when the width has passed a milestone, at the first widths that a stock config can hold."""
-        ratio = self.student.widths["hidden"] / self.teacher_widths["hidden"]
-        for milestone in self.config.run.export_milestones:
-            folder = self.folder / "export" / f"milestone-{milestone:g}"
-            due = ranks.on_first_rank(lambda folder=folder: not folder.exists())
-            if ratio <= milestone and due and stock_head_dim(self.student.widths) is not None:
-                self._export(engine, folder, self.evaluate(PERIODIC_EVALUATION_SEQUENCES))
 
 
 def result_row(name: str, parameters: int, hidden_size: int, found: dict[str, float]) -> dict:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import shlex
 import sys
 from pathlib import Path
@@ -12,11 +11,13 @@ from torch import distributed
 
 from homodistil import ranks, stop, watch
 from homodistil.config import RunConfig
+from homodistil.controls import controls
 from homodistil.correction import corrected
 from homodistil.distill.compiled import check_student_compile
 from homodistil.distill.runtime import check_teacher_runtime
 from homodistil.distillation import Distillation, result_row
 from homodistil.engine import init_ranks, load_engine_config, resolve_engine_config, teacher_dtype
+from homodistil.family import family_rows, read_family
 from homodistil.materials import Materials, gather
 from homodistil.optimizer import check_implementation
 from homodistil.report import write_report
@@ -57,21 +58,12 @@ def _train_all(
     command = shlex.join([Path(sys.executable).name, *sys.argv])
     main = Distillation(config, engine_config, materials, folder, command)
     student_row = main.run() | {"name": "homodistil"}
-    rows = [_teacher_row(main, correction), student_row]
-    for name in config.run.compare:
-        control = control_config(config, name)
-        rows.append(Distillation(control, engine_config, materials, folder / "compare" / name, command).run())
+    members = ranks.on_first_rank(lambda: read_family(folder))
+    rows = [_teacher_row(main, correction), *family_rows(student_row, members, config.train.steps)]
+    for control in controls(config, members):
+        run = Distillation(control.config, engine_config, materials, folder / "compare" / control.name, command)
+        rows.append(run.run() | {"name": control.label} | control.facts)
     return rows
-
-
-def control_config(config: RunConfig, name: str) -> RunConfig:
-    """The same run cut at once, before step 0; `plain_one_shot`: by a mere selection of neurons as well."""
-    control = copy.deepcopy(config)
-    control.run.name, control.run.export_milestones = name, []
-    control.pruning.schedule = "one_shot"
-    if name == "plain_one_shot":
-        control.pruning.compensation, control.pruning.one_shot_stages = "none", 1
-    return control
 
 
 def _teacher_row(run: Distillation, correction: dict) -> dict:

@@ -53,7 +53,8 @@ class LearningRateShare:
     """
 
     def __init__(self, train: TrainConfig) -> None:
-        self.warmup_steps, self.steps = round(train.warmup_fraction * train.steps), train.steps
+        self.steps = train.lr_steps or train.steps
+        self.warmup_steps = round(train.warmup_fraction * self.steps)
         self.rewarm_steps = train.rewarm_steps
         self.lowered_at: int | None = None
         """Updates done when the rate was lowered last."""

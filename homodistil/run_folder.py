@@ -23,6 +23,8 @@ _FREE = {
     "train": {"micro_batch_size", "save_every_steps", "eval_every_steps", "eval_batch_size", "log_every_steps"},
     "optimizer": {"implementation"},
 }
+# Of `run`, which else may change: where the widths pass.
+_FIXED_OF_RUN = ("export_milestones", "settle_steps")
 
 
 def check_run_folder(config: RunConfig) -> Path:
@@ -73,9 +75,9 @@ def _check_same_run(folder: Path, config: RunConfig) -> None:
     if before is None:
         raise UserError(f"run.dir: {str(folder)!r} is not empty and not a run folder; choose another run.dir")
     for section, fields in config.to_dict().items():
-        if section == "run":
-            continue
         for name, value in fields.items():
+            if section == "run" and name not in _FIXED_OF_RUN:
+                continue
             old = before.get(section, {}).get(name, value)
             if old != value and name not in _FREE.get(section, ()):
                 raise UserError(

@@ -23,6 +23,7 @@ from homodistil.models.shapes import full_shape
 from homodistil.monitor import Monitor, require_applied, require_finite
 from homodistil.optimizer import rewarm
 from homodistil.pruning.events import Proposal
+from homodistil.pruning.milestones import Milestone
 from homodistil.pruning.scheduler import Pruner
 from homodistil.resize import ResizePlan, reset_moments, resize, step_applied, write_weights
 
@@ -50,7 +51,7 @@ class Trainer:
     compensate: Callable[[Keep], Proposal] | None = None
     checkpoints: Checkpoints | None = None
     fit_micro_batch: Callable[[], dict[str, int]] = dict
-    after_event: Callable[[], None] = lambda: None
+    export_milestone: Callable[[object, Milestone, TrainState], None] | None = None
     state: TrainState = field(default_factory=TrainState)
 
     @property
@@ -127,7 +128,6 @@ class Trainer:
             self.monitor.recorder.log_event(
                 event | micro_batch | {"milliseconds": cost.milliseconds, "bytes_moved": cost.bytes_moved}
             )
-            self.after_event()
 
     def refit(self, proposal: Proposal) -> dict[str, float]:
         """Give the engine the refitted weights of an event that it has gone through; what the event's line tells."""
@@ -139,9 +139,12 @@ class Trainer:
         return proposal.report | {"kl_after_cut": cut, "milliseconds_write": (time.perf_counter() - start_s) * 1e3}
 
     def between_steps(self) -> None:
-        """Once in a while: held-out evaluation, checkpoint."""
+        """Once in a while: milestone, held-out evaluation, checkpoint (which comes last: the others lie before it)."""
         train, step = self.config.train, self.state.step
         watch.progress(step, "training")
+        if milestone := self.milestone_due():
+            with self.monitor.timer.paused():
+                self.export_milestone(self.engine, milestone, self.state)
         last = step == train.steps
         if train.eval_every_steps and step % train.eval_every_steps == 0 and not last:
             with self.monitor.timer.paused():
@@ -149,6 +152,11 @@ class Trainer:
         if self.checkpoints and (last or (train.save_every_steps and step % train.save_every_steps == 0)):
             with self.monitor.timer.paused():
                 self.save()
+
+    def milestone_due(self) -> Milestone | None:
+        if self.export_milestone is None or self.pruner is None:
+            return None
+        return self.pruner.milestone_due(self.state.step, self.student.widths)
 
     def save(self) -> None:
         """A checkpoint, unless the weights have just become useless: the one before is then worth more."""
