@@ -55,6 +55,13 @@ class Exporter:
         save_checkpoint(model.cpu(), self.materials.tokenizer, card, folder)
         return speed
 
+    def teacher_speed(self) -> dict[str, float]:
+        """The same of a stock model of the teacher's shape (rank 0 alone): its weights do not matter for it."""
+        config, device = load_config(self.materials.teacher), self.materials.device
+        with _own_random_state(device):
+            model = self.student.family.empty_model(config).eval()
+            return inference_speed(model, self.config.data.seq_len, device)
+
     def _facts(self, folder: Path, measured: dict) -> dict[str, object]:
         facts = {"parameters": self.student.num_parameters(), "hidden_size": self.student.widths["hidden"]}
         facts |= {"widths": describe_widths(self.teacher_widths, self.student.widths)}

@@ -39,13 +39,16 @@ class Family:
 
     def export(self, engine, milestone: Milestone, state: TrainState) -> None:
         """Export and record the engine's student as `milestone`, unless that has been done. Every rank calls it."""
-        if ranks.on_first_rank(lambda: any(r["milestone"] == milestone.fraction for r in read_family(self.folder))):
-            return
         folder = milestone_folder(self.folder, milestone.fraction)
+        if ranks.on_first_rank(lambda: self._is_done(folder, milestone.fraction)):
+            return
         found = self._evaluate() | self._facts(milestone, state)
         speed = self._exporter.export(engine, folder, found, with_speed=True)
         fault_point("family.exported")
         ranks.on_first_rank(lambda: self._record(folder, found | speed))
+
+    def _is_done(self, folder: Path, fraction: float) -> bool:
+        return (folder / "config.json").is_file() and any(r["milestone"] == fraction for r in read_family(self.folder))
 
     def _facts(self, milestone: Milestone, state: TrainState) -> dict[str, Any]:
         widths, tokens = milestone.widths, state.consumed_samples * self.config.data.seq_len
@@ -63,7 +66,8 @@ class Family:
     def _record(self, folder: Path, found: Mapping[str, Any]) -> None:
         weights = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
         record = {"folder": str(folder.relative_to(self.folder)), **found, "weights_bytes": weights}
-        records = sorted([*read_family(self.folder), record], key=lambda r: -r["milestone"])
+        others = [r for r in read_family(self.folder) if r["milestone"] != record["milestone"]]
+        records = sorted([*others, record], key=lambda r: -r["milestone"])
         text = ",\n ".join(map(to_json, records))
         with writing(self.folder / FAMILY_FILE):
             write_atomically(self.folder / FAMILY_FILE, f"[{text}]\n")

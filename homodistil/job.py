@@ -21,6 +21,7 @@ from homodistil.family import family_rows, read_family
 from homodistil.materials import Materials, gather
 from homodistil.optimizer import check_implementation
 from homodistil.report import write_report
+from homodistil.report.family import family_text
 from homodistil.results import format_table, write_result
 from homodistil.run_folder import check_run_folder, claim_run_folder
 
@@ -59,7 +60,8 @@ def _train_all(
     main = Distillation(config, engine_config, materials, folder, command)
     student_row = main.run() | {"name": "homodistil"}
     members = ranks.on_first_rank(lambda: read_family(folder))
-    rows = [_teacher_row(main, correction), *family_rows(student_row, members, config.train.steps)]
+    teacher = _teacher_row(main, correction) | (ranks.on_first_rank(main.exporter.teacher_speed) if members else {})
+    rows = [teacher, *family_rows(student_row, members, config.train.steps)]
     for control in controls(config, members):
         run = Distillation(control.config, engine_config, materials, folder / "compare" / control.name, command)
         rows.append(run.run() | {"name": control.label} | control.facts)
@@ -77,4 +79,5 @@ def _teacher_row(run: Distillation, correction: dict) -> dict:
 
 def _conclude(folder: Path, rows: list[dict]) -> None:
     path = write_result(folder, rows)
-    print(f"\n{format_table(rows)}\n\nresult: {path}\nreport: {write_report(folder)}", flush=True)
+    tables = "\n\n".join(filter(None, (format_table(rows), family_text(rows))))
+    print(f"\n{tables}\n\nresult: {path}\nreport: {write_report(folder)}", flush=True)
