@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -42,13 +44,25 @@ class Distillation:
         engine_config: from `resolve_engine_config`.
         folder: run folder; a checkpoint found in it is gone on from.
         command: for the model card.
+        teacher_of: another student's run, whose teacher this one learns from as well.
     """
 
-    def __init__(self, config: RunConfig, engine_config: dict, materials: Materials, folder: Path, command: str):
+    def __init__(
+        self,
+        config: RunConfig,
+        engine_config: dict,
+        materials: Materials,
+        folder: Path,
+        command: str,
+        teacher_of: Distillation | None = None,
+    ) -> None:
         self.config, self.engine_config, self.materials = config, engine_config, materials
         self.folder = folder
         device, dtype = materials.device, teacher_dtype(config.teacher.dtype, engine_config, materials.device)
-        self.teacher_widths, self.teacher = self._build_teacher(device, dtype)
+        if teacher_of is not None:
+            self.teacher_widths, self.teacher = teacher_of.teacher_widths, teacher_of.teacher
+        else:
+            self.teacher_widths, self.teacher = self._build_teacher(device, dtype)
         load = functools.partial(teacher_copy, materials, torch.float32, config.student.dropout)
         self.student = build_student(config, load_config(materials.teacher), load).to(device)
         self.initial_widths = self.student.widths
@@ -65,17 +79,27 @@ class Distillation:
 
     def run(self) -> dict:
         """Train to the end (from the last checkpoint if there is one), export and evaluate. Returns the row."""
-        if (self.folder / ROW_FILE).is_file():
-            return json.loads((self.folder / ROW_FILE).read_text(encoding="utf-8"))
+        if row := self.finished_row():
+            return row
+        with self.training() as trainer:
+            trainer.train()
+            return self.finish(trainer)
+
+    def finished_row(self) -> dict | None:
+        """The row, where all of this has been done before."""
+        path = self.folder / ROW_FILE
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+    @contextlib.contextmanager
+    def training(self) -> Iterator[Trainer]:
+        """A trainer that goes on from the last checkpoint if there is one; inside, its recorder is open."""
         found = self.checkpoints.load()
         start = self._restore_shape(found.state) if found else TrainState()
         with run_recorder(self.folder, self.config, start.step) as recorder:
             if not found:
                 recorder.log_evaluation(0, self._gap_values())
                 self.cuts.before_training(recorder)
-            trainer = self.build_trainer(recorder, start, found)
-            trainer.train()
-            return self._finish(trainer.engine, recorder)
+            yield self.build_trainer(recorder, start, found)
 
     def build_trainer(self, recorder: Recorder, start: TrainState, found: Found | None = None) -> Trainer:
         """The live engine around the student, and the loop. `found`: whose values the engine takes over."""
@@ -155,7 +179,9 @@ class Distillation:
     def _gap_values(self) -> dict[str, float]:
         return {f"gap/{name}": value for name, value in self.gap.measure().items()}
 
-    def _finish(self, engine, recorder) -> dict:
+    def finish(self, trainer: Trainer) -> dict:
+        """Export and evaluate what has been trained. Returns the row, which is then on disk."""
+        engine, recorder = trainer.engine, trainer.monitor.recorder
         found = self.evaluate()
         recorder.log_evaluation(self.config.train.steps, found | self._gap_values())
         row = self._row(found)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
@@ -27,13 +29,31 @@ _FREE = {
 _FIXED_OF_RUN = ("export_milestones", "settle_steps")
 
 
+def folder_of(config: RunConfig) -> Path:
+    """Absolute path of `run.dir`."""
+    return Path(config.run_dir).expanduser().absolute()
+
+
+def check_run_folders(config: RunConfig, students: Sequence[RunConfig] = ()) -> Path:
+    """`check_run_folder` of a job and of its students (students.py), whose checkpoints are in their own folders."""
+    if not students:
+        return check_run_folder(config)
+    if config.run.resume == "must":
+        run = dataclasses.replace(config.run, resume="auto")
+        config = dataclasses.replace(config, run=run)
+    folder = check_run_folder(config)
+    for student in students:
+        check_run_folder(student)
+    return folder
+
+
 def check_run_folder(config: RunConfig) -> Path:
     """Absolute path of `run.dir`, once it is known to be ours to use (rank 0 only). Writes nothing.
 
     Raises:
         UserError: not empty without resume, not a run folder, nothing to resume, or another run's folder.
     """
-    folder = Path(config.run_dir).expanduser().absolute()
+    folder = folder_of(config)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"run.dir: {str(folder)!r} is a file; name a folder")
     occupied = folder.is_dir() and any(folder.iterdir())

@@ -10,7 +10,9 @@ from dataclasses import dataclass, field
 from homodistil import stop, watch
 from homodistil.checkpoint import Checkpoints
 from homodistil.config import RunConfig
+from homodistil.data.masking import Batch
 from homodistil.distill.student import Student
+from homodistil.distill.targets import Targets
 from homodistil.distill.teacher import Teacher
 from homodistil.engine import backward
 from homodistil.errors import StopRequested
@@ -61,7 +63,7 @@ class Trainer:
     def train(self) -> None:
         try:
             with stop.at_step_boundaries(self.feed.device) as stop_agreed:
-                while self.state.step < self.config.train.steps:
+                while not self.is_done:
                     self.train_step()
                     self.between_steps()
                     if number := stop_agreed():
@@ -73,18 +75,32 @@ class Trainer:
         if self.checkpoints:
             self.checkpoints.wait()
 
+    @property
+    def is_done(self) -> bool:
+        return self.state.step >= self.config.train.steps
+
     def train_step(self) -> None:
         fault_point("train.step")
         batches = self.feed.micro_batches(self.state.consumed_samples)
         importance = None
         for batch in batches:
             targets = self.teacher(batch) if self.teacher else None  # no grad; in lock-step it runs with the student
-            terms = self.engine(batch, targets)
-            backward(self.engine, fault_point("train.backward", terms.total))
-            self.monitor.see(terms)
-            if self.engine.is_gradient_accumulation_boundary():
-                importance = self.measure_importance()  # reduced, unscaled gradients exist only here
-            self.engine.step()
+            importance = self.train_micro_batch(batch, targets)
+        self.end_step(batches, importance)
+
+    def train_micro_batch(self, batch: Batch, targets: Targets | None) -> Measurement | None:
+        """Forward, backward, and at the end of a step the update; what that says about importance."""
+        terms = self.engine(batch, targets)
+        backward(self.engine, fault_point("train.backward", terms.total))
+        self.monitor.see(terms)
+        importance = None
+        if self.engine.is_gradient_accumulation_boundary():
+            importance = self.measure_importance()  # reduced, unscaled gradients exist only here
+        self.engine.step()
+        return importance
+
+    def end_step(self, batches: list[Batch], importance: Measurement | None) -> None:
+        """Count the step that has just been made of `batches`, and the event behind it."""
         require_applied(self.engine, self.state.step + 1, self.config)
         self.state.step += 1
         self.state.consumed_samples += self.config.train.global_batch_size
@@ -169,14 +185,18 @@ class Trainer:
         }
         self.checkpoints.save(self.engine, self.state.step, state)
 
+    def save_and_wait(self) -> None:
+        """Everything that going on needs, on disk."""
+        with self.monitor.timer.paused():
+            self.save()
+            self.checkpoints.wait()
+
     def leave(self, number: int) -> None:
         """Stop on request (signal `number`), with everything on disk that going on needs."""
         name, step = signal.Signals(number).name, self.state.step
         if self.checkpoints is None:
             raise StopRequested(f"stopped by {name} while correcting the teacher, which the next run starts anew")
-        with self.monitor.timer.paused():
-            self.save()
-            self.checkpoints.wait()
+        self.save_and_wait()
         steps = self.config.train.steps
         raise StopRequested(f"stopped by {name} at step {step} of {steps}; run.resume=auto goes on from its checkpoint")
 
