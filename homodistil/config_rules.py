@@ -24,6 +24,7 @@ _RANGES = [
     ("train.micro_batch_size", 1, _INF, ""),
     ("train.lr", 0, _INF, "low"),
     ("train.lr_steps", 0, _INF, ""),
+    ("train.cool_steps", 0, _INF, ""),
     ("train.rewarm_steps", 0, _INF, ""),
     ("train.warmup_fraction", 0, 1, ""),
     ("train.weight_decay", 0, _INF, ""),

@@ -26,7 +26,7 @@ _FREE = {
     "optimizer": {"implementation"},
 }
 # Of `run`, which else may change: where the widths pass.
-_FIXED_OF_RUN = ("export_milestones", "settle_steps")
+_FIXED_OF_RUN = ("export_milestones", "settle_steps", "settle_cooldown")
 
 
 def folder_of(config: RunConfig) -> Path:

@@ -23,7 +23,7 @@ from homodistil.measurement import Measurement, measure_importance
 from homodistil.models.axes import Keep
 from homodistil.models.shapes import full_shape
 from homodistil.monitor import Monitor, require_applied, require_finite
-from homodistil.optimizer import rewarm
+from homodistil.optimizer import cool_down, rewarm
 from homodistil.pruning.events import Proposal
 from homodistil.pruning.milestones import Milestone
 from homodistil.pruning.scheduler import Pruner
@@ -139,6 +139,8 @@ class Trainer:
             after = self.gap.measure()
             require_finite(after, self.state.step, self.config)
             rewarm(self.engine.lr_scheduler)
+            if steps := self.pruner.settle_steps(plan.widths_after) * self.config.run.settle_cooldown:
+                cool_down(self.engine.lr_scheduler, steps)
             event = resize_event(self.state.step, plan, before, after)
             event |= self.pruner.after_event(self.state.step, before["kl"], after["kl"]) | refit
             self.monitor.recorder.log_event(

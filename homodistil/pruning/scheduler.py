@@ -123,6 +123,11 @@ class Pruner:
         """What is to be exported after update `step` by a student of these widths; None nearly always."""
         return self.schedule.milestone_due(step, widths)
 
+    def settle_steps(self, widths: Widths) -> int:
+        """For how many steps these widths, which an event has led to, are held; 0 unless they are a milestone's."""
+        on_the_way = self.schedule.route.on_the_way(self.schedule.target)
+        return self.schedule.route.settle_steps if any(m.widths == dict(widths) for m in on_the_way) else 0
+
     def state_dict(self) -> dict:
         state = {"importance": self.importance.state_dict(), "protected": self.protected}
         closed_loop = isinstance(self.schedule, GapSchedule)

@@ -1,6 +1,7 @@
 """Several students in one job: each ends bitwise where a job of its own does, whatever happens on the way."""
 
 import json
+import re
 
 import pytest
 from small_job import SAVE_EVERY, STEPS, TRAIN, arguments, differences, result
@@ -84,8 +85,7 @@ def test_killed_between_two_checkpoints_then_stopped_they_end_level(server, mate
     own = _own(materials, folder, files, "run.resume=auto")
     # The fourth checkpoint is the second of the second student: the first one is ahead of it.
     job = server.start(TRAIN, own, env={"HOMODISTIL_FAULT": "checkpoint.before_rename:hit=4:action=kill"})
-    codes = job.wait(timeout_s=180) if job.codes()[0] is not None else _until_rank_0_is_dead(job)
-    assert codes[0] == -9, job.output()
+    assert job.wait(timeout_s=180)[0] == -9, job.output()  # rank 1 learns of it from the watch
     latest = [(folder / "students" / name / "checkpoints" / "latest").read_text().strip() for name in STUDENTS]
     assert latest == [f"step-{2 * SAVE_EVERY:06d}", f"step-{SAVE_EVERY:06d}"]
     job = server.start(TRAIN, own, env={"HOMODISTIL_FAULT": "train.step:rank=1:hit=5:action=term"})
@@ -94,11 +94,6 @@ def test_killed_between_two_checkpoints_then_stopped_they_end_level(server, mate
     job = server.start(TRAIN, own)
     assert job.wait(timeout_s=180) == [0, 0], job.output()
     assert _differences(folder, alone) == {"half": [], "wide": []}
-
-
-def _until_rank_0_is_dead(job) -> list:
-    """Rank 1 learns of it from the watch, which ends it."""
-    return job.wait(timeout_s=180)
 
 
 @pytest.mark.parametrize(
@@ -122,7 +117,5 @@ def test_what_students_cannot_have_is_refused_before_anything_is_written(
     folder = tmp_path / "run"
     job = server.start(TRAIN, _own(materials, folder, str(tmp_path / "odd.yaml"), *overrides), num_ranks=1)
     assert job.wait(timeout_s=180) == [USER_ERROR], job.output()
-    import re
-
     assert re.search(f"error: {message}", job.output()), job.output()
     assert not folder.exists()
