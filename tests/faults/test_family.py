@@ -22,9 +22,10 @@ import sys
 sys.modules["homodistil"] = None  # any import of it fails
 import torch
 from transformers import AutoModelForMaskedLM, AutoTokenizer
-model = AutoModelForMaskedLM.from_pretrained(sys.argv[1])
-AutoTokenizer.from_pretrained(sys.argv[1])
-torch.save(model(torch.arange(5, 21).view(2, 8)).logits.detach(), sys.argv[2])
+for folder in sys.argv[2:]:
+    AutoTokenizer.from_pretrained(folder)
+models = [AutoModelForMaskedLM.from_pretrained(folder) for folder in sys.argv[2:]]
+torch.save([model(torch.arange(5, 21).view(2, 8)).logits.detach() for model in models], sys.argv[1])
 """
 
 
@@ -73,19 +74,20 @@ def test_widths_are_held_before_each_export(family):
         assert not any(arrival < step <= record["step"] for step in events)
 
 
-@pytest.mark.parametrize("i, name", enumerate(NAMES))
-def test_stock_code_alone_loads_each_member_and_finds_its_scores(family, materials, tmp_path, i, name):
-    folder = family / "export" / name
-    done = subprocess.run([sys.executable, "-c", LOAD, str(folder), str(tmp_path / "logits")], capture_output=True)
+def test_stock_code_alone_loads_each_member_and_finds_its_scores(family, materials, tmp_path):
+    folders = [family / "export" / name for name in NAMES]
+    command = [sys.executable, "-c", LOAD, str(tmp_path / "logits"), *map(str, folders)]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    model, record = BertForMaskedLM.from_pretrained(folder), _records(family)[i]
-    logits = torch.load(tmp_path / "logits", weights_only=True)
-    torch.testing.assert_close(model(torch.arange(5, 21).view(2, 8)).logits.detach(), logits, rtol=1e-6, atol=1e-6)
-    config = model.config
-    assert config.hidden_size == record["hidden_size"] and config.num_attention_heads == 4
-    assert config.intermediate_size == record["intermediate_size"]
-    assert sum(p.numel() for p in model.parameters()) == record["parameters"]  # nothing is padded
-    assert _heldout_loss(model, materials) == pytest.approx(record["heldout_mlm_loss"], abs=1e-5)
+    found = torch.load(tmp_path / "logits", weights_only=True)
+    for folder, record, logits in zip(folders, _records(family), found, strict=True):
+        model = BertForMaskedLM.from_pretrained(folder)
+        torch.testing.assert_close(model(torch.arange(5, 21).view(2, 8)).logits.detach(), logits, rtol=1e-6, atol=1e-6)
+        config = model.config
+        assert config.hidden_size == record["hidden_size"] and config.num_attention_heads == 4
+        assert config.intermediate_size == record["intermediate_size"]
+        assert sum(p.numel() for p in model.parameters()) == record["parameters"]  # nothing is padded
+        assert _heldout_loss(model, materials) == pytest.approx(record["heldout_mlm_loss"], abs=1e-5)
 
 
 def _heldout_loss(model, materials) -> float:
