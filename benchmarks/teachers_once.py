@@ -62,7 +62,6 @@ def student_config(shape: Shape, part: int, work: Path) -> RunConfig:
         "pruning.importance": "magnitude",
         "pruning.calibration_batches": 1,
         "run.name": f"part-{part}",
-        "run.dir": work / "run" / f"part-{part}",
     }
     return cli.parse([f"recipe={shape.recipe}", *(f"{name}={value}" for name, value in fields.items())])
 
@@ -73,7 +72,8 @@ def measure(shape: Shape, num_turns: int, work: Path) -> tuple[dict[str, list[fl
     configs = [student_config(shape, part, work) for part in PARTS]
     write_inputs(shape, configs[0], work)
     engine_config = resolve_engine_config(load_engine_config(ROOT / "ds_configs" / "zero2_fp32.json"), configs[0], 1)
-    runs = student_runs(configs, engine_config, gather(configs[0], device), "benchmark")
+    folders = [work / "run" / config.run.name for config in configs]
+    runs = student_runs(configs, folders, engine_config, gather(configs[0], device), "benchmark")
     with contextlib.ExitStack() as stack:
         trainers = [stack.enter_context(run.training()) for run in runs]
         together = Together(trainers, runs[0].teacher, trainers[0].feed)

@@ -38,9 +38,13 @@ def parse(argv: list[str], description: str = "", with_engine: bool = False) -> 
 def parse_with_engine(argv: list[str], description: str = "") -> tuple[RunConfig, Path]:
     """(run config, path of DeepSpeed's JSON). Raises `UserError`; exits by itself for --help and --print_config."""
     config, namespace = _parse(argv, description, with_engine=True)
+    return config, _engine_config(namespace)
+
+
+def _engine_config(namespace) -> Path:
     if namespace.deepspeed is None:
         raise UserError("--deepspeed: missing; give the engine's JSON, for example --deepspeed ds_configs/zero2.json")
-    return config, Path(namespace.deepspeed)
+    return Path(namespace.deepspeed)
 
 
 class Job(NamedTuple):
@@ -56,7 +60,7 @@ class Job(NamedTuple):
 def parse_job(argv: list[str], description: str = "") -> Job:
     """The main job's arguments; see `parse_with_engine`."""
     config, namespace = _parse(argv, description, with_engine=True)
-    _, engine_config = parse_with_engine(argv, description)
+    engine_config = _engine_config(namespace)
     if namespace.teachers_once is None:
         return Job(config, engine_config, [])
     paths = students.file_names(namespace.teachers_once)

@@ -156,7 +156,7 @@ class Distillation:
             gap=self.gap,
             evaluate=lambda: self.evaluate(PERIODIC_EVALUATION_SEQUENCES) | self._gap_values(),
             fit_micro_batch=functools.partial(fit_micro_batch, self.micro_batch, engine, feed),
-            export_milestone=self.family.export,
+            export_milestone=self.family.export if config.run.export_milestones else None,
             state=start,
         )
 

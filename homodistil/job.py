@@ -19,12 +19,12 @@ from homodistil.distill.runtime import check_teacher_runtime
 from homodistil.distillation import Distillation, result_row
 from homodistil.engine import init_ranks, load_engine_config, resolve_engine_config, teacher_dtype
 from homodistil.family import family_rows, read_family
-from homodistil.materials import Materials, check_teacher, gather
+from homodistil.materials import check_teacher, gather
 from homodistil.optimizer import check_implementation
 from homodistil.report import write_report
 from homodistil.report.family import family_text
 from homodistil.results import format_table, write_result
-from homodistil.run_folder import check_run_folders, claim_run_folder, folder_of
+from homodistil.run_folder import check_run_folders, claim_run_folder
 from homodistil.students import check_stage
 from homodistil.together import student_runs, train_together
 
@@ -52,44 +52,49 @@ def _run(config: RunConfig, raw_engine_config: dict, device: torch.device, stude
         check_student_compile(one, engine_config, device)
     if students:
         check_stage(engine_config)
-    folder = Path(ranks.on_first_rank(lambda: str(check_run_folders(config, students))))
+    folder, *own_folders = ranks.on_first_rank(lambda: check_run_folders(config, students))
     with watch.long_phase("preparing teacher and data"):
         for student in students:
             check_teacher(student)
         materials = gather(config, device)
     # Claimed only now: whatever the user had to mend until here, the folder is still free.
-    for one in (config, *students):
-        ranks.on_first_rank(lambda one=one: claim_run_folder(folder_of(one), one, engine_config))
+    for path, one in zip((folder, *own_folders), (config, *students), strict=True):
+        ranks.on_first_rank(lambda path=path, one=one: claim_run_folder(path, one, engine_config))
     materials, correction = corrected(config, engine_config, materials, folder)
-    rows = _train_all(config, students, engine_config, materials, correction)
+    command = shlex.join([Path(sys.executable).name, *sys.argv])
+    if students:
+        runs = student_runs(students, own_folders, engine_config, materials, command)
+        rows = _train_students(runs, folder, correction)
+    else:
+        rows = _train_one(Distillation(config, engine_config, materials, folder, command), correction)
     ranks.on_first_rank(lambda: _conclude(folder, rows))
     return rows
 
 
-def _train_all(
-    config: RunConfig, students: Sequence[RunConfig], engine_config: dict, materials: Materials, correction: dict
-) -> list[dict]:
-    command = shlex.join([Path(sys.executable).name, *sys.argv])
-    if not students:
-        main = Distillation(config, engine_config, materials, folder_of(config), command)
-        row = main.run()
-        return [_teacher_row(main, correction), *_student_rows(main, row, "homodistil", command)]
-    runs = student_runs(students, engine_config, materials, command)
-    found = train_together(runs, folder_of(config))
+def _train_one(run: Distillation, correction: dict) -> list[dict]:
+    row = run.run()
+    return [_teacher_row(run, correction), *_student_rows(run, row | {"name": "homodistil"})]
+
+
+def _train_students(runs: Sequence[Distillation], folder: Path, correction: dict) -> list[dict]:
+    """Of one job. Each gets its own table and report beside the job's (in `folder`)."""
+    found = train_together(runs, folder)
     teacher, rows = _teacher_row(runs[0], correction), []
     for run, row in zip(runs, found, strict=True):
-        rows += (own := _student_rows(run, row, run.config.run.name, command))
+        own = _student_rows(run, row)
         ranks.on_first_rank(lambda run=run, own=own: _store(run.folder, [teacher, *own]))
+        name = run.config.run.name
+        rows += [r | {"student": name, "name": r["name"] if name in r["name"] else f"{name}: {r['name']}"} for r in own]
     return [teacher, *rows]
 
 
-def _student_rows(run: Distillation, row: dict, name: str, command: str) -> list[dict]:
+def _student_rows(run: Distillation, row: dict) -> list[dict]:
     """Of a student that is trained, of its family, and of its controls, which are trained now."""
     members = ranks.on_first_rank(lambda: read_family(run.folder))
-    rows = family_rows(row | {"name": name}, members, run.config.train.steps)
+    rows = family_rows(row, members, run.config.train.steps)
     for control in controls(run.config, members):
         folder = run.folder / "compare" / control.name
-        found = Distillation(control.config, run.engine_config, run.materials, folder, command).run()
+        found = Distillation(control.config, run.engine_config, run.materials, folder, run.exporter.command).run()
         rows.append(found | {"name": control.label} | control.facts)
     return rows
 

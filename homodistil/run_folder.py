@@ -29,22 +29,11 @@ _FREE = {
 _FIXED_OF_RUN = ("export_milestones", "settle_steps", "settle_cooldown")
 
 
-def folder_of(config: RunConfig) -> Path:
-    """Absolute path of `run.dir`."""
-    return Path(config.run_dir).expanduser().absolute()
-
-
-def check_run_folders(config: RunConfig, students: Sequence[RunConfig] = ()) -> Path:
+def check_run_folders(config: RunConfig, students: Sequence[RunConfig] = ()) -> list[Path]:
     """`check_run_folder` of a job and of its students (students.py), whose checkpoints are in their own folders."""
-    if not students:
-        return check_run_folder(config)
-    if config.run.resume == "must":
-        run = dataclasses.replace(config.run, resume="auto")
-        config = dataclasses.replace(config, run=run)
-    folder = check_run_folder(config)
-    for student in students:
-        check_run_folder(student)
-    return folder
+    if students and config.run.resume == "must":
+        config = dataclasses.replace(config, run=dataclasses.replace(config.run, resume="auto"))
+    return [check_run_folder(one) for one in (config, *students)]
 
 
 def check_run_folder(config: RunConfig) -> Path:
@@ -53,7 +42,7 @@ def check_run_folder(config: RunConfig) -> Path:
     Raises:
         UserError: not empty without resume, not a run folder, nothing to resume, or another run's folder.
     """
-    folder = folder_of(config)
+    folder = Path(config.run_dir).expanduser().absolute()
     if folder.exists() and not folder.is_dir():
         raise UserError(f"run.dir: {str(folder)!r} is a file; name a folder")
     occupied = folder.is_dir() and any(folder.iterdir())

@@ -29,20 +29,19 @@ from homodistil.faults import fault_point
 from homodistil.feed import Feed
 from homodistil.materials import Materials
 from homodistil.metrics import write_atomically
-from homodistil.run_folder import folder_of
 from homodistil.trainer import Trainer
 
 TIME_FILE = "teachers_once.json"
 
 
 def student_runs(
-    students: Sequence[RunConfig], engine_config: dict, materials: Materials, command: str
+    students: Sequence[RunConfig], folders: Sequence[Path], engine_config: dict, materials: Materials, command: str
 ) -> list[Distillation]:
-    """A run for each student, with one teacher for all."""
+    """A run for each student, in its folder, with one teacher for all."""
     runs: list[Distillation] = []
-    for config in students:
+    for config, folder in zip(students, folders, strict=True):
         first = runs[0] if runs else None
-        runs.append(Distillation(config, engine_config, materials, folder_of(config), command, teacher_of=first))
+        runs.append(Distillation(config, engine_config, materials, folder, command, teacher_of=first))
     return runs
 
 

@@ -80,9 +80,9 @@ def sentences(rows: Sequence[Row]) -> list[str]:
         against = [_verdict(member, control) for control in _controls(rows, member)]
         against = [text for text in against if text]
         if against:
-            found.append(
-                f"Milestone {member['milestone']:g} (hidden size {member['hidden_size']}): {'; '.join(against)}."
-            )
+            student = f"{member['student']}, milestone" if "student" in member else "Milestone"
+            name = f"{student} {member['milestone']:g} (hidden size {member['hidden_size']})"
+            found.append(f"{name}: {'; '.join(against)}.")
     return found
 
 
@@ -105,7 +105,9 @@ def _members(rows: Sequence[Row]) -> list[Row]:
 
 
 def _controls(rows: Sequence[Row], member: Row) -> list[Row]:
-    return [row for row in rows if "rates" in row and row.get("milestone") == member["milestone"]]
+    """Of the same student, where a job has several."""
+    own = [row for row in rows if "rates" in row and row.get("student") == member.get("student")]
+    return [row for row in own if row.get("milestone") == member["milestone"]]
 
 
 def _ordered(rows: Sequence[Row], members: Sequence[Row]) -> list[Row]:
