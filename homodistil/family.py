@@ -36,9 +36,14 @@ class Family:
         self, config: RunConfig, folder: Path, exporter: Exporter, evaluate: Callable[[], dict[str, Any]]
     ) -> None:
         self.config, self.folder, self._exporter, self._evaluate = config, folder, exporter, evaluate
+        self._seen: set[float] = set()
+        """Milestones that this process has dealt with: they stay due until the next event."""
 
     def export(self, engine, milestone: Milestone, state: TrainState) -> None:
         """Export and record the engine's student as `milestone`, unless that has been done. Every rank calls it."""
+        if milestone.fraction in self._seen:
+            return
+        self._seen.add(milestone.fraction)
         folder = milestone_folder(self.folder, milestone.fraction)
         if ranks.on_first_rank(lambda: self._is_done(folder, milestone.fraction)):
             return

@@ -172,7 +172,7 @@ class GapSchedule:
             if step >= at + self.route.settle_steps and milestone.widths == dict(widths):
                 return milestone
         final = self.route.at_the_end(self.target)
-        return final if final and step == self._num_steps else None
+        return final if final and step == self._num_steps and final.widths == dict(widths) else None
 
     def _is_held(self, step: int) -> bool:
         return bool(self.state.arrived) and step <= self.state.arrived[-1] + self.route.settle_steps

@@ -164,7 +164,7 @@ class WidthSchedule:
             if step >= at + self.route.settle_steps and milestone.widths == dict(widths):
                 return milestone
         final = self.route.at_the_end(self.target)
-        return final if final and step == self._num_steps else None
+        return final if final and step == self._num_steps and final.widths == dict(widths) else None
 
     @property
     def num_events(self) -> int:
