@@ -15,11 +15,12 @@ import contextlib
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from product import write_inputs
-from report import environment, environment_text, result_path, row, write, write_json
+from report import environment, environment_text, result_path, row, spread, write, write_json
 from shapes import Shape
 
 from homodistil import cli
@@ -34,6 +35,7 @@ QUICK = Shape(layers=3, hidden=192, ffn=768, heads=6, recipe="homobert-small", b
 PARTS = (2, 4)
 """Of the teacher's width."""
 TOGETHER, APART, LOCK_STEP = "one pass for all", "a pass for each", "a pass for each, in lock-step"
+TEACHER = "the teacher's pass alone"
 
 
 def student_config(shape: Shape, part: int, work: Path) -> RunConfig:
@@ -66,68 +68,66 @@ def student_config(shape: Shape, part: int, work: Path) -> RunConfig:
     return cli.parse([f"recipe={shape.recipe}", *(f"{name}={value}" for name, value in fields.items())])
 
 
-def measure(shape: Shape, num_turns: int, work: Path) -> tuple[dict[str, list[float]], list[float]]:
-    """Seconds of a step of all students by way, and of the teacher's passes among the first way's, a turn each."""
+def measure(shape: Shape, num_turns: int, work: Path) -> dict[str, list[float]]:
+    """Seconds by way, a turn each: of a step of all students, and of the teacher's pass alone."""
     device = init_ranks()
     configs = [student_config(shape, part, work) for part in PARTS]
     write_inputs(shape, configs[0], work)
     engine_config = resolve_engine_config(load_engine_config(ROOT / "ds_configs" / "zero2_fp32.json"), configs[0], 1)
     folders = [work / "run" / config.run.name for config in configs]
     runs = student_runs(configs, folders, engine_config, gather(configs[0], device), "benchmark")
+    teacher = runs[0].teacher
     with contextlib.ExitStack() as stack:
         trainers = [stack.enter_context(run.training()) for run in runs]
-        together = Together(trainers, runs[0].teacher, trainers[0].feed)
+        together = Together(trainers, teacher, trainers[0].feed)
+        batches = trainers[0].feed.micro_batches(0)
 
         def each(lock_step: bool) -> None:
-            runs[0].teacher._lock_step = lock_step
+            teacher._lock_step = lock_step
             for trainer in trainers:
                 trainer.train_step()
 
         ways = {TOGETHER: lambda: together.train_step(trainers), APART: lambda: each(False)}
-        ways[LOCK_STEP] = lambda: each(True)
-        return _take_turns(ways, together, num_turns)
+        ways |= {LOCK_STEP: lambda: each(True), TEACHER: lambda: [teacher.run(batch) for batch in batches]}
+        return take_turns(ways, num_turns)
 
 
-def _take_turns(ways: dict, together: Together, num_turns: int) -> tuple[dict[str, list[float]], list[float]]:
+def take_turns(ways: dict[str, Callable[[], object]], num_turns: int) -> dict[str, list[float]]:
+    """Seconds of each way, a turn each: of this process on a CPU, which other work on the machine stretches less."""
     seconds: dict[str, list[float]] = {way: [] for way in ways}
-    teacher = []
     for turn in range(num_turns + 1):
         for way, run in ways.items():
-            before, start = together.time.teacher_s, time.perf_counter()
+            start = _now()
             run()
             if turn:  # the first one warms up
-                seconds[way].append(time.perf_counter() - start)
-                if way == TOGETHER:
-                    teacher.append(together.time.teacher_s - before)
-    return seconds, teacher
+                seconds[way].append(_now() - start)
+    return seconds
 
 
-def table(seconds: dict[str, list[float]], teacher: list[float], shape: Shape) -> str:
-    lines = ["| a step of both students | ms | times the first | teacher's passes in it |", "|-|-|-|-|"]
-    share = statistics.median(t / s for t, s in zip(teacher, seconds[TOGETHER], strict=True))
+def _now() -> float:
+    if not torch.cuda.is_available():
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def table(seconds: dict[str, list[float]], shape: Shape) -> str:
+    once, teacher = seconds[TOGETHER], seconds[TEACHER]
+    lines = ["| a step of both students | CPU ms | times the first |", "|-|-|-|"]
     for way, found in seconds.items():
-        ratio = statistics.median(s / first for s, first in zip(found, seconds[TOGETHER], strict=True))
-        passes = f"1, {share:.0%} of the step" if way == TOGETHER else f"{len(PARTS)}"
-        lines.append(f"| {way} | {statistics.median(found) * 1e3:.0f} | {ratio:.2f} | {passes} |")
-    measured = statistics.median(
-        (apart - once) / t for apart, once, t in zip(seconds[APART], seconds[TOGETHER], teacher, strict=True)
-    )
+        ratio = statistics.median(s / first for s, first in zip(found, once, strict=True))
+        lines.append(f"| {way} | {statistics.median(found) * 1e3:.0f} | {ratio:.2f} |")
+    saved = [(apart - together) / one for apart, together, one in zip(seconds[APART], once, teacher, strict=True)]
+    low, middle, high = spread(saved)
     batch, _ = shape.batch["cpu"]
-    return "\n".join(
-        [
-            f"# Several students, one teacher pass: {shape.layers} layers, {shape.hidden} wide, students of "
-            f"{' and '.join(str(shape.hidden // part) for part in PARTS)}, {batch} x 128 tokens, fp32",
-            "",
-            environment_text(),
-            f"* threads: {torch.get_num_threads()}",
-            "* command: `python benchmarks/teachers_once.py`",
-            "",
-            *lines,
-            "",
-            f"What a second student saves, in passes of the teacher (1 is all of it): {measured:.2f} (median over "
-            f"{len(teacher)} turns). Medians of ratios within a turn: other work on the machine slows all ways alike.",
-        ]
-    )
+    widths = " and ".join(str(shape.hidden // part) for part in PARTS)
+    title = f"{shape.layers} layers, {shape.hidden} wide, students of {widths}, {batch} x 128 tokens, fp32"
+    head = [f"# Several students, one pass of the teacher: {title}", "", environment_text()]
+    head += [f"* threads: {torch.get_num_threads()}", f"* turns: {len(once)}", ""]
+    tail = f"""
+A step of two students with one pass saves {middle:.2f} passes of the teacher (20th to 80th percentile {low:.2f} to
+{high:.2f}; all of one would be 1). Ratios are medians over turns."""
+    return "\n".join([*head, *lines, tail])
 
 
 def main() -> None:
@@ -138,13 +138,11 @@ def main() -> None:
     options = parser.parse_args()
     shape = QUICK if options.quick else FULL
     with tempfile.TemporaryDirectory() as work:
-        seconds, teacher = measure(shape, 5 if options.quick else options.turns, Path(work))
-    text = table(seconds, teacher, shape)
+        seconds = measure(shape, 5 if options.quick else options.turns, Path(work))
+    text = table(seconds, shape)
     print(text)
-    rows = [
-        row("teachers_once", way, "step", "s", shape.hidden, found, environment()) for way, found in seconds.items()
-    ]
-    rows.append(row("teachers_once", "teacher", "passes", "s", shape.hidden, teacher, environment()))
+    facts = environment()
+    rows = [row("teachers_once", way, "step", "s", shape.hidden, found, facts) for way, found in seconds.items()]
     if options.json or not options.quick:
         write_json(options.json or result_path("teachers_once", ".json"), rows)
     if not options.json and not options.quick:
