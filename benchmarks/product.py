@@ -41,7 +41,7 @@ def run_config(shape: Shape, plan: Plan, work: Path, quick: bool, num_ranks: int
 
 def build_trainer(shape: Shape, config: RunConfig, engine_json: Path, work: Path, device: torch.device) -> Trainer:
     """As `job.run` builds it. Every rank calls it."""
-    ranks.on_first_rank(lambda: _write_inputs(shape, config, work))
+    ranks.on_first_rank(lambda: write_inputs(shape, config, work))
     engine_config = resolve_engine_config(load_engine_config(engine_json), config, ranks.world_size())
     found = materials.gather(config, device)
     # A run's probe of the gap at every event would take longer than all steps of so short a schedule.
@@ -55,7 +55,7 @@ def probe_sequences(config: RunConfig, num_ranks: int) -> int:
     return min(gap.PROBE_SEQUENCES, config.train.micro_batch_size * num_ranks)
 
 
-def _write_inputs(shape: Shape, config: RunConfig, work: Path) -> None:
+def write_inputs(shape: Shape, config: RunConfig, work: Path) -> None:
     from transformers import BertConfig, BertForMaskedLM
     from transformers.utils import logging
 

@@ -14,10 +14,12 @@ import time
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
+from homodistil import students
 from homodistil.config import RunConfig
 from homodistil.errors import CheckFailed, RankLost, StopRequested, UserError, nearest
 from homodistil.exit_codes import code_of
@@ -37,9 +39,41 @@ def parse(argv: list[str], description: str = "", with_engine: bool = False) -> 
 def parse_with_engine(argv: list[str], description: str = "") -> tuple[RunConfig, Path]:
     """(run config, path of DeepSpeed's JSON). Raises `UserError`; exits by itself for --help and --print_config."""
     config, namespace = _parse(argv, description, with_engine=True)
+    return config, _engine_config(namespace)
+
+
+def _engine_config(namespace) -> Path:
     if namespace.deepspeed is None:
         raise UserError("--deepspeed: missing; give the engine's JSON, for example --deepspeed ds_configs/zero2.json")
-    return config, Path(namespace.deepspeed)
+    return Path(namespace.deepspeed)
+
+
+class Job(NamedTuple):
+    """What launcher/train.py has been asked for."""
+
+    config: RunConfig
+    engine_config: Path
+    """DeepSpeed's JSON."""
+    students: list[RunConfig]
+    """Of `--teachers-once`; empty: `config` has the only student."""
+
+
+def parse_job(argv: list[str], description: str = "") -> Job:
+    """The main job's arguments; see `parse_with_engine`."""
+    config, namespace = _parse(argv, description, with_engine=True)
+    engine_config = _engine_config(namespace)
+    if namespace.teachers_once is None:
+        return Job(config, engine_config, [])
+    paths = students.file_names(namespace.teachers_once)
+    found = [_student(argv, description, path) for path in paths]
+    students.settled(config, found, [path.stem for path in paths])
+    return Job(config, engine_config, found)
+
+
+def _student(argv: list[str], description: str, path: Path) -> RunConfig:
+    """The job's config with a student's own fields on top, also of what the command line says."""
+    content = _check_file(path, "--teachers-once")
+    return _parse([*argv, *students.as_overrides(content)], description, with_engine=True)[0]
 
 
 def _parse(argv: list[str], description: str, with_engine: bool):
@@ -72,6 +106,12 @@ def _build_parser(description: str, with_engine: bool) -> ArgumentParser:
     parser.add_argument("--config", action="config", help="YAML file with any of the fields below.")
     if with_engine:
         parser.add_argument("--deepspeed", type=str, help="DeepSpeed's JSON (engine matters only), see ds_configs/.")
+        parser.add_argument(
+            "--teachers-once",
+            type=str,
+            help="Several students in one job, which share each pass of the teacher: YAML files, separated by commas, "
+            "with the fields in which each differs. Their folders are run.dir/students/FILE.",
+        )
         parser.add_argument("--local_rank", type=int, default=-1, help="Set by the launcher.")
     parser.add_class_arguments(RunConfig, None)
     return parser
@@ -127,19 +167,21 @@ def _check_keys(arguments: list[str]) -> None:
             _check_key(section, name, where="command line")
 
 
-def _check_file(path: Path) -> None:
+def _check_file(path: Path, flag: str = "--config") -> dict:
+    """Its content, once all names in it are known."""
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"--config: cannot read {str(path)!r} ({error.strerror}); give an existing YAML file") from None
+        raise UserError(f"{flag}: cannot read {str(path)!r} ({error.strerror}); give an existing YAML file") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"--config: {str(path)!r} is not valid YAML ({_one_line(error)})") from None
+        raise UserError(f"{flag}: {str(path)!r} is not valid YAML ({_one_line(error)})") from None
     if not isinstance(content or {}, dict):
-        raise UserError(f"--config: {str(path)!r} holds {type(content).__name__}, expected sections such as `train:`")
+        raise UserError(f"{flag}: {str(path)!r} holds {type(content).__name__}, expected sections such as `train:`")
     for section, fields in (content or {}).items():
         _check_key(section, None, where=str(path))
         for name in fields if isinstance(fields, dict) else ():
             _check_key(section, name, where=str(path))
+    return content or {}
 
 
 def _check_key(section: str, name: str | None, where: str) -> None:

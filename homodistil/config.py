@@ -114,6 +114,12 @@ class TrainConfig:
     """Sequences a rank processes at once; the rest of the global batch is gradient accumulation."""
     lr: float = 3e-3
     """Peak learning rate (> 0), linear warm-up then linear decay to 0."""
+    lr_steps: int = 0
+    """Steps over which the learning rate warms up and falls to 0 (0 = steps; not fewer than steps)."""
+    cool_from: list[int] = field(default_factory=list)
+    """Steps after each of which the learning rate falls linearly to 0 within cool_steps; then it is as without."""
+    cool_steps: int = 0
+    """Length of each fall that cool_from names (>= 0)."""
     rewarm_steps: int = 0
     """After each resize event the learning rate climbs back linearly over so many steps (0 = it does not fall)."""
     warmup_fraction: float = 0.1
@@ -258,10 +264,18 @@ class RunFolderConfig:
     rank_timeout_s: float = 1800.0
     """Seconds (> 0) without progress after which a rank is called stuck and the job ends; dead ones are seen sooner."""
     export_milestones: list[float] = field(default_factory=list)
-    """Fractions of the teacher's hidden size, in (0, 1): a stock checkpoint is also written when the width passes."""
+    """Fractions of the teacher's hidden size, in (0, 1): the widths pass the nearest stock shape of each exactly, and a
+    stock checkpoint with its scores is written there (family.json)."""
+    settle_steps: int = 0
+    """Optimizer steps (>= 0) for which a milestone's widths are held before it is exported; pruning still ends at
+    pruning.end_fraction. One that has the final widths is exported at the end of training."""
+    settle_cooldown: bool = True
+    """Let the learning rate fall linearly to 0 while a milestone settles, as it does at the end of a run: what is
+    exported is then better. Afterwards it is as without (train.rewarm_steps softens the return)."""
     compare: list[Literal["one_shot", "plain_one_shot"]] = field(default_factory=list)
     """Controls trained afterwards with the same data, losses and steps, for the result table: cut before step 0, with
-    the run's own compensation (one_shot) or without any (plain_one_shot)."""
+    the run's own compensation (one_shot) or without any (plain_one_shot). Each milestone gets its own, twice: with a
+    learning rate that falls to 0 within the milestone's steps, and with the run's own rates."""
 
 
 @dataclass(kw_only=True)

@@ -24,6 +24,8 @@ _RANGES = [
     ("train.global_batch_size", 1, _INF, ""),
     ("train.micro_batch_size", 1, _INF, ""),
     ("train.lr", 0, _INF, "low"),
+    ("train.lr_steps", 0, _INF, ""),
+    ("train.cool_steps", 0, _INF, ""),
     ("train.rewarm_steps", 0, _INF, ""),
     ("train.warmup_fraction", 0, 1, ""),
     ("train.weight_decay", 0, _INF, ""),
@@ -62,6 +64,7 @@ _RANGES = [
     ("optimizer.beta1", 0, 1, "high"),
     ("optimizer.beta2", 0, 1, "high"),
     ("optimizer.eps", 0, _INF, "low"),
+    ("run.settle_steps", 0, _INF, ""),
     ("run.keep_checkpoints", 1, _INF, ""),
     ("run.rank_timeout_s", 0, _INF, "low"),
 ]
@@ -82,8 +85,12 @@ def check_rules(config: RunConfig) -> None:
     terms = ("mlm", "kl", "hidden", "attention", "embedding", "cosine", "relations")
     if not any(getattr(config.loss, term) for term in terms):
         raise UserError("loss: every weight is 0; give at least one term a weight > 0")
-    for fraction in config.run.export_milestones:
-        _check_range("run.export_milestones", fraction, 0, 1, "both")
+    if 0 < config.train.lr_steps < config.train.steps:
+        raise UserError(
+            f"train.lr_steps: {config.train.lr_steps} is below train.steps {config.train.steps}, whose last steps "
+            f"would have a rate of 0; allowed: 0, or {config.train.steps} and more"
+        )
+    _check_milestones(config)
     _check_compensation(config)
 
 
@@ -95,6 +102,22 @@ def _check_weights(config: RunConfig) -> None:
         )
     for weight in weights:
         _check_range("data.weights", weight, 0, 1000, "low")
+
+
+def _check_milestones(config: RunConfig) -> None:
+    run, schedule = config.run, config.pruning.schedule
+    for fraction in run.export_milestones:
+        _check_range("run.export_milestones", fraction, 0, 1, "both")
+    if run.export_milestones and schedule in ("one_shot", "none"):
+        raise UserError(
+            f"run.export_milestones: found {run.export_milestones}, but with pruning.schedule={schedule} the width "
+            f"passes nothing while it is trained; set pruning.schedule to cubic, linear or gap, or leave them out"
+        )
+    if run.settle_steps and not run.export_milestones:
+        raise UserError(
+            f"run.settle_steps: found {run.settle_steps}, but there is nothing to settle at; allowed is 0, or set "
+            f"run.export_milestones=[0.75,0.5], say"
+        )
 
 
 def _check_compensation(config: RunConfig) -> None:

@@ -61,7 +61,7 @@ class Cuts:
     def _build_pruner(self, teacher_widths: Widths) -> Pruner:
         config = self.config
         _, target = student_widths(config.student, teacher_widths)
-        schedule = width_schedule(self._initial_widths, target, config.pruning, config.train.steps)
+        schedule = width_schedule(config, teacher_widths, self._initial_widths, target)
         importance = Importance(
             self.student.axis_table(), config.pruning, config.train.seed, device=self.materials.device
         )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -22,15 +24,15 @@ from homodistil.engine import build_engine, student_dtype, teacher_dtype
 from homodistil.errors import writing
 from homodistil.evaluation.gap import PROBE_SEQUENCES, Gap
 from homodistil.evaluation.heldout import evaluate
-from homodistil.export import save_checkpoint, stock_head_dim, stock_model
+from homodistil.exporter import Exporter
+from homodistil.family import Family
 from homodistil.materials import PERIODIC_EVALUATION_SEQUENCES, Materials, teacher_copy
 from homodistil.metrics import METRICS_FILE, Recorder, read_lines, write_atomically
 from homodistil.micro_batch import MicroBatchPolicy, fit_micro_batch, with_micro_batch
-from homodistil.model_card import describe_widths, model_card
 from homodistil.models import family_of
 from homodistil.models.taps import show_values
 from homodistil.monitor import Monitor, run_recorder, speeds
-from homodistil.resize import check_supported, master_weights
+from homodistil.resize import check_supported
 from homodistil.results import ROW_FILE
 from homodistil.trainer import Trainer, TrainState
 
@@ -42,13 +44,25 @@ class Distillation:
         engine_config: from `resolve_engine_config`.
         folder: run folder; a checkpoint found in it is gone on from.
         command: for the model card.
+        teacher_of: another student's run, whose teacher this one learns from as well.
     """
 
-    def __init__(self, config: RunConfig, engine_config: dict, materials: Materials, folder: Path, command: str):
+    def __init__(
+        self,
+        config: RunConfig,
+        engine_config: dict,
+        materials: Materials,
+        folder: Path,
+        command: str,
+        teacher_of: Distillation | None = None,
+    ) -> None:
         self.config, self.engine_config, self.materials = config, engine_config, materials
-        self.folder, self.command = folder, command
+        self.folder = folder
         device, dtype = materials.device, teacher_dtype(config.teacher.dtype, engine_config, materials.device)
-        self.teacher_widths, self.teacher = self._build_teacher(device, dtype)
+        if teacher_of is not None:
+            self.teacher_widths, self.teacher = teacher_of.teacher_widths, teacher_of.teacher
+        else:
+            self.teacher_widths, self.teacher = self._build_teacher(device, dtype)
         load = functools.partial(teacher_copy, materials, torch.float32, config.student.dropout)
         self.student = build_student(config, load_config(materials.teacher), load).to(device)
         self.initial_widths = self.student.widths
@@ -57,23 +71,35 @@ class Distillation:
         parts = (self.student, self.teacher, self.gap, self.teacher_widths)
         self.cuts = Cuts(config, materials, *parts, self._heldout_loss)
         self.pruner = self.cuts.pruner
+        self.exporter = Exporter(config, materials, self.student, self.teacher_widths, command)
+        self.family = Family(config, folder, self.exporter, self._row)
         layout = {"ranks": ranks.world_size(), "zero_optimization.stage": _stage(engine_config)}
         layout["precision"] = str(student_dtype(engine_config))
         self.checkpoints = Checkpoints(folder / "checkpoints", config, layout)
 
     def run(self) -> dict:
         """Train to the end (from the last checkpoint if there is one), export and evaluate. Returns the row."""
-        if (self.folder / ROW_FILE).is_file():
-            return json.loads((self.folder / ROW_FILE).read_text(encoding="utf-8"))
+        if row := self.finished_row():
+            return row
+        with self.training() as trainer:
+            trainer.train()
+            return self.finish(trainer)
+
+    def finished_row(self) -> dict | None:
+        """The row, where all of this has been done before."""
+        path = self.folder / ROW_FILE
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+    @contextlib.contextmanager
+    def training(self) -> Iterator[Trainer]:
+        """A trainer that goes on from the last checkpoint if there is one; inside, its recorder is open."""
         found = self.checkpoints.load()
         start = self._restore_shape(found.state) if found else TrainState()
         with run_recorder(self.folder, self.config, start.step) as recorder:
             if not found:
                 recorder.log_evaluation(0, self._gap_values())
                 self.cuts.before_training(recorder)
-            trainer = self.build_trainer(recorder, start, found)
-            trainer.train()
-            return self._finish(trainer.engine, recorder)
+            yield self.build_trainer(recorder, start, found)
 
     def build_trainer(self, recorder: Recorder, start: TrainState, found: Found | None = None) -> Trainer:
         """The live engine around the student, and the loop. `found`: whose values the engine takes over."""
@@ -130,7 +156,7 @@ class Distillation:
             gap=self.gap,
             evaluate=lambda: self.evaluate(PERIODIC_EVALUATION_SEQUENCES) | self._gap_values(),
             fit_micro_batch=functools.partial(fit_micro_batch, self.micro_batch, engine, feed),
-            after_event=functools.partial(self._export_milestone, engine),
+            export_milestone=self.family.export if config.run.export_milestones else None,
             state=start,
         )
 
@@ -153,42 +179,27 @@ class Distillation:
     def _gap_values(self) -> dict[str, float]:
         return {f"gap/{name}": value for name, value in self.gap.measure().items()}
 
-    def _finish(self, engine, recorder) -> dict:
+    def finish(self, trainer: Trainer) -> dict:
+        """Export and evaluate what has been trained. Returns the row, which is then on disk."""
+        engine, recorder = trainer.engine, trainer.monitor.recorder
         found = self.evaluate()
         recorder.log_evaluation(self.config.train.steps, found | self._gap_values())
-        row = result_row(self.config.run.name, self.student.num_parameters(), self.student.widths["hidden"], found)
-        self._export(engine, self.folder / "export", row)
+        row = self._row(found)
+        self.exporter.export(engine, self.folder / "export", row)
         engine.destroy()
         row |= self.cuts.summary()
         row |= ranks.on_first_rank(lambda: speeds(read_lines(self.folder / METRICS_FILE)))
         ranks.on_first_rank(lambda: self._write_row(row))
         return row
 
+    def _row(self, found: dict[str, float] | None = None) -> dict:
+        """The student of now as a row of the result table. `found`: its held-out results, if they are there already."""
+        name, parameters = self.config.run.name, self.student.num_parameters()
+        return result_row(name, parameters, self.student.widths["hidden"], found or self.evaluate())
+
     def _write_row(self, row: dict) -> None:
         with writing(self.folder / ROW_FILE):
             write_atomically(self.folder / ROW_FILE, json.dumps(row) + "\n")
-
-    def _export(self, engine, folder: Path, measured: dict) -> None:
-        weights = master_weights(engine)
-
-        def write() -> None:
-            model = stock_model(weights, self.student, load_config(self.materials.teacher))
-            facts = {"parameters": self.student.num_parameters(), "hidden_size": self.student.widths["hidden"]}
-            facts |= {"widths": describe_widths(self.teacher_widths, self.student.widths)}
-            facts |= {"folder": folder.name, "data": self.materials.corpus.description}
-            facts |= {name: value for name, value in measured.items() if name not in ("name", *facts)}
-            save_checkpoint(model, self.materials.tokenizer, model_card(self.config, facts, self.command), folder)
-
-        ranks.on_first_rank(write)
-
-    def _export_milestone(self, engine) -> None:
-        """Export when the width has passed a milestone, at the first widths that a stock config can hold."""
-        ratio = self.student.widths["hidden"] / self.teacher_widths["hidden"]
-        for milestone in self.config.run.export_milestones:
-            folder = self.folder / "export" / f"milestone-{milestone:g}"
-            due = ranks.on_first_rank(lambda folder=folder: not folder.exists())
-            if ratio <= milestone and due and stock_head_dim(self.student.widths) is not None:
-                self._export(engine, folder, self.evaluate(PERIODIC_EVALUATION_SEQUENCES))
 
 
 def result_row(name: str, parameters: int, hidden_size: int, found: dict[str, float]) -> dict:

@@ -33,6 +33,7 @@ POINTS = (
     "checkpoint.before_rename",
     "checkpoint.before_latest",  # the new folder has its name, `latest` names the one before
     "checkpoint.before_prune",
+    "family.exported",  # a milestone's stock checkpoint is written, its record is not
 )
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -12,71 +12,98 @@ from torch import distributed
 
 from homodistil import ranks, stop, watch
 from homodistil.config import RunConfig
+from homodistil.controls import controls
 from homodistil.correction import corrected
 from homodistil.distill.compiled import check_student_compile
 from homodistil.distill.runtime import check_teacher_runtime
 from homodistil.distillation import Distillation, result_row
 from homodistil.engine import init_ranks, load_engine_config, resolve_engine_config, teacher_dtype
-from homodistil.materials import Materials, gather
+from homodistil.family import family_rows, read_family
+from homodistil.materials import check_teacher, gather
 from homodistil.optimizer import check_implementation
 from homodistil.report import write_report
+from homodistil.report.family import family_text
 from homodistil.results import format_table, write_result
-from homodistil.run_folder import check_run_folder, claim_run_folder
+from homodistil.run_folder import check_run_folders, claim_run_folder
+from homodistil.students import check_stage
+from homodistil.together import student_runs, train_together
 
 
-def run(config: RunConfig, engine_config_path: Path) -> list[dict]:
-    """Everything from raw text to the result table. Every rank calls it; returns the table's rows."""
+def run(config: RunConfig, engine_config_path: Path, students: Sequence[RunConfig] = ()) -> list[dict]:
+    """Everything from raw text to the result table. Every rank calls it; returns the table's rows.
+
+    Args:
+        students: several instead of the one of `config` (students.py).
+    """
     raw_engine_config = load_engine_config(engine_config_path)
     device = init_ranks(config.run.rank_timeout_s)
     with stop.on_signals(), watch.watching(config.run.rank_timeout_s):
-        rows = _run(config, raw_engine_config, device)
+        rows = _run(config, raw_engine_config, device, students)
     distributed.destroy_process_group()
     return rows
 
 
-def _run(config: RunConfig, raw_engine_config: dict, device: torch.device) -> list[dict]:
+def _run(config: RunConfig, raw_engine_config: dict, device: torch.device, students: Sequence[RunConfig]) -> list[dict]:
     engine_config = resolve_engine_config(raw_engine_config, config, ranks.world_size())
     teacher_dtype(config.teacher.dtype, engine_config, device)
-    check_implementation(config.optimizer.implementation)
-    check_teacher_runtime(config, device)
-    check_student_compile(config, engine_config, device)
-    folder = Path(ranks.on_first_rank(lambda: str(check_run_folder(config))))
+    for one in (config, *students):
+        check_implementation(one.optimizer.implementation)
+        check_teacher_runtime(one, device)
+        check_student_compile(one, engine_config, device)
+    if students:
+        check_stage(engine_config)
+    folder, *own_folders = ranks.on_first_rank(lambda: check_run_folders(config, students))
     with watch.long_phase("preparing teacher and data"):
+        for student in students:
+            check_teacher(student)
         materials = gather(config, device)
     # Claimed only now: whatever the user had to mend until here, the folder is still free.
-    ranks.on_first_rank(lambda: claim_run_folder(folder, config, engine_config))
+    for path, one in zip((folder, *own_folders), (config, *students), strict=True):
+        ranks.on_first_rank(lambda path=path, one=one: claim_run_folder(path, one, engine_config))
     materials, correction = corrected(config, engine_config, materials, folder)
-    rows = _train_all(config, engine_config, materials, folder, correction)
+    command = shlex.join([Path(sys.executable).name, *sys.argv])
+    if students:
+        runs = student_runs(students, own_folders, engine_config, materials, command)
+        rows = _train_students(runs, folder, correction)
+    else:
+        rows = _train_one(Distillation(config, engine_config, materials, folder, command), correction)
     ranks.on_first_rank(lambda: _conclude(folder, rows))
     return rows
 
 
-def _train_all(
-    config: RunConfig, engine_config: dict, materials: Materials, folder: Path, correction: dict
-) -> list[dict]:
-    command = shlex.join([Path(sys.executable).name, *sys.argv])
-    main = Distillation(config, engine_config, materials, folder, command)
-    student_row = main.run() | {"name": "homodistil"}
-    rows = [_teacher_row(main, correction), student_row]
-    for name in config.run.compare:
-        control = control_config(config, name)
-        rows.append(Distillation(control, engine_config, materials, folder / "compare" / name, command).run())
+def _train_one(run: Distillation, correction: dict) -> list[dict]:
+    row = run.run()
+    return [_teacher_row(run, correction), *_student_rows(run, row | {"name": "homodistil"})]
+
+
+def _train_students(runs: Sequence[Distillation], folder: Path, correction: dict) -> list[dict]:
+    """Of one job. Each gets its own table and report beside the job's (in `folder`)."""
+    found = train_together(runs, folder)
+    teacher, rows = _teacher_row(runs[0], correction), []
+    for run, row in zip(runs, found, strict=True):
+        own = _student_rows(run, row)
+        ranks.on_first_rank(lambda run=run, own=own: _store(run.folder, [teacher, *own]))
+        name = run.config.run.name
+        rows += [r | {"student": name, "name": r["name"] if name in r["name"] else f"{name}: {r['name']}"} for r in own]
+    return [teacher, *rows]
+
+
+def _student_rows(run: Distillation, row: dict) -> list[dict]:
+    """Of a student that is trained, of its family, and of its controls, which are trained now."""
+    members = ranks.on_first_rank(lambda: read_family(run.folder))
+    rows = family_rows(row, members, run.config.train.steps)
+    for control in controls(run.config, members):
+        folder = run.folder / "compare" / control.name
+        found = Distillation(control.config, run.engine_config, run.materials, folder, run.exporter.command).run()
+        rows.append(found | {"name": control.label} | control.facts)
     return rows
-
-
-def control_config(config: RunConfig, name: str) -> RunConfig:
-    """The same run cut at once, before step 0; `plain_one_shot`: by a mere selection of neurons as well."""
-    control = copy.deepcopy(config)
-    control.run.name, control.run.export_milestones = name, []
-    control.pruning.schedule = "one_shot"
-    if name == "plain_one_shot":
-        control.pruning.compensation, control.pruning.one_shot_stages = "none", 1
-    return control
 
 
 def _teacher_row(run: Distillation, correction: dict) -> dict:
     parameters = sum(p.numel() for p in run.teacher.model.parameters())
     row = result_row("teacher", parameters, run.teacher_widths["hidden"], run.evaluate_teacher())
+    if run.config.run.export_milestones:
+        row |= ranks.on_first_rank(run.exporter.teacher_speed)
     row |= {name: correction.get(name) for name in ("tokens_per_s_first", "tokens_per_s_last")}
     if correction:
         row["heldout_mlm_loss_before_correction"] = correction["before"]["mlm_loss"]
@@ -84,5 +111,11 @@ def _teacher_row(run: Distillation, correction: dict) -> dict:
 
 
 def _conclude(folder: Path, rows: list[dict]) -> None:
-    path = write_result(folder, rows)
-    print(f"\n{format_table(rows)}\n\nresult: {path}\nreport: {write_report(folder)}", flush=True)
+    path, report = _store(folder, rows)
+    tables = "\n\n".join(filter(None, (format_table(rows), family_text(rows))))
+    print(f"\n{tables}\n\nresult: {path}\nreport: {report}", flush=True)
+
+
+def _store(folder: Path, rows: list[dict]) -> tuple[Path, Path]:
+    """Result and report of one run folder."""
+    return write_result(folder, rows), write_report(folder)

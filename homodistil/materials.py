@@ -91,7 +91,7 @@ def check_teacher(config: RunConfig) -> str:
         widths = family.axis_table(family.empty_model(teacher)).widths
     check_student(config, teacher.num_hidden_layers)
     initial, target = student_widths(config.student, widths)
-    schedule = width_schedule(initial, target, config.pruning, config.train.steps)
+    schedule = width_schedule(config, widths, initial, target)
     on_the_way = [schedule.table[step] for step in sorted(getattr(schedule, "table", {}))]
     check_relations(config.loss, widths, [initial, *on_the_way])
     if config.data.seq_len > teacher.max_position_embeddings:

@@ -47,22 +47,29 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict]:
 
 
 class LearningRateShare:
-    """Share of `train.lr` by updates done: linear warm-up, then linear decay to 0; lowered for a while by `rewarm`.
+    """Share of `train.lr` by updates done: linear warm-up, then linear decay to 0; lowered for a while by `rewarm` and
+    by cool-downs.
 
     torch's LambdaLR keeps the attributes of such an object in its state: a resumed run goes on with them.
     """
 
     def __init__(self, train: TrainConfig) -> None:
-        self.warmup_steps, self.steps = round(train.warmup_fraction * train.steps), train.steps
+        self.steps = train.lr_steps or train.steps
+        self.warmup_steps = round(train.warmup_fraction * self.steps)
         self.rewarm_steps = train.rewarm_steps
         self.lowered_at: int | None = None
         """Updates done when the rate was lowered last."""
+        self.cooldowns = [[start, train.cool_steps] for start in train.cool_from]
+        """Updates done when each begins, and its length."""
 
     def __call__(self, step: int) -> float:
         if step < self.warmup_steps:
             share = step / self.warmup_steps
         else:
             share = max(0.0, (self.steps - step) / max(1, self.steps - self.warmup_steps))
+        for start, steps in self.cooldowns:
+            if start <= step < start + steps:
+                share *= (start + steps - step) / steps
         if self.lowered_at is None:
             return share
         # Not from 0 itself: with an event every few updates nothing would be learned in between.
@@ -83,6 +90,13 @@ def rewarm(schedule: LambdaLR) -> None:
         if share.rewarm_steps:
             share.lowered_at = schedule.last_epoch
             group["lr"] = peak * share(schedule.last_epoch)  # the next update's, set when the last one ended
+
+
+def cool_down(schedule: LambdaLR, steps: int) -> None:
+    """The next `steps` updates have 1, (n - 1)/n, ... 1/n of their rate; then it is what it would have been."""
+    new = [schedule.last_epoch, steps]
+    for share in schedule.lr_lambdas:  # one object for all groups of parameters
+        share.cooldowns = [*(old for old in share.cooldowns if old != new), new]
 
 
 def _torch_fused(groups: list[dict], **options) -> Optimizer:

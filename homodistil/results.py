@@ -49,10 +49,11 @@ def read_result(run_dir: Path) -> list[dict[str, Any]]:
 
 def cells(row: Row) -> list[str]:
     """The row as text, one string a column of `COLUMNS`; what is missing, None or not finite is a dash."""
-    return [_cell(row.get(column), form) for column, (_, form) in COLUMNS.items()]
+    return [cell(row.get(column), form) for column, (_, form) in COLUMNS.items()]
 
 
-def _cell(value: Any, form: str) -> str:
+def cell(value: Any, form: str) -> str:
+    """One value as text."""
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return DASH
     # Anything else than a number (a file that was edited) is shown as it stands.
@@ -61,8 +62,13 @@ def _cell(value: Any, form: str) -> str:
 
 def format_table(rows: Sequence[Row]) -> str:
     """Plain-text table: names on the left, numbers aligned on the right. No trailing newline."""
-    lines = [[heading for heading, _ in COLUMNS.values()]] + [cells(row) for row in rows]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(COLUMNS))]
+    return aligned([[heading for heading, _ in COLUMNS.values()]] + [cells(row) for row in rows])
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> str:
+    """The same for any lines of as many cells; the first is the headings."""
+    lines = [list(line) for line in lines]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     lines.insert(1, ["-" * width for width in widths])
     return "\n".join(
         "  ".join([line[0].ljust(widths[0])] + [c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True)])

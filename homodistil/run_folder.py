@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
@@ -23,6 +25,15 @@ _FREE = {
     "train": {"micro_batch_size", "save_every_steps", "eval_every_steps", "eval_batch_size", "log_every_steps"},
     "optimizer": {"implementation"},
 }
+# Of `run`, which else may change: where the widths pass.
+_FIXED_OF_RUN = ("export_milestones", "settle_steps", "settle_cooldown")
+
+
+def check_run_folders(config: RunConfig, students: Sequence[RunConfig] = ()) -> list[Path]:
+    """`check_run_folder` of a job and of its students (students.py), whose checkpoints are in their own folders."""
+    if students and config.run.resume == "must":
+        config = dataclasses.replace(config, run=dataclasses.replace(config.run, resume="auto"))
+    return [check_run_folder(one) for one in (config, *students)]
 
 
 def check_run_folder(config: RunConfig) -> Path:
@@ -73,9 +84,9 @@ def _check_same_run(folder: Path, config: RunConfig) -> None:
     if before is None:
         raise UserError(f"run.dir: {str(folder)!r} is not empty and not a run folder; choose another run.dir")
     for section, fields in config.to_dict().items():
-        if section == "run":
-            continue
         for name, value in fields.items():
+            if section == "run" and name not in _FIXED_OF_RUN:
+                continue
             old = before.get(section, {}).get(name, value)
             if old != value and name not in _FREE.get(section, ()):
                 raise UserError(

@@ -10,7 +10,9 @@ from dataclasses import dataclass, field
 from homodistil import stop, watch
 from homodistil.checkpoint import Checkpoints
 from homodistil.config import RunConfig
+from homodistil.data.masking import Batch
 from homodistil.distill.student import Student
+from homodistil.distill.targets import Targets
 from homodistil.distill.teacher import Teacher
 from homodistil.engine import backward
 from homodistil.errors import StopRequested
@@ -21,8 +23,9 @@ from homodistil.measurement import Measurement, measure_importance
 from homodistil.models.axes import Keep
 from homodistil.models.shapes import full_shape
 from homodistil.monitor import Monitor, require_applied, require_finite
-from homodistil.optimizer import rewarm
+from homodistil.optimizer import cool_down, rewarm
 from homodistil.pruning.events import Proposal
+from homodistil.pruning.milestones import Milestone
 from homodistil.pruning.scheduler import Pruner
 from homodistil.resize import ResizePlan, reset_moments, resize, step_applied, write_weights
 
@@ -50,7 +53,7 @@ class Trainer:
     compensate: Callable[[Keep], Proposal] | None = None
     checkpoints: Checkpoints | None = None
     fit_micro_batch: Callable[[], dict[str, int]] = dict
-    after_event: Callable[[], None] = lambda: None
+    export_milestone: Callable[[object, Milestone, TrainState], None] | None = None
     state: TrainState = field(default_factory=TrainState)
 
     @property
@@ -60,7 +63,7 @@ class Trainer:
     def train(self) -> None:
         try:
             with stop.at_step_boundaries(self.feed.device) as stop_agreed:
-                while self.state.step < self.config.train.steps:
+                while not self.is_done:
                     self.train_step()
                     self.between_steps()
                     if number := stop_agreed():
@@ -72,18 +75,32 @@ class Trainer:
         if self.checkpoints:
             self.checkpoints.wait()
 
+    @property
+    def is_done(self) -> bool:
+        return self.state.step >= self.config.train.steps
+
     def train_step(self) -> None:
         fault_point("train.step")
         batches = self.feed.micro_batches(self.state.consumed_samples)
         importance = None
         for batch in batches:
             targets = self.teacher(batch) if self.teacher else None  # no grad; in lock-step it runs with the student
-            terms = self.engine(batch, targets)
-            backward(self.engine, fault_point("train.backward", terms.total))
-            self.monitor.see(terms)
-            if self.engine.is_gradient_accumulation_boundary():
-                importance = self.measure_importance()  # reduced, unscaled gradients exist only here
-            self.engine.step()
+            importance = self.train_micro_batch(batch, targets)
+        self.end_step(batches, importance)
+
+    def train_micro_batch(self, batch: Batch, targets: Targets | None) -> Measurement | None:
+        """Forward, backward, and at the end of a step the update; what that says about importance."""
+        terms = self.engine(batch, targets)
+        backward(self.engine, fault_point("train.backward", terms.total))
+        self.monitor.see(terms)
+        importance = None
+        if self.engine.is_gradient_accumulation_boundary():
+            importance = self.measure_importance()  # reduced, unscaled gradients exist only here
+        self.engine.step()
+        return importance
+
+    def end_step(self, batches: list[Batch], importance: Measurement | None) -> None:
+        """Count the step that has just been made of `batches`, and the event behind it."""
         require_applied(self.engine, self.state.step + 1, self.config)
         self.state.step += 1
         self.state.consumed_samples += self.config.train.global_batch_size
@@ -122,12 +139,13 @@ class Trainer:
             after = self.gap.measure()
             require_finite(after, self.state.step, self.config)
             rewarm(self.engine.lr_scheduler)
+            if steps := self.pruner.settle_steps(plan.widths_after) * self.config.run.settle_cooldown:
+                cool_down(self.engine.lr_scheduler, steps)
             event = resize_event(self.state.step, plan, before, after)
             event |= self.pruner.after_event(self.state.step, before["kl"], after["kl"]) | refit
             self.monitor.recorder.log_event(
                 event | micro_batch | {"milliseconds": cost.milliseconds, "bytes_moved": cost.bytes_moved}
             )
-            self.after_event()
 
     def refit(self, proposal: Proposal) -> dict[str, float]:
         """Give the engine the refitted weights of an event that it has gone through; what the event's line tells."""
@@ -139,9 +157,12 @@ class Trainer:
         return proposal.report | {"kl_after_cut": cut, "milliseconds_write": (time.perf_counter() - start_s) * 1e3}
 
     def between_steps(self) -> None:
-        """Once in a while: held-out evaluation, checkpoint."""
+        """Once in a while: milestone, held-out evaluation, checkpoint (which comes last: the others lie before it)."""
         train, step = self.config.train, self.state.step
         watch.progress(step, "training")
+        if milestone := self.milestone_due():
+            with self.monitor.timer.paused():
+                self.export_milestone(self.engine, milestone, self.state)
         last = step == train.steps
         if train.eval_every_steps and step % train.eval_every_steps == 0 and not last:
             with self.monitor.timer.paused():
@@ -149,6 +170,11 @@ class Trainer:
         if self.checkpoints and (last or (train.save_every_steps and step % train.save_every_steps == 0)):
             with self.monitor.timer.paused():
                 self.save()
+
+    def milestone_due(self) -> Milestone | None:
+        if self.export_milestone is None or self.pruner is None:
+            return None
+        return self.pruner.milestone_due(self.state.step, self.student.widths)
 
     def save(self) -> None:
         """A checkpoint, unless the weights have just become useless: the one before is then worth more."""
@@ -161,14 +187,18 @@ class Trainer:
         }
         self.checkpoints.save(self.engine, self.state.step, state)
 
+    def save_and_wait(self) -> None:
+        """Everything that going on needs, on disk."""
+        with self.monitor.timer.paused():
+            self.save()
+            self.checkpoints.wait()
+
     def leave(self, number: int) -> None:
         """Stop on request (signal `number`), with everything on disk that going on needs."""
         name, step = signal.Signals(number).name, self.state.step
         if self.checkpoints is None:
             raise StopRequested(f"stopped by {name} while correcting the teacher, which the next run starts anew")
-        with self.monitor.timer.paused():
-            self.save()
-            self.checkpoints.wait()
+        self.save_and_wait()
         steps = self.config.train.steps
         raise StopRequested(f"stopped by {name} at step {step} of {steps}; run.resume=auto goes on from its checkpoint")
 

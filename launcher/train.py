@@ -3,19 +3,20 @@
     deepspeed --num_accelerators 2 launcher/train.py --deepspeed ds_configs/zero2.json
     deepspeed launcher/train.py --deepspeed ds_configs/zero2.json recipe=homobert-small \
         teacher.name=/models/bert-base-uncased data.sources=[/data/wiki,/data/books] run.dir=/runs/small
+    deepspeed launcher/train.py --deepspeed ds_configs/zero2.json --teachers-once half.yaml,third.yaml run.dir=/runs/two
 """
 
 import sys
 
-from homodistil.cli import exit_with_code, parse_with_engine
+from homodistil.cli import exit_with_code, parse_job
 
 
 def main() -> None:
     with exit_with_code():
-        config, engine_config = parse_with_engine(sys.argv[1:], description="Distil a student from a teacher.")
+        job = parse_job(sys.argv[1:], description="Distil a student, or several, from a teacher.")
         from homodistil.job import run  # heavy imports, not needed for --help and config errors
 
-        run(config, engine_config)
+        run(job.config, job.engine_config, job.students)
 
 
 if __name__ == "__main__":

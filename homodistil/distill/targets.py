@@ -101,6 +101,11 @@ class Finished(Targets):
         return self._seen().layers.pop()
 
 
+def own_lists(tapped: Tapped) -> Tapped:
+    """The same pass for one of several readers, each of which drops what it has compared."""
+    return tapped._replace(layers=[*tapped.layers], queries=[*tapped.queries], keys=[*tapped.keys])
+
+
 class LockStep(Targets, Visitor):
     """Driven by the student's forward pass, whose masks and ids it takes: one family, one batch."""
 

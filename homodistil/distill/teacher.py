@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import pickle
 import re
@@ -18,7 +19,7 @@ from transformers.utils import logging
 from homodistil.config import TeacherConfig
 from homodistil.data.masking import Batch
 from homodistil.distill.runtime import OwnStream, Runtime, build_runtime
-from homodistil.distill.targets import Finished, LockStep, Targets, wanted_rows
+from homodistil.distill.targets import Finished, LockStep, Targets, own_lists, wanted_rows
 from homodistil.errors import UserError
 from homodistil.models import family_of
 from homodistil.models.taps import ATTENTION, Tapped, Taps
@@ -65,6 +66,18 @@ class Teacher(nn.Module):
             return Finished(self.model, self.family, batch, self.scale, lambda: tapped)
         pending = self._stream.start(batch.input_ids, batch.padding_mask)
         return Finished(self.model, self.family, batch, self.scale, pending.result)
+
+    @torch.no_grad()
+    def for_several(self, batch: Batch, num_students: int) -> list[Targets]:
+        """What so many students are compared with, out of one whole pass, which is kept until the last has used it."""
+        if self._stream is None:
+            tapped = self.run(batch)
+        else:
+            tapped = self._stream.start(batch.input_ids, batch.padding_mask).result()
+        return [
+            Finished(self.model, self.family, batch, self.scale, functools.partial(own_lists, tapped))
+            for _ in range(num_students)
+        ]
 
     @torch.no_grad()
     def run(self, batch: Batch) -> Tapped:

@@ -6,6 +6,9 @@ the teacher by no more than the bound. While it is ahead of a straight line to t
 won back its share of the last rise (behind it, it does not: early on the KL rises by training alone, and never falls
 to where the first event was).
 
+Milestones are stops that no event passes by. While one is held, the controller's clock stands still: everything below
+that counts steps counts those of the clock, so that the end is where it would be without.
+
 A deadline stands behind it: the student must not be wider than one from which the events that are left still reach the
 target, nor, from half time on, fall behind a straight line from there. The former alone would end in a few cuts of the
 largest size allowed, which tear the student apart.
@@ -21,7 +24,16 @@ from dataclasses import dataclass, field
 
 from homodistil.config import PruningConfig
 from homodistil.models.axes import Widths
-from homodistil.pruning.schedule import event_steps, multiple_of, narrowest_after, unreachable, widest_before
+from homodistil.pruning.milestones import Milestone, Route
+from homodistil.pruning.schedule import (
+    arrivals,
+    events_needed,
+    multiple_of,
+    narrowest_after,
+    unreachable,
+    walking_steps,
+    widest_before,
+)
 
 NUM_TRIALS = 5
 """Cuts tried at one interval (one more where the deadline's own cut must be known)."""
@@ -55,6 +67,8 @@ class GapState:
     num_events: int = 0
     above_bound: list[int] = field(default_factory=list)
     """Updates after which an event broke the bound."""
+    arrived: list[int] = field(default_factory=list)
+    """Updates after which an event has reached a milestone on the way, widest first."""
 
 
 class GapSchedule:
@@ -63,17 +77,24 @@ class GapSchedule:
         config: bound, recovery, fractions, interval, multiples, largest event.
         steps: optimizer steps of the run.
 
+        route: milestones, and how long each is held.
+
     Raises:
-        UserError: not even the largest cuts allowed reach the target in time.
+        UserError: not even the largest cuts allowed reach the target, or a milestone, in time.
     """
 
-    def __init__(self, initial: Widths, target: Widths, config: PruningConfig, steps: int) -> None:
-        self.config, self.target = config, dict(target)
-        start_step, end_step = round(config.start_fraction * steps), round(config.end_fraction * steps)
-        self.steps = event_steps(start_step, end_step, config.interval_steps)
-        self.end_step = self.steps[-1]
-        self.stops = width_stops(initial, target, config)
-        self.limits = {axis: self._limits(axis, initial[axis]) for axis in target}
+    def __init__(
+        self, initial: Widths, target: Widths, config: PruningConfig, steps: int, route: Route | None = None
+    ) -> None:
+        self.config, self.target, self.route, self._num_steps = config, dict(target), route or Route(), steps
+        start_step, self.steps = walking_steps(config, steps, self.route, target)
+        self.milestones = self.route.on_the_way(target)
+        self.end_step = self.steps[-1] + len(self.milestones) * self.route.settle_steps
+        legs = [dict(initial), *(m.widths for m in self.milestones), self.target]
+        if self.milestones:
+            arrivals(legs, self.steps, start_step, config)  # there are events enough
+        self.stops, self._milestone_stops = leg_stops(legs, self.target, config)
+        self.limits = {axis: self._limits(axis, legs) for axis in target}
         self.state = GapState(looked=start_step)
 
     @property
@@ -87,9 +108,10 @@ class GapSchedule:
 
     def looks(self, step: int, widths: Widths) -> bool:
         """Whether `decide` is to be asked after update `step`. An interval that fell on skipped updates is made up."""
-        if all(widths[axis] <= width for axis, width in self.target.items()):
+        if all(widths[axis] <= width for axis, width in self.target.items()) or self._is_held(step):
             return False
-        return step >= self.end_step or any(self.state.looked < at <= step for at in self.steps)
+        now = self._clock(step)
+        return now >= self.steps[-1] or any(self.state.looked < at <= now for at in self.steps)
 
     def decide(self, step: int, widths: Widths, kl: float, trial: Trial) -> Decision | None:
         """The event after update `step`, or None.
@@ -98,19 +120,20 @@ class GapSchedule:
             widths: of today.
             kl: to the teacher today, nats; like what `trial` gives the same on all ranks.
         """
-        self.state.looked = step
-        here, floor = self._position(widths), self._floor(step)
-        is_late, must_wait = floor > here, here >= self._line(step, 1) and self._is_recovering(kl)
+        now = self.state.looked = self._clock(step)
+        here, floor = self._position(widths), self._floor(now)
+        is_late, must_wait = floor > here, here >= self._line(now, 1) and self._is_recovering(kl)
+        floor = min(floor, self._next_milestone(here))
         if must_wait and not is_late:
             return None
         tried = _Tried(lambda stop: trial(self._cut(widths, stop)) - kl, self.config.gap_bound)
         found = None if must_wait else self._search(here, max(floor, here + 1), self._furthest(widths, here), tried)
-        if found is not None:
-            return Decision(self._cut(widths, found), False, len(tried.rises))
-        if not is_late:
+        if found is None and not is_late:
             return None
-        forced = must_wait or not tried.fits(floor)
-        return Decision(self._cut(widths, floor), forced, len(tried.rises))
+        forced = found is None and (must_wait or not tried.fits(floor))
+        decision = Decision(self._cut(widths, floor if found is None else found), forced, len(tried.rises))
+        self._note_arrival(step, {**widths, **decision.widths})
+        return decision
 
     def after_event(self, step: int, kl_before: float, kl_after: float, forced: bool) -> dict[str, object]:
         """Take in what the event did; returns what its line in events.jsonl tells."""
@@ -141,16 +164,47 @@ class GapSchedule:
     def load_state_dict(self, state: dict) -> None:
         self.state = GapState(**state)
 
+    # -- milestones
+
+    def milestone_due(self, step: int, widths: Widths) -> Milestone | None:
+        """The milestone that is to be exported after update `step` by a student of these widths."""
+        for at, milestone in zip(self.state.arrived, self.milestones, strict=False):
+            if step >= at + self.route.settle_steps and milestone.widths == dict(widths):
+                return milestone
+        final = self.route.at_the_end(self.target)
+        return final if final and step == self._num_steps and final.widths == dict(widths) else None
+
+    def _is_held(self, step: int) -> bool:
+        return bool(self.state.arrived) and step <= self.state.arrived[-1] + self.route.settle_steps
+
+    def _clock(self, step: int) -> int:
+        """Updates done without those for which milestones were held. Not asked for while one is."""
+        return step - len(self.state.arrived) * self.route.settle_steps
+
+    def _note_arrival(self, step: int, widths: Widths) -> None:
+        passed = len(self.state.arrived)
+        if passed < len(self.milestones) and widths == self.milestones[passed].widths:
+            self.state.arrived.append(step)
+
+    def _next_milestone(self, here: int) -> int:
+        """First stop beyond `here` that no event passes by."""
+        return next((stop for stop in self._milestone_stops if stop > here), len(self.stops) - 1)
+
     # -- stops
 
-    def _limits(self, axis: str, initial: int) -> list[int]:
+    def _limits(self, axis: str, legs: list[Widths]) -> list[int]:
         """Widest axis with 0, 1, 2, ... events left."""
         config, multiple = self.config, multiple_of(axis, self.config)
         widest = [self.target[axis]]
-        for _ in self.steps:
-            widest.append(widest_before(widest[-1], multiple, config.max_event_fraction, initial))
-        if initial > widest[-1]:
-            raise unreachable(axis, initial, self.target[axis], len(self.steps), config)
+        pairs = list(zip(legs, legs[1:], strict=False))
+        for wide, narrow in reversed(pairs):
+            # All axes reach a milestone with the same event, so that the slowest one decides when.
+            is_first = wide is legs[0]
+            count = len(self.steps) + 1 - len(widest) if is_first else events_needed(wide, narrow, config)
+            for _ in range(count):
+                widest.append(widest_before(widest[-1], multiple, config.max_event_fraction, wide[axis]))
+        if legs[0][axis] > widest[-1]:
+            raise unreachable(axis, legs[0][axis], self.target[axis], len(self.steps), config)
         return widest
 
     def _position(self, widths: Widths) -> int:
@@ -178,7 +232,7 @@ class GapSchedule:
         """Last stop that one event may lead to, with the largest cut that an axis allows."""
         narrowest = {axis: self._narrowest(axis, widths[axis]) for axis in self.target}
         allowed = (all(width >= narrowest[axis] for axis, width in stop.items()) for stop in self.stops)
-        return max(here + 1, sum(allowed) - 1)
+        return min(max(here + 1, sum(allowed) - 1), self._next_milestone(here))
 
     def _narrowest(self, axis: str, width: int) -> int:
         return narrowest_after(width, self.target[axis], multiple_of(axis, self.config), self.config.max_event_fraction)
@@ -219,6 +273,15 @@ class _Tried:
         if stop not in self.rises:
             self.rises[stop] = self.measure(stop)
         return self.rises[stop] <= self.bound  # never, when it is not a number
+
+
+def leg_stops(legs: list[Widths], target: Widths, config: PruningConfig) -> tuple[list[dict[str, int]], list[int]]:
+    """The stops of the way along `legs` (its start, milestones and end), and which of them are milestones."""
+    stops, milestones = [{axis: legs[0][axis] for axis in target}], []
+    for wide, narrow in zip(legs, legs[1:], strict=False):
+        stops += width_stops(wide, {axis: narrow[axis] for axis in target}, config)[1:]
+        milestones.append(len(stops) - 1)
+    return stops, milestones[:-1]
 
 
 def width_stops(initial: Widths, target: Widths, config: PruningConfig) -> list[dict[str, int]]:

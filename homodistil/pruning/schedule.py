@@ -7,11 +7,12 @@ walked, before step 1.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from homodistil.config import PruningConfig
 from homodistil.errors import UserError
 from homodistil.models.axes import Widths
+from homodistil.pruning.milestones import Milestone, Route
 
 
 def keep_ratio(kind: str, step: float, start_step: float, end_step: float, final_ratio: float) -> float:
@@ -75,52 +76,153 @@ def widest_before(width: int, multiple: int, max_event_fraction: float, initial:
 class WidthSchedule:
     """The path of every axis: `due(step)` gives the axes that change after update `step`.
 
+    With milestones the way is walked in legs: each ends exactly on a milestone's widths, near where the curve would
+    have passed them, and the widths are then held for `settle_steps`. The curve stands still meanwhile, and is walked
+    in the steps that are left, so that the last event is where it would be without: at end_fraction.
+
     Args:
         initial, target: widths before and after; axes absent from `target` stay.
         config: schedule, fractions, interval, multiples, largest event.
         steps: optimizer steps of the run.
+        route: milestones, and how long each is held.
+
+    Raises:
+        UserError: the target, or a milestone, cannot be reached in time.
     """
 
-    def __init__(self, initial: Widths, target: Widths, config: PruningConfig, steps: int) -> None:
+    def __init__(
+        self, initial: Widths, target: Widths, config: PruningConfig, steps: int, route: Route | None = None
+    ) -> None:
         self.initial, self.target = dict(initial), dict(target)
+        self.route, self._num_steps = route or Route(), steps
         self.table: dict[int, dict[str, int]] = {}
+        self.arrivals: dict[int, Milestone] = {}
+        """Update after which an event reaches a milestone on the way -> that milestone."""
         self.end_step = 0
         if config.schedule == "none":
             return
         if config.schedule == "one_shot":
             self.table = {0: {axis: width for axis, width in target.items() if width < initial[axis]}}
             return
-        start_step, self.end_step = round(config.start_fraction * steps), round(config.end_fraction * steps)
-        at = event_steps(start_step, self.end_step, config.interval_steps)
-        self.end_step = at[-1]
-        for axis in target:
-            self._add_axis(axis, at, start_step, config)
+        self._walk(config, steps)
 
-    def _add_axis(self, axis: str, at: list[int], start_step: int, config: PruningConfig) -> None:
+    def _walk(self, config: PruningConfig, steps: int) -> None:
+        start_step, at = walking_steps(config, steps, self.route, self.target)
+        milestones = self.route.on_the_way(self.target)
+        stops = [self.initial, *(m.widths for m in milestones), self.target]
+        ends = arrivals(stops, at, start_step, config)
+        first = 0
+        for held, (wide, narrow, end) in enumerate(zip(stops, stops[1:], ends, strict=False)):
+            events = at[first : end + 1]
+            for axis in self.target:
+                self._add_leg(axis, wide[axis], narrow[axis], events, (start_step, at[-1], held), config)
+            if held < len(milestones):
+                self.arrivals[at[end] + held * self.route.settle_steps] = milestones[held]
+            first = end + 1
+        self.end_step = at[-1] + len(milestones) * self.route.settle_steps
+
+    def _add_leg(
+        self, axis: str, wide: int, narrow: int, events: list[int], curve: tuple[int, int, int], config: PruningConfig
+    ) -> None:
+        """`events`: steps of the curve; `curve`: its first and last step, and how often it has stood still before."""
+        start_step, end_step, held = curve
         initial, target = self.initial[axis], self.target[axis]
-        ratios = [keep_ratio(config.schedule, step, start_step, self.end_step, target / initial) for step in at]
+        scale = initial / wide  # exactly 1 without milestones
+        ratios = [keep_ratio(config.schedule, t, start_step, end_step, target / initial) * scale for t in events]
         try:
-            path = width_path(ratios, initial, target, multiple_of(axis, config), config.max_event_fraction)
+            path = width_path(ratios, wide, narrow, multiple_of(axis, config), config.max_event_fraction)
         except ValueError:
-            raise unreachable(axis, initial, target, len(at), config) from None
-        previous = initial
-        for step, width in zip(at, path, strict=True):
+            raise unreachable(axis, wide, narrow, len(events), config) from None
+        previous = wide
+        for step, width in zip(events, path, strict=True):
             if width < previous:
-                self.table.setdefault(step, {})[axis] = width
+                self.table.setdefault(step + held * self.route.settle_steps, {})[axis] = width
             previous = width
 
     def due(self, step: int) -> Mapping[str, int]:
         """Axis -> new width for the axes that change after update `step`; empty nearly always."""
         return self.table.get(step, {})
 
-    def reached(self, step: int) -> dict[str, int]:
-        """Axis -> width after update `step`, for the axes that have changed by then."""
-        events = (self.table[at] for at in sorted(self.table) if at <= step)
-        return {axis: width for event in events for axis, width in event.items()}
+    def reached(self, step: int, widths: Widths | None = None) -> dict[str, int]:
+        """Axis -> width after update `step`, for the axes that have changed by then.
+
+        Args:
+            widths: of today: where skipped updates have made a milestone late, the way goes there first.
+        """
+        found: dict[str, int] = {}
+        for at in sorted(self.table):
+            if at > step:
+                break
+            found |= self.table[at]
+            if widths and at in self.arrivals and any(widths[axis] > width for axis, width in found.items()):
+                break
+        return found
+
+    def milestone_due(self, step: int, widths: Widths) -> Milestone | None:
+        """The milestone that is to be exported after update `step` by a student of these widths."""
+        for at, milestone in self.arrivals.items():
+            if step >= at + self.route.settle_steps and milestone.widths == dict(widths):
+                return milestone
+        final = self.route.at_the_end(self.target)
+        return final if final and step == self._num_steps and final.widths == dict(widths) else None
 
     @property
     def num_events(self) -> int:
         return len(self.table)
+
+
+def walking_steps(config: PruningConfig, steps: int, route: Route, target: Widths) -> tuple[int, list[int]]:
+    """First step of the curve, and its events; it stands still while a milestone is held. Raises `UserError`."""
+    start_step, end_step = round(config.start_fraction * steps), round(config.end_fraction * steps)
+    num_held = len(route.on_the_way(target)) * route.settle_steps
+    if num_held and end_step - num_held <= start_step:
+        raise UserError(
+            f"run.settle_steps: {route.settle_steps} for each of {len(route.on_the_way(target))} milestones is "
+            f"{num_held} steps, and pruning has {end_step - start_step} (pruning.start_fraction to end_fraction of "
+            f"train.steps); lower it, or raise pruning.end_fraction ({config.end_fraction:g})"
+        )
+    return start_step, event_steps(start_step, end_step - num_held, config.interval_steps)
+
+
+def arrivals(stops: Sequence[Widths], at: list[int], start_step: int, config: PruningConfig) -> list[int]:
+    """Index into `at` of the event with which each leg between `stops` ends: where the curve passes its end, moved only
+    as far as the largest cuts that are allowed ask for.
+
+    Raises:
+        UserError: there are fewer events than the milestones ask for.
+    """
+    legs = list(zip(stops, stops[1:], strict=False))
+    if len(legs) == 1:
+        return [len(at) - 1]
+    needed = [events_needed(wide, narrow, config) for wide, narrow in legs]
+    if sum(needed) > len(at):
+        raise UserError(
+            f"run.export_milestones: passing all of them takes {sum(needed)} events of at most "
+            f"{config.max_event_fraction:.0%} each, and there are {len(at)}; lower pruning.interval_steps "
+            f"({config.interval_steps}) or run.settle_steps, raise pruning.end_fraction ({config.end_fraction}) or "
+            f"pruning.max_event_fraction, or leave milestones out"
+        )
+    initial, target = stops[0]["hidden"], stops[-1]["hidden"]
+    kind = "linear" if config.schedule == "gap" else config.schedule
+    curve = [keep_ratio(kind, step, start_step, at[-1], target / initial) * initial for step in at]
+    ends: list[int] = []
+    for i, narrow in enumerate(stops[1:]):
+        passed = next((j for j, hidden in enumerate(curve) if hidden <= narrow["hidden"] + 0.5), len(at) - 1)
+        earliest, latest = (ends[-1] if ends else -1) + needed[i], len(at) - 1 - sum(needed[i + 1 :])
+        ends.append(min(max(passed, earliest), latest))
+    return [*ends[:-1], len(at) - 1]
+
+
+def events_needed(wide: Widths, narrow: Widths, config: PruningConfig) -> int:
+    """Fewest events that lead from widths to others, over all axes; at least 1."""
+    most = 1
+    for axis, width in narrow.items():
+        count, reached = 0, width
+        while reached < wide[axis]:
+            reached = widest_before(reached, multiple_of(axis, config), config.max_event_fraction, wide[axis])
+            count += 1
+        most = max(most, count)
+    return most
 
 
 def unreachable(axis: str, initial: int, target: int, num_events: int, config: PruningConfig) -> UserError:

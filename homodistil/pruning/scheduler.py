@@ -12,10 +12,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from homodistil.config import PruningConfig
+from homodistil.config import RunConfig
 from homodistil.models.axes import AxisTable, Keep, Widths
 from homodistil.pruning.gap_schedule import GapSchedule
 from homodistil.pruning.importance import Importance
+from homodistil.pruning.milestones import Milestone, Route, plan_route
 from homodistil.pruning.schedule import WidthSchedule
 from homodistil.pruning.selection import select
 from homodistil.resize.plan import ResizePlan, make_plan
@@ -31,10 +32,15 @@ class Look(Protocol):
         """The same after a cut, which is only tried."""
 
 
-def width_schedule(initial: Widths, target: Widths, config: PruningConfig, steps: int) -> WidthSchedule | GapSchedule:
-    """The schedule of `config`. Raises `UserError` when the target cannot be reached."""
-    kind = GapSchedule if config.schedule == "gap" else WidthSchedule
-    return kind(initial, target, config, steps)
+def width_schedule(config: RunConfig, teacher: Widths, initial: Widths, target: Widths) -> WidthSchedule | GapSchedule:
+    """The schedule of `config` from widths to others. Raises `UserError` when these, or milestones, are out of reach.
+
+    Args:
+        teacher: widths that milestones are fractions of.
+    """
+    kind = GapSchedule if config.pruning.schedule == "gap" else WidthSchedule
+    route = plan_route(config, teacher, initial, target) if config.run.export_milestones else Route()
+    return kind(initial, target, config.pruning, config.train.steps, route)
 
 
 class Pruner:
@@ -75,7 +81,8 @@ class Pruner:
         if isinstance(self.schedule, GapSchedule):
             return self._found_by_looking(self.schedule, step, table, kept_hidden)
         # An event that fell on skipped updates is still due: what counts is the width that the schedule has reached.
-        due = {axis: width for axis, width in self.schedule.reached(step).items() if width < table.widths[axis]}
+        reached = self.schedule.reached(step, table.widths)
+        due = {axis: width for axis, width in reached.items() if width < table.widths[axis]}
         if not due:
             return None
         self._rescore(step)
@@ -111,6 +118,15 @@ class Pruner:
         if not isinstance(self.schedule, GapSchedule):
             return {}
         return self.schedule.after_event(step, kl_before, kl_after, self._is_forced)
+
+    def milestone_due(self, step: int, widths: Widths) -> Milestone | None:
+        """What is to be exported after update `step` by a student of these widths; None nearly always."""
+        return self.schedule.milestone_due(step, widths)
+
+    def settle_steps(self, widths: Widths) -> int:
+        """For how many steps these widths, which an event has led to, are held; 0 unless they are a milestone's."""
+        on_the_way = self.schedule.route.on_the_way(self.schedule.target)
+        return self.schedule.route.settle_steps if any(m.widths == dict(widths) for m in on_the_way) else 0
 
     def state_dict(self) -> dict:
         state = {"importance": self.importance.state_dict(), "protected": self.protected}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 from markupsafe import Markup
@@ -11,6 +11,9 @@ from markupsafe import Markup
 from homodistil.report.curves import FAMILIES, Curve, curves, gap
 from homodistil.report.figures import draw
 from homodistil.report.run import FILES, Run
+
+if TYPE_CHECKING:  # at run time it needs this module's CSS, through the comparison's figures
+    from homodistil.report.family import FamilySection
 from homodistil.results import COLUMNS, DASH, cells
 
 CSS = """body { margin: 2.5rem auto 4rem; max-width: 62rem; padding: 0 1.5rem; color: #1a1a1a; background: #fff;
@@ -70,6 +73,26 @@ _TEMPLATE = """<!doctype html>
 {% else %}
 <p class="quiet">No results yet.</p>
 {% endif %}
+{% if family %}
+
+<h2>Family</h2>
+{% for sentence in family.sentences %}
+<p>{{ sentence }}</p>
+{% endfor %}
+<figure><figcaption>{{ family.caption }}</figcaption>
+<div class="wide"><table class="names">
+<thead><tr>{% for heading in family.headings %}<th>{{ heading }}</th>{% endfor %}</tr></thead>
+<tbody>
+{% for row in family.rows %}
+<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}
+</tbody>
+</table></div>
+{% if family.svg %}
+{{ family.svg | safe }}
+{% endif %}
+</figure>
+{% endif %}
 {% for curve in curves %}
 
 <h2>{{ curve.title }}</h2>
@@ -110,12 +133,14 @@ _TEMPLATE = """<!doctype html>
 """
 
 
-def render(run: Run) -> str:
+def render(run: Run, family: FamilySection | None = None) -> str:
+    """`family`: of a run with milestones."""
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined, keep_trailing_newline=True
     )
     return environment.from_string(_TEMPLATE).render(
         run=run,
+        family=family,
         files=FILES,
         progress=_progress(run),
         sentences=summary(run.rows),

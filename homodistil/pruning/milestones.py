@@ -1,0 +1,149 @@
+"""Milestones: stock shapes that the widths pass exactly on their way, so that each is exported as it is (family.py).
+
+A fraction of the teacher's hidden size becomes the nearest hidden size that a stock configuration can hold: a multiple
+of the number of heads and of `pruning.width_multiple`. Heads and feed-forward widths are in proportion: as far on
+their way to the student's final shape as the hidden size is.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from homodistil.config import PruningConfig, RunConfig
+from homodistil.errors import UserError
+from homodistil.models.axes import Widths
+from homodistil.pruning.target import Shape, target_widths
+
+_SAME_AS_FINAL = 0.02
+"""How far below the student's final hidden size, as a share of it, a milestone may ask for and mean that size."""
+
+
+class Milestone(NamedTuple):
+    fraction: float
+    """Of the teacher's hidden size, as in run.export_milestones."""
+    widths: dict[str, int]
+    """Axis -> width, every axis of the student."""
+
+
+class Route(NamedTuple):
+    """Where the widths pass on their way."""
+
+    milestones: tuple[Milestone, ...] = ()
+    """Widest first; the last may be the student's final widths."""
+    settle_steps: int = 0
+    """Optimizer steps for which the widths of one are held before it is exported."""
+
+    def on_the_way(self, target: Widths) -> tuple[Milestone, ...]:
+        """Without the one that is the end of the way: the student settles there until training ends."""
+        return tuple(m for m in self.milestones if m.widths["hidden"] > target["hidden"])
+
+    def at_the_end(self, target: Widths) -> Milestone | None:
+        return next((m for m in self.milestones if m.widths["hidden"] == target["hidden"]), None)
+
+
+def plan_route(config: RunConfig, teacher: Widths, initial: Widths, target: Widths) -> Route:
+    """The route of a run.
+
+    Args:
+        teacher, initial, target: widths of the teacher, and of the student before and after.
+
+    Raises:
+        UserError: a milestone is not on the way from `initial` to `target`, or is another one too.
+    """
+    found: list[Milestone] = []
+    before = _shape_of(initial)
+    for fraction in sorted(config.run.export_milestones, reverse=True):
+        shape = milestone_shape(fraction, teacher["hidden"], (before, _shape_of(target)), initial, config.pruning)
+        if found and shape.hidden_size == before.hidden_size:
+            raise UserError(
+                f"run.export_milestones: {found[-1].fraction:g} and {fraction:g} of the teacher's {teacher['hidden']} "
+                f"both mean hidden size {shape.hidden_size}; leave one out"
+            )
+        found.append(Milestone(fraction, target_widths(shape, initial)))
+        before = shape
+    return Route(tuple(found), config.run.settle_steps)
+
+
+def milestone_shape(
+    fraction: float, teacher_hidden: int, ends: tuple[Shape, Shape], initial: Widths, pruning: PruningConfig
+) -> Shape:
+    """The stock shape that `fraction` of `teacher_hidden` means.
+
+    Args:
+        ends: the shape before (the milestone before this one, or the start), and the student's final one.
+        initial: widths of the start, which proportions refer to.
+
+    Raises:
+        UserError: not between the start and the final shape, or no stock shape lies between `ends`.
+    """
+    before, final = ends
+    wanted, start = fraction * teacher_hidden, initial["hidden"]
+    if wanted < final.hidden_size * (1 - _SAME_AS_FINAL) or wanted >= start:
+        raise UserError(
+            f"run.export_milestones: {fraction:g} of the teacher's hidden size {teacher_hidden} is {wanted:.0f}, and "
+            f"this student goes from {start} to {final.hidden_size}; allowed: fractions between "
+            f"{final.hidden_size / teacher_hidden:.3g} (the final size) and {start / teacher_hidden:.3g}"
+        )
+    if shape := _nearest(wanted, before, final, initial, pruning):
+        return shape
+    raise UserError(
+        f"run.export_milestones: no hidden size between {final.hidden_size} and {before.hidden_size} near {wanted:.0f} "
+        f"is a multiple of pruning.width_multiple ({pruning.width_multiple}) and of {final.num_attention_heads} .. "
+        f"{before.num_attention_heads} heads no wider than before; leave {fraction:g} out or lower the multiple"
+    )
+
+
+def _nearest(wanted: float, before: Shape, final: Shape, initial: Widths, pruning: PruningConfig) -> Shape | None:
+    """The final shape, or the stock shape nearest to `wanted`; of equally near ones the heads most in proportion."""
+    start = _shape_of(initial)
+    widest = min(before.hidden_size, start.hidden_size - 1)
+    between = [_filled(h, n, start, final, before, pruning) for h, n in _stock(widest, before, final, pruning)]
+
+    def distance(shape: Shape) -> tuple[float, float, int]:
+        heads = _between(start.num_attention_heads, final.num_attention_heads, _left(shape.hidden_size, start, final))
+        # Of two that are equally near the wider one; of two numbers of heads the larger one.
+        return abs(shape.hidden_size - wanted), abs(shape.num_attention_heads - heads), -shape.num_attention_heads
+
+    return min([final, *between], key=distance) if between or wanted <= final.hidden_size else None
+
+
+def _stock(widest: int, before: Shape, final: Shape, pruning: PruningConfig) -> list[tuple[int, int]]:
+    """(hidden size, heads) of all stock shapes between, whose heads are neither wider than before nor narrower than at
+    the end. `widest`: largest hidden size."""
+    found = []
+    for heads in range(final.num_attention_heads, before.num_attention_heads + 1):
+        multiple = math.lcm(heads, pruning.width_multiple)
+        first = (final.hidden_size // multiple + 1) * multiple
+        for hidden in range(first, widest + 1, multiple):
+            if _head_dim(final) <= hidden // heads <= _head_dim(before):
+                found.append((hidden, heads))
+    return found
+
+
+def _filled(hidden: int, heads: int, start: Shape, final: Shape, before: Shape, pruning: PruningConfig) -> Shape:
+    exact = _between(start.intermediate_size, final.intermediate_size, _left(hidden, start, final))
+    rounded = round(exact / pruning.ffn_multiple) * pruning.ffn_multiple
+    return Shape(hidden, min(max(rounded, final.intermediate_size), before.intermediate_size), heads)
+
+
+def _left(hidden: int, start: Shape, final: Shape) -> float:
+    """Share of the way to the final hidden size that is left."""
+    return (hidden - final.hidden_size) / (start.hidden_size - final.hidden_size)
+
+
+def _between(first: int, last: int, left: float) -> float:
+    return last + (first - last) * left
+
+
+def _head_dim(shape: Shape) -> int:
+    return shape.hidden_size // shape.num_attention_heads
+
+
+def _shape_of(widths: Widths) -> Shape:
+    return Shape(widths["hidden"], widths["layer.0.ffn"], widths["layer.0.heads"])
+
+
+def milestone_name(fraction: float) -> str:
+    """`0.75`, as in folders and tables."""
+    return f"{fraction:g}"
