@@ -41,6 +41,11 @@ def parse_with_engine(argv: list[str], description: str = "") -> tuple[RunConfig
     return config, Path(namespace.deepspeed)
 
 
+def wants_check(argv: list[str]) -> bool:
+    """Whether the job is only to be checked (see homodistil/preflight)."""
+    return "--check" in argv
+
+
 def _parse(argv: list[str], description: str, with_engine: bool):
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = _build_parser(description, with_engine)
@@ -71,6 +76,7 @@ def _build_parser(description: str, with_engine: bool) -> ArgumentParser:
     parser.add_argument("--config", action="config", help="YAML file with any of the fields below.")
     if with_engine:
         parser.add_argument("--deepspeed", type=str, help="DeepSpeed's JSON (engine matters only), see ds_configs/.")
+        parser.add_argument("--check", action="store_true", help="Say what would go wrong, and try one step; no run.")
         parser.add_argument("--local_rank", type=int, default=-1, help="Set by the launcher.")
     parser.add_class_arguments(RunConfig, None)
     return parser

@@ -69,7 +69,7 @@ def prepare_corpus(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Co
         UserError: a source is missing, unreadable or without text; fewer than two documents; `seq_len` too long for
             the tokenizer's model; a package or hub data set cannot be fetched.
     """
-    backend, special_ids = _check_tokenizer(config, tokenizer)
+    backend, special_ids = check_tokenizer(config, tokenizer)
     sources = open_sources(config)
     fingerprint = _fingerprint(config, sources, backend, special_ids)
 
@@ -86,7 +86,7 @@ def prepare_corpus(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Co
     return Corpus(train, heldout, fingerprint, _describe(folder, config.seq_len))
 
 
-def _check_tokenizer(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[Tokenizer, list[int]]:
+def check_tokenizer(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[Tokenizer, list[int]]:
     """(a copy of the fast tokenizer without truncation and padding, ids of CLS, SEP and PAD)."""
     names = ("cls_token", "sep_token", "pad_token", "mask_token")
     missing = [name for name in names if getattr(tokenizer, f"{name}_id", None) is None]

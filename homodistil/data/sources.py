@@ -11,7 +11,7 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from homodistil.config import DataConfig
@@ -38,6 +38,10 @@ class Source:
     hub: HubText | None = None
     fingerprint: list[str] = field(default_factory=list)
     """Changes with the content: (suffix + sha256) a file, or the hub's."""
+
+    def only(self, file: Path) -> Source:
+        """The same source with one of its files."""
+        return replace(self, files=[file])
 
     def documents(self) -> Iterator[Iterable[Piece]]:
         """Documents in a fixed order. Each one must be used up before the next is asked for.
@@ -80,6 +84,13 @@ def open_sources(config: DataConfig) -> list[Source]:
     return [_open(name, config, cache_dir) for name in _expand(config.sources, cache_dir)]
 
 
+def unhashed_sources(config: DataConfig, names: list[str]) -> list[Source]:
+    """Sources without fingerprints, to look into: not all of a large text has to be read. Raises `UserError`."""
+    check_sources(replace(config, sources=names))
+    cache_dir = Path(config.cache_dir).expanduser()
+    return [_open(name, config, cache_dir, is_hashed=False) for name in _expand(names, cache_dir)]
+
+
 def _expand(names: list[str], cache_dir: Path) -> list[str]:
     expanded = []
     for name in names:
@@ -93,7 +104,7 @@ def _expand(names: list[str], cache_dir: Path) -> list[str]:
     return expanded
 
 
-def _open(name: str, config: DataConfig, cache_dir: Path) -> Source:
+def _open(name: str, config: DataConfig, cache_dir: Path, is_hashed: bool = True) -> Source:
     documents, column = config.text_documents, config.text_column
     if is_hub_name(name):
         hub = open_hub(name, column)
@@ -104,7 +115,7 @@ def _open(name: str, config: DataConfig, cache_dir: Path) -> Source:
         files, column = [assets.text_file(name, cache_dir)], "text"
     else:
         files = _files(name)
-    hashes = content_hashes(files, cache_dir)
+    hashes = content_hashes(files, cache_dir) if is_hashed else [""] * len(files)
     fingerprint = [f"{file.suffix}:{digest}" for file, digest in zip(files, hashes, strict=True)]
     return Source(name=name, text_column=column, text_documents=documents, files=files, fingerprint=fingerprint)
 
