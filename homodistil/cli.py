@@ -56,6 +56,8 @@ class Job(NamedTuple):
     """DeepSpeed's JSON."""
     students: list[RunConfig]
     """Of `--teachers-once`; empty: `config` has the only student."""
+    is_check: bool = False
+    """Whether the job is only to be checked (preflight/)."""
 
 
 def parse_job(argv: list[str], description: str = "") -> Job:
@@ -63,7 +65,11 @@ def parse_job(argv: list[str], description: str = "") -> Job:
     config, namespace = _parse(argv, description, with_engine=True)
     engine_config = _engine_config(namespace)
     if namespace.teachers_once is None:
-        return Job(config, engine_config, [])
+        return Job(config, engine_config, [], namespace.check)
+    if namespace.check:
+        raise UserError(
+            "--check: looks at one student, found --teachers-once; check each with its fields on the command line"
+        )
     paths = students.file_names(namespace.teachers_once)
     found = [_student(argv, description, path) for path in paths]
     students.settled(config, found, [path.stem for path in paths])
@@ -112,6 +118,7 @@ def _build_parser(description: str, with_engine: bool) -> ArgumentParser:
             help="Several students in one job, which share each pass of the teacher: YAML files, separated by commas, "
             "with the fields in which each differs. Their folders are run.dir/students/FILE.",
         )
+        parser.add_argument("--check", action="store_true", help="Say what would go wrong, and try one step; no run.")
         parser.add_argument("--local_rank", type=int, default=-1, help="Set by the launcher.")
     parser.add_class_arguments(RunConfig, None)
     return parser

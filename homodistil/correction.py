@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from homodistil import ranks
+from homodistil import nodes, ranks
 from homodistil.config import LossConfig, RunConfig
 from homodistil.distill.student import Student
 from homodistil.distill.teacher import load_config
@@ -54,6 +54,7 @@ def corrected(config: RunConfig, engine_config: dict, materials: Materials, run_
                 shutil.rmtree(work, ignore_errors=True)
             raise
         ranks.on_first_rank(lambda: _publish(work, final))
+    nodes.hand_over(nodes.cache_leaders(cache_dir(config)), final)
     ranks.on_first_rank(
         lambda: write_atomically(run_folder / TEACHER_FILE, json.dumps({"corrected": final.name}) + "\n")
     )

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from homodistil import ranks, watch
+from homodistil import nodes, ranks, watch
 from homodistil.config import RunConfig
 from homodistil.data.assets import teacher_folder
 from homodistil.data.corpus import Corpus, prepare_corpus
@@ -109,11 +109,19 @@ def check_teacher(config: RunConfig) -> str:
     return folder
 
 
+def _is_cached_here(config: RunConfig) -> bool:
+    name = config.teacher.name
+    return name.startswith("embedded:") or Path(name).expanduser().is_dir()
+
+
 def gather(config: RunConfig, device: torch.device) -> Materials:
-    """Teacher folder, tokenizer and corpus (fetched and prepared on first use, cached afterwards)."""
-    folder = check_teacher(config)
+    """Teacher folder, tokenizer and corpus: fetched and prepared on first use, by one rank a cache."""
+    leaders = nodes.cache_leaders(cache_dir(config))
+    # A hub's files lie in the hub client's own cache, which need not be shared where ours is.
+    folder = nodes.once(leaders if _is_cached_here(config) else nodes.machine_leaders(), lambda: check_teacher(config))
     tokenizer = load_tokenizer(folder, load_config(folder).vocab_size)
-    corpus = prepare_corpus(config.data, tokenizer)
+    # What the others get are the names of the files, which they map for themselves.
+    corpus = nodes.once(leaders, lambda: prepare_corpus(config.data, tokenizer))
     if corpus.fingerprint != ranks.on_first_rank(lambda: corpus.fingerprint):
         raise UserError(
             f"data.sources: rank {ranks.rank()} found another text than rank 0; give every machine the same files "

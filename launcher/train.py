@@ -4,6 +4,8 @@
     deepspeed launcher/train.py --deepspeed ds_configs/zero2.json recipe=homobert-small \
         teacher.name=/models/bert-base-uncased data.sources=[/data/wiki,/data/books] run.dir=/runs/small
     deepspeed launcher/train.py --deepspeed ds_configs/zero2.json --teachers-once half.yaml,third.yaml run.dir=/runs/two
+
+With --check nothing is trained: a table says what would go wrong (homodistil/preflight).
 """
 
 import sys
@@ -14,6 +16,10 @@ from homodistil.cli import exit_with_code, parse_job
 def main() -> None:
     with exit_with_code():
         job = parse_job(sys.argv[1:], description="Distil a student, or several, from a teacher.")
+        if job.is_check:
+            from homodistil.preflight import check
+
+            sys.exit(check(job.config, job.engine_config))
         from homodistil.job import run  # heavy imports, not needed for --help and config errors
 
         run(job.config, job.engine_config, job.students)

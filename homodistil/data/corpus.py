@@ -99,7 +99,7 @@ class _Order:
     """A corpus that is asked for, with its sources opened."""
 
     def __init__(self, config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._backend, self._special_ids = _check_tokenizer(config, tokenizer)
+        self._backend, self._special_ids = check_tokenizer(config, tokenizer)
         self._config, self._sources = config, open_sources(config)
         self._fingerprint = _fingerprint(config, self._sources, self._backend, self._special_ids)
         self._cache_dir = Path(config.cache_dir).expanduser()
@@ -151,7 +151,7 @@ class _Order:
         merge(folder, plan, shards, preparation.recipe, SpecialIds(*self._special_ids), self._config)
 
 
-def _check_tokenizer(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[Tokenizer, list[int]]:
+def check_tokenizer(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[Tokenizer, list[int]]:
     """(a copy of the fast tokenizer without truncation and padding, ids of CLS, SEP and PAD)."""
     names = ("cls_token", "sep_token", "pad_token", "mask_token")
     missing = [name for name in names if getattr(tokenizer, f"{name}_id", None) is None]

@@ -34,6 +34,13 @@ class Span(NamedTuple):
     """About as much text as this."""
 
 
+def start_of(source: Source, file: int) -> Span:
+    """Where the first documents of a file lie, or of the source's hub data set, whatever a plan would make of it."""
+    if source.hub is not None:
+        return Span(-1, 0, min(source.hub.num_rows, _PARQUET_BATCH_ROWS), 0)
+    return Span(file, 0, 1 if source.files[file].kind == ".parquet" else -1, 0)
+
+
 def read(source: Source, span: Span) -> Iterator[Iterable[Piece]]:
     """Documents in a fixed order. Each one must be used up before the next is asked for.
 

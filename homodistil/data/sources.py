@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from homodistil.config import DataConfig
@@ -51,6 +51,14 @@ def open_sources(config: DataConfig) -> list[Source]:
     return [_open(name, weight, config, cache_dir) for name, weight in named]
 
 
+def unhashed_sources(config: DataConfig, names: list[str]) -> list[Source]:
+    """Sources without fingerprints, to look into: not all of a large text has to be read. Raises `UserError`."""
+    check_sources(replace(config, sources=names))
+    cache_dir = Path(config.cache_dir).expanduser()
+    named = _expand([(name, 1.0) for name in names], cache_dir)
+    return [_open(name, weight, config, cache_dir, is_hashed=False) for name, weight in named]
+
+
 def _expand(named: list[tuple[str, float]], cache_dir: Path) -> list[tuple[str, float]]:
     expanded = []
     for name, weight in named:
@@ -64,7 +72,7 @@ def _expand(named: list[tuple[str, float]], cache_dir: Path) -> list[tuple[str, 
     return expanded
 
 
-def _open(name: str, weight: float, config: DataConfig, cache_dir: Path) -> Source:
+def _open(name: str, weight: float, config: DataConfig, cache_dir: Path, is_hashed: bool = True) -> Source:
     common = {"name": name, "weight": weight, "text_documents": config.text_documents}
     if is_hub_name(name):
         hub = open_hub(name, config.text_column)
@@ -73,7 +81,8 @@ def _open(name: str, weight: float, config: DataConfig, cache_dir: Path) -> Sour
         files, column = [TextFile(str(assets.text_file(name, cache_dir)))], "text"
     else:
         files, column = _files(name), config.text_column
-    return Source(text_column=column, files=files, fingerprint=_fingerprint(files, cache_dir), **common)
+    fingerprint = _fingerprint(files, cache_dir) if is_hashed else []
+    return Source(text_column=column, files=files, fingerprint=fingerprint, **common)
 
 
 def _fingerprint(files: list[TextFile], cache_dir: Path) -> list[str]:

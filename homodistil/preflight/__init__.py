@@ -1,0 +1,95 @@
+"""Before a run: would it start? Everything that can be known in a minute, on every rank and machine, in one table.
+
+    deepspeed launcher/train.py --check --deepspeed ds_configs/zero2.json ...
+
+Problems are collected, not met one by one. The step is tried only where nothing else is wrong. Every machine looks with
+its own eyes (its cache, its disks); no path of one machine is handed to another. Nothing is written but the cache of
+packaged teachers and texts.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import torch
+from torch import distributed
+
+from homodistil import ranks, stop, watch
+from homodistil.config import RunConfig
+from homodistil.engine import init_ranks, load_engine_config
+from homodistil.exit_codes import USER_ERROR
+from homodistil.preflight.disk import check_folders
+from homodistil.preflight.findings import Findings, format_findings, merged
+from homodistil.preflight.memory import check_memory, step_bytes
+from homodistil.preflight.port import check_port
+from homodistil.preflight.settings import TeacherFacts, check_model, check_settings
+from homodistil.preflight.step import try_step
+from homodistil.preflight.text import Sample, blocks, check_text
+
+JOIN_TIMEOUT_S = 120.0
+PROBE_BLOCKS = 16
+"""Blocks a rank at least: the probe of the gap and the statistics of a compensated cut want some."""
+
+
+def check(config: RunConfig, engine_config_path: Path) -> int:
+    """Print the table on rank 0. Every rank calls it; returns the exit code, 0 or USER_ERROR."""
+    start_s = time.perf_counter()
+    raw_engine_config = load_engine_config(engine_config_path)
+    findings = Findings()
+    check_port(findings)
+    if not findings.are_good:  # nobody can be met: this rank alone says what it sees
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        _look(findings, config, raw_engine_config, device)
+        return _conclude(findings, start_s)
+    device = init_ranks(min(config.run.rank_timeout_s, JOIN_TIMEOUT_S))
+    with stop.on_signals(), watch.watching(config.run.rank_timeout_s):
+        with watch.long_phase("checking"):
+            findings = _check_all(config, raw_engine_config, device)
+        code = _conclude(findings, start_s)
+    distributed.destroy_process_group()
+    return code
+
+
+def _check_all(config: RunConfig, raw_engine_config: dict, device: torch.device) -> Findings:
+    own = Findings()
+    own.note("port", f"{ranks.world_size()} ranks met at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}")
+    facts, sample = _look(own, config, raw_engine_config, device)
+    found = merged(ranks.gather(list(own)))
+    if not found.are_good:
+        return found
+    # The same rows everywhere: rank 0's. Its folder of the teacher is not handed on: that may be another machine's.
+    num_blocks = ranks.world_size() * max(config.train.micro_batch_size, PROBE_BLOCKS)
+    rows = ranks.on_first_rank(lambda: blocks(sample, facts.tokenizer, config.data.seq_len, num_blocks))
+    facts = facts or check_model(Findings(), config)
+    tried = Findings()
+    tried.attempt(
+        "step", lambda: try_step(tried, config, raw_engine_config, facts.folder, facts.tokenizer, rows, device)
+    )
+    return Findings([*found, *merged(ranks.gather(list(tried)))])
+
+
+def _look(
+    findings: Findings, config: RunConfig, raw_engine_config: dict, device: torch.device
+) -> tuple[TeacherFacts | None, Sample | None]:
+    """What needs no other rank. One rank a machine looks at text and disks, every rank at its own memory."""
+    engine_config = check_settings(findings, config, raw_engine_config, device)
+    facts = check_model(findings, config)
+    if facts and engine_config:
+        sizes = (facts.widths, facts.num_parameters, facts.vocab_size)
+        check_memory(findings, step_bytes(config, engine_config, *sizes, device), device)
+    if int(os.environ.get("LOCAL_RANK", 0)):
+        return facts, None
+    sample = check_text(findings, config.data, facts.tokenizer) if facts else None
+    size = facts.num_parameters if facts else 0
+    check_folders(findings, config, size, sample.num_bytes if sample else 0, ranks.rank() == 0)
+    return facts, sample
+
+
+def _conclude(findings: Findings, start_s: float) -> int:
+    if ranks.rank() == 0:
+        num_bad = sum(not finding.is_good for finding in findings)
+        verdict = f"{num_bad} to mend before this run can start" if num_bad else "this run can start"
+        print(f"{format_findings(findings)}\n\n{verdict} ({time.perf_counter() - start_s:.0f} s)", flush=True)
+    return 0 if findings.are_good else USER_ERROR

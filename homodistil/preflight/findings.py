@@ -1,0 +1,101 @@
+"""What a check has found: subject, what is there, and whether a run could start with it; and the table of all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from itertools import groupby
+from typing import TypeVar
+
+from homodistil.errors import UserError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A row of the table."""
+
+    subject: str
+    found: str
+    mend: str | None = None
+    """How to make it right; None: nothing is wrong."""
+
+    @property
+    def is_good(self) -> bool:
+        return self.mend is None
+
+
+class Findings(list[Finding]):
+    """Rows in the order they were found in. What is wrong is collected, not raised."""
+
+    def note(self, subject: str, found: str) -> None:
+        self.append(Finding(subject, found))
+
+    def refuse(self, subject: str, found: str, mend: str) -> None:
+        self.append(Finding(subject, found, mend))
+
+    def attempt(self, subject: str, action: Callable[[], T]) -> T | None:
+        """The result of `action`; None where it raised a `UserError`, which becomes a row."""
+        try:
+            return action()
+        except UserError as error:
+            self.append(refusal(subject, error))
+            return None
+
+    @property
+    def are_good(self) -> bool:
+        return all(finding.is_good for finding in self)
+
+
+def refusal(subject: str, error: BaseException) -> Finding:
+    """The row of an error. Its text says behind the last semicolon how to mend what stands before."""
+    found, _, mend = str(error).rpartition("; ")
+    return Finding(subject, found or mend, mend)
+
+
+def merged(of_ranks: list[list[Finding]]) -> Findings:
+    """One row for what several ranks found alike; where something is wrong, the ranks are named.
+
+    Args:
+        of_ranks: by rank; a rank that did not look into a subject has no row for it.
+    """
+    subjects = list(dict.fromkeys(finding.subject for findings in of_ranks for finding in findings))
+    rows = Findings()
+    for subject in subjects:
+        found: dict[Finding, list[int]] = {}
+        for rank, findings in enumerate(of_ranks):
+            for finding in findings:
+                if finding.subject == subject:
+                    found.setdefault(finding, []).append(rank)
+        if all(finding.is_good for finding in found):
+            first = min(ranks[0] for ranks in found.values())
+            rows.extend(finding for finding, ranks in found.items() if ranks[0] == first)
+        else:
+            rows.extend(_named(finding, ranks) if len(of_ranks) > 1 else finding for finding, ranks in found.items())
+    return rows
+
+
+def _named(finding: Finding, ranks: list[int]) -> Finding:
+    word = "rank" if len(ranks) == 1 else "ranks"
+    return Finding(finding.subject, f"{word} {_ranges(ranks)}: {finding.found}", finding.mend)
+
+
+def _ranges(numbers: Iterable[int]) -> str:
+    """[0, 1, 2, 5] -> "0-2, 5"."""
+    parts = []
+    for _, run in groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0]):
+        members = [number for _, number in run]
+        parts.append(f"{members[0]}-{members[-1]}" if len(members) > 1 else str(members[0]))
+    return ", ".join(parts)
+
+
+def format_findings(findings: Findings) -> str:
+    """Subject, verdict and what was found a line; below what is wrong, how to mend it."""
+    width = max((len(finding.subject) for finding in findings), default=0)
+    lines = []
+    for finding in findings:
+        lines.append(f"{finding.subject:{width}}  {'ok ' if finding.is_good else 'BAD'}  {finding.found}")
+        if not finding.is_good:
+            lines.append(f"{'':{width}}       mend: {finding.mend}")
+    return "\n".join(lines)

@@ -1,0 +1,60 @@
+"""What a rank will hold at the first, widest step, against what its device has to offer."""
+
+from __future__ import annotations
+
+import os
+
+import psutil
+import torch
+
+from homodistil.config import RunConfig
+from homodistil.engine import student_dtype, teacher_dtype
+from homodistil.micro_batch import state_layout
+from homodistil.models.attention import keeps_probabilities
+from homodistil.models.axes import Widths
+from homodistil.preflight.findings import Findings
+from homodistil.step_memory import sequence_bytes, state_bytes
+
+
+def step_bytes(
+    config: RunConfig, engine_config: dict, widths: Widths, num_parameters: int, vocab_size: int, device: torch.device
+) -> float:
+    """Predicted bytes of one rank before the first cut: student, engine state, activations, and the frozen teacher.
+
+    Args:
+        engine_config: from `resolve_engine_config`.
+        widths, num_parameters, vocab_size: of the teacher, whose copy the student is; projections are left out.
+    """
+    num_ranks = int(os.environ.get("WORLD_SIZE", 1))
+    student, teacher = student_dtype(engine_config), teacher_dtype(config.teacher.dtype, engine_config, device)
+    activations = sequence_bytes(
+        widths,
+        widths,
+        config.loss,
+        seq_len=config.data.seq_len,
+        masked_rows=config.data.mask_probability * config.data.seq_len,
+        vocab_size=vocab_size,
+        student_bytes=student.itemsize,
+        teacher_bytes=teacher.itemsize,
+        lock_step=config.teacher.in_lock_step,
+        keeps_probabilities=keeps_probabilities(device.type, student),
+    ).total
+    state = state_bytes(num_parameters, 0, state_layout(engine_config, num_ranks))
+    return state + num_parameters * teacher.itemsize + config.train.micro_batch_size * activations
+
+
+def free_bytes(device: torch.device) -> tuple[float, str]:
+    """(bytes that this rank may take, what they are). On a CPU the host's are shared out among its ranks."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0], "free on the GPU"
+    num_local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", 1)))
+    return psutil.virtual_memory().available / num_local, f"available for each of {num_local} local ranks"
+
+
+def check_memory(findings: Findings, needed: float, device: torch.device) -> None:
+    free, what = free_bytes(device)
+    found = f"{needed / 1e9:.2f} GB a rank predicted at full width, {free / 1e9:.1f} GB {what}"
+    if needed > free:
+        mend = "lower train.micro_batch_size, use a higher ZeRO stage (ds_configs/zero3.json), or more memory a rank"
+        return findings.refuse("memory", found, mend)
+    findings.note("memory", found)

@@ -1,0 +1,65 @@
+"""Run config, DeepSpeed's JSON and teacher against each other: the same rules that a run starts with, all of them."""
+
+from __future__ import annotations
+
+import os
+from typing import NamedTuple
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from homodistil.config import RunConfig
+from homodistil.distill.compiled import check_student_compile
+from homodistil.distill.runtime import check_teacher_runtime
+from homodistil.distill.teacher import load_config, load_tokenizer
+from homodistil.engine import resolve_engine_config, teacher_dtype
+from homodistil.materials import check_teacher
+from homodistil.models import family_of
+from homodistil.models.axes import Widths
+from homodistil.optimizer import check_implementation
+from homodistil.preflight.findings import Findings
+
+
+class TeacherFacts(NamedTuple):
+    """A teacher that can be started from."""
+
+    folder: str
+    tokenizer: PreTrainedTokenizerBase
+    widths: Widths
+    num_parameters: int
+    vocab_size: int
+
+
+def check_settings(findings: Findings, config: RunConfig, raw_engine_config: dict, device: torch.device) -> dict | None:
+    """The resolved engine config, None where it cannot be resolved."""
+    before = len(findings)
+    num_ranks = int(os.environ.get("WORLD_SIZE", 1))
+    engine = findings.attempt("config", lambda: resolve_engine_config(raw_engine_config, config, num_ranks))
+    findings.attempt("config", lambda: teacher_dtype(config.teacher.dtype, engine or {}, device))
+    findings.attempt("config", lambda: check_implementation(config.optimizer.implementation))
+    findings.attempt("config", lambda: check_teacher_runtime(config, device))
+    if engine is not None:
+        findings.attempt("config", lambda: check_student_compile(config, engine, device))
+    if len(findings) == before:
+        stage = engine.get("zero_optimization", {}).get("stage", 0)
+        found = f"ZeRO-{stage}, {num_ranks} ranks, {config.train.global_batch_size} sequences a step"
+        findings.note("config", f"{found}, accumulated over {engine['gradient_accumulation_steps']}")
+    return engine if len(findings) == before + 1 and findings[-1].is_good else None
+
+
+def check_model(findings: Findings, config: RunConfig) -> TeacherFacts | None:
+    """Teacher (fetched if it is packaged), its weights and tokenizer, and the student's target."""
+    folder = findings.attempt("model", lambda: check_teacher(config))
+    if folder is None:
+        return None
+    shape = load_config(folder)
+    tokenizer = findings.attempt("model", lambda: load_tokenizer(folder, shape.vocab_size))
+    if tokenizer is None:
+        return None
+    family = family_of(shape.model_type)
+    with torch.device("meta"):
+        model = family.empty_model(shape)
+    count = sum(p.numel() for p in model.parameters())
+    widths = family.axis_table(model).widths
+    findings.note("model", f"{config.teacher.name}: {count / 1e6:.1f} M parameters, hidden {widths['hidden']}")
+    return TeacherFacts(folder, tokenizer, widths, count, shape.vocab_size)

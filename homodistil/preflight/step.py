@@ -1,0 +1,81 @@
+"""One real step on every rank: the run's own student, teacher and engine, a micro-batch each, and the first cut."""
+
+from __future__ import annotations
+
+import copy
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from homodistil import ranks
+from homodistil.config import RunConfig
+from homodistil.data.corpus import Corpus
+from homodistil.distillation import Distillation
+from homodistil.engine import resolve_engine_config
+from homodistil.materials import Materials
+from homodistil.metrics import Recorder, memory_bytes
+from homodistil.preflight.findings import Findings
+from homodistil.trainer import Trainer, TrainState
+
+_BATCH_ENTRIES = ("train_batch_size", "gradient_accumulation_steps")
+
+
+def small_config(config: RunConfig, num_ranks: int) -> RunConfig:
+    """The run with one micro-batch a rank and step: what a step holds in memory stays the same."""
+    small = copy.deepcopy(config)
+    num_sequences = config.train.micro_batch_size * num_ranks
+    small.train.global_batch_size = num_sequences
+    small.train.log_every_steps = 1
+    small.run.export_milestones, small.run.settle_steps = [], 0
+    small.run.compare, small.run.resume = [], "never"
+    small.pruning.compensation_sequences = num_sequences
+    small.pruning.calibration_batches, small.pruning.one_shot_stages = 1, 1
+    return small
+
+
+def try_step(
+    findings: Findings,
+    config: RunConfig,
+    raw_engine_config: dict,
+    teacher: str,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: np.ndarray,
+    device: torch.device,
+) -> None:
+    """Every rank calls it. Nothing is written: no recorder is enabled, no checkpoint and no export is due.
+
+    Args:
+        raw_engine_config: DeepSpeed's JSON as the user wrote it.
+        rows: blocks of text, the same on every rank, (num_blocks, seq_len) int64.
+    """
+    start_s = time.perf_counter()
+    small = small_config(config, ranks.world_size())
+    raw = {name: value for name, value in raw_engine_config.items() if name not in _BATCH_ENTRIES}
+    corpus = Corpus(rows, rows, "preflight", "a sample")
+    materials = Materials(teacher, tokenizer, corpus, device, config.teacher.allow_pickle)
+    engine_config = resolve_engine_config(raw, small, ranks.world_size())
+    run = Distillation(small, engine_config, materials, Path(config.run_dir), command="")
+    with Recorder(run.folder, small.train.steps, 0, enabled=False) as recorder:
+        run.cuts.before_training(recorder)
+        trainer = run.build_trainer(recorder, TrainState())
+        trainer.train_step()
+        cut = _first_cut(trainer)
+    trainer.engine.destroy()
+    peak = max(value for name, value in memory_bytes().items())
+    seconds = time.perf_counter() - start_s
+    findings.note("step", f"forward, backward, step{cut}; {peak / 1e9:.2f} GB in use, {seconds:.1f} s")
+
+
+def _first_cut(trainer: Trainer) -> str:
+    """The first event of the schedule, gone through now. What the row says of it."""
+    student, table = trainer.student, getattr(trainer.pruner.schedule, "table", {})
+    widths = {axis: width for axis, width in table.get(min(table, default=0), {}).items()}
+    due = {axis: width for axis, width in widths.items() if width < student.widths[axis]}
+    if not due:
+        return ""
+    plan = trainer.pruner.due(min(table), student.axis_table(), student.kept["hidden"])
+    trainer.resize(plan)
+    return f", cut to hidden {student.widths['hidden']}"

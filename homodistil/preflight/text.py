@@ -1,0 +1,75 @@
+"""Some documents of every source, read and tokenised: what a whole preparation would stumble over at once."""
+
+from __future__ import annotations
+
+from itertools import islice
+from typing import NamedTuple
+
+import numpy as np
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerBase
+
+from homodistil.config import DataConfig
+from homodistil.data.corpus import check_tokenizer
+from homodistil.data.documents import read, start_of
+from homodistil.data.sources import Source, unhashed_sources
+from homodistil.errors import UserError
+from homodistil.preflight.findings import Findings
+
+SAMPLE_DOCUMENTS = 20
+SAMPLE_PIECES = 20
+"""Of one document, each of at most 16 K characters."""
+FILES_LOOKED_INTO = 20
+
+
+class Sample(NamedTuple):
+    """Of all sources together."""
+
+    tokens: np.ndarray
+    """(N,) int64, without special tokens."""
+    num_bytes: int
+    """Of all files of all sources, as they lie on the disk."""
+
+
+def check_text(findings: Findings, config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Sample | None:
+    """A row a source. The sample, where all of them could be read."""
+    if findings.attempt("data", lambda: check_tokenizer(config, tokenizer)) is None:
+        return None
+    backend, _ = check_tokenizer(config, tokenizer)
+    tokens: list[int] = []
+    num_bytes = 0
+    for name in config.sources:
+        sources = findings.attempt("data", lambda name=name: unhashed_sources(config, [name]))
+        for source in sources or ():
+            found = findings.attempt("data", lambda source=source: _tokens_of(source, backend))
+            if found is not None:
+                size = sum(file.num_bytes() or 0 for file in source.files)
+                num_bytes, tokens = num_bytes + size, tokens + found
+                findings.note("data", f"{source.name}: {_measure(source, size)}, {len(found):,} tokens read from it")
+    return Sample(np.asarray(tokens, dtype=np.int64), num_bytes) if findings.are_good else None
+
+
+def _measure(source: Source, size: int) -> str:
+    return f"{len(source.files)} files, {size / 1e6:.1f} MB" if source.files else "hub data set"
+
+
+def _tokens_of(source: Source, backend: Tokenizer) -> list[int]:
+    """Of the first documents of up to FILES_LOOKED_INTO files, spread evenly over the source."""
+    step = -(-len(source.files) // FILES_LOOKED_INTO) or 1
+    spans = [start_of(source, index) for index in range(0, max(1, len(source.files)), step)]
+    share = max(1, SAMPLE_DOCUMENTS // len(spans))
+    found: list[int] = []
+    for span in spans:
+        for document in islice(read(source, span), share):
+            for piece in islice(document, SAMPLE_PIECES):
+                found += backend.encode(piece, add_special_tokens=False).ids
+    if not found:
+        raise UserError(f"data.sources: {source.name!r} gave no token of text at its start; put text there")
+    return found
+
+
+def blocks(sample: Sample, tokenizer: PreTrainedTokenizerBase, seq_len: int, num_blocks: int) -> np.ndarray:
+    """(num_blocks, seq_len) int64 of the sample's tokens between [CLS] and [SEP], from its start again when used up."""
+    inner = np.resize(sample.tokens, (num_blocks, seq_len - 2))
+    first = np.full((num_blocks, 1), tokenizer.cls_token_id)
+    return np.hstack([first, inner, np.full((num_blocks, 1), tokenizer.sep_token_id)]).astype(np.int64)
