@@ -26,6 +26,7 @@ def test_who_shares_a_machine_and_who_a_cache(server, homes, tmp_path):
     assert shared.output().count("machines [0, 1] caches [0, 0] left []") == 2, shared.output()
 
 
+@pytest.mark.full
 def test_machines_with_caches_of_their_own_all_get_corpus_and_corrected_teacher(server, materials, homes, tmp_path):
     overrides = ("data.cache_dir=~/cache", "teacher.correction_steps=2", "student.preset=teacher", *MANY)
     fields = [f for f in arguments(materials, tmp_path / "run", *overrides) if not f.startswith("student.h")]

@@ -80,6 +80,7 @@ def test_each_student_is_bitwise_that_of_a_job_of_its_own(server, materials, alo
     assert (passes["num_passes"], passes["num_uses"]) == (2 * STEPS, 4 * STEPS) and passes["teacher_s"] > 0
 
 
+@pytest.mark.full
 def test_killed_between_two_checkpoints_then_stopped_they_end_level(server, materials, alone, files, tmp_path):
     folder = tmp_path / "run"
     own = _own(materials, folder, files, "run.resume=auto")

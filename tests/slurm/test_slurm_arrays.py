@@ -50,6 +50,7 @@ def test_a_sweep_runs_the_line_of_its_number(cluster, site, slurm_materials, tmp
     assert (tmp_path / "run 2" / "export" / "model.safetensors").is_file() and not (tmp_path / "run 1").exists()
 
 
+@pytest.mark.full
 def test_tasks_of_an_array_prepare_one_corpus(cluster, site, slurm_materials, tmp_path):
     fields = [
         word for word in arguments(slurm_materials, tmp_path) if word.startswith(("data.s", "data.h", "teacher."))
