@@ -263,6 +263,8 @@ class RunFolderConfig:
     """Let the micro-batch grow into the memory that resizing frees: same global batch, fewer accumulation steps."""
     rank_timeout_s: float = 1800.0
     """Seconds (> 0) without progress after which a rank is called stuck and the job ends; dead ones are seen sooner."""
+    rank_logs: bool = False
+    """Also keep what each rank says in logs/rank-NNNNN.txt of the run folder."""
     export_milestones: list[float] = field(default_factory=list)
     """Fractions of the teacher's hidden size, in (0, 1): the widths pass the nearest stock shape of each exactly, and a
     stock checkpoint with its scores is written there (family.json)."""

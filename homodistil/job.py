@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import distributed
 
-from homodistil import ranks, stop, watch
+from homodistil import nodes, rank_log, ranks, stop, watch
 from homodistil.config import RunConfig
 from homodistil.controls import controls
 from homodistil.correction import corrected
@@ -25,6 +25,7 @@ from homodistil.report import write_report
 from homodistil.report.family import family_text
 from homodistil.results import format_table, write_result
 from homodistil.run_folder import check_run_folders, claim_run_folder
+from homodistil.start_report import StartReport
 from homodistil.students import check_stage
 from homodistil.together import student_runs, train_together
 
@@ -35,15 +36,23 @@ def run(config: RunConfig, engine_config_path: Path, students: Sequence[RunConfi
     Args:
         students: several instead of the one of `config` (students.py).
     """
+    report = StartReport()
     raw_engine_config = load_engine_config(engine_config_path)
-    device = init_ranks(config.run.rank_timeout_s)
+    with report.part("joining"):
+        device = init_ranks(config.run.rank_timeout_s)
     with stop.on_signals(), watch.watching(config.run.rank_timeout_s):
-        rows = _run(config, raw_engine_config, device, students)
+        rows = _run(config, raw_engine_config, device, students, report)
     distributed.destroy_process_group()
     return rows
 
 
-def _run(config: RunConfig, raw_engine_config: dict, device: torch.device, students: Sequence[RunConfig]) -> list[dict]:
+def _run(
+    config: RunConfig,
+    raw_engine_config: dict,
+    device: torch.device,
+    students: Sequence[RunConfig],
+    report: StartReport,
+) -> list[dict]:
     engine_config = resolve_engine_config(raw_engine_config, config, ranks.world_size())
     teacher_dtype(config.teacher.dtype, engine_config, device)
     for one in (config, *students):
@@ -53,14 +62,20 @@ def _run(config: RunConfig, raw_engine_config: dict, device: torch.device, stude
     if students:
         check_stage(engine_config)
     folder, *own_folders = ranks.on_first_rank(lambda: check_run_folders(config, students))
-    with watch.long_phase("preparing teacher and data"):
+    with watch.long_phase("preparing teacher and data"), report.part("teacher and data"):
         for student in students:
             check_teacher(student)
         materials = gather(config, device)
     # Claimed only now: whatever the user had to mend until here, the folder is still free.
     for path, one in zip((folder, *own_folders), (config, *students), strict=True):
         ranks.on_first_rank(lambda path=path, one=one: claim_run_folder(path, one, engine_config))
-    materials, correction = corrected(config, engine_config, materials, folder)
+    if config.run.rank_logs:
+        rank_log.keep_in(Path(folder) / "logs")
+    with report.part("teacher's correction"):
+        materials, correction = corrected(config, engine_config, materials, folder)
+    num_machines = len(set(nodes.machine_leaders()))
+    if ranks.rank() == 0:
+        print(report.line(ranks.world_size(), num_machines, engine_config), flush=True)
     command = shlex.join([Path(sys.executable).name, *sys.argv])
     if students:
         runs = student_runs(students, own_folders, engine_config, materials, command)

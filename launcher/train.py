@@ -11,9 +11,11 @@ With --check nothing is trained: a table says what would go wrong (homodistil/pr
 import sys
 
 from homodistil.cli import exit_with_code, parse_job
+from homodistil.rank_log import tag_lines
 
 
 def main() -> None:
+    tag_lines()
     with exit_with_code():
         job = parse_job(sys.argv[1:], description="Distil a student, or several, from a teacher.")
         if job.is_check:

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from homodistil.cli import parse
 from homodistil.config import PruningConfig, RunConfig, RunFolderConfig, StudentConfig, TrainConfig
 from homodistil.errors import UserError
 from homodistil.export import stock_head_dim
@@ -123,6 +124,13 @@ def test_every_milestone_is_passed_exactly_and_held(
             held_until = step + settle + 1
     assert not on_the_way and now == target and tuple(exported) == schedule.route.milestones
     assert schedule.end_step <= max(round(400 * 0.5), 1) and max(schedule.table) <= schedule.end_step
+
+
+def test_the_shipped_recipe_passes_its_three_widths():
+    config, widths = parse(["recipe=family"]), _widths(TINY)
+    schedule = width_schedule(config, widths, *student_widths(config.student, widths))
+    assert [milestone.widths["hidden"] for milestone in schedule.route.milestones] == [96, 64, 42]
+    assert schedule.table[max(schedule.table)]["hidden"] == 42 and max(schedule.table) <= 0.6 * config.train.steps
 
 
 def test_without_milestones_nothing_moves():

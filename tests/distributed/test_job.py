@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -50,13 +51,13 @@ def finished(tmp_path_factory, cache_dir):
     launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", "2"]
     port = free_port()
     command = [*launcher, "--master_port", str(port), str(TRAIN)]
-    command += _arguments(folder, cache_dir, "run.compare=[one_shot]")
+    command += _arguments(folder, cache_dir, "run.compare=[one_shot]", "run.rank_logs=true")
     env = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
     done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=ROOT, timeout=500)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "shm_comm_op built" in done.stdout and not list(Path("/dev/shm").glob(f"*_{port}_*")), "shared memory left"
-    return folder, done.stdout
+    return folder, done.stdout + done.stderr
 
 
 def _lines(path: Path) -> list[dict]:
@@ -84,6 +85,17 @@ def test_result_table_is_printed_and_stored(finished):
         assert row["heldout_mlm_loss"] > 1 and 0 < row["masked_top1"] < 1
         assert row["name"] in printed
     assert rows["homodistil"]["tokens_per_s_first"] > 0 and rows["homodistil"]["hidden_size"] == 64
+
+
+def test_lines_and_logs_tell_their_rank(finished):
+    folder, printed = finished
+    logs = {path.name: path.read_text() for path in (folder / "logs").iterdir()}
+    assert set(logs) == {"rank-00000.txt", "rank-00001.txt"}
+    start = next(line for line in logs["rank-00000.txt"].splitlines() if line.startswith("start: "))
+    assert "2 ranks on 1 machine, ZeRO-2; launch and imports" in start and start in printed
+    assert "corpus: training" in logs["rank-00000.txt"] and "start: " not in logs["rank-00001.txt"]
+    others = [line for line in logs["rank-00001.txt"].splitlines() if line.strip()]
+    assert others and all(f"[rank 1 {socket.gethostname()}] {line}" in printed for line in others), others
 
 
 def test_every_term_is_zero_before_the_first_step(finished):

@@ -1,0 +1,33 @@
+"""What the start of a job took, part by part: one line of rank 0, before the first step."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import psutil
+
+
+class StartReport:
+    """Seconds of the parts of a start, in their order. The first one, up to here, is Python's and the libraries'."""
+
+    def __init__(self) -> None:
+        self._parts_s = {"launch and imports": time.time() - psutil.Process().create_time()}
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        start_s = time.perf_counter()
+        yield
+        self._parts_s[name] = time.perf_counter() - start_s
+
+    def line(self, num_ranks: int, num_machines: int, engine_config: dict) -> str:
+        """Args: engine_config: from `resolve_engine_config`."""
+        stage = engine_config.get("zero_optimization", {}).get("stage", 0)
+        parts = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self._parts_s.items())
+        ranks, machines = _counted(num_ranks, "rank"), _counted(num_machines, "machine")
+        return f"start: {ranks} on {machines}, ZeRO-{stage}; {parts}; {sum(self._parts_s.values()):.1f} s in all"
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' * (number != 1)}"
