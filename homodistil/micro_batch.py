@@ -31,10 +31,17 @@ class MicroBatchPolicy:
         student: at its first widths (the teacher's), before an engine holds it.
         engine_config: from `resolve_engine_config`.
         teacher_dtype: of the teacher's activations.
+        device_type: where the student will run; None: where it is.
     """
 
     def __init__(
-        self, config: RunConfig, engine_config: dict, student: Student, teacher_dtype: torch.dtype, num_ranks: int
+        self,
+        config: RunConfig,
+        engine_config: dict,
+        student: Student,
+        teacher_dtype: torch.dtype,
+        num_ranks: int,
+        device_type: str | None = None,
     ) -> None:
         self.config, self.teacher_dtype = config, teacher_dtype
         self.layout = state_layout(engine_config, num_ranks)
@@ -42,7 +49,7 @@ class MicroBatchPolicy:
         self._table = student.axis_table()
         self._shapes = {name: (tuple(p.shape), p.requires_grad) for name, p in student.named_parameters()}
         self._vocab_size = student.model.config.vocab_size
-        self._device_type = student.model.device.type
+        self._device_type = device_type or student.model.device.type
         start, steps = config.train.micro_batch_size, config.train.global_batch_size // num_ranks
         self.sizes = micro_batch_sizes(start, steps // start) if config.run.grow_micro_batch else [start]
         self.budget_bytes = self.rank_bytes(self.start_widths, start)
@@ -54,10 +61,10 @@ class MicroBatchPolicy:
 
     def rank_bytes(self, widths: Widths, micro_batch_size: int) -> float:
         """Predicted bytes on one rank: weights, gradients and optimizer, and the micro-batch's activations."""
-        state = state_bytes(*self._parameter_counts(widths), self.layout)
-        return state + micro_batch_size * self._sequence_bytes(widths).total
+        state = state_bytes(*self.parameter_counts(widths), self.layout)
+        return state + micro_batch_size * self.sequence_bytes(widths).total
 
-    def _parameter_counts(self, widths: Widths) -> tuple[int, int]:
+    def parameter_counts(self, widths: Widths) -> tuple[int, int]:
         """(trainable, frozen) elements, distillation projections included."""
         table, counts = self._table.with_widths(widths), {True: 0, False: 0}
         uses = table.uses_by_parameter()
@@ -66,7 +73,8 @@ class MicroBatchPolicy:
             counts[is_trainable] += math.prod(dims.values())
         return counts[True], counts[False]
 
-    def _sequence_bytes(self, widths: Widths) -> SequenceBytes:
+    def sequence_bytes(self, widths: Widths) -> SequenceBytes:
+        """Activations of one sequence of a micro-batch."""
         data = self.config.data
         return sequence_bytes(
             widths,

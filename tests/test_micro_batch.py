@@ -87,7 +87,7 @@ def test_parameters_are_counted_at_any_widths():
     widths |= {f"layer.{i}.{axis}": 6 for i in range(3) for axis in ("qk_dim", "vo_dim")}
     narrow = small_model(hidden_size=18, num_attention_heads=3, intermediate_size=25)
     projections = 4 * 18 * 24  # embedding and three layers, student to teacher
-    assert policy._parameter_counts(widths) == (sum(p.numel() for p in narrow.parameters()) + projections, 0)
+    assert policy.parameter_counts(widths) == (sum(p.numel() for p in narrow.parameters()) + projections, 0)
 
 
 def test_engine_config_of_a_run_that_goes_on():

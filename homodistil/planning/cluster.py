@@ -1,0 +1,104 @@
+"""The machines of a plan: GPUs by name with their datasheets' numbers, how many, and what connects them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import psutil
+
+from homodistil.errors import UserError, nearest
+from homodistil.flops import datasheet_flops
+
+
+@dataclass(frozen=True)
+class Device:
+    """One rank's device, as its maker describes it."""
+
+    name: str
+    driver_name: str
+    """As `flops.datasheet_flops` knows it; empty: no datasheet, only measurements tell its speed."""
+    memory_bytes: float
+    memory_bytes_per_s: float
+    link_bytes_per_s: float
+    """To the other devices of its machine, one direction."""
+    watts: float
+    """Of the device at full load, without its share of the machine."""
+    usd_per_h: tuple[float, float]
+    """Usual range of renting one, November 2026, ours; replace it by --price."""
+
+    def peak_flops(self, number_format: str) -> float | None:
+        """Dense FLOP/s in "bf16", "fp16" or "fp32" (as tf32 where the device has it); None: not known."""
+        names = ["tf32", "fp32"] if number_format == "fp32" else [number_format]
+        found = [datasheet_flops(self.driver_name, name) for name in names]
+        return next((value for value in found if value), None)
+
+
+_GB, _GB_S = 1e9, 1e9
+# Memory, bandwidth and power: NVIDIA's datasheets of each product. Links: NVLink 600 / 900 GB/s both ways together,
+# so half of it one way; PCIe 4.0 x16 about 32 GB/s one way.
+DEVICES = {
+    "A100-40": Device("A100-40", "A100-SXM4-40GB", 40 * _GB, 1555 * _GB_S, 300 * _GB_S, 400, (1.0, 2.5)),
+    "A100-80": Device("A100-80", "A100-SXM4-80GB", 80 * _GB, 2039 * _GB_S, 300 * _GB_S, 400, (1.2, 3.5)),
+    "H100": Device("H100", "H100 80GB HBM3", 80 * _GB, 3350 * _GB_S, 450 * _GB_S, 700, (2.0, 5.0)),
+    "H200": Device("H200", "H200", 141 * _GB, 4800 * _GB_S, 450 * _GB_S, 700, (2.5, 6.0)),
+    "L40S": Device("L40S", "L40S", 48 * _GB, 864 * _GB_S, 32 * _GB_S, 350, (0.8, 2.0)),
+    "RTX-4090": Device("RTX-4090", "GeForce RTX 4090", 24 * _GB, 1008 * _GB_S, 32 * _GB_S, 450, (0.3, 0.8)),
+}
+CPU = "cpu"
+INTERCONNECTS = {
+    # Bytes a second and device, one direction, from the nominal rate of one adapter.
+    "none": 0.0,
+    "ethernet-10": 1.25e9,
+    "ethernet-100": 12.5e9,
+    "infiniband-hdr": 25e9,  # 200 Gb/s
+    "infiniband-ndr": 50e9,  # 400 Gb/s
+}
+POWER_OVERHEAD = 1.5
+"""Machine, cooling and conversion on top of the devices' own watts (ours; a data centre's PUE alone is 1.1 to 1.6)."""
+
+
+@dataclass(frozen=True)
+class Cluster:
+    device: Device
+    num_devices: int
+    """Of one machine: its ranks."""
+    num_nodes: int = 1
+    interconnect: str = "none"
+    """Between machines; one adapter a device."""
+
+    @property
+    def num_ranks(self) -> int:
+        return self.num_devices * self.num_nodes
+
+    @property
+    def is_cpu(self) -> bool:
+        return self.device.name == CPU
+
+    @property
+    def link_bytes_per_s(self) -> float:
+        """Of the slowest hop between two ranks."""
+        if self.num_nodes == 1:
+            return self.device.link_bytes_per_s
+        return min(self.device.link_bytes_per_s, INTERCONNECTS[self.interconnect])
+
+
+def find_cluster(device: str, num_devices: int, num_nodes: int = 1, interconnect: str | None = None) -> Cluster:
+    """Raises `UserError` for an unknown device or interconnect, or several machines without one."""
+    if device != CPU and device not in DEVICES:
+        known = [*DEVICES, CPU]
+        raise UserError(f"--device: found {device!r}, allowed: {', '.join(known)}{nearest(device, known)}")
+    for name, value in (("--devices-per-node", num_devices), ("--nodes", num_nodes)):
+        if value < 1:
+            raise UserError(f"{name}: found {value}, allowed: 1 or more")
+    link = interconnect or ("none" if num_nodes == 1 else "infiniband-hdr")
+    if link not in INTERCONNECTS:
+        known = list(INTERCONNECTS)
+        raise UserError(f"--interconnect: found {link!r}, allowed: {', '.join(known)}{nearest(link, known)}")
+    if num_nodes > 1 and not INTERCONNECTS[link]:
+        raise UserError(f"--interconnect: none, but --nodes is {num_nodes}; name what connects them")
+    return Cluster(DEVICES.get(device) or _this_cpu(num_devices), num_devices, num_nodes, link)
+
+
+def _this_cpu(num_ranks: int) -> Device:
+    """A rank's share of this machine. How fast it is, only a measurement tells."""
+    return Device(CPU, "", psutil.virtual_memory().total / num_ranks, 10e9, 5e9, 65 / num_ranks, (0.01, 0.05))

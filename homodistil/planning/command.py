@@ -1,0 +1,77 @@
+"""What launcher/plan.py does: show a plan, or measure this machine for later ones."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+from pathlib import Path
+
+from homodistil import ranks
+from homodistil.config import RunConfig
+from homodistil.engine import load_engine_config
+from homodistil.errors import UserError, writing
+from homodistil.metrics import write_atomically
+from homodistil.planning.calibration import Calibration, fit, read_calibration, write_calibration
+from homodistil.planning.cluster import CPU, Cluster, find_cluster
+from homodistil.planning.plan import make_plan
+from homodistil.planning.table import format_plan
+
+
+def show(config: RunConfig, engine_config: Path, options: argparse.Namespace) -> None:
+    """Print the plan, and write it where --json says. Raises `UserError`."""
+    cluster = _cluster(options)
+    plan = make_plan(
+        config, load_engine_config(engine_config), cluster, _calibration(config, options), options.price, options.watts
+    )
+    if options.json:
+        with writing(options.json):
+            options.json.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(options.json, json.dumps(plan.to_dict(), indent=1) + "\n")
+    print(format_plan(plan))
+
+
+def measure(config: RunConfig, engine_config: Path, options: argparse.Namespace) -> None:
+    """Every rank calls it; rank 0 keeps what was found. Raises `UserError`."""
+    from homodistil.planning.measure import measure_here, samples_of
+
+    raw = load_engine_config(engine_config)
+    measured = measure_here(config, raw)
+    if ranks.rank() == 0:
+        cluster = find_cluster(options.device, ranks.world_size())
+        path = options.calibration or _default_path(config)
+        found = fit(samples_of(config, raw, cluster, measured), machine_name())
+        write_calibration(path, found)
+        for one in measured:
+            print(f"hidden {one.widths['hidden']}: {one.wall_s:.3f} s a step, {one.peak_bytes / 1e6:,.0f} MB")
+        print(f"calibration: {path}")
+    ranks.barrier()
+
+
+def machine_name() -> str:
+    """Of this machine, as a plan cites it."""
+    return f"{platform.node()} ({os.cpu_count()} processors, {platform.machine()})"
+
+
+def _cluster(options: argparse.Namespace) -> Cluster:
+    return find_cluster(options.device, options.devices_per_node, options.nodes, options.interconnect)
+
+
+def _default_path(config: RunConfig) -> Path:
+    return Path(config.data.cache_dir).expanduser() / "plans" / f"calibration-{platform.node()}.json"
+
+
+def _calibration(config: RunConfig, options: argparse.Namespace) -> Calibration | None:
+    """A file that was named; for --device cpu also this machine's own, if there is one."""
+    if options.calibration:
+        return read_calibration(options.calibration)
+    own = _default_path(config)
+    if options.device != CPU:
+        return None
+    if not own.is_file():
+        raise UserError(
+            f"--device: found cpu, whose speed only a measurement tells, and there is none in {own.parent}; run "
+            f"launcher/plan.py --measure with the same arguments first, on as many ranks (deepspeed --num_accelerators)"
+        )
+    return read_calibration(own)

@@ -1,0 +1,145 @@
+"""A few real steps at some widths: the run's own student, teacher and engine, its schedule pressed into a few events.
+
+deepspeed --num_accelerators 2 launcher/plan.py --measure --deepspeed ds_configs/zero2.json recipe=quickstart
+"""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from homodistil import ranks
+from homodistil.config import RunConfig
+from homodistil.distillation import Distillation
+from homodistil.engine import init_ranks, resolve_engine_config
+from homodistil.materials import gather
+from homodistil.metrics import Recorder
+from homodistil.models.axes import Widths
+from homodistil.planning.calibration import Sample
+from homodistil.planning.cluster import Cluster
+from homodistil.planning.memory import rank_memory
+from homodistil.planning.plan import policy_of
+from homodistil.planning.step_work import step_work
+from homodistil.planning.subject import find_subject
+from homodistil.trainer import Trainer, TrainState
+
+NUM_EVENTS = 3
+STEPS_A_WIDTH = 6
+_WARM_UP_STEPS = 2
+"""The first ones at a width make what is then kept for its shapes."""
+
+
+@dataclass(frozen=True)
+class MeasuredWidth:
+    widths: Widths
+    wall_s: float
+    """Of a step, the median."""
+    cpu_s: float
+    """Processor time of this rank, likewise."""
+    peak_bytes: float
+    """Of this rank, events left out."""
+
+
+def pressed(config: RunConfig) -> RunConfig:
+    """The same run in a few steps: its widths lie on the way to the same target."""
+    short = copy.deepcopy(config)
+    short.train.steps = STEPS_A_WIDTH * (NUM_EVENTS + 1)
+    short.train.save_every_steps = short.train.eval_every_steps = 0
+    short.train.log_every_steps = short.train.steps + 1
+    short.train.lr_steps, short.train.cool_from = 0, []
+    short.teacher.correction_steps = 0
+    short.loss = copy.copy(config.loss)
+    short.pruning.schedule = "none" if config.pruning.schedule == "none" else "linear"
+    short.pruning.start_fraction, short.pruning.interval_steps = 0.0, STEPS_A_WIDTH
+    short.pruning.end_fraction = NUM_EVENTS / (NUM_EVENTS + 1)
+    short.pruning.max_event_fraction, short.pruning.compensation = 1.0, "none"
+    short.run.export_milestones, short.run.settle_steps, short.run.compare = [], 0, []
+    return short
+
+
+def measure_here(config: RunConfig, raw_engine_config: dict) -> list[MeasuredWidth]:
+    """Every rank calls it, in a job of its own. Nothing is written but the cache of data and packaged teachers."""
+    device = init_ranks(config.run.rank_timeout_s)
+    short = pressed(config)
+    engine_config = resolve_engine_config(raw_engine_config, short, ranks.world_size())
+    # What a step costs does not depend on what the teacher knows: one without an MLM head will do.
+    headless = copy.deepcopy(short)
+    headless.teacher.correction_steps = 1
+    materials = gather(headless, device)
+    with tempfile.TemporaryDirectory() as folder:
+        run = Distillation(short, engine_config, materials, Path(folder), command="")
+        with Recorder(run.folder, short.train.steps, 0, enabled=False) as recorder:
+            run.cuts.before_training(recorder)
+            return measure_trainer(run.build_trainer(recorder, TrainState()), device)
+
+
+def measure_trainer(trainer: Trainer, device: torch.device) -> list[MeasuredWidth]:
+    """Go through all steps of a pressed run."""
+    found = []
+    while not trainer.is_done:
+        widths, times = trainer.student.widths, []
+        start_peak(device)
+        peak = 0.0
+        while not trainer.is_done and trainer.student.widths == widths:
+            times.append(_timed(trainer, device))
+            if trainer.student.widths == widths:
+                peak = peak_bytes(device)
+        if trainer.student.widths != widths:
+            times.pop()  # it had an event in it
+        wall, cpu = zip(*times[_WARM_UP_STEPS:], strict=True)
+        found.append(MeasuredWidth(widths, statistics.median(wall), statistics.median(cpu), peak))
+    return found
+
+
+def _timed(trainer: Trainer, device: torch.device) -> tuple[float, float]:
+    _wait(device)
+    wall, cpu = time.perf_counter(), time.process_time()
+    trainer.train_step()
+    _wait(device)
+    return time.perf_counter() - wall, time.process_time() - cpu
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def start_peak(device: torch.device) -> None:
+    """`peak_bytes` counts from here."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_bytes(device: torch.device) -> float:
+    """On a CPU the resident set of this process."""
+    if device.type == "cuda":
+        return float(torch.cuda.max_memory_allocated(device))
+    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM"))
+    return float(line.split()[1]) * 1024
+
+
+def samples_of(
+    config: RunConfig, raw_engine_config: dict, cluster: Cluster, measured: list[MeasuredWidth]
+) -> list[Sample]:
+    """What was measured beside what is counted of the same widths."""
+    subject = find_subject(pressed(config))
+    engine_config = resolve_engine_config(raw_engine_config, subject.config, cluster.num_ranks)
+    policy, size = policy_of(subject, engine_config, cluster), config.train.micro_batch_size
+    return [
+        Sample(
+            work=step_work(subject, policy, m.widths, size),
+            wall_s=m.wall_s,
+            cpu_s=m.cpu_s,
+            peak_bytes=m.peak_bytes,
+            counted_bytes=sum(rank_memory(subject, policy, engine_config, m.widths, size, 0.0).values()),
+        )
+        for m in measured
+    ]

@@ -1,0 +1,59 @@
+"""Bytes of one rank, part by part, at one width: what `step_memory.py` counts, and what it leaves out because it is
+short-lived or not the model's: buffers between ranks, products of the vocabulary on their way, the process itself."""
+
+from __future__ import annotations
+
+from homodistil.micro_batch import MicroBatchPolicy
+from homodistil.models.axes import Widths
+from homodistil.planning.subject import Subject
+from homodistil.step_memory import state_bytes
+
+FP32_BYTES = 4
+DEFAULT_BUCKET_ELEMENTS = 5e8
+"""DeepSpeed's reduce_bucket_size."""
+PROCESS_BYTES = 1.0e9
+"""CUDA context, libraries' workspaces and the allocator's rounding on a GPU (ours; an estimate)."""
+
+
+def rank_memory(
+    subject: Subject,
+    policy: MicroBatchPolicy,
+    engine_config: dict,
+    widths: Widths,
+    micro_batch_size: int,
+    process_bytes: float = PROCESS_BYTES,
+) -> dict[str, float]:
+    """Part -> bytes at the fullest moment of a step.
+
+    Args:
+        engine_config: from `resolve_engine_config`.
+    """
+    layout, (trainable, frozen) = policy.layout, policy.parameter_counts(widths)
+    split = {stage: 1 / layout.num_ranks if layout.stage >= stage else 1.0 for stage in (1, 2, 3)}
+    sequence = policy.sequence_bytes(widths)
+    parts = {
+        "parameters": layout.dtype.itemsize * (trainable + frozen) * split[3],
+        "gradients": layout.accumulation_dtype.itemsize * trainable * split[2],
+    }
+    parts["optimizer"] = state_bytes(trainable, frozen, layout) - parts["parameters"] - parts["gradients"]
+    parts["teacher"] = subject.teacher_parameters * policy.teacher_dtype.itemsize
+    rows = subject.config.data.mask_probability * subject.config.data.seq_len * micro_batch_size
+    uses_logits = bool(subject.config.loss.mlm or subject.config.loss.kl)
+    parts["logits"] = rows * subject.vocab_size * (2 * layout.dtype.itemsize + FP32_BYTES) if uses_logits else 0.0
+    parts["activations"] = max(micro_batch_size * sequence.total - parts["logits"], 0.0)
+    parts["buffers"] = buffer_bytes(engine_config, trainable, layout.accumulation_dtype.itemsize)
+    parts["process"] = process_bytes
+    return parts
+
+
+def buffer_bytes(engine_config: dict, num_trainable: float, element_bytes: int) -> float:
+    """Of ZeRO: gradients on their way, at most a bucket, twice where communication overlaps; stage 3: parameters that
+    are gathered ahead."""
+    zero = engine_config.get("zero_optimization", {})
+    stage = zero.get("stage", 0)
+    if stage == 0:
+        return num_trainable * element_bytes  # of the all-reduce, flattened
+    bucket = min(zero.get("reduce_bucket_size", DEFAULT_BUCKET_ELEMENTS), num_trainable)
+    buckets = 2 if zero.get("overlap_comm", stage == 3) else 1
+    gathered = min(zero.get("stage3_prefetch_bucket_size", 5e7), num_trainable) if stage == 3 else 0
+    return (buckets * bucket + gathered) * element_bytes

@@ -1,0 +1,170 @@
+"""The plan of a run: stretches of its schedule with memory and time, their sums, and what is advised."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+
+import torch
+
+from homodistil.config import RunConfig
+from homodistil.engine import resolve_engine_config, student_dtype
+from homodistil.micro_batch import MicroBatchPolicy
+from homodistil.planning.advice import Advice, advise
+from homodistil.planning.calibration import Calibration
+from homodistil.planning.cluster import POWER_OVERHEAD, Cluster
+from homodistil.planning.memory import PROCESS_BYTES, rank_memory
+from homodistil.planning.speed import Seconds, step_seconds
+from homodistil.planning.step_work import step_work
+from homodistil.planning.subject import Subject, find_subject
+
+
+@dataclass(frozen=True)
+class StretchPlan:
+    """Steps between two events."""
+
+    hidden_size: int
+    parameters: int
+    first_step: int
+    num_steps: int
+    memory: dict[str, float]
+    """Part -> bytes of one rank."""
+    flops: float
+    """Of a step, all ranks together."""
+    step: Seconds
+    tokens_per_s: float
+    """Of the whole job, at the middle of the range."""
+
+    @property
+    def total_bytes(self) -> float:
+        return sum(self.memory.values())
+
+
+@dataclass(frozen=True)
+class Plan:
+    teacher: str
+    cluster: Cluster
+    zero_stage: int
+    micro_batch_size: int
+    global_batch_size: int
+    stretches: list[StretchPlan]
+    hours: Seconds
+    """Low and high; the unit is hours here. Training alone: no start, evaluation, checkpoint or control."""
+    kwh: tuple[float, float]
+    usd: tuple[float, float]
+    advice: Advice
+    basis: str
+    """What the numbers rest on."""
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def peak_bytes(self) -> float:
+        return max(stretch.total_bytes for stretch in self.stretches)
+
+    @property
+    def device_hours(self) -> tuple[float, float]:
+        return self.hours.low * self.cluster.num_ranks, self.hours.high * self.cluster.num_ranks
+
+    def to_dict(self) -> dict:
+        """For JSON: bytes, seconds, hours, FLOPs."""
+        found = asdict(self) | {"peak_bytes": self.peak_bytes, "device_hours": self.device_hours}
+        for stretch, own in zip(found["stretches"], self.stretches, strict=True):
+            stretch["total_bytes"] = own.total_bytes
+        return found
+
+
+def make_plan(
+    config: RunConfig,
+    raw_engine_config: dict,
+    cluster: Cluster,
+    calibration: Calibration | None = None,
+    price: tuple[float, float] | None = None,
+    watts: float | None = None,
+) -> Plan:
+    """Args:
+        raw_engine_config: DeepSpeed's JSON as the user wrote it.
+        price: of one device and hour (low, high); None: the device's usual range.
+        watts: of one device at full load; None: the datasheet's.
+
+    Raises:
+        UserError: what a run would refuse as well, or a machine about which nothing is known.
+    """
+    subject = find_subject(config)
+    engine_config = resolve_engine_config(raw_engine_config, config, cluster.num_ranks)
+    stretches = [
+        _stretch(subject, policy_of(subject, engine_config, cluster), engine_config, cluster, calibration, stretch)
+        for stretch in subject.stretches
+    ]
+    hours = Seconds(*(sum(getattr(s.step, end) * s.num_steps for s in stretches) / 3600 for end in ("low", "high")))
+    kw = (watts or cluster.device.watts) * cluster.num_ranks / 1000
+    low, high = price or cluster.device.usd_per_h
+    return Plan(
+        teacher=config.teacher.name,
+        cluster=cluster,
+        zero_stage=engine_config.get("zero_optimization", {}).get("stage", 0),
+        micro_batch_size=config.train.micro_batch_size,
+        global_batch_size=config.train.global_batch_size,
+        stretches=stretches,
+        hours=hours,
+        kwh=(hours.low * kw, hours.high * kw * POWER_OVERHEAD),
+        usd=(hours.low * cluster.num_ranks * low, hours.high * cluster.num_ranks * high),
+        advice=advise(
+            lambda stage, size: _bytes_at_start(subject, raw_engine_config, cluster, calibration, stage, size),
+            cluster.device.memory_bytes,
+            config.train.global_batch_size // cluster.num_ranks,
+        ),
+        basis=_basis(calibration, cluster),
+        notes=[subject.note] if subject.note else [],
+    )
+
+
+def policy_of(subject: Subject, engine_config: dict, cluster: Cluster) -> MicroBatchPolicy:
+    """Counts of parameters and bytes for ranks of this cluster."""
+    config, device_type = subject.config, "cpu" if cluster.is_cpu else "cuda"
+    auto = torch.float16 if device_type == "cuda" else student_dtype(engine_config)
+    teacher = auto if config.teacher.dtype == "auto" else getattr(torch, config.teacher.dtype)
+    return MicroBatchPolicy(config, engine_config, subject.student, teacher, cluster.num_ranks, device_type)
+
+
+def _stretch(subject, policy, engine_config, cluster, calibration, stretch) -> StretchPlan:
+    micro_batch_size = policy(stretch.widths)
+    work = step_work(subject, policy, stretch.widths, micro_batch_size)
+    seconds = step_seconds(work, cluster, policy.layout.dtype, calibration)
+    config = subject.config
+    return StretchPlan(
+        hidden_size=stretch.widths["hidden"],
+        parameters=policy.parameter_counts(stretch.widths)[0],
+        first_step=stretch.first_step,
+        num_steps=stretch.num_steps,
+        memory=_calibrated(rank_memory(subject, policy, engine_config, stretch.widths, micro_batch_size), calibration),
+        flops=work.flops * cluster.num_ranks,
+        step=seconds,
+        tokens_per_s=config.train.global_batch_size * config.data.seq_len / seconds.middle,
+    )
+
+
+def _calibrated(memory: dict[str, float], calibration: Calibration | None) -> dict[str, float]:
+    if calibration is None:
+        return memory
+    counted = {name: value * calibration.bytes_factor for name, value in memory.items()}
+    return counted | {"process": calibration.process_bytes}
+
+
+def _bytes_at_start(subject, raw_engine_config, cluster, calibration, stage: int, micro_batch_size: int) -> float:
+    """Of a rank at the widest widths, under another stage or micro-batch than the config's."""
+    zero = raw_engine_config.get("zero_optimization", {}) | {"stage": stage}
+    engine_config = raw_engine_config | {"zero_optimization": zero}
+    parts = rank_memory(
+        subject,
+        policy_of(subject, engine_config, cluster),
+        engine_config,
+        subject.stretches[0].widths,
+        micro_batch_size,
+        PROCESS_BYTES,
+    )
+    return sum(_calibrated(parts, calibration).values())
+
+
+def _basis(calibration: Calibration | None, cluster: Cluster) -> str:
+    if calibration is not None:
+        return f"calibrated by steps measured on {calibration.machine} (their own error {calibration.error:.0%})"
+    return f"estimate from {cluster.device.name}'s datasheet; not measured on GPU"

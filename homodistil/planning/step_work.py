@@ -1,0 +1,81 @@
+"""The work of one optimizer step of one rank, as numbers that time is roughly linear in."""
+
+from __future__ import annotations
+
+from dataclasses import astuple, dataclass, fields
+
+from homodistil.flops import num_layers, step_flops
+from homodistil.micro_batch import MicroBatchPolicy
+from homodistil.models.axes import Widths
+from homodistil.planning.subject import Subject
+
+_ADAM_BYTES = 28  # of one fp32 element: master, gradient and two moments read, all but the gradient written
+
+
+@dataclass(frozen=True)
+class StepWork:
+    """Of one rank and optimizer step."""
+
+    flops: float
+    """Matrix products of teacher, student and losses."""
+    activation_bytes: float
+    """Written and read once by the forward passes; everything that is no matrix product goes over these."""
+    optimizer_bytes: float
+    communicated_bytes: float
+    """Sent by this rank."""
+    layers: float
+    """Layers gone through, over all micro-batches: what starting an operation costs."""
+    gathers: float
+    """ZeRO-3: parameters that are put together, over all micro-batches, forward and backward."""
+    steps: float = 1.0
+
+
+NAMES = tuple(f.name for f in fields(StepWork))
+
+
+def as_row(work: StepWork) -> tuple[float, ...]:
+    return astuple(work)
+
+
+def step_work(subject: Subject, policy: MicroBatchPolicy, widths: Widths, micro_batch_size: int) -> StepWork:
+    """At widths of the student; ZeRO (Rajbhandari et al. 2020, section 7) says what is sent."""
+    config, layout = subject.config, policy.layout
+    num_ranks, sequences = layout.num_ranks, config.train.global_batch_size
+    num_micro_batches = sequences // (num_ranks * micro_batch_size)
+    flops = step_flops(
+        widths,
+        subject.teacher_widths,
+        config.loss,
+        num_sequences=sequences,
+        seq_len=config.data.seq_len,
+        masked_rows=config.data.mask_probability * sequences * (config.data.seq_len - 2),
+        vocab_size=subject.vocab_size,
+    )
+    trainable, _ = policy.parameter_counts(widths)
+    own = policy.sequence_bytes(widths).total + policy.sequence_bytes(subject.teacher_widths).student / 3
+    shares = 1 if layout.stage == 0 else num_ranks
+    num_tensors = sum(1 for _ in subject.student.parameters())
+    return StepWork(
+        flops=flops.total / num_ranks,
+        activation_bytes=own * sequences / num_ranks,
+        optimizer_bytes=_ADAM_BYTES * trainable / shares,
+        communicated_bytes=_sent_bytes(trainable, layout, num_micro_batches),
+        layers=num_micro_batches * (3 * num_layers(widths) + num_layers(subject.teacher_widths)),
+        gathers=2.0 * num_tensors * num_micro_batches if layout.stage == 3 else 0.0,
+    )
+
+
+def _sent_bytes(trainable: float, layout, num_micro_batches: int) -> float:
+    """A rank of N sends (N - 1) / N of a tensor when it is scattered or gathered, twice when it is reduced to all.
+
+    Stages 0 and 1 reduce once a step, 2 and 3 after every micro-batch; 3 also gathers the weights twice for each.
+    """
+    part = (layout.num_ranks - 1) / layout.num_ranks * trainable
+    gradients, weights = layout.accumulation_dtype.itemsize, layout.dtype.itemsize
+    if layout.stage == 0:
+        return 2 * part * gradients
+    if layout.stage == 1:
+        return part * (gradients + weights)
+    if layout.stage == 2:
+        return part * (gradients * num_micro_batches + weights)
+    return part * num_micro_batches * (gradients + 2 * weights)

@@ -1,0 +1,91 @@
+"""What is trained, at every width it will have: the student on the meta device, and the schedule; without weights."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from homodistil.config import RunConfig
+from homodistil.data import assets
+from homodistil.distill.initial_student import build_student
+from homodistil.distill.student import Student
+from homodistil.distill.teacher import load_config
+from homodistil.errors import UserError
+from homodistil.models import family_of
+from homodistil.models.axes import Widths
+from homodistil.models.taps import ATTENTION
+from homodistil.pruning.scheduler import width_schedule
+from homodistil.pruning.target import student_widths
+
+# Hugging Face's `BertConfig()` is bert-base-uncased.
+_KNOWN = {"bert-base-uncased", "google-bert/bert-base-uncased"}
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Steps between two events."""
+
+    widths: Widths
+    first_step: int
+    num_steps: int
+
+
+@dataclass(frozen=True)
+class Subject:
+    config: RunConfig
+    student: Student
+    """On the meta device, at its first widths."""
+    teacher_widths: Widths
+    teacher_parameters: int
+    vocab_size: int
+    stretches: list[Stretch]
+    note: str
+    """What was assumed, empty if nothing was."""
+
+
+def find_subject(config: RunConfig) -> Subject:
+    """Raises `UserError`: no such teacher, or a target or schedule that it cannot be cut by."""
+    shape, note = _teacher_shape(config)
+    family = family_of(shape.model_type)
+    shape._attn_implementation = ATTENTION
+    with torch.device("meta"):
+        teacher = family.empty_model(shape)
+        student = build_student(config, shape, lambda: family.empty_model(shape))
+    widths = family.axis_table(teacher).widths
+    stretches, more = _stretches(config, widths)
+    num_parameters = sum(p.numel() for p in teacher.parameters())
+    notes = "; ".join(filter(None, (note, more)))
+    return Subject(config, student, widths, num_parameters, shape.vocab_size, stretches, notes)
+
+
+def _teacher_shape(config: RunConfig):
+    name = config.teacher.name
+    if assets.is_embedded(name):
+        assets.check_teacher(name)
+        return load_config(str(assets.teacher_folder(name, Path(config.data.cache_dir).expanduser()))), ""
+    try:
+        return load_config(name), ""
+    except UserError:
+        if name not in _KNOWN:
+            raise
+        from transformers import BertConfig
+
+        return BertConfig(), f"the hub is not reachable: {name} taken to be 12 layers of 768"
+
+
+def _stretches(config: RunConfig, teacher: Widths) -> tuple[list[Stretch], str]:
+    initial, target = student_widths(config.student, teacher)
+    schedule = width_schedule(config, teacher, initial, target)
+    note = ""
+    table = getattr(schedule, "table", None)
+    if config.pruning.schedule == "gap" and not table:
+        table = {round(config.pruning.end_fraction * config.train.steps): target}
+        note = "pruning.schedule=gap decides on the way: full width is assumed until pruning.end_fraction"
+    steps, widths, found = config.train.steps, dict(initial), []
+    for start, end in itertools.pairwise(sorted({0, steps, *(step for step in table if step < steps)})):
+        widths = widths | dict(table.get(start, {}))
+        found.append(Stretch(dict(widths), start, end - start))
+    return found, note
