@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +16,8 @@ from homodistil.metrics import write_atomically
 from homodistil.planning.step_work import NAMES, StepWork, as_row
 
 FORMAT = 1
+PULL = 0.02
+"""Weight of what is expected against one sample: decides only where samples do not."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +39,7 @@ class Sample:
 class Calibration:
     """Args:
     wall, cpu: seconds a unit of each field of `StepWork`.
-    process_bytes: what a rank holds beside what is counted.
-    bytes_factor: bytes in use for each byte counted (allocators round, operations need workspaces).
+    process_bytes: what a rank holds beside what is counted: libraries, their caches and workspaces.
     error: largest relative error of wall time on the samples themselves, at least 5 %.
     machine: where it was measured.
     """
@@ -45,41 +47,42 @@ class Calibration:
     wall: dict[str, float]
     cpu: dict[str, float]
     process_bytes: float
-    bytes_factor: float
     error: float
     machine: str
 
     def wall_s(self, work: StepWork) -> float:
+        """Of a step."""
         return _dot(self.wall, work)
 
     def cpu_s(self, work: StepWork) -> float:
+        """Processor time of a step, of one rank."""
         return _dot(self.cpu, work)
 
-    def peak_bytes(self, counted_bytes: float) -> float:
-        return self.process_bytes + self.bytes_factor * counted_bytes
 
+def fit(samples: Sequence[Sample], machine: str, expected: dict[str, float]) -> Calibration:
+    """From at least two samples, of different widths. Every relative error weighs the same.
 
-def fit(samples: Sequence[Sample], machine: str) -> Calibration:
-    """At least two samples, of different widths. Every relative error weighs the same."""
-    wall, cpu = (_fit_times(samples, name) for name in ("wall_s", "cpu_s"))
-    process_bytes, factor = _fit_bytes(samples)
+    Args:
+        expected: seconds a unit that are plausible for this machine (`speed.expected_seconds`). A few widths of one
+            model cannot tell the kinds of work apart; what they leave open stays near these.
+    """
+    wall, cpu = (_fit_times(samples, name, expected) for name in ("wall_s", "cpu_s"))
     errors = [abs(_dot(wall, s.work) / s.wall_s - 1) for s in samples]
-    return Calibration(wall, cpu, process_bytes, factor, max(0.05, *errors), machine)
+    process_bytes = statistics.median(s.peak_bytes - s.counted_bytes for s in samples)
+    return Calibration(wall, cpu, max(process_bytes, 0.0), max(0.05, *errors), machine)
 
 
-def _fit_times(samples: Sequence[Sample], name: str) -> dict[str, float]:
+def _fit_times(samples: Sequence[Sample], name: str, expected: dict[str, float]) -> dict[str, float]:
+    """Least squares for c / expected, which is drawn towards one common factor: the machine may be slower all over."""
+    scale = np.array([expected[field] for field in NAMES])
     measured = np.array([getattr(s, name) for s in samples])
-    rows = np.array([as_row(s.work) for s in samples])
-    scale = np.maximum(rows.max(axis=0), 1e-30)
-    found, _ = nnls(rows / scale / measured[:, None], np.ones(len(samples)))
-    return dict(zip(NAMES, (found / scale).tolist(), strict=True))
-
-
-def _fit_bytes(samples: Sequence[Sample]) -> tuple[float, float]:
-    rows = np.array([[1e9, s.counted_bytes] for s in samples])
-    measured = np.array([s.peak_bytes for s in samples])
-    found, _ = nnls(rows / measured[:, None], np.ones(len(samples)))
-    return float(found[0] * 1e9), float(found[1])
+    rows = np.array([as_row(s.work) for s in samples]) * scale / measured[:, None]
+    common = 1.0 / np.median(rows.sum(axis=1))
+    penalty = PULL * np.eye(len(NAMES))
+    found, _ = nnls(
+        np.vstack([rows * common, penalty]), np.concatenate([np.ones(len(rows)), PULL * np.ones(len(NAMES))])
+    )
+    return dict(zip(NAMES, (found * common * scale).tolist(), strict=True))
 
 
 def _dot(seconds: dict[str, float], work: StepWork) -> float:

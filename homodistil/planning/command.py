@@ -10,12 +10,14 @@ from pathlib import Path
 
 from homodistil import ranks
 from homodistil.config import RunConfig
-from homodistil.engine import load_engine_config
+from homodistil.engine import load_engine_config, student_dtype
 from homodistil.errors import UserError, writing
+from homodistil.flops import peak_flops
 from homodistil.metrics import write_atomically
 from homodistil.planning.calibration import Calibration, fit, read_calibration, write_calibration
 from homodistil.planning.cluster import CPU, Cluster, find_cluster
 from homodistil.planning.plan import make_plan
+from homodistil.planning.speed import expected_seconds
 from homodistil.planning.table import format_plan
 
 
@@ -41,7 +43,8 @@ def measure(config: RunConfig, engine_config: Path, options: argparse.Namespace)
     if ranks.rank() == 0:
         cluster = find_cluster(options.device, ranks.world_size())
         path = options.calibration or _default_path(config)
-        found = fit(samples_of(config, raw, cluster, measured), machine_name())
+        peak = peak_flops("cuda" if options.device != CPU else "cpu", student_dtype(raw)).flops_per_s
+        found = fit(samples_of(config, raw, cluster, measured), machine_name(), expected_seconds(cluster, peak))
         write_calibration(path, found)
         for one in measured:
             print(f"hidden {one.widths['hidden']}: {one.wall_s:.3f} s a step, {one.peak_bytes / 1e6:,.0f} MB")

@@ -143,10 +143,7 @@ def _stretch(subject, policy, engine_config, cluster, calibration, stretch) -> S
 
 
 def _calibrated(memory: dict[str, float], calibration: Calibration | None) -> dict[str, float]:
-    if calibration is None:
-        return memory
-    counted = {name: value * calibration.bytes_factor for name, value in memory.items()}
-    return counted | {"process": calibration.process_bytes}
+    return memory | ({"process": calibration.process_bytes} if calibration else {})
 
 
 def _bytes_at_start(subject, raw_engine_config, cluster, calibration, stage: int, micro_batch_size: int) -> float:
