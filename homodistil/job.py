@@ -21,6 +21,7 @@ from homodistil.engine import init_ranks, load_engine_config, resolve_engine_con
 from homodistil.family import family_rows, read_family
 from homodistil.materials import check_teacher, gather
 from homodistil.optimizer import check_implementation
+from homodistil.planning.own_run import keep_plan
 from homodistil.report import write_report
 from homodistil.report.family import family_text
 from homodistil.results import format_table, write_result
@@ -69,11 +70,14 @@ def _run(
     # Claimed only now: whatever the user had to mend until here, the folder is still free.
     for path, one in zip((folder, *own_folders), (config, *students), strict=True):
         ranks.on_first_rank(lambda path=path, one=one: claim_run_folder(path, one, engine_config))
+    num_machines = len(set(nodes.machine_leaders()))
+    if not students:
+        sizes = (ranks.world_size(), num_machines)
+        ranks.on_first_rank(lambda: keep_plan(Path(folder), config, raw_engine_config, *sizes))
     if config.run.rank_logs:
         rank_log.keep_in(Path(folder) / "logs")
     with report.part("teacher's correction"):
         materials, correction = corrected(config, engine_config, materials, folder)
-    num_machines = len(set(nodes.machine_leaders()))
     if ranks.rank() == 0:
         print(report.line(ranks.world_size(), num_machines, engine_config), flush=True)
     command = shlex.join([Path(sys.executable).name, *sys.argv])

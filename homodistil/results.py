@@ -12,6 +12,8 @@ from homodistil.errors import writing
 from homodistil.metrics import to_json, write_atomically
 
 RESULT_FILE = "result.json"
+PLAN_FILE = "plan.json"
+"""What was planned, before anything was trained (planning/)."""
 ROW_FILE = "row.json"
 """One model's row, before all of a run are known."""
 DASH = "-"

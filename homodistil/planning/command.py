@@ -16,6 +16,7 @@ from homodistil.flops import peak_flops
 from homodistil.metrics import write_atomically
 from homodistil.planning.calibration import Calibration, fit, read_calibration, write_calibration
 from homodistil.planning.cluster import CPU, Cluster, find_cluster
+from homodistil.planning.own_run import calibration_path
 from homodistil.planning.plan import make_plan
 from homodistil.planning.speed import expected_seconds
 from homodistil.planning.table import format_plan
@@ -42,7 +43,7 @@ def measure(config: RunConfig, engine_config: Path, options: argparse.Namespace)
     measured = measure_here(config, raw)
     if ranks.rank() == 0:
         cluster = find_cluster(options.device, ranks.world_size())
-        path = options.calibration or _default_path(config)
+        path = options.calibration or calibration_path(config)
         peak = peak_flops("cuda" if options.device != CPU else "cpu", student_dtype(raw)).flops_per_s
         found = fit(samples_of(config, raw, cluster, measured), machine_name(), expected_seconds(cluster, peak))
         write_calibration(path, found)
@@ -61,15 +62,11 @@ def _cluster(options: argparse.Namespace) -> Cluster:
     return find_cluster(options.device, options.devices_per_node, options.nodes, options.interconnect)
 
 
-def _default_path(config: RunConfig) -> Path:
-    return Path(config.data.cache_dir).expanduser() / "plans" / f"calibration-{platform.node()}.json"
-
-
 def _calibration(config: RunConfig, options: argparse.Namespace) -> Calibration | None:
     """A file that was named; for --device cpu also this machine's own, if there is one."""
     if options.calibration:
         return read_calibration(options.calibration)
-    own = _default_path(config)
+    own = calibration_path(config)
     if options.device != CPU:
         return None
     if not own.is_file():

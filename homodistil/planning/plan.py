@@ -89,7 +89,7 @@ def make_plan(
         UserError: what a run would refuse as well, or a machine about which nothing is known.
     """
     subject = find_subject(config)
-    engine_config = resolve_engine_config(raw_engine_config, config, cluster.num_ranks)
+    engine_config = _resolved(raw_engine_config, config, cluster)
     stretches = [
         _stretch(subject, policy_of(subject, engine_config, cluster), engine_config, cluster, calibration, stretch)
         for stretch in subject.stretches
@@ -115,6 +115,13 @@ def make_plan(
         basis=_basis(calibration, cluster),
         notes=[subject.note] if subject.note else [],
     )
+
+
+def _resolved(raw_engine_config: dict, config: RunConfig, cluster: Cluster) -> dict:
+    """As a rank of the cluster resolves it: fp16 is refused where there is no GPU, which is here, not there."""
+    fp16 = {name: raw_engine_config[name] for name in ("fp16",) if name in raw_engine_config and not cluster.is_cpu}
+    others = {name: value for name, value in raw_engine_config.items() if name not in fp16}
+    return resolve_engine_config(others, config, cluster.num_ranks) | fp16
 
 
 def policy_of(subject: Subject, engine_config: dict, cluster: Cluster) -> MicroBatchPolicy:

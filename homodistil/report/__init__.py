@@ -1,7 +1,8 @@
 """Run folder -> one self-contained HTML page: result table, curves, resize events, configuration. Many: comparison/.
 
 run.py reads the folder (it may still be growing), curves.py says which curves tell the story and from which values,
-figures.py draws panels of lines as inline SVG, family.py is the table of a run with milestones, page.py is the HTML.
+figures.py draws panels of lines as inline SVG, family.py is the table of a run with milestones, planned.py of one that
+was planned, page.py is the HTML.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from homodistil.report.comparison import export_curves
 from homodistil.report.curves import curves
 from homodistil.report.family import family_section
 from homodistil.report.page import render
+from homodistil.report.planned import planned_section
 from homodistil.report.run import read_run
 
 REPORT_FILE = "report.html"
@@ -33,7 +35,7 @@ def write_report(run_dir: Path, path: Path | None = None, figures: Path | None =
     """
     run = read_run(Path(run_dir))
     path = path or Path(run_dir) / REPORT_FILE
-    page = render(run, family_section(run.rows))
+    page = render(run, family_section(run.rows), planned_section(run))
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, page)

@@ -10,6 +10,7 @@ from markupsafe import Markup
 
 from homodistil.report.curves import FAMILIES, Curve, curves, gap
 from homodistil.report.figures import draw
+from homodistil.report.planned import HEADINGS, PlannedSection
 from homodistil.report.run import FILES, Run
 
 if TYPE_CHECKING:  # at run time it needs this module's CSS, through the comparison's figures
@@ -93,6 +94,20 @@ _TEMPLATE = """<!doctype html>
 {% endif %}
 </figure>
 {% endif %}
+{% if planned %}
+
+<h2>Planned and measured</h2>
+<figure><figcaption>Plan: {{ planned.caption }}.</figcaption>
+<div class="wide"><table>
+<thead><tr>{% for heading in planned_headings %}<th>{{ heading }}</th>{% endfor %}</tr></thead>
+<tbody>
+{% for row in planned.rows %}
+<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}
+</tbody>
+</table></div>
+</figure>
+{% endif %}
 {% for curve in curves %}
 
 <h2>{{ curve.title }}</h2>
@@ -133,14 +148,16 @@ _TEMPLATE = """<!doctype html>
 """
 
 
-def render(run: Run, family: FamilySection | None = None) -> str:
-    """`family`: of a run with milestones."""
+def render(run: Run, family: FamilySection | None = None, planned: PlannedSection | None = None) -> str:
+    """`family`: of a run with milestones; `planned`: of one that was planned."""
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined, keep_trailing_newline=True
     )
     return environment.from_string(_TEMPLATE).render(
         run=run,
         family=family,
+        planned=planned,
+        planned_headings=HEADINGS,
         files=FILES,
         progress=_progress(run),
         sentences=summary(run.rows),

@@ -13,7 +13,9 @@ from homodistil.watch.sign import Sign
 
 
 def _errors(job) -> list[str]:
-    return [line for line in job.output().splitlines() if line.startswith(("error", "Traceback", "[W", "frame #"))]
+    """Without the tag that lines of ranks other than 0 bear."""
+    lines = [re.sub(r"^\[rank \d+ \S+\] ", "", line) for line in job.output().splitlines()]
+    return [line for line in lines if line.startswith(("error", "Traceback", "[W", "frame #"))]
 
 
 @pytest.mark.parametrize("dead", [0, 1])

@@ -1,0 +1,58 @@
+"""What was planned before a run beside what was measured in it: time of a step and memory, width by width."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from dataclasses import dataclass
+from typing import Any
+
+from homodistil.report.run import Run
+from homodistil.results import DASH, PLAN_FILE
+
+HEADINGS = ["hidden size", "steps", "tokens/s planned", "measured", "difference"]
+HEADINGS += ["MB of a rank planned", "measured", "difference"]
+_MOST_ROWS = 8
+
+
+@dataclass(frozen=True)
+class PlannedSection:
+    caption: str
+    rows: list[list[str]]
+
+
+def planned_section(run: Run) -> PlannedSection | None:
+    """None for a run without plan.json, or before anything was logged. A plan that cannot be read is left out."""
+    try:
+        plan = json.loads((run.folder / PLAN_FILE).read_text(encoding="utf-8"))
+        rows = [row for stretch in _some(plan["stretches"], run) if (row := _row(stretch, run.train))]
+        return PlannedSection(str(plan["basis"]), rows) if rows else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _some(stretches: list[dict[str, Any]], run: Run) -> list[dict[str, Any]]:
+    """Those with logged steps; the longest where there are many."""
+    seen = [stretch for stretch in stretches if _lines(stretch, run.train)]
+    longest = sorted(seen, key=lambda stretch: -stretch["num_steps"])[:_MOST_ROWS]
+    return sorted(longest, key=lambda stretch: stretch["first_step"])
+
+
+def _lines(stretch: dict[str, Any], train: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    first = stretch["first_step"]
+    return [line for line in train if first < line["step"] <= first + stretch["num_steps"]]
+
+
+def _row(stretch: dict[str, Any], train: list[dict[str, Any]]) -> list[str] | None:
+    lines = _lines(stretch, train)
+    speeds = [line["speed/tokens_per_s"] for line in lines if line.get("speed/tokens_per_s")]
+    sizes = [line.get("memory/accelerator_bytes") or line.get("memory/rss_bytes") or 0 for line in lines]
+    row = [f"{stretch['hidden_size']}", f"{stretch['num_steps']:,}"]
+    row += _compared(stretch["tokens_per_s"], statistics.median(speeds) if speeds else None, 1.0)
+    return row + _compared(stretch["total_bytes"], max(sizes) or None, 1e-6)
+
+
+def _compared(planned: float, measured: float | None, unit: float) -> list[str]:
+    if measured is None:
+        return [f"{planned * unit:,.0f}", DASH, DASH]
+    return [f"{planned * unit:,.0f}", f"{measured * unit:,.0f}", f"{measured / planned - 1:+.0%}"]
