@@ -4,8 +4,10 @@
 
 Two models (random weights and words: neither matters here), ZeRO stages 0 to 3, two ranks, fp32, four widths each: the
 teacher's, and after three events on the way to half of it (quickstart) or less. Each cell is the real engine and the
-real trainer; wall and processor time are medians of steps, memory is the largest resident set of rank 0 while it steps,
-in a second run whose allocator gives back what is freed. Cells marked * calibrated the plan, the rest it predicts.
+real trainer. Wall and processor time are medians of steps, the smaller of two jobs some minutes apart: what else
+happens on a machine only adds to them (one cell's two medians have differed by 44 %). Memory is the largest resident
+set of rank 0 while it steps, in a third job whose allocator gives back what is freed. Cells marked * calibrated the
+plan, the rest it predicts.
 """
 
 from __future__ import annotations
@@ -79,24 +81,28 @@ def measure_cells(model: str, stage: int, work: Path) -> None:
 
 
 def compare(out: Path) -> None:
-    """Runs all cells, one job a model and stage, and writes what they say as it goes."""
-    runs = []
-    for model in MODELS:
-        for stage in range(4):
-            timed, weighed = (_run(model, stage, environment) for environment in ({}, _STRICT))
-            for own, other in zip(timed["samples"], weighed["samples"], strict=True):
-                own["peak_bytes"] = other["peak_bytes"]
-            print(f"{model}, ZeRO-{stage}: {[round(s['wall_s'], 3) for s in timed['samples']]} s a step", flush=True)
-            runs.append({"model": model, "stage": stage, **timed})
-    cells, calibration = predicted(runs)
+    """Runs all cells, three jobs a model and stage."""
+    timed, again, weighed = (_round(environment) for environment in ({}, {}, _STRICT))
+    for first, second, third in zip(timed, again, weighed, strict=True):
+        for sample, later, weight in zip(first["samples"], second["samples"], third["samples"], strict=True):
+            sample |= {name: min(sample[name], later[name]) for name in ("wall_s", "cpu_s")}
+            sample["peak_bytes"] = weight["peak_bytes"]
+    cells, calibration = predicted(timed)
     out.with_suffix(".json").write_text(json.dumps({"cells": cells, "calibration": calibration}, indent=1) + "\n")
     out.with_suffix(".md").write_text(page(cells))
     print(page(cells))
 
 
-def _run(model: str, stage: int, environment: dict[str, str]) -> dict:
-    with tempfile.TemporaryDirectory() as work:
-        return run_ranks(__file__, ["--only", model, str(stage), work], NUM_RANKS, environment)
+def _round(environment: dict[str, str]) -> list[dict]:
+    """One job a model and stage."""
+    runs = []
+    for model in MODELS:
+        for stage in range(4):
+            with tempfile.TemporaryDirectory() as work:
+                run = run_ranks(__file__, ["--only", model, str(stage), work], NUM_RANKS, environment)
+            print(f"{model}, ZeRO-{stage}: {[round(s['wall_s'], 3) for s in run['samples']]} s a step", flush=True)
+            runs.append({"model": model, "stage": stage, **run})
+    return runs
 
 
 def predicted(runs: list[dict]) -> tuple[list[dict], dict]:

@@ -36,6 +36,8 @@ class TeacherConfig:
     the same numbers. false: the whole teacher first."""
     own_stream: bool = False
     """GPU: run the teacher on a CUDA stream of its own, beside the student's forward (leaves lock-step)."""
+    shard: bool = False
+    """Share the teacher's layers out over the ranks, for one that does not fit a GPU: each layer is gathered to run."""
 
     @property
     def in_lock_step(self) -> bool:

@@ -78,7 +78,8 @@ class _Correction:
     def __init__(self, config: RunConfig, engine_config: dict, materials: Materials, work: Path) -> None:
         self.config = correction_config(config)
         self.engine_config, self.materials, self.work = engine_config, materials, work
-        self.student = Student(teacher_copy(materials, torch.float32, dropout=0.0), self.config.loss, distil=False)
+        model = teacher_copy(materials, torch.float32, dropout=0.0).to(materials.device)
+        self.student = Student(model, self.config.loss, distil=False)
 
     def run(self) -> None:
         """Train, and leave a stock checkpoint with FACTS_FILE in `work`."""

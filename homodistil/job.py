@@ -16,6 +16,7 @@ from homodistil.controls import controls
 from homodistil.correction import corrected
 from homodistil.distill.compiled import check_student_compile
 from homodistil.distill.runtime import check_teacher_runtime
+from homodistil.distill.sharded import num_parameters
 from homodistil.distillation import Distillation, result_row
 from homodistil.engine import init_ranks, load_engine_config, resolve_engine_config, teacher_dtype
 from homodistil.family import family_rows, read_family
@@ -119,7 +120,7 @@ def _student_rows(run: Distillation, row: dict) -> list[dict]:
 
 
 def _teacher_row(run: Distillation, correction: dict) -> dict:
-    parameters = sum(p.numel() for p in run.teacher.model.parameters())
+    parameters = num_parameters(run.teacher.model)
     row = result_row("teacher", parameters, run.teacher_widths["hidden"], run.evaluate_teacher())
     if run.config.run.export_milestones:
         row |= ranks.on_first_rank(run.exporter.teacher_speed)

@@ -138,5 +138,5 @@ def gather(config: RunConfig, device: torch.device) -> Materials:
 
 
 def teacher_copy(materials: Materials, dtype: torch.dtype, dropout: float | None = None):
-    """A fresh copy of the teacher's model on this rank's device."""
-    return load_model(materials.teacher, dtype, dropout, materials.allow_pickle).to(materials.device)
+    """A fresh copy of the teacher's model, in host memory."""
+    return load_model(materials.teacher, dtype, dropout, materials.allow_pickle)

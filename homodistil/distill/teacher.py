@@ -19,6 +19,7 @@ from transformers.utils import logging
 from homodistil.config import TeacherConfig
 from homodistil.data.masking import Batch
 from homodistil.distill.runtime import OwnStream, Runtime, build_runtime
+from homodistil.distill.sharded import shard_layers
 from homodistil.distill.targets import Finished, LockStep, Targets, own_lists, wanted_rows
 from homodistil.errors import UserError
 from homodistil.models import family_of
@@ -91,8 +92,15 @@ class Teacher(nn.Module):
 
 
 def build_teacher(model: nn.Module, config: TeacherConfig, device: torch.device, dtype: torch.dtype) -> Teacher:
-    """`model` in the runtime of `config`. Raises `UserError` when that runtime does not compute what the model does."""
+    """`model`, moved to `device` as a whole or (teacher.shard) in this rank's part, in the runtime of `config`.
+
+    Raises:
+        UserError: that runtime does not compute what the model does.
+    """
     model, family = model.eval().requires_grad_(False), family_of(model.config.model_type)
+    if config.shard:
+        shard_layers(family.layers(model), dtype)
+    model = model.to(device)
     plain = config.runtime == "torch" and not config.own_stream
     runtime = None if plain else build_runtime(model, family, config, device, dtype)
     stream = OwnStream(runtime, device) if config.own_stream else None

@@ -36,7 +36,7 @@ def rank_memory(
         "gradients": layout.accumulation_dtype.itemsize * trainable * split[2],
     }
     parts["optimizer"] = state_bytes(trainable, frozen, layout) - parts["parameters"] - parts["gradients"]
-    parts["teacher"] = subject.teacher_parameters * policy.teacher_dtype.itemsize
+    parts["teacher"] = _teacher_parameters(subject, layout.num_ranks) * policy.teacher_dtype.itemsize
     rows = subject.config.data.mask_probability * subject.config.data.seq_len * micro_batch_size
     uses_logits = bool(subject.config.loss.mlm or subject.config.loss.kl)
     parts["logits"] = rows * subject.vocab_size * (2 * layout.dtype.itemsize + FP32_BYTES) if uses_logits else 0.0
@@ -44,6 +44,14 @@ def rank_memory(
     parts["buffers"] = buffer_bytes(engine_config, trainable, layout.accumulation_dtype.itemsize)
     parts["process"] = process_bytes
     return parts
+
+
+def _teacher_parameters(subject: Subject, num_ranks: int) -> float:
+    """That a rank holds at once (distill/sharded.py)."""
+    if not subject.config.teacher.shard:
+        return subject.teacher_parameters
+    layers = subject.teacher_layers
+    return subject.teacher_parameters - sum(layers) + sum(layers) / num_ranks + max(layers)
 
 
 def buffer_bytes(engine_config: dict, num_trainable: float, element_bytes: int) -> float:

@@ -26,7 +26,7 @@ class StepWork:
     layers: float
     """Layers gone through, over all micro-batches: what starting an operation costs."""
     gathers: float
-    """ZeRO-3: parameters that are put together, over all micro-batches, forward and backward."""
+    """Parameters that are put together, over all micro-batches: forward and backward (ZeRO-3), teacher.shard."""
     steps: float = 1.0
 
 
@@ -54,14 +54,19 @@ def step_work(subject: Subject, policy: MicroBatchPolicy, widths: Widths, micro_
     trainable, _ = policy.parameter_counts(widths)
     own = policy.sequence_bytes(widths).total + policy.sequence_bytes(subject.teacher_widths).student / 3
     shares = 1 if layout.stage == 0 else num_ranks
-    num_tensors = sum(1 for _ in subject.student.parameters())
+    gathers = 2.0 * sum(1 for _ in subject.student.parameters()) if layout.stage == 3 else 0.0
+    sent = _sent_bytes(trainable, layout, num_micro_batches)
+    if config.teacher.shard:
+        gathers += subject.teacher_tensors
+        part = (num_ranks - 1) / num_ranks * sum(subject.teacher_layers)
+        sent += part * policy.teacher_dtype.itemsize * num_micro_batches
     return StepWork(
         flops=flops.total / num_ranks,
         activation_bytes=own * sequences / num_ranks,
         optimizer_bytes=_ADAM_BYTES * trainable / shares,
-        communicated_bytes=_sent_bytes(trainable, layout, num_micro_batches),
+        communicated_bytes=sent,
         layers=num_micro_batches * (3 * num_layers(widths) + num_layers(subject.teacher_widths)),
-        gathers=2.0 * num_tensors * num_micro_batches if layout.stage == 3 else 0.0,
+        gathers=gathers * num_micro_batches,
     )
 
 

@@ -11,6 +11,7 @@ import torch
 from homodistil.config import RunConfig
 from homodistil.data import assets
 from homodistil.distill.initial_student import build_student
+from homodistil.distill.sharded import num_parameters
 from homodistil.distill.student import Student
 from homodistil.distill.teacher import load_config
 from homodistil.errors import UserError
@@ -40,6 +41,10 @@ class Subject:
     """On the meta device, at its first widths."""
     teacher_widths: Widths
     teacher_parameters: int
+    teacher_layers: list[int]
+    """Parameters of each of its layers."""
+    teacher_tensors: int
+    """Number of parameter tensors in all its layers."""
     vocab_size: int
     stretches: list[Stretch]
     note: str
@@ -56,9 +61,13 @@ def find_subject(config: RunConfig) -> Subject:
         student = build_student(config, shape, lambda: family.empty_model(shape))
     widths = family.axis_table(teacher).widths
     stretches, more = _stretches(config, widths)
-    num_parameters = sum(p.numel() for p in teacher.parameters())
+    layers = family.layers(teacher)
+    sizes = [num_parameters(layer) for layer in layers]
+    num_tensors = sum(1 for layer in layers for _ in layer.parameters())
     notes = "; ".join(filter(None, (note, more)))
-    return Subject(config, student, widths, num_parameters, shape.vocab_size, stretches, notes)
+    return Subject(
+        config, student, widths, num_parameters(teacher), sizes, num_tensors, shape.vocab_size, stretches, notes
+    )
 
 
 def _teacher_shape(config: RunConfig):

@@ -38,7 +38,6 @@ def _arguments(run_dir: Path, cache_dir: Path, *overrides: str) -> list[str]:
         "data.heldout_fraction": 0.01,
         "run.dir": run_dir,
         "run.compare": "[]",
-        "run.export_milestones": "[0.9]",
     }
     fields = [f"{name}={value}" for name, value in fields.items()]
     return ["--deepspeed", str(ROOT / "ds_configs" / "zero2_fp32.json"), *fields, *overrides]
@@ -67,15 +66,7 @@ def _lines(path: Path) -> list[dict]:
 def test_result_table_is_printed_and_stored(finished):
     folder, printed = finished
     rows = {row["name"]: row for row in json.loads((folder / "result.json").read_text())}
-    names = [
-        "teacher",
-        "homodistil @ 0.9",
-        "homodistil",
-        "one_shot",
-        "one_shot @ 0.9",
-        "one_shot @ 0.9, the run's rates",
-    ]
-    assert list(rows) == names
+    assert list(rows) == ["teacher", "homodistil", "one_shot"]
     assert rows["teacher"]["kl_to_teacher"] == 0 and rows["teacher"]["parameters"] == 4416698
     # 64-wide, 2 layers, 30522 words: formula by hand (tied decoder; biases, LayerNorms, positions, token types).
     layer = 4 * (64 * 64 + 64) + (64 * 256 + 256) + (256 * 64 + 64) + 4 * 64
@@ -163,8 +154,6 @@ def test_report_and_configs_are_in_the_folder(finished):
     assert "homodistil" in (folder / "report.html").read_text()
     assert json.loads((folder / "ds_config.json").read_text())["gradient_accumulation_steps"] == 2
     assert "seq_len: 32" in (folder / "config.yaml").read_text()
-    (milestone,) = (folder / "export").glob("milestone-*")
-    assert BertForMaskedLM.from_pretrained(milestone).config.hidden_size == 116  # 0.9 x 128 for two heads
 
 
 def test_resume_after_resizes_is_bitwise_the_uninterrupted_run(finished, tmp_path, cache_dir):

@@ -46,6 +46,12 @@ def check_teacher_runtime(config: RunConfig, device: torch.device) -> None:
         raise UserError(
             f"teacher.own_stream: true needs an NVIDIA GPU, this run is on {device.type}; set teacher.own_stream=false"
         )
+    if teacher.shard and (teacher.runtime != "torch" or teacher.own_stream):
+        raise UserError(
+            f"teacher.shard: true gathers layers between those of the student, so it needs teacher.runtime=torch and "
+            f"teacher.own_stream=false, found {teacher.runtime} and {str(teacher.own_stream).lower()}; set these, or "
+            f"teacher.shard=false"
+        )
     if teacher.kernel_inject and teacher.runtime != "deepspeed":
         raise UserError(
             f"teacher.kernel_inject: true needs teacher.runtime=deepspeed, found {teacher.runtime}; set that, or "
