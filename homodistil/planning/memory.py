@@ -38,8 +38,10 @@ def rank_memory(
     parts["optimizer"] = state_bytes(trainable, frozen, layout) - parts["parameters"] - parts["gradients"]
     parts["teacher"] = _teacher_parameters(subject, layout.num_ranks) * policy.teacher_dtype.itemsize
     rows = subject.config.data.mask_probability * subject.config.data.seq_len * micro_batch_size
-    uses_logits = bool(subject.config.loss.mlm or subject.config.loss.kl)
-    parts["logits"] = rows * subject.vocab_size * (2 * layout.dtype.itemsize + FP32_BYTES) if uses_logits else 0.0
+    loss = subject.config.loss
+    # KL on all tokens goes over the vocabulary chunk by chunk and keeps nothing of it.
+    keeps_logits = (loss.mlm or loss.kl) and not (loss.kl and loss.kl_positions == "all")
+    parts["logits"] = rows * subject.vocab_size * (2 * layout.dtype.itemsize + FP32_BYTES) if keeps_logits else 0.0
     parts["activations"] = max(micro_batch_size * sequence.total - parts["logits"], 0.0)
     parts["buffers"] = buffer_bytes(engine_config, trainable, layout.accumulation_dtype.itemsize)
     parts["process"] = process_bytes
