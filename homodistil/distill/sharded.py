@@ -15,8 +15,8 @@ from torch import nn
 def shard_layers(layers: Sequence[nn.Module], dtype: torch.dtype) -> None:
     """Every rank calls it, and from then on runs the layers as often as all others. Each run gathers one layer.
 
-    Of two parts of DeepSpeed's engine for this, only the storage is used: its hooks expect whole passes in one order,
-    which layers in lock-step with a student's are not.
+    Storage and gathering are DeepSpeed's, the hooks are not: those of its engine expect whole passes in one order, and
+    here layers run one by one, in lock-step with the student's.
 
     Args:
         layers: frozen, equal on all ranks, on any device; their parameters move to the rank's own one by one.
