@@ -20,7 +20,7 @@ CONFIG_FILE = "config.yaml"
 ENGINE_FILE = "ds_config.json"
 # What may change when a run is gone on with: it moves neither the data's order nor, beyond rounding, the student.
 _FREE = {
-    "teacher": {"dtype", "allow_pickle"},
+    "teacher": {"dtype", "allow_pickle", "shard"},
     "data": {"cache_dir", "workers", "shard_bytes"},
     "train": {"micro_batch_size", "save_every_steps", "eval_every_steps", "eval_batch_size", "log_every_steps"},
     "optimizer": {"implementation"},

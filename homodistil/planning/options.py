@@ -25,7 +25,7 @@ def split_options(argv: list[str], description: str) -> tuple[argparse.Namespace
     parser.add_argument("--watts", type=float, help="of a device at full load")
     parser.add_argument("--measure", action="store_true", help="take some real steps on this machine, keep the result")
     parser.add_argument("--calibration", type=Path, help="what --measure made (default: in data.cache_dir, for cpu)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write it; report shows RUN_DIR/plan.json")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write it there (not into a run folder to be)")
     options, rest = parser.parse_known_args(argv)
     for name in ("price", "watts"):
         values = getattr(options, name)
