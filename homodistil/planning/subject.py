@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from transformers import BertConfig
 
 from homodistil.config import RunConfig
 from homodistil.data import assets
@@ -14,14 +15,13 @@ from homodistil.distill.initial_student import build_student
 from homodistil.distill.sharded import num_parameters
 from homodistil.distill.student import Student
 from homodistil.distill.teacher import load_config
-from homodistil.errors import UserError
 from homodistil.models import family_of
 from homodistil.models.axes import Widths
 from homodistil.models.taps import ATTENTION
 from homodistil.pruning.scheduler import width_schedule
 from homodistil.pruning.target import student_widths
 
-# Hugging Face's `BertConfig()` is bert-base-uncased.
+# Hugging Face's `BertConfig()` is bert-base-uncased. A hub that cannot be reached takes its time to say so.
 _KNOWN = {"bert-base-uncased", "google-bert/bert-base-uncased"}
 
 
@@ -53,36 +53,29 @@ class Subject:
 
 def find_subject(config: RunConfig) -> Subject:
     """Raises `UserError`: no such teacher, or a target or schedule that it cannot be cut by."""
-    shape, note = _teacher_shape(config)
+    shape = _teacher_shape(config)
     family = family_of(shape.model_type)
     shape._attn_implementation = ATTENTION
     with torch.device("meta"):
         teacher = family.empty_model(shape)
         student = build_student(config, shape, lambda: family.empty_model(shape))
     widths = family.axis_table(teacher).widths
-    stretches, more = _stretches(config, widths)
+    stretches, note = _stretches(config, widths)
     layers = family.layers(teacher)
     sizes = [num_parameters(layer) for layer in layers]
     num_tensors = sum(1 for layer in layers for _ in layer.parameters())
-    notes = "; ".join(filter(None, (note, more)))
     return Subject(
-        config, student, widths, num_parameters(teacher), sizes, num_tensors, shape.vocab_size, stretches, notes
+        config, student, widths, num_parameters(teacher), sizes, num_tensors, shape.vocab_size, stretches, note
     )
 
 
 def _teacher_shape(config: RunConfig):
+    """Its configuration."""
     name = config.teacher.name
     if assets.is_embedded(name):
         assets.check_teacher(name)
-        return load_config(str(assets.teacher_folder(name, Path(config.data.cache_dir).expanduser()))), ""
-    try:
-        return load_config(name), ""
-    except UserError:
-        if name not in _KNOWN:
-            raise
-        from transformers import BertConfig
-
-        return BertConfig(), f"the hub is not reachable: {name} taken to be 12 layers of 768"
+        return load_config(str(assets.teacher_folder(name, Path(config.data.cache_dir).expanduser())))
+    return BertConfig() if name in _KNOWN else load_config(name)
 
 
 def _stretches(config: RunConfig, teacher: Widths) -> tuple[list[Stretch], str]:
