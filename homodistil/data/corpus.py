@@ -28,10 +28,12 @@ from homodistil.data.preparation import Preparation
 from homodistil.data.shards import Recipe
 from homodistil.data.sources import Source, check_sources, open_sources
 from homodistil.errors import UserError
+from homodistil.wire import travels
 
 _FORMAT_VERSION = 1  # of the cached blocks; raise it when reading, splitting or packing changes
 
 
+@travels
 class Rows:
     """Blocks of one split, memory-mapped. `rows[ids]` -> (n, seq_len) int64, padded at the end only."""
 
@@ -57,7 +59,16 @@ class Rows:
         # A memmap would travel to a loader process with its whole content.
         return Rows, (self._path,)
 
+    def to_wire(self) -> str:
+        """For ranks that map the same file."""
+        return str(self._path)
 
+    @classmethod
+    def from_wire(cls, path: str) -> Rows:
+        return cls(Path(path))
+
+
+@travels
 @dataclass(frozen=True)
 class Corpus:
     train: Rows
