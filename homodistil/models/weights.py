@@ -44,7 +44,7 @@ class Difference(NamedTuple):
 
 def has_weights(folder: Path) -> bool:
     """Whether there is any file of weights, safe or not."""
-    return any(folder.glob("*.safetensors")) or any(folder.glob(f"{INDEX}")) or any(folder.glob("*.bin"))
+    return any(folder.glob("*.safetensors")) or (folder / INDEX).exists() or any(folder.glob("*.bin"))
 
 
 def stored_tensors(folder: Path, field: str, allow_pickle: bool = False) -> dict[str, Stored]:
