@@ -152,7 +152,7 @@ def _check_head(config: RunConfig, has_head: bool, say: Callable[[str], None]) -
 
 def _is_cached_here(config: RunConfig) -> bool:
     name = config.teacher.name
-    return name.startswith("embedded:") or Path(name).expanduser().is_dir()
+    return name.startswith("embedded:") or local_folder(name, "teacher.name") is not None
 
 
 def _say_on_first_rank(line: str) -> None:

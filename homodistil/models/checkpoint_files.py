@@ -27,7 +27,8 @@ def local_folder(name: str, field: str) -> Path | None:
         path = Path(name).expanduser()
         is_folder = path.is_dir()
     except (OSError, RuntimeError) as error:  # too long a name, no such user
-        raise UserError(f"{field}: cannot look at {short(name)!r} ({error}); give a folder with config.json") from None
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{field}: cannot look at {short(name)!r} ({reason}); give a folder with config.json") from None
     if is_folder:
         return path
     if path.exists() or name.startswith((".", "/", "~")):
