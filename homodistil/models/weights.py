@@ -150,6 +150,19 @@ def check_whole(found: Difference, model: nn.Module, family: ModuleType, where: 
     Raises:
         UserError: tensors are missing, or of another shape.
     """
+    head_missing = [name for name in found.missing if family.is_head(name)]
+    check_present(found._replace(missing=[name for name in found.missing if not family.is_head(name)]), where)
+    num_in_head = sum(family.is_head(name) for name, _ in model.named_parameters())
+    if 0 < len(head_missing) < num_in_head:
+        raise UserError(
+            f"{where}: the weights have a part of the MLM head and lack {len(head_missing)} of its tensors "
+            f"({some(head_missing)}); give the whole checkpoint, or one without any of the head"
+        )
+    return not head_missing
+
+
+def check_present(found: Difference, where: str) -> None:
+    """Raise `UserError` where any tensor is missing or of another shape."""
     if found.mismatched:
         name, in_file, by_config = found.mismatched[0]
         more = f" (and {len(found.mismatched) - 1} more)" if len(found.mismatched) > 1 else ""
@@ -157,20 +170,12 @@ def check_whole(found: Difference, model: nn.Module, family: ModuleType, where: 
             f"{where}: {name} is {_sizes(in_file)} in the weights, {_sizes(by_config)} by config.json{more}; give the "
             f"config.json of these weights"
         )
-    head = [name for name, _ in model.named_parameters() if family.is_head(name)]
-    head_missing = [name for name in found.missing if family.is_head(name)]
-    others = [name for name in found.missing if not family.is_head(name)]
-    if others:
+    if found.missing:
+        count = f"{len(found.missing)} tensor{'s' if len(found.missing) > 1 else ''}"
         raise UserError(
-            f"{where}: the weights lack {len(others)} tensors that config.json asks for ({some(others)}), which would "
-            f"stay random; give the whole checkpoint, or the config.json of these weights"
+            f"{where}: the weights lack {count} that config.json asks for ({some(found.missing)}), which would stay "
+            f"random; give the whole checkpoint, or the config.json of these weights"
         )
-    if 0 < len(head_missing) < len(head):
-        raise UserError(
-            f"{where}: the weights have a part of the MLM head and lack {len(head_missing)} of its tensors "
-            f"({some(head_missing)}); give the whole checkpoint, or one without any of the head"
-        )
-    return not head_missing
 
 
 @torch.no_grad()
