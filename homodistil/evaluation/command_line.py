@@ -38,7 +38,7 @@ def fine_tuning_parser(
 def number(
     kind: type, low: float = -math.inf, high: float = 1_000_000, above: float | None = None
 ) -> Callable[[str], float]:
-    """An argparse type: a finite number of `kind` in [`low`, `high`], in plain digits; `above`: greater than this."""
+    """An argparse type: a number of `kind` in [`low`, `high`], in plain digits; `above`: greater than this."""
 
     def parse(text: str) -> float:
         try:
@@ -47,9 +47,8 @@ def number(
             value = None
         if value is None or not low <= value <= high or (above is not None and value <= above):
             what = "whole numbers" if kind is int else "numbers"
-            least = f"above {above:g}" if above is not None else f"from {low:g}"
-            limits = "" if above is None and low == -math.inf else f" {least} to {high:.10g}"
-            raise argparse.ArgumentTypeError(f"found {text[:100]!r}, allowed are finite {what}{limits}")
+            least = f" above {above:g}, up to" if above is not None else f" from {low:.10g} to"
+            raise argparse.ArgumentTypeError(f"found {text[:100]!r}, allowed are {what}{least} {high:.10g}")
         return value
 
     return parse

@@ -135,6 +135,11 @@ def difference(stored: Mapping[str, Stored], model: nn.Module, family: ModuleTyp
 def check_layers(stored: Mapping[str, Stored], num_layers: int, family: ModuleType, where: str) -> None:
     """Refuse a config with more layers than the files have: to be called before a model of it is built."""
     there = family.num_stored_layers(stored)
+    if stored and not there:
+        raise UserError(
+            f"{where}: the weights have no layer of a {family.MODEL_TYPE}, which config.json says they are (found "
+            f"{some(stored)}); give config.json and weights of the same model"
+        )
     if stored and num_layers > there:
         raise UserError(
             f"{where}: config.json says num_hidden_layers {num_layers}, the weights have {there} layers; give the "

@@ -161,7 +161,9 @@ WEIGHTS = [
     _weights("lack_the_embeddings", _without("bert.embeddings."), "lack 5 tensors", "and 2 more"),
     _weights("have_half_a_head", _without(f"{HEAD}transform.dense"), "a part of the MLM head", "transform.dense.bias"),
     _weights("have_another_head", _other_head, "cls.predictions.bias is 7 in the weights, 101 by config.json"),
-    _weights("are_another_models", lambda t: {f"roberta.{n}": x for n, x in t.items()}, "the weights have 0 layers"),
+    _weights(
+        "are_another_models", lambda t: {f"roberta.{n}": x for n, x in t.items()}, "no layer of a bert", "roberta."
+    ),
     _weights("have_no_head", _without(HEAD), "has no MLM head"),
     _weights("are_nan", _spoil(float("nan")), QUERY, "1 NaN or infinite values"),
     _weights("are_infinite", _spoil(float("-inf")), QUERY, "1 NaN or infinite values"),

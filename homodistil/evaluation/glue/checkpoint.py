@@ -74,11 +74,14 @@ def load_tokenizer(folder: str, max_length: int, num_texts: int = 1) -> PreTrain
     if tokenizer.pad_token_id is None:
         raise UserError(f"{where} has no pad_token, which batches need; set one in tokenizer_config.json")
     allowed = getattr(config, "max_position_embeddings", max_length)
-    needed = tokenizer.num_special_tokens_to_add(pair=num_texts > 1) + num_texts
-    if not needed <= max_length <= allowed:
-        found = f"needs at least {needed}" if max_length < needed else f"{folder!r} allows {allowed}"
-        how = "raise" if max_length < needed else "lower"
-        raise UserError(f"--max-length: found {max_length}, {found}; {how} --max-length")
+    num_special = tokenizer.num_special_tokens_to_add(pair=num_texts > 1)
+    if max_length < num_special + num_texts:
+        raise UserError(
+            f"--max-length: found {max_length}, needed are at least {num_special + num_texts}: {num_special} special "
+            f"tokens and one of each text; raise --max-length"
+        )
+    if max_length > allowed:
+        raise UserError(f"--max-length: found {max_length}, {folder!r} allows {allowed}; lower --max-length")
     return tokenizer
 
 

@@ -123,6 +123,7 @@ def _field(item: Any, name: str, kind: type, where: str) -> Any:
     value = item.get(name) if isinstance(item, dict) else None
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         found = f"fields {', '.join(sorted(item)[:8]) or 'none'}" if isinstance(item, dict) else type(item).__name__
+        found = f"`{name}` {type(value).__name__}" if value is not None else found
         raise UserError(f"{where}: found {found}, needs `{name}` ({kind.__name__}); {_OFFICIAL}")
     if kind is str and any("\ud800" <= c <= "\udfff" for c in value):
         raise UserError(f"{where}: found half a surrogate pair in `{name}`, which is no character; {_OFFICIAL}")
