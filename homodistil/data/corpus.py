@@ -12,6 +12,7 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -20,16 +21,19 @@ from transformers import PreTrainedTokenizerBase
 
 from homodistil.config import DataConfig
 from homodistil.data.cache import build_once
+from homodistil.data.documents import read
 from homodistil.data.filters import Filters, versions
 from homodistil.data.merge import SUMMARY_FILE, merge
 from homodistil.data.packing import SpecialIds
-from homodistil.data.plan import make_plan
+from homodistil.data.plan import Plan, make_plan
 from homodistil.data.preparation import Preparation
 from homodistil.data.shards import Recipe
 from homodistil.data.sources import Source, check_sources, open_sources
+from homodistil.data.tokenizer import check_text_is_known
 from homodistil.errors import UserError
 from homodistil.wire import travels
 
+_FIRST_DOCUMENTS, _FIRST_TOKENS = 20, 200
 _FORMAT_VERSION = 1  # of the cached blocks; raise it when reading, splitting or packing changes
 
 
@@ -111,6 +115,7 @@ class _Order:
 
     def __init__(self, config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> None:
         self._backend, self._special_ids = check_tokenizer(config, tokenizer)
+        self._unknown = tokenizer.unk_token_id
         self._config, self._sources = config, open_sources(config)
         self._fingerprint = _fingerprint(config, self._sources, self._backend, self._special_ids)
         self._cache_dir = Path(config.cache_dir).expanduser()
@@ -148,10 +153,22 @@ class _Order:
 
     def preparation(self, folder: Path | None = None, is_over: Callable[[], bool] | None = None) -> Preparation:
         plan = make_plan(self._sources, self._config.shard_bytes, self._fingerprint)
+        self._check_language(plan)
         recipe = Recipe(self._sources, self._backend, Filters(self._config))
         return Preparation(
             folder or self._cache_dir / "parts" / plan.hash[:16], plan, recipe, is_over or self._is_there
         )
+
+    def _check_language(self, plan: Plan) -> None:
+        """Refuse a source whose first text the tokenizer does not know, before all of it is tokenised."""
+        first = {shard.source: shard.spans[0] for shard in reversed(plan.shards)}
+        for index, span in first.items():
+            source, ids = self._sources[index], []
+            for document in islice(read(source, span), _FIRST_DOCUMENTS):
+                ids += self._backend.encode(next(iter(document), ""), add_special_tokens=False).ids
+                if len(ids) >= _FIRST_TOKENS:
+                    break
+            check_text_is_known(ids, self._unknown, source.name)
 
     def _build(self, folder: Path, preparation: Preparation) -> None:
         plan, wanted = preparation.plan, list(range(len(preparation.plan.shards)))
