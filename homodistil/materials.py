@@ -170,7 +170,8 @@ def gather(config: RunConfig, device: torch.device, run_folders: Sequence[Path] 
     if len(corpus.train) < config.train.global_batch_size:
         raise UserError(
             f"data.sources: {len(corpus.train)} training blocks of {config.data.seq_len} tokens, fewer than one "
-            f"train.global_batch_size ({config.train.global_batch_size}); give more text or a smaller batch"
+            f"train.global_batch_size ({config.train.global_batch_size}); give more text, a smaller batch, or "
+            f"a smaller data.heldout_fraction ({config.data.heldout_fraction:g}: {len(corpus.heldout)} blocks held out)"
         )
     if ranks.rank() == 0:
         print(f"teacher: {config.teacher.name}; corpus: {corpus.description}", flush=True)

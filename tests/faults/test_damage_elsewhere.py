@@ -154,9 +154,7 @@ def test_another_corrected_teacher_is_refused(server, broken_corrected):
     """The one that the run began with is damaged, and with one rank less it cannot be made again bitwise."""
     _flip_byte(broken_corrected.teacher("model.safetensors"))
     config = (broken_corrected.run / "teacher.json").read_bytes()
-    job = server.start(
-        TRAIN, broken_corrected.command("teacher.correction_steps=3", "train.micro_batch_size=4"), num_ranks=1
-    )
+    job = server.start(TRAIN, broken_corrected.command("train.micro_batch_size=4"), num_ranks=1)
     assert job.wait(timeout_s=180) == [USER_ERROR], job.output()
     (error,) = _errors(job.output())
     assert "teacher.correction_steps: is not what the run in" in error and "corrected teacher " in error
