@@ -66,7 +66,7 @@ def _run(
     with watch.long_phase("preparing teacher and data"), report.part("teacher and data"):
         for student in students:
             check_teacher(student)
-        materials = gather(config, device)
+        materials = gather(config, device, own_folders or [folder])
     # Claimed only now: whatever the user had to mend until here, the folder is still free.
     for path, one in zip((folder, *own_folders), (config, *students), strict=True):
         ranks.on_first_rank(lambda path=path, one=one: claim_run_folder(path, one, engine_config))

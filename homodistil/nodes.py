@@ -79,7 +79,8 @@ def _marker(path: Path) -> Iterator[str | None]:
     try:
         yield trouble
     finally:
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # where it could not be made it cannot be removed either
+            path.unlink()
 
 
 def raise_any(own: str | None) -> None:

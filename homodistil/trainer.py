@@ -181,6 +181,7 @@ class Trainer:
             "step": self.state.step,
             "consumed_samples": self.state.consumed_samples,
             "kept": self.student.kept,
+            "num_lines": dict(self.monitor.recorder.num_lines),
             "pruner": self.pruner.state_dict() if self.pruner else None,
         }
         self.checkpoints.save(self.engine, self.state.step, state)
