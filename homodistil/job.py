@@ -20,6 +20,7 @@ from homodistil.distillation import Distillation, result_row
 from homodistil.engine import init_ranks, load_engine_config, resolve_engine_config, teacher_dtype
 from homodistil.family import family_rows, read_family
 from homodistil.materials import check_teacher, gather
+from homodistil.model_card import complete_cards
 from homodistil.optimizer import check_implementation
 from homodistil.planning.own_run import keep_plan
 from homodistil.report import write_report
@@ -136,5 +137,6 @@ def _conclude(folder: Path, rows: list[dict]) -> None:
 
 
 def _store(folder: Path, rows: list[dict]) -> tuple[Path, Path]:
-    """Result and report of one run folder."""
+    """Result and report of one run folder; its model cards now know the teacher's results."""
+    complete_cards(folder, rows[0])
     return write_result(folder, rows), write_report(folder)

@@ -28,13 +28,13 @@ import psutil
 import torch
 from tqdm import tqdm
 
+from homodistil.boards import TENSORBOARD_FOLDER, board_folder, board_values
 from homodistil.errors import writing
 from homodistil.log_files import go_on, parse_line
 from homodistil.log_files import write_atomically as write_atomically
 
 METRICS_FILE = "metrics.jsonl"
 EVENTS_FILE = "events.jsonl"
-TENSORBOARD_FOLDER = "tensorboard"
 
 
 class Recorder:
@@ -69,7 +69,7 @@ class Recorder:
             # Append mode: every line lands at the end, wherever another handle may have written.
             self._metrics = open(run_dir / METRICS_FILE, "a", encoding="utf-8")
             self._events = open(run_dir / EVENTS_FILE, "a", encoding="utf-8")
-            self._tensorboard = _summary_writer(run_dir / TENSORBOARD_FOLDER, start_step)
+            self._tensorboard = _summary_writer(board_folder(run_dir), start_step)
         self._excepthook_before, threading.excepthook = threading.excepthook, _without_tensorboards_thread
         self._progress = _Bar(total_steps, start_step) if sys.stderr.isatty() else _Lines(total_steps, start_step)
 
@@ -83,7 +83,7 @@ class Recorder:
         self._progress.show(step, values)
 
     def log_evaluation(self, step: int, values: Mapping[str, float]) -> None:
-        """Held-out values after `step` optimizer steps; in TensorBoard under heldout/."""
+        """Held-out values after `step` optimizer steps; in TensorBoard under heldout/ and probe/."""
         if not self.enabled:
             return
         _write_line(self._metrics, {"kind": "evaluation", "step": step, **values})
@@ -91,7 +91,7 @@ class Recorder:
         self._add_scalars({f"heldout/{name}": value for name, value in values.items()}, step)
 
     def log_event(self, event: Mapping[str, Any]) -> None:
-        """A resize: "step" and whatever else is known (nested mappings are fine); its numbers under events/."""
+        """A resize: "step" and whatever else is known (nested mappings are fine); gap and cost under resize/."""
         if not self.enabled:
             return
         _write_line(self._events, event)
@@ -118,7 +118,7 @@ class Recorder:
         """One TensorBoard event for all: a call of `add_scalar` each would cost ten times as much."""
         from tensorboard.compat.proto.summary_pb2 import Summary
 
-        scalars = [Summary.Value(tag=name, simple_value=float(value)) for name, value in values.items()]
+        scalars = [Summary.Value(tag=tag, simple_value=value) for tag, value in board_values(values)]
         with writing(self._run_dir / TENSORBOARD_FOLDER):
             self._tensorboard.file_writer.add_summary(Summary(value=scalars), step)
             self._tensorboard.flush()
