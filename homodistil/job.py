@@ -19,6 +19,7 @@ from homodistil.distill.sharded import num_parameters
 from homodistil.distillation import Distillation, result_row
 from homodistil.engine import init_ranks, load_engine_config, resolve_engine_config, teacher_dtype
 from homodistil.family import family_rows, read_family
+from homodistil.faults import fault_point
 from homodistil.materials import check_teacher, gather
 from homodistil.model_card import complete_cards
 from homodistil.optimizer import check_implementation
@@ -67,6 +68,7 @@ def _run(
     with watch.long_phase("preparing teacher and data"), report.part("teacher and data"):
         for student in students:
             check_teacher(student)
+        fault_point("start.materials")
         materials = gather(config, device, own_folders or [folder])
     # Claimed only now: whatever the user had to mend until here, the folder is still free.
     for path, one in zip((folder, *own_folders), (config, *students), strict=True):

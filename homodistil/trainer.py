@@ -157,7 +157,7 @@ class Trainer:
     def between_steps(self) -> None:
         """Once in a while: milestone, held-out evaluation, checkpoint (which comes last: the others lie before it)."""
         train, step = self.config.train, self.state.step
-        watch.progress(step, "training")
+        watch.progress(step, watch.TRAINING)
         if milestone := self.milestone_due():
             with self.monitor.timer.paused():
                 self.export_milestone(self.engine, milestone, self.state)
