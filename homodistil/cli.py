@@ -112,8 +112,8 @@ def _build_parser(description: str, with_engine: bool) -> ArgumentParser:
     parser = ArgumentParser(
         exit_on_error=False,
         description=f"{description} Fields may be written as section.field=value. "
-        f"recipe=NAME starts from a shipped recipe ({', '.join(recipe_names())}); without one and without --config "
-        f"it is recipe=quickstart. The defaults below are those of a --config file that leaves a field out.",
+        f"recipe=NAME starts from a shipped recipe ({', '.join(recipe_names())}); without one, without --config and "
+        f"without teacher.name it is recipe=quickstart. The defaults below are those of whatever leaves a field out.",
     )
     parser.add_argument("--config", action="config", help="YAML file with any of the fields below.")
     if with_engine:
@@ -151,9 +151,15 @@ def _normalise(argv: list[str]) -> list[str]:
             others.append(f"--{token}")
         else:
             others.append(token)
-    if not configs and not {"-h", "--help"} & set(others):
+    if not configs and not _is_about_another_job(others):
         configs.append(f"--config={_recipe_path('quickstart')}")
     return configs + others
+
+
+def _is_about_another_job(arguments: list[str]) -> bool:
+    """Whether the quickstart's values would be wrong: size, correction and rates there are those of its own teacher."""
+    names = {argument.split("=", 1)[0] for argument in arguments}
+    return bool(names & {"-h", "--help", "--teacher", "--teacher.name"})
 
 
 def _recipe_path(name: str) -> Path:

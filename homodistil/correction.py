@@ -141,7 +141,7 @@ def correction_config(config: RunConfig) -> RunConfig:
     correction.loss = LossConfig(mlm=1.0, kl=0.0, hidden=0.0, attention=0.0, embedding=0.0)
     correction.train.steps = config.teacher.correction_steps
     correction.train.lr = config.teacher.correction_lr
-    correction.train.seed = config.train.seed + SEED_OFFSET
+    correction.train.seed = config.teacher.correction_seed + SEED_OFFSET
     correction.train.save_every_steps = correction.train.eval_every_steps = 0
     return correction
 

@@ -90,12 +90,19 @@ def _check_same_run(folder: Path, config: RunConfig) -> None:
         for name, value in fields.items():
             if section == "run" and name not in _FIXED_OF_RUN:
                 continue
-            old = before.get(section, {}).get(name, value)
+            old = before.get(section, {}).get(name, _of_before(before, section, name, value))
             if old != value and name not in _FREE.get(section, set()) | by_content.get(section, set()):
                 raise UserError(
                     f"{section}.{name}: the run in {str(folder)!r} has {old}, this config {value}; "
                     f"go on with the same value, or choose another run.dir"
                 )
+
+
+def _of_before(before: dict, section: str, name: str, value: object) -> object:
+    """What a run had whose config.yaml does not know the field yet: the default, as far as it was what happened."""
+    if (section, name) == ("teacher", "correction_seed") and before["teacher"].get("correction_steps"):
+        return before["train"].get("seed", value)  # it seeded the correction, too
+    return value
 
 
 def _config_of_run(folder: Path) -> dict | None:
