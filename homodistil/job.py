@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import distributed
 
 from homodistil import nodes, rank_log, ranks, stop, watch
 from homodistil.config import RunConfig
@@ -43,9 +42,7 @@ def run(config: RunConfig, engine_config_path: Path, students: Sequence[RunConfi
     with report.part("joining"):
         device = init_ranks(config.run.rank_timeout_s)
     with stop.on_signals(), watch.watching(config.run.rank_timeout_s):
-        rows = _run(config, raw_engine_config, device, students, report)
-    distributed.destroy_process_group()
-    return rows
+        return _run(config, raw_engine_config, device, students, report)
 
 
 def _run(
