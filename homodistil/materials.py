@@ -121,7 +121,7 @@ def gather(config: RunConfig, device: torch.device) -> Materials:
     folder = nodes.once(leaders if _is_cached_here(config) else nodes.machine_leaders(), lambda: check_teacher(config))
     tokenizer = load_tokenizer(folder, load_config(folder).vocab_size)
     # What the others get are the names of the files, which they map for themselves.
-    corpus = nodes.once(leaders, lambda: prepare_corpus(config.data, tokenizer))
+    corpus = Corpus.named(nodes.once(leaders, lambda: prepare_corpus(config.data, tokenizer).names()))
     if corpus.fingerprint != ranks.on_first_rank(lambda: corpus.fingerprint):
         raise UserError(
             f"data.sources: rank {ranks.rank()} found another text than rank 0; give every machine the same files "
