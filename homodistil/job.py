@@ -41,7 +41,10 @@ def run(config: RunConfig, engine_config_path: Path, students: Sequence[RunConfi
     raw_engine_config = load_engine_config(engine_config_path)
     with report.part("joining"):
         device = init_ranks(config.run.rank_timeout_s)
-    with stop.on_signals(), watch.watching(config.run.rank_timeout_s):
+    with (
+        stop.on_signals(f"run it again with run.resume=auto to go on{stop.go_on_with()}"),
+        watch.watching(config.run.rank_timeout_s),
+    ):
         return _run(config, raw_engine_config, device, students, report)
 
 

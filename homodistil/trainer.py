@@ -15,7 +15,6 @@ from homodistil.distill.student import Student
 from homodistil.distill.targets import Targets
 from homodistil.distill.teacher import Teacher
 from homodistil.engine import backward
-from homodistil.errors import StopRequested
 from homodistil.evaluation.gap import Gap
 from homodistil.faults import fault_point
 from homodistil.feed import Feed
@@ -197,10 +196,11 @@ class Trainer:
         """Stop on request (signal `number`), with everything on disk that going on needs."""
         name, step = signal.Signals(number).name, self.state.step
         if self.checkpoints is None:
-            raise StopRequested(f"stopped by {name} while correcting the teacher, which the next run starts anew")
+            text = f"stopped by {name} while correcting the teacher, which the next run starts anew"
+            raise stop.stopped(number, text + stop.go_on_with())
         self.save_and_wait()
-        steps = self.config.train.steps
-        raise StopRequested(f"stopped by {name} at step {step} of {steps}; run.resume=auto goes on from its checkpoint")
+        text = f"stopped by {name} at step {step} of {self.config.train.steps}"
+        raise stop.stopped(number, f"{text}; run.resume=auto goes on from its checkpoint{stop.go_on_with()}")
 
 
 def resize_event(step: int, plan: ResizePlan, before: dict[str, float], after: dict[str, float]) -> dict:
