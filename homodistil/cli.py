@@ -26,7 +26,6 @@ from homodistil import students
 from homodistil.config import RunConfig
 from homodistil.errors import CheckFailed, RankLost, StopRequested, UserError, nearest
 from homodistil.exit_codes import code_of
-from homodistil.interrupt import end_on_interrupt
 from homodistil.launch_environment import rank_before_joining
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -224,7 +223,6 @@ def exit_with_code() -> Iterator[None]:
 
     What nobody foresaw ends with one line as well, which says where the traceback is.
     """
-    end_on_interrupt()
     try:
         yield
     except (UserError, CheckFailed, RankLost, StopRequested) as error:

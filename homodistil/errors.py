@@ -34,7 +34,7 @@ class StopRequested(_Ending):
 
 
 class Interrupted(StopRequested, KeyboardInterrupt):
-    """The same after Ctrl-C: in a notebook or another program, `except KeyboardInterrupt` catches it."""
+    """Ctrl-C. A caller of job.run sees what it knows; in a script it is a `StopRequested` like any other."""
 
 
 class RankLost(_Ending, RuntimeError):

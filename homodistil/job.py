@@ -36,7 +36,7 @@ from homodistil.together import student_runs, train_together
 def run(config: RunConfig, engine_config_path: Path, students: Sequence[RunConfig] = ()) -> list[dict]:
     """Everything from raw text to the result table. Every rank calls it; returns the table's rows.
 
-    The ranks stay joined, so that this process may call it again; `engine.leave_ranks` parts them.
+    The ranks stay joined, so that this process may call it again.
 
     Args:
         students: several instead of the one of `config` (students.py).
@@ -45,7 +45,10 @@ def run(config: RunConfig, engine_config_path: Path, students: Sequence[RunConfi
     raw_engine_config = load_engine_config(engine_config_path)
     with report.part("joining"):
         device = init_ranks(config.run.rank_timeout_s)
-    with stop.on_signals(), watch.watching(config.run.rank_timeout_s):
+    with (
+        stop.on_signals(f"run it again with run.resume=auto to go on{stop.go_on_with()}"),
+        watch.watching(config.run.rank_timeout_s),
+    ):
         return _run(config, raw_engine_config, device, students, report)
 
 

@@ -207,7 +207,8 @@ def gather(config: RunConfig, device: torch.device, run_folders: Sequence[Path] 
     tokenizer = load_tokenizer(folder, load_config(folder).vocab_size)
     # What the others get of the corpus are the names of the files, which they map for themselves.
     fingerprints = nodes.once(leaders, lambda: accept(**_of_teacher(config, folder, tokenizer)))
-    corpus = nodes.once(leaders, lambda: prepare_corpus(config.data, tokenizer, lambda now: accept(corpus=now)))
+    names = nodes.once(leaders, lambda: prepare_corpus(config.data, tokenizer, lambda now: accept(corpus=now)).names())
+    corpus = Corpus.named(names)
     check = BackgroundCheck(corpus.train.path.parent if leaders[ranks.rank()] == ranks.rank() else None)
     if corpus.fingerprint != ranks.on_first_rank(lambda: corpus.fingerprint):
         raise UserError(

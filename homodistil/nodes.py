@@ -20,9 +20,8 @@ from typing import TypeVar
 
 from torch import distributed
 
-from homodistil import ranks
+from homodistil import ranks, wire
 from homodistil.errors import UserError, writing
-from homodistil.wire import decode, encode
 
 T = TypeVar("T")
 Leaders = list[int]
@@ -90,7 +89,7 @@ def raise_any(own: str | None) -> None:
 
 
 def once(leaders: Leaders, action: Callable[[], T]) -> T:
-    """`action` on each leader; its result (wire.py says what travels) on all ranks of its group. Every rank calls it.
+    """`action` on each leader; its result (plain data, see wire.py) on all ranks of its group. Every rank calls it.
 
     Waiting ranks look at the job's store now and then, so that no collective's timeout runs. A leader that dies
     meanwhile is found by the watch. A `UserError` of any leader is raised on every rank, once all leaders are done.
@@ -100,10 +99,10 @@ def once(leaders: Leaders, action: Callable[[], T]) -> T:
     store, call = distributed.distributed_c10d._get_default_store(), next(_calls)
     rank = ranks.rank()
     if leaders[rank] == rank:
-        store.set(f"once/{call}/{rank}", encode(ranks.outcome(action)))
+        store.set(f"once/{call}/{rank}", wire.encode(ranks.outcome(action)))
     for leader in sorted(set(leaders)):
         _wait_for(store, f"once/{call}/{leader}")
-    result, trouble = decode(store.get(f"once/{call}/{leaders[rank]}"))
+    result, trouble = wire.decode(store.get(f"once/{call}/{leaders[rank]}"))
     raise_any(trouble)
     return result
 
@@ -129,7 +128,7 @@ def hand_over(leaders: Leaders, folder: Path) -> None:
     trouble = None
     for name in files:
         for offset in itertools.count(0, CHUNK_BYTES):
-            data = ranks.on_first_rank(lambda name=name, offset=offset: _read(folder / name, offset))
+            data = ranks.bytes_from_first(b"" if rank else _read(folder / name, offset))
             if lacks and trouble is None:
                 trouble = _append(work / name, data)
             if len(data) < CHUNK_BYTES:

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor, distributed
 
+from homodistil import wire
 from homodistil.errors import UserError
-from homodistil.wire import decode, encode
 
 T = TypeVar("T")
 
@@ -29,21 +28,21 @@ def barrier() -> None:
 
 
 def on_first_rank(action: Callable[[], T]) -> T:
-    """Run `action` on rank 0 and hand its result (wire.py says what travels), or its `UserError`, to every rank.
+    """Run `action` on rank 0 and hand its result (plain data, see wire.py), or its `UserError`, to every rank.
 
     All ranks call it. Writing and checking files goes through here: ranks that each looked for themselves would see
     what another has just written.
     """
-    result, mistake = outcome(action) if rank() == 0 else (None, None)
+    result, trouble = outcome(action) if rank() == 0 else (None, None)
     if world_size() > 1:
-        result, mistake = _broadcast((result, mistake))
-    if mistake is not None:
-        raise UserError(mistake)
+        result, trouble = wire.decode(bytes_from_first(wire.encode((result, trouble))))
+    if trouble is not None:
+        raise UserError(trouble)
     return result
 
 
 def outcome(action: Callable[[], T]) -> tuple[T | None, str | None]:
-    """(what `action` returns, None), or (None, the text of its `UserError`)."""
+    """(its result, None), or (None, the text of its `UserError`)."""
     try:
         return action(), None
     except UserError as error:
@@ -51,38 +50,60 @@ def outcome(action: Callable[[], T]) -> tuple[T | None, str | None]:
 
 
 def gather(value: T) -> list[T]:
-    """Every rank's value (wire.py says what travels), by rank, on every rank."""
+    """Every rank's value (plain data, see wire.py), by rank, on every rank."""
     if world_size() == 1:
         return [value]
-    mine = _bytes(encode(value))
-    sizes = [torch.zeros(1, dtype=torch.int64, device=mine.device) for _ in range(world_size())]
-    distributed.all_gather(sizes, torch.tensor([len(mine)], device=mine.device))
-    # Collectives want one size: each message stands at the start of a row as long as the longest.
-    rows = [mine.new_zeros(int(max(sizes))) for _ in sizes]
-    row = mine.new_zeros(len(rows[0]))
-    row[: len(mine)] = mine
-    distributed.all_gather(rows, row)
-    return [_message(row[: int(size)]) for row, size in zip(rows, sizes, strict=True)]
+    data = wire.encode(value)
+    slots = [torch.empty_like(_slot(data)) for _ in range(world_size())]
+    distributed.all_gather(slots, _slot(data))
+    lengths = [_length(slot) for slot in slots]
+    if max(lengths) > _ROOM_BYTES:  # for all of them once more, as long as the longest
+        padded = _tensor(data.ljust(max(lengths), b"\0"))
+        slots = [torch.empty_like(padded) for _ in lengths]
+        distributed.all_gather(slots, padded)
+        return [wire.decode(_bytes(slot)[:length]) for slot, length in zip(slots, lengths, strict=True)]
+    return [wire.decode(_content(slot)) for slot in slots]
 
 
-def _broadcast(value: T) -> T:
-    """Rank 0's value on every rank."""
-    mine = _bytes(encode(value) if rank() == 0 else b"")
-    size = torch.tensor([len(mine)], device=mine.device)
-    distributed.broadcast(size, src=0)
-    content = mine if rank() == 0 else mine.new_zeros(int(size))
-    distributed.broadcast(content, src=0)
-    return _message(content)
+def bytes_from_first(data: bytes) -> bytes:
+    """Rank 0's bytes on every rank, in one broadcast, or in two when they are long. Every rank calls it."""
+    if world_size() == 1:
+        return data
+    slot = _slot(data)
+    distributed.broadcast(slot, src=0)
+    if (length := _length(slot)) <= _ROOM_BYTES:
+        return _content(slot)
+    whole = _tensor(data if rank() == 0 else bytes(length))
+    distributed.broadcast(whole, src=0)
+    return _bytes(whole)
 
 
-def _bytes(text: bytes) -> Tensor:
-    """(n,) uint8, where the process group's collectives can reach it."""
-    device = "cuda" if distributed.get_backend() == distributed.Backend.NCCL else "cpu"
-    return torch.from_numpy(np.frombuffer(text, dtype=np.uint8).copy()).to(device)
+# torch's own collectives on objects pickle. Most of what travels is short: it goes along with its length.
+_LENGTH_BYTES, _SLOT_BYTES = 8, 1024
+_ROOM_BYTES = _SLOT_BYTES - _LENGTH_BYTES
 
 
-def _message(content: Tensor):
-    return decode(content.cpu().numpy().tobytes())
+def _slot(data: bytes) -> Tensor:
+    start = len(data).to_bytes(_LENGTH_BYTES, "little") + data[:_ROOM_BYTES]
+    return _tensor(start.ljust(_SLOT_BYTES, b"\0"))
+
+
+def _length(slot: Tensor) -> int:
+    return int.from_bytes(_bytes(slot[:_LENGTH_BYTES]), "little")
+
+
+def _content(slot: Tensor) -> bytes:
+    return _bytes(slot[_LENGTH_BYTES : _LENGTH_BYTES + _length(slot)])
+
+
+def _tensor(data: bytes) -> Tensor:
+    """(N,) uint8, where the process group can send it from."""
+    values = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    return values.cuda() if "nccl" in distributed.get_backend() else values
+
+
+def _bytes(values: Tensor) -> bytes:
+    return values.cpu().numpy().tobytes()
 
 
 def failures(own: str | None) -> list[str]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import signal
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -140,5 +141,5 @@ class Together:
         for trainer in self.trainers:
             trainer.save_and_wait()
         steps = ", ".join(f"{t.config.run.name} {t.state.step} of {t.config.train.steps}" for t in self.trainers)
-        text = f"at step {steps}; run.resume=auto goes on from the checkpoints: add it to the command"
-        raise stop.stop_requested(number, text)
+        text = f"stopped by {signal.Signals(number).name} at step {steps}; run.resume=auto goes on from the checkpoints"
+        raise stop.stopped(number, text + stop.go_on_with())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -194,12 +195,13 @@ class Trainer:
 
     def leave(self, number: int) -> None:
         """Stop on request (signal `number`), with everything on disk that going on needs."""
+        name, step = signal.Signals(number).name, self.state.step
         if self.checkpoints is None:
-            text = f"while correcting the teacher, which the next run starts anew; {stop.HOW_TO_GO_ON}"
-            raise stop.stop_requested(number, text)
+            text = f"stopped by {name} while correcting the teacher, which the next run starts anew"
+            raise stop.stopped(number, text + stop.go_on_with())
         self.save_and_wait()
-        at = f"at step {self.state.step} of {self.config.train.steps}"
-        raise stop.stop_requested(number, f"{at}; run.resume=auto goes on from its checkpoint: add it to the command")
+        text = f"stopped by {name} at step {step} of {self.config.train.steps}"
+        raise stop.stopped(number, f"{text}; run.resume=auto goes on from its checkpoint{stop.go_on_with()}")
 
 
 def resize_event(step: int, plan: ResizePlan, before: dict[str, float], after: dict[str, float]) -> dict:

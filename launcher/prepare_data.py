@@ -13,8 +13,12 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from homodistil.cli import exit_with_code, parse
-from homodistil.data.tasks import split_task
+from homodistil.stop import handle_signals, on_signals
+
+handle_signals()  # first of all: what follows takes seconds
+
+from homodistil.cli import exit_with_code, parse  # noqa: E402
+from homodistil.data.tasks import split_task  # noqa: E402
 
 
 def main() -> None:
@@ -25,7 +29,6 @@ def main() -> None:
         from homodistil.data import assets
         from homodistil.data.corpus import check_sources, prepare_share
         from homodistil.distill.teacher import load_config, load_tokenizer
-        from homodistil.stop import on_signals
 
         with on_signals(how_to_go_on="the same command goes on with the shards that are finished"):
             check_sources(config.data)

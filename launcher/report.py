@@ -11,7 +11,11 @@ import argparse
 import os
 from pathlib import Path
 
-from homodistil.cli import exit_with_code
+from homodistil.stop import handle_signals
+
+handle_signals()  # first of all: what follows takes seconds
+
+from homodistil.cli import exit_with_code  # noqa: E402
 
 
 def main() -> None:

@@ -10,8 +10,12 @@ With --check nothing is trained: a table says what would go wrong (homodistil/pr
 
 import sys
 
-from homodistil.cli import exit_with_code, parse_job
-from homodistil.rank_log import tag_lines
+from homodistil.stop import handle_signals
+
+handle_signals()  # first of all: what follows takes seconds
+
+from homodistil.cli import exit_with_code, parse_job  # noqa: E402
+from homodistil.rank_log import tag_lines  # noqa: E402
 
 
 def main() -> None:
@@ -21,16 +25,10 @@ def main() -> None:
         if job.is_check:
             from homodistil.preflight import check
 
-            code = check(job.config, job.engine_config)
-        else:
-            from homodistil.job import run  # heavy imports, not needed for --help and config errors
+            sys.exit(check(job.config, job.engine_config))
+        from homodistil.job import run  # heavy imports, not needed for --help and config errors
 
-            run(job.config, job.engine_config, job.students)
-            code = 0
-        from homodistil.engine import leave_ranks
-
-        leave_ranks()
-    sys.exit(code)
+        run(job.config, job.engine_config, job.students)
 
 
 if __name__ == "__main__":

@@ -144,6 +144,7 @@ class Checkpoints:
         files, problem = ranks.on_first_rank(lambda: _manifest_or_problem(folder))
         if problem:
             return problem
+        files = {name: FileRecord(*record) for name, record in files.items()}
         by_size = sorted(files, key=lambda name: (files[name].num_bytes, name))
         own = {name: files[name] for name in by_size[ranks.rank() :: ranks.world_size()]}
         found = [problem for part in ranks.gather(list(problems(folder, own))) for problem in part]
@@ -165,9 +166,9 @@ class Checkpoints:
         self._last_step = step
 
 
-def _manifest_or_problem(folder: Path) -> tuple[dict[str, FileRecord], str | None]:
+def _manifest_or_problem(folder: Path) -> tuple[dict[str, tuple[int, str]], str | None]:
     try:
-        return read_manifest(folder), None
+        return {name: tuple(record) for name, record in read_manifest(folder).items()}, None
     except ValueError as error:
         if isinstance(error, UserError):
             raise

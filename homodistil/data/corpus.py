@@ -33,18 +33,16 @@ from homodistil.data.shards import Recipe
 from homodistil.data.sources import Source, check_sources, open_sources
 from homodistil.data.tokenizer import check_text_is_known
 from homodistil.errors import UserError
-from homodistil.wire import travels
 
 _FIRST_DOCUMENTS, _FIRST_TOKENS = 20, 200
 _FORMAT_VERSION = 1  # of the cached blocks; raise it when reading, splitting or packing changes
 
 
-@travels
 class Rows:
     """Blocks of one split, memory-mapped. `rows[ids]` -> (n, seq_len) int64, padded at the end only."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self.path = path
         self._blocks = np.load(path, mmap_mode="r")
         # Deleting the file takes nothing from us while it is open; cutting it short does, and must be noticed.
         self._file = open(path, "rb")
@@ -60,25 +58,16 @@ class Rows:
     def __getitem__(self, ids: np.ndarray | list[int]) -> np.ndarray:
         if os.fstat(self._file.fileno()).st_size < self._num_bytes:  # touching the map beyond its end is fatal (SIGBUS)
             raise UserError(
-                f"{self._path}: was cut short while it was being read; run again with run.resume=auto, which prepares "
+                f"{self.path}: was cut short while it was being read; run again with run.resume=auto, which prepares "
                 f"the corpus again"
             )
         return np.asarray(self._blocks[np.asarray(ids, dtype=np.int64)], dtype=np.int64)
 
     def __reduce__(self) -> tuple:
         # A memmap would travel to a loader process with its whole content.
-        return Rows, (self._path,)
-
-    def to_wire(self) -> str:
-        """For ranks that map the same file."""
-        return str(self._path)
-
-    @classmethod
-    def from_wire(cls, path: str) -> Rows:
-        return cls(Path(path))
+        return Rows, (self.path,)
 
 
-@travels
 @dataclass(frozen=True)
 class Corpus:
     train: Rows
@@ -87,6 +76,16 @@ class Corpus:
     """Hash of everything the blocks depend on; equal fingerprints mean equal blocks."""
     description: str
     """One line: documents, tokens and blocks of each split."""
+
+    def names(self) -> tuple[Path, Path, str, str]:
+        """What another process needs to map the same files."""
+        return self.train.path, self.heldout.path, self.fingerprint, self.description
+
+    @classmethod
+    def named(cls, names: tuple[Path, Path, str, str]) -> Corpus:
+        """The corpus of these `names`, mapped by this process."""
+        train, heldout, fingerprint, description = names
+        return cls(Rows(train), Rows(heldout), fingerprint, description)
 
 
 def prepare_corpus(

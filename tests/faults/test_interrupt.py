@@ -1,122 +1,168 @@
-"""Ctrl-C: the first stops all ranks behind a checkpoint, whatever the launcher sends after it; a second ends at once.
-
-In a terminal SIGINT reaches the whole foreground process group. Launchers print lines of their own about it.
-"""
-
-from __future__ import annotations
+"""Ctrl-C: SIGINT to the whole foreground process group ends all ranks behind a checkpoint, whatever launched them."""
 
 import os
 import re
+import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
+import psutil
 import pytest
-from launch import free_port
 from small_job import TRAIN, arguments, differences, result
-from test_stop import _wait_for_step
 
 from homodistil.exit_codes import STOPPED, of_signal
 
-STOPPED_LINE = r"^stopped by SIGINT at step (\d+) of \d+; run.resume=auto goes on from its checkpoint: add it to the"
+SCRIPTS = TRAIN.parent
+BIN = Path(sys.executable).parent
 
 
-def test_ctrl_c_and_the_launchers_sigterm_are_one_request(server, materials, reference, tmp_path):
-    """As `deepspeed` does it: SIGINT to all ranks, SIGTERM some milliseconds behind. Then on to the end, bitwise."""
+def wait_for(is_true, timeout_s: float = 90) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not is_true():
+        assert time.monotonic() < deadline, "it does not come"
+        time.sleep(0.02)
+
+
+def wait_for_step(folder: Path, step: int) -> None:
+    path = folder / "metrics.jsonl"
+    wait_for(lambda: path.is_file() and f'"step": {step},' in path.read_text())
+
+
+def stopped_at(output: str) -> tuple[int, list[str]]:
+    """(step, what to type) of the one line."""
+    pattern = r"^stopped by SIGINT at step (\d+) of \d+; run.resume=auto goes on from its checkpoint: (.*)$"
+    lines = re.findall(pattern, output, re.MULTILINE)
+    assert len(lines) == 1 and output.count("stopped by") == 1, output
+    return int(lines[0][0]), shlex.split(lines[0][1])
+
+
+def free_port() -> str:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return str(server.getsockname()[1])
+
+
+def interrupted(command: list[str], folder: Path, step: int, out: Path) -> str:
+    """What is printed when the process group of `command` gets SIGINT behind `step`, as from a terminal."""
+    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PATH": f"{BIN}:{os.environ['PATH']}"}
+    with open(out, "w") as file:
+        job = subprocess.Popen(
+            command, stdout=file, stderr=file, start_new_session=True, env=environment, cwd=SCRIPTS.parent
+        )
+    try:
+        wait_for_step(folder, step)
+        ranks = [p for p in psutil.Process(job.pid).children(recursive=True) if str(TRAIN) in p.cmdline()]
+        os.killpg(job.pid, signal.SIGINT)
+        job.wait(timeout=60)
+        # The deepspeed command leaves at once; the ranks go on to their checkpoint without it.
+        _, alive = psutil.wait_procs(ranks, timeout=60)
+        assert not alive
+    finally:
+        for process in psutil.process_iter():
+            try:
+                if os.getsid(process.pid) == job.pid:
+                    process.kill()
+            except (ProcessLookupError, psutil.NoSuchProcess):
+                pass
+    return out.read_text()
+
+
+LAUNCHERS = {
+    "deepspeed": ["deepspeed", "--num_accelerators", "2", "--master_port", "PORT"],
+    "torchrun": ["torchrun", "--nproc_per_node", "2", "--master_port", "PORT"],
+    "plain": [sys.executable],
+}
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_ctrl_c_under_a_launcher_saves_and_says_what_to_type(launcher, materials, tmp_path):
     folder = tmp_path / "run"
-    command = arguments(materials, folder, "run.resume=auto")
-    job = server.start(TRAIN, command)
-    _wait_for_step(job, folder, 7)
+    own = arguments(materials, folder, "train.steps=2000", "train.save_every_steps=1000", "pruning.schedule=none")
+    prefix = [free_port() if part == "PORT" else part for part in LAUNCHERS[launcher]]
+    output = interrupted([*prefix, str(TRAIN), *own], folder, 4, tmp_path / "output.txt")
+    step, command = stopped_at(output)
+    assert (folder / "checkpoints" / "latest").read_text().strip() == f"step-{step:06d}"
+    assert not re.search(r"File .*(launcher/train|homodistil/)", output), output  # no traceback of a rank
+    assert command[-1] == "run.resume=auto" and command[:-1][-len(own) - 1 :] == [str(TRAIN), *own]
+    assert launcher == "plain" or command[0].endswith(launcher) and prefix[1:] == command[1 : len(prefix)]
+
+
+def test_all_ranks_leave_with_75_although_the_launchers_signals_follow(server, materials, reference, tmp_path):
+    """SIGINT to all, SIGTERM to one at once and to the other when the first has gone, as deepspeed's launcher does."""
+    folder = tmp_path / "run"
+    own = arguments(materials, folder, "run.resume=auto")
+    job = server.start(TRAIN, own)
+    wait_for_step(folder, 4)
     job.kill(None, signal.SIGINT)
-    job.kill(None, signal.SIGTERM)
-    assert job.wait(timeout_s=180) == [STOPPED, STOPPED], job.output()
-    (step,) = re.findall(STOPPED_LINE, job.output(), re.MULTILINE)
+    job.kill(0, signal.SIGTERM)
+    wait_for(lambda: job.codes()[0] is not None)
+    job.kill(1, signal.SIGTERM)
+    assert job.wait(timeout_s=60) == [STOPPED, STOPPED], job.output()
+    step, command = stopped_at(job.output())
     assert "Traceback" not in job.output() and "error" not in job.output(), job.output()
-    assert (folder / "checkpoints" / "latest").read_text().strip() == f"step-{int(step):06d}"
-    job = server.start(TRAIN, command)
+    assert command[-len(own) :] == [*own[:-1], "run.resume=auto"]
+    job = server.start(TRAIN, own)
     assert job.wait(timeout_s=180) == [0, 0], job.output()
     assert differences(result(folder), result(reference)) == []
 
 
-def test_a_late_sigterm_of_the_launcher_ends_nothing_and_a_second_ctrl_c_everything(server, materials, tmp_path):
-    """DeepSpeed's launcher sends it to a rank once the rank before it has ended, however long that takes."""
+def test_a_second_ctrl_c_ends_at_once_even_in_a_hanging_collective(server, materials, tmp_path):
     folder = tmp_path / "run"
     fault = {"HOMODISTIL_FAULT": "train.step:rank=1:hit=5:action=hang"}
     job = server.start(TRAIN, arguments(materials, folder), env=fault)
-    _wait_for_step(job, folder, 4)
-    time.sleep(0.5)
+    wait_for_step(folder, 4)
     job.kill(None, signal.SIGINT)
     time.sleep(2.5)
-    job.kill(None, signal.SIGTERM)
+    job.kill(None, signal.SIGTERM)  # the launcher's answer to the first
     time.sleep(0.5)
-    assert job.codes() == [None, None], job.output()
+    assert job.codes() == [None, None]
     job.kill(None, signal.SIGINT)
-    assert job.wait(timeout_s=60) == [of_signal(signal.SIGINT)] * 2
-    assert "Traceback" not in job.output(), job.output()
+    assert job.wait(timeout_s=20) == [of_signal(signal.SIGINT)] * 2
 
 
-def test_ctrl_c_while_the_teacher_is_corrected(server, materials, tmp_path):
-    job = server.start(TRAIN, arguments(materials, tmp_path / "run", "teacher.correction_steps=100000"))
-    deadline = time.monotonic() + 120
-    while "step 1/100000" not in job.output() and job.is_running() and time.monotonic() < deadline:
-        time.sleep(0.02)
+@pytest.mark.parametrize("script", ["train", "prepare_data", "glue", "squad", "plan", "report"])
+def test_ctrl_c_during_imports_is_one_line(server, script):
+    job = server.start("interrupt_jobs:script_with_slow_imports", [str(SCRIPTS / f"{script}.py")])
+    wait_for(lambda: job.output().count("importing") == 2)
     job.kill(None, signal.SIGINT)
-    assert job.wait(timeout_s=60) == [STOPPED, STOPPED], job.output()
-    lines = re.findall("^stopped by SIGINT while correcting .*$", job.output(), re.MULTILINE)
-    assert len(lines) == 1 and lines[0].endswith("to go on, type the same command with run.resume=auto")
-    assert "Traceback" not in job.output(), job.output()
+    assert job.wait(timeout_s=20) == [STOPPED, STOPPED], job.output()
+    lines = [line for line in job.output().splitlines() if line and line != "importing"]
+    assert lines == ["stopped by SIGINT; the same command starts it again"]
 
 
-def test_a_notebook_gets_a_keyboard_interrupt_and_can_go_on_in_the_same_process(server, materials, tmp_path):
-    """job.run in a process of somebody else's: interrupted, then run again (fault_jobs.py)."""
+def test_ctrl_c_while_data_is_prepared_ends_with_one_line_that_is_true(server, materials, tmp_path):
+    own = arguments(materials, tmp_path / "run")
+    job = server.start("interrupt_jobs:train_with_slow_preparation", [own])
+    wait_for(lambda: "preparing slowly" in job.output())
+    job.kill(None, signal.SIGINT)
+    assert job.wait(timeout_s=20) == [STOPPED, STOPPED], job.output()
+    assert "Traceback" not in job.output() and job.output().count("stopped by SIGINT outside training; ") == 1
+    assert re.search(r"run it again with run.resume=auto to go on: .* run.resume=auto$", job.output(), re.MULTILINE)
+
+
+def test_workers_survive_it(server, materials, tmp_path):
     folder = tmp_path / "run"
-    job = server.start("fault_jobs:interrupted_then_resumed", [arguments(materials, folder)], num_ranks=1)
-    _wait_for_step(job, folder, 4)
-    job.kill(0, signal.SIGINT)
-    assert job.wait(timeout_s=120) == [0], job.output()
-    assert "caught Interrupted: stopped by SIGINT at step" in job.output()
-    assert "resumed: 1 row" in job.output(), job.output()
+    job = server.start(TRAIN, arguments(materials, folder, "data.workers=1"))
+    wait_for_step(folder, 4)
+    trees = [psutil.Process(pid) for pid in job.pids]
+    workers = [worker for rank in trees for worker in rank.children(recursive=True)]
+    assert len(workers) >= 2
+    for process in (*workers, *trees):
+        process.send_signal(signal.SIGINT)
+    assert job.wait(timeout_s=60) == [STOPPED, STOPPED], job.output()
+    assert stopped_at(job.output())[0] >= 4
+    psutil.wait_procs(workers, timeout=20)
+    assert not any(worker.is_running() for worker in workers)
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2])
-def test_two_runs_in_one_process(server, materials, tmp_path, num_ranks):
-    folders = [tmp_path / "first", tmp_path / "second"]
-    commands = [arguments(materials, folder, "train.steps=4") for folder in folders]
-    job = server.start("fault_jobs:run_twice", commands, num_ranks=num_ranks)
-    assert job.wait(timeout_s=180) == [0] * num_ranks, job.output()
-    first, second = ((folder / "export" / "model.safetensors").read_bytes() for folder in folders)
-    assert first == second
-
-
-def _started(launcher: list[str], command: list[str], log) -> subprocess.Popen:
-    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    words = [*launcher, str(TRAIN), *command]
-    return subprocess.Popen(words, env=environment, stdout=log, stderr=log, start_new_session=True)
-
-
-@pytest.mark.parametrize(
-    "launcher",
-    [
-        "deepspeed --num_accelerators 2 --master_port {port}",
-        pytest.param("torchrun --nproc_per_node=2 --master_port={port}", marks=pytest.mark.full),
-        pytest.param("{python}", marks=pytest.mark.full),
-    ],
-)
-def test_ctrl_c_under_a_real_launcher(materials, tmp_path, launcher):
-    """SIGINT to the process group, as a terminal does. DeepSpeed's and torch's launchers show their own tracebacks."""
-    folder, log = tmp_path / "run", tmp_path / "log.txt"
-    words = launcher.format(port=free_port(), python=sys.executable).split()
-    with open(log, "w") as file:
-        process = _started(words, arguments(materials, folder, "train.steps=100000"), file)
-    metrics, deadline = folder / "metrics.jsonl", time.monotonic() + 120
-    while not (metrics.is_file() and '"step": 7,' in metrics.read_text()) and time.monotonic() < deadline:
-        assert process.poll() is None, log.read_text()
-        time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGINT)
-    process.wait(timeout=60)
-    while not re.search(STOPPED_LINE, log.read_text(), re.MULTILINE) and time.monotonic() < deadline:
-        time.sleep(0.1)  # DeepSpeed's first process leaves before its children
-    (step,) = re.findall(STOPPED_LINE, log.read_text(), re.MULTILINE)
-    assert (folder / "checkpoints" / "latest").read_text().strip() == f"step-{int(step):06d}"
-    assert "homodistil/trainer.py" not in log.read_text(), log.read_text()  # no traceback of a rank
+def test_a_caller_of_run_sees_a_keyboard_interrupt_and_may_go_on(server, materials, reference, tmp_path):
+    folder = tmp_path / "run"
+    job = server.start("interrupt_jobs:notebook", [arguments(materials, folder)])
+    wait_for_step(folder, 4)
+    job.kill(None, signal.SIGINT)
+    assert job.wait(timeout_s=120) == [0, 0], job.output()
+    assert re.search(r"KeyboardInterrupt: stopped by SIGINT at step \d+ of 16; run.resume=auto goes on", job.output())
+    assert differences(result(folder), result(reference)) == []
