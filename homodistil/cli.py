@@ -24,6 +24,7 @@ from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from homodistil import students
 from homodistil.config import RunConfig
+from homodistil.config_values import check_value, entries, is_text, parse_value, read_yaml
 from homodistil.errors import CheckFailed, RankLost, StopRequested, UserError, nearest
 from homodistil.exit_codes import code_of
 from homodistil.launch_environment import rank_before_joining
@@ -91,7 +92,7 @@ def _parse(argv: list[str], description: str, with_engine: bool):
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = _build_parser(description, with_engine)
     arguments = _normalise(argv)
-    _check_keys(arguments)
+    _check_arguments(arguments)
     try:
         namespace = parser.parse_args(arguments)
     except ArgumentError as error:
@@ -138,12 +139,17 @@ def _normalise(argv: list[str]) -> list[str]:
     """`a.b=c` -> `--a.b=c`; `recipe=NAME` -> `--config FILE`; config files first, so that overrides win."""
     configs: list[str] = []
     others: list[str] = []
+    recipes = [token for token in argv if token.removeprefix("--").startswith("recipe=")]
+    if len(recipes) > 1:
+        raise UserError(f"recipe: found {' and '.join(recipes)}, allowed is one; set single fields behind it")
     tokens = iter(argv)
     for token in tokens:
         if token.removeprefix("--").startswith("recipe="):
             configs.append(f"--config={_recipe_path(token.split('=', 1)[1])}")
         elif token == "--config":
-            configs.append(f"--config={next(tokens, '')}")
+            if not (path := next(tokens, "")):
+                raise UserError("--config: names no file; give a YAML file, or recipe=NAME")
+            configs.append(f"--config={path}")
         elif token.startswith("--config="):
             configs.append(token)
         elif not token.startswith("-") and "=" in token:
@@ -175,31 +181,44 @@ def _known_keys() -> dict[str, set[str]]:
     return {s.name: {f.name for f in dataclasses.fields(s.default_factory)} for s in sections}
 
 
-def _check_keys(arguments: list[str]) -> None:
-    """Refuse unknown names before parsing (the parser alone would take `teacher.nam` for an abbreviation)."""
-    for token in arguments:
+def _check_arguments(arguments: list[str]) -> None:
+    """Refuse unknown names and values of the wrong kind before parsing.
+
+    The parser alone would take `teacher.nam` for an abbreviation, and would say what is wrong in Python's words.
+    """
+    tokens = iter(arguments)
+    for token in tokens:
+        key, equals, text = token.removeprefix("--").partition("=")
         if token.startswith("--config="):
-            _check_file(Path(token.split("=", 1)[1]))
-        elif token.startswith("--") and "." in (key := token[2:].split("=", 1)[0]):
-            section, name = key.split(".", 1)
-            _check_key(section, name, where="command line")
+            _check_file(Path(text))
+        elif token.startswith("--") and (key.partition(".")[0] in _known_keys() or "." in key):
+            _check_argument(key, text if equals else next(tokens, ""))
+
+
+def _check_argument(key: str, text: str) -> None:
+    section, _, name = key.partition(".")
+    _check_key(section, name or None, where="command line")
+    if not name:  # train={steps: 3, lr: 1e-3}
+        _check_section(section, parse_value(text, section), where="command line")
+    elif is_text(section, name):
+        check_value(section, name, yaml.ScalarNode("tag:yaml.org,2002:str", text))
+    else:
+        check_value(section, name, parse_value(text, key))
 
 
 def _check_file(path: Path, flag: str = "--config") -> dict:
-    """Its content, once all names in it are known."""
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{flag}: cannot read {str(path)!r} ({error.strerror}); give an existing YAML file") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{flag}: {str(path)!r} is not valid YAML ({_one_line(error)})") from None
-    if not isinstance(content or {}, dict):
-        raise UserError(f"{flag}: {str(path)!r} holds {type(content).__name__}, expected sections such as `train:`")
-    for section, fields in (content or {}).items():
+    """Its content, once all names and values in it are known to be good."""
+    node = read_yaml(path, flag)
+    for section, fields in entries(node, f"{flag}: {str(path)!r}").items():
         _check_key(section, None, where=str(path))
-        for name in fields if isinstance(fields, dict) else ():
-            _check_key(section, name, where=str(path))
-    return content or {}
+        _check_section(section, fields, where=str(path))
+    return yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+
+
+def _check_section(section: str, node: yaml.Node | None, where: str) -> None:
+    for name, value in entries(node, f"{section}: the section in {where}").items():
+        _check_key(section, name, where)
+        check_value(section, name, value)
 
 
 def _check_key(section: str, name: str | None, where: str) -> None:

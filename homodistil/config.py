@@ -79,7 +79,7 @@ class StudentConfig:
 class DataConfig:
     """data: text, and how it becomes batches"""
 
-    sources: list[str] = field(default_factory=lambda: ["embedded"])
+    sources: list[str] | str = field(default_factory=lambda: ["embedded"])
     """Files or folders (.txt, .jsonl, .parquet, Wikipedia dumps .xml; all but .parquet also .gz, .bz2, .xz, .zst), URLs
     of them (s3://, gs://, https://, ... through fsspec), hub data sets (wikipedia, bookcorpus, owner/name[:config]),
     or packaged text: embedded (all of it), embedded:wikipedia, embedded:bible, embedded:sotu, embedded:moby-dick."""
@@ -105,6 +105,10 @@ class DataConfig:
     """Leave out documents that fail Gopher's rules on quality and repetition, as datatrove has them."""
     near_duplicates: Literal["none", "minhash"] = "none"
     """minhash: of documents that are nearly the same (Jaccard of word 5-grams about 0.8) only the first stays."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.sources, str):
+            self.sources = [self.sources]
 
 
 @dataclass(kw_only=True)

@@ -9,66 +9,80 @@ from homodistil.errors import UserError
 if TYPE_CHECKING:
     from homodistil.config import RunConfig
 
+# Upper bounds are far above what makes sense, and below what overflows, runs for ever or fills a machine's memory.
+_STEPS = 10**9
+"""A step a millisecond would take 11 days; tables of schedules are as long as events, not as steps."""
+_COUNT = 10**7
+"""Sequences, batches, neurons: more fit no machine."""
+_WEIGHT = 10**6
+"""Of a loss term: fp32 still adds a term a million times smaller to about one."""
+_SECONDS = 10**7
+"""115 days, and below what waiting in a thread takes."""
 # (field, smallest, largest, which ends are excluded: "", "low", "high", "both")
 _INF = float("inf")
 _RANGES = [
-    ("teacher.correction_steps", 0, _INF, ""),
-    ("teacher.correction_lr", 0, _INF, "low"),
+    ("teacher.correction_steps", 0, _STEPS, ""),
+    ("teacher.correction_lr", 0, 10, "low"),
     ("teacher.correction_seed", 0, 2**31 - 1, ""),
     ("student.dropout", 0, 1, "high"),
-    ("data.seq_len", 3, _INF, ""),
+    ("data.seq_len", 3, 2**20, ""),
     ("data.heldout_fraction", 0, 1, "both"),
-    ("data.mask_probability", 0, 1, "both"),
-    ("data.workers", 0, _INF, ""),
-    ("data.shard_bytes", 1, _INF, ""),
-    ("train.steps", 1, _INF, ""),
-    ("train.global_batch_size", 1, _INF, ""),
-    ("train.micro_batch_size", 1, _INF, ""),
-    ("train.lr", 0, _INF, "low"),
-    ("train.lr_steps", 0, _INF, ""),
-    ("train.cool_steps", 0, _INF, ""),
-    ("train.rewarm_steps", 0, _INF, ""),
+    ("data.mask_probability", 1e-4, 1, "high"),
+    ("data.workers", 0, 4096, ""),
+    ("data.shard_bytes", 1, 2**50, ""),
+    ("train.steps", 1, _STEPS, ""),
+    ("train.global_batch_size", 1, _COUNT, ""),
+    ("train.micro_batch_size", 1, _COUNT, ""),
+    ("train.lr", 0, 10, "low"),
+    ("train.lr_steps", 0, _STEPS, ""),
+    ("train.cool_steps", 0, _STEPS, ""),
+    ("train.rewarm_steps", 0, _STEPS, ""),
     ("train.warmup_fraction", 0, 1, ""),
-    ("train.weight_decay", 0, _INF, ""),
-    ("train.gradient_clipping", 0, _INF, ""),
+    ("train.weight_decay", 0, 100, ""),
+    ("train.gradient_clipping", 0, _WEIGHT, ""),
     ("train.seed", 0, 2**31 - 1, ""),
-    ("train.save_every_steps", 0, _INF, ""),
-    ("train.eval_every_steps", 0, _INF, ""),
-    ("train.eval_batch_size", 1, _INF, ""),
-    ("train.log_every_steps", 1, _INF, ""),
+    ("train.save_every_steps", 0, _STEPS, ""),
+    ("train.eval_every_steps", 0, _STEPS, ""),
+    ("train.eval_batch_size", 1, _COUNT, ""),
+    ("train.log_every_steps", 1, _STEPS, ""),
     ("pruning.start_fraction", 0, 1, ""),
     ("pruning.end_fraction", 0, 1, ""),
-    ("pruning.interval_steps", 1, _INF, ""),
-    ("pruning.width_multiple", 1, _INF, ""),
-    ("pruning.ffn_multiple", 1, _INF, ""),
-    ("pruning.head_dim_multiple", 1, _INF, ""),
+    ("pruning.interval_steps", 1, _STEPS, ""),
+    ("pruning.width_multiple", 1, _COUNT, ""),
+    ("pruning.ffn_multiple", 1, _COUNT, ""),
+    ("pruning.head_dim_multiple", 1, _COUNT, ""),
     ("pruning.max_event_fraction", 0, 1, "low"),
     ("pruning.ema_beta", 0, 1, "high"),
     ("pruning.uncertainty_beta", 0, 1, "high"),
-    ("pruning.calibration_batches", 1, _INF, ""),
+    ("pruning.calibration_batches", 1, _COUNT, ""),
     ("pruning.protect_outliers", 0, 1, ""),
-    ("pruning.gap_bound", 0, _INF, "low"),
+    ("pruning.gap_bound", 0, 1000, "low"),
     ("pruning.gap_recovery", 0, 1, ""),
-    ("pruning.compensation_sequences", 1, _INF, ""),
-    ("pruning.compensation_ridge", 0, _INF, "low"),
-    ("pruning.compensation_limit", 0, _INF, ""),
-    ("pruning.one_shot_stages", 1, _INF, ""),
-    ("loss.mlm", 0, _INF, ""),
-    ("loss.kl", 0, _INF, ""),
-    ("loss.hidden", 0, _INF, ""),
-    ("loss.attention", 0, _INF, ""),
-    ("loss.embedding", 0, _INF, ""),
-    ("loss.cosine", 0, _INF, ""),
-    ("loss.relations", 0, _INF, ""),
-    ("loss.relation_heads", 0, _INF, ""),
-    ("loss.kl_temperature", 0, _INF, "low"),
+    ("pruning.compensation_sequences", 1, _COUNT, ""),
+    ("pruning.compensation_ridge", 0, _WEIGHT, "low"),
+    ("pruning.compensation_limit", 0, 1000, ""),
+    ("pruning.one_shot_stages", 1, 1000, ""),
+    ("loss.mlm", 0, _WEIGHT, ""),
+    ("loss.kl", 0, _WEIGHT, ""),
+    ("loss.hidden", 0, _WEIGHT, ""),
+    ("loss.attention", 0, _WEIGHT, ""),
+    ("loss.embedding", 0, _WEIGHT, ""),
+    ("loss.cosine", 0, _WEIGHT, ""),
+    ("loss.relations", 0, _WEIGHT, ""),
+    ("loss.relation_heads", 0, _COUNT, ""),
+    ("loss.kl_temperature", 0, 1000, "low"),
     ("optimizer.beta1", 0, 1, "high"),
     ("optimizer.beta2", 0, 1, "high"),
-    ("optimizer.eps", 0, _INF, "low"),
-    ("run.settle_steps", 0, _INF, ""),
-    ("run.keep_checkpoints", 1, _INF, ""),
-    ("run.rank_timeout_s", 0, _INF, "low"),
+    ("optimizer.eps", 0, 1, "low"),
+    ("run.settle_steps", 0, _STEPS, ""),
+    ("run.keep_checkpoints", 1, _COUNT, ""),
+    ("run.rank_timeout_s", 0, _SECONDS, "low"),
 ]
+
+
+def range_text(name: str) -> str:
+    """Which values a number of this field may have, such as "in (0, 10]"; "" where nothing is said."""
+    return next((f"in {_interval(*limits)}" for field, *limits in _RANGES if field == name), "")
 
 
 def check_rules(config: RunConfig) -> None:
@@ -82,6 +96,8 @@ def check_rules(config: RunConfig) -> None:
         )
     if not config.data.sources:
         raise UserError("data.sources: found an empty list; name at least one file, folder, data set or embedded")
+    if not config.data.text_column.strip():
+        raise UserError("data.text_column: found nothing, allowed is the name of a column; set data.text_column=text")
     _check_weights(config)
     terms = ("mlm", "kl", "hidden", "attention", "embedding", "cosine", "relations")
     if not any(getattr(config.loss, term) for term in terms):
@@ -148,6 +164,10 @@ def _check_range(name: str, value: float, low: float, high: float, open_ends: st
     above = value > low if open_ends in ("low", "both") else value >= low
     below = value < high if open_ends in ("high", "both") else value <= high
     if not (above and below):
-        left = "(" if open_ends in ("low", "both") else "["
-        right = ")" if open_ends in ("high", "both") or high == _INF else "]"
-        raise UserError(f"{name}: found {value}, allowed {left}{low}, {high}{right}")
+        raise UserError(f"{name}: found {value}, allowed {_interval(low, high, open_ends)}; set a value in this range")
+
+
+def _interval(low: float, high: float, open_ends: str) -> str:
+    left = "(" if open_ends in ("low", "both") else "["
+    right = ")" if open_ends in ("high", "both") or high == _INF else "]"
+    return f"{left}{low:.10g}, {high:.10g}{right}"

@@ -48,10 +48,6 @@ class Rows:
         self._file = open(path, "rb")
         self._num_bytes = os.fstat(self._file.fileno()).st_size
 
-    @property
-    def path(self) -> Path:
-        return self._path
-
     def __len__(self) -> int:
         return len(self._blocks)
 
