@@ -26,10 +26,10 @@ _BERT_BASE = {"layers": 12, "hidden": 768, "ffn": 3072, "heads": 12}
 
 SHAPES = {
     "homobert-small": Shape(
-        **_BERT_BASE, recipe="homobert-small", batch={"cpu": (32, 16), "quick": (2, 2), "cuda": (256, 256)}
+        **_BERT_BASE, recipe="homobert-small-paper", batch={"cpu": (32, 16), "quick": (2, 2), "cuda": (256, 256)}
     ),
     "homobert-base": Shape(
-        **_BERT_BASE, recipe="homobert-base", batch={"cpu": (32, 16), "quick": (2, 2), "cuda": (256, 256)}
+        **_BERT_BASE, recipe="homobert-base-paper", batch={"cpu": (32, 16), "quick": (2, 2), "cuda": (256, 256)}
     ),
     "quickstart": Shape(
         layers=2,

@@ -30,8 +30,9 @@ from homodistil.materials import gather
 from homodistil.together import Together, student_runs
 
 ROOT = Path(__file__).resolve().parents[1]
-FULL = Shape(layers=6, hidden=384, ffn=1536, heads=6, recipe="homobert-small", batch={"cpu": (8, 8)}, vocabulary=8192)
-QUICK = Shape(layers=3, hidden=192, ffn=768, heads=6, recipe="homobert-small", batch={"cpu": (4, 4)}, vocabulary=2048)
+RECIPE = "homobert-small-paper"
+FULL = Shape(layers=6, hidden=384, ffn=1536, heads=6, recipe=RECIPE, batch={"cpu": (8, 8)}, vocabulary=8192)
+QUICK = Shape(layers=3, hidden=192, ffn=768, heads=6, recipe=RECIPE, batch={"cpu": (4, 4)}, vocabulary=2048)
 PARTS = (2, 4)
 """Of the teacher's width."""
 TOGETHER, APART, LOCK_STEP = "one pass for all", "a pass for each", "a pass for each, in lock-step"

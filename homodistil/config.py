@@ -1,6 +1,7 @@
 """The typed config of a run: one YAML file plus dotted overrides. Field docstrings are the `--help` text.
 
 DeepSpeed's JSON holds engine matters only (ZeRO stage, precision, buckets); everything a model depends on is here.
+The defaults of methods are the best that we have measured (README, "Quality"); the paper's form is a recipe.
 Parsing lives in `homodistil/cli.py`; the rules that cross fields are in `config_rules.py`.
 """
 
@@ -25,6 +26,8 @@ class TeacherConfig:
     """Optimizer steps of plain MLM on the corpus before distilling (0 = none). The result is cached by content."""
     correction_lr: float = 1e-3
     """Peak learning rate of the correction (> 0)."""
+    correction_seed: int = 0
+    """Data order and masking of the correction (>= 0). train.seed has no part in it: all seeds share a teacher."""
     allow_pickle: bool = False
     """Accept a teacher that has no .safetensors, only pickled weights; they are still read with weights_only."""
     runtime: Literal["torch", "compile", "deepspeed"] = "torch"
@@ -51,8 +54,8 @@ class StudentConfig:
     preset: Literal[
         "custom", "teacher", "quickstart", "homobert-base", "homobert-small", "homobert-xsmall", "homobert-tiny"
     ] = "custom"
-    """Target size by name; custom: the three fields below, all set; teacher: the teacher's own widths. A field that is
-    set wins over the preset."""
+    """Target size by name; custom: hidden_size, intermediate_size and num_attention_heads, all set; teacher: the
+    teacher's own widths. A field that is set wins over the preset."""
     init: Literal["teacher", "random"] = "teacher"
     """What the student starts from: teacher = its copy, then pruned; random = fresh weights at the target size."""
     num_hidden_layers: int | None = None
@@ -151,9 +154,9 @@ class PruningConfig:
     (width stays what it is)."""
     start_fraction: float = 0.0
     """t_i as a fraction of train.steps, in [0, 1]."""
-    end_fraction: float = 0.3
+    end_fraction: float = 0.1
     """t_f as a fraction of train.steps, in [0, 1], >= start_fraction (paper: 0.5, 0.7 or 0.9)."""
-    interval_steps: int = 10
+    interval_steps: int = 5
     """Steps between resize events (>= 1)."""
     width_multiple: int = 1
     """Widths of the residual stream on the way are multiples of this (>= 1; 64 suits tensor cores)."""
@@ -161,7 +164,7 @@ class PruningConfig:
     """The same for feed-forward widths."""
     head_dim_multiple: int = 1
     """The same for the dims of a head."""
-    max_event_fraction: float = 0.25
+    max_event_fraction: float = 0.5
     """Largest share of an axis one event may remove, in (0, 1]. one_shot ignores it."""
     gap_bound: float = 0.1
     """schedule=gap: largest rise of the KL to the teacher (nats, on the probe) that one event may cause (> 0)."""
@@ -179,16 +182,17 @@ class PruningConfig:
     """Global batches over which one_shot measures importance before step 0 (>= 1)."""
     protect_outliers: float = 0.1
     """Residual dims with more than this share of the variance at any LayerNorm stay (0 = protect none)."""
-    compensation: Literal["none", "refit", "full"] = "none"
+    compensation: Literal["none", "refit", "full"] = "full"
     """What a cut does about what it takes away: none (the paper), refit (least squares of what remains), full (rotated
-    heads and a projected residual stream, then refit)."""
+    heads and a projected residual stream, then refit). Without effect where nothing is cut."""
     compensation_sequences: int = 128
     """Training sequences over all ranks that an event's statistics are taken on (>= 1)."""
     compensation_ridge: float = 1e-2
     """Ridge of the refit, as a share of the mean variance of its inputs (> 0)."""
     compensation_limit: float = 0.25
     """full: largest rise of the held-out loss (nats) by a mere rotation at full width, found at start; above it the
-    residual dims that protect_outliers names are kept as they are, and only the others are rotated."""
+    residual dims that protect_outliers names are kept as they are and only the others are rotated, and where that costs
+    too much as well, nothing is: events are then compensated as with refit, and the run says so."""
     one_shot_stages: int = 1
     """one_shot with compensation: cut in so many stages of equal ratio (>= 1)."""
     carry_moments: bool = True
@@ -201,8 +205,8 @@ class LossConfig:
 
     mlm: float = 1.0
     """Weight of masked language modelling (>= 0)."""
-    kl: float = 1.0
-    """alpha1: weight of KL(teacher || student) of the MLM head's output (>= 0)."""
+    kl: float = 4.0
+    """alpha1: weight of KL(teacher || student) of the MLM head's output (>= 0; paper: 1)."""
     hidden: float = 1.0
     """alpha2: weight of the hidden-state MSE, summed over layers (>= 0)."""
     attention: float = 1.0

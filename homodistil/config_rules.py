@@ -14,6 +14,7 @@ _INF = float("inf")
 _RANGES = [
     ("teacher.correction_steps", 0, _INF, ""),
     ("teacher.correction_lr", 0, _INF, "low"),
+    ("teacher.correction_seed", 0, 2**31 - 1, ""),
     ("student.dropout", 0, 1, "high"),
     ("data.seq_len", 3, _INF, ""),
     ("data.heldout_fraction", 0, 1, "both"),
@@ -122,11 +123,6 @@ def _check_milestones(config: RunConfig) -> None:
 
 def _check_compensation(config: RunConfig) -> None:
     pruning, loss = config.pruning, config.loss
-    if pruning.compensation != "none" and pruning.schedule == "none":
-        raise UserError(
-            f"pruning.compensation: found {pruning.compensation}, but pruning.schedule=none cuts nothing; set "
-            f"pruning.compensation=none or another schedule"
-        )
     cuts_at_once = pruning.schedule == "one_shot" or "one_shot" in config.run.compare
     if pruning.one_shot_stages > 1 and not (cuts_at_once and pruning.compensation != "none"):
         raise UserError(
@@ -135,7 +131,8 @@ def _check_compensation(config: RunConfig) -> None:
             f"{pruning.compensation})"
         )
     has_projections = loss.hidden > 0 or loss.embedding > 0
-    if pruning.compensation == "full" and has_projections and not loss.projection_learned:
+    projects = pruning.compensation == "full" and (pruning.schedule != "none" or config.run.compare)
+    if projects and has_projections and not loss.projection_learned:
         raise UserError(
             "loss.projection_learned: found false, allowed with pruning.compensation=full is true: a projected "
             "residual stream has no selected dims that W could be; set it to true, or pruning.compensation=refit"

@@ -55,7 +55,7 @@ class Cuts:
         self.config, self.materials, self.student, self.teacher, self.gap = config, materials, student, teacher, gap
         self._heldout_loss, self._initial_widths = heldout_loss, student.widths
         self.pruner = self._build_pruner(teacher_widths)
-        compensated = config.pruning.compensation != "none"
+        compensated = config.pruning.compensation != "none" and config.pruning.schedule != "none"
         self.compensation = Compensation(config, materials, teacher_widths["hidden"]) if compensated else None
 
     def _build_pruner(self, teacher_widths: Widths) -> Pruner:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import datetime
 import json
 import os
@@ -36,7 +37,8 @@ def init_ranks(rank_timeout_s: float = 1800) -> torch.device:
     """Join the process group and return this rank's device. Raises `RankLost` when the others do not come in time.
 
     Rank variables come from the `deepspeed` launcher, torchrun, srun or mpirun (launch_environment.py); without any
-    the job is one rank.
+    the job is one rank. A process that has joined before (a notebook that runs a second job) stays in its group until
+    it ends: the other ranks could otherwise meet the store of the job before at the same port.
     """
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -57,9 +59,11 @@ def init_ranks(rank_timeout_s: float = 1800) -> torch.device:
             local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", 1)))
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_ranks))
         load_op("ShareMemCommBuilder")
-    _join(rank_timeout_s)
-    _unlink_shared_buffers()
-    distributed.distributed_c10d._set_pg_timeout(COLLECTIVE_TIMEOUT)
+    if not distributed.is_initialized():
+        _join(rank_timeout_s)
+        atexit.register(_leave)
+        _unlink_shared_buffers()
+        distributed.distributed_c10d._set_pg_timeout(COLLECTIVE_TIMEOUT)
     return torch.device(get_accelerator().device_name(local_rank))
 
 
@@ -75,6 +79,13 @@ def _join(rank_timeout_s: float) -> None:
             f"{env.get('MASTER_PORT')} within run.rank_timeout_s ({rank_timeout_s:g} s): {str(error).splitlines()[0]}; "
             f"start all ranks, with the same address and a free port"
         ) from error
+
+
+def _leave() -> None:
+    import deepspeed
+
+    if distributed.is_initialized():
+        deepspeed.comm.destroy_process_group()
 
 
 def _unlink_shared_buffers() -> None:

@@ -33,6 +33,10 @@ class StopRequested(_Ending):
     """The job ends because it was asked to. No `Exception`: nothing that mends or retries may swallow it."""
 
 
+class Interrupted(StopRequested, KeyboardInterrupt):
+    """Ctrl-C. A caller of job.run sees what it knows; in a script it is a `StopRequested` like any other."""
+
+
 class RankLost(_Ending, RuntimeError):
     """Another rank is gone or hangs. The text is one line that names it."""
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -13,6 +13,7 @@ from homodistil import nodes, ranks, watch
 from homodistil.config import RunConfig
 from homodistil.data.assets import teacher_folder
 from homodistil.data.corpus import Corpus, prepare_corpus
+from homodistil.data.integrity import BackgroundCheck
 from homodistil.data.loader import BatchLoader, fixed_batches
 from homodistil.data.masking import Batch
 from homodistil.distill.counterpart import check_student
@@ -20,6 +21,16 @@ from homodistil.distill.relations import check_relations
 from homodistil.distill.teacher import check_stored, has_mlm_head, load_config, load_model, load_tokenizer
 from homodistil.errors import UserError
 from homodistil.feed import Feed
+from homodistil.fingerprints import (
+    CORPUS,
+    TEACHER,
+    TOKENIZER,
+    Fingerprints,
+    begun_with,
+    check_same,
+    teacher_fingerprint,
+    tokenizer_fingerprint,
+)
 from homodistil.models import family_of
 from homodistil.models.checkpoint_files import local_folder
 from homodistil.pruning.scheduler import width_schedule
@@ -41,6 +52,23 @@ class Materials:
     device: torch.device
     allow_pickle: bool = False
     """Whether the teacher's weights may be a pickle."""
+    fingerprints: Fingerprints = field(default_factory=dict)
+    """Of all of it; checkpoints keep them."""
+    begun_with: Fingerprints | None = None
+    """What the checkpoint to go on from says of its own; None: there is none."""
+    corpus_check: BackgroundCheck | None = None
+    """Of a large corpus; None: nothing is being checked."""
+
+    def require_intact(self) -> None:
+        """Wait until the corpus is known to be what was prepared. Every rank calls it before it keeps what it trained.
+
+        Raises:
+            UserError: on every rank, if it is damaged.
+        """
+        if self.corpus_check is not None and not self.corpus_check.is_settled:
+            with watch.long_phase("checking the corpus"):
+                nodes.raise_any(self.corpus_check.problem())
+            self.corpus_check.is_settled = True
 
     def feed(self, config: RunConfig, seed: int) -> Feed:
         return Feed(self.loader(config, seed), self.device)
@@ -160,15 +188,28 @@ def _say_on_first_rank(line: str) -> None:
         print(line, flush=True)
 
 
-def gather(config: RunConfig, device: torch.device) -> Materials:
-    """Teacher folder, tokenizer and corpus: fetched and prepared on first use, by one rank a cache."""
+def gather(config: RunConfig, device: torch.device, run_folders: Sequence[Path] = ()) -> Materials:
+    """Teacher folder, tokenizer and corpus: fetched and prepared on first use, by one rank a cache.
+
+    Args:
+        run_folders: a run that goes on from a checkpoint in one of them must have what it began with.
+    """
+    before = ranks.on_first_rank(lambda: begun_with(run_folders))
+
+    def accept(**now: str) -> Fingerprints:
+        check_same(next(iter(run_folders), Path()), before, now)
+        return now
+
     leaders = nodes.cache_leaders(cache_dir(config))
     # A hub's files lie in the hub client's own cache, which need not be shared where ours is.
     readers = leaders if _is_cached_here(config) else nodes.machine_leaders()
     folder = nodes.once(readers, lambda: check_teacher(config, _say_on_first_rank))
     tokenizer = load_tokenizer(folder, load_config(folder).vocab_size)
-    # What the others get are the names of the files, which they map for themselves.
-    corpus = nodes.once(leaders, lambda: prepare_corpus(config.data, tokenizer))
+    # What the others get of the corpus are the names of the files, which they map for themselves.
+    fingerprints = nodes.once(leaders, lambda: accept(**_of_teacher(config, folder, tokenizer)))
+    names = nodes.once(leaders, lambda: prepare_corpus(config.data, tokenizer, lambda now: accept(corpus=now)).names())
+    corpus = Corpus.named(names)
+    check = BackgroundCheck(corpus.train.path.parent if leaders[ranks.rank()] == ranks.rank() else None)
     if corpus.fingerprint != ranks.on_first_rank(lambda: corpus.fingerprint):
         raise UserError(
             f"data.sources: rank {ranks.rank()} found another text than rank 0; give every machine the same files "
@@ -177,11 +218,17 @@ def gather(config: RunConfig, device: torch.device) -> Materials:
     if len(corpus.train) < config.train.global_batch_size:
         raise UserError(
             f"data.sources: {len(corpus.train)} training blocks of {config.data.seq_len} tokens, fewer than one "
-            f"train.global_batch_size ({config.train.global_batch_size}); give more text or a smaller batch"
+            f"train.global_batch_size ({config.train.global_batch_size}); give more text, a smaller batch, or "
+            f"a smaller data.heldout_fraction ({config.data.heldout_fraction:g}: {len(corpus.heldout)} blocks held out)"
         )
     if ranks.rank() == 0:
         print(f"teacher: {config.teacher.name}; corpus: {corpus.description}", flush=True)
-    return Materials(folder, tokenizer, corpus, device, config.teacher.allow_pickle)
+    fingerprints = {**fingerprints, CORPUS: corpus.fingerprint}
+    return Materials(folder, tokenizer, corpus, device, config.teacher.allow_pickle, fingerprints, before, check)
+
+
+def _of_teacher(config: RunConfig, folder: str, tokenizer: PreTrainedTokenizerBase) -> Fingerprints:
+    return {TEACHER: teacher_fingerprint(folder), TOKENIZER: tokenizer_fingerprint(config.data, tokenizer)}
 
 
 def teacher_copy(materials: Materials, dtype: torch.dtype, dropout: float | None = None):

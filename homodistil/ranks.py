@@ -8,6 +8,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, distributed
 
+from homodistil import wire
 from homodistil.errors import UserError
 
 T = TypeVar("T")
@@ -27,31 +28,82 @@ def barrier() -> None:
 
 
 def on_first_rank(action: Callable[[], T]) -> T:
-    """Run `action` on rank 0 and hand its (picklable) result, or its `UserError`, to every rank.
+    """Run `action` on rank 0 and hand its result (plain data, see wire.py), or its `UserError`, to every rank.
 
     All ranks call it. Writing and checking files goes through here: ranks that each looked for themselves would see
     what another has just written.
     """
-    outcome: list = [None, None]
-    if rank() == 0:
-        try:
-            outcome[0] = action()
-        except UserError as error:
-            outcome[1] = str(error)
+    result, trouble = outcome(action) if rank() == 0 else (None, None)
     if world_size() > 1:
-        distributed.broadcast_object_list(outcome, src=0)
-    if outcome[1] is not None:
-        raise UserError(outcome[1])
-    return outcome[0]
+        result, trouble = wire.decode(bytes_from_first(wire.encode((result, trouble))))
+    if trouble is not None:
+        raise UserError(trouble)
+    return result
+
+
+def outcome(action: Callable[[], T]) -> tuple[T | None, str | None]:
+    """(its result, None), or (None, the text of its `UserError`)."""
+    try:
+        return action(), None
+    except UserError as error:
+        return None, str(error)
 
 
 def gather(value: T) -> list[T]:
-    """Every rank's (picklable) value, by rank, on every rank."""
+    """Every rank's value (plain data, see wire.py), by rank, on every rank."""
     if world_size() == 1:
         return [value]
-    found: list = [None] * world_size()
-    distributed.all_gather_object(found, value)
-    return found
+    data = wire.encode(value)
+    slots = [torch.empty_like(_slot(data)) for _ in range(world_size())]
+    distributed.all_gather(slots, _slot(data))
+    lengths = [_length(slot) for slot in slots]
+    if max(lengths) > _ROOM_BYTES:  # for all of them once more, as long as the longest
+        padded = _tensor(data.ljust(max(lengths), b"\0"))
+        slots = [torch.empty_like(padded) for _ in lengths]
+        distributed.all_gather(slots, padded)
+        return [wire.decode(_bytes(slot)[:length]) for slot, length in zip(slots, lengths, strict=True)]
+    return [wire.decode(_content(slot)) for slot in slots]
+
+
+def bytes_from_first(data: bytes) -> bytes:
+    """Rank 0's bytes on every rank, in one broadcast, or in two when they are long. Every rank calls it."""
+    if world_size() == 1:
+        return data
+    slot = _slot(data)
+    distributed.broadcast(slot, src=0)
+    if (length := _length(slot)) <= _ROOM_BYTES:
+        return _content(slot)
+    whole = _tensor(data if rank() == 0 else bytes(length))
+    distributed.broadcast(whole, src=0)
+    return _bytes(whole)
+
+
+# torch's own collectives on objects pickle. Most of what travels is short: it goes along with its length.
+_LENGTH_BYTES, _SLOT_BYTES = 8, 1024
+_ROOM_BYTES = _SLOT_BYTES - _LENGTH_BYTES
+
+
+def _slot(data: bytes) -> Tensor:
+    start = len(data).to_bytes(_LENGTH_BYTES, "little") + data[:_ROOM_BYTES]
+    return _tensor(start.ljust(_SLOT_BYTES, b"\0"))
+
+
+def _length(slot: Tensor) -> int:
+    return int.from_bytes(_bytes(slot[:_LENGTH_BYTES]), "little")
+
+
+def _content(slot: Tensor) -> bytes:
+    return _bytes(slot[_LENGTH_BYTES : _LENGTH_BYTES + _length(slot)])
+
+
+def _tensor(data: bytes) -> Tensor:
+    """(N,) uint8, where the process group can send it from."""
+    values = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    return values.cuda() if "nccl" in distributed.get_backend() else values
+
+
+def _bytes(values: Tensor) -> bytes:
+    return values.cpu().numpy().tobytes()
 
 
 def failures(own: str | None) -> list[str]:

@@ -1,72 +1,119 @@
-"""Stopping on request: SIGTERM or SIGUSR1 to any rank ends all of them at the same step, behind a checkpoint.
+"""Stopping on request: SIGINT (Ctrl-C), SIGTERM or SIGUSR1 to any rank ends all of them at the same step, behind a
+checkpoint.
 
-    with on_signals():                            # job.run
-        ...                                       # here a signal ends the job at once: there is nothing to save yet
-        with at_step_boundaries(device) as stop_agreed:       # Trainer.train
+    handle_signals()                              # scripts, first of all: a signal ends the process, with one line
+    with on_signals():                            # job.run: from here on it is raised as StopRequested
+        ...
+        with at_step_boundaries(device) as stop_agreed:       # Trainer.train: it waits for the next boundary
             train_step()
             if stop_agreed(): save and raise StopRequested    # the same step on every rank
 
-A second signal ends the process at once, wherever it is: Python runs its own handlers only between two of its
+A second request ends the process at once, wherever it is: Python runs its own handlers only between two of its
 instructions, which a rank that hangs in a collective never reaches. A thread that reads the wake-up file descriptor
-does not depend on that.
+does not depend on that. What comes within SAME_REQUEST_S is the same request; so is a SIGTERM behind a SIGINT, whenever
+it comes: launchers answer Ctrl-C, which the ranks have received already, by ending them one after the other.
+
+This module imports nothing that takes time. Without `handle_signals` (a notebook, a program that calls job.run) the
+handlers of before are back after `on_signals`, and a SIGINT is raised as `Interrupted`, which is a KeyboardInterrupt.
 """
 
 from __future__ import annotations
 
 import contextlib
+import enum
 import os
 import signal
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor, distributed
+from homodistil import invocation
+from homodistil.errors import Interrupted, StopRequested, UserError
+from homodistil.exit_codes import STOPPED, of_signal
+from homodistil.launch_environment import rank_before_joining
 
-from homodistil import ranks
-from homodistil.errors import StopRequested
-from homodistil.exit_codes import of_signal
+if TYPE_CHECKING:
+    import torch
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 # A launcher hands on what its whole process group has received already: copies that arrive together are one request.
 SAME_REQUEST_S = 2.0
+
+
+class _Mode(enum.Enum):
+    """What the first signal does."""
+
+    AT_ONCE = enum.auto()
+    """Ends the process: there is nothing to save, and it may be inside an import or a library's call."""
+    RAISED = enum.auto()
+    DEFERRED = enum.auto()
+    """To the next step boundary."""
+    LEAVING = enum.auto()
+    """It came before, and what it asked for is being done."""
+    MET = enum.auto()
+    """All is saved and the process ends by itself: what launchers still send on the way is nothing new."""
 
 
 class _Requests:
     """What this process has been asked."""
 
-    def __init__(self) -> None:
+    def __init__(self, mode: _Mode, how_to_go_on: str) -> None:
         self.pid = os.getpid()
         self.number = 0
         """Of the first signal; 0: none yet."""
-        self.is_deferred = False
+        self.mode, self.how_to_go_on = mode, how_to_go_on
+        self._ours, self._wakes = socket.socketpair()
+        self._wakes.setblocking(False)
+        # A shell starts jobs in the background with SIGINT ignored: Ctrl-C is not meant for them.
+        self._numbers = [n for n in SIGNALS if n != signal.SIGINT or signal.getsignal(n) != signal.SIG_IGN]
+        threading.Thread(target=_listen, args=(self, self._ours), name="signals", daemon=True).start()
+        self._before = {number: signal.signal(number, _on_signal) for number in self._numbers}
+        self._woken_before = signal.set_wakeup_fd(self._wakes.fileno(), warn_on_full_buffer=False)
+
+    def restore(self) -> None:
+        """Handlers of before; the thread ends."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(self._woken_before)
+        self._wakes.close()
 
 
 _requests: _Requests | None = None
 
 
+def handle_signals() -> None:
+    """Until this process ends: a signal ends it at once, with a line on rank 0. For scripts, before anything else."""
+    global _requests
+    invocation.remember()
+    if threading.current_thread() is threading.main_thread():
+        _requests = _Requests(_Mode.AT_ONCE, "the same command starts it again")
+
+
 @contextlib.contextmanager
-def on_signals() -> Iterator[None]:
-    """Handle SIGNALS inside, restore what was there afterwards. Outside the main thread there is nothing to handle."""
+def on_signals(how_to_go_on: str = "run it again to go on") -> Iterator[None]:
+    """Inside, a signal is raised as `StopRequested`. Outside the main thread there is nothing to handle.
+
+    Args:
+        how_to_go_on: what a line says behind its semicolon.
+    """
     global _requests
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    _requests = _Requests()
-    ours, wakes = socket.socketpair()
-    wakes.setblocking(False)
-    threading.Thread(target=_end_on_second_signal, args=(ours,), name="second-signal", daemon=True).start()
-    before = {number: signal.signal(number, _on_signal) for number in SIGNALS}
-    woken_before = signal.set_wakeup_fd(wakes.fileno(), warn_on_full_buffer=False)
+    is_script = _requests is not None
+    requests = _requests = _requests or _Requests(_Mode.RAISED, how_to_go_on)
+    before = requests.how_to_go_on
+    requests.mode, requests.how_to_go_on = _Mode.RAISED, how_to_go_on
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        signal.set_wakeup_fd(woken_before)
-        wakes.close()
-        _requests = None
+        if not is_script:
+            requests.restore()
+            _requests = None
+        elif requests.mode is _Mode.RAISED:
+            requests.mode, requests.how_to_go_on = _Mode.AT_ONCE, before
 
 
 def _on_signal(number: int, _frame: object) -> None:
@@ -75,19 +122,37 @@ def _on_signal(number: int, _frame: object) -> None:
         os.kill(os.getpid(), number)
         return
     _requests.number = _requests.number or number
-    if not _requests.is_deferred:
+    if _requests.mode is _Mode.RAISED:
+        _requests.mode = _Mode.LEAVING
         raise _outside_training(number)
 
 
-def _end_on_second_signal(wakes: socket.socket) -> None:
-    first_s = None
+def _listen(requests: _Requests, wakes: socket.socket) -> None:
+    """In a thread: what must not wait for the main thread."""
+    first, first_s = 0, 0.0
     with wakes:
         while received := wakes.recv(64):  # nothing: the other end was closed
             for number in filter(SIGNALS.__contains__, received):
-                if first_s is None:
-                    first_s = time.monotonic()
-                elif time.monotonic() - first_s > SAME_REQUEST_S:
+                if requests.mode is _Mode.AT_ONCE:
+                    _end(number, requests.how_to_go_on)
+                elif not first:
+                    first, first_s = number, time.monotonic()
+                elif time.monotonic() - first_s > SAME_REQUEST_S and not _is_echo(number, first, requests.mode):
                     os._exit(of_signal(number))
+
+
+def _is_echo(number: int, first: int, mode: _Mode) -> bool:
+    if mode is _Mode.MET:
+        return number != signal.SIGINT
+    return first == signal.SIGINT and number == signal.SIGTERM
+
+
+def _end(number: int, how_to_go_on: str) -> None:
+    with contextlib.suppress(OSError, UserError):
+        if rank_before_joining() == 0:  # past Python's buffers, whose locks the main thread may hold
+            start = "\n" if os.isatty(2) else ""
+            os.write(2, f"{start}stopped by {signal.Signals(number).name}; {how_to_go_on}\n".encode())
+    os._exit(STOPPED)
 
 
 _forking = threading.local()
@@ -131,72 +196,47 @@ def at_step_boundaries(device: torch.device) -> Iterator[Callable[[], int]]:
     """Inside, a signal waits for the next boundary. Gives the function to call at each, on every rank.
 
     It returns the number of the signal that some rank had received when the boundary *before* was reached, 0 for none:
-    the same on every rank, without waiting for anything that was not long done.
+    the same on every rank, without waiting for anything that was not long done. A `StopRequested` that is raised inside
+    says that everything is saved.
     """
-    agreement = _Agreement(device)
-    if _requests is not None:
-        _requests.is_deferred = True
+    from homodistil.stop_agreement import Agreement  # heavy, and not needed before there is a device
+
+    agreement = Agreement(device, _own)
+    _set_mode(_Mode.DEFERRED)
     try:
         yield agreement.exchange
-    finally:
-        if _requests is not None:
-            _requests.is_deferred = False
+    except StopRequested:
+        _set_mode(_Mode.MET)
+        raise
+    except BaseException:
+        _set_mode(_Mode.RAISED)
+        raise
+    _set_mode(_Mode.RAISED)
     if number := agreement.last():  # it came in the last step, and what follows has nothing to save
+        _set_mode(_Mode.LEAVING)
         raise _outside_training(number)
 
 
-def _outside_training(number: int) -> StopRequested:
-    return StopRequested(f"stopped by {signal.Signals(number).name} outside training; run it again to go on")
-
-
-class _Agreement:
-    """The ranks' requests, exchanged once a step and looked at one step later."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._pending: Callable[[], int] | None = None
-
-    def exchange(self) -> int:
-        found = self._pending() if self._pending else 0
-        self._pending = self._start()
-        return found
-
-    def last(self) -> int:
-        return max(self._pending() if self._pending else 0, _own())
-
-    def _start(self) -> Callable[[], int]:
-        if ranks.world_size() == 1:
-            return _own
-        return _start_on_gpu(self._device, self._stream) if self._stream else _start_on_cpu(self._device)
+def _set_mode(mode: _Mode) -> None:
+    if _requests is not None:
+        _requests.mode = mode
 
 
 def _own() -> int:
     return _requests.number if _requests is not None else 0
 
 
-def _start_on_cpu(device: torch.device) -> Callable[[], int]:
-    flag = torch.tensor([_own()], device=device)
-    work = distributed.all_reduce(flag, distributed.ReduceOp.MAX, async_op=True)
-
-    def result() -> int:
-        work.wait()
-        return int(flag)
-
-    return result
+def _outside_training(number: int) -> StopRequested:
+    how_to_go_on = _requests.how_to_go_on if _requests is not None else "run it again to go on"
+    return stopped(number, f"stopped by {signal.Signals(number).name} outside training; {how_to_go_on}")
 
 
-def _start_on_gpu(device: torch.device, side: torch.cuda.Stream) -> Callable[[], int]:
-    """On a stream of its own, down to pinned memory: the host waits for this copy alone, never for the step's work."""
-    with torch.cuda.stream(side):
-        flag = torch.full((1,), _own(), dtype=torch.int32, device=device)
-        distributed.all_reduce(flag, distributed.ReduceOp.MAX, async_op=True).wait()  # the stream waits, not the host
-        copy: Tensor = torch.empty(1, dtype=torch.int32, pin_memory=True)
-        copy.copy_(flag, non_blocking=True)
-        done = side.record_event()
+def go_on_with() -> str:
+    """ ": COMMAND" for the end of a line: what to type to go on. Nothing where no script was started."""
+    command = invocation.resuming()
+    return f": {command}" if command else ""
 
-    def result() -> int:
-        done.synchronize()
-        return int(copy)
 
-    return result
+def stopped(number: int, text: str) -> StopRequested:
+    """What a stop on signal `number` is raised as."""
+    return (Interrupted if number == signal.SIGINT else StopRequested)(text)

@@ -24,7 +24,7 @@ from homodistil.data.masking import Batch
 from homodistil.distill.targets import Targets
 from homodistil.distill.teacher import Teacher
 from homodistil.distillation import Distillation
-from homodistil.errors import StopRequested, writing
+from homodistil.errors import writing
 from homodistil.faults import fault_point
 from homodistil.feed import Feed
 from homodistil.materials import Materials
@@ -141,6 +141,5 @@ class Together:
         for trainer in self.trainers:
             trainer.save_and_wait()
         steps = ", ".join(f"{t.config.run.name} {t.state.step} of {t.config.train.steps}" for t in self.trainers)
-        raise StopRequested(
-            f"stopped by {signal.Signals(number).name} at step {steps}; run.resume=auto goes on from the checkpoints"
-        )
+        text = f"stopped by {signal.Signals(number).name} at step {steps}; run.resume=auto goes on from the checkpoints"
+        raise stop.stopped(number, text + stop.go_on_with())

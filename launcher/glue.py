@@ -11,8 +11,12 @@ from __future__ import annotations
 
 import argparse
 
-from homodistil.cli import exit_with_code
-from homodistil.evaluation.command_line import fine_tuning_parser, number
+from homodistil.stop import handle_signals, on_signals
+
+handle_signals()  # first of all: what follows takes seconds
+
+from homodistil.cli import exit_with_code  # noqa: E402
+from homodistil.evaluation.command_line import fine_tuning_parser, number  # noqa: E402
 
 
 def main() -> None:
@@ -40,7 +44,8 @@ def main() -> None:
         tasks = chosen_tasks(arguments.tasks, arguments.data)
         cache_dir = arguments.cache_dir.expanduser()
         say = lambda line: print(line, flush=True)  # noqa: E731
-        records = run_grid(arguments.checkpoint, tasks, arguments.data, grid, arguments.out, cache_dir, say)
+        with on_signals():
+            records = run_grid(arguments.checkpoint, tasks, arguments.data, grid, arguments.out, cache_dir, say)
         print(f"\n{write_table(records, arguments.out)}\n{arguments.out}/glue.md")
 
 

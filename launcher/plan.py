@@ -12,8 +12,12 @@ The second line takes some real steps on this machine and keeps what they say ab
 
 import sys
 
-from homodistil.cli import exit_with_code, parse_with_engine
-from homodistil.planning.options import split_options
+from homodistil.stop import handle_signals
+
+handle_signals()  # first of all: what follows takes seconds
+
+from homodistil.cli import exit_with_code, parse_with_engine  # noqa: E402
+from homodistil.planning.options import split_options  # noqa: E402
 
 
 def main() -> None:

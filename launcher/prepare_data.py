@@ -3,9 +3,9 @@
     python launcher/prepare_data.py data.sources=[wikipedia,bookcorpus] teacher.name=bert-base-uncased data.workers=16
     python launcher/prepare_data.py --task 3 --tasks 8 ...     # one of eight array tasks that share the work
 
-Training with the same settings then finds everything in data.cache_dir. Killed or stopped (SIGTERM, SIGUSR1: exit code
-75), the same command goes on with the shards that are finished. The array task that finishes last merges them; so does
-a later call without --task.
+Training with the same settings then finds everything in data.cache_dir. Killed or stopped (Ctrl-C, SIGTERM, SIGUSR1:
+exit code 75), the same command goes on with the shards that are finished. The array task that finishes last merges
+them; so does a later call without --task.
 """
 
 from __future__ import annotations
@@ -13,8 +13,12 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from homodistil.cli import exit_with_code, parse
-from homodistil.data.tasks import split_task
+from homodistil.stop import handle_signals, on_signals
+
+handle_signals()  # first of all: what follows takes seconds
+
+from homodistil.cli import exit_with_code, parse  # noqa: E402
+from homodistil.data.tasks import split_task  # noqa: E402
 
 
 def main() -> None:
@@ -25,9 +29,8 @@ def main() -> None:
         from homodistil.data import assets
         from homodistil.data.corpus import check_sources, prepare_share
         from homodistil.distill.teacher import load_config, load_tokenizer
-        from homodistil.stop import on_signals
 
-        with on_signals():
+        with on_signals(how_to_go_on="the same command goes on with the shards that are finished"):
             check_sources(config.data)
             folder = config.teacher.name
             if assets.is_embedded(folder):

@@ -13,8 +13,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from homodistil.cli import exit_with_code
-from homodistil.evaluation.command_line import fine_tuning_parser, number
+from homodistil.stop import handle_signals, on_signals
+
+handle_signals()  # first of all: what follows takes seconds
+
+from homodistil.cli import exit_with_code  # noqa: E402
+from homodistil.evaluation.command_line import fine_tuning_parser, number  # noqa: E402
 
 
 def main() -> None:
@@ -45,7 +49,8 @@ def main() -> None:
         )
         cache_dir = arguments.cache_dir.expanduser()
         say = lambda line: print(line, flush=True)  # noqa: E731
-        records = run_grid(arguments.checkpoint, data, grid, arguments.out, cache_dir, say)
+        with on_signals():
+            records = run_grid(arguments.checkpoint, data, grid, arguments.out, cache_dir, say)
         print(f"\n{write_table(records, arguments.out)}\n{arguments.out / data.version / 'squad.md'}")
 
 

@@ -10,8 +10,12 @@ With --check nothing is trained: a table says what would go wrong (homodistil/pr
 
 import sys
 
-from homodistil.cli import exit_with_code, parse_job
-from homodistil.rank_log import tag_lines
+from homodistil.stop import handle_signals
+
+handle_signals()  # first of all: what follows takes seconds
+
+from homodistil.cli import exit_with_code, parse_job  # noqa: E402
+from homodistil.rank_log import tag_lines  # noqa: E402
 
 
 def main() -> None:

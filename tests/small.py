@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from transformers import BertConfig, BertForMaskedLM
 
-from homodistil.config import LossConfig
+from homodistil.config import LossConfig, RunConfig
 from homodistil.data.masking import Batch, Counts
 from homodistil.distill.student import Student
 from homodistil.distill.teacher import Teacher
@@ -54,8 +54,17 @@ def small_batch(seed: int = 0, lengths: tuple[int, ...] = (7, 11, 4)) -> Batch:
 
 def small_pair(**loss) -> tuple[Student, Teacher]:
     """A student that is still an exact copy of its teacher."""
-    config = LossConfig(**loss)
+    config = LossConfig(**({"kl": 1.0} | loss))
     return Student(small_model(), config), Teacher(small_model())
+
+
+def plain_run() -> RunConfig:
+    """A run by plain selection, slowly, all losses with weight 1: what tests of the machinery begin with, whatever the
+    defaults are."""
+    config = RunConfig()
+    config.pruning.compensation, config.pruning.end_fraction, config.loss.kl = "none", 0.3, 1.0
+    config.pruning.interval_steps, config.pruning.max_event_fraction = 10, 0.25
+    return config
 
 
 def random_keep(table: AxisTable, widths: dict[str, int], seed: int = 0) -> dict[str, torch.Tensor]:

@@ -68,7 +68,11 @@ def attempt(tmp_path, teacher, corpus):
             "train.steps": 2,
             "train.global_batch_size": 4,
             "train.micro_batch_size": 2,
+            "pruning.compensation": "none",
+            "pruning.end_fraction": 0.3,
+            "pruning.interval_steps": 10,
             "pruning.max_event_fraction": 1.0,
+            "loss.kl": 1.0,
             "run.dir": run_dir,
         }
         before = sorted(run_dir.rglob("*")) if run_dir.exists() else None

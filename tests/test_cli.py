@@ -24,11 +24,13 @@ def test_every_recipe_parses_and_says_what_it_sets(name):
         for field, value in fields.items():
             assert getattr(getattr(config, section), field) == value, (section, field)
     assert config.run.name == name.split("/")[-1]
-    assert not name.startswith("homobert") or config.student.preset == name
+    assert not name.startswith("homobert") or config.student.preset == name.removesuffix("-paper")
 
 
 def test_recipes_of_a_folder_go_by_folder_and_name():
-    assert {"quickstart", "homobert-base", "paper", "baselines/distilbert"} <= set(recipe_names())
+    assert {"quickstart", "homobert-base", "homobert-base-paper", "paper", "baselines/distilbert"} <= set(
+        recipe_names()
+    )
     with pytest.raises(UserError, match=r"did you mean 'baselines/tinybert'"):
         parse(["recipe=baselines/tinybrt"])
 
@@ -43,7 +45,36 @@ def test_overrides_win_over_the_file_wherever_they_stand(tmp_path):
 
 
 def test_without_a_file_the_quickstart_is_run():
-    assert parse([]) == parse(["recipe=quickstart"])
+    assert parse([]) == parse(["recipe=quickstart"]) == parse(["run.resume=never"])
+
+
+def test_another_teacher_does_not_get_the_quickstarts_values():
+    plain = RunConfig()
+    plain.teacher.name = "/mine"
+    for arguments in (["teacher.name=/mine"], ["--teacher.name", "/mine"], ["--teacher.name=/mine"]):
+        assert parse(arguments) == plain
+    assert parse(["recipe=quickstart", "teacher.name=/mine"]).student.preset == "quickstart"
+
+
+def test_the_defaults_are_the_best_that_is_measured():
+    """README, "Quality", and what the quickstart and HomoBERTs are made of; the paper's form is asked for by name."""
+    ours = {"compensation": "full", "end_fraction": 0.1, "max_event_fraction": 0.5, "importance": "sensitivity"}
+    ours |= {"schedule": "cubic", "protect_outliers": 0.1, "carry_moments": True, "compensation_limit": 0.25}
+    losses = {"mlm": 1.0, "kl": 4.0, "hidden": 1.0, "attention": 1.0, "embedding": 1.0, "cosine": 0.0}
+    losses |= {"relations": 0.0, "projection": "student", "projection_learned": True, "kl_positions": "masked"}
+    sizes = ("base", "small", "xsmall", "tiny")
+    recipes = {name: parse([f"recipe={name}"]) for name in ("quickstart", *(f"homobert-{size}" for size in sizes))}
+    for name, config in {"defaults": RunConfig(), **recipes}.items():
+        assert {field: getattr(config.pruning, field) for field in ours} == ours, name
+        assert {field: getattr(config.loss, field) for field in losses} == losses, name
+    assert RunConfig().pruning == recipes["quickstart"].pruning and RunConfig().pruning.interval_steps == 5
+    assert RunConfig().loss == recipes["quickstart"].loss
+
+    papers = {"compensation": "none", "end_fraction": 0.7, "importance": "sensitivity", "schedule": "cubic"}
+    for name in ("paper", *(f"homobert-{size}-paper" for size in sizes)):
+        config = parse([f"recipe={name}"])
+        assert {field: getattr(config.pruning, field) for field in papers} == papers, name
+        assert (config.loss.kl, config.loss.projection) == (1.0, "teacher"), name
 
 
 def test_resolved_config_is_a_file_that_gives_the_same_config(tmp_path):

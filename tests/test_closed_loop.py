@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small import small_batch, small_model, small_pair
+from small import plain_run, small_batch, small_model, small_pair
 
 from homodistil.config import PruningConfig, RunConfig
 from homodistil.distill.plain_copy import PlainCopies, duplicate
@@ -37,7 +37,7 @@ def parts(tmp_path_factory, tokenizer):
 
 
 def make_config(parts: Path, **pruning) -> RunConfig:
-    config = RunConfig()
+    config = plain_run()
     config.teacher.name, config.data.sources = str(parts / "teacher"), [str(parts / "text.txt")]
     config.data.text_documents, config.data.seq_len, config.data.cache_dir = "paragraph", 16, str(parts / "cache")
     student = config.student

@@ -96,7 +96,6 @@ def test_calibration_is_shared_evenly(wanted, ranks, micro_batch, found):
 @pytest.mark.parametrize(
     ("pruning", "loss", "text"),
     [
-        ({"compensation": "full", "schedule": "none"}, {}, "pruning.compensation: found full"),
         ({"one_shot_stages": 2, "compensation": "full"}, {}, "pruning.one_shot_stages: found 2"),
         ({"one_shot_stages": 2, "schedule": "one_shot"}, {}, "pruning.one_shot_stages: found 2"),
         ({"compensation": "full"}, {"projection_learned": False}, "loss.projection_learned: found false"),

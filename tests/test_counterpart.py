@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from small import VOCABULARY, small_batch, small_model
+from small import VOCABULARY, plain_run, small_batch, small_model
 from transformers import BertConfig
 
 from homodistil.config import RunConfig, StudentConfig
@@ -20,7 +20,7 @@ TEACHER = {"num_hidden_layers": 6}
 
 def config_of(**changes) -> RunConfig:
     """`student__init="random"` sets student.init."""
-    config = RunConfig()
+    config = plain_run()
     student = config.student
     student.hidden_size, student.intermediate_size, student.num_attention_heads = 15, 20, 3
     for name, value in changes.items():

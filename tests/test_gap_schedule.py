@@ -17,7 +17,8 @@ STEPS = 200
 
 
 def _schedule(**changes) -> GapSchedule:
-    config = PruningConfig(**({"schedule": "gap", "end_fraction": 0.5, "width_multiple": 4} | changes))
+    values = {"schedule": "gap", "end_fraction": 0.5, "width_multiple": 4, "interval_steps": 10}
+    config = PruningConfig(**(values | {"max_event_fraction": 0.25} | changes))
     return GapSchedule(INITIAL, TARGET, config, STEPS)
 
 

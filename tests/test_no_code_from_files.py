@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from small import small_model
+from small import plain_run, small_model
 from transformers import BertTokenizerFast
 
 from homodistil.config import RunConfig
@@ -49,7 +49,7 @@ def teacher(tmp_path) -> Path:
 
 
 def _config(teacher: Path, allow_pickle: bool = False) -> RunConfig:
-    config = RunConfig()
+    config = plain_run()
     config.teacher.name, config.teacher.allow_pickle = str(teacher), allow_pickle
     config.student.hidden_size, config.student.intermediate_size, config.student.num_attention_heads = 12, 20, 4
     config.data.seq_len, config.pruning.max_event_fraction = 16, 1.0

@@ -19,17 +19,18 @@ from homodistil.materials import gather
 from homodistil.pruning.target import PRESETS
 
 BASELINES = [f"baselines/{n}" for n in ("distilbert", "minilmv2", "mlm_only", "one_shot", "random_init", "tinybert")]
-PAPERS = [f"homobert-{size}" for size in ("base", "small", "xsmall", "tiny")] + ["paper"]
+OURS = [f"homobert-{size}" for size in ("base", "small", "xsmall", "tiny")]
+PAPERS = [*(f"{name}-paper" for name in OURS), "paper"]
 SOURCES = {"paper", "authors", "ours"}
 WORDS = "the a whale ship sea captain white old sails deep over under and harpoon storm night crew of".split()
 
 
 def test_all_recipes_are_tested():
     others = {"quickstart", "family"}  # tests/distributed/test_job.py, tests/faults/test_family.py
-    assert set(recipe_names()) == {*others, *PAPERS, *BASELINES}
+    assert set(recipe_names()) == {*others, *OURS, *PAPERS, *BASELINES}
 
 
-@pytest.mark.parametrize("name", PAPERS + BASELINES)
+@pytest.mark.parametrize("name", OURS + PAPERS + BASELINES)
 def test_every_value_names_its_source(name):
     text = (RECIPES / f"{name}.yaml").read_text()
     lines = [line for line in text.splitlines() if line.startswith("  ")]
@@ -42,10 +43,16 @@ def test_every_value_names_its_source(name):
 @pytest.mark.parametrize("name", PAPERS)
 def test_the_papers_numbers(name):
     config = parse([f"recipe={name}"])
+    assert config.pruning.end_fraction in (0.5, 0.7, 0.9)
+
+
+@pytest.mark.parametrize("name", OURS + PAPERS)
+def test_what_our_form_keeps_of_the_papers(name):
+    config = parse([f"recipe={name}"])
     assert (config.train.global_batch_size, config.train.steps, config.data.seq_len) == (4096, 28000, 128)
     assert (config.optimizer.beta1, config.optimizer.beta2, config.optimizer.eps) == (0.9, 0.999, 1e-6)
     assert config.train.lr == (3e-4 if config.student.preset == "homobert-base" else 6e-4)
-    assert config.pruning.schedule == "cubic" and config.pruning.end_fraction in (0.5, 0.7, 0.9)
+    assert config.pruning.schedule == "cubic"
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +76,7 @@ def parts(tmp_path_factory):
 
 def two_steps(parts, name: str, *overrides: str):
     """The recipe's config on small material, in two steps that both may prune."""
-    teacher = parts / ("base" if name in PAPERS else "tiny")
+    teacher = parts / ("base" if name in OURS + PAPERS else "tiny")
     small = [f"teacher.name={teacher}", "teacher.correction_steps=0", f"data.sources=[{parts / 'text.txt'}]"]
     small += ["data.text_documents=paragraph", "data.seq_len=16", f"data.cache_dir={parts / 'cache'}", "data.workers=0"]
     small += ["data.heldout_fraction=0.1", "train.steps=2", "train.global_batch_size=4", "train.micro_batch_size=2"]
@@ -106,7 +113,7 @@ def assert_trained(run: Distillation, config, folder) -> None:
     torch.testing.assert_close(logits[batch.masked_index], run.student.predict(batch), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", PAPERS)
+@pytest.mark.parametrize("name", ["homobert-base", "homobert-small-paper", "homobert-xsmall", "homobert-tiny", "paper"])
 def test_two_steps_at_real_widths(name, parts, tmp_path):
     config = two_steps(parts, name)
     run = distil(config, tmp_path / "run")

@@ -103,7 +103,7 @@ def test_wrong_maps_are_refused(maps, text):
 
 def test_slice_module_with_maps_computes_in_the_rotated_basis():
     """Rotating Q and K of every head by any M and its inverse transposed leaves the scores, and so the model, alone."""
-    student = Student(small_model(), LossConfig(), distil=False).double().eval()
+    student = Student(small_model(), LossConfig(kl=1.0), distil=False).double().eval()
     batch = small_batch()
     before = student.predict(batch)
     table, maps = student.axis_table(), {}

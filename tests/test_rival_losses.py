@@ -209,7 +209,7 @@ def test_cosine_of_the_last_states_goes_through_a_projection_of_its_own(lock_ste
 
 
 def test_copies_of_the_teacher_are_at_distance_0():
-    config, batch = LossConfig(cosine=1.0, relations=1.0), small_batch()
+    config, batch = LossConfig(kl=1.0, cosine=1.0, relations=1.0), small_batch()
     teacher = small_model()
     show_values(teacher, bert, -1)
     terms = Student(small_model(), config)(batch, Teacher(teacher)(batch)).terms

@@ -50,7 +50,7 @@ def _naive_terms(student_model, teacher_model, batch, positions):
 
 @pytest.mark.parametrize("positions", ["masked", "all"])
 def test_terms_equal_stock_outputs_of_two_different_models(positions):
-    config, batch = LossConfig(kl_positions=positions), small_batch()
+    config, batch = LossConfig(kl=1.0, kl_positions=positions), small_batch()
     student, teacher = Student(small_model(seed=1), config), Teacher(small_model())
     terms = student(batch, teacher(batch)).terms
     naive = _naive_terms(small_model(seed=1), small_model(), batch, positions)
@@ -61,7 +61,7 @@ def test_terms_equal_stock_outputs_of_two_different_models(positions):
 def test_total_is_the_weighted_sum_and_zero_weights_are_left_out():
     batch = small_batch()
     weights = {"mlm": 0.5, "kl": 2.0, "hidden": 0.0, "attention": 0.25, "embedding": 1.5}
-    student = Student(small_model(seed=1), LossConfig(**weights))
+    student = Student(small_model(seed=1), LossConfig(**({"kl": 1.0} | weights)))
     total, terms = student(batch, Teacher(small_model())(batch))
     assert "hidden" not in terms and "layer_0" not in student.projections
     expected = sum(weights[name] * terms[name] for name in weights if weights[name])
@@ -87,7 +87,7 @@ def test_splitting_a_batch_does_not_change_loss_or_gradient():
         parts.append(batch._replace(counts=counts))
     gradients, totals = [], []
     for batches in ([whole_batch], parts):
-        student, teacher = Student(small_model(seed=1), LossConfig()), Teacher(small_model())
+        student, teacher = Student(small_model(seed=1), LossConfig(kl=1.0)), Teacher(small_model())
         total = sum(student(b, teacher(b)).total for b in batches) / len(batches)
         total.backward()
         totals.append(total.detach())

@@ -7,7 +7,7 @@ from transformers import BertConfig, BertForMaskedLM
 from homodistil.config import StudentConfig
 from homodistil.errors import UserError
 from homodistil.models import bert
-from homodistil.pruning.target import PRESETS, Shape, target_shape, target_widths
+from homodistil.pruning.target import PRESETS, Shape, half_of, target_shape, target_widths
 
 BERT_BASE = BertConfig()  # Hugging Face's defaults are bert-base-uncased
 
@@ -53,12 +53,41 @@ def test_every_preset_can_be_expressed_by_a_stock_config():
         (StudentConfig(preset="homobert-base", num_attention_heads=16), "student.num_attention_heads: found 16"),
         (StudentConfig(preset="homobert-small", hidden_size=250), "250 is not divisible by .* 8"),
         (StudentConfig(preset="homobert-base", num_attention_heads=6), "96 wide, the teacher's 64; use at least 9"),
-        (StudentConfig(preset="custom", hidden_size=64), "student.intermediate_size: not set"),
+        (
+            StudentConfig(hidden_size=64, num_attention_heads=2),
+            "student.intermediate_size: not set beside hidden_size=64, num_attention_heads=2.*"
+            "is student.intermediate_size=1536 ",
+        ),
+        (
+            StudentConfig(intermediate_size=64),
+            "student.hidden_size, student.num_attention_heads: not set .* student.hidden_size=384 student.num_att",
+        ),
+        (
+            StudentConfig(),
+            "student: no target size; for half of this teacher's width set student.hidden_size=384 "
+            r"student.intermediate_size=1536 student.num_attention_heads=6 \(or student.preset=NAME: teacher, quick",
+        ),
     ],
 )
 def test_impossible_shapes_name_the_field(student, message):
     with pytest.raises(UserError, match=message):
         target_widths(target_shape(student, _teacher_widths()), _teacher_widths())
+
+
+@pytest.mark.parametrize("heads", [1, 2, 3, 5, 12])
+@pytest.mark.parametrize("head_dim", [1, 2, 7, 64])
+def test_the_proposed_half_can_be_cut_from_its_teacher(heads, head_dim):
+    teacher = Shape(heads * head_dim, 2 * head_dim, heads)
+    half = half_of(teacher)
+    widths = {"hidden": teacher.hidden_size, "layer.0.ffn": teacher.intermediate_size, "layer.0.heads": heads}
+    widths |= {"layer.0.qk_dim": head_dim, "layer.0.vo_dim": head_dim}
+    assert target_widths(half, widths)["hidden"] == half.hidden_size
+    assert half.hidden_size <= max(1, teacher.hidden_size // 2) and half.hidden_size >= teacher.hidden_size // 3
+
+
+def test_half_of_a_teacher_of_even_sizes_is_half_of_everything():
+    assert half_of(Shape(384, 1536, 12)) == Shape(192, 768, 6)
+    assert half_of(Shape(128, 512, 2)) == Shape(64, 256, 1)
 
 
 def test_fields_override_the_preset():

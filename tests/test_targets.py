@@ -27,7 +27,7 @@ def _student(config):
 @pytest.mark.parametrize("positions", ["masked", "all"])
 @pytest.mark.parametrize("target", ["scores", "probabilities", "probabilities_kl"])
 def test_lock_step_changes_no_bit(positions, target):
-    config, batch = LossConfig(kl_positions=positions, attention_target=target), small_batch()
+    config, batch = LossConfig(kl=1.0, kl_positions=positions, attention_target=target), small_batch()
     found = []
     for lock_step in (True, False):
         student, teacher = _student(config), Teacher(small_model(), lock_step)
@@ -55,7 +55,7 @@ def test_a_layer_of_the_teacher_is_gone_when_the_next_is_compared(lock_step, sou
         return tap
 
     monkeypatch.setattr(source, "take_layer", watched)
-    student, teacher, batch = _student(LossConfig()), Teacher(small_model(), lock_step), small_batch()
+    student, teacher, batch = _student(LossConfig(kl=1.0)), Teacher(small_model(), lock_step), small_batch()
     total = student(batch, teacher(batch)).total
     assert alive == [[], [], []]
     total.backward()
@@ -63,7 +63,7 @@ def test_a_layer_of_the_teacher_is_gone_when_the_next_is_compared(lock_step, sou
 
 def test_terms_without_a_layer_comparison_still_drive_the_teacher():
     """KL alone needs the teacher's last layer, which in lock-step only the student's own pass brings about."""
-    config, batch = LossConfig(hidden=0.0, attention=0.0, embedding=0.0, mlm=0.0), small_batch()
+    config, batch = LossConfig(kl=1.0, hidden=0.0, attention=0.0, embedding=0.0, mlm=0.0), small_batch()
     student = Student(small_model(seed=1), config)
     values = [student(batch, Teacher(small_model(), lock_step)(batch)).total for lock_step in (True, False)]
     assert torch.equal(*values) and values[0] > 0

@@ -72,7 +72,7 @@ def arithmetic(variant: Variant, task: Task, files: Files) -> float:
     masked = statistics.mean(int((batch["labels"] != -100).sum()) for batch in batches)
     full, cut = (_widths(bert, BertForMaskedLM, AutoConfig.from_pretrained(f)) for f in (files.teacher, files.student))
     all_rows = variant.module in ("plain_loop", "textbrewer_loop") or variant.options.get("rows") == "all"
-    loss = LossConfig(kl_positions=task.kl_positions, attention_target="probabilities", projection="student")
+    loss = LossConfig(kl=1.0, kl_positions=task.kl_positions, attention_target="probabilities", projection="student")
     return (
         step_flops(
             full if variant.module == "masks" else cut,

@@ -116,7 +116,7 @@ def arguments(task: Task, files: Files, run_folder: Path) -> list[str]:
     }
     if task.hidden < 128:  # too narrow for the recipe's multiples
         values |= {"pruning.width_multiple": 2, "pruning.ffn_multiple": 4}
-    return ["recipe=homobert-small", *(f"{name}={value}" for name, value in values.items())]
+    return ["recipe=homobert-small-paper", *(f"{name}={value}" for name, value in values.items())]
 
 
 def prepare(task: Task, folder: Path) -> Files:

@@ -57,6 +57,9 @@ def relevant(config: RunConfig) -> dict:
     found = config.to_dict()
     for section, names in _FREE.items():
         found[section] = {} if names is None else {n: v for n, v in found[section].items() if n not in names}
+    if not found["teacher"]["correction_seed"]:
+        # All results of before had this teacher (the worker saw to it): they keep their names.
+        del found["teacher"]["correction_seed"]
     return found
 
 

@@ -28,8 +28,6 @@ from study.jobs import ERROR_FILE, Job
 from study.measured_run import MeasuredRun, RememberedLogits, halves
 from study.specs import content_hash
 
-CORRECTION_SEED = 0
-"""One teacher for all: its correction would otherwise follow the seed of the run."""
 _RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -64,8 +62,6 @@ class Context:
 
     def materials(self, config: RunConfig) -> Materials:
         """Corpus and corrected teacher, the same for all runs with these teacher, data and batch settings."""
-        config = copy.deepcopy(config)
-        config.train.seed = CORRECTION_SEED
         sections = [dataclasses.asdict(part) for part in (config.teacher, config.data)]
         key = content_hash([*sections, config.train.global_batch_size])
         if key not in self._materials:

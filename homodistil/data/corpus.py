@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from homodistil.config import DataConfig
 from homodistil.data.cache import build_once
 from homodistil.data.documents import read
 from homodistil.data.filters import Filters, versions
+from homodistil.data.integrity import CHECKED_AT_ONCE_BYTES, blocks_bytes, content_damage, structure_damage
 from homodistil.data.merge import SUMMARY_FILE, merge
 from homodistil.data.packing import SpecialIds
 from homodistil.data.plan import Plan, make_plan
@@ -40,11 +42,15 @@ class Rows:
     """Blocks of one split, memory-mapped. `rows[ids]` -> (n, seq_len) int64, padded at the end only."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self.path = path
         self._blocks = np.load(path, mmap_mode="r")
         # Deleting the file takes nothing from us while it is open; cutting it short does, and must be noticed.
         self._file = open(path, "rb")
         self._num_bytes = os.fstat(self._file.fileno()).st_size
+
+    @property
+    def path(self) -> Path:
+        return self._path
 
     def __len__(self) -> int:
         return len(self._blocks)
@@ -52,14 +58,14 @@ class Rows:
     def __getitem__(self, ids: np.ndarray | list[int]) -> np.ndarray:
         if os.fstat(self._file.fileno()).st_size < self._num_bytes:  # touching the map beyond its end is fatal (SIGBUS)
             raise UserError(
-                f"{self._path}: was cut short while it was being read; run again with run.resume=auto, which prepares "
+                f"{self.path}: was cut short while it was being read; run again with run.resume=auto, which prepares "
                 f"the corpus again"
             )
         return np.asarray(self._blocks[np.asarray(ids, dtype=np.int64)], dtype=np.int64)
 
     def __reduce__(self) -> tuple:
         # A memmap would travel to a loader process with its whole content.
-        return Rows, (self._path,)
+        return Rows, (self.path,)
 
 
 @dataclass(frozen=True)
@@ -71,15 +77,34 @@ class Corpus:
     description: str
     """One line: documents, tokens and blocks of each split."""
 
+    def names(self) -> tuple[Path, Path, str, str]:
+        """What another process needs to map the same files."""
+        return self.train.path, self.heldout.path, self.fingerprint, self.description
 
-def prepare_corpus(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Corpus:
+    @classmethod
+    def named(cls, names: tuple[Path, Path, str, str]) -> Corpus:
+        """The corpus of these `names`, mapped by this process."""
+        train, heldout, fingerprint, description = names
+        return cls(Rows(train), Rows(heldout), fingerprint, description)
+
+
+def prepare_corpus(
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase, accept: Callable[[str], None] = lambda _: None
+) -> Corpus:
     """The corpus, from the cache where it has been prepared before; what a killed process finished is taken over.
+
+    A cached one of up to `CHECKED_AT_ONCE_BYTES` is hashed here; a larger one is the caller's to check (integrity.py).
+
+    Args:
+        accept: is given the fingerprint before anything is prepared, and may raise.
 
     Raises:
         UserError: a source is missing, unreadable or without text; fewer than two documents; `seq_len` too long for
             the tokenizer's model; a package or hub data set cannot be fetched; a filter's library is not installed.
     """
-    return _Order(config, tokenizer).whole()
+    order = _Order(config, tokenizer)
+    accept(order.fingerprint)
+    return order.whole(CHECKED_AT_ONCE_BYTES)
 
 
 def prepare_share(config: DataConfig, tokenizer: PreTrainedTokenizerBase, task: int, tasks: int) -> Corpus | str:
@@ -106,22 +131,29 @@ class _Order:
         self._backend, self._special_ids = check_tokenizer(config, tokenizer)
         self._unknown = tokenizer.unk_token_id
         self._config, self._sources = config, open_sources(config)
-        self._fingerprint = _fingerprint(config, self._sources, self._backend, self._special_ids)
+        self.fingerprint = _fingerprint(config, self._sources, self._backend, self._special_ids)
         self._cache_dir = Path(config.cache_dir).expanduser()
-        self._target = self._cache_dir / "corpora" / self._fingerprint
+        self._target = self._cache_dir / "corpora" / self.fingerprint
 
-    def whole(self) -> Corpus:
+    def whole(self, checked_bytes: float = math.inf) -> Corpus:
+        """Args: checked_bytes: blocks of a cached corpus that are not more than this are hashed."""
+
+        def damage(folder: Path) -> str | None:
+            if problem := structure_damage(folder):
+                return problem
+            return content_damage(folder) if blocks_bytes(folder) <= checked_bytes else None
+
         def build(folder: Path) -> None:
             nonlocal preparation
             preparation = self.preparation()
             self._build(folder, preparation)
 
         preparation = None
-        folder = build_once(self._target, build, _damage)
+        folder = build_once(self._target, build, damage)
         if preparation is not None:
             preparation.give_up()
         train, heldout = Rows(folder / "train.npy"), Rows(folder / "heldout.npy")
-        return Corpus(train, heldout, self._fingerprint, _describe(folder, self._config.seq_len))
+        return Corpus(train, heldout, self.fingerprint, _describe(folder, self._config.seq_len))
 
     def share(self, task: int, tasks: int) -> Corpus | str:
         if self._is_there():
@@ -138,10 +170,10 @@ class _Order:
         )
 
     def _is_there(self) -> bool:
-        return self._target.exists() and _damage(self._target) is None
+        return self._target.exists() and structure_damage(self._target) is None
 
     def preparation(self, folder: Path | None = None, is_over: Callable[[], bool] | None = None) -> Preparation:
-        plan = make_plan(self._sources, self._config.shard_bytes, self._fingerprint)
+        plan = make_plan(self._sources, self._config.shard_bytes, self.fingerprint)
         self._check_language(plan)
         recipe = Recipe(self._sources, self._backend, Filters(self._config))
         return Preparation(
@@ -205,21 +237,6 @@ def _fingerprint(config: DataConfig, sources: list[Source], backend: Tokenizer, 
     if used := versions(config):
         parts["filters"] = [config.boilerplate_filter, config.near_duplicates, used]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
-
-
-def _damage(folder: Path) -> str | None:
-    """What is missing or cut short in a prepared corpus."""
-    try:
-        summary = json.loads((folder / SUMMARY_FILE).read_text(encoding="utf-8"))
-        for name in ("train", "heldout"):
-            # Opening the map compares the file's size with the shape in its header.
-            if len(np.load(folder / f"{name}.npy", mmap_mode="r")) != summary[name]["blocks"]:
-                return f"{name}.npy has another number of blocks than {SUMMARY_FILE} says"
-    except FileNotFoundError as error:
-        return f"{Path(error.filename).name} is missing"
-    except (ValueError, KeyError, TypeError, EOFError) as error:
-        return " ".join(str(error).split())
-    return None
 
 
 def _describe(folder: Path, seq_len: int) -> str:

@@ -9,19 +9,20 @@ packaged teachers and texts.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
-from torch import distributed
 
 from homodistil import ranks, stop, watch
 from homodistil.config import RunConfig
 from homodistil.engine import init_ranks, load_engine_config
 from homodistil.exit_codes import USER_ERROR
 from homodistil.preflight.disk import check_folders
-from homodistil.preflight.findings import Findings, format_findings, merged
+from homodistil.preflight.findings import Finding, Findings, format_findings, merged
 from homodistil.preflight.memory import check_memory, step_bytes
 from homodistil.preflight.port import check_port
 from homodistil.preflight.settings import TeacherFacts, check_model, check_settings
@@ -47,27 +48,32 @@ def check(config: RunConfig, engine_config_path: Path) -> int:
     with stop.on_signals(), watch.watching(config.run.rank_timeout_s):
         with watch.long_phase("checking"):
             findings = _check_all(config, raw_engine_config, device)
-        code = _conclude(findings, start_s)
-    distributed.destroy_process_group()
-    return code
+        return _conclude(findings, start_s)
 
 
 def _check_all(config: RunConfig, raw_engine_config: dict, device: torch.device) -> Findings:
     own = Findings()
     own.note("port", f"{ranks.world_size()} ranks met at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}")
     facts, sample = _look(own, config, raw_engine_config, device)
-    found = merged(ranks.gather(list(own)))
+    found = _merged(own)
     if not found.are_good:
         return found
     # The same rows everywhere: rank 0's. Its folder of the teacher is not handed on: that may be another machine's.
     num_blocks = ranks.world_size() * max(config.train.micro_batch_size, PROBE_BLOCKS)
-    rows = ranks.on_first_rank(lambda: blocks(sample, facts.tokenizer, config.data.seq_len, num_blocks))
+    seq_len = config.data.seq_len
+    rows = ranks.on_first_rank(lambda: blocks(sample, facts.tokenizer, seq_len, num_blocks).tolist())
+    rows = np.asarray(rows, dtype=np.int64)
     facts = facts or check_model(Findings(), config)
     tried = Findings()
     tried.attempt(
         "step", lambda: try_step(tried, config, raw_engine_config, facts.folder, facts.tokenizer, rows, device)
     )
-    return Findings([*found, *merged(ranks.gather(list(tried)))])
+    return Findings([*found, *_merged(tried)])
+
+
+def _merged(own: Findings) -> Findings:
+    """Of all ranks."""
+    return merged([[Finding(*row) for row in rows] for rows in ranks.gather([dataclasses.astuple(f) for f in own])])
 
 
 def _look(

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from homodistil.config import DataConfig
 from homodistil.data.corpus import check_tokenizer
 from homodistil.data.documents import read, start_of
-from homodistil.data.sources import Source, unhashed_sources
+from homodistil.data.sources import Source, check_sources, unhashed_sources
 from homodistil.data.tokenizer import check_text_is_known
 from homodistil.errors import UserError
 from homodistil.preflight.findings import Findings
@@ -48,6 +48,8 @@ def check_text(findings: Findings, config: DataConfig, tokenizer: PreTrainedToke
                 size = sum(file.num_bytes() or 0 for file in source.files)
                 num_bytes, tokens = num_bytes + size, tokens + found
                 findings.note("data", f"{source.name}: {_measure(source, size)}, {len(found):,} tokens read from it")
+    if findings.are_good:
+        findings.attempt("data", lambda: check_sources(config))
     return Sample(np.asarray(tokens, dtype=np.int64), num_bytes) if findings.are_good else None
 
 

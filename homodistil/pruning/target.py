@@ -34,10 +34,41 @@ def target_shape(student: StudentConfig, teacher: Widths) -> Shape:
     values = [getattr(student, name) for name in Shape._fields]
     if preset is not None:
         return Shape(*(base if value is None else value for base, value in zip(preset, values, strict=True)))
-    for name, value in zip(Shape._fields, values, strict=True):
-        if value is None:
-            raise UserError(f"student.{name}: not set; preset=custom needs it (or choose one of {', '.join(NAMES)})")
+    if None in values:
+        raise _incomplete(student, _shape_of(teacher))
     return Shape(*values)
+
+
+def _incomplete(student: StudentConfig, teacher: Shape) -> UserError:
+    """No target, or a part of one: says what is missing, and proposes it in the form to be typed."""
+    missing = [name for name in Shape._fields if getattr(student, name) is None]
+    half = half_of(teacher)._asdict()
+    proposal = " ".join(f"student.{name}={half[name]}" for name in missing)
+    presets = f"(or student.preset=NAME: {', '.join(NAMES)})"
+    if len(missing) == len(Shape._fields):
+        return UserError(f"student: no target size; for half of this teacher's width set {proposal} {presets}")
+    given = ", ".join(f"{name}={getattr(student, name)}" for name in Shape._fields if name not in missing)
+    return UserError(
+        f"student.{', student.'.join(missing)}: not set beside {given}, and student.preset=custom needs all three; "
+        f"half of this teacher's width is {proposal} {presets}"
+    )
+
+
+def half_of(teacher: Shape) -> Shape:
+    """Half the teacher's width, with half its heads, or as near to that as a stock configuration can have.
+
+    The head size divides the width, and is not above the teacher's. An odd width is rounded down to one that fits.
+    """
+    head_dim = teacher.hidden_size // teacher.num_attention_heads
+    hidden_size = max(1, teacher.hidden_size // 2)
+    while not (heads := _possible_heads(hidden_size, teacher.num_attention_heads, head_dim)):
+        hidden_size -= 1
+    num_heads = min(heads, key=lambda count: abs(2 * count - teacher.num_attention_heads))
+    return Shape(hidden_size, max(1, teacher.intermediate_size // 2), num_heads)
+
+
+def _possible_heads(hidden_size: int, most: int, head_dim: int) -> list[int]:
+    return [n for n in range(1, most + 1) if hidden_size % n == 0 and hidden_size // n <= head_dim]
 
 
 def _shape_of(widths: Widths) -> Shape:

@@ -133,7 +133,8 @@ class Fp16Run(Run):
 def make_pruner(table, has_events: bool, device: torch.device) -> Pruner:
     schedule = "linear" if has_events else "none"
     config = PruningConfig(schedule=schedule, start_fraction=0.0, end_fraction=0.7, interval_steps=3)
-    config.width_multiple = config.ffn_multiple = config.head_dim_multiple = 1
+    config.max_event_fraction, config.width_multiple = 0.25, 1
+    config.ffn_multiple = config.head_dim_multiple = 1
     schedule = WidthSchedule(dict(table.widths), WIDTHS, config, NUM_STEPS)
     importance = Importance(table, config, seed=0, device=device)
     return Pruner(schedule, importance, torch.tensor([], dtype=torch.int64))

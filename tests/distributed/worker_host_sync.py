@@ -124,6 +124,7 @@ def build_trainer(options: dict, cache_dir: Path, folder: Path) -> Trainer:
     config.train.global_batch_size, config.train.micro_batch_size = 4, 2
     config.train.steps, config.train.log_every_steps = 100, 100
     config.pruning.interval_steps, config.pruning.max_event_fraction = 25, 0.9
+    config.pruning.compensation, config.pruning.end_fraction, config.loss.kl = "none", 0.3, 1.0
     device = init_ranks()
     engine_config = {"bf16": {"enabled": options["bf16"]}, "zero_optimization": {"stage": 2}}
     engine_config = resolve_engine_config(engine_config, config, num_ranks=1)

@@ -144,6 +144,7 @@ def distil(folder: Path, cache_dir: str, grow: bool, workers: int = 0) -> None:
     config.train.steps, config.train.save_every_steps, config.train.log_every_steps = RUN_STEPS, SAVE_EVERY, 1
     config.train.global_batch_size, config.train.micro_batch_size, config.train.eval_batch_size = 16, 1, 256
     config.train.lr, config.pruning.interval_steps, config.pruning.end_fraction = 1e-3, 2, 1.0
+    config.pruning.compensation, config.loss.kl = "none", 1.0
     config.pruning.max_event_fraction, config.run.grow_micro_batch = 0.5, grow
     engine_config = resolve_engine_config({"zero_optimization": {"stage": 2}}, config, ranks.world_size())
     materials = gather(config, torch.device("cpu"))

@@ -56,10 +56,12 @@ def arguments(materials: Path, run_dir: Path, *overrides: str, engine: Path | No
         "train.save_every_steps": SAVE_EVERY,
         "train.eval_every_steps": 5,
         "train.log_every_steps": 1,
+        "pruning.compensation": "none",
         "pruning.end_fraction": 0.9,
         "pruning.interval_steps": 2,
         "pruning.ffn_multiple": 1,
         "pruning.max_event_fraction": 1.0,
+        "loss.kl": 1.0,
         "run.dir": run_dir,
         "run.rank_timeout_s": 100,  # also how long the survivor of a kill during the start waits for the other
     }

@@ -43,7 +43,7 @@ def on(batch: Batch, device: torch.device) -> Batch:
 
 def terms_and_gradients(device: torch.device, teacher: dict, loss: dict) -> dict[str, Tensor]:
     """Of two different models on one batch. Three steps: what is kept between calls is used a second time."""
-    student = Student(small_model(seed=1, **SIZE), LossConfig(**loss)).to(device)
+    student = Student(small_model(seed=1, **SIZE), LossConfig(**({"kl": 1.0} | loss))).to(device)
     teacher = build_teacher(small_model(**SIZE).to(device), TeacherConfig(**teacher), device, torch.float32)
     for seed in range(3):
         batch = on(small_batch(seed), device)

@@ -1,0 +1,53 @@
+"""Scripts that take their time where Ctrl-C is to meet them, and a caller of job.run."""
+
+from __future__ import annotations
+
+import dataclasses
+import runpy
+import sys
+import time
+
+from small_job import TRAIN
+
+from homodistil.cli import parse_job
+
+
+class _Slowly:
+    """A finder that answers for the package's command line after a minute."""
+
+    def find_spec(self, name: str, *_others: object) -> None:
+        if name == "homodistil.cli":
+            print("importing", flush=True)
+            time.sleep(60)
+
+
+def script_with_slow_imports(script: str) -> None:
+    sys.modules.pop("homodistil.cli", None)
+    sys.meta_path.insert(0, _Slowly())
+    sys.argv = [script]
+    runpy.run_path(script, run_name="__main__")
+
+
+def train_with_slow_preparation(arguments: list[str]) -> None:
+    from homodistil import materials
+
+    def slow(*_arguments: object) -> None:
+        print("preparing slowly", flush=True)
+        time.sleep(60)
+
+    materials.prepare_corpus = slow
+    sys.argv = [str(TRAIN), *arguments]
+    runpy.run_path(str(TRAIN), run_name="__main__")
+
+
+def notebook(arguments: list[str]) -> None:
+    """Two cells: the first one is interrupted, the second one goes on."""
+    from homodistil.job import run
+
+    job = parse_job(arguments)
+    try:
+        run(job.config, job.engine_config)
+    except KeyboardInterrupt as error:
+        print(f"KeyboardInterrupt: {error}", flush=True)
+    config = dataclasses.replace(job.config, run=dataclasses.replace(job.config.run, resume="auto"))
+    run(config, job.engine_config)
