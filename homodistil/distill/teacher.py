@@ -161,7 +161,7 @@ def has_mlm_head(folder: str, allow_pickle: bool = False, say: Callable[[str], N
     has_head = check_whole(Difference(sorted(report["missing_keys"]), unexpected, mismatched), model, family, where)
     check_finite(model, where)
     if unexpected:
-        say(f"teacher: {len(unexpected)} tensors of {folder} are not used by its config: {some(unexpected)}")
+        say(f"teacher: tensors of {folder} that its config does not use ({len(unexpected)}): {some(unexpected)}")
     return has_head
 
 

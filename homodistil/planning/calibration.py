@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -99,10 +100,15 @@ def write_calibration(path: Path, calibration: Calibration) -> None:
 def read_calibration(path: Path) -> Calibration:
     """Raises `UserError`: not there, or not one of ours."""
     try:
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise ValueError("not a regular file")
         content = json.loads(path.read_text(encoding="utf-8"))
-        if content.pop("format") != FORMAT or set(content["wall"]) != set(NAMES):
+        if content.pop("format") != FORMAT or not all(set(content[name]) == set(NAMES) for name in ("wall", "cpu")):
             raise ValueError("another format")
+        numbers = [*content["wall"].values(), *content["cpu"].values(), content["process_bytes"], content["error"]]
+        if not all(math.isfinite(number) and number >= 0 for number in numbers):
+            raise ValueError("a number that is no measurement")
         return Calibration(**content)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"--calibration: cannot use {str(path)!r} ({reason}); make it with --measure") from None

@@ -1,4 +1,4 @@
-"""GLUE and SQuAD: options, checkpoints, examples and results that are not what they should be."""
+"""GLUE, SQuAD and plans: options, checkpoints, examples, results and files that are not what they should be."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from pathlib import Path
 
 import torch
 from case import Case, Workspace
+
+from homodistil.planning.calibration import FORMAT
+from homodistil.planning.step_work import NAMES
 
 QUERY = "bert.encoder.layer.0.attention.self.query.weight"
 ROWS = [["index", "sentence1", "sentence2", "label"], *([str(i), "a b", "c d", "entailment"] for i in range(4))]
@@ -98,6 +101,21 @@ def _fifo(path: Path) -> None:
     path.unlink(missing_ok=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     os.mkfifo(path)
+
+
+def _plan(name: str, says: str, make: Callable[[Path], object] = _fifo) -> Case:
+    """A calibration that no measurement has left."""
+
+    def build(w: Workspace) -> list[str]:
+        make(path := w.folder / "calibration.json")
+        return w.train("--device", "H100", "--calibration", str(path), script="plan")
+
+    return Case(f"calibration_{name}", build, says=["--calibration", says], ranks=1)
+
+
+def _calibration(value: float) -> dict:
+    seconds = dict.fromkeys(NAMES, value)
+    return {"format": FORMAT, "wall": seconds, "cpu": seconds, "process_bytes": 0, "error": 0.1, "machine": "here"}
 
 
 OPTIONS = [
@@ -203,4 +221,12 @@ RESULTS = [
     Case("glue_result_is_a_fifo", lambda w: (_fifo(w.folder / "out" / RESULT), _glue(w))[1], says=[RESULT], ranks=1),
 ]
 
-CASES = OPTIONS + TABLES + QUESTIONS + CHECKPOINTS + RESULTS
+PLANS = [
+    _plan("is_a_fifo", "not a regular file"),
+    _plan("is_a_folder", "not a regular file", lambda path: path.mkdir()),
+    _plan("is_deep", "recursion depth", lambda path: path.write_text("[" * 100_000)),
+    _plan("is_a_list", "cannot use", lambda path: path.write_text("[]")),
+    _plan("has_nan", "no measurement", lambda path: path.write_text(json.dumps(_calibration(float("nan"))))),
+]
+
+CASES = OPTIONS + TABLES + QUESTIONS + CHECKPOINTS + RESULTS + PLANS
