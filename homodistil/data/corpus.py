@@ -38,15 +38,11 @@ class Rows:
     """Blocks of one split, memory-mapped. `rows[ids]` -> (n, seq_len) int64, padded at the end only."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self.path = path
         self._blocks = np.load(path, mmap_mode="r")
         # Deleting the file takes nothing from us while it is open; cutting it short does, and must be noticed.
         self._file = open(path, "rb")
         self._num_bytes = os.fstat(self._file.fileno()).st_size
-
-    @property
-    def path(self) -> Path:
-        return self._path
 
     def __len__(self) -> int:
         return len(self._blocks)
@@ -54,14 +50,14 @@ class Rows:
     def __getitem__(self, ids: np.ndarray | list[int]) -> np.ndarray:
         if os.fstat(self._file.fileno()).st_size < self._num_bytes:  # touching the map beyond its end is fatal (SIGBUS)
             raise UserError(
-                f"{self._path}: was cut short while it was being read; run again with run.resume=auto, which prepares "
+                f"{self.path}: was cut short while it was being read; run again with run.resume=auto, which prepares "
                 f"the corpus again"
             )
         return np.asarray(self._blocks[np.asarray(ids, dtype=np.int64)], dtype=np.int64)
 
     def __reduce__(self) -> tuple:
         # A memmap would travel to a loader process with its whole content.
-        return Rows, (self._path,)
+        return Rows, (self.path,)
 
 
 @dataclass(frozen=True)
