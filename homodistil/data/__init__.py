@@ -2,5 +2,5 @@
 
 assets (packaged teachers and text), files, hub -> sources -> documents
 plan (shards) -> preparation (who makes which) -> shards (tokens on disk) -> merge (split, packing, manifest)
-corpus (all of that, cached) -> loader -> masking (Batch)
+corpus (all of that, cached; integrity: still what was written?) -> loader -> masking (Batch)
 """

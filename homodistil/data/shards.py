@@ -69,6 +69,8 @@ def damage(folder: Path, with_checksums: bool = False) -> str | None:
     """What is missing, cut short or (only looked for with checksums) altered in a finished shard."""
     try:
         files = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))["files"]
+        if not {TOKENS, DOCUMENTS} <= files.keys():
+            return f"{SUMMARY} lacks files"
         for name, expected in files.items():
             if (size := os.stat(folder / name).st_size) != expected["bytes"]:
                 return f"{name} has {size} bytes instead of {expected['bytes']}"
@@ -76,7 +78,7 @@ def damage(folder: Path, with_checksums: bool = False) -> str | None:
                 return f"{name} has another sha256 than {SUMMARY} says"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"{SUMMARY}: {' '.join(str(error).split())}"
     return None
 

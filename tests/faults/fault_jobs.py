@@ -19,6 +19,7 @@ from torch import distributed
 from homodistil import ranks, stop, watch
 from homodistil.cli import exit_with_code
 from homodistil.config import DataConfig
+from homodistil.data import corpus, integrity
 from homodistil.data.corpus import prepare_corpus
 from homodistil.distill.teacher import load_tokenizer
 from homodistil.engine import init_ranks
@@ -29,6 +30,13 @@ from homodistil.native_ops import _alone
 def train_with_file_limit(num_bytes: int, arguments: list[str]) -> None:
     """The job, in a process that may write no file beyond `num_bytes` (Python leaves SIGXFSZ ignored)."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, num_bytes))
+    sys.argv = [str(TRAIN), *arguments]
+    runpy.run_path(str(TRAIN), run_name="__main__")
+
+
+def train_with_large_corpus(arguments: list[str]) -> None:
+    """The job, with a corpus that is large enough to be hashed beside training."""
+    corpus.CHECKED_AT_ONCE_BYTES = integrity.CHECKED_AT_ONCE_BYTES = 0
     sys.argv = [str(TRAIN), *arguments]
     runpy.run_path(str(TRAIN), run_name="__main__")
 

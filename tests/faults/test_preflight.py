@@ -1,15 +1,21 @@
 """launcher/train.py --check on real ranks: one table, exit code 0 or 2, and nothing written into the run folder."""
 
+import gzip
+import os
+import random
 import socket
 
 import pytest
-from small_job import TRAIN, arguments
+from small_job import TRAIN, VOCABULARY, arguments
 
+from homodistil.config import DataConfig
+from homodistil.distill.teacher import load_tokenizer
 from homodistil.exit_codes import USER_ERROR
 from homodistil.preflight.disk import check_disk
 from homodistil.preflight.findings import Finding, Findings, merged
 from homodistil.preflight.memory import check_memory
 from homodistil.preflight.port import check_port
+from homodistil.preflight.text import check_text
 
 
 @pytest.fixture
@@ -48,6 +54,56 @@ def test_everything_that_is_wrong_is_said_at_once(check, tmp_path):
     assert "teacher.own_stream: true needs an NVIDIA GPU" in output and "run.resume: must, but" in output
     assert "choose a multiple of" in output and "5 to mend before" in output
     assert ("step", "ok") not in _verdicts(output)
+
+
+def _nested(folder):
+    (folder / "a.jsonl").write_text("[" * 200_000)
+
+
+def _huge_number(folder):
+    (folder / "a.jsonl").write_text("7" * 5000)
+
+
+def _half_a_pair(folder):
+    (folder / "a.jsonl").write_text('{"text": "fox \\udfff"}')
+
+
+def _circle(folder):
+    (folder / "a.txt").symlink_to("a.txt")
+
+
+def _torn(folder):
+    (folder / "a.txt.gz").write_bytes(gzip.compress(random.Random(0).randbytes(99).hex().encode() * 99)[:-20])
+
+
+@pytest.mark.parametrize(
+    "write, said",
+    [
+        (lambda folder: os.mkfifo(folder / "a.txt"), "a.txt' is a named pipe"),
+        (_circle, "symbolic links"),
+        (_nested, "a.jsonl:1: not valid JSON (nested too deeply)"),
+        (_huge_number, "a.jsonl:1: not valid JSON (a number with thousands of digits)"),
+        (_half_a_pair, "a.jsonl:1: 'text' holds \\udfff"),
+        (_torn, "give a whole gzip file"),
+    ],
+)
+def test_text_that_cannot_be_read(materials, tmp_path, write, said):
+    """As in a preparation, which the table of hostile inputs is about."""
+    write(tmp_path)
+    findings = Findings()
+    tokenizer = load_tokenizer(f"{materials}/teacher", len(VOCABULARY))
+    assert check_text(findings, DataConfig(sources=[str(tmp_path)], seq_len=16), tokenizer) is None
+    (finding,) = findings
+    assert not finding.is_good and said in f"{finding.found}; {finding.mend}"
+
+
+def test_text_that_comes_twice(materials):
+    findings = Findings()
+    tokenizer = load_tokenizer(f"{materials}/teacher", len(VOCABULARY))
+    sources = [f"{materials}/text", f"{materials}/text/3.txt"]
+    assert check_text(findings, DataConfig(sources=sources, seq_len=16), tokenizer) is None
+    assert [finding.is_good for finding in findings] == [True, True, False]
+    assert "name each text once" in findings[-1].mend
 
 
 @pytest.mark.parametrize(
