@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 
 from homodistil.cli import exit_with_code
+from homodistil.evaluation import progress
 from homodistil.evaluation.command_line import fine_tuning_parser
 
 
@@ -19,6 +20,7 @@ def main() -> None:
     arguments = _parser().parse_args()
     with exit_with_code():
         # After parsing, so that --help and mistakes need no heavy imports.
+        progress.begin("loading libraries, checkpoint and data")
         from homodistil.evaluation.glue.fine_tuning import Settings
         from homodistil.evaluation.glue.grid import Grid, run_grid
         from homodistil.evaluation.glue.sources import chosen_tasks
@@ -39,8 +41,7 @@ def main() -> None:
         )
         tasks = chosen_tasks(arguments.tasks, arguments.data)
         cache_dir = arguments.cache_dir.expanduser()
-        say = lambda line: print(line, flush=True)  # noqa: E731
-        records = run_grid(arguments.checkpoint, tasks, arguments.data, grid, arguments.out, cache_dir, say)
+        records = run_grid(arguments.checkpoint, tasks, arguments.data, grid, arguments.out, cache_dir, progress.say)
         print(f"\n{write_table(records, arguments.out)}\n{arguments.out}/glue.md")
 
 

@@ -14,6 +14,7 @@ import argparse
 from pathlib import Path
 
 from homodistil.cli import exit_with_code
+from homodistil.evaluation import progress
 from homodistil.evaluation.command_line import fine_tuning_parser, positive
 
 
@@ -21,6 +22,7 @@ def main() -> None:
     arguments = _parser().parse_args()
     with exit_with_code():
         # After parsing, so that --help and mistakes need no heavy imports.
+        progress.begin("loading libraries, checkpoint and data")
         from homodistil.evaluation.squad.examples import load_squad
 
         data = load_squad(arguments.data, arguments.version)
@@ -44,8 +46,7 @@ def main() -> None:
             shared=shared,
         )
         cache_dir = arguments.cache_dir.expanduser()
-        say = lambda line: print(line, flush=True)  # noqa: E731
-        records = run_grid(arguments.checkpoint, data, grid, arguments.out, cache_dir, say)
+        records = run_grid(arguments.checkpoint, data, grid, arguments.out, cache_dir, progress.say)
         print(f"\n{write_table(records, arguments.out)}\n{arguments.out / data.version / 'squad.md'}")
 
 
