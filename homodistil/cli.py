@@ -23,6 +23,7 @@ from homodistil import students
 from homodistil.config import RunConfig
 from homodistil.errors import CheckFailed, RankLost, StopRequested, UserError, nearest
 from homodistil.exit_codes import code_of
+from homodistil.interrupt import end_on_interrupt
 from homodistil.launch_environment import rank_before_joining
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -209,6 +210,7 @@ def _one_line(error: Exception) -> str:
 @contextlib.contextmanager
 def exit_with_code() -> Iterator[None]:
     """Turn what a script ends with into one line and an exit code (exit_codes.py); bugs keep their traceback."""
+    end_on_interrupt()
     try:
         yield
     except (UserError, CheckFailed, RankLost, StopRequested) as error:

@@ -43,6 +43,7 @@ class Exporter:
         Returns:
             What has been timed (`inference_speed`), on every rank.
         """
+        self.materials.require_intact()
         weights = master_weights(engine)
         return ranks.on_first_rank(lambda: self._write(weights, folder, measured, with_speed))
 

@@ -21,14 +21,15 @@ SLOW = """
 import time
 from homodistil.evaluation import progress
 progress.SILENCE_S, progress._LOOK_S = 0.3, 0.05
-progress.begin("loading")
+with progress.watching("loading"):
+    time.sleep(0.5)
+    progress.say("a line")
+    with progress.doing("RTE: run 1 of 2"):
+        time.sleep(0.5)
+        progress.now("epoch 1 of 3, step 7 of 9")
+        time.sleep(0.5)
+    progress.say("another")
 time.sleep(0.5)
-progress.say("a line")
-with progress.doing("RTE: run 1 of 2"):
-    time.sleep(0.5)
-    progress.now("epoch 1 of 3, step 7 of 9")
-    time.sleep(0.5)
-progress.say("another")
 """
 
 
@@ -65,4 +66,4 @@ def test_every_run_says_where_it_is(tmp_path, tokenizer, monkeypatch, patience):
 def test_the_launchers_watch_the_silence_from_their_start(name):
     """Before anything heavy is imported."""
     source = (LAUNCHERS / f"{name}.py").read_text()
-    assert source.index("progress.begin(") < source.index("import Settings") < source.index("progress.say)")
+    assert source.index("progress.watching(") < source.index("import Settings") < source.index("progress.say)")

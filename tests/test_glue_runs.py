@@ -183,7 +183,7 @@ def test_mistakes_are_found_before_the_first_run(checkpoint, tmp_path, tokenizer
         assert "\n" not in str(caught.value) and not out.exists()
 
     refuse(r"WNLI/dev\.tsv: not found", checkpoint, names=["cola", "wnli"])
-    refuse("--checkpoint: cannot load '/nowhere'", "/nowhere")
+    refuse("--checkpoint: no folder '/nowhere'", "/nowhere")
     refuse("--checkpoint: found 'embedded:bert', packaged are .*did you mean 'embedded:bert-tiny'", "embedded:bert")
     long = dataclasses.replace(ONE_RUN, shared=dataclasses.replace(SHARED, max_length=33))
     refuse("--max-length: found 33, .* allows 32", checkpoint, grid=long)
@@ -195,7 +195,7 @@ def test_mistakes_are_found_before_the_first_run(checkpoint, tmp_path, tokenizer
     broken = write_checkpoint(tmp_path / "broken", tokenizer)
     config = json.loads((broken / "config.json").read_text())
     (broken / "config.json").write_text(json.dumps(config | {"vocab_size": 100}))
-    refuse("has 30522 words, its model 100", str(broken))
+    refuse("word_embeddings.weight is 30522 x 16 in the weights, 100 x 16 by config.json", str(broken))
     (broken / "config.json").write_text(json.dumps(config))
     (broken / "model.safetensors").unlink()
     refuse("--checkpoint: cannot load", str(broken))

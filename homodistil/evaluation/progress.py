@@ -1,11 +1,11 @@
 """What a fine-tuning command is doing: a line whenever it has been silent for some seconds. No heavy imports.
 
-    begin("loading libraries and data")            # in a launcher: from now on a thread watches the silence
-    say("RTE: run 2 of 9: lr 0.001, seed 1")       # a line of its own
-    with doing("RTE: run 2 of 9"):                 # where the command is, for the lines between
-        now("epoch 1 of 3, step 40 of 234")        # what changes inside
+    with watching("loading libraries and data"):       # in a launcher: inside, a thread watches the silence
+        say("RTE: run 2 of 9: lr 0.001, seed 1")       # a line of its own
+        with doing("RTE: run 2 of 9"):                 # where the command is, for the lines between
+            now("epoch 1 of 3, step 40 of 234")        # what changes inside
 
-Without `begin` (in a test, or from Python) nothing is printed by itself.
+Without `watching` (in a test, or from Python) nothing is printed by itself.
 """
 
 from __future__ import annotations
@@ -26,19 +26,22 @@ class _State:
     def __init__(self) -> None:
         self.parts: list[str] = []
         self.since_s = self.last_line_s = time.monotonic()
-        self.thread: threading.Thread | None = None
+        self.is_watched = False
 
 
 _state = _State()
 
 
-def begin(text: str) -> None:
-    """Watch the silence from now on. `text`: what is done until the first `doing`."""
-    _state.parts = [text]
-    _state.since_s = _state.last_line_s = time.monotonic()
-    if _state.thread is None:
-        _state.thread = threading.Thread(target=_watch, name="progress", daemon=True)
-        _state.thread.start()
+@contextlib.contextmanager
+def watching(text: str) -> Iterator[None]:
+    """Inside, no silence is long. `text`: what is done outside of `doing`."""
+    _state.is_watched, _state.last_line_s = True, time.monotonic()
+    threading.Thread(target=_watch, name="progress", daemon=True).start()
+    try:
+        with doing(text):
+            yield
+    finally:
+        _state.is_watched = False
 
 
 def say(line: str) -> None:
@@ -69,8 +72,8 @@ def line() -> str:
 
 
 def _watch() -> None:
-    while True:
+    while _state.is_watched:
         time.sleep(_LOOK_S)
-        if time.monotonic() - _state.last_line_s >= SILENCE_S and _state.parts:
+        if _state.is_watched and time.monotonic() - _state.last_line_s >= SILENCE_S:
             print(f"... {line()}", file=sys.stderr, flush=True)
             _state.last_line_s = time.monotonic()
