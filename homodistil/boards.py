@@ -15,8 +15,9 @@ TENSORBOARD_FOLDER = "tensorboard"
 _COMPARE_FOLDER = "compare"
 _PER_LAYER = "per_layer"
 
-# Beginning of a value's name -> the same on the board.
+# Beginning of a value's name -> the same on the board; None: not shown.
 _GROUPS = {
+    "heldout/masked_rows": None,  # never changes
     "heldout/gap/": "probe/",
     "widths/": "model/width_",
     "memory/": "speed/memory_",

@@ -16,11 +16,12 @@ from homodistil.stop import handle_signals, on_signals
 handle_signals()  # first of all: what follows takes seconds
 
 from homodistil.cli import exit_with_code  # noqa: E402
+from homodistil.evaluation import progress  # noqa: E402
 from homodistil.evaluation.command_line import fine_tuning_parser, number  # noqa: E402
 
 
 def main() -> None:
-    with exit_with_code():
+    with exit_with_code(), progress.watching("loading libraries, checkpoint and data"):
         arguments = _parser().parse_args()
         # After parsing, so that --help and mistakes need no heavy imports.
         from homodistil.evaluation.glue.fine_tuning import Settings
@@ -43,9 +44,10 @@ def main() -> None:
         )
         tasks = chosen_tasks(arguments.tasks, arguments.data)
         cache_dir = arguments.cache_dir.expanduser()
-        say = lambda line: print(line, flush=True)  # noqa: E731
         with on_signals():
-            records = run_grid(arguments.checkpoint, tasks, arguments.data, grid, arguments.out, cache_dir, say)
+            records = run_grid(
+                arguments.checkpoint, tasks, arguments.data, grid, arguments.out, cache_dir, progress.say
+            )
         print(f"\n{write_table(records, arguments.out)}\n{arguments.out}/glue.md")
 
 

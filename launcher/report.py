@@ -16,11 +16,12 @@ from homodistil.stop import handle_signals
 handle_signals()  # first of all: what follows takes seconds
 
 from homodistil.cli import exit_with_code  # noqa: E402
+from homodistil.errors import UserError  # noqa: E402
 
 
 def main() -> None:
-    arguments = _parser().parse_args()
     with exit_with_code():
+        arguments = _parser().parse_args()
         from homodistil.report import write_report
         from homodistil.report.comparison import is_benchmark, write_run_comparison
 
@@ -36,8 +37,13 @@ def _each_once(paths: list[Path]) -> list[Path]:
     return list({os.path.realpath(path): path for path in reversed(paths)}.values())[::-1]
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise UserError(f"{message.removeprefix('argument ')}; --help names the options")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = _Parser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("runs", metavar="RUN_DIR", type=Path, nargs="+", help="run folders, or JSON files of benchmarks/quality.py")
     add("--out", type=Path, help="the page (one run: RUN_DIR/report.html, many: comparison.html)")

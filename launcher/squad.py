@@ -18,11 +18,12 @@ from homodistil.stop import handle_signals, on_signals
 handle_signals()  # first of all: what follows takes seconds
 
 from homodistil.cli import exit_with_code  # noqa: E402
+from homodistil.evaluation import progress  # noqa: E402
 from homodistil.evaluation.command_line import fine_tuning_parser, number  # noqa: E402
 
 
 def main() -> None:
-    with exit_with_code():
+    with exit_with_code(), progress.watching("loading libraries, checkpoint and data"):
         arguments = _parser().parse_args()
         # After parsing, so that --help and mistakes need no heavy imports.
         from homodistil.evaluation.squad.examples import load_squad
@@ -48,9 +49,8 @@ def main() -> None:
             shared=shared,
         )
         cache_dir = arguments.cache_dir.expanduser()
-        say = lambda line: print(line, flush=True)  # noqa: E731
         with on_signals():
-            records = run_grid(arguments.checkpoint, data, grid, arguments.out, cache_dir, say)
+            records = run_grid(arguments.checkpoint, data, grid, arguments.out, cache_dir, progress.say)
         print(f"\n{write_table(records, arguments.out)}\n{arguments.out / data.version / 'squad.md'}")
 
 

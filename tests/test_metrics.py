@@ -96,7 +96,9 @@ def test_tensorboard_names_the_run_and_opens_on_what_matters(tmp_path):
     for folder in (run, run / "compare" / "one_shot"):
         with Recorder(folder, total_steps=60, start_step=0, enabled=True) as recorder:
             recorder.log_step(20, values)
-            recorder.log_evaluation(20, {"mlm_loss": 2.0} | {f"gap/{name}": value for name, value in gap.items()})
+            recorder.log_evaluation(
+                20, {"mlm_loss": 2.0, "masked_rows": 99.0} | {f"gap/{name}": value for name, value in gap.items()}
+            )
             recorder.log_event({**EVENT, "gap_before": gap, "gap_after": gap, "widths_after": widths})
     written = sorted(path.parent for path in (run / "tensorboard").rglob("events.out.*"))
     assert written == [run / "tensorboard" / "compare" / "one_shot", run / "tensorboard" / "mine"]

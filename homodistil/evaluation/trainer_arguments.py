@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from transformers import TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 from transformers.utils import logging
 
 from homodistil.errors import UserError
+from homodistil.evaluation import progress
 
 _RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -60,6 +62,28 @@ def training_arguments(folder: str, settings: Settings, **more: Any) -> Training
     # Trainer would spread every batch over all GPUs it sees, and make it that much larger.
     arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments
+
+
+class TellsProgress(TrainerCallback):
+    """Keeps `progress` informed of epoch, step and evaluated batches."""
+
+    _num_batches = 0
+
+    def on_step_end(self, args, state, control, **_others) -> None:
+        epoch = math.ceil(state.epoch or 0)
+        progress.now(f"epoch {epoch} of {args.num_train_epochs:g}, step {state.global_step} of {state.max_steps}")
+        self._num_batches = 0
+
+    def on_prediction_step(self, args, state, control, eval_dataloader=None, **_others) -> None:
+        self._num_batches += 1
+        total = f" of {len(eval_dataloader)}" if eval_dataloader is not None else ""
+        progress.now(f"after step {state.global_step}: evaluating, batch {self._num_batches}{total}")
+
+    def on_evaluate(self, args, state, control, **_others) -> None:
+        self._num_batches = 0
+
+    def on_predict(self, args, state, control, *_metrics, **_others) -> None:
+        self._num_batches = 0
 
 
 def on_cpu(device: str) -> bool:

@@ -32,7 +32,7 @@ svg { display: block; width: 100%; height: auto; overflow: visible; }
 .wide { overflow-x: auto; margin-top: .9rem; }
 table { border-collapse: collapse; font-size: .87rem; font-variant-numeric: tabular-nums; white-space: nowrap; }
 th { font-weight: 600; border-bottom: 1px solid #1a1a1a; vertical-align: bottom;
-     white-space: normal; max-width: 6.5em; }
+     white-space: normal; max-width: 8.5em; }
 th, td { text-align: right; padding: .25rem 0 .25rem 1.4rem; }
 th:first-child, td:first-child { padding-left: 0; }
 .names th:first-child, .names td:first-child { text-align: left; position: sticky; left: 0; background: #fff; }

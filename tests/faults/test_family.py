@@ -11,6 +11,7 @@ from small_job import SAVE_EVERY, TRAIN, arguments, differences, result
 from transformers import BertForMaskedLM
 
 from homodistil.exit_codes import STOPPED, USER_ERROR
+from homodistil.model_card import METRICS
 
 # 24 wide, 4 heads of 6: a milestone of 20 (heads of 5), one of 16 (4), and the final 12 (3).
 FAMILY = ("run.export_milestones=[0.8,0.66,0.5]", "run.settle_steps=2", "run.compare=[one_shot]")
@@ -57,13 +58,16 @@ def test_records_say_what_each_member_is(family):
     assert [r["num_attention_heads"] for r in records] == [4, 4, 4]
     assert [r["intermediate_size"] for r in records] == [33, 27, 20]  # 40 .. 20, as far as 24 .. 12
     assert records[-1]["step"] == 16 and [r["step"] for r in records] == sorted(r["step"] for r in records)
+    teacher = json.loads((family / "result.json").read_text())[0]
     for record in records:
         assert record["training_tokens"] == record["step"] * 8 * 16
         assert record["inference_latency_ms"] > 0 and record["inference_tokens_per_s"] > 0
         weights = (family / record["folder"] / "model.safetensors").stat()
         assert record["weights_bytes"] == weights.st_size
         card = (family / record["folder"] / "README.md").read_text()
-        assert f"| heldout_mlm_loss | {record['heldout_mlm_loss']:.4g} |" in card and "inference_latency_ms" in card
+        losses = f"| {record['heldout_mlm_loss']:.4f} | {teacher['heldout_mlm_loss']:.4f} |"
+        assert f"| {METRICS['heldout_mlm_loss'].label} {losses}" in card and "inference_latency_ms" in card
+        assert str(family.parent) not in card and "teacher.name=TEACHER" in card
 
 
 def test_widths_are_held_before_each_export(family):

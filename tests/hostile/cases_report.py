@@ -110,5 +110,7 @@ CASES = [
     _case("benchmark_with_other_config", _benchmark([ROW | {"config": 3}]), "benchmark.json", "TypeError"),
     _case("benchmark_is_deep", _benchmark("[" * 100_000), "benchmark.json", "RecursionError"),
     _case("benchmark_is_text", _benchmark("no JSON"), "benchmark.json", "quality.py"),
+    _case("unknown_option", _with("--figs", "{w}/figures"), "--figs", "--help"),
+    _case("without_a_run", lambda w: ["report"], "RUN_DIR", "--help"),
     _case("one_of_two_is_no_run", lambda w: [*_of(LINE)(w), str(w.text)], "run folder", "not a run folder"),
 ]

@@ -25,7 +25,7 @@ from homodistil.evaluation.glue.sources import TaskData
 from homodistil.evaluation.glue.tables import Split
 from homodistil.evaluation.glue.tasks import Task, find_task, metric_name
 from homodistil.evaluation.trainer_arguments import Settings as TrainerSettings
-from homodistil.evaluation.trainer_arguments import alone, quiet, training_arguments
+from homodistil.evaluation.trainer_arguments import TellsProgress, alone, quiet, training_arguments
 
 _ONLY_DEV = "dev"
 
@@ -99,7 +99,7 @@ def train(checkpoint: str | Path, task: Task, data: Encoded, settings: Settings)
             eval_dataset=dict(data.dev),
             data_collator=DataCollatorWithPadding(data.tokenizer),
             compute_metrics=lambda prediction: compute(task, prediction.predictions, prediction.label_ids),
-            callbacks=stopper,
+            callbacks=[*stopper, TellsProgress()],
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()

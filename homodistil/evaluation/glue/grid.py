@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from homodistil.errors import UserError
+from homodistil.evaluation import progress
 from homodistil.evaluation.glue.checkpoint import (
     checkpoint_folder,
     checkpoint_identity,
@@ -25,6 +26,7 @@ from homodistil.evaluation.glue.checkpoint import (
 from homodistil.evaluation.glue.fine_tuning import Settings, encode, train
 from homodistil.evaluation.glue.sources import TaskData, load_task
 from homodistil.evaluation.glue.tasks import Task, find_task
+from homodistil.evaluation.trainer_arguments import Settings as TrainerSettings
 from homodistil.evaluation.trainer_arguments import on_cpu
 from homodistil.metrics import to_json, write_atomically
 
@@ -61,7 +63,7 @@ def run_grid(
     Args:
         checkpoint: folder, hub name or embedded:NAME.
         source: see `sources.load_task`.
-        say: takes one line a task and one a finished run.
+        say: takes a line for each task, and two for each run, when it begins and when it is finished.
 
     Raises:
         UserError: checkpoint or data cannot be used, or `out` holds results of another checkpoint, data or settings.
@@ -78,9 +80,13 @@ def run_grid(
     for task in tasks:
         todo = [s for s in grid.settings() if _file(out, task, s) not in finished]
         say(f"{task.title}: {len(todo)} runs to do, {len(list(grid.settings())) - len(todo)} finished before")
-        encoded = encode(folder, task, data[task.name], grid.shared.max_length) if todo else None
-        for settings in todo:
-            result = train(folder, task, encoded, settings)
+        with progress.doing(f"{task.title}: tokenising {data[task.name].num_examples:,} examples"):
+            encoded = encode(folder, task, data[task.name], grid.shared.max_length) if todo else None
+        for number, settings in enumerate(todo, start=1):
+            label = run_label(task.title, number, len(todo), settings)
+            say(label)
+            with progress.doing(label):
+                result = train(folder, task, encoded, settings)
             record = {"task": task.name, "checkpoint": checkpoint, "identity": identities[task.name]}
             record |= {"setting": {name: getattr(settings, name) for name in _VARIED}, "result": result}
             file = _file(out, task, settings)
@@ -88,6 +94,13 @@ def run_grid(
             finished[file] = record
             say(f"{task.title}: {file.stem}: " + ", ".join(f"{n} {result[n]:.4f}" for n in task.result_names))
     return [finished[file] for file in sorted(finished)]
+
+
+def run_label(title: str, number: int, num_runs: int, settings: TrainerSettings) -> str:
+    """What tells one run of a command from the others."""
+    epochs = f"{settings.epochs} epoch{'s'[: settings.epochs != 1]}"
+    where = f"lr {settings.lr:g}, batch size {settings.batch_size}, {epochs}, seed {settings.seed}"
+    return f"{title}: run {number} of {num_runs}, {where}"
 
 
 def check_out(out: Path) -> None:

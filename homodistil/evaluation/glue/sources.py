@@ -25,6 +25,10 @@ class TaskData(NamedTuple):
     """By the keys of `Task.dev`."""
 
     @property
+    def num_examples(self) -> int:
+        return sum(len(split.labels) for split in (self.train, *self.dev.values()))
+
+    @property
     def fingerprint(self) -> str:
         """sha256 over every text and label."""
         digest = hashlib.sha256()

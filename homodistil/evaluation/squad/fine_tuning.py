@@ -18,13 +18,14 @@ from transformers import (
 )
 from transformers.trainer_callback import PrinterCallback
 
+from homodistil.evaluation import progress
 from homodistil.evaluation.glue.checkpoint import load_encoder, load_tokenizer
 from homodistil.evaluation.squad.answers import answers
 from homodistil.evaluation.squad.examples import SquadData
 from homodistil.evaluation.squad.features import Windows, check_lengths, windows
 from homodistil.evaluation.squad.metrics import score
 from homodistil.evaluation.trainer_arguments import Settings as TrainerSettings
-from homodistil.evaluation.trainer_arguments import alone, quiet, training_arguments
+from homodistil.evaluation.trainer_arguments import TellsProgress, alone, quiet, training_arguments
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,12 +86,14 @@ def train(checkpoint: str | Path, encoded: Encoded, settings: Settings) -> tuple
             args=training_arguments(folder, settings),
             train_dataset=encoded.train.inputs,
             data_collator=DataCollatorWithPadding(encoded.tokenizer),
+            callbacks=[TellsProgress()],
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
         # Left as it was for training, Trainer would reorder the windows here too, and not say how.
         trainer.args.train_sampling_strategy = "sequential"
         start_logits, end_logits = trainer.predict(encoded.dev.inputs).predictions
+    progress.now("choosing answers out of all windows")
     threshold = settings.null_threshold if encoded.data.has_unanswerable else None
     dev = encoded.data.dev
     found = answers(dev, encoded.dev, start_logits, end_logits, settings.max_answer_tokens, threshold)

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from homodistil.errors import UserError
+from homodistil.evaluation import progress
 from homodistil.evaluation.glue.checkpoint import checkpoint_folder, checkpoint_identity
-from homodistil.evaluation.glue.grid import Grid, check_out, read_record, write_output
+from homodistil.evaluation.glue.grid import Grid, check_out, read_record, run_label, write_output
 from homodistil.evaluation.squad.examples import SquadData
 from homodistil.evaluation.squad.fine_tuning import Settings, encode, load_reader, train
 from homodistil.evaluation.trainer_arguments import on_cpu
@@ -40,7 +41,7 @@ def run_grid(
     Args:
         checkpoint: folder, hub name or embedded:NAME.
         grid: its shared settings are `squad.fine_tuning.Settings`.
-        say: takes one line a finished run.
+        say: takes two lines for each run, when it begins and when it is finished.
 
     Raises:
         UserError: the checkpoint cannot be used, or `out` holds results of another checkpoint, data or settings.
@@ -53,9 +54,13 @@ def run_grid(
     finished = {file: _read(file, identity) for file in sorted(place.glob("lr*.json"))}
     check_out(place)
     todo = {file: s for s in grid.settings() if (file := place / _name(s)) not in finished}
-    encoded = encode(folder, data, grid.shared) if todo else None
-    for file, settings in todo.items():
-        result, predictions = train(folder, encoded, settings)
+    with progress.doing(f"SQuAD {data.version}: tokenising {len(data.train) + len(data.dev):,} questions"):
+        encoded = encode(folder, data, grid.shared) if todo else None
+    for number, (file, settings) in enumerate(todo.items(), start=1):
+        label = run_label(f"SQuAD {data.version}", number, len(todo), settings)
+        say(label)
+        with progress.doing(label):
+            result, predictions = train(folder, encoded, settings)
         record = {"version": data.version, "checkpoint": checkpoint, "identity": identity}
         record |= {"setting": {name: getattr(settings, name) for name in _VARIED}, "result": result}
         # The record last: it says that the run is finished.

@@ -87,7 +87,7 @@ def _far_apart(values: Sequence[float]) -> list[float]:
     """Values as ticks, without those whose numbers would overlap."""
     kept: list[float] = []
     for value in sorted(values):
-        if not kept or value > kept[-1] * (max(values) / min(values)) ** 0.15:
+        if not kept or value > kept[-1] * (max(values) / min(values)) ** 0.22:
             kept.append(value)
     return kept
 
