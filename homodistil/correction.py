@@ -18,18 +18,19 @@ import torch
 
 from homodistil import nodes, ranks
 from homodistil.config import LossConfig, RunConfig
+from homodistil.corrected_teacher import FACTS_FILE, remove_damaged, remove_other, weights_digest, write_checksums
 from homodistil.distill.student import Student
 from homodistil.distill.teacher import load_config
 from homodistil.engine import build_engine, student_dtype
 from homodistil.evaluation.heldout import evaluate
 from homodistil.export import save_checkpoint, stock_model
+from homodistil.fingerprints import CORRECTED, check_same
 from homodistil.materials import PERIODIC_EVALUATION_SEQUENCES, Materials, cache_dir, teacher_copy
 from homodistil.metrics import METRICS_FILE, read_lines, write_atomically
 from homodistil.monitor import Monitor, run_recorder, speeds
 from homodistil.resize import master_weights
 from homodistil.trainer import Trainer
 
-FACTS_FILE = "correction.json"
 TEACHER_FILE = "teacher.json"
 # The teacher must not have seen the student's batches with the student's masks (research: seed reuse costs .05).
 SEED_OFFSET = 7919
@@ -43,9 +44,9 @@ def corrected(config: RunConfig, engine_config: dict, materials: Materials, run_
     """
     if not config.teacher.correction_steps:
         return materials, {}
-    teachers, key = cache_dir(config) / "teachers", _key(config, engine_config, materials)
-    final = teachers / (ranks.on_first_rank(lambda: _begun_with(run_folder, teachers)) or key)
-    if not ranks.on_first_rank((final / FACTS_FILE).is_file):
+    leaders = nodes.cache_leaders(cache_dir(config))
+    final = _place(run_folder, cache_dir(config) / "teachers", _key(config, engine_config, materials), leaders)
+    if not ranks.on_first_rank(final.is_dir):
         work = Path(ranks.on_first_rank(lambda: str(final.with_name(f".{final.name}.{os.getpid()}"))))
         try:
             _Correction(config, engine_config, materials, work).run()
@@ -54,7 +55,11 @@ def corrected(config: RunConfig, engine_config: dict, materials: Materials, run_
                 shutil.rmtree(work, ignore_errors=True)
             raise
         ranks.on_first_rank(lambda: _publish(work, final))
-    nodes.hand_over(nodes.cache_leaders(cache_dir(config)), final)
+    digest = ranks.on_first_rank(lambda: weights_digest(final))
+    fingerprints = {CORRECTED: digest}
+    check_same(run_folder, materials.begun_with, fingerprints)
+    nodes.once(leaders, lambda: remove_other(final, digest))
+    nodes.hand_over(leaders, final)
     ranks.on_first_rank(
         lambda: write_atomically(run_folder / TEACHER_FILE, json.dumps({"corrected": final.name}) + "\n")
     )
@@ -62,7 +67,19 @@ def corrected(config: RunConfig, engine_config: dict, materials: Materials, run_
     if ranks.rank() == 0:
         before, after = facts["before"]["mlm_loss"], facts["after"]["mlm_loss"]
         print(f"teacher corrected on the corpus: held-out MLM loss {before:.3f} -> {after:.3f}", flush=True)
-    return dataclasses.replace(materials, teacher=str(final)), facts
+    fingerprints = {**materials.fingerprints, **fingerprints}
+    return dataclasses.replace(materials, teacher=str(final), fingerprints=fingerprints), facts
+
+
+def _place(run_folder: Path, teachers: Path, key: str, leaders: nodes.Leaders) -> Path:
+    """Folder of the corrected teacher; if rank 0 has none there, it is to be made. Damaged ones are removed."""
+    for name in (ranks.on_first_rank(lambda: _begun_with(run_folder, teachers)), key):
+        if name is not None:
+            folder = teachers / name
+            nodes.once(leaders, lambda folder=folder: remove_damaged(folder))
+            if ranks.on_first_rank(folder.is_dir):
+                return folder
+    return teachers / key
 
 
 def _begun_with(run_folder: Path, teachers: Path) -> str | None:
@@ -71,7 +88,7 @@ def _begun_with(run_folder: Path, teachers: Path) -> str | None:
         name = json.loads((run_folder / TEACHER_FILE).read_text(encoding="utf-8"))["corrected"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return name if isinstance(name, str) and (teachers / name / FACTS_FILE).is_file() else None
+    return name if isinstance(name, str) and (teachers / name).is_dir() else None
 
 
 class _Correction:
@@ -90,6 +107,7 @@ class _Correction:
         with run_recorder(self.work / "run", self.config, 0) as recorder:
             self._trainer(engine, recorder).train()
         facts = {"before": before, "after": self._evaluate(), "steps": self.config.train.steps}
+        self.materials.require_intact()
         weights = master_weights(engine)
         ranks.on_first_rank(lambda: self._save(weights, facts))
         engine.destroy()
@@ -114,6 +132,7 @@ class _Correction:
         card = f"# {self.config.teacher.name}, {facts['steps']} steps of MLM on: {self.materials.corpus.description}\n"
         save_checkpoint(model, self.materials.tokenizer, card, self.work)
         (self.work / FACTS_FILE).write_text(json.dumps(facts), encoding="utf-8")
+        write_checksums(self.work)
 
 
 def correction_config(config: RunConfig) -> RunConfig:

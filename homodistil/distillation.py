@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from homodistil.checkpoint import Checkpoints
 from homodistil.checkpoint.checkpoints import Found
 from homodistil.config import RunConfig
 from homodistil.cuts import Cuts
+from homodistil.data.integrity import json_object
 from homodistil.distill.compiled import CompiledLayers
 from homodistil.distill.initial_student import build_student
 from homodistil.distill.relations import relation_layer
@@ -26,6 +28,7 @@ from homodistil.evaluation.gap import PROBE_SEQUENCES, Gap
 from homodistil.evaluation.heldout import evaluate
 from homodistil.exporter import Exporter
 from homodistil.family import Family
+from homodistil.fingerprints import check_same
 from homodistil.materials import PERIODIC_EVALUATION_SEQUENCES, Materials, teacher_copy
 from homodistil.metrics import METRICS_FILE, Recorder, read_lines, write_atomically
 from homodistil.micro_batch import MicroBatchPolicy, fit_micro_batch, with_micro_batch
@@ -75,7 +78,8 @@ class Distillation:
         self.family = Family(config, folder, self.exporter, self._row)
         layout = {"ranks": ranks.world_size(), "zero_optimization.stage": _stage(engine_config)}
         layout["precision"] = str(student_dtype(engine_config))
-        self.checkpoints = Checkpoints(folder / "checkpoints", config, layout)
+        inputs = materials.fingerprints, materials.require_intact
+        self.checkpoints = Checkpoints(folder / "checkpoints", config, layout, *inputs)
 
     def run(self) -> dict:
         """Train to the end (from the last checkpoint if there is one), export and evaluate. Returns the row."""
@@ -86,16 +90,17 @@ class Distillation:
             return self.finish(trainer)
 
     def finished_row(self) -> dict | None:
-        """The row, where all of this has been done before."""
+        """The row, where all of this has been done before; one that cannot be read is made again."""
         path = self.folder / ROW_FILE
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        return ranks.on_first_rank(lambda: _read_row(path))
 
     @contextlib.contextmanager
     def training(self) -> Iterator[Trainer]:
         """A trainer that goes on from the last checkpoint if there is one; inside, its recorder is open."""
         found = self.checkpoints.load()
+        check_same(self.folder, found.run.get("fingerprints") if found else None, self.materials.fingerprints)
         start = self._restore_shape(found.state) if found else TrainState()
-        with run_recorder(self.folder, self.config, start.step) as recorder:
+        with run_recorder(self.folder, self.config, start.step, _num_lines(found)) as recorder:
             if not found:
                 recorder.log_evaluation(0, self._gap_values())
                 self.cuts.before_training(recorder)
@@ -212,6 +217,21 @@ def result_row(name: str, parameters: int, hidden_size: int, found: dict[str, fl
         "masked_top1": found["masked_top1"],
         "kl_to_teacher": found["kl_to_teacher"],
     }
+
+
+def _read_row(path: Path) -> dict | None:
+    if not path.is_file():
+        return None
+    try:
+        return json_object(path)
+    except ValueError as error:
+        print(f"warning: {path} is damaged ({error}); made again", file=sys.stderr, flush=True)
+        return None
+
+
+def _num_lines(found: Found | None) -> dict[str, int] | None:
+    """Lines of each log, as the checkpoint knows them; checkpoints of before did not."""
+    return found.state.get("num_lines") if found else None
 
 
 def _stage(engine_config: dict) -> int:

@@ -35,6 +35,8 @@ COLLECTIVE_TIMEOUT = datetime.timedelta(days=7)
 def init_ranks(rank_timeout_s: float = 1800) -> torch.device:
     """Join the process group and return this rank's device. Raises `RankLost` when the others do not come in time.
 
+    A process that has joined before stays in the group that there is.
+
     Rank variables come from the `deepspeed` launcher, torchrun, srun or mpirun (launch_environment.py); without any
     the job is one rank.
     """
@@ -61,6 +63,12 @@ def init_ranks(rank_timeout_s: float = 1800) -> torch.device:
     _unlink_shared_buffers()
     distributed.distributed_c10d._set_pg_timeout(COLLECTIVE_TIMEOUT)
     return torch.device(get_accelerator().device_name(local_rank))
+
+
+def leave_ranks() -> None:
+    """Part from the other ranks, at the end of the process: DeepSpeed keeps hold of groups that are then no more."""
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def _join(rank_timeout_s: float) -> None:

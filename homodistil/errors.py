@@ -33,6 +33,10 @@ class StopRequested(_Ending):
     """The job ends because it was asked to. No `Exception`: nothing that mends or retries may swallow it."""
 
 
+class Interrupted(StopRequested, KeyboardInterrupt):
+    """The same after Ctrl-C: in a notebook or another program, `except KeyboardInterrupt` catches it."""
+
+
 class RankLost(_Ending, RuntimeError):
     """Another rank is gone or hangs. The text is one line that names it."""
 

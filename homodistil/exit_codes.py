@@ -7,7 +7,7 @@ from homodistil.errors import CheckFailed, RankLost, StopRequested, UserError
 USER_ERROR = 2
 """Bad input, or a disk or folder that cannot be written: one line says what to mend."""
 STOPPED = 75
-"""Stopped on request (SIGTERM, SIGUSR1) behind a checkpoint: the same command with run.resume=auto goes on."""
+"""Stopped on request (Ctrl-C, SIGTERM, SIGUSR1) behind a checkpoint: the same command with run.resume=auto goes on."""
 RANK_LOST = 76
 """A rank died or hung, one line names it; run.resume=auto goes on from the last checkpoint."""
 CHECK_FAILED = 77

@@ -43,6 +43,7 @@ class Exporter:
         Returns:
             What has been timed (`inference_speed`), on every rank.
         """
+        self.materials.require_intact()
         weights = master_weights(engine)
         return ranks.on_first_rank(lambda: self._write(weights, folder, measured, with_speed))
 
@@ -51,7 +52,7 @@ class Exporter:
         with _own_random_state(device):  # a fresh model draws its weights first
             model = stock_model(weights, self.student, load_config(self.materials.teacher))
             speed = inference_speed(model, self.config.data.seq_len, device) if with_speed else {}
-        card = model_card(self.config, self._facts(folder, measured | speed), self.command)
+        card = model_card(self.config, self._facts(folder, measured | speed), self.command, ranks.world_size())
         save_checkpoint(model.cpu(), self.materials.tokenizer, card, folder)
         return speed
 

@@ -88,8 +88,12 @@ def read_family(run_dir: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        records = json.loads(path.read_text(encoding="utf-8"))
+        is_record = [isinstance(record, dict) and {"milestone", "step"} <= record.keys() for record in records]
+        if not isinstance(records, list) or not all(is_record):
+            raise ValueError("no list of milestones with their steps")
+        return records
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read ({error}); restore it, or choose another run.dir") from None
 
 
@@ -112,5 +116,5 @@ def tokens_per_s_at(widths: Widths, metrics: list[dict[str, Any]]) -> float | No
         metrics: lines of metrics.jsonl. The first such interval may have begun wider, and counts only if it is alone.
     """
     own = [line for line in metrics if all(line.get(f"widths/{axis}") == width for axis, width in widths.items())]
-    found = [line["speed/tokens_per_s"] for line in own if line["speed/tokens_per_s"] is not None]
+    found = [line["speed/tokens_per_s"] for line in own if line.get("speed/tokens_per_s") is not None]
     return statistics.median(found[1:] or found) if found else None

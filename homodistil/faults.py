@@ -24,6 +24,7 @@ T = TypeVar("T")
 
 VARIABLE = "HOMODISTIL_FAULT"
 POINTS = (
+    "start.materials",  # teacher and corpus are there, nothing is trained yet
     "train.step",  # before the first micro-batch of a step
     "train.backward",  # the loss, on its way into backward (nan: gradients that are not finite)
     "resize.before",  # an event is due and agreed on, nothing has changed

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import distributed
 
 from homodistil import nodes, rank_log, ranks, stop, watch
 from homodistil.config import RunConfig
@@ -20,7 +19,9 @@ from homodistil.distill.sharded import num_parameters
 from homodistil.distillation import Distillation, result_row
 from homodistil.engine import init_ranks, load_engine_config, resolve_engine_config, teacher_dtype
 from homodistil.family import family_rows, read_family
+from homodistil.faults import fault_point
 from homodistil.materials import check_teacher, gather
+from homodistil.model_card import complete_cards
 from homodistil.optimizer import check_implementation
 from homodistil.planning.own_run import keep_plan
 from homodistil.report import write_report
@@ -35,6 +36,8 @@ from homodistil.together import student_runs, train_together
 def run(config: RunConfig, engine_config_path: Path, students: Sequence[RunConfig] = ()) -> list[dict]:
     """Everything from raw text to the result table. Every rank calls it; returns the table's rows.
 
+    The ranks stay joined, so that this process may call it again; `engine.leave_ranks` parts them.
+
     Args:
         students: several instead of the one of `config` (students.py).
     """
@@ -43,9 +46,7 @@ def run(config: RunConfig, engine_config_path: Path, students: Sequence[RunConfi
     with report.part("joining"):
         device = init_ranks(config.run.rank_timeout_s)
     with stop.on_signals(), watch.watching(config.run.rank_timeout_s):
-        rows = _run(config, raw_engine_config, device, students, report)
-    distributed.destroy_process_group()
-    return rows
+        return _run(config, raw_engine_config, device, students, report)
 
 
 def _run(
@@ -67,7 +68,8 @@ def _run(
     with watch.long_phase("preparing teacher and data"), report.part("teacher and data"):
         for student in students:
             check_teacher(student)
-        materials = gather(config, device)
+        fault_point("start.materials")
+        materials = gather(config, device, own_folders or [folder])
     # Claimed only now: whatever the user had to mend until here, the folder is still free.
     for path, one in zip((folder, *own_folders), (config, *students), strict=True):
         ranks.on_first_rank(lambda path=path, one=one: claim_run_folder(path, one, engine_config))
@@ -137,5 +139,6 @@ def _conclude(folder: Path, rows: list[dict]) -> None:
 
 
 def _store(folder: Path, rows: list[dict]) -> tuple[Path, Path]:
-    """Result and report of one run folder."""
+    """Result and report of one run folder; its model cards now know the teacher's results."""
+    complete_cards(folder, rows[0])
     return write_result(folder, rows), write_report(folder)

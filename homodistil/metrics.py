@@ -19,7 +19,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,11 +28,13 @@ import psutil
 import torch
 from tqdm import tqdm
 
+from homodistil.boards import TENSORBOARD_FOLDER, board_folder, board_values
 from homodistil.errors import writing
+from homodistil.log_files import go_on, parse_line
+from homodistil.log_files import write_atomically as write_atomically
 
 METRICS_FILE = "metrics.jsonl"
 EVENTS_FILE = "events.jsonl"
-TENSORBOARD_FOLDER = "tensorboard"
 
 
 class Recorder:
@@ -43,21 +45,31 @@ class Recorder:
         total_steps: optimizer steps of the whole run.
         start_step: optimizer steps already done. Lines beyond it (a run that went on after its last checkpoint)
             are dropped, so log a step before saving the checkpoint of that step. 0: the files start empty.
+        expected: `num_lines` of then, where the checkpoint knows: lines lost or doubled since are told.
     """
 
-    def __init__(self, run_dir: Path, total_steps: int, start_step: int, enabled: bool) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        total_steps: int,
+        start_step: int,
+        enabled: bool,
+        expected: Mapping[str, int] | None = None,
+    ) -> None:
         self.enabled = enabled
+        self.num_lines = dict.fromkeys((METRICS_FILE, EVENTS_FILE), 0)
+        """Lines of each file, the concluding evaluation left out."""
         if not enabled:
             return
         run_dir = self._run_dir = Path(run_dir)
         with writing(run_dir):
             run_dir.mkdir(parents=True, exist_ok=True)
             for name in (METRICS_FILE, EVENTS_FILE):
-                _drop_lines_beyond(run_dir / name, start_step, total_steps)
+                self.num_lines[name] = go_on(run_dir / name, start_step, total_steps, (expected or {}).get(name))
             # Append mode: every line lands at the end, wherever another handle may have written.
             self._metrics = open(run_dir / METRICS_FILE, "a", encoding="utf-8")
             self._events = open(run_dir / EVENTS_FILE, "a", encoding="utf-8")
-            self._tensorboard = _summary_writer(run_dir / TENSORBOARD_FOLDER, start_step)
+            self._tensorboard = _summary_writer(board_folder(run_dir), start_step)
         self._excepthook_before, threading.excepthook = threading.excepthook, _without_tensorboards_thread
         self._progress = _Bar(total_steps, start_step) if sys.stderr.isatty() else _Lines(total_steps, start_step)
 
@@ -66,21 +78,24 @@ class Recorder:
         if not self.enabled:
             return
         _write_line(self._metrics, {"kind": "train", "step": step, **values})
+        self.num_lines[METRICS_FILE] += 1
         self._add_scalars(values, step)
         self._progress.show(step, values)
 
     def log_evaluation(self, step: int, values: Mapping[str, float]) -> None:
-        """Held-out values after `step` optimizer steps; in TensorBoard under heldout/."""
+        """Held-out values after `step` optimizer steps; in TensorBoard under heldout/ and probe/."""
         if not self.enabled:
             return
         _write_line(self._metrics, {"kind": "evaluation", "step": step, **values})
+        self.num_lines[METRICS_FILE] += 1
         self._add_scalars({f"heldout/{name}": value for name, value in values.items()}, step)
 
     def log_event(self, event: Mapping[str, Any]) -> None:
-        """A resize: "step" and whatever else is known (nested mappings are fine); its numbers under events/."""
+        """A resize: "step" and whatever else is known (nested mappings are fine); gap and cost under resize/."""
         if not self.enabled:
             return
         _write_line(self._events, event)
+        self.num_lines[EVENTS_FILE] += 1
         self._add_scalars(dict(_numbers(event, "events")), event["step"])
 
     def close(self) -> None:
@@ -103,44 +118,29 @@ class Recorder:
         """One TensorBoard event for all: a call of `add_scalar` each would cost ten times as much."""
         from tensorboard.compat.proto.summary_pb2 import Summary
 
-        scalars = [Summary.Value(tag=name, simple_value=float(value)) for name, value in values.items()]
+        scalars = [Summary.Value(tag=tag, simple_value=value) for tag, value in board_values(values)]
         with writing(self._run_dir / TENSORBOARD_FOLDER):
             self._tensorboard.file_writer.add_summary(Summary(value=scalars), step)
             self._tensorboard.flush()
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Objects of a .jsonl file. A torn last line (the process was killed while writing it) is left out."""
-    return parse_lines(path.read_text(encoding="utf-8"))
+    """Objects with a step of a .jsonl file. Lines that cannot be read, such as a torn last one, are left out."""
+    return _objects(path.read_bytes().split(b"\n"))
 
 
 def parse_lines(text: str) -> list[dict[str, Any]]:
     """As `read_lines`, of the file's text."""
-    found = []
-    for line in text.splitlines():
-        with contextlib.suppress(json.JSONDecodeError):
-            found.append(json.loads(line))
-    return found
+    return _objects(text.split("\n"))
+
+
+def _objects(lines: Sequence[str | bytes]) -> list[dict[str, Any]]:
+    return [line for line in map(parse_line, lines) if line is not None]
 
 
 def to_json(value: Any) -> str:
     """One line of strictly valid JSON: non-finite numbers become null, scalar tensors and arrays become numbers."""
     return json.dumps(_plain(value), allow_nan=False)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """`path` holds either what it held before or all of `text`, never a part."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
 
 
 def _plain(value: Any) -> Any:
@@ -168,18 +168,6 @@ def _numbers(value: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, float
             yield from _numbers(item, f"{prefix}/{key}")
         elif isinstance(item, (int, float)) and not isinstance(item, bool) and key != "step":
             yield f"{prefix}/{key}", item
-
-
-def _drop_lines_beyond(path: Path, start_step: int, total_steps: int) -> None:
-    """What was logged after the last checkpoint is logged again, the concluding evaluation included."""
-    if not path.exists():
-        return
-    kept = [line for line in read_lines(path) if 0 < start_step >= line["step"] and not _concludes(line, total_steps)]
-    write_atomically(path, "".join(to_json(line) + "\n" for line in kept))
-
-
-def _concludes(line: Mapping[str, Any], total_steps: int) -> bool:
-    return line.get("kind") == "evaluation" and line["step"] == total_steps
 
 
 def _summary_writer(folder: Path, start_step: int):

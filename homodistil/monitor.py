@@ -7,6 +7,7 @@ in one transfer, behind one all-reduce.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
@@ -188,7 +189,7 @@ def speeds(metrics: list[dict]) -> dict[str, float | None]:
     Args:
         metrics: lines of metrics.jsonl.
     """
-    logged = [line["speed/tokens_per_s"] for line in metrics if line.get("kind") == "train"]
+    logged = [line.get("speed/tokens_per_s") for line in metrics if line.get("kind") == "train"]
     logged = [value for value in logged if value is not None]
     if not logged:
         return {"tokens_per_s_first": None, "tokens_per_s_last": None}
@@ -196,6 +197,8 @@ def speeds(metrics: list[dict]) -> dict[str, float | None]:
     return {"tokens_per_s_first": float(ends[0].median()), "tokens_per_s_last": float(ends[1].median())}
 
 
-def run_recorder(folder: Path, config: RunConfig, start_step: int) -> Recorder:
-    """The recorder of this rank."""
-    return Recorder(folder, config.train.steps, start_step, enabled=ranks.rank() == 0)
+def run_recorder(
+    folder: Path, config: RunConfig, start_step: int, num_lines: Mapping[str, int] | None = None
+) -> Recorder:
+    """The recorder of this rank. `num_lines`: those that the checkpoint to go on from knows of."""
+    return Recorder(folder, config.train.steps, start_step, ranks.rank() == 0, num_lines)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-import pickle
 import secrets
 import shutil
 import socket
@@ -23,6 +22,7 @@ from torch import distributed
 
 from homodistil import ranks
 from homodistil.errors import UserError, writing
+from homodistil.wire import decode, encode
 
 T = TypeVar("T")
 Leaders = list[int]
@@ -79,7 +79,8 @@ def _marker(path: Path) -> Iterator[str | None]:
     try:
         yield trouble
     finally:
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # where it could not be made it cannot be removed either
+            path.unlink()
 
 
 def raise_any(own: str | None) -> None:
@@ -89,7 +90,7 @@ def raise_any(own: str | None) -> None:
 
 
 def once(leaders: Leaders, action: Callable[[], T]) -> T:
-    """`action` on each leader; its (picklable) result on all ranks of its group. Every rank calls it.
+    """`action` on each leader; its result (wire.py says what travels) on all ranks of its group. Every rank calls it.
 
     Waiting ranks look at the job's store now and then, so that no collective's timeout runs. A leader that dies
     meanwhile is found by the watch. A `UserError` of any leader is raised on every rank, once all leaders are done.
@@ -99,19 +100,12 @@ def once(leaders: Leaders, action: Callable[[], T]) -> T:
     store, call = distributed.distributed_c10d._get_default_store(), next(_calls)
     rank = ranks.rank()
     if leaders[rank] == rank:
-        store.set(f"once/{call}/{rank}", pickle.dumps(_outcome(action)))
+        store.set(f"once/{call}/{rank}", encode(ranks.outcome(action)))
     for leader in sorted(set(leaders)):
         _wait_for(store, f"once/{call}/{leader}")
-    result, trouble = pickle.loads(store.get(f"once/{call}/{leaders[rank]}"))
+    result, trouble = decode(store.get(f"once/{call}/{leaders[rank]}"))
     raise_any(trouble)
     return result
-
-
-def _outcome(action: Callable[[], T]) -> tuple[T | None, str | None]:
-    try:
-        return action(), None
-    except UserError as error:
-        return None, str(error)
 
 
 def _wait_for(store, key: str) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, distributed
 
 from homodistil.errors import UserError
+from homodistil.wire import decode, encode
 
 T = TypeVar("T")
 
@@ -27,31 +29,60 @@ def barrier() -> None:
 
 
 def on_first_rank(action: Callable[[], T]) -> T:
-    """Run `action` on rank 0 and hand its (picklable) result, or its `UserError`, to every rank.
+    """Run `action` on rank 0 and hand its result (wire.py says what travels), or its `UserError`, to every rank.
 
     All ranks call it. Writing and checking files goes through here: ranks that each looked for themselves would see
     what another has just written.
     """
-    outcome: list = [None, None]
-    if rank() == 0:
-        try:
-            outcome[0] = action()
-        except UserError as error:
-            outcome[1] = str(error)
+    result, mistake = outcome(action) if rank() == 0 else (None, None)
     if world_size() > 1:
-        distributed.broadcast_object_list(outcome, src=0)
-    if outcome[1] is not None:
-        raise UserError(outcome[1])
-    return outcome[0]
+        result, mistake = _broadcast((result, mistake))
+    if mistake is not None:
+        raise UserError(mistake)
+    return result
+
+
+def outcome(action: Callable[[], T]) -> tuple[T | None, str | None]:
+    """(what `action` returns, None), or (None, the text of its `UserError`)."""
+    try:
+        return action(), None
+    except UserError as error:
+        return None, str(error)
 
 
 def gather(value: T) -> list[T]:
-    """Every rank's (picklable) value, by rank, on every rank."""
+    """Every rank's value (wire.py says what travels), by rank, on every rank."""
     if world_size() == 1:
         return [value]
-    found: list = [None] * world_size()
-    distributed.all_gather_object(found, value)
-    return found
+    mine = _bytes(encode(value))
+    sizes = [torch.zeros(1, dtype=torch.int64, device=mine.device) for _ in range(world_size())]
+    distributed.all_gather(sizes, torch.tensor([len(mine)], device=mine.device))
+    # Collectives want one size: each message stands at the start of a row as long as the longest.
+    rows = [mine.new_zeros(int(max(sizes))) for _ in sizes]
+    row = mine.new_zeros(len(rows[0]))
+    row[: len(mine)] = mine
+    distributed.all_gather(rows, row)
+    return [_message(row[: int(size)]) for row, size in zip(rows, sizes, strict=True)]
+
+
+def _broadcast(value: T) -> T:
+    """Rank 0's value on every rank."""
+    mine = _bytes(encode(value) if rank() == 0 else b"")
+    size = torch.tensor([len(mine)], device=mine.device)
+    distributed.broadcast(size, src=0)
+    content = mine if rank() == 0 else mine.new_zeros(int(size))
+    distributed.broadcast(content, src=0)
+    return _message(content)
+
+
+def _bytes(text: bytes) -> Tensor:
+    """(n,) uint8, where the process group's collectives can reach it."""
+    device = "cuda" if distributed.get_backend() == distributed.Backend.NCCL else "cpu"
+    return torch.from_numpy(np.frombuffer(text, dtype=np.uint8).copy()).to(device)
+
+
+def _message(content: Tensor):
+    return decode(content.cpu().numpy().tobytes())
 
 
 def failures(own: str | None) -> list[str]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import yaml
 
-from homodistil.checkpoint import candidates
+from homodistil.checkpoint import candidates, saved_fingerprints
 from homodistil.config import RunConfig
 from homodistil.errors import UserError
 from homodistil.metrics import write_atomically
@@ -25,6 +25,8 @@ _FREE = {
     "train": {"micro_batch_size", "save_every_steps", "eval_every_steps", "eval_batch_size", "log_every_steps"},
     "optimizer": {"implementation"},
 }
+# Moved elsewhere they are the same, which the checkpoint's fingerprints tell (fingerprints.py).
+_BY_CONTENT = {"teacher": {"name"}, "data": {"sources"}}
 # Of `run`, which else may change: where the widths pass.
 _FIXED_OF_RUN = ("export_milestones", "settle_steps", "settle_cooldown")
 
@@ -83,12 +85,13 @@ def _check_same_run(folder: Path, config: RunConfig) -> None:
     before = _config_of_run(folder)
     if before is None:
         raise UserError(f"run.dir: {str(folder)!r} is not empty and not a run folder; choose another run.dir")
+    by_content = _BY_CONTENT if saved_fingerprints(folder / "checkpoints") else {}
     for section, fields in config.to_dict().items():
         for name, value in fields.items():
             if section == "run" and name not in _FIXED_OF_RUN:
                 continue
-            old = before[section].get(name, _of_before(before, section, name, value))
-            if old != value and name not in _FREE.get(section, ()):
+            old = before.get(section, {}).get(name, _of_before(before, section, name, value))
+            if old != value and name not in _FREE.get(section, set()) | by_content.get(section, set()):
                 raise UserError(
                     f"{section}.{name}: the run in {str(folder)!r} has {old}, this config {value}; "
                     f"go on with the same value, or choose another run.dir"

@@ -1,4 +1,5 @@
-"""Stopping on request: SIGTERM or SIGUSR1 to any rank ends all of them at the same step, behind a checkpoint.
+"""Stopping on request: Ctrl-C (SIGINT), SIGTERM or SIGUSR1 to any rank ends all of them at the same step, behind a
+checkpoint.
 
     with on_signals():                            # job.run
         ...                                       # here a signal ends the job at once: there is nothing to save yet
@@ -9,6 +10,10 @@
 A second signal ends the process at once, wherever it is: Python runs its own handlers only between two of its
 instructions, which a rank that hangs in a collective never reaches. A thread that reads the wake-up file descriptor
 does not depend on that.
+
+Ctrl-C in a terminal reaches the launcher as well, and the launcher then sends SIGTERM to the ranks: `deepspeed` to one
+rank after the other, each once the rank before has ended. So one SIGTERM behind a SIGINT is part of the same request,
+however late it comes.
 """
 
 from __future__ import annotations
@@ -25,10 +30,11 @@ import torch
 from torch import Tensor, distributed
 
 from homodistil import ranks
-from homodistil.errors import StopRequested
+from homodistil.errors import Interrupted, StopRequested
 from homodistil.exit_codes import of_signal
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+HOW_TO_GO_ON = "to go on, type the same command with run.resume=auto"
 # A launcher hands on what its whole process group has received already: copies that arrive together are one request.
 SAME_REQUEST_S = 2.0
 
@@ -36,8 +42,9 @@ SAME_REQUEST_S = 2.0
 class _Requests:
     """What this process has been asked."""
 
-    def __init__(self) -> None:
+    def __init__(self, how_to_go_on: str) -> None:
         self.pid = os.getpid()
+        self.how_to_go_on = how_to_go_on
         self.number = 0
         """Of the first signal; 0: none yet."""
         self.is_deferred = False
@@ -47,17 +54,24 @@ _requests: _Requests | None = None
 
 
 @contextlib.contextmanager
-def on_signals() -> Iterator[None]:
-    """Handle SIGNALS inside, restore what was there afterwards. Outside the main thread there is nothing to handle."""
+def on_signals(how_to_go_on: str = HOW_TO_GO_ON) -> Iterator[None]:
+    """Handle SIGNALS inside, restore what was there afterwards. Outside the main thread there is nothing to handle.
+
+    A signal that was ignored before (SIGINT, where a shell script has started the job in the background) stays ignored.
+
+    Args:
+        how_to_go_on: what the user is told to type when a signal comes while nothing is trained.
+    """
     global _requests
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    _requests = _Requests()
+    _requests = _Requests(how_to_go_on)
     ours, wakes = socket.socketpair()
     wakes.setblocking(False)
     threading.Thread(target=_end_on_second_signal, args=(ours,), name="second-signal", daemon=True).start()
-    before = {number: signal.signal(number, _on_signal) for number in SIGNALS}
+    handled = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, _on_signal) for number in handled}
     woken_before = signal.set_wakeup_fd(wakes.fileno(), warn_on_full_buffer=False)
     try:
         yield
@@ -80,12 +94,16 @@ def _on_signal(number: int, _frame: object) -> None:
 
 
 def _end_on_second_signal(wakes: socket.socket) -> None:
-    first_s = None
+    first = first_s = None
+    expects_launcher = False
     with wakes:
         while received := wakes.recv(64):  # nothing: the other end was closed
             for number in filter(SIGNALS.__contains__, received):
-                if first_s is None:
-                    first_s = time.monotonic()
+                if first is None:
+                    first, first_s = number, time.monotonic()
+                    expects_launcher = number == signal.SIGINT
+                elif number == signal.SIGTERM and expects_launcher:
+                    expects_launcher = False
                 elif time.monotonic() - first_s > SAME_REQUEST_S:
                     os._exit(of_signal(number))
 
@@ -146,7 +164,13 @@ def at_step_boundaries(device: torch.device) -> Iterator[Callable[[], int]]:
 
 
 def _outside_training(number: int) -> StopRequested:
-    return StopRequested(f"stopped by {signal.Signals(number).name} outside training; run it again to go on")
+    return stop_requested(number, f"outside training; {_requests.how_to_go_on if _requests else HOW_TO_GO_ON}")
+
+
+def stop_requested(number: int, text: str) -> StopRequested:
+    """The ending of a job that signal `number` has stopped. After Ctrl-C it is a `KeyboardInterrupt` as well."""
+    kind = Interrupted if number == signal.SIGINT else StopRequested
+    return kind(f"stopped by {signal.Signals(number).name} {text}")
 
 
 class _Agreement:

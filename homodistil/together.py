@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import signal
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from homodistil.data.masking import Batch
 from homodistil.distill.targets import Targets
 from homodistil.distill.teacher import Teacher
 from homodistil.distillation import Distillation
-from homodistil.errors import StopRequested, writing
+from homodistil.errors import writing
 from homodistil.faults import fault_point
 from homodistil.feed import Feed
 from homodistil.materials import Materials
@@ -141,6 +140,5 @@ class Together:
         for trainer in self.trainers:
             trainer.save_and_wait()
         steps = ", ".join(f"{t.config.run.name} {t.state.step} of {t.config.train.steps}" for t in self.trainers)
-        raise StopRequested(
-            f"stopped by {signal.Signals(number).name} at step {steps}; run.resume=auto goes on from the checkpoints"
-        )
+        text = f"at step {steps}; run.resume=auto goes on from the checkpoints: add it to the command"
+        raise stop.stop_requested(number, text)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,7 +14,6 @@ from homodistil.distill.student import Student
 from homodistil.distill.targets import Targets
 from homodistil.distill.teacher import Teacher
 from homodistil.engine import backward
-from homodistil.errors import StopRequested
 from homodistil.evaluation.gap import Gap
 from homodistil.faults import fault_point
 from homodistil.feed import Feed
@@ -159,7 +157,7 @@ class Trainer:
     def between_steps(self) -> None:
         """Once in a while: milestone, held-out evaluation, checkpoint (which comes last: the others lie before it)."""
         train, step = self.config.train, self.state.step
-        watch.progress(step, "training")
+        watch.progress(step, watch.TRAINING)
         if milestone := self.milestone_due():
             with self.monitor.timer.paused():
                 self.export_milestone(self.engine, milestone, self.state)
@@ -183,6 +181,7 @@ class Trainer:
             "step": self.state.step,
             "consumed_samples": self.state.consumed_samples,
             "kept": self.student.kept,
+            "num_lines": dict(self.monitor.recorder.num_lines),
             "pruner": self.pruner.state_dict() if self.pruner else None,
         }
         self.checkpoints.save(self.engine, self.state.step, state)
@@ -195,12 +194,12 @@ class Trainer:
 
     def leave(self, number: int) -> None:
         """Stop on request (signal `number`), with everything on disk that going on needs."""
-        name, step = signal.Signals(number).name, self.state.step
         if self.checkpoints is None:
-            raise StopRequested(f"stopped by {name} while correcting the teacher, which the next run starts anew")
+            text = f"while correcting the teacher, which the next run starts anew; {stop.HOW_TO_GO_ON}"
+            raise stop.stop_requested(number, text)
         self.save_and_wait()
-        steps = self.config.train.steps
-        raise StopRequested(f"stopped by {name} at step {step} of {steps}; run.resume=auto goes on from its checkpoint")
+        at = f"at step {self.state.step} of {self.config.train.steps}"
+        raise stop.stop_requested(number, f"{at}; run.resume=auto goes on from its checkpoint: add it to the command")
 
 
 def resize_event(step: int, plan: ResizePlan, before: dict[str, float], after: dict[str, float]) -> dict:

@@ -12,12 +12,12 @@ from __future__ import annotations
 import argparse
 
 from homodistil.cli import exit_with_code
-from homodistil.evaluation.command_line import fine_tuning_parser
+from homodistil.evaluation.command_line import fine_tuning_parser, number
 
 
 def main() -> None:
-    arguments = _parser().parse_args()
     with exit_with_code():
+        arguments = _parser().parse_args()
         # After parsing, so that --help and mistakes need no heavy imports.
         from homodistil.evaluation.glue.fine_tuning import Settings
         from homodistil.evaluation.glue.grid import Grid, run_grid
@@ -51,7 +51,12 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--tasks", default="all", help="comma-separated: cola,sst2,mrpc,stsb,qqp,mnli,qnli,rte,wnli,movie")
     add("--data", default="embedded", help="glue_data folder, hub, or embedded (STS-B and movie sentences)")
-    add("--patience", type=int, default=2, help="stop after so many epochs without a better dev score; 0: never")
+    add(
+        "--patience",
+        type=number(int, 0),
+        default=2,
+        help="stop after so many epochs without a better dev score; 0: never",
+    )
     return parser
 
 

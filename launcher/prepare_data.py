@@ -3,9 +3,9 @@
     python launcher/prepare_data.py data.sources=[wikipedia,bookcorpus] teacher.name=bert-base-uncased data.workers=16
     python launcher/prepare_data.py --task 3 --tasks 8 ...     # one of eight array tasks that share the work
 
-Training with the same settings then finds everything in data.cache_dir. Killed or stopped (SIGTERM, SIGUSR1: exit code
-75), the same command goes on with the shards that are finished. The array task that finishes last merges them; so does
-a later call without --task.
+Training with the same settings then finds everything in data.cache_dir. Killed or stopped (Ctrl-C, SIGTERM, SIGUSR1:
+exit code 75), the same command goes on with the shards that are finished. The array task that finishes last merges
+them; so does a later call without --task.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def main() -> None:
         from homodistil.distill.teacher import load_config, load_tokenizer
         from homodistil.stop import on_signals
 
-        with on_signals():
+        with on_signals(how_to_go_on="the same command goes on with the shards that are finished"):
             check_sources(config.data)
             folder = config.teacher.name
             if assets.is_embedded(folder):

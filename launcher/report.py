@@ -8,6 +8,7 @@ python launcher/report.py benchmarks/results/quality_main_cpu_202611.json --out 
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 from homodistil.cli import exit_with_code
@@ -17,13 +18,18 @@ def main() -> None:
     arguments = _parser().parse_args()
     with exit_with_code():
         from homodistil.report import write_report
-        from homodistil.report.comparison import write_run_comparison
+        from homodistil.report.comparison import is_benchmark, write_run_comparison
 
-        inputs = list(dict.fromkeys(arguments.runs))
-        if len(inputs) == 1 and not inputs[0].is_file():
+        inputs = _each_once(arguments.runs)
+        if len(inputs) == 1 and not is_benchmark(inputs[0]):
             print(write_report(inputs[0], arguments.out, arguments.figures))
         else:
             print(write_run_comparison(inputs, arguments.out or Path("comparison.html"), arguments.figures))
+
+
+def _each_once(paths: list[Path]) -> list[Path]:
+    """A run named twice, through a link or a detour, is one run."""
+    return list({os.path.realpath(path): path for path in reversed(paths)}.values())[::-1]
 
 
 def _parser() -> argparse.ArgumentParser:

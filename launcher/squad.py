@@ -14,12 +14,12 @@ import argparse
 from pathlib import Path
 
 from homodistil.cli import exit_with_code
-from homodistil.evaluation.command_line import fine_tuning_parser, positive
+from homodistil.evaluation.command_line import fine_tuning_parser, number
 
 
 def main() -> None:
-    arguments = _parser().parse_args()
     with exit_with_code():
+        arguments = _parser().parse_args()
         # After parsing, so that --help and mistakes need no heavy imports.
         from homodistil.evaluation.squad.examples import load_squad
 
@@ -54,9 +54,10 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--data", type=Path, required=True, help="folder with train-v*.json and dev-v*.json")
     add("--version", choices=("v1.1", "v2.0"), help="needed where the folder holds both")
-    add("--stride", type=int, default=128, help="tokens of context that neighbouring windows share")
-    add("--max-answer-tokens", type=positive(int), default=30, help="longest answer")
-    add("--null-threshold", type=float, default=0.0, help="v2.0: lead that `no answer` needs over the best answer")
+    add("--stride", type=number(int, 0), default=128, help="tokens of context that neighbouring windows share")
+    add("--max-answer-tokens", type=number(int, 1), default=30, help="longest answer")
+    threshold = number(float, -1_000_000)
+    add("--null-threshold", type=threshold, default=0.0, help="v2.0: lead that `no answer` needs over the best answer")
     return parser
 
 

@@ -21,10 +21,16 @@ def main() -> None:
         if job.is_check:
             from homodistil.preflight import check
 
-            sys.exit(check(job.config, job.engine_config))
-        from homodistil.job import run  # heavy imports, not needed for --help and config errors
+            code = check(job.config, job.engine_config)
+        else:
+            from homodistil.job import run  # heavy imports, not needed for --help and config errors
 
-        run(job.config, job.engine_config, job.students)
+            run(job.config, job.engine_config, job.students)
+            code = 0
+        from homodistil.engine import leave_ranks
+
+        leave_ranks()
+    sys.exit(code)
 
 
 if __name__ == "__main__":

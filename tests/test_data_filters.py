@@ -98,7 +98,7 @@ def test_filters_that_keep_nothing(tokenizer, tmp_path):
 def test_missing_library(tokenizer, tmp_path, monkeypatch, field, value, package):
     monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
     config = config_of(tmp_path, write(tmp_path / "a.jsonl", ["one", "two"]), **{field: value})
-    with pytest.raises(UserError, match=rf"data.{field}: needs {package} .*; pip install 'homodistil\[data\]', or set"):
+    with pytest.raises(UserError, match=rf"data.{field}: needs {package} .*; pip install {package}.*, or set"):
         prepare_corpus(config, tokenizer)
 
 

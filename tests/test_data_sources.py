@@ -82,9 +82,9 @@ def test_documents_without_tokens_do_not_count(tokenizer, tmp_path):
 def test_binary_files(tokenizer, tmp_path):
     file = tmp_path / "a.txt"
     file.write_bytes(b"fine line\nthen \0 NUL")
-    refuse(tokenizer, tmp_path, r"'.*a.txt' is not text: a NUL byte at offset 15; convert", file)
+    refuse(tokenizer, tmp_path, r"'.*a.txt' is not text: a NUL byte at offset 15 \(line 2\); convert", file)
     file.write_bytes("größe\n".encode() + "größe".encode("latin-1"))
-    refuse(tokenizer, tmp_path, r"'.*a.txt' is not text: byte 0xf6, not UTF-8 at offset 10; convert", file)
+    refuse(tokenizer, tmp_path, r"'.*a.txt' is not text: byte 0xf6, not UTF-8 at offset 10 \(line \d\); convert", file)
     file.write_bytes(gzip.compress(b"text"))
     refuse(tokenizer, tmp_path, r"'.*a.txt' is not text: ", file)
     (tmp_path / "a.parquet").write_bytes(b"PAR0")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import gc
 import json
 import math
@@ -11,6 +12,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from homodistil.boards import board_folder
 from homodistil.metrics import Recorder, StepTimer, memory_bytes
 from homodistil.results import format_table, read_result, write_result
 
@@ -37,7 +39,7 @@ def strict_lines(path) -> list[dict]:
 
 
 def scalars(run_dir) -> dict[str, list[tuple[int, float]]]:
-    reader = EventAccumulator(str(run_dir / "tensorboard"), size_guidance={"scalars": 0})
+    reader = EventAccumulator(str(board_folder(run_dir)), size_guidance={"scalars": 0})
     reader.Reload()
     return {tag: [(e.step, e.value) for e in reader.Scalars(tag)] for tag in reader.Tags()["scalars"]}
 
@@ -71,9 +73,45 @@ def test_files_and_tensorboard_hold_what_was_logged(tmp_path):
     # Every value above is a dyadic fraction: exact in TensorBoard's fp32.
     assert found["loss/total"] == [(10, 7.375), (20, 6.75), (30, 6.125), (40, 5.5)]
     assert found["heldout/mlm_loss"] == [(20, 2.5), (40, 5.0)]
-    assert found["events/widths_after/layer.0.ffn"] == [(20, 13.0), (40, 13.0)]
-    assert found["events/gap_after/kl"] == [(20, 0.75), (40, 0.75)]
-    assert not {"events/step", "events/hash", "events/changed"} & set(found)
+    assert found["model/width_hidden"] == [(10, 63.0), (20, 62.0), (30, 61.0), (40, 60.0)]
+    assert found["resize/after_kl"] == [(20, 0.75), (40, 0.75)]
+    assert found["resize/milliseconds"] == [(20, 7.5), (40, 7.5)]
+    assert {tag for tag in found if tag.startswith(("resize", "events"))} == {
+        "resize/before_kl",
+        "resize/after_kl",
+        "resize/milliseconds",
+        "resize/bytes_moved",
+    }
+
+
+def test_tensorboard_names_the_run_and_opens_on_what_matters(tmp_path):
+    """A model of 12 layers: few cards in the groups that come first, everything else behind them."""
+    layers = range(12)
+    values = {"loss/total": 5.0, "loss/kl": 1.0, "optim/lr": 1e-3, "speed/mfu": 0.5, "memory/rss_bytes": 7.0}
+    values |= {"widths/hidden": 64, "model/parameters": 9, "train/micro_batch_size": 2}
+    values |= {f"loss/hidden/layer.{i}": 1.0 for i in layers} | {f"widths/layer.{i}.ffn": 10 + 2 * i for i in layers}
+    gap = {"kl": 0.5, "hidden": 0.25} | {f"hidden/layer.{i}": 0.1 for i in layers}
+    widths = {"hidden": 64} | {f"layer.{i}.ffn": 256 for i in layers}
+    run = tmp_path / "mine"
+    for folder in (run, run / "compare" / "one_shot"):
+        with Recorder(folder, total_steps=60, start_step=0, enabled=True) as recorder:
+            recorder.log_step(20, values)
+            recorder.log_evaluation(20, {"mlm_loss": 2.0} | {f"gap/{name}": value for name, value in gap.items()})
+            recorder.log_event({**EVENT, "gap_before": gap, "gap_after": gap, "widths_after": widths})
+    written = sorted(path.parent for path in (run / "tensorboard").rglob("events.out.*"))
+    assert written == [run / "tensorboard" / "compare" / "one_shot", run / "tensorboard" / "mine"]
+    assert not (run / "compare" / "one_shot" / "tensorboard").exists()
+    found = scalars(run)
+    assert found["model/width_ffn"] == [(20, 21.0)] and found["per_layer/widths/layer.11.ffn"] == [(20, 32.0)]
+    groups = dict(collections.Counter(tag.split("/")[0] for tag in sorted(found)))
+    assert list(groups) == ["heldout", "loss", "model", "optim", "per_layer", "probe", "resize", "speed", "train"]
+    assert (groups["heldout"], groups["loss"], groups["model"], groups["resize"]) == (1, 2, 3, 6)
+
+
+def test_a_run_of_an_earlier_version_goes_on_in_its_own_board(tmp_path):
+    (tmp_path / "tensorboard").mkdir()
+    (tmp_path / "tensorboard" / "events.out.tfevents.1.vm.2.3").write_bytes(b"")
+    assert board_folder(tmp_path) == tmp_path / "tensorboard"
 
 
 def test_lines_are_on_disk_before_close(tmp_path):

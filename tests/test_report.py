@@ -12,14 +12,17 @@ from pathlib import Path
 
 import pytest
 import yaml
+from matplotlib.text import Text
 
 from homodistil.config import RunConfig
 from homodistil.errors import UserError
 from homodistil.metrics import Recorder
 from homodistil.report import write_report
-from homodistil.report.curves import width_history
-from homodistil.report.figures import MAX_POINTS, spread, thinned
+from homodistil.report.comparison import write_run_comparison
+from homodistil.report.curves import curves, width_history
+from homodistil.report.figures import MAX_POINTS, MAX_TICKS, compose, log_ticks, spread, thinned, within
 from homodistil.report.run import read_run
+from homodistil.report.speed import memory_sentences, speed_sentences
 from homodistil.results import write_result
 
 VOID = {"meta", "br", "link", "img", "hr", "input"}
@@ -144,8 +147,8 @@ def test_page_shows_the_values_of_the_run(run_dir):
         "quick Step 60 of 60.",
         "teacher 4,416,698 31 2.346 54.3% - - -",
         "student 1,104,174 23 2.500 - 0.322 1,000 2,500",
-        "student: 1,104,174 of the teacher's 4,416,698 parameters (25.0%, 4.00x smaller); training went from 1,000 "
-        "to 2,500 tokens/s (2.50x faster); held-out MLM loss 2.500 against the teacher's 2.346 (+0.154).",
+        "student: 1,104,174 of the teacher's 4,416,698 parameters (25.0%, 4.00x smaller); held-out MLM loss 2.500 "
+        "against the teacher's 2.346 (+0.154).",
         "20 31 \u2192 29 40 \u2192 32-36 3 9 0.5123 0.7654 7.5 2.0 KiB 01234567",
         "40 29 \u2192 23 32-36 3 9 \u2192 7 - - 8.0 3.0 MiB fedcba98",
         "hidden 31 to 23",  # label at the end of a curve
@@ -279,9 +282,181 @@ def test_labels_are_moved_apart_in_order(heights):
         assert placed == heights
 
 
+@pytest.mark.parametrize("low, high", [(0.09, 6), (1.4e-5, 30), (1e-9, 1e9), (0.3, 7), (3.0, 70), (1e-300, 1e3)])
+def test_numbers_of_a_logarithmic_axis_do_not_touch(low, high):
+    ticks = log_ticks(low, high)
+    assert 1 < len(ticks) <= MAX_TICKS and all(low <= tick <= high for tick in ticks)
+    steps = [b / a for a, b in zip(ticks, ticks[1:], strict=False)]
+    assert min(steps) > (high / low) ** (0.5 / MAX_TICKS)  # no two are much nearer than at equal distances
+
+
+@pytest.mark.parametrize("num_layers", [2, 12, 24])
+@pytest.mark.parametrize("slope", [0.002, 0.3])
+def test_layer_numbers_stand_at_the_ends_of_their_lines(tmp_path, num_layers, slope):
+    """Each inside the axes' height and apart from the others; where it had to move, a thin line leads to its end."""
+    with Recorder(tmp_path, total_steps=60, start_step=0, enabled=True) as recorder:
+        for step in range(10, 70, 10):
+            values = {f"loss/hidden/layer.{i}": (1 + slope * i) * 2 ** (-step / 10) for i in range(num_layers)}
+            recorder.log_step(step, values)
+    curve = next(c for c in curves(read_run(tmp_path)) if c.title == "Terms by layer")
+    figure = compose(curve.panels)
+    figure.draw_without_rendering()
+    (axes,) = figure.axes
+    heights = [text.xyann[1] for text in axes.texts]
+    assert [text.get_text() for text in axes.texts] == [str(i) for i in range(num_layers)]
+    assert heights == sorted(heights) and min(heights) >= -1e-9 and max(heights) <= 1 + 1e-9
+    boxes = [Text.get_window_extent(text) for text in axes.texts]  # without the lines
+    assert all(below.y1 <= above.y0 + 1 for below, above in zip(boxes, boxes[1:], strict=False))
+    for text, line in zip(axes.texts, axes.get_lines(), strict=True):
+        end = (line.get_xdata()[-1], line.get_ydata()[-1])
+        assert text.xy == end
+        is_moved = abs((axes.transData + axes.transAxes.inverted()).transform(end)[1] - text.xyann[1]) > 0.01
+        assert (text.arrow_patch is not None) == is_moved
+
+
+def test_labels_are_kept_inside():
+    assert within([0.98, 1.06, 1.14], 0.08) == pytest.approx([0.84, 0.92, 1.0])
+    assert within([-0.1, -0.02, 0.9], 0.08) == pytest.approx([0, 0.08, 0.9])
+
+
+def log_speeds(folder: Path, speeds: dict[int, list[float]], memory: dict[int, float]) -> None:
+    """A run of 384 tokens a step: hidden size -> tokens/s of its intervals, and MiB."""
+    config = RunConfig()
+    config.train.steps, config.train.global_batch_size, config.data.seq_len = 60, 6, 64
+    folder.mkdir(exist_ok=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump(config.to_dict()))
+    with Recorder(folder, total_steps=60, start_step=0, enabled=True) as recorder:
+        step = 0
+        for hidden, rates in speeds.items():
+            for rate in rates:
+                step += 1
+                size = {"widths/hidden": hidden, "model/parameters": hidden * 100}
+                recorder.log_step(
+                    step, {"speed/tokens_per_s": rate, "memory/rss_bytes": memory[hidden] * 2**20, **size}
+                )
+
+
+def test_speed_is_told_at_the_first_and_the_last_width(tmp_path):
+    log_speeds(
+        tmp_path, {64: [1.0, 768, 384, 1536], 48: [7.0] * 5, 32: [9.0, *[1536] * 9]}, {64: 100, 48: 100, 32: 100}
+    )
+    run = read_run(tmp_path)
+    assert speed_sentences(run) == [
+        "Training speed: 2 steps/s (768 tokens/s) at hidden size 64 (median of 3 logged intervals), and 4 steps/s "
+        "(1,536 tokens/s) at hidden size 32 (median of 9 logged intervals)."
+    ]
+    assert memory_sentences(run) == []
+    text = " ".join(Page(write_report(tmp_path).read_text()).text)
+    assert "Training speed: 2 steps/s" in text and "slower" not in text and "faster" not in text
+
+
+def test_a_busy_machine_and_growing_memory_are_said(tmp_path):
+    rates = [1000 + 200 * (i % 5) for i in range(21)]
+    log_speeds(tmp_path, {64: [2000.0], 32: rates}, {64: 1000, 32: 1400})
+    run = read_run(tmp_path)
+    assert speed_sentences(run)[1].startswith(
+        "The machine was busy with something else as well: at hidden size 32 the middle half of the intervals, all "
+        "with the same work, went from 1,"
+    )
+    assert memory_sentences(run) == [
+        "Resident memory of the first rank rose from 1,000 MiB (step 1, hidden size 64) to 1,400 MiB (step 2, hidden "
+        "size 32), although the student became narrower."
+    ]
+    quiet = tmp_path / "quiet"
+    log_speeds(quiet, {64: [2000.0], 32: [1000 + i for i in range(21)]}, {64: 1000, 32: 1010})
+    assert len(speed_sentences(read_run(quiet))) == 1 and memory_sentences(read_run(quiet)) == []
+
+
+def test_held_out_curves_have_the_teacher_and_the_controls(run_dir):
+    log_run(run_dir / "compare" / "one_shot", range(10, 70, 10))
+    log_run(run_dir / "compare" / "one_shot-0.75", range(10, 70, 10))
+    config = yaml.safe_load((run_dir / "config.yaml").read_text())
+    config["run"]["compare"] = ["one_shot"]
+    (run_dir / "config.yaml").write_text(yaml.safe_dump(config))
+    panel = next(c for c in curves(read_run(run_dir)) if c.title == "Held-out values").panels[0]
+    assert [(line.label, line.points) for line in panel.lines] == [
+        ("quick", [(30, 2.5), (60, 2.0)]),
+        ("one_shot", [(30, 2.5), (60, 2.0)]),
+        ("teacher", [(30, 2.3456), (60, 2.3456)]),
+    ]
+    html = write_report(run_dir).read_text()
+    figure = html[html.index("<h2>Held-out") : html.index("<h2>Speed")]
+    assert ">teacher<" in figure and ">one_shot<" in figure
+
+
+DAMAGE = {
+    "config.yaml": ["train: [", "[1]", "a: 1", "run: {name: [1]}\ntrain: 3", "x: &a [*a]", "\x00", "\udcff"],
+    "ds_config.json": ["{", "[" * 5000],
+    "metrics.jsonl": [
+        '{"kind": "train", "step": 1e400}\n{"kind": "train", "step": 3, "loss/mlm": Infinity, "widths/hidden": "x"}\n',
+        '{"kind": "train", "step": 5, "loss/total": ' + "9" * 400 + "}\n" + "[" * 100_000 + "\n",
+        '{"kind": "evaluation", "step": true}\n{"kind": "evaluation", "step": 4, "\\ud800": 1, "mlm_loss": NaN}\n',
+        '{"kind": "train", "step": ' + "9" * 5000 + "}\n",
+        '{"kind": ["train"], "step": 3}\nnull\n3\n"step"\n',
+    ],
+    "events.jsonl": [
+        '{"step": 3}\n{"step": 4, "widths_before": {}, "widths_after": {"hidden": 0}, "gap_before": {"kl": "x"}}\n',
+        '{"step": 3, "widths_before": {"hidden": 0}, "widths_after": {"hidden": 0}, "hash": 3, "milliseconds": "x"}\n',
+        '{"step": 3, "gap_before": {"kl": [1]}, "gap_after": {"kl": true}, "bytes_moved": {}, "hash": null}\n',
+    ],
+    "result.json": [
+        "[{",
+        "{}",
+        "3",
+        "[1, null, [2]]",
+        '[{"name": null, "parameters": true, "milestone": "x", "weights_bytes": "y"}]',
+        '[{"name": "teacher", "parameters": "1"}, {"name": ["x"], "parameters": 1e999, "heldout_mlm_loss": "z"}]',
+        '[{"milestone": 0.5, "heldout_mlm_loss": 1}, {"milestone": 0.5, "rates": "own", "heldout_mlm_loss": 2}]',
+        "[" + "9" * 5000 + "]",
+    ],
+    "plan.json": ["{", "[]", '{"stretches": 3}', '{"stretches": [{"first_step": 0, "num_steps": 99}], "basis": 1}'],
+    "row.json": ["[", "3", '{"parameters": 1e400}'],
+    "teacher.json": ["{", '{"corrected": [1]}'],
+    "glue/glue.json": ["[", '{"tasks": {"rte": {"best": {"score": "x"}}}}'],
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_file_gives_a_page_and_a_note(run_dir, tmp_path_factory, monkeypatch, name):
+    """Alone and beside another run; what could not be read is said wherever something was lost."""
+    other = tmp_path_factory.mktemp("other")
+    log_run(other, range(10, 30, 10))
+    monkeypatch.setattr("homodistil.report.page.draw", lambda panels, *_names: compose(panels) and "<svg></svg>")
+    (run_dir / name).parent.mkdir(exist_ok=True)
+    for content in DAMAGE[name]:
+        (run_dir / name).write_text(content, encoding="utf-8", errors="surrogateescape")
+        page = Page(write_report(run_dir).read_text())
+        assert "Result" in page.text
+        write_run_comparison([run_dir, other], other / "both.html")
+    # The last one of each of these cannot be used at all.
+    if name in ("result.json", "plan.json", "metrics.jsonl"):
+        assert any(text.startswith(f"{name}: ") and "cannot be read" in text for text in page.text)
+
+
+def test_pages_replace_pages_alone(run_dir, tmp_path_factory):
+    place = tmp_path_factory.mktemp("place")
+    (place / "notes.txt").write_text("mine")
+    for out, figures, message in (
+        (place, None, r"--out: .* is a folder"),
+        (place / "notes.txt", None, r"--out: .*notes\.txt exists and is no HTML page"),
+        (run_dir / "metrics.jsonl", None, r"--out: .*metrics\.jsonl exists and is no HTML page"),
+        (place / "notes.txt" / "page.html", None, r"--out: .*notes\.txt is no folder"),
+        (None, place / "notes.txt", r"--figures: .*notes\.txt is no folder"),
+        (place / ("x" * 300), None, r"--out: .* cannot be used \(File name too long\)"),
+    ):
+        with pytest.raises(UserError, match=message) as caught:
+            write_report(run_dir, out, figures)
+        assert "\n" not in str(caught.value)
+    assert (place / "notes.txt").read_text() == "mine" and not (run_dir / "report.html").exists()
+    page = write_report(run_dir, place / "new" / "page.html", place / "figures")
+    assert write_report(run_dir, page) == page
+
+
 def test_folders_that_are_no_run_are_refused(tmp_path):
     with pytest.raises(UserError, match="no such folder"):
         write_report(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="found a file"):
+        write_report(LAUNCHER)
     (tmp_path / "notes.txt").write_text("hello")
     with pytest.raises(UserError, match="not a run folder"):
         write_report(tmp_path)

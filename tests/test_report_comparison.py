@@ -153,6 +153,55 @@ def test_glue_scores_of_a_run(runs):
     assert read_entries(runs)[3].notes == ["glue/glue.json: holds no scores"]
 
 
+def test_one_cached_teacher_is_one_seed_and_seeds_are_those_of_the_students(runs, tmp_path):
+    """Runs time their teacher again, and a run may be repeated with the same seed."""
+    for i, folder in enumerate(runs[:3]):
+        (folder / "teacher.json").write_text(json.dumps({"corrected": "ab12"}))
+        teacher = TEACHER | {"inference_latency_ms": 2.0 + i, "tokens_per_s_last": 100.0 * i}
+        write_result(folder, [teacher, student(2.5 + i)])
+    config = yaml.safe_load((runs[1] / "config.yaml").read_text())
+    config["train"]["seed"] = 0  # the second run repeats the first
+    (runs[1] / "config.yaml").write_text(yaml.safe_dump(config))
+    rows = [row for entry in read_entries(runs[:3]) for row in entry.rows]
+    found = {model.name: model for model in models(rows)}
+    assert found["teacher"].num_seeds == 1 and found["teacher"].mean("inference_latency_ms") == 3.0
+    assert found["early"].num_seeds == 2
+    assert found["early"].values["heldout_mlm_loss"] == [3.0, 4.5]  # the mean of both measurements of seed 0
+    (runs[2] / "teacher.json").write_text(json.dumps({"corrected": "cd34"}))
+    rows = [row for entry in read_entries(runs[:3]) for row in entry.rows]
+    assert next(model for model in models(rows) if model.name == "teacher").num_seeds == 2
+
+
+def test_members_of_a_family_have_their_own_names(runs):
+    member = {"name": "homodistil @ 0.75", "milestone": 0.75, "step": 30}
+    last = student(2.5) | {"milestone": 0.5, "step": 60}
+    controls = [{"name": "one_shot", "rates": "own"}, {"name": "one_shot @ 0.75", "milestone": 0.75, "rates": "own"}]
+    write_result(runs[3], [TEACHER, member, last, *controls])
+    names = [row["name"] for row in read_entries(runs)[3].rows]
+    assert names == ["teacher", "late @ 0.75", "late", "late: one_shot", "late: one_shot @ 0.75"]
+    several = [last | {"student": name, "name": name} for name in ("small", "tiny")]
+    write_result(runs[3], [TEACHER, *several])
+    assert [row["name"] for row in read_entries(runs)[3].rows] == ["teacher", "late: small", "late: tiny"]
+
+
+def test_a_table_of_many_columns_stands_upright(tmp_path):
+    rows = [{"name": name, "parameters": 1, **{f"column_{i}": i for i in range(16)}} for name in ("a", "b")]
+    page = Page(write_comparison(rows, [], tmp_path / "page.html").read_text())
+    assert page.tags.count("tr") == 1 + 18 and page.tags.count("th") == 3
+    many = [{**rows[0], "name": str(i)} for i in range(30)]
+    page = Page(write_comparison(many, [], tmp_path / "page.html").read_text())
+    assert page.tags.count("tr") == 1 + 30 and ("div", "class", "wide") in page.attributes  # scrolls
+
+
+def test_held_out_curves_have_teachers_and_controls(runs):
+    for folder in runs:
+        log_run(folder / "compare" / "one_shot", range(10, 70, 10))
+    panel = next(c for c in run_curves(read_entries(runs)) if c.title == "Held-out values").panels[0]
+    labels = [line.label for line in panel.lines]
+    assert labels == ["early", "", "", "late", "early: one_shot", "late: one_shot", "teacher"]
+    assert panel.lines[-1].points == [(30, 2.25), (60, 2.25)]
+
+
 # --- runs in any state ------------------------------------------------------------------------------------------------
 
 

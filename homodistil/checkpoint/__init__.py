@@ -14,6 +14,6 @@ goes on from any checkpoint. `checkpoints.py` is the door; `writer.py` writes, `
 """
 
 from homodistil.checkpoint.checkpoints import Checkpoints, Found
-from homodistil.checkpoint.folder import candidates
+from homodistil.checkpoint.folder import candidates, saved_fingerprints
 
-__all__ = ["Checkpoints", "Found", "candidates"]
+__all__ = ["Checkpoints", "Found", "candidates", "saved_fingerprints"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import sys
+from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
@@ -53,10 +54,20 @@ class Checkpoints:
     folder: `checkpoints` of the run folder; all ranks see the same.
     config: of the run: how many are kept, whether training waits for the disk.
     layout: number of ranks, ZeRO stage, precision: written down for people, read by nobody.
+    fingerprints: of what the run learns from (fingerprints.py).
+    before_save: called on every rank before anything is written; may raise.
     """
 
-    def __init__(self, folder: Path, config: RunConfig, layout: dict[str, object]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        config: RunConfig,
+        layout: dict[str, object],
+        fingerprints: Mapping[str, str] | None = None,
+        before_save: Callable[[], None] = lambda: None,
+    ) -> None:
         self.folder, self.config, self.layout = folder, config, layout
+        self._fingerprints, self._before_save = dict(fingerprints or {}), before_save
         self._writer: Writer | None = None
         self._last_step: int | None = None
 
@@ -76,6 +87,7 @@ class Checkpoints:
         self.wait()
         if step == self._last_step:  # stopped right after a checkpoint: it is there already
             return
+        self._before_save()
         ranks.on_first_rank(lambda: start_part(self.folder, step))
         self._writer = Writer(self.folder, self._snapshot(engine, step, state), self.config.run.keep_checkpoints)
         self._last_step = step
@@ -96,7 +108,7 @@ class Checkpoints:
     def _snapshot(self, engine, step: int, state: dict) -> Snapshot:
         plain, tensors = split_tensors(state)
         run = {"format": FORMAT, "state": plain, "engine": engine_state(engine), "layout": self.layout}
-        run |= {"versions": _versions(), "config": self.config.to_dict()}
+        run |= {"versions": _versions(), "config": self.config.to_dict(), "fingerprints": self._fingerprints}
         first = ranks.rank() == 0
         copies = {name: _copy(tensor) for name, tensor in tensors.items()} if first else None
         return Snapshot(step, _own_state(engine), random_state(), run if first else None, copies)

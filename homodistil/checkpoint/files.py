@@ -17,6 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from homodistil.wire import travels
+
 _DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -30,6 +32,7 @@ _DTYPES = {
 _HEADER_ALIGNMENT_BYTES = 8
 
 
+@travels
 class FileRecord(NamedTuple):
     """What the manifest says about a file."""
 

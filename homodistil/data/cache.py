@@ -36,8 +36,8 @@ def workspace(target: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def as_user_error(target: Path) -> Iterator[None]:
-    """Turn a full disk or a folder that cannot be written into a `UserError` that names `target`."""
+def as_user_error(target: Path, deed: str = "write") -> Iterator[None]:
+    """Turn a full disk or a folder that cannot be written (or read: `deed`) into a `UserError` that names `target`."""
     try:
         yield
     except Timeout:  # of a lock: an OSError that says nothing about the disk
@@ -51,7 +51,7 @@ def as_user_error(target: Path) -> Iterator[None]:
         ) from error
     except OSError as error:
         raise UserError(
-            f"data.cache_dir: cannot write {target} ({error.strerror or error}); "
+            f"data.cache_dir: cannot {deed} {target} ({error.strerror or error}); "
             f"set data.cache_dir to a writable folder with free space"
         ) from error
 
@@ -59,7 +59,10 @@ def as_user_error(target: Path) -> Iterator[None]:
 def set_aside(folder: Path, reason: str) -> None:
     """Delete what is damaged and will be made again, with a warning."""
     print(f"warning: {folder} is damaged ({reason}); made again", file=sys.stderr, flush=True)
-    shutil.rmtree(folder)
+    if folder.is_dir() and not folder.is_symlink():
+        shutil.rmtree(folder)
+    else:
+        folder.unlink()
 
 
 def build_once(
@@ -71,8 +74,9 @@ def build_once(
         damage: says what is wrong with an existing `target`, None if nothing is. A damaged one is built again: jobs
             that still have its old files open keep them.
     """
-    if target.exists() and damage(target) is None:
-        return target
+    with as_user_error(target, "read"):
+        if target.exists() and damage(target) is None:
+            return target
     with workspace(target) as folder:
         if target.exists() and (reason := damage(target)):
             set_aside(target, reason)

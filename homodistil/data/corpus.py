@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -20,18 +22,24 @@ from transformers import PreTrainedTokenizerBase
 
 from homodistil.config import DataConfig
 from homodistil.data.cache import build_once
+from homodistil.data.documents import read
 from homodistil.data.filters import Filters, versions
+from homodistil.data.integrity import CHECKED_AT_ONCE_BYTES, blocks_bytes, content_damage, structure_damage
 from homodistil.data.merge import SUMMARY_FILE, merge
 from homodistil.data.packing import SpecialIds
-from homodistil.data.plan import make_plan
+from homodistil.data.plan import Plan, make_plan
 from homodistil.data.preparation import Preparation
 from homodistil.data.shards import Recipe
 from homodistil.data.sources import Source, check_sources, open_sources
+from homodistil.data.tokenizer import check_text_is_known
 from homodistil.errors import UserError
+from homodistil.wire import travels
 
+_FIRST_DOCUMENTS, _FIRST_TOKENS = 20, 200
 _FORMAT_VERSION = 1  # of the cached blocks; raise it when reading, splitting or packing changes
 
 
+@travels
 class Rows:
     """Blocks of one split, memory-mapped. `rows[ids]` -> (n, seq_len) int64, padded at the end only."""
 
@@ -41,6 +49,10 @@ class Rows:
         # Deleting the file takes nothing from us while it is open; cutting it short does, and must be noticed.
         self._file = open(path, "rb")
         self._num_bytes = os.fstat(self._file.fileno()).st_size
+
+    @property
+    def path(self) -> Path:
+        return self._path
 
     def __len__(self) -> int:
         return len(self._blocks)
@@ -57,7 +69,16 @@ class Rows:
         # A memmap would travel to a loader process with its whole content.
         return Rows, (self._path,)
 
+    def to_wire(self) -> str:
+        """For ranks that map the same file."""
+        return str(self._path)
 
+    @classmethod
+    def from_wire(cls, path: str) -> Rows:
+        return cls(Path(path))
+
+
+@travels
 @dataclass(frozen=True)
 class Corpus:
     train: Rows
@@ -68,14 +89,23 @@ class Corpus:
     """One line: documents, tokens and blocks of each split."""
 
 
-def prepare_corpus(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Corpus:
+def prepare_corpus(
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase, accept: Callable[[str], None] = lambda _: None
+) -> Corpus:
     """The corpus, from the cache where it has been prepared before; what a killed process finished is taken over.
+
+    A cached one of up to `CHECKED_AT_ONCE_BYTES` is hashed here; a larger one is the caller's to check (integrity.py).
+
+    Args:
+        accept: is given the fingerprint before anything is prepared, and may raise.
 
     Raises:
         UserError: a source is missing, unreadable or without text; fewer than two documents; `seq_len` too long for
             the tokenizer's model; a package or hub data set cannot be fetched; a filter's library is not installed.
     """
-    return _Order(config, tokenizer).whole()
+    order = _Order(config, tokenizer)
+    accept(order.fingerprint)
+    return order.whole(CHECKED_AT_ONCE_BYTES)
 
 
 def prepare_share(config: DataConfig, tokenizer: PreTrainedTokenizerBase, task: int, tasks: int) -> Corpus | str:
@@ -100,23 +130,31 @@ class _Order:
 
     def __init__(self, config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> None:
         self._backend, self._special_ids = check_tokenizer(config, tokenizer)
+        self._unknown = tokenizer.unk_token_id
         self._config, self._sources = config, open_sources(config)
-        self._fingerprint = _fingerprint(config, self._sources, self._backend, self._special_ids)
+        self.fingerprint = _fingerprint(config, self._sources, self._backend, self._special_ids)
         self._cache_dir = Path(config.cache_dir).expanduser()
-        self._target = self._cache_dir / "corpora" / self._fingerprint
+        self._target = self._cache_dir / "corpora" / self.fingerprint
 
-    def whole(self) -> Corpus:
+    def whole(self, checked_bytes: float = math.inf) -> Corpus:
+        """Args: checked_bytes: blocks of a cached corpus that are not more than this are hashed."""
+
+        def damage(folder: Path) -> str | None:
+            if problem := structure_damage(folder):
+                return problem
+            return content_damage(folder) if blocks_bytes(folder) <= checked_bytes else None
+
         def build(folder: Path) -> None:
             nonlocal preparation
             preparation = self.preparation()
             self._build(folder, preparation)
 
         preparation = None
-        folder = build_once(self._target, build, _damage)
+        folder = build_once(self._target, build, damage)
         if preparation is not None:
             preparation.give_up()
         train, heldout = Rows(folder / "train.npy"), Rows(folder / "heldout.npy")
-        return Corpus(train, heldout, self._fingerprint, _describe(folder, self._config.seq_len))
+        return Corpus(train, heldout, self.fingerprint, _describe(folder, self._config.seq_len))
 
     def share(self, task: int, tasks: int) -> Corpus | str:
         if self._is_there():
@@ -133,14 +171,26 @@ class _Order:
         )
 
     def _is_there(self) -> bool:
-        return self._target.exists() and _damage(self._target) is None
+        return self._target.exists() and structure_damage(self._target) is None
 
     def preparation(self, folder: Path | None = None, is_over: Callable[[], bool] | None = None) -> Preparation:
-        plan = make_plan(self._sources, self._config.shard_bytes, self._fingerprint)
+        plan = make_plan(self._sources, self._config.shard_bytes, self.fingerprint)
+        self._check_language(plan)
         recipe = Recipe(self._sources, self._backend, Filters(self._config))
         return Preparation(
             folder or self._cache_dir / "parts" / plan.hash[:16], plan, recipe, is_over or self._is_there
         )
+
+    def _check_language(self, plan: Plan) -> None:
+        """Refuse a source whose first text the tokenizer does not know, before all of it is tokenised."""
+        first = {shard.source: shard.spans[0] for shard in reversed(plan.shards)}
+        for index, span in first.items():
+            source, ids = self._sources[index], []
+            for document in islice(read(source, span), _FIRST_DOCUMENTS):
+                ids += self._backend.encode(next(iter(document), ""), add_special_tokens=False).ids
+                if len(ids) >= _FIRST_TOKENS:
+                    break
+            check_text_is_known(ids, self._unknown, source.name)
 
     def _build(self, folder: Path, preparation: Preparation) -> None:
         plan, wanted = preparation.plan, list(range(len(preparation.plan.shards)))
@@ -188,21 +238,6 @@ def _fingerprint(config: DataConfig, sources: list[Source], backend: Tokenizer, 
     if used := versions(config):
         parts["filters"] = [config.boilerplate_filter, config.near_duplicates, used]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
-
-
-def _damage(folder: Path) -> str | None:
-    """What is missing or cut short in a prepared corpus."""
-    try:
-        summary = json.loads((folder / SUMMARY_FILE).read_text(encoding="utf-8"))
-        for name in ("train", "heldout"):
-            # Opening the map compares the file's size with the shape in its header.
-            if len(np.load(folder / f"{name}.npy", mmap_mode="r")) != summary[name]["blocks"]:
-                return f"{name}.npy has another number of blocks than {SUMMARY_FILE} says"
-    except FileNotFoundError as error:
-        return f"{Path(error.filename).name} is missing"
-    except (ValueError, KeyError, TypeError, EOFError) as error:
-        return " ".join(str(error).split())
-    return None
 
 
 def _describe(folder: Path, seq_len: int) -> str:

@@ -6,6 +6,7 @@ import contextlib
 import io
 import lzma
 import os
+import stat
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -109,14 +110,17 @@ class TextFile:
                     f"data.sources: reading {self.location!r} needs a package for {self._last} files; "
                     f"pip install zstandard, or unpack the file"
                 ) from None
-            if not self.is_remote:
+            if not self.is_remote and type(error).__name__ != "ZstdError":
                 raise
             raise self.unreadable(error) from None  # stores and their clients raise types of their own
 
     def unreadable(self, error: Exception) -> UserError:
         reason = " ".join(str(getattr(error, "strerror", None) or error or type(error).__name__).split())
         if not self.is_remote:
-            return UserError(f"data.sources: cannot read {self.location!r} ({reason}); check its permissions")
+            is_of_system = isinstance(error, OSError) and error.errno is not None
+            kind = f"whole {self.compression} file" if self.compression else "file without damage"
+            remedy = "check its permissions" if is_of_system else f"give a {kind}, or remove it"
+            return UserError(f"data.sources: cannot read {self.location!r} ({reason}); {remedy}")
         return UserError(
             f"data.sources: cannot read {self.location!r} ({type(error).__name__}: {reason[:300]}); check the URL, its "
             f"credentials and the connection"
@@ -140,6 +144,40 @@ class _Forward(io.RawIOBase):
 
 def _is_missing_codec(error: Exception) -> bool:
     return isinstance(error, ValueError) and "ompression type" in str(error)
+
+
+def check_regular(path: Path) -> None:
+    """Raise `UserError` unless `path` is a file that has an end: a pipe or a device would be read for ever.
+
+    Links are followed; one that leads nowhere or in a circle is named.
+    """
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        if not path.is_symlink():
+            raise
+        raise UserError(
+            f"data.sources: {str(path)!r} is a link to {os.readlink(path)!r}, which does not exist; remove it, or put "
+            f"the file there"
+        ) from None
+    except OSError as error:
+        raise UserError(
+            f"data.sources: cannot read {str(path)!r} ({error.strerror}); remove it, or put a readable file there"
+        ) from None
+    if not stat.S_ISREG(mode):
+        kind = next((name for test, name in _SPECIAL.items() if test(mode)), "special file")
+        raise UserError(
+            f"data.sources: {str(path)!r} is a {kind}, expected a regular file; write its text into one, or remove it"
+        )
+
+
+_SPECIAL = {
+    stat.S_ISFIFO: "named pipe (FIFO)",
+    stat.S_ISSOCK: "socket",
+    stat.S_ISCHR: "device",
+    stat.S_ISBLK: "device",
+    stat.S_ISDIR: "folder",
+}
 
 
 def is_url(name: str) -> bool:

@@ -56,6 +56,11 @@ def versions(config: DataConfig) -> dict[str, str]:
     return found
 
 
+# datatrove's own package leaves out two that its filters import. Never the extra `homodistil[data]`: the package of
+# that name on the public index is not this project.
+_INSTALLED_AS = {"datatrove": "datatrove humanize loguru", "datasketch": "datasketch"}
+
+
 def _need(package: str, module: str | None = None):
     try:
         return import_module(module or package)
@@ -63,7 +68,7 @@ def _need(package: str, module: str | None = None):
         field = "data.boilerplate_filter" if package == "datatrove" else "data.near_duplicates"
         reason = " ".join(str(error).split())
         raise UserError(
-            f"{field}: needs {package} ({reason}); pip install 'homodistil[data]', or set it to none"
+            f"{field}: needs {package} ({reason}); pip install {_INSTALLED_AS[package]}, or set it to none"
         ) from None
 
 

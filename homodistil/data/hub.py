@@ -57,6 +57,11 @@ def is_hub_name(name: str) -> bool:
     return bool(re.fullmatch(pattern, name)) and not _FILE_LIKE.fullmatch(name) and not Path(name).exists()
 
 
+def hub_repository(name: str) -> str:
+    """owner/name of a hub data set."""
+    return _SHORT_NAMES[name].repository if name in _SHORT_NAMES else name.partition(":")[0]
+
+
 def open_hub(name: str, column: str) -> HubText:
     """Fetch (or find in the cache of `datasets`) the train split.
 

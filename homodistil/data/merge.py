@@ -45,6 +45,7 @@ def merge(
     table = document_table(plan, shards)
     _drop_duplicates(table, shards, recipe, config)
     _check_every_source_has_text(table, recipe)
+    _check_training_text(table, config)
     is_heldout = split(table.hashes, np.where(table.is_kept, table.source_of, -1), config.heldout_fraction)
     sides = {"train": table.is_kept & (is_heldout == 0), "heldout": table.is_kept & (is_heldout == 1)}
     weights = [source.weight for source in recipe.sources]
@@ -52,6 +53,10 @@ def merge(
         "train": _Side(folder / "train.npy", table, sides["train"], weights, recipe, special, config.seq_len),
         "heldout": _Side(folder / "heldout.npy", table, sides["heldout"], [], recipe, special, config.seq_len),
     }
+    if not to_disk["train"].num_blocks:
+        raise UserError(
+            f"data.weights: {config.weights} leave no block of training text; give larger weights or more text"
+        )
     for shard, path, first in zip(plan.shards, shards, table.first, strict=True):
         for rows in token_rows(path, first, recipe.token_dtype):
             for name, side in to_disk.items():
@@ -94,6 +99,7 @@ class _Side:
         ]
         if len(groups) > 1:
             self._summary["blocks_by_source"] = num_blocks
+        self.num_blocks = sum(num_blocks)
         self._out = BlockFile(path, sum(num_blocks), seq_len, recipe.token_dtype)
         self._packer: Packer | None = None
 
@@ -129,6 +135,16 @@ def _check_every_source_has_text(table: DocumentTable, recipe: Recipe) -> None:
                 f"data.sources: the filters keep none of the {int(here.sum())} documents of {source.name!r}; remove "
                 f"it, or set data.boilerplate_filter=none"
             )
+
+
+def _check_training_text(table: DocumentTable, config: DataConfig) -> None:
+    """Of each source at least one document stays for training; a fraction that means all of them is a mistake."""
+    num_documents = int(table.is_kept.sum())
+    if num_documents > 1 and round(config.heldout_fraction * num_documents) >= num_documents:
+        raise UserError(
+            f"data.heldout_fraction: {config.heldout_fraction:g} of {num_documents} documents leaves none for "
+            f"training; choose a smaller one, such as 0.05"
+        )
 
 
 def _manifest(plan: Plan, shards: list[Path], table: DocumentTable, is_heldout, recipe: Recipe, config: DataConfig):

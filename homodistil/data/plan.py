@@ -7,6 +7,7 @@ any time, means the same by shard 17.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from homodistil.data.documents import Span, open_parquet
 from homodistil.data.files import TextFile
 from homodistil.data.sources import Source
 
+_PART_BYTES = 16 << 20  # of a line in memory at once
 _PARTS_VERSION = 1  # of what shards.py writes; raise it when that changes
 
 
@@ -99,15 +101,26 @@ def _cuts(raw: BinaryIO, size: int, shard_bytes: int, is_blank_needed: bool) -> 
     cut = shard_bytes
     while cut < size:
         raw.seek(cut - 1)
-        line = raw.readline()
-        cut += len(line) - 1
+        cut += _line(raw)[0] - 1
         if is_blank_needed:
-            while (line := raw.readline()) and line.decode("utf-8", "replace").strip():
-                cut += len(line)
-            cut += len(line)
+            while (line := _line(raw))[0] and not line[1]:
+                cut += line[0]
+            cut += line[0]
         if cut < size:
             yield cut
         cut += shard_bytes
+
+
+def _line(raw: BinaryIO) -> tuple[int, bool]:
+    """(bytes of the next line, whether it is blank), however long it is."""
+    num_bytes, is_blank = 0, True
+    limit = (_PART_BYTES,) if isinstance(raw, io.BufferedIOBase) else ()  # clients of stores know no limit
+    while part := raw.readline(*limit):
+        num_bytes += len(part)
+        is_blank = is_blank and not part.decode("utf-8", "replace").strip()
+        if part.endswith(b"\n"):
+            break
+    return num_bytes, is_blank
 
 
 def _row_group_spans(index: int, file: TextFile, column: str, shard_bytes: int) -> Iterator[Span]:

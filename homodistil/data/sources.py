@@ -13,9 +13,11 @@ from pathlib import Path
 from homodistil.config import DataConfig
 from homodistil.data import assets
 from homodistil.data.file_hashes import content_hashes
-from homodistil.data.files import COMPRESSIONS, KINDS, TextFile, is_url, local_path, remote_files
+from homodistil.data.files import COMPRESSIONS, KINDS, TextFile, check_regular, is_url, local_path, remote_files
 from homodistil.data.hub import HubText, is_hub_name, open_hub
 from homodistil.errors import UserError, nearest
+
+_LONGEST_NAME_BYTES = 4095  # of a path, as Linux has it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,11 +37,34 @@ class Source:
 
 def check_sources(config: DataConfig) -> None:
     """Refuse what can be seen to be wrong without fetching anything. Raises `UserError`."""
-    for name in config.sources:
-        if assets.is_embedded(name):
-            assets.check_text(name)
-        elif not is_hub_name(name) and not is_url(local_path(name)):
-            _files(name)
+    if not config.text_column:
+        raise UserError("data.text_column: found an empty name; give the column that holds the text, such as text")
+    _refuse_twice([(place, name) for name in config.sources for place in _places(name)])
+
+
+def _places(name: str) -> list[str]:
+    """What the text of an entry is known by: its files, or its name."""
+    if assets.is_embedded(name):
+        assets.check_text(name)
+    elif not is_hub_name(name) and not is_url(local_path(name)):
+        return sorted({str(Path(file.location).resolve()) for file in _files(name)})
+    return [name]
+
+
+def _refuse_twice(named: list[tuple[str, str]]) -> None:
+    """Text that comes twice would be held out in one place and trained on in the other.
+
+    Args:
+        named: (place of a text, the entry that names it).
+    """
+    entry_of: dict[str, str] = {}
+    for place, name in named:
+        if place in entry_of:
+            raise UserError(
+                f"data.sources: {place!r} is in {entry_of[place]!r} and in {name!r}; name each text once "
+                f"(data.weights says how often it comes)"
+            )
+        entry_of[place] = name
 
 
 def open_sources(config: DataConfig) -> list[Source]:
@@ -48,6 +73,7 @@ def open_sources(config: DataConfig) -> list[Source]:
     cache_dir = Path(config.cache_dir).expanduser()
     weights = config.weights or [1.0] * len(config.sources)
     named = _expand(list(zip(config.sources, weights, strict=True)), cache_dir)
+    _refuse_twice([(name, name) for name, _ in named])
     return [_open(name, weight, config, cache_dir) for name, weight in named]
 
 
@@ -94,13 +120,13 @@ def _fingerprint(files: list[TextFile], cache_dir: Path) -> list[str]:
 
 def _files(name: str) -> list[TextFile]:
     """The file, or the readable kinds of file below the folder, in the order of their names."""
-    path = Path(local_path(name)).expanduser()
+    path = _path(name)
     if is_url(str(local_path(name))):
         return remote_files(name)
     try:
         if path.is_dir():
             return _files_below(path)
-        path.stat()
+        check_regular(path)
     except FileNotFoundError:
         packaged = [assets.EMBEDDED, *assets.TEXTS]
         raise UserError(
@@ -108,23 +134,38 @@ def _files(name: str) -> list[TextFile]:
             f"a URL, a hub data set (wikipedia, bookcorpus, owner/name[:config]) or {', '.join(packaged)}"
         ) from None
     except OSError as error:
-        raise TextFile(str(path)).unreadable(error) from None
+        raise TextFile(str(error.filename or path)).unreadable(error) from None
     if TextFile(str(path)).kind is None:
         raise UserError(f"data.sources: {name!r} has suffix {path.suffix!r}, allowed: {_kinds()}; convert or rename it")
     return [TextFile(str(path))]
+
+
+def _path(name: str) -> Path:
+    if not name or "\0" in name:
+        raise UserError(f"data.sources: {name!r} is no path; give a file or folder ({_kinds()})")
+    if len(os.fsencode(name)) > _LONGEST_NAME_BYTES:
+        raise UserError(
+            f"data.sources: {name[:40]!r}... has {len(name)} characters, too long for a path; give a file or folder"
+        )
+    try:
+        return Path(local_path(name)).expanduser()
+    except RuntimeError:
+        raise UserError(f"data.sources: {name!r}: there is no such user; give the whole path") from None
 
 
 def _files_below(folder: Path) -> list[TextFile]:
     def fail(error: OSError):
         raise error
 
-    found = []
+    names: list[Path] = []
     for parent, folders, files in os.walk(folder, onerror=fail):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [Path(parent, name) for name in files if not name.startswith(".") and TextFile(name).kind]
-    if not found:
+        names += [Path(parent, name) for name in files if not name.startswith(".") and TextFile(name).kind]
+    if not names:
         raise UserError(f"data.sources: folder {str(folder)!r} holds no {_kinds()} file; put text there")
-    return [TextFile(str(file)) for file in sorted(found, key=lambda file: file.relative_to(folder).parts)]
+    for file in names:
+        check_regular(file)
+    return [TextFile(str(file)) for file in sorted(names, key=lambda file: file.relative_to(folder).parts)]
 
 
 def _kinds() -> str:

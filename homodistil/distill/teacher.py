@@ -3,28 +3,39 @@
 from __future__ import annotations
 
 import functools
-import json
-import pickle
 import re
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import torch
 from huggingface_hub import list_repo_files
-from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModelForMaskedLM, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from homodistil.config import TeacherConfig
 from homodistil.data.masking import Batch
+from homodistil.data.tokenizer import check_ids, check_special_tokens, check_words, read_tokenizer
 from homodistil.distill.runtime import OwnStream, Runtime, build_runtime
 from homodistil.distill.sharded import shard_layers
 from homodistil.distill.targets import Finished, LockStep, Targets, own_lists, wanted_rows
 from homodistil.errors import UserError
 from homodistil.models import family_of
+from homodistil.models.checkpoint_files import first_line, local_folder
+from homodistil.models.config_file import read_config
 from homodistil.models.taps import ATTENTION, Tapped, Taps
+from homodistil.models.weights import (
+    Difference,
+    check_finite,
+    check_layers,
+    check_whole,
+    difference,
+    some,
+    stored_tensors,
+)
 
+FIELD = "teacher.name"
 _PICKLED_WEIGHTS = re.compile(r"pytorch_model.*\.bin")
 
 
@@ -128,10 +139,45 @@ def load_model(
     return _from_pretrained(folder, allow_pickle, config=config, dtype=dtype, attn_implementation=ATTENTION)
 
 
-def has_mlm_head(folder: str, allow_pickle: bool = False) -> bool:
-    """Whether the checkpoint brings its own MLM head (an encoder alone gets a freshly initialised one)."""
-    _, report = _from_pretrained(folder, allow_pickle, output_loading_info=True)
-    return not any(name.startswith(("cls.", "lm_head.")) for name in report["missing_keys"])
+def has_mlm_head(folder: str, allow_pickle: bool = False, say: Callable[[str], None] = lambda line: None) -> bool:
+    """Whether the checkpoint brings its own MLM head (an encoder alone gets a freshly initialised one).
+
+    Everything else has to be there: the weights are read once and looked at.
+
+    Args:
+        say: takes a line on tensors that the model does not use.
+
+    Raises:
+        UserError: as `load_model` and `check_stored`, or NaN or infinite values.
+    """
+    shape = load_config(folder)
+    check_stored(folder, shape, allow_pickle)
+    family, where = family_of(shape.model_type), f"{FIELD}: {folder!r}"
+    # In fp32, whatever the config says of its type: nothing becomes infinite on the way.
+    options = {"config": shape, "dtype": torch.float32, "ignore_mismatched_sizes": True, "output_loading_info": True}
+    model, report = _from_pretrained(folder, allow_pickle, **options)
+    unexpected = sorted(name for name in report["unexpected_keys"] if not family.is_unused(family.tensor_name(name)))
+    mismatched = [(name, tuple(stored), tuple(ours)) for name, stored, ours in sorted(report["mismatched_keys"])]
+    has_head = check_whole(Difference(sorted(report["missing_keys"]), unexpected, mismatched), model, family, where)
+    check_finite(model, where)
+    if unexpected:
+        say(f"teacher: {len(unexpected)} tensors of {folder} are not used by its config: {some(unexpected)}")
+    return has_head
+
+
+def check_stored(folder: str, shape, allow_pickle: bool = False) -> None:
+    """The files of a local teacher against its config `shape`, without reading the weights (milliseconds).
+
+    Raises:
+        UserError: files missing or damaged, whole numbers for weights, tensors missing or of another shape.
+    """
+    local, family, where = local_folder(folder, FIELD), family_of(shape.model_type), f"{FIELD}: {folder!r}"
+    stored = stored_tensors(local, FIELD, allow_pickle) if local else {}
+    if stored:
+        check_layers(stored, shape.num_hidden_layers, family, where)
+        with torch.device("meta"):
+            model = family.empty_model(shape)
+        check_whole(difference(stored, model, family), model, family, where)
 
 
 def _from_pretrained(folder: str, allow_pickle: bool, **options):
@@ -143,13 +189,16 @@ def _from_pretrained(folder: str, allow_pickle: bool, **options):
     logging.set_verbosity_error()
     try:
         return AutoModelForMaskedLM.from_pretrained(folder, **options)
-    except (OSError, ValueError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
+    except Exception as error:  # safetensors, torch, the hub client and its transport raise types of their own
         if not allow_pickle and _has_only_pickles(folder):
             raise UserError(
                 f"teacher.name: {folder!r} has pickled weights only (.bin), which can run code when they are read; "
                 f"give one with model.safetensors, or teacher.allow_pickle=true to read them with torch's weights_only"
             ) from None
-        raise UserError(f"teacher.name: cannot load weights from {folder!r} ({_first_line(error)})") from None
+        raise UserError(
+            f"teacher.name: cannot load weights from {folder!r} ({first_line(error)}); give a folder with config.json "
+            f"and model.safetensors of the same model, or a hub name"
+        ) from None
     finally:
         logging.set_verbosity(verbosity)
 
@@ -167,34 +216,24 @@ def _has_only_pickles(folder: str) -> bool:
 
 
 def load_config(folder: str):
-    """Its configuration. Raises `UserError` when there is none."""
-    if folder.startswith((".", "/", "~")) and not Path(folder).expanduser().is_dir():
-        raise UserError(f"teacher.name: no folder {folder!r}; give a folder with config.json, a hub name or embedded:…")
-    try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"teacher.name: no model at {folder!r} ({_first_line(error)}); "
-            f"give a folder with config.json and weights, a reachable hub name, or embedded:bert-tiny"
-        ) from None
+    """Its configuration. Raises `UserError` when there is none, or one that no run could start from."""
+    shape = read_config(folder, FIELD)
+    family_of(shape.model_type)
+    return shape
 
 
 def load_tokenizer(folder: str, vocab_size: int) -> PreTrainedTokenizerBase:
-    """The teacher's tokenizer. Raises `UserError` when it is missing or does not fit the `vocab_size` embeddings."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, json.JSONDecodeError) as error:
-        raise UserError(f"teacher.name: no usable tokenizer at {folder!r} ({_first_line(error)})") from None
-    if len(tokenizer) > vocab_size:
-        raise UserError(
-            f"teacher.name: the tokenizer at {folder!r} has {len(tokenizer)} tokens, the model {vocab_size} "
-            f"embeddings; use the tokenizer that the model was trained with"
-        )
+    """The teacher's tokenizer.
+
+    Raises:
+        UserError: it is missing, damaged or of another kind, does not fit the `vocab_size` embeddings, lacks a special
+            token that masked language modelling needs, or knows no words.
+    """
+    tokenizer = read_tokenizer(folder, FIELD)
+    check_ids(tokenizer, vocab_size, f"{FIELD}: the tokenizer at {folder!r}")
+    check_special_tokens(tokenizer, f"{FIELD}: the tokenizer at {folder!r}")
+    check_words(tokenizer, f"{FIELD}: the tokenizer at {folder!r}")
     return tokenizer
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def head_only_parameters(model: nn.Module, family: ModuleType) -> list[nn.Parameter]:

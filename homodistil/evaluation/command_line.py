@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from homodistil.config import DataConfig
+from homodistil.errors import UserError
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise UserError(f"{message.removeprefix('argument ')}; --help names the options")
 
 
 def fine_tuning_parser(
     description: str, lr: Sequence[float], epochs: int, seeds: Sequence[int], max_length: int
 ) -> argparse.ArgumentParser:
-    """A parser with checkpoint, grid, device and output; the other arguments are defaults."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    """A parser with checkpoint, grid, device and output; the other arguments are defaults. It raises `UserError`."""
+    parser = _Parser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--checkpoint", required=True, help="folder or hub name of a Hugging Face encoder, or embedded:minilm-l6")
-    add("--lr", type=positive(float), nargs="+", default=list(lr), help="learning rates")
-    add("--batch-size", type=positive(int), nargs="+", default=[32], help="batch sizes")
-    add("--epochs", type=positive(int), nargs="+", default=[epochs], help="epochs (the learning rate falls over them)")
-    add("--seeds", type=int, nargs="+", default=list(seeds), help="seeds of head, order and dropout")
-    add("--max-length", type=positive(int), default=max_length, help="tokens of an example")
+    add("--lr", type=number(float, above=0), nargs="+", default=list(lr), help="learning rates")
+    add("--batch-size", type=number(int, 1), nargs="+", default=[32], help="batch sizes")
+    add("--epochs", type=number(int, 1), nargs="+", default=[epochs], help="epochs (the learning rate falls over them)")
+    add("--seeds", type=number(int, 0, 2**32 - 1), nargs="+", default=list(seeds), help="of head, order and dropout")
+    add("--max-length", type=number(int, 1), default=max_length, help="tokens of an example")
     add("--precision", choices=("fp32", "bf16"), default="fp32", help="bf16: autocast")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="cuda: the first visible GPU")
     add("--out", type=Path, required=True, help="folder for results; what is finished there is not run again")
@@ -28,13 +35,20 @@ def fine_tuning_parser(
     return parser
 
 
-def positive(kind: type) -> Callable[[str], float]:
-    """An argparse type: a positive finite number of `kind`."""
+def number(
+    kind: type, low: float = -math.inf, high: float = 1_000_000, above: float | None = None
+) -> Callable[[str], float]:
+    """An argparse type: a number of `kind` in [`low`, `high`], in plain digits; `above`: greater than this."""
 
-    def number(text: str) -> float:
-        if not 0 < (value := kind(text)) < float("inf"):
-            raise ValueError
+    def parse(text: str) -> float:
+        try:
+            value = kind(text) if text.isascii() and "_" not in text else None
+        except ValueError:
+            value = None
+        if value is None or not low <= value <= high or (above is not None and value <= above):
+            what = "whole numbers" if kind is int else "numbers"
+            least = f" above {above:g}, up to" if above is not None else f" from {low:.10g} to"
+            raise argparse.ArgumentTypeError(f"found {text[:100]!r}, allowed are {what}{least} {high:.10g}")
         return value
 
-    number.__name__ = f"positive {kind.__name__}"  # argparse's message names it
-    return number
+    return parse

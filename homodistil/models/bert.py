@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -11,6 +12,11 @@ from transformers import BertConfig, BertForMaskedLM
 from homodistil.models.axes import AxisTable, AxisUse, Widths
 
 MODEL_TYPE = "bert"
+
+_BACKBONE, _HEAD = "bert.", "cls.predictions."
+# Of BERT's own pretraining, and what older checkpoints kept beside the parameters.
+_UNUSED = ("bert.pooler.", "cls.seq_relationship.", "bert.embeddings.position_ids", "bert.embeddings.token_type_ids")
+_OWN_PARTS = ("embeddings.", "encoder.", "pooler.")
 
 
 def axis_table(model: BertForMaskedLM) -> AxisTable:
@@ -233,3 +239,28 @@ def student_config(teacher: BertConfig, widths: Widths) -> BertConfig:
 def empty_model(config: BertConfig) -> BertForMaskedLM:
     """A freshly initialised model of this shape (put it on the meta device to look at shapes only)."""
     return BertForMaskedLM(config)
+
+
+def tensor_name(stored: str) -> str:
+    """Today's name of a tensor in a file of any age: LayerNorms had gamma and beta, an encoder alone no prefix."""
+    name = f"{_BACKBONE}{stored}" if stored.startswith(_OWN_PARTS) else stored
+    return re.sub(r"LayerNorm\.(gamma|beta)$", lambda m: f"LayerNorm.{_NORM_NAMES[m[1]]}", name)
+
+
+_NORM_NAMES = {"gamma": "weight", "beta": "bias"}
+
+
+def is_head(name: str) -> bool:
+    """Whether a parameter is the MLM head's own (a tied decoder weight is not)."""
+    return name.startswith(_HEAD)
+
+
+def is_unused(name: str) -> bool:
+    """Whether a masked LM leaves a tensor of this name out as a matter of course (pooler, next-sentence head)."""
+    return name.startswith(_UNUSED)
+
+
+def num_stored_layers(names: Iterable[str]) -> int:
+    """Layers that the tensors in a checkpoint's files belong to."""
+    numbers = [re.match(r"bert\.encoder\.layer\.(\d+)\.", tensor_name(name)) for name in names]
+    return 1 + max((int(found[1]) for found in numbers if found), default=-1)

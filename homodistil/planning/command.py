@@ -19,12 +19,14 @@ from homodistil.planning.cluster import CPU, Cluster, find_cluster
 from homodistil.planning.own_run import calibration_path
 from homodistil.planning.plan import make_plan
 from homodistil.planning.speed import expected_seconds
+from homodistil.planning.subject import check_plannable
 from homodistil.planning.table import format_plan
 
 
 def show(config: RunConfig, engine_config: Path, options: argparse.Namespace) -> None:
     """Print the plan, and write it where --json says. Raises `UserError`."""
     cluster = _cluster(options)
+    check_plannable(config)
     plan = make_plan(
         config, load_engine_config(engine_config), cluster, _calibration(config, options), options.price, options.watts
     )

@@ -14,10 +14,12 @@ from homodistil.data import assets
 from homodistil.distill.initial_student import build_student
 from homodistil.distill.sharded import num_parameters
 from homodistil.distill.student import Student
-from homodistil.distill.teacher import load_config
+from homodistil.distill.teacher import load_config, load_tokenizer
+from homodistil.materials import check_shape, check_teacher, found_teacher
 from homodistil.models import family_of
 from homodistil.models.axes import Widths
 from homodistil.models.taps import ATTENTION
+from homodistil.models.weights import has_weights
 from homodistil.pruning.scheduler import width_schedule
 from homodistil.pruning.target import student_widths
 
@@ -67,6 +69,22 @@ def find_subject(config: RunConfig) -> Subject:
     return Subject(
         config, student, widths, num_parameters(teacher), sizes, num_tensors, shape.vocab_size, stretches, note
     )
+
+
+def check_plannable(config: RunConfig) -> None:
+    """Refuse what a run would refuse of this teacher: its weights and tokenizer where they lie in a folder.
+
+    A folder with a config.json and no weights, and a hub name, are judged by their configuration.
+
+    Raises:
+        UserError: as `materials.check_teacher` and `load_tokenizer`.
+    """
+    shape, folder = _teacher_shape(config), Path(found_teacher(config))
+    if folder.is_dir() and has_weights(folder):
+        check_teacher(config)
+        load_tokenizer(str(folder), shape.vocab_size)
+    else:
+        check_shape(config, shape)
 
 
 def _teacher_shape(config: RunConfig):

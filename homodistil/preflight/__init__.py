@@ -14,7 +14,6 @@ import time
 from pathlib import Path
 
 import torch
-from torch import distributed
 
 from homodistil import ranks, stop, watch
 from homodistil.config import RunConfig
@@ -47,9 +46,7 @@ def check(config: RunConfig, engine_config_path: Path) -> int:
     with stop.on_signals(), watch.watching(config.run.rank_timeout_s):
         with watch.long_phase("checking"):
             findings = _check_all(config, raw_engine_config, device)
-        code = _conclude(findings, start_s)
-    distributed.destroy_process_group()
-    return code
+        return _conclude(findings, start_s)
 
 
 def _check_all(config: RunConfig, raw_engine_config: dict, device: torch.device) -> Findings:

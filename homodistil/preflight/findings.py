@@ -8,10 +8,12 @@ from itertools import groupby
 from typing import TypeVar
 
 from homodistil.errors import UserError
+from homodistil.wire import travels
 
 T = TypeVar("T")
 
 
+@travels
 @dataclass(frozen=True)
 class Finding:
     """A row of the table."""

@@ -49,7 +49,7 @@ def check_settings(findings: Findings, config: RunConfig, raw_engine_config: dic
 
 def check_model(findings: Findings, config: RunConfig) -> TeacherFacts | None:
     """Teacher (fetched if it is packaged), its weights and tokenizer, and the student's target."""
-    folder = findings.attempt("model", lambda: check_teacher(config))
+    folder = findings.attempt("model", lambda: check_teacher(config, lambda line: findings.note("model", line)))
     if folder is None:
         return None
     shape = load_config(folder)

@@ -12,7 +12,8 @@ from transformers import PreTrainedTokenizerBase
 from homodistil.config import DataConfig
 from homodistil.data.corpus import check_tokenizer
 from homodistil.data.documents import read, start_of
-from homodistil.data.sources import Source, unhashed_sources
+from homodistil.data.sources import Source, check_sources, unhashed_sources
+from homodistil.data.tokenizer import check_text_is_known
 from homodistil.errors import UserError
 from homodistil.preflight.findings import Findings
 
@@ -36,16 +37,19 @@ def check_text(findings: Findings, config: DataConfig, tokenizer: PreTrainedToke
     if findings.attempt("data", lambda: check_tokenizer(config, tokenizer)) is None:
         return None
     backend, _ = check_tokenizer(config, tokenizer)
+    unknown = tokenizer.unk_token_id
     tokens: list[int] = []
     num_bytes = 0
     for name in config.sources:
         sources = findings.attempt("data", lambda name=name: unhashed_sources(config, [name]))
         for source in sources or ():
-            found = findings.attempt("data", lambda source=source: _tokens_of(source, backend))
+            found = findings.attempt("data", lambda source=source: _tokens_of(source, backend, unknown))
             if found is not None:
                 size = sum(file.num_bytes() or 0 for file in source.files)
                 num_bytes, tokens = num_bytes + size, tokens + found
                 findings.note("data", f"{source.name}: {_measure(source, size)}, {len(found):,} tokens read from it")
+    if findings.are_good:
+        findings.attempt("data", lambda: check_sources(config))
     return Sample(np.asarray(tokens, dtype=np.int64), num_bytes) if findings.are_good else None
 
 
@@ -53,7 +57,7 @@ def _measure(source: Source, size: int) -> str:
     return f"{len(source.files)} files, {size / 1e6:.1f} MB" if source.files else "hub data set"
 
 
-def _tokens_of(source: Source, backend: Tokenizer) -> list[int]:
+def _tokens_of(source: Source, backend: Tokenizer, unknown: int | None) -> list[int]:
     """Of the first documents of up to FILES_LOOKED_INTO files, spread evenly over the source."""
     step = -(-len(source.files) // FILES_LOOKED_INTO) or 1
     spans = [start_of(source, index) for index in range(0, max(1, len(source.files)), step)]
@@ -65,6 +69,7 @@ def _tokens_of(source: Source, backend: Tokenizer) -> list[int]:
                 found += backend.encode(piece, add_special_tokens=False).ids
     if not found:
         raise UserError(f"data.sources: {source.name!r} gave no token of text at its start; put text there")
+    check_text_is_known(found, unknown, source.name)
     return found
 
 

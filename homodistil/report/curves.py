@@ -7,9 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from homodistil.report.figures import MAX_POINTS, Line, Panel
-from homodistil.report.run import Points, Run
+from homodistil.report.run import Points, Run, number
 
 TERMS = ("mlm", "kl", "hidden", "attention", "embedding")
+TEACHER_STYLE = 5
+"""Grey: the same in all figures."""
+_LONGEST_LABEL = 24
+_MOST_CONTROLS = 4  # beside which a line can still be followed
 FAMILIES = {"hidden": "hidden", "ffn": "feed-forward", "heads": "heads", "qk_dim": "head dim"}
 
 
@@ -31,7 +35,8 @@ def curves(run: Run) -> list[Curve]:
             _gap,
         ),
         "Held-out values": (
-            "Held-out rows with masks that never change; last, the terms on the probe batch.",
+            "Held-out rows with masks that never change; beside the run its controls, and the teacher on all held-out "
+            "rows. Last, the terms on the probe batch.",
             _heldout,
         ),
         "Speed and memory": ("Tokens a second over all ranks, pauses left out, and what the first rank uses.", _speed),
@@ -83,7 +88,7 @@ def _widths(run: Run) -> list[Panel]:
     for family, label in FAMILIES.items():
         points = [(step, mean_width(widths, family)) for step, widths in history]
         points = [(step, width) for step, width in points if width is not None]
-        if points:
+        if points and points[0][1]:
             first, last = points[0][1], points[-1][1]
             text = f"{label} {first:.4g} to {last:.4g}"
             share.append(Line(text, [(step, 100 * width / first) for step, width in points]))
@@ -130,11 +135,41 @@ def gap(event: dict[str, Any], side: str, term: str) -> float | None:
 
 
 def _heldout(run: Run) -> list[Panel]:
-    """Results at every evaluation, then the terms of the probe batch in one panel."""
+    """Results at every evaluation beside the teacher and the controls, then the terms of the probe batch."""
     names = [name for name in run.evaluation_names() if not name.startswith("gap/")]
-    panels = [Panel(name.replace("_", " "), [Line(name, run.evaluation_points(name))]) for name in names]
+    panels = [
+        Panel(name.replace("_", " "), _compared(run, name), from_zero=name == "kl_to_teacher")
+        for name in names
+        if run.evaluation_points(name)
+    ]
     probe = [Line(term, run.evaluation_points(f"gap/{term}")) for term in TERMS]
     return [*panels, Panel("terms, probe batch", [line for line in probe if line.points], log_when_wide=True)]
+
+
+def _compared(run: Run, name: str) -> list[Line]:
+    """The run's own line, those of the controls of its final size, and the teacher's value all along them."""
+    lines = [Line(run.name[:_LONGEST_LABEL], run.evaluation_points(name))]
+    for control in final_controls(run):
+        points = run.controls[control].evaluation_points(name)
+        lines += [Line(control[:_LONGEST_LABEL], points)] if points else []
+    value = teacher_value(run, name)
+    if value is not None:
+        steps = [step for line in lines for step, _ in line.points]
+        lines.append(Line("teacher", [(min(steps), value), (max(steps), value)], style=TEACHER_STYLE))
+    return lines
+
+
+def final_controls(run: Run) -> list[str]:
+    """Names of the controls that end at the run's own size, as its config lists them; else the first few there are."""
+    wanted = run.config.get("run", {}).get("compare") if isinstance(run.config.get("run"), dict) else None
+    names = [name for name in run.controls if isinstance(wanted, list) and name in wanted]
+    return (names or list(run.controls))[:_MOST_CONTROLS]
+
+
+def teacher_value(run: Run, name: str) -> float | None:
+    """What the result table says of the teacher for a held-out value of the log; the KL to itself is left out."""
+    columns = {"mlm_loss": "heldout_mlm_loss", "masked_top1": "masked_top1"}
+    return number(run.teacher.get(columns[name])) if name in columns else None
 
 
 def _speed(run: Run) -> list[Panel]:

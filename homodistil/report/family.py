@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from homodistil.report.comparison.groups import models
 from homodistil.report.comparison.scatter import scatter
 from homodistil.report.figures import inline
+from homodistil.report.run import is_teacher, number
 from homodistil.results import aligned, cell
 
 Row = Mapping[str, Any]
@@ -81,7 +82,7 @@ def sentences(rows: Sequence[Row]) -> list[str]:
         against = [text for text in against if text]
         if against:
             student = f"{member['student']}, milestone" if "student" in member else "Milestone"
-            name = f"{student} {member['milestone']:g} (hidden size {member['hidden_size']})"
+            name = f"{student} {member['milestone']:g} (hidden size {member.get('hidden_size', 'unknown')})"
             found.append(f"{name}: {'; '.join(against)}.")
     return found
 
@@ -91,17 +92,17 @@ def _verdict(member: Row, control: Row) -> str:
     if difference is None:
         return ""
     word = "better than" if difference >= 0 else "WORSE than"
-    return f"{abs(difference):.3f} {word} {control['name']}"
+    return f"{abs(difference):.3f} {word} {control.get('name', 'a control')}"
 
 
 def _difference(member: Row, control: Row) -> float | None:
     """Positive: the member's held-out loss is lower."""
-    ours, theirs = member.get("heldout_mlm_loss"), control.get("heldout_mlm_loss")
+    ours, theirs = number(member.get("heldout_mlm_loss")), number(control.get("heldout_mlm_loss"))
     return None if ours is None or theirs is None else theirs - ours
 
 
 def _members(rows: Sequence[Row]) -> list[Row]:
-    return [row for row in rows if "milestone" in row and "rates" not in row]
+    return [row for row in rows if number(row.get("milestone")) is not None and "rates" not in row]
 
 
 def _controls(rows: Sequence[Row], member: Row) -> list[Row]:
@@ -112,7 +113,7 @@ def _controls(rows: Sequence[Row], member: Row) -> list[Row]:
 
 def _ordered(rows: Sequence[Row], members: Sequence[Row]) -> list[Row]:
     """Teacher first, then each member with its controls."""
-    teacher = [row for row in rows if str(row.get("name", "")).lower().startswith("teacher")]
+    teacher = [row for row in rows if is_teacher(row)]
     found = list(teacher)
     for member in members:
         found.append(member)
@@ -121,7 +122,7 @@ def _ordered(rows: Sequence[Row], members: Sequence[Row]) -> list[Row]:
 
 
 def _cells(row: Row) -> list[str]:
-    size = row.get("weights_bytes")
+    size = number(row.get("weights_bytes"))
     shown = {**row, "weights_bytes": None if size is None else size / 1e6}
     return [cell(shown.get(column), form) for column, (_, form) in COLUMNS.items()]
 

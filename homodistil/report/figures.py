@@ -15,12 +15,14 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
 from homodistil.report.run import Points
 
 MAX_POINTS = 400  # of one line: more cannot be told apart at this size, and pages of long runs stay small
+MAX_TICKS = 7  # of a logarithmic axis at this height: the numbers of more would touch
 WIDTH_INCHES, HEIGHT_INCHES = 9.0, 2.7
+_LABEL_GAP = 0.075  # between labels at the ends of lines, as a share of the height
 
 _COLORS = ("#111111", "#1f5a94", "#b3541e", "#2f7d4f", "#7a4a94", "#7d7d7d")
 _DASHES = ("-", (0, (5, 2)), (0, (5, 2, 1, 2)), (0, (1, 1.5)), (0, (8, 2)), (0, (3, 1, 1, 1, 1, 1)))
@@ -171,7 +173,7 @@ def _set_scale(axes: Axes, panel: Panel) -> None:
     values = [v for line in panel.lines for _, v in line.points if v is not None]
     if panel.log_when_wide and values and min(values) > 0 and max(values) > 20 * min(values):
         axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=12))
+        axes.yaxis.set_major_locator(FixedLocator(log_ticks(*axes.get_ylim())))
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.yaxis.set_minor_locator(NullLocator())
         return
@@ -181,8 +183,23 @@ def _set_scale(axes: Axes, panel: Panel) -> None:
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
 
 
+def log_ticks(low: float, high: float) -> list[float]:
+    """Ticks between `low` and `high` of a logarithmic axis: as many as can be read, at least two where there are any.
+
+    1, 2 and 5 of every decade, or 1 and 3, or 1 alone, or whole decades at equal distances.
+    """
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    ticks: list[float] = []
+    for digits in ((1, 2, 5), (1, 3), (1,)):
+        ticks = [digit * 10.0**decade for decade in decades for digit in digits]
+        ticks = [tick for tick in ticks if low <= tick <= high]
+        if len(ticks) <= MAX_TICKS:
+            return ticks
+    return ticks[:: math.ceil(len(ticks) / MAX_TICKS)]
+
+
 def _label_ends(axes: Axes, curves: Sequence[tuple[str, Line2D]]) -> None:
-    """Labels right of the last points, moved apart where lines end close together."""
+    """Labels right of the last points, moved apart where lines end close together; a thin line leads to a moved one."""
     ends = []
     for label, curve in curves:
         finite = [(x, y) for x, y in zip(curve.get_xdata(), curve.get_ydata(), strict=True) if math.isfinite(y)]
@@ -191,8 +208,29 @@ def _label_ends(axes: Axes, curves: Sequence[tuple[str, Line2D]]) -> None:
     axes.set_ylim(axes.get_ylim())  # freeze: the positions below are fractions of today's range
     to_fraction = axes.transData + axes.transAxes.inverted()
     heights = [to_fraction.transform(point)[1] for point, _, _ in ends]
-    for (_, label, color), y in zip(ends, spread(heights, gap=0.075), strict=True):
-        axes.annotate(label, (1.02, y), xycoords="axes fraction", va="center", color=color, annotation_clip=False)
+    # Many labels are smaller, so that they stay nearer to their lines.
+    gap = _LABEL_GAP if len(ends) <= 8 else min(0.8 * _LABEL_GAP, 1 / len(ends))
+    size = _STYLE["font.size"] * max(gap / _LABEL_GAP, 0.6)
+    for (point, label, color), height, y in zip(ends, heights, within(spread(heights, gap), gap), strict=True):
+        text = {"color": color, "va": "center", "annotation_clip": False, "fontsize": size}
+        if abs(y - height) > 0.01:
+            line = {"arrowstyle": "-", "color": color, "linewidth": 0.4, "alpha": 0.6}
+            text["arrowprops"] = {**line, "shrinkA": 1, "shrinkB": 1, "relpos": (0, 0.5)}
+        axes.annotate(label, point, xytext=(1.05, y), textcoords="axes fraction", **text)
+
+
+def within(heights: Sequence[float], gap: float) -> list[float]:
+    """Heights that are `gap` apart, moved into 0 to 1 as far as they have room there; their order is kept."""
+    order = sorted(range(len(heights)), key=lambda i: heights[i])
+    result, limit = list(heights), 1.0
+    for i in reversed(order):
+        result[i] = min(result[i], limit)
+        limit = result[i] - gap
+    limit = 0.0
+    for i in order:
+        result[i] = max(result[i], limit)
+        limit = result[i] + gap
+    return result
 
 
 def spread(heights: Sequence[float], gap: float) -> list[float]:

@@ -11,19 +11,22 @@ from markupsafe import Markup
 from homodistil.report.curves import FAMILIES, Curve, curves, gap
 from homodistil.report.figures import draw
 from homodistil.report.planned import HEADINGS, PlannedSection
-from homodistil.report.run import FILES, Run
+from homodistil.report.run import FILES, Run, is_teacher, number
+from homodistil.report.speed import memory_sentences, speed_sentences
 
 if TYPE_CHECKING:  # at run time it needs this module's CSS, through the comparison's figures
     from homodistil.report.family import FamilySection
 from homodistil.results import COLUMNS, DASH, cells
 
-CSS = """body { margin: 2.5rem auto 4rem; max-width: 62rem; padding: 0 1.5rem; color: #1a1a1a; background: #fff;
+CSS = """body { margin: 2.5rem auto 4rem; max-width: 82rem; padding: 0 1.5rem; color: #1a1a1a; background: #fff;
        font: 15px/1.5 system-ui, "Segoe UI", "DejaVu Sans", sans-serif; }
 h1 { font-size: 1.7rem; font-weight: 600; margin: 0; }
 h2 { font-size: 1.1rem; font-weight: 600; margin: 2.6rem 0 .4rem; }
 p { margin: .4rem 0; max-width: 46rem; }
 .quiet, figcaption { color: #666; }
 figure { margin: 0; }
+figure > svg { max-width: 62rem; }
+.note { color: #8a3b00; }
 figcaption { font-size: .87rem; margin-bottom: .6rem; }
 svg { display: block; width: 100%; height: auto; overflow: visible; }
 .wide { overflow-x: auto; margin-top: .9rem; }
@@ -32,7 +35,7 @@ th { font-weight: 600; border-bottom: 1px solid #1a1a1a; vertical-align: bottom;
      white-space: normal; max-width: 6.5em; }
 th, td { text-align: right; padding: .25rem 0 .25rem 1.4rem; }
 th:first-child, td:first-child { padding-left: 0; }
-.names th:first-child, .names td:first-child { text-align: left; }
+.names th:first-child, .names td:first-child { text-align: left; position: sticky; left: 0; background: #fff; }
 td { border-bottom: 1px solid #e8e8e8; }
 details { margin-top: .6rem; }
 summary { cursor: pointer; }
@@ -57,12 +60,15 @@ _TEMPLATE = """<!doctype html>
 {% for name in run.missing %}
 <p class="quiet">{{ name }} is missing: {{ files[name] }}.</p>
 {% endfor %}
+{% for note in run.notes %}
+<p class="note">{{ note }}.</p>
+{% endfor %}
 
 <h2>Result</h2>
-{% if rows %}
 {% for sentence in sentences %}
 <p>{{ sentence }}</p>
 {% endfor %}
+{% if rows %}
 <div class="wide"><table class="names">
 <thead><tr>{% for heading in headings %}<th>{{ heading }}</th>{% endfor %}</tr></thead>
 <tbody>
@@ -160,7 +166,7 @@ def render(run: Run, family: FamilySection | None = None, planned: PlannedSectio
         planned_headings=HEADINGS,
         files=FILES,
         progress=_progress(run),
-        sentences=summary(run.rows),
+        sentences=[*summary(run.rows), *speed_sentences(run), *memory_sentences(run)],
         headings=[heading for heading, _ in COLUMNS.values()],
         rows=[cells(row) for row in run.rows],
         css=Markup(CSS),
@@ -187,25 +193,20 @@ def _progress(run: Run) -> str:
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Compression and speed in words, one sentence or two for every model but the teacher.
+    """Compression and quality in words, a sentence for every model but the teacher.
 
     The teacher is the row whose name starts with "teacher"; without one there is nothing to compare with.
     """
-    teacher = next((row for row in rows if str(row.get("name", "")).lower().startswith("teacher")), None)
+    teacher = next((row for row in rows if is_teacher(row)), None)
     return [text for row in rows if row is not teacher and (text := _sentence(row, teacher or {}))]
 
 
 def _sentence(row: dict[str, Any], teacher: dict[str, Any]) -> str:
     parts = []
-    size, full = row.get("parameters"), teacher.get("parameters")
+    size, full = number(row.get("parameters")), number(teacher.get("parameters"))
     if size and full:
         parts.append(f"{size:,} of the teacher's {full:,} parameters ({size / full:.1%}, {full / size:.2f}x smaller)")
-    first, last = row.get("tokens_per_s_first"), row.get("tokens_per_s_last")
-    if first and last:
-        word = "faster" if last >= first else "slower"
-        ratio = max(last / first, first / last)
-        parts.append(f"training went from {first:,.0f} to {last:,.0f} tokens/s ({ratio:.2f}x {word})")
-    loss, reference = row.get("heldout_mlm_loss"), teacher.get("heldout_mlm_loss")
+    loss, reference = number(row.get("heldout_mlm_loss")), number(teacher.get("heldout_mlm_loss"))
     if loss is not None and reference is not None:
         parts.append(f"held-out MLM loss {loss:.3f} against the teacher's {reference:.3f} ({loss - reference:+.3f})")
     return f"{row.get('name', 'model')}: {'; '.join(parts)}." if parts else ""

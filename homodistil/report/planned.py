@@ -7,7 +7,7 @@ import statistics
 from dataclasses import dataclass
 from typing import Any
 
-from homodistil.report.run import Run
+from homodistil.report.run import Run, clean
 from homodistil.results import DASH, PLAN_FILE
 
 HEADINGS = ["hidden size", "steps", "tokens/s planned", "measured", "difference"]
@@ -22,12 +22,16 @@ class PlannedSection:
 
 
 def planned_section(run: Run) -> PlannedSection | None:
-    """None for a run without plan.json, or before anything was logged. A plan that cannot be read is left out."""
+    """None for a run without plan.json, or before anything was logged. One that cannot be read is noted in the run."""
+    path = run.folder / PLAN_FILE
+    if not path.is_file():
+        return None
     try:
-        plan = json.loads((run.folder / PLAN_FILE).read_text(encoding="utf-8"))
+        plan = clean(json.loads(path.read_text(encoding="utf-8")))
         rows = [row for stretch in _some(plan["stretches"], run) if (row := _row(stretch, run.train))]
         return PlannedSection(str(plan["basis"]), rows) if rows else None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
+        run.notes.append(f"{PLAN_FILE}: cannot be read ({type(error).__name__})")
         return None
 
 

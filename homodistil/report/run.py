@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import yaml
 
 from homodistil.errors import UserError
-from homodistil.metrics import EVENTS_FILE, METRICS_FILE, parse_lines
+from homodistil.metrics import EVENTS_FILE, METRICS_FILE
 from homodistil.results import RESULT_FILE
 
 # File -> when it appears; said on the page while it is missing.
@@ -22,6 +23,9 @@ FILES = {
     EVENTS_FILE: "written at the first resize",
     RESULT_FILE: "written when a run is complete",
 }
+_LARGEST = 1e15  # beyond, no count and no measurement of a run: a damaged digit
+_NESTED = ("widths_before", "widths_after", "gap_before", "gap_after")  # parts of a resize event
+_MOST_VALUES = 100_000  # of a config or a result table
 Points = list[tuple[int, float | None]]
 """(optimizer steps done, value); None where the run logged a value that was not finite."""
 
@@ -38,16 +42,30 @@ class Run:
     events: list[dict[str, Any]]
     rows: list[dict[str, Any]]
     notes: list[str] = field(default_factory=list)
-    """What could not be read, where that is no error (`read_run`, lenient)."""
+    """What could not be read, where that is no error (`read_run`)."""
+    controls: dict[str, Run] = field(default_factory=dict)
+    """Runs of the folder `compare`, by name: what this one is compared with."""
 
     @property
     def name(self) -> str:
-        return str(_section(self.config, "run").get("name") or self.folder.resolve().name)
+        return clean(str(_section(self.config, "run").get("name") or self.folder.resolve().name))
 
     @property
     def total_steps(self) -> int | None:
         steps = _section(self.config, "train").get("steps")
         return steps if isinstance(steps, int) else None
+
+    @property
+    def teacher(self) -> dict[str, Any]:
+        """The teacher's row of the result table; {} where there is none (yet)."""
+        return next((row for row in self.rows if is_teacher(row)), {})
+
+    @property
+    def tokens_per_step(self) -> int | None:
+        """Over all ranks; every block is full."""
+        batch, length = _section(self.config, "train"), _section(self.config, "data")
+        sizes = batch.get("global_batch_size"), length.get("seq_len")
+        return sizes[0] * sizes[1] if all(isinstance(size, int) for size in sizes) else None
 
     @property
     def last_step(self) -> int:
@@ -72,39 +90,77 @@ class Run:
         return _points(self.evaluations, name)
 
 
-def read_run(folder: Path, lenient: bool = False) -> Run:
-    """Everything of a run folder. Lines that are no log lines (a damaged file) are left out and noted.
+def is_teacher(row: Mapping[str, Any]) -> bool:
+    """Whether a row of the result table is the teacher's."""
+    return str(row.get("name", "")).lower().startswith("teacher")
 
-    Args:
-        lenient: note a config.yaml or result.json that cannot be read, and take it as missing.
+
+def read_run(folder: Path) -> Run:
+    """Everything of a run folder that can be read; what cannot is left out and noted.
 
     Raises:
-        UserError: `folder` does not exist, holds none of a run's files, or one that cannot be read (not lenient).
+        UserError: `folder` does not exist, holds none of a run's files, or none that can be read.
     """
-    if not folder.is_dir():
-        raise UserError(f"run folder {folder}: no such folder; name one that training wrote, such as runs/quickstart")
-    texts = {name: _text(folder / name) for name in FILES if (folder / name).is_file()}
-    if not texts:
-        raise UserError(f"run folder {folder}: not a run folder, it holds none of {', '.join(FILES)}")
+    run = _read(folder)
+    controls, notes = {}, list(run.notes)
+    for path in sorted(_folders(folder / "compare")):
+        try:
+            controls[path.name] = control = _read(path)
+            notes += [f"compare/{path.name}/{note}" for note in control.notes]
+        except UserError as error:
+            notes.append(str(error))
+    return dataclasses.replace(run, controls=controls, notes=notes)
+
+
+def number(value: Any) -> float | None:
+    """`value` if it is a finite number that can be drawn, else None."""
+    return value if type(value) in (int, float) and abs(value) < _LARGEST else None
+
+
+def _folders(folder: Path) -> list[Path]:
+    """Folders in `folder` that hold a run."""
+    try:
+        return [path for path in folder.iterdir() if any((path / name).is_file() for name in FILES)]
+    except OSError:
+        return []
+
+
+def _read(folder: Path) -> Run:
+    texts = _texts(folder)
     notes: list[str] = []
     lines = [x for x in _lines(texts, METRICS_FILE, notes) if x.get("kind") in ("train", "evaluation")]
-    parsed = {
-        name: _parsed(folder, texts, name, *how, notes if lenient else None)
-        for name, how in {
-            "config.yaml": (yaml.safe_load, yaml.YAMLError, dict),
-            RESULT_FILE: (json.loads, json.JSONDecodeError, list),
-        }.items()
-    }
-    return Run(
+    config = _parsed(texts, "config.yaml", yaml.safe_load, dict, notes)
+    rows = _parsed(texts, RESULT_FILE, json.loads, list, notes)
+    run = Run(
         folder=folder,
         texts=texts,
-        config=parsed["config.yaml"] or {},
+        config=config or {},
         train=[line for line in lines if line["kind"] == "train"],
         evaluations=[line for line in lines if line["kind"] == "evaluation"],
-        events=[_event(event) for event in _lines(texts, EVENTS_FILE, notes)],
-        rows=[row for row in parsed[RESULT_FILE] or [] if isinstance(row, dict)],
+        events=_lines(texts, EVENTS_FILE, notes),
+        rows=[row for row in rows or [] if isinstance(row, dict)],
         notes=notes,
     )
+    if notes and not (run.config or run.train or run.evaluations or run.events or run.rows):
+        raise UserError(f"run folder {folder}: {'; '.join(notes)}; restore these files, or give another folder")
+    return run
+
+
+def _texts(folder: Path) -> dict[str, str]:
+    """File -> content. Raises `UserError` where there is none of a run's files."""
+    advice = "give one that training wrote, such as runs/quickstart"
+    try:
+        if not folder.is_dir():
+            what = "found a file" if folder.exists() else "no such folder"
+            raise UserError(f"run folder {folder}: {what}; {advice}")
+        texts = {name: _text(folder / name) for name in FILES if (folder / name).is_file()}
+    except (OSError, ValueError) as error:  # a name too long, a loop of links, a NUL byte
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"run folder {str(folder)[:200]!r}: {getattr(error, 'strerror', error)}; {advice}") from None
+    if not texts:
+        raise UserError(f"run folder {folder}: not a run folder, it holds none of {', '.join(FILES)}; {advice}")
+    return texts
 
 
 def _text(path: Path) -> str:
@@ -117,34 +173,68 @@ def _text(path: Path) -> str:
 
 def _lines(texts: dict[str, str], name: str, notes: list[str]) -> list[dict[str, Any]]:
     """Objects with a step. A torn last line is how a run that is being written looks, and no damage."""
-    found = parse_lines(texts.get(name, ""))
-    good = [line for line in found if isinstance(line, dict) and isinstance(line.get("step"), int)]
-    num_written = len(texts.get(name, "").rstrip("\n").splitlines())
-    torn = name in texts and not texts[name].endswith("\n") and num_written > len(found)
-    if lost := num_written - len(good) - torn:
-        notes.append(f"{name}: {lost} of {num_written} lines cannot be read")
+    written = [line for line in texts.get(name, "").split("\n") if line.strip()]
+    found = [_line(line) for line in written]
+    good = [line for line in found if line is not None]
+    is_torn = bool(written) and not texts[name].endswith("\n") and found[-1] is None
+    if lost := len(written) - len(good) - is_torn:
+        notes.append(f"{name}: {lost} of {len(written)} lines cannot be read")
     return good
 
 
-def _event(event: dict[str, Any]) -> dict[str, Any]:
-    """Without parts of another form than a resize writes."""
-    nested = ("widths_before", "widths_after", "gap_before", "gap_after")
-    return {name: value for name, value in event.items() if name not in nested or isinstance(value, dict)}
+def _line(text: str) -> dict[str, Any] | None:
+    """The object of a log line, without values of another kind than a run writes; None for anything else."""
+    try:
+        line = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(line, dict) or not isinstance(line.get("step"), int) or number(line["step"]) is None:
+        return None
+    texts = {name: clean(line[name]) for name in ("kind", "hash") if isinstance(line.get(name), str)}
+    nested = {name: _numbers(line[name]) for name in _NESTED if isinstance(line.get(name), dict)}
+    plain = {name: value for name, value in line.items() if name not in _NESTED}
+    return texts | clean(nested | _numbers(plain))
 
 
-def _parsed(folder: Path, texts: dict[str, str], name: str, parse, error: type[Exception], kind: type, notes) -> Any:
-    """None where the file is missing, empty, or (with `notes`) damaged."""
+def _numbers(values: dict[str, Any]) -> dict[str, float | None]:
+    """The numbers of a mapping. None where one was not finite."""
+    return {k: number(v) for k, v in values.items() if v is None or type(v) in (int, float)}
+
+
+def _parsed(texts: dict[str, str], name: str, parse, kind: type, notes: list[str]) -> Any:
+    """None where the file is missing, empty, or damaged, which is noted."""
     try:
         value = parse(texts[name]) if name in texts else None
         if value is not None and not isinstance(value, kind):
             raise ValueError(f"found {type(value).__name__}, expected {kind.__name__}")
-        return value
-    except (error, ValueError, RecursionError) as reason:
-        first_line = str(reason).splitlines()[0]
-        if notes is None:
-            raise UserError(f"{folder / name}: cannot be read ({first_line}); restore or remove it") from reason
-        notes.append(f"{name}: cannot be read ({first_line})")
+        check_size(value)
+        return clean(value)
+    except (yaml.YAMLError, ValueError, RecursionError) as reason:
+        notes.append(f"{name}: cannot be read ({' '.join(str(reason).split())[:200]})")
         return None
+
+
+def check_size(value: Any) -> None:
+    """A few lines of YAML whose aliases refer to each other can stand for more than any memory holds: ValueError."""
+    waiting, num_seen = [value], 0
+    while waiting:
+        item = waiting.pop()
+        num_seen += 1
+        if num_seen > _MOST_VALUES:
+            raise ValueError(f"more than {_MOST_VALUES:,} values")
+        if isinstance(item, (dict, list)):
+            waiting += item.values() if isinstance(item, dict) else item
+
+
+def clean(value: Any) -> Any:
+    """What JSON or YAML gave, with numbers that can be drawn and text that can be written; else None and "?"."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode()
+    if isinstance(value, dict):
+        return {clean(name): clean(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [clean(item) for item in value]
+    return number(value) if type(value) in (int, float) else value
 
 
 def _section(config: dict[str, Any], name: str) -> dict[str, Any]:
@@ -158,8 +248,4 @@ def _names(lines: Sequence[dict[str, Any]], prefix: str) -> list[str]:
 
 def _points(lines: Sequence[dict[str, Any]], name: str) -> Points:
     """The last value of a step wins: a job resumed at its very end evaluates that step again."""
-    return list({line["step"]: line[name] for line in lines if _is_value(line.get(name, ""))}.items())
-
-
-def _is_value(value: Any) -> bool:
-    return value is None or isinstance(value, (int, float))
+    return list({line["step"]: line[name] for line in lines if name in line}.items())

@@ -10,7 +10,7 @@ long ago that was, and the line of ours that its main thread is in. Rank 0 reads
 others read rank 0's and judge rank 0 (watcher.py).
 """
 
-from homodistil.watch.reports import each, long_phase, progress
+from homodistil.watch.reports import TRAINING, each, long_phase, progress
 from homodistil.watch.watcher import watching
 
-__all__ = ["each", "long_phase", "progress", "watching"]
+__all__ = ["TRAINING", "each", "long_phase", "progress", "watching"]

@@ -20,7 +20,9 @@ class Report(NamedTuple):
     is_long: bool = False
 
 
+TRAINING = "training"
 _last = Report(0, 0, "starting", time.monotonic())
+_has_trained = False
 
 
 def last() -> Report:
@@ -29,7 +31,14 @@ def last() -> Report:
 
 def progress(step: int, phase: str) -> None:
     """This rank has come so far. Every rank reports the same sequence; costs nothing."""
+    global _has_trained
+    _has_trained = _has_trained or phase == TRAINING
     _set(step, phase)
+
+
+def has_trained() -> bool:
+    """Whether this process has finished a training step, so that there may be something to go on from."""
+    return _has_trained
 
 
 def each(phase: str, items: Iterable[T]) -> Iterator[T]:
@@ -46,8 +55,10 @@ def long_phase(phase: str) -> Iterator[None]:
     _set(before.step, phase, is_long=True)
     try:
         yield
-    finally:
-        _set(before.step, before.phase)
+    except BaseException:
+        _set(before.step, phase)  # what was being done when it happened
+        raise
+    _set(before.step, before.phase)
 
 
 def _set(step: int, phase: str, is_long: bool = False) -> None:

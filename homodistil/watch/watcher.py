@@ -87,8 +87,7 @@ class _Watcher:
             is_said = False
         else:
             is_said = self._wait_until(lambda: self._judge.end_of(0) == self._end)
-        if isinstance(error, _ENDINGS):
-            error.is_said = is_said
+        error.is_said = is_said
         self._stop()
 
     def _say_end(self, code: int, reason: str) -> None:
@@ -149,7 +148,8 @@ class _Watcher:
         if code == RANK_LOST:
             self._leave_process(code, reason)
         elif time.monotonic() - self._followed_s > FOLLOW_AFTER_S:
-            if code == FAILED:
+            # Before there is anything to go on from, one rank's failure is the whole job's.
+            if code == FAILED and reports.has_trained():
                 self._end_process(f"rank {rank} failed: {reason}; {ADVICE}")
             self._leave_process(code, reason)
 

@@ -176,6 +176,7 @@ def _run_rank(target: str, arguments: list, env: dict[str, str], folder: str, cw
     code = 1
     try:
         os.setsid()
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # as a launcher's child has it
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         output = os.open(f"{folder}/rank-{env['RANK']}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         for stream in (1, 2):

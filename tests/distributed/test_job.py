@@ -15,6 +15,8 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoTokenizer, BertForMaskedLM
 
+from homodistil.boards import board_values
+
 TRAIN = ROOT / "launcher" / "train.py"
 STEPS, SAVE_EVERY = 14, 5
 
@@ -111,10 +113,10 @@ def test_metrics_and_events_tell_the_whole_story(finished):
     assert all({"kl", "hidden", "attention"} <= set(event["gap_before"]) & set(event["gap_after"]) for event in events)
     widths = [event["widths_after"]["hidden"] for event in events]
     assert widths == sorted(widths, reverse=True)
-    board = EventAccumulator(str(folder / "tensorboard"))
+    board = EventAccumulator(str(folder / "tensorboard" / folder.name))
     board.Reload()
-    assert names <= set(board.Tags()["scalars"])
-    assert board.Scalars("widths/hidden")[-1].value == 64
+    assert {tag for tag, _ in board_values(dict.fromkeys(names, 0.0))} <= set(board.Tags()["scalars"])
+    assert board.Scalars("model/width_hidden")[-1].value == 64
 
 
 def test_export_is_the_engines_model(finished, cache_dir):

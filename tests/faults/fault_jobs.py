@@ -17,12 +17,13 @@ from small_job import TRAIN, VOCABULARY
 from torch import distributed
 
 from homodistil import ranks, stop, watch
-from homodistil.cli import exit_with_code
+from homodistil.cli import exit_with_code, parse_job
 from homodistil.config import DataConfig
 from homodistil.data.corpus import prepare_corpus
 from homodistil.distill.teacher import load_tokenizer
-from homodistil.engine import init_ranks
+from homodistil.engine import init_ranks, leave_ranks
 from homodistil.errors import UserError
+from homodistil.job import run
 from homodistil.native_ops import _alone
 
 
@@ -135,3 +136,24 @@ def _prepare() -> None:
 
 
 _ACTIONS = {"sleep": lambda: time.sleep(60), "fail": _fail, "long": _prepare, "exit": lambda: os._exit(0)}
+
+
+def run_twice(*commands: list[str]) -> None:
+    """The main job for each command line, one after the other in this process."""
+    for command in commands:
+        parsed = parse_job(command)
+        run(parsed.config, parsed.engine_config)
+    leave_ranks()
+
+
+def interrupted_then_resumed(command: list[str]) -> None:
+    """As in a notebook: a cell is interrupted, the next one goes on."""
+    parsed = parse_job(command)
+    try:
+        run(parsed.config, parsed.engine_config)
+    except KeyboardInterrupt as stopped:
+        print(f"caught {type(stopped).__name__}: {stopped}", flush=True)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    parsed.config.run.resume = "must"
+    rows = run(parsed.config, parsed.engine_config)
+    print(f"resumed: {len(rows) - 1} row", flush=True)

@@ -18,7 +18,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fork_server import ROOT
+from safetensors.torch import load_file, save_file
 from small_job import arguments
+from torch import Tensor
 
 USER_ERROR = 2
 
@@ -60,6 +62,19 @@ class Workspace:
 
     def set_teacher(self, **changes: object) -> None:
         """Change entries of the teacher's config.json; None removes one."""
-        path = self.teacher / "config.json"
+        self._set(self.teacher / "config.json", changes)
+
+    def set_tokenizer(self, file: str = "tokenizer_config.json", **changes: object) -> None:
+        """Change top-level entries of one of the tokenizer's files; None removes one."""
+        self._set(self.teacher / file, changes)
+
+    def edit_weights(self, edit: Callable[[dict[str, Tensor]], object]) -> None:
+        """Change the teacher's tensors: `edit` takes them by name and alters the dict, or returns another."""
+        path = self.teacher / "model.safetensors"
+        tensors = load_file(path)
+        edited = edit(tensors)
+        save_file(edited if isinstance(edited, dict) else tensors, path, metadata={"format": "pt"})
+
+    def _set(self, path: Path, changes: dict[str, object]) -> None:
         content = json.loads(path.read_text()) | changes
         path.write_text(json.dumps({name: value for name, value in content.items() if value is not None}))

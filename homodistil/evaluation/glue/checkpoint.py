@@ -6,16 +6,31 @@ import contextlib
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from safetensors import SafetensorError
+import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from homodistil.data import assets
 from homodistil.data.downloads import file_sha256
+from homodistil.data.tokenizer import check_ids, check_words, read_tokenizer
 from homodistil.errors import UserError, nearest
 from homodistil.evaluation.glue.tasks import Task
+from homodistil.models import FAMILIES, family_of
+from homodistil.models.checkpoint_files import first_line, local_folder
+from homodistil.models.config_file import read_config
+from homodistil.models.weights import (
+    Difference,
+    check_finite,
+    check_layers,
+    check_present,
+    difference,
+    stored_tensors,
+)
+
+FIELD = "--checkpoint"
 
 
 def checkpoint_folder(name: str | Path, cache_dir: Path) -> str:
@@ -30,32 +45,41 @@ def checkpoint_folder(name: str | Path, cache_dir: Path) -> str:
             known = ", ".join(assets.TEACHERS)
             raise UserError(f"--checkpoint: found {name!r}, packaged are {known}{nearest(name, assets.TEACHERS)}")
         return str(assets.teacher_folder(name, cache_dir))
-    return str(Path(name).expanduser()) if Path(name).expanduser().exists() else name
+    return str(local_folder(name, FIELD) or name)
 
 
 def checkpoint_identity(folder: str) -> str:
     """sha256 over config, tokenizer and weights of a folder, so that results of another model are recognised."""
     if not Path(folder).is_dir():
         return f"hub:{folder}"
-    files = [path for path in sorted(Path(folder).iterdir()) if path.suffix in (".json", ".safetensors", ".txt")]
+    kinds = (".json", ".safetensors", ".txt")
+    files = [path for path in sorted(Path(folder).iterdir()) if path.suffix in kinds and path.is_file()]
     return hashlib.sha256("".join(f"{p.name} {file_sha256(p)}\n" for p in files).encode()).hexdigest()
 
 
-def load_tokenizer(folder: str, max_length: int) -> PreTrainedTokenizerBase:
+def load_tokenizer(folder: str, max_length: int, num_texts: int = 1) -> PreTrainedTokenizerBase:
     """The tokenizer, which neither cuts nor pads by itself.
 
+    Args:
+        num_texts: of an example, 1 or 2; each has room for a token.
+
     Raises:
-        UserError: not loadable, more words than the model has, or `max_length` beyond the model's positions.
+        UserError: not loadable, more words than the model has, none that it knows, or a `max_length` that leaves no
+            room for text or is beyond the model's positions.
     """
-    with readable(folder):
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    if len(tokenizer) > config.vocab_size:
-        raise UserError(
-            f"--checkpoint: the tokenizer of {folder!r} has {len(tokenizer)} words, its model {config.vocab_size}; "
-            f"put tokenizer and weights of the same model into the folder"
-        )
+    config, tokenizer = read_config(folder, FIELD), read_tokenizer(folder, FIELD)
+    where = f"{FIELD}: the tokenizer of {folder!r}"
+    check_ids(tokenizer, config.vocab_size, where)
+    check_words(tokenizer, where)
+    if tokenizer.pad_token_id is None:
+        raise UserError(f"{where} has no pad_token, which batches need; set one in tokenizer_config.json")
     allowed = getattr(config, "max_position_embeddings", max_length)
+    num_special = tokenizer.num_special_tokens_to_add(pair=num_texts > 1)
+    if max_length < num_special + num_texts:
+        raise UserError(
+            f"--max-length: found {max_length}, needed are at least {num_special + num_texts}: {num_special} special "
+            f"tokens and one of each text; raise --max-length"
+        )
     if max_length > allowed:
         raise UserError(f"--max-length: found {max_length}, {folder!r} allows {allowed}; lower --max-length")
     return tokenizer
@@ -65,20 +89,55 @@ def load_classifier(folder: str, task: Task) -> nn.Module:
     """The model with a fresh head for `task` (drawn from torch's random state), fp32, in training mode.
 
     Raises:
-        UserError: not loadable, or only with code of its own or pickled weights.
+        UserError: as `load_encoder`.
     """
     kind = {"num_labels": 1, "problem_type": "regression"} if task.is_regression else {"num_labels": len(task.labels)}
+    return load_encoder(AutoModelForSequenceClassification, folder, **kind)
+
+
+def load_encoder(kind: type, folder: str, **options: Any) -> nn.Module:
+    """The encoder with a fresh head (drawn from torch's random state), fp32, in training mode.
+
+    Args:
+        kind: one of the library's AutoModelFor... classes.
+
+    Raises:
+        UserError: not loadable, or only with code of its own or pickled weights; a part of the encoder is missing, of
+            another shape, or not finite.
+    """
+    _check_files(folder)
     with readable(folder):
-        model = AutoModelForSequenceClassification.from_pretrained(
+        model, report = kind.from_pretrained(
             folder,
             trust_remote_code=False,
             use_safetensors=True,
             dtype="float32",
             # A checkpoint that was fine-tuned on another task brings a head of another shape.
             ignore_mismatched_sizes=True,
-            **kind,
+            output_loading_info=True,
+            **options,
         )
+    inside, where = f"{model.base_model_prefix}.", f"{FIELD}: {folder!r}"
+    # A pooler belongs to the head: masked LMs have none.
+    missing = sorted(n for n in report["missing_keys"] if n.startswith(inside) and ".pooler." not in n)
+    mismatched = [(n, tuple(a), tuple(b)) for n, a, b in sorted(report["mismatched_keys"]) if n.startswith(inside)]
+    check_present(Difference(missing, [], mismatched), where)
+    check_finite(model, where)
     return model.train()
+
+
+def _check_files(folder: str) -> None:
+    """The files against the config, before a model of what may be any size is built."""
+    config, local = read_config(folder, FIELD), local_folder(folder, FIELD)
+    stored = stored_tensors(local, FIELD) if local else {}
+    if stored and config.model_type in FAMILIES:
+        family, where = family_of(config.model_type), f"{FIELD}: {folder!r}"
+        check_layers(stored, config.num_hidden_layers, family, where)
+        with torch.device("meta"):
+            found = difference(stored, family.empty_model(config), family)
+        missing = [name for name in found.missing if not family.is_head(name)]
+        mismatched = [entry for entry in found.mismatched if not family.is_head(entry[0])]
+        check_present(Difference(missing, [], mismatched), where)
 
 
 @contextlib.contextmanager
@@ -93,11 +152,10 @@ def readable(folder: str) -> Iterator[None]:
     logging.disable_progress_bar()
     try:
         yield
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = (str(error).strip().splitlines() or ["no message"])[0][:300]
+    except Exception as error:  # safetensors, torch, the hub client and its transport raise types of their own
         raise UserError(
-            f"--checkpoint: cannot load {folder!r} ({reason}); give a folder with config.json, model.safetensors and a "
-            f"tokenizer, a hub name, or one of {', '.join(assets.TEACHERS)}"
+            f"--checkpoint: cannot load {folder!r} ({first_line(error)}); give a folder with config.json, "
+            f"model.safetensors and a tokenizer, a hub name, or one of {', '.join(assets.TEACHERS)}"
         ) from None
     finally:
         logging.set_verbosity(verbosity)

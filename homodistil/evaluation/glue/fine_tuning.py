@@ -72,7 +72,7 @@ def encode(checkpoint: str | Path, task: Task, data: TaskData, max_length: int) 
     Raises:
         UserError: as `load_tokenizer`.
     """
-    tokenizer = load_tokenizer(str(checkpoint), max_length)
+    tokenizer = load_tokenizer(str(checkpoint), max_length, len(task.texts))
     if task.is_regression:
         data = _standardised(data)
     dev = {key or _ONLY_DEV: _encode(split, tokenizer, max_length) for key, split in data.dev.items()}

@@ -9,16 +9,23 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-from collections.abc import Callable, Iterator, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from homodistil.errors import UserError
-from homodistil.evaluation.glue.checkpoint import checkpoint_folder, checkpoint_identity, load_classifier
+from homodistil.evaluation.glue.checkpoint import (
+    checkpoint_folder,
+    checkpoint_identity,
+    load_classifier,
+    load_tokenizer,
+)
 from homodistil.evaluation.glue.fine_tuning import Settings, encode, train
 from homodistil.evaluation.glue.sources import TaskData, load_task
-from homodistil.evaluation.glue.tasks import Task
+from homodistil.evaluation.glue.tasks import Task, find_task
+from homodistil.evaluation.trainer_arguments import on_cpu
 from homodistil.metrics import to_json, write_atomically
 
 Record = dict[str, Any]
@@ -59,12 +66,15 @@ def run_grid(
     Raises:
         UserError: checkpoint or data cannot be used, or `out` holds results of another checkpoint, data or settings.
     """
+    on_cpu(grid.shared.device)  # whether there is such a device
     folder = checkpoint_folder(checkpoint, cache_dir)
     data = {task.name: load_task(task, source, cache_dir) for task in tasks}
     load_classifier(folder, tasks[0])
+    load_tokenizer(folder, grid.shared.max_length, max(len(task.texts) for task in tasks))
     identity = checkpoint_identity(folder)
     identities = {task.name: _identity(identity, data[task.name], grid.shared) for task in tasks}
     finished = _read_all(out, identity, identities)
+    check_out(out)
     for task in tasks:
         todo = [s for s in grid.settings() if _file(out, task, s) not in finished]
         say(f"{task.title}: {len(todo)} runs to do, {len(list(grid.settings())) - len(todo)} finished before")
@@ -78,6 +88,20 @@ def run_grid(
             finished[file] = record
             say(f"{task.title}: {file.stem}: " + ", ".join(f"{n} {result[n]:.4f}" for n in task.result_names))
     return [finished[file] for file in sorted(finished)]
+
+
+def check_out(out: Path) -> None:
+    """Make the folder for results. Raises `UserError` where nothing can be written to it."""
+    probe = out / f".writable-{os.getpid()}"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(
+            f"--out: cannot write to {str(out)!r} ({error.strerror or error}); give a folder that can be written, with "
+            f"free space"
+        ) from None
 
 
 def write_output(file: Path, text: str) -> None:
@@ -107,17 +131,36 @@ def _read_all(out: Path, checkpoint: str, identities: dict[str, dict]) -> dict[P
     """Finished runs by file. Those of tasks that are not asked for now need the same checkpoint only."""
     records = {}
     for file in sorted(out.glob("*/lr*.json")):
-        try:
-            record = json.loads(file.read_text(encoding="utf-8"))
-            found = record["identity"]
-            expected = identities.get(record["task"], found | {"checkpoint": checkpoint})
-        except (OSError, ValueError, KeyError, TypeError):
-            raise UserError(f"{file}: found no result of a run; delete the file, or give another --out") from None
+        record = read_record(file, lambda record: find_task(record["task"]).result_names)
+        found = record["identity"]
+        expected = identities.get(record["task"], found | {"checkpoint": checkpoint})
         if differing := [name for name, value in expected.items() if found.get(name) != value]:
             shown = ", ".join(f"{n}: found {_short(found.get(n))}, now {_short(expected[n])}" for n in differing)
             raise UserError(f"{file}: result of another run ({shown}); give another --out, or delete the old results")
         records[file] = record
     return records
+
+
+def read_record(file: Path, names: Callable[[Record], Iterable[str]]) -> Record:
+    """The record in a file of results.
+
+    Args:
+        names: of the numbers that its result must have.
+
+    Raises:
+        UserError: it is no record, or a part of one.
+    """
+    try:
+        if not file.is_file():  # a pipe would be waited for
+            raise ValueError("no regular file")
+        record = json.loads(file.read_text(encoding="utf-8"))
+        setting, result = record["setting"], record["result"]
+        for value in [*(setting[n] for n in _VARIED), *(result[n] for n in ("parameters", *names(record)))]:
+            float(value)
+        dict(record["identity"]), str(record["checkpoint"])
+        return record
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        raise UserError(f"{file}: found no result of a run; delete the file, or give another --out") from None
 
 
 def _short(value: Any) -> str:

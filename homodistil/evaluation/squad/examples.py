@@ -106,11 +106,13 @@ def read_examples(file: Path, version: str) -> list[Example]:
 
 
 def _parsed(file: Path) -> dict[str, Any]:
+    if file.exists() and not file.is_file():  # a pipe would be waited for
+        raise UserError(f"{file}: is not a regular file; {_OFFICIAL}")
     try:
         content = json.loads(file.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror}); {_OFFICIAL}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # numbers of 5,000 digits are ValueErrors
         raise UserError(f"{file}: is not valid JSON ({error}); {_OFFICIAL}") from None
     if not isinstance(content, dict) or not isinstance(content.get("version", ""), str):
         raise UserError(f"{file}: found no object with `version` and `data` at the top; {_OFFICIAL}")
@@ -118,10 +120,14 @@ def _parsed(file: Path) -> dict[str, Any]:
 
 
 def _field(item: Any, name: str, kind: type, where: str) -> Any:
-    if not isinstance(item, dict) or not isinstance(item.get(name), kind):
+    value = item.get(name) if isinstance(item, dict) else None
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         found = f"fields {', '.join(sorted(item)[:8]) or 'none'}" if isinstance(item, dict) else type(item).__name__
+        found = f"`{name}` {type(value).__name__}" if value is not None else found
         raise UserError(f"{where}: found {found}, needs `{name}` ({kind.__name__}); {_OFFICIAL}")
-    return item[name]
+    if kind is str and any("\ud800" <= c <= "\udfff" for c in value):
+        raise UserError(f"{where}: found half a surrogate pair in `{name}`, which is no character; {_OFFICIAL}")
+    return value
 
 
 def _example(question: Any, context: str, version: str, where: str, misplaced: list[str]) -> Example:

@@ -32,12 +32,17 @@ class Windows(NamedTuple):
 
 
 def check_lengths(tokenizer: PreTrainedTokenizerBase, max_length: int, stride: int) -> None:
-    """Raises `UserError` where a window has no room for the longest question and something new of the context."""
+    """Raise `UserError` where a window has no room for the longest question and something new of the context."""
     if not tokenizer.is_fast:
         raise UserError(
             "--checkpoint: its tokenizer has no tokenizer.json, so it knows no character positions; add one"
         )
     room = max_length - MAX_QUESTION_TOKENS - tokenizer.num_special_tokens_to_add(pair=True)
+    if room < 1:
+        raise UserError(
+            f"--max-length: found {max_length}, a window needs at least {max_length - room + 1} (a question takes up "
+            f"to {MAX_QUESTION_TOKENS} tokens); raise --max-length"
+        )
     if not 0 <= stride < room:
         raise UserError(
             f"--stride: found {stride}, allowed are 0 to {room - 1} beside --max-length {max_length} (a question takes "

@@ -18,7 +18,7 @@ from transformers import (
 )
 from transformers.trainer_callback import PrinterCallback
 
-from homodistil.evaluation.glue.checkpoint import load_tokenizer, readable
+from homodistil.evaluation.glue.checkpoint import load_encoder, load_tokenizer
 from homodistil.evaluation.squad.answers import answers
 from homodistil.evaluation.squad.examples import SquadData
 from homodistil.evaluation.squad.features import Windows, check_lengths, windows
@@ -68,7 +68,7 @@ def fine_tune(checkpoint: str | Path, data: SquadData, settings: Settings) -> tu
 
 def encode(checkpoint: str | Path, data: SquadData, settings: Settings) -> Encoded:
     """Tokenised once for all runs of a checkpoint. Questions whose first answer is misplaced are not trained on."""
-    tokenizer = load_tokenizer(str(checkpoint), settings.max_length)
+    tokenizer = load_tokenizer(str(checkpoint), settings.max_length, num_texts=2)
     check_lengths(tokenizer, settings.max_length, settings.stride)
     lengths = (tokenizer, settings.max_length, settings.stride)
     trained = [example for example in data.train if not example.answers or example.answers[0].start >= 0]
@@ -101,8 +101,4 @@ def train(checkpoint: str | Path, encoded: Encoded, settings: Settings) -> tuple
 
 def load_reader(folder: str) -> nn.Module:
     """The model with a fresh span head (drawn from torch's random state), fp32. Raises `UserError`."""
-    with readable(folder):
-        model = AutoModelForQuestionAnswering.from_pretrained(
-            folder, trust_remote_code=False, use_safetensors=True, dtype="float32"
-        )
-    return model.train()
+    return load_encoder(AutoModelForQuestionAnswering, folder)

@@ -11,9 +11,10 @@ from typing import Any
 
 from homodistil.errors import UserError
 from homodistil.evaluation.glue.checkpoint import checkpoint_folder, checkpoint_identity
-from homodistil.evaluation.glue.grid import Grid, write_output
+from homodistil.evaluation.glue.grid import Grid, check_out, read_record, write_output
 from homodistil.evaluation.squad.examples import SquadData
 from homodistil.evaluation.squad.fine_tuning import Settings, encode, load_reader, train
+from homodistil.evaluation.trainer_arguments import on_cpu
 from homodistil.metrics import to_json
 
 MARKDOWN_FILE, JSON_FILE = "squad.md", "squad.json"
@@ -44,11 +45,13 @@ def run_grid(
     Raises:
         UserError: the checkpoint cannot be used, or `out` holds results of another checkpoint, data or settings.
     """
+    on_cpu(grid.shared.device)  # whether there is such a device
     folder = checkpoint_folder(checkpoint, cache_dir)
     load_reader(folder)
     identity = _identity(checkpoint_identity(folder), data, grid.shared)
     place = out / data.version
     finished = {file: _read(file, identity) for file in sorted(place.glob("lr*.json"))}
+    check_out(place)
     todo = {file: s for s in grid.settings() if (file := place / _name(s)) not in finished}
     encoded = encode(folder, data, grid.shared) if todo else None
     for file, settings in todo.items():
@@ -74,11 +77,8 @@ def _name(settings: Settings) -> str:
 
 
 def _read(file: Path, identity: dict[str, Any]) -> Record:
-    try:
-        record = json.loads(file.read_text(encoding="utf-8"))
-        found = dict(record["identity"])
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"{file}: found no result of a run; delete the file, or give another --out") from None
+    record = read_record(file, lambda record: ("exact", "f1"))
+    found = record["identity"]
     if differing := [name for name, value in identity.items() if found.get(name) != value]:
         raise UserError(
             f"{file}: result of another run (differs in {', '.join(differing)}); give another --out, or delete the "

@@ -11,15 +11,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from homodistil.errors import UserError
-from homodistil.metrics import write_atomically
-from homodistil.report.comparison.benchmark import read_benchmark
+from homodistil.report.comparison.benchmark import is_benchmark, read_benchmark
 from homodistil.report.comparison.groups import models
 from homodistil.report.comparison.page import render
 from homodistil.report.comparison.runs import read_entries, run_curves
 from homodistil.report.comparison.scatter import scatter
 from homodistil.report.curves import Curve
 from homodistil.report.figures import compose, export
+from homodistil.report.outputs import check_outputs, write_page, writing_report
 
 
 def write_run_comparison(inputs: Sequence[Path], path: Path, figures: Path | None = None) -> Path:
@@ -33,8 +32,9 @@ def write_run_comparison(inputs: Sequence[Path], path: Path, figures: Path | Non
     Raises:
         UserError: a folder is no run folder, a file no benchmark's, or something cannot be written.
     """
-    files = [file for file in inputs if file.is_file()]
-    entries = read_entries([folder for folder in inputs if not folder.is_file()])
+    check_outputs(path, figures)
+    files = [file for file in inputs if is_benchmark(file)]
+    entries = read_entries([folder for folder in inputs if folder not in files])
     sources = [(str(entry.run.folder), row) for entry in entries for row in entry.found]
     rows = [row for entry in entries for row in entry.rows] + [row for file in files for row in read_benchmark(file)]
     notes = [f"{entry.run.folder}: {'; '.join(entry.notes)}." for entry in entries if entry.notes]
@@ -64,17 +64,11 @@ def write_comparison(
     """
     found = models(rows)
     points = scatter(found)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, render(title, found, points, curves, notes, sources))
+    with writing_report(path):
+        write_page(path, render(title, found, points, curves, notes, sources))
         if figures and points:
             export(points, figures, "size-quality-speed")
         export_curves(curves, figures)
-    except OSError as error:
-        raise UserError(
-            f"{error.filename or path}: cannot be written ({error.strerror or error}); free disk space, or give "
-            f"another --out or --figures"
-        ) from None
     return path
 
 

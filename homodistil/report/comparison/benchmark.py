@@ -7,15 +7,24 @@ from pathlib import Path
 from typing import Any
 
 from homodistil.errors import UserError
+from homodistil.report.run import clean
 
 # The benchmark's metric -> column of the comparison. Others keep their name.
 _COLUMNS = {"mlm_loss": "heldout_mlm_loss", "tokens_per_cpu_s": "tokens_per_s"}
 
 
+def is_benchmark(path: Path) -> bool:
+    """Whether `path` is to be read as a benchmark's file; anything that cannot be a file is a run folder's name."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name too long, a NUL byte
+        return False
+
+
 def read_benchmark(file: Path) -> list[dict[str, Any]]:
     """Rows for `write_comparison`, lists of a number a seed. Raises `UserError` for any other file."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = clean(json.loads(file.read_text(encoding="utf-8")))
         models: dict[tuple[str, str], dict[str, Any]] = {}
         for row in content:
             width = "" if row["x"] == row["variant"] else f", {row['x']}"
@@ -25,9 +34,9 @@ def read_benchmark(file: Path) -> list[dict[str, Any]]:
                 column: row["config"][column] for column in ("parameters", "hidden_size") if column in row["config"]
             }
             found[_COLUMNS.get(row["metric"], row["metric"])] = row.get("values", [row["value"]])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(
-            f"{file}: found no rows of benchmarks/quality.py ({type(error).__name__}: {error}); give its JSON file, or "
-            f"run folders"
+            f"{file}: found no rows of benchmarks/quality.py ({type(error).__name__}: {str(error)[:200]}); give its "
+            f"JSON file, or run folders"
         ) from None
     return list(models.values())

@@ -24,6 +24,10 @@ _NO_NUMBER = ("name", "seed", "seeds", "tokens_per_s_first", "tokens_per_s_last"
 _OTHER_FORM = "{:.4g}"
 
 
+Values = dict[str, list[float]]
+"""Column -> its numbers."""
+
+
 class Spread(NamedTuple):
     mean: float
     deviation: float | None
@@ -55,19 +59,29 @@ def models(rows: Iterable[Mapping[str, Any]]) -> list[Model]:
     """Rows with the same name, parameter count and hidden size are seeds of one model.
 
     A value may be a number or a list of numbers, one a seed. What is no finite number (None, text) is not measured.
-    Rows equal in everything count once: runs that share a teacher repeat its row.
+    Rows that name the same `seed` are one measurement, taken more than once: their mean counts. Rows without one that
+    are equal in everything count once.
     """
-    groups: dict[tuple, list[dict[str, list[float]]]] = {}
+    groups: dict[tuple, dict[Any, list[Values]]] = {}
     for row in rows:
         numbers = {name: found for name, value in _with_speed(row).items() if (found := _numbers(name, value))}
         key = (
             str(row.get("name", "model")),
             *(tuple(numbers.get(name, ())[:1]) for name in ("parameters", "hidden_size")),
         )
-        group = groups.setdefault(key, [])
-        if numbers not in group or row.get("seed") is not None:
-            group.append(numbers)
-    return [_model(key[0], group) for key, group in groups.items()]
+        seed = row.get("seed")
+        same = groups.setdefault(key, {}).setdefault(repr(numbers) if seed is None else f"seed {seed}", [])
+        if seed is not None or not same:
+            same.append(numbers)
+    return [_model(key[0], [_once(same) for same in group.values()]) for key, group in groups.items()]
+
+
+def _once(same: Sequence[Values]) -> Values:
+    """Several measurements of one seed as one."""
+    if len(same) == 1:
+        return same[0]
+    names = dict.fromkeys(name for numbers in same for name in numbers)
+    return {name: [statistics.fmean(v for numbers in same for v in numbers.get(name, ()))] for name in names}
 
 
 def _with_speed(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -82,7 +96,7 @@ def _numbers(name: str, value: Any) -> list[float]:
     return [v for v in values if isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v)]
 
 
-def _model(name: str, group: list[dict[str, list[float]]]) -> Model:
+def _model(name: str, group: Sequence[Values]) -> Model:
     values: dict[str, list[float]] = {}
     for numbers in group:
         for column, found in numbers.items():
@@ -104,5 +118,7 @@ def cell(model: Model, column: str, form: str) -> str:
     spread = model.spread(column)
     if spread is None:
         return DASH
+    if form == _OTHER_FORM and abs(spread.mean) >= 1000:
+        form = COLUMNS["parameters"][1]
     mean = form.format(spread.mean)
     return mean if spread.deviation is None else f"{mean} \N{PLUS-MINUS SIGN} {form.format(spread.deviation)}"

@@ -20,6 +20,7 @@ SCATTER_CAPTION = (
     "A shape and a label a model; bars are standard deviations over seeds. Over size, larger markers are faster."
 )
 
+_MOST_COLUMNS = 10  # that fit beside each other on a screen
 _TEMPLATE = """<!doctype html>
 <html lang="en">
 <head>
@@ -85,16 +86,27 @@ def render(
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined, keep_trailing_newline=True
     )
-    shown = columns(models)
+    headings, lines = _table(models)
     return environment.from_string(_TEMPLATE).render(
         title=title,
         css=Markup(CSS),
         notes=notes,
-        model_headings=["model", "seeds", *(heading for heading, _ in shown.values())],
-        models=[[m.name, m.num_seeds, *(cell(m, c, form) for c, (_, form) in shown.items())] for m in models],
+        model_headings=headings,
+        models=lines,
         scatter=scatter and Markup(inline(scatter, "scatter", f"Size, quality, speed. {SCATTER_CAPTION}")),
         scatter_caption=SCATTER_CAPTION,
         curves=drawn(curves),
         row_headings=["from", *(heading for heading, _ in ROW_COLUMNS.values())],
         sources=[[source, *cells(row)] for source, row in sources],
     )
+
+
+def _table(models: Sequence[Model]) -> tuple[list[str], list[list[str]]]:
+    """Headings and lines: a line a model, or a column a model where that is narrower and lines would not fit."""
+    shown = columns(models)
+    headings = ["model", "seeds", *(heading for heading, _ in shown.values())]
+    lines = [[m.name, str(m.num_seeds), *(cell(m, c, form) for c, (_, form) in shown.items())] for m in models]
+    if len(headings) <= _MOST_COLUMNS or len(models) + 1 >= len(headings):
+        return headings, lines
+    first, *others = zip(headings, *lines, strict=True)
+    return list(first), [list(line) for line in others]

@@ -11,13 +11,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from homodistil.report.curves import TERMS, Curve, curve, gap
+from homodistil.report.curves import TEACHER_STYLE, TERMS, Curve, curve, final_controls, gap, teacher_value
 from homodistil.report.figures import Line, Panel
-from homodistil.report.run import Points, Run, read_run
+from homodistil.report.run import Points, Run, check_size, clean, is_teacher, read_run
 from homodistil.results import ROW_FILE
 
 GLUE_FILE = Path("glue") / "glue.json"
 """Where `launcher/glue.py --out RUN/glue` writes."""
+TEACHER_FILE = "teacher.json"
+"""Which corrected teacher a run used (written by correction.py, which is too heavy to import here)."""
 
 
 @dataclass
@@ -38,7 +40,7 @@ class Entry:
 
 def read_entries(folders: Sequence[Path]) -> list[Entry]:
     """Runs in any state: what is missing or damaged becomes a note. Raises `UserError` for a folder that is no run."""
-    runs = [read_run(Path(folder), lenient=True) for folder in dict.fromkeys(map(Path, folders))]
+    runs = [read_run(Path(folder)) for folder in dict.fromkeys(map(Path, folders))]
     entries = [Entry(run, _setting(run), notes=list(run.notes)) for run in runs]
     _label(entries)
     for entry in entries:
@@ -86,16 +88,49 @@ def _add_rows(entry: Entry) -> None:
         found = _object(path, entry.notes)
         rows = [found] if found else []
     entry.found = list(rows)
-    student = next((row for row in rows if not _is_teacher(row)), None)
+    student = _student(rows)
     for row in rows:
-        name = str(row.get("name", "model"))
-        if not _is_teacher(row):
-            name = entry.label if row is student else f"{entry.label}: {name}"
-        entry.rows.append({**row, "name": name})
+        if is_teacher(row):
+            # However many runs used it, a teacher that has been corrected once is one measurement.
+            entry.rows.append({**row, "seed": _teacher_identity(entry.run)})
+        else:
+            entry.rows.append({**row, "name": _name(entry, row, student), "seed": _seed(entry.run)})
 
 
-def _is_teacher(row: Mapping[str, Any]) -> bool:
-    return str(row.get("name", "")).lower().startswith("teacher")
+def _name(entry: Entry, row: dict[str, Any], student: dict[str, Any] | None) -> str:
+    name = str(row.get("name", "model"))
+    if row is student:
+        return entry.label
+    if _is_on_the_way(row) and "rates" not in row and "student" not in row:
+        return f"{entry.label} @ {name.rpartition(' @ ')[2]}"
+    return f"{entry.label}: {name}"
+
+
+def _student(rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """The row of the run's last student: neither teacher nor a member on the way, and in front of the controls. None
+    where a job had several students: each has its own name."""
+    if any("student" in row for row in rows):
+        return None
+    return next((row for row in rows if not is_teacher(row) and not _is_on_the_way(row)), None)
+
+
+def _is_on_the_way(row: Mapping[str, Any]) -> bool:
+    """Whether a row is that of a milestone before the last."""
+    return "milestone" in row and " @ " in str(row.get("name", ""))
+
+
+def _seed(run: Run) -> str:
+    """The same for runs that began alike; a run that does not tell its seed is counted as one of its own."""
+    train = run.config.get("train")
+    seed = train.get("seed") if isinstance(train, dict) else None
+    return str(run.folder.resolve()) if seed is None else f"seed {seed}"
+
+
+def _teacher_identity(run: Run) -> str:
+    """The cached corrected teacher's name, else the checkpoint's."""
+    path, teacher = run.folder / TEACHER_FILE, run.config.get("teacher")
+    corrected = _object(path, []).get("corrected") if path.is_file() else None
+    return str(corrected or (teacher.get("name") if isinstance(teacher, dict) else run.folder.resolve()))
 
 
 def _add_glue(entry: Entry) -> None:
@@ -115,6 +150,8 @@ def _add_glue(entry: Entry) -> None:
 def _object(path: Path, notes: list[str]) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
+        check_size(found)
+        found = clean(found)
     except (OSError, ValueError, RecursionError) as error:
         found = str(error).splitlines()[0]
     if isinstance(found, dict):
@@ -148,10 +185,14 @@ def run_curves(entries: Sequence[Entry]) -> list[Curve]:
     def evaluated(name: str) -> list[Line]:
         return lines(lambda run: run.evaluation_points(name))
 
+    def compared(name: str) -> list[Line]:
+        return [*evaluated(name), *_control_lines(entries, name, len(order)), *_teacher_lines(entries, name)]
+
+    fixed = "On held-out rows with masks that never change; the teacher on all of them."
     first = "Lines of one kind are seeds of one setting."
     losses = Panel("total", lines(lambda run: run.points("loss/total")), log_when_wide=True)
     terms = [Panel(term, lines(lambda run, t=term: run.points(f"loss/{t}")), log_when_wide=True) for term in TERMS]
-    heldout = [Panel(title, evaluated(name)) for name, title in _HELDOUT.items()]
+    heldout = [Panel(title, compared(name)) for name, title in _HELDOUT.items()]
     distances = [
         Panel(f"{t}, probe batch", evaluated(f"gap/{t}"), log_when_wide=True) for t in ("kl", "hidden", "attention")
     ]
@@ -164,7 +205,11 @@ def run_curves(entries: Sequence[Entry]) -> list[Curve]:
     ]
     speed = [Panel("tokens/s", lines(lambda run: run.points("speed/tokens_per_s")), from_zero=True)]
     return [
-        curve("Held-out values", f"On held-out rows with masks that never change. {first}", heldout),
+        curve(
+            "Held-out values",
+            f"{fixed} {first}",
+            heldout,
+        ),
         curve("Distance to the teacher", f"Terms on the probe batch at every evaluation. {first}", distances),
         curve("Jump at a resize", "Just before (hollow) and just after (filled) every resize.", jumps),
         curve("Training loss", f"The weighted sum, and every term before its weight. {first}", [losses, *terms]),
@@ -173,6 +218,30 @@ def run_curves(entries: Sequence[Entry]) -> list[Curve]:
     ]
 
 
+def _control_lines(entries: Sequence[Entry], name: str, first_style: int) -> list[Line]:
+    """Of every setting's first run; none where they would hide the runs themselves."""
+    firsts = [entry for i, entry in enumerate(entries) if entry.setting not in {e.setting for e in entries[:i]}]
+    pairs = [(entry, control) for entry in firsts for control in final_controls(entry.run)]
+    if len(pairs) > _MOST_CONTROL_LINES:
+        return []
+    lines = []
+    for i, (entry, control) in enumerate(pairs):
+        points = entry.run.controls[control].evaluation_points(name)
+        lines += [Line(f"{entry.label}: {control}", points, style=first_style + i)] if points else []
+    return lines
+
+
+def _teacher_lines(entries: Sequence[Entry], name: str) -> list[Line]:
+    """One for each teacher, over the steps of all runs."""
+    values = {_teacher_identity(entry.run): teacher_value(entry.run, name) for entry in entries}
+    known = {identity: value for identity, value in values.items() if value is not None}
+    steps = [step for entry in entries for step, _ in entry.run.evaluation_points(name)]
+    if not steps:
+        return []
+    return [Line("teacher", [(min(steps), v), (max(steps), v)], style=TEACHER_STYLE) for v in known.values()]
+
+
+_MOST_CONTROL_LINES = 6
 _HELDOUT = {"mlm_loss": "MLM loss", "kl_to_teacher": "KL to teacher", "masked_top1": "masked top-1"}
 
 

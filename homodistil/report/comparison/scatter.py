@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
 from homodistil.report.comparison.groups import COLUMNS, Model
-from homodistil.report.figures import look, side_by_side, spread
+from homodistil.report.figures import look, side_by_side, spread, within
 
 _SHAPES = "os^Dv*PX<>hp"
 _SMALL, _LARGE = 4.0, 11.0  # marker diameters in points, slowest and fastest
@@ -106,7 +106,8 @@ def _labels(axes: Axes, points: Sequence[tuple[int, str, float, float]]) -> None
     axes.set_ylim(axes.get_ylim())
     to_fraction = axes.transData + axes.transAxes.inverted()
     heights = [to_fraction.transform((x, y))[1] for _, _, x, y in points]
-    for (i, name, x, y), height in zip(points, spread(heights, gap=0.065), strict=True):
-        line = {"arrowstyle": "-", "color": "#bbbbbb", "linewidth": 0.5, "shrinkB": 4}
+    gap = min(0.065, 1 / max(len(points), 1))
+    for (i, name, x, y), height in zip(points, within(spread(heights, gap), gap), strict=True):
+        line = {"arrowstyle": "-", "color": "#bbbbbb", "linewidth": 0.5, "shrinkB": 4, "relpos": (0, 0.5)}
         at = {"xytext": (1.03, height), "textcoords": "axes fraction", "va": "center", "annotation_clip": False}
         axes.annotate(name, (x, y), color=look(i)["color"], arrowprops=line, **at)

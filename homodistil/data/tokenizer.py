@@ -1,0 +1,141 @@
+"""A checkpoint's tokenizer, refused where the library would make up for what is missing without a word.
+
+It builds an empty one for a folder without any, adds [MASK] to a vocabulary that lacks it, and reads a tokenizer.json
+of another kind as if it were its class's own: text then becomes unknown tokens, or ids that no embedding was trained
+for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from homodistil.errors import UserError
+from homodistil.models.checkpoint_files import first_line, local_folder, read_json, short
+
+MAX_UNKNOWN = 0.9
+"""Largest share of unknown tokens in a sample of text; a tokenizer of the text's language and script is far below."""
+SPECIAL_TOKENS = ("mask_token", "pad_token", "cls_token", "sep_token")
+_FILE, _WORDS, _SETTINGS = "tokenizer.json", "vocab.txt", "tokenizer_config.json"
+_JSON_FILES = (_FILE, _SETTINGS, "special_tokens_map.json", "added_tokens.json")
+# Vocabularies of the other classes that the library knows; which one it reads is a matter of the class.
+_OTHERS = ("vocab.json", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model", "bpe.codes")
+_SAMPLE_WORDS = 200
+_FEWEST_TOKENS = 20
+"""A sample of fewer says nothing."""
+
+
+def read_tokenizer(name: str, field: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder or hub name, as its files describe it. No code beside them is run.
+
+    Args:
+        field: what the user gave `name` as, for messages: teacher.name or --checkpoint.
+
+    Raises:
+        UserError: no tokenizer there, damaged, with code of its own, or of another kind than its class.
+    """
+    folder = local_folder(name, field)
+    if folder is not None:
+        _check_files(folder, field)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder or name), trust_remote_code=False)
+    except Exception as error:  # the library of tokenizers raises plain Exceptions
+        raise UserError(
+            f"{field}: no usable tokenizer at {short(name)!r} ({first_line(error)}); give the files of the tokenizer "
+            f"that the model was trained with ({_FILE}, {_SETTINGS})"
+        ) from None
+    if folder is not None and (folder / _FILE).is_file():
+        _check_same(tokenizer, folder / _FILE, field)
+    return tokenizer
+
+
+def _check_files(folder: Path, field: str) -> None:
+    for name in _JSON_FILES:
+        if (folder / name).exists() and read_json(folder / name, field).get("auto_map"):
+            raise UserError(
+                f"{field}: {folder / name} has auto_map, a tokenizer with code of its own, which is never run; give "
+                f"one of a stock class"
+            )
+    if not any((folder / name).is_file() for name in (_FILE, _WORDS, *_OTHERS)):
+        raise UserError(
+            f"{field}: {short(str(folder))!r} has no tokenizer (no {_FILE}, no {_WORDS}); put the one that the model "
+            f"was trained with beside its weights"
+        )
+
+
+def _check_same(tokenizer: PreTrainedTokenizerBase, file: Path, field: str) -> None:
+    """What has been read is what `file` says."""
+    stored = tokenizers.Tokenizer.from_file(str(file))  # the library has just read it
+    in_file, as_read = (type(one.model).__name__ for one in (stored, tokenizer.backend_tokenizer))
+    if in_file != as_read:
+        raise UserError(
+            f"{field}: {file} holds a {in_file} model, which {_SETTINGS} (or the model's type) has read as {as_read} "
+            f"by {type(tokenizer).__name__}; give the tokenizer that the model was trained with, or set its "
+            f"tokenizer_class in {_SETTINGS}"
+        )
+    known = stored.get_vocab(with_added_tokens=True)
+    settings = read_json(file.with_name(_SETTINGS), field) if file.with_name(_SETTINGS).exists() else {}
+    added = settings.get("added_tokens_decoder") or {}
+    known |= {entry["content"]: int(i) for i, entry in added.items() if isinstance(entry, dict) and "content" in entry}
+    made_up = [n for n in SPECIAL_TOKENS if (token := getattr(tokenizer, n, None)) is not None and token not in known]
+    if made_up:
+        names = ", ".join(f"{name} {short(str(getattr(tokenizer, name)))!r}" for name in made_up)
+        raise UserError(
+            f"{field}: the vocabulary in {file} lacks {names}, so no embedding was trained for it; give the tokenizer "
+            f"that the model was trained with"
+        )
+
+
+def check_ids(tokenizer: PreTrainedTokenizerBase, vocab_size: int, where: str) -> None:
+    """Raise `UserError` where an id is beyond the `vocab_size` embeddings. `where` begins the message."""
+    largest = max(tokenizer.get_vocab().values(), default=0)
+    if len(tokenizer) > vocab_size or largest >= vocab_size:
+        raise UserError(
+            f"{where} has {len(tokenizer)} tokens, the model {vocab_size} embeddings, and its ids go up to {largest}; "
+            f"use the tokenizer that the model was trained with"
+        )
+
+
+def check_special_tokens(tokenizer: PreTrainedTokenizerBase, where: str) -> None:
+    """Raise `UserError` where one of mask, pad, cls and sep is missing, or mask or pad means something else as well."""
+    ids = {name: getattr(tokenizer, f"{name}_id", None) for name in (*SPECIAL_TOKENS, "unk_token")}
+    if missing := [name for name in SPECIAL_TOKENS if ids[name] is None]:
+        raise UserError(f"{where} has no {', '.join(missing)}; use the tokenizer of a masked language model")
+    for name in ("mask_token", "pad_token"):
+        if same := [other for other, found in ids.items() if other != name and found == ids[name]]:
+            raise UserError(
+                f"{where} has one token, {getattr(tokenizer, name)!r}, as {name} and as {same[0]}; give each a token "
+                f"of its own in {_SETTINGS}, those that the model was trained with"
+            )
+
+
+def check_words(tokenizer: PreTrainedTokenizerBase, where: str) -> None:
+    """Raise `UserError` where a tokenizer does not know the words of its own vocabulary: all text would be unknown."""
+    special = set(tokenizer.all_special_tokens)
+    words = [word for word in tokenizer.get_vocab() if word not in special and any(map(str.isalpha, word))]
+    step = -(-len(words) // _SAMPLE_WORDS) or 1
+    sample = [word.removeprefix("##").strip("▁Ġ") for word in sorted(words)[::step]]
+    ids = tokenizer(" ".join(sample), add_special_tokens=False, verbose=False)["input_ids"] if sample else []
+    if not ids or unknown_share(ids, tokenizer.unk_token_id) > MAX_UNKNOWN:
+        found = f"reads {len(sample)} words of its own vocabulary as unknown" if sample else "knows no words"
+        raise UserError(
+            f"{where} {found}: all text would become {tokenizer.unk_token!r}; use the tokenizer that the model was "
+            f"trained with"
+        )
+
+
+def unknown_share(ids: Sequence[int], unknown: int | None) -> float:
+    """Share of unknown tokens, in [0, 1]."""
+    return sum(i == unknown for i in ids) / len(ids) if unknown is not None and len(ids) else 0.0
+
+
+def check_text_is_known(ids: Sequence[int], unknown: int | None, source: str) -> None:
+    """Raise `UserError` where `ids`, text from the start of `source`, are nearly all unknown tokens."""
+    if len(ids) >= _FEWEST_TOKENS and (share := unknown_share(ids, unknown)) > MAX_UNKNOWN:
+        raise UserError(
+            f"data.sources: {source!r} is not in the language of the teacher's tokenizer: {share:.0%} of the first "
+            f"{len(ids)} tokens are unknown to it; give text that it was made for, or another teacher"
+        )
