@@ -126,13 +126,13 @@ def test_a_missing_head_is_named_once_where_it_need_not_be_there(teacher):
     check_teacher(config_of(teacher, teacher__correction_steps=7), said.append)
     assert said == [f"teacher: {teacher} has no MLM head; teacher.correction_steps=7 trains one"]
     unused = {"loss__mlm": 0.0, "loss__kl": 0.0}
-    check_teacher(config_of(teacher, **unused), said.append)
+    check_teacher(config_of(teacher, **unused, pruning__compensation="none"), said.append)
     assert said[1:] == [f"teacher: {teacher} has no MLM head, and none is used (loss.mlm=0, loss.kl=0)"]
     full = config_of(teacher, **unused, pruning__compensation="full")
     assert "set pruning.compensation=refit or none" in refusal(lambda: check_teacher(full))
     check_teacher(config_of(teacher, **unused, pruning__compensation="refit"))
     check_teacher(config_of(teacher, teacher__correction_steps=7, pruning__compensation="full"))
-    labels = config_of(teacher, **unused, pruning__importance="teacher_kl")
+    labels = config_of(teacher, **unused, pruning__compensation="none", pruning__importance="teacher_kl")
     assert "pruning.importance: found teacher_kl" in refusal(lambda: check_teacher(labels))
 
 
