@@ -93,7 +93,9 @@ class Cuts:
         narrows = self.pruner.schedule.target["hidden"] < self.student.widths["hidden"]
         if self.config.pruning.compensation == "full" and narrows:
             fixed = self.compensation.allowed_fixed_dims(self.student, self.pruner.protected, self._heldout_loss)
-            self.pruner.protected = fixed
+            self.pruner.may_rotate = fixed is not None
+            if fixed is not None:
+                self.pruner.protected = fixed
 
     def _calibrate(self) -> None:
         """Importance from a few batches of the same data and losses, without an update."""
@@ -134,7 +136,7 @@ class Cuts:
             return live_copy(trainer.engine, copies, dtype)
 
         def compensated_cut(student: Student, keep: Keep) -> Student:
-            return compensation.cut(student, keep, trainer.state.consumed_samples, self.pruner.protected, dtype)
+            return compensation.cut(student, keep, trainer.state.consumed_samples, self.pruner.fixed, dtype)
 
         if compensation:
             self.pruner.look = lambda: GapLook(self.gap, plain, compensated_cut)
@@ -147,7 +149,7 @@ class Cuts:
         """The event that leaves `keep` of a plain student."""
         if self.compensation is None:
             return Proposal(make_plan(student.axis_table(), keep))
-        return self.compensation.propose(student, keep, consumed_samples, self.pruner.protected)
+        return self.compensation.propose(student, keep, consumed_samples, self.pruner.fixed)
 
     def _score_by_drawn_labels(self, student: Student, feed: Feed, step: int) -> None:
         steps, seed = self._calibration_steps(feed, step), (self.config.train.seed, step)

@@ -35,6 +35,7 @@ from homodistil.models import family_of
 from homodistil.models.checkpoint_files import local_folder
 from homodistil.pruning.scheduler import width_schedule
 from homodistil.pruning.target import student_widths
+from homodistil.run_summary import run_summary
 
 # Held-out masks are the same for every run and seed, so that results can be compared.
 HELDOUT_SEED = 20230501
@@ -164,7 +165,7 @@ def _check_head(config: RunConfig, has_head: bool, say: Callable[[str], None]) -
             f"teacher.name: {name!r} has no MLM head, so loss.mlm and loss.kl would teach noise; "
             f"set teacher.correction_steps (1000, say) to train one, or loss.mlm=0 loss.kl=0"
         )
-    if config.pruning.compensation == "full":
+    if config.pruning.compensation == "full" and config.pruning.schedule != "none":
         raise UserError(
             f"pruning.compensation: found full, but the teacher {name!r} has no trained MLM head, whose gradients "
             f"choose the basis and whose loss checks it, so that it would do harm; set pruning.compensation=refit or "
@@ -188,11 +189,14 @@ def _say_on_first_rank(line: str) -> None:
         print(line, flush=True)
 
 
-def gather(config: RunConfig, device: torch.device, run_folders: Sequence[Path] = ()) -> Materials:
+def gather(
+    config: RunConfig, device: torch.device, run_folders: Sequence[Path] = (), students: Sequence[RunConfig] = ()
+) -> Materials:
     """Teacher folder, tokenizer and corpus: fetched and prepared on first use, by one rank a cache.
 
     Args:
         run_folders: a run that goes on from a checkpoint in one of them must have what it began with.
+        students: those to be made of the teacher, instead of the one of `config` (students.py).
     """
     before = ranks.on_first_rank(lambda: begun_with(run_folders))
 
@@ -203,8 +207,12 @@ def gather(config: RunConfig, device: torch.device, run_folders: Sequence[Path] 
     leaders = nodes.cache_leaders(cache_dir(config))
     # A hub's files lie in the hub client's own cache, which need not be shared where ours is.
     readers = leaders if _is_cached_here(config) else nodes.machine_leaders()
-    folder = nodes.once(readers, lambda: check_teacher(config, _say_on_first_rank))
+    wanted = students or [config]
+    folder = nodes.once(readers, lambda: check_teacher(wanted[0], _say_on_first_rank))
     tokenizer = load_tokenizer(folder, load_config(folder).vocab_size)
+    for one in wanted:
+        for subject, text in run_summary(one, load_config(folder)).items():
+            _say_on_first_rank(f"{subject}: {text}" if len(wanted) == 1 else f"{one.run.name}: {subject}: {text}")
     # What the others get of the corpus are the names of the files, which they map for themselves.
     fingerprints = nodes.once(leaders, lambda: accept(**_of_teacher(config, folder, tokenizer)))
     names = nodes.once(leaders, lambda: prepare_corpus(config.data, tokenizer, lambda now: accept(corpus=now)).names())

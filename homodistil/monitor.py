@@ -7,6 +7,7 @@ in one transfer, behind one all-reduce.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 from itertools import groupby
 from pathlib import Path
@@ -14,8 +15,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from homodistil import ranks
+from homodistil.balance import Balance
 from homodistil.config import RunConfig
 from homodistil.data.masking import Batch, Counts
 from homodistil.distill.objective import LossTerms
@@ -70,6 +73,7 @@ class Monitor:
         self.config, self.recorder, self.student = config, recorder, student
         self.teacher_widths, self.device = teacher_widths, device
         self.peak = peak_flops(device, dtype)
+        self._balance = Balance(config.run.name, student.objective.weights)
         self.timer = StepTimer()
         self._micro_batches: list[dict[str, Tensor]] = []
         self._steps: list[_Step] = []
@@ -104,7 +108,18 @@ class Monitor:
         require_finite(read.losses, step, self.config)
         values = {"optim/lr": engine.get_lr()[0], "train/micro_batch_size": engine.train_micro_batch_size_per_gpu()}
         values |= {} if read.grad_norm is None else {"optim/grad_norm": read.grad_norm}
-        self.recorder.log_step(step, read.losses | values | self._size() | self._speed(read))
+        shares = {f"share/{name}": share for name, share in self._balance.shares(read.losses).items()}
+        self.recorder.log_step(step, read.losses | shares | values | self._size() | self._speed(read))
+        self._tell_balance(step, read.losses)
+
+    def _tell_balance(self, step: int, losses: dict[str, float]) -> None:
+        if not self.recorder.enabled:
+            return
+        widths = self._steps[-1].widths
+        is_cut = any(width < self.teacher_widths[axis] for axis, width in widths.items())
+        for line in self._balance.lines(step, losses, widths["hidden"], is_cut):
+            tqdm.write(line)  # above a progress bar, where there is one
+        sys.stdout.flush()
 
     def _read(self, grad_norm: float | Tensor | None, data_wait_s: float) -> _Read:
         """Each term: mean over micro-batches and ranks, which is the mean over the global batch (see feed.py)."""

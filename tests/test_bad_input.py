@@ -236,3 +236,14 @@ def test_encoder_without_mlm_head(attempt, teacher):
 
 def test_apex_that_is_not_there(attempt):
     assert "apex_fused needs NVIDIA's apex" in attempt("optimizer.implementation=apex_fused")
+
+
+def test_a_run_of_before_the_corrections_own_seed_keeps_its_teacher(tmp_path):
+    fields = ["recipe=quickstart", "train.seed=3", f"run.dir={tmp_path / 'run'}"]
+    before = parse(fields)
+    claim_run_folder(check_run_folder(before), before, {})
+    lines = (tmp_path / "run" / "config.yaml").read_text().splitlines(keepends=True)
+    (tmp_path / "run" / "config.yaml").write_text("".join(line for line in lines if "correction_seed" not in line))
+    with pytest.raises(UserError, match=r"teacher.correction_seed: the run in '.*' has 3, this config 0; go on with"):
+        check_run_folder(parse([*fields, "run.resume=auto"]))
+    check_run_folder(parse([*fields, "run.resume=auto", "teacher.correction_seed=3"]))

@@ -97,7 +97,7 @@ def test_calibration_is_shared_evenly(wanted, ranks, micro_batch, found):
     ("pruning", "loss", "text"),
     [
         ({"one_shot_stages": 2, "compensation": "full"}, {}, "pruning.one_shot_stages: found 2"),
-        ({"one_shot_stages": 2, "schedule": "one_shot"}, {}, "pruning.one_shot_stages: found 2"),
+        ({"one_shot_stages": 2, "schedule": "one_shot", "compensation": "none"}, {}, "one_shot_stages: found 2"),
         ({"compensation": "full"}, {"projection_learned": False}, "loss.projection_learned: found false"),
     ],
 )
@@ -107,6 +107,14 @@ def test_settings_that_do_not_go_together(pruning, loss, text):
     config.loss = dataclasses.replace(config.loss, **loss)
     with pytest.raises(UserError, match=text):
         config.check()
+
+
+def test_compensation_is_without_effect_where_nothing_is_cut():
+    """Our default must not be in the way of a student that has its size from the start."""
+    config = RunConfig()
+    config.student.init, config.pruning.schedule, config.loss.projection_learned = "random", "none", False
+    assert config.pruning.compensation == "full"
+    config.check()
 
 
 class FixedBatches(Compensation):
@@ -141,8 +149,10 @@ def test_dims_that_cost_too_much_to_rotate_stay(losses, fixed, capsys):
 
     compensation = FixedBatches(0.25)
     if fixed is None:
-        with pytest.raises(UserError, match=r"by \+0.400 and \+0.300, allowed 0.25; set pruning.compensation=refit"):
-            compensation.allowed_fixed_dims(student, torch.tensor([5]), loss)
+        assert compensation.allowed_fixed_dims(student, torch.tensor([5]), loss) is None
+        printed = capsys.readouterr().out
+        assert printed.count("\n") == 1 and "+0.400, then +0.300 (limit 0.25); too much" in printed
+        assert "as with pruning.compensation=refit" in printed
     else:
         assert compensation.allowed_fixed_dims(student, torch.tensor([5]), loss).tolist() == fixed
         printed = capsys.readouterr().out

@@ -6,7 +6,11 @@ import json
 
 import pytest
 
-from homodistil.correction import FACTS_FILE, TEACHER_FILE, _begun_with
+from homodistil.cli import parse
+from homodistil.correction import FACTS_FILE, SEED_OFFSET, TEACHER_FILE, _begun_with, _key, correction_config
+from homodistil.data.corpus import Corpus
+from homodistil.engine import init_ranks
+from homodistil.materials import Materials
 
 
 @pytest.fixture
@@ -26,3 +30,17 @@ def test_anything_else_is_no_record(tmp_path, teachers, content):
     if content is not None:
         (tmp_path / TEACHER_FILE).write_text(content)
     assert _begun_with(tmp_path, teachers) is None
+
+
+def test_the_seed_of_a_run_has_no_part_in_its_teacher(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    materials = Materials(str(tmp_path), None, Corpus([], [], "a fingerprint", "a text"), init_ranks())
+
+    def key(*overrides: str) -> str:
+        return _key(parse(["recipe=quickstart", *overrides]), {}, materials)
+
+    assert key() == key("train.seed=1") == key("train.seed=2", "teacher.correction_seed=0")
+    assert key() != key("teacher.correction_seed=1") == key("teacher.correction_seed=1", "train.seed=5")
+    # What it was when it followed train.seed=0: cached teachers are found again.
+    assert key() == "47fd0e26071e57484642"
+    assert correction_config(parse(["train.seed=3"])).train.seed == SEED_OFFSET

@@ -71,7 +71,7 @@ def test_flops_of_a_run_are_those_of_its_steps(cache_dir):
 @pytest.mark.parametrize("stage", range(4))
 def test_state_is_split_as_zero_splits_it(stage):
     """state_bytes itself is held against live engines in tests/distributed/test_memory.py and test_step_memory.py."""
-    config = parse(["recipe=homobert-base", "teacher.name=bert-base-uncased"])
+    config = parse(["recipe=homobert-base-paper", "teacher.name=bert-base-uncased"])
     plan, subject = make_plan(config, ENGINES[stage], A100S), find_subject(config)
     policy = policy_of(subject, resolve_engine_config(ENGINES[stage], config, 8), A100S)
     memory, widths = plan.stretches[0].memory, subject.stretches[0].widths

@@ -113,7 +113,7 @@ def assert_trained(run: Distillation, config, folder) -> None:
     torch.testing.assert_close(logits[batch.masked_index], run.student.predict(batch), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["homobert-base", "homobert-small-paper", "homobert-xsmall", "homobert-tiny", "paper"])
+@pytest.mark.parametrize("name", [*PAPERS, "homobert-tiny"])
 def test_two_steps_at_real_widths(name, parts, tmp_path):
     config = two_steps(parts, name)
     run = distil(config, tmp_path / "run")

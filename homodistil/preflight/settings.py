@@ -18,6 +18,7 @@ from homodistil.models import family_of
 from homodistil.models.axes import Widths
 from homodistil.optimizer import check_implementation
 from homodistil.preflight.findings import Findings
+from homodistil.run_summary import run_summary
 
 
 class TeacherFacts(NamedTuple):
@@ -62,4 +63,6 @@ def check_model(findings: Findings, config: RunConfig) -> TeacherFacts | None:
     count = sum(p.numel() for p in model.parameters())
     widths = family.axis_table(model).widths
     findings.note("model", f"{config.teacher.name}: {count / 1e6:.1f} M parameters, hidden {widths['hidden']}")
+    for subject, text in run_summary(config, shape).items():
+        findings.note(subject, text)
     return TeacherFacts(folder, tokenizer, widths, count, shape.vocab_size)

@@ -56,7 +56,14 @@ class Pruner:
         """The closed loop's eyes, there once an engine is."""
         self.rescore: Callable[[int], None] | None = None
         """Updates done -> fresh scores just before an event, for an importance that training gives no gradients for."""
+        self.may_rotate = True
+        """False: what compensation=full rotates would cost too much (compensated.py). A checkpoint remembers it."""
         self._is_forced = False
+
+    @property
+    def fixed(self) -> Tensor | None:
+        """Residual dims that a rotation leaves alone; None: there is to be none at all."""
+        return self.protected if self.may_rotate else None
 
     def wants_gradients(self, step: int) -> bool:
         """Whether the gradients of update `step` still decide anything."""
@@ -130,11 +137,13 @@ class Pruner:
 
     def state_dict(self) -> dict:
         state = {"importance": self.importance.state_dict(), "protected": self.protected}
+        state |= {} if self.may_rotate else {"may_rotate": False}
         closed_loop = isinstance(self.schedule, GapSchedule)
         return state | ({"schedule": self.schedule.state_dict()} if closed_loop else {})
 
     def load_state_dict(self, state: dict) -> None:
         self.importance.load_state_dict(state["importance"])
         self.protected = state["protected"]
+        self.may_rotate = state.get("may_rotate", True)
         if isinstance(self.schedule, GapSchedule):
             self.schedule.load_state_dict(state["schedule"])

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from fork_server import ROOT
+from safetensors.torch import load_file, save_file
 from small_job import STEPS, TRAIN, arguments, differences, result
 
 FULL = ["pruning.compensation=full", "pruning.compensation_sequences=24", "pruning.interval_steps=4"]
@@ -53,6 +56,23 @@ def test_one_shot_in_stages_under_zero3_killed_in_training(server, materials, tm
     assert [event["step"] for event in events] == [0, 0]
     assert [event["widths_after"]["hidden"] for event in events] == [17, 12]
     check_events(events, 0)
+
+
+def test_a_teacher_that_bears_no_rotation_is_refitted_also_after_a_kill(server, materials, tmp_path):
+    """Bitwise what pruning.compensation=refit gives."""
+    shutil.copytree(materials / "teacher", tmp_path / "teacher")
+    weights = load_file(tmp_path / "teacher" / "model.safetensors")
+    generator = torch.Generator().manual_seed(0)
+    for name in (name for name in weights if name.endswith("LayerNorm.weight")):
+        weights[name] *= torch.exp(torch.randn(weights[name].shape, generator=generator))
+    save_file(weights, tmp_path / "teacher" / "model.safetensors", metadata={"format": "pt"})
+    fields = [*FULL, f"teacher.name={tmp_path / 'teacher'}", "pruning.compensation_limit=0"]
+    run(server, materials, tmp_path / "refit", [*fields, "pruning.compensation=refit"], "zero2_fp32")
+    killed = tmp_path / "killed"
+    assert run(server, materials, killed, fields, "zero2_fp32", "train.step:hit=8") == [-9, -9]
+    assert len((killed / "events.jsonl").read_text().splitlines()) == 1
+    run(server, materials, killed, [*fields, "run.resume=must"], "zero2_fp32")
+    assert differences(result(killed), result(tmp_path / "refit")) == []
 
 
 @pytest.mark.full

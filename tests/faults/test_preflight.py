@@ -39,8 +39,10 @@ def _verdicts(output: str) -> list[tuple[str, str]]:
 def test_a_good_run_takes_a_step_and_a_cut_on_every_rank(check):
     codes, output = check()
     assert codes == [0, 0], output
-    subjects = ["port", "config", "model", "memory", "data", "run folder", "cache folder", "step"]
+    summary = ["student", "parameters", "losses", "pruning"]
+    subjects = ["port", "config", "model", *summary, "memory", "data", "run folder", "cache folder", "step"]
     assert _verdicts(output) == [(subject, "ok") for subject in subjects], output
+    assert "3 layers, hidden 12, ffn 20, 4 heads of 3; from a copy of" in output and "compensation none" in output
     assert "forward, backward, step, cut to hidden" in output and "this run can start" in output
 
 
@@ -112,6 +114,7 @@ def test_text_that_comes_twice(materials):
         ("teacher.name=/nowhere/bert", "teacher.name: no folder '/nowhere/bert'"),
         ("student.hidden_size=32", "student.hidden_size: found 32, the teacher has 24"),
         ("pruning.max_event_fraction=0.01", "pruning.max_event_fraction"),
+        ("student.hidden_size=null", "student.hidden_size: not set beside intermediate_size=20, num_attention_heads=4"),
     ],
 )
 def test_a_teacher_or_target_that_does_not_fit(check, override, said):

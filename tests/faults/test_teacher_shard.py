@@ -48,7 +48,7 @@ def test_what_cannot_be_sharded_is_refused(other):
 def test_the_plan_counts_a_ranks_part():
     plans = []
     for shard in (False, True):
-        config = parse(["recipe=homobert-base", f"teacher.shard={str(shard).lower()}"])
+        config = parse(["recipe=homobert-base-paper", f"teacher.shard={str(shard).lower()}"])
         plans.append(make_plan(config, {"zero_optimization": {"stage": 2}}, find_cluster("A100-80", 8)))
     whole, parts = (plan.stretches[0].memory["teacher"] for plan in plans)
     layers = 12 * (4 * (768 * 768 + 768) + 2 * 768 * 3072 + 3072 + 768 + 4 * 768)
