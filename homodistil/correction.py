@@ -28,6 +28,7 @@ from homodistil.fingerprints import CORRECTED, check_same
 from homodistil.materials import PERIODIC_EVALUATION_SEQUENCES, Materials, cache_dir, teacher_copy
 from homodistil.metrics import METRICS_FILE, read_lines, write_atomically
 from homodistil.monitor import Monitor, run_recorder, speeds
+from homodistil.progress import doing
 from homodistil.resize import master_weights
 from homodistil.trainer import Trainer
 
@@ -103,7 +104,8 @@ class _Correction:
         if ranks.rank() == 0:
             print(f"correcting the teacher: {self.config.train.steps} steps of MLM on the corpus", flush=True)
         before = self._evaluate()
-        engine = build_engine(self.student, self.config, self.engine_config)
+        with doing("building DeepSpeed's engine, and trying a resize of it"):
+            engine = build_engine(self.student, self.config, self.engine_config)
         with run_recorder(self.work / "run", self.config, 0) as recorder:
             self._trainer(engine, recorder).train()
         facts = {"before": before, "after": self._evaluate(), "steps": self.config.train.steps}
@@ -124,7 +126,10 @@ class _Correction:
         )
 
     def _evaluate(self, limit: int | None = None) -> dict[str, float]:
-        return evaluate(self.student.predict, None, self.materials.heldout(self.config, limit), self.materials.device)
+        with doing("evaluating the teacher on held-out text"):
+            return evaluate(
+                self.student.predict, None, self.materials.heldout(self.config, limit), self.materials.device
+            )
 
     def _save(self, weights: dict, facts: dict) -> None:
         facts |= speeds(read_lines(self.work / "run" / METRICS_FILE))

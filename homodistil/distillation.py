@@ -35,6 +35,7 @@ from homodistil.micro_batch import MicroBatchPolicy, fit_micro_batch, with_micro
 from homodistil.models import family_of
 from homodistil.models.taps import show_values
 from homodistil.monitor import Monitor, run_recorder, speeds
+from homodistil.progress import doing
 from homodistil.resize import check_supported
 from homodistil.results import ROW_FILE
 from homodistil.trainer import Trainer, TrainState
@@ -97,14 +98,22 @@ class Distillation:
     @contextlib.contextmanager
     def training(self) -> Iterator[Trainer]:
         """A trainer that goes on from the last checkpoint if there is one; inside, its recorder is open."""
-        found = self.checkpoints.load()
+        with doing("looking through the checkpoints"):
+            found = self.checkpoints.load()
         check_same(self.folder, found.run.get("fingerprints") if found else None, self.materials.fingerprints)
         start = self._restore_shape(found.state) if found else TrainState()
         with run_recorder(self.folder, self.config, start.step, _num_lines(found)) as recorder:
-            if not found:
-                recorder.log_evaluation(0, self._gap_values())
-                self.cuts.before_training(recorder)
+            if found:
+                self._say_where(found)
+            else:
+                with doing("measuring the student before step 1"):
+                    recorder.log_evaluation(0, self._gap_values())
+                    self.cuts.before_training(recorder)
             yield self.build_trainer(recorder, start, found)
+
+    def _say_where(self, found: Found) -> None:
+        if ranks.rank() == 0:
+            print(f"resumed from step {found.state['step']} (checkpoint {found.folder})", flush=True)
 
     def build_trainer(self, recorder: Recorder, start: TrainState, found: Found | None = None) -> Trainer:
         """The live engine around the student, and the loop. `found`: whose values the engine takes over."""
@@ -112,12 +121,14 @@ class Distillation:
         micro_batch = self.micro_batch(self.student.widths)
         engine_config = with_micro_batch(self.engine_config, micro_batch, ranks.world_size())
         copies = self.cuts.plain_copies()
-        engine = build_engine(self.student, config, engine_config)
+        with doing("building DeepSpeed's engine, and trying a resize of it"):
+            engine = build_engine(self.student, config, engine_config)
         if config.student.compile:
             CompiledLayers(self.student.family.layers(self.student.model), self.pruner.schedule.num_events)
         if found:
-            self.checkpoints.restore(engine, found)
-            check_supported(engine)  # what was loaded is laid out as resizing expects
+            with doing(f"reading {found.folder}"):
+                self.checkpoints.restore(engine, found)
+                check_supported(engine)  # what was loaded is laid out as resizing expects
         trainer = self._trainer(engine, recorder, start)
         if copies:
             self.cuts.attach(trainer, copies, student_dtype(self.engine_config))
@@ -145,7 +156,8 @@ class Distillation:
     def _trainer(self, engine, recorder, start: TrainState) -> Trainer:
         config, materials = self.config, self.materials
         dtype = student_dtype(self.engine_config)
-        monitor = Monitor(config, recorder, self.student, self.teacher_widths, materials.device, dtype)
+        with doing("measuring this machine's peak"):
+            monitor = Monitor(config, recorder, self.student, self.teacher_widths, materials.device, dtype)
         if ranks.rank() == 0:
             print(f"MFU refers to {monitor.peak.flops_per_s / 1e9:,.0f} GFLOP/s a rank ({monitor.peak.source})")
         feed = materials.feed(config, config.train.seed)
@@ -178,7 +190,8 @@ class Distillation:
 
     def evaluate_teacher(self) -> dict[str, float]:
         """The same for the teacher itself, all blocks."""
-        found = evaluate(self.teacher.predict, None, self.materials.heldout(self.config), self.materials.device)
+        with doing("evaluating the teacher on held-out text"):
+            found = evaluate(self.teacher.predict, None, self.materials.heldout(self.config), self.materials.device)
         return found | {"kl_to_teacher": 0.0}
 
     def _gap_values(self) -> dict[str, float]:
@@ -187,10 +200,12 @@ class Distillation:
     def finish(self, trainer: Trainer) -> dict:
         """Export and evaluate what has been trained. Returns the row, which is then on disk."""
         engine, recorder = trainer.engine, trainer.monitor.recorder
-        found = self.evaluate()
+        with doing("evaluating the student on held-out text"):
+            found = self.evaluate()
         recorder.log_evaluation(self.config.train.steps, found | self._gap_values())
         row = self._row(found)
-        self.exporter.export(engine, self.folder / "export", row)
+        with doing("exporting the student"):
+            self.exporter.export(engine, self.folder / "export", row)
         engine.destroy()
         row |= self.cuts.summary()
         row |= ranks.on_first_rank(lambda: speeds(read_lines(self.folder / METRICS_FILE)))

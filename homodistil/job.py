@@ -24,6 +24,7 @@ from homodistil.materials import check_teacher, gather
 from homodistil.model_card import complete_cards
 from homodistil.optimizer import check_implementation
 from homodistil.planning.own_run import keep_plan
+from homodistil.progress import doing
 from homodistil.report import write_report
 from homodistil.report.family import family_text
 from homodistil.results import format_table, write_result
@@ -43,7 +44,7 @@ def run(config: RunConfig, engine_config_path: Path, students: Sequence[RunConfi
     """
     report = StartReport()
     raw_engine_config = load_engine_config(engine_config_path)
-    with report.part("joining"):
+    with report.part("joining"), doing("waiting for all ranks"):
         device = init_ranks(config.run.rank_timeout_s)
     with (
         stop.on_signals(f"run it again with run.resume=auto to go on{stop.go_on_with()}"),
@@ -68,7 +69,8 @@ def _run(
     if students:
         check_stage(engine_config)
     folder, *own_folders = ranks.on_first_rank(lambda: check_run_folders(config, students))
-    with watch.long_phase("preparing teacher and data"), report.part("teacher and data"):
+    what = "preparing teacher and data"
+    with watch.long_phase(what), report.part("teacher and data"), doing(what):
         for student in students:
             check_teacher(student)
         fault_point("start.materials")
@@ -88,10 +90,13 @@ def _run(
         print(report.line(ranks.world_size(), num_machines, engine_config), flush=True)
     command = shlex.join([Path(sys.executable).name, *sys.argv])
     if students:
-        runs = student_runs(students, own_folders, engine_config, materials, command)
+        with doing("loading teacher and students"):
+            runs = student_runs(students, own_folders, engine_config, materials, command)
         rows = _train_students(runs, folder, correction)
     else:
-        rows = _train_one(Distillation(config, engine_config, materials, folder, command), correction)
+        with doing("loading teacher and student"):
+            one = Distillation(config, engine_config, materials, folder, command)
+        rows = _train_one(one, correction)
     ranks.on_first_rank(lambda: _conclude(folder, rows))
     return rows
 
@@ -128,7 +133,8 @@ def _teacher_row(run: Distillation, correction: dict) -> dict:
     parameters = num_parameters(run.teacher.model)
     row = result_row("teacher", parameters, run.teacher_widths["hidden"], run.evaluate_teacher())
     if run.config.run.export_milestones:
-        row |= ranks.on_first_rank(run.exporter.teacher_speed)
+        with doing("timing the teacher"):
+            row |= ranks.on_first_rank(run.exporter.teacher_speed)
     row |= {name: correction.get(name) for name in ("tokens_per_s_first", "tokens_per_s_last")}
     if correction:
         row["heldout_mlm_loss_before_correction"] = correction["before"]["mlm_loss"]
@@ -136,7 +142,8 @@ def _teacher_row(run: Distillation, correction: dict) -> dict:
 
 
 def _conclude(folder: Path, rows: list[dict]) -> None:
-    path, report = _store(folder, rows)
+    with doing("writing the report"):
+        path, report = _store(folder, rows)
     tables = "\n\n".join(filter(None, (format_table(rows), family_text(rows))))
     print(f"\n{tables}\n\nresult: {path}\nreport: {report}", flush=True)
 

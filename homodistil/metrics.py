@@ -1,4 +1,4 @@
-"""What a run says about itself: progress bar, TensorBoard, metrics.jsonl, events.jsonl; tokens/s and memory.
+"""What a run says about itself: progress (progress.py), TensorBoard, metrics.jsonl, events.jsonl; tokens/s and memory.
 
 The trainer on rank 0 owns a `Recorder` and feeds it every `train.log_every_steps`; `report.py` reads the files back.
 
@@ -16,7 +16,6 @@ import functools
 import json
 import math
 import os
-import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,12 +25,12 @@ from typing import Any
 
 import psutil
 import torch
-from tqdm import tqdm
 
 from homodistil.boards import TENSORBOARD_FOLDER, board_folder, board_values
 from homodistil.errors import writing
 from homodistil.log_files import go_on, parse_line
 from homodistil.log_files import write_atomically as write_atomically
+from homodistil.progress import step_progress
 
 METRICS_FILE = "metrics.jsonl"
 EVENTS_FILE = "events.jsonl"
@@ -71,7 +70,7 @@ class Recorder:
             self._events = open(run_dir / EVENTS_FILE, "a", encoding="utf-8")
             self._tensorboard = _summary_writer(board_folder(run_dir), start_step)
         self._excepthook_before, threading.excepthook = threading.excepthook, _without_tensorboards_thread
-        self._progress = _Bar(total_steps, start_step) if sys.stderr.isatty() else _Lines(total_steps, start_step)
+        self._progress = step_progress(total_steps, start_step)
 
     def log_step(self, step: int, values: Mapping[str, float]) -> None:
         """Values of training after `step` optimizer steps; names carry their group: "loss/mlm", "widths/hidden"."""
@@ -81,6 +80,11 @@ class Recorder:
         self.num_lines[METRICS_FILE] += 1
         self._add_scalars(values, step)
         self._progress.show(step, values)
+
+    def advance(self, step: int) -> None:
+        """After each step, logged or not: the bar moves. Asks nothing of the device."""
+        if self.enabled:
+            self._progress.advance(step)
 
     def log_evaluation(self, step: int, values: Mapping[str, float]) -> None:
         """Held-out values after `step` optimizer steps; in TensorBoard under heldout/ and probe/."""
@@ -183,56 +187,6 @@ def _without_tensorboards_thread(failure: threading.ExceptHookArgs) -> None:
     """TensorBoard's writing thread dies with a traceback when the disk is full; the next call reports the same."""
     if not (issubclass(failure.exc_type, OSError) and type(failure.thread).__module__.startswith("tensorboard")):
         threading.__excepthook__(failure)
-
-
-class _Bar:
-    """Progress on a terminal: one line that renews itself."""
-
-    def __init__(self, total_steps: int, start_step: int) -> None:
-        self._bar = tqdm(total=total_steps, initial=start_step, unit="step", dynamic_ncols=True, file=sys.stderr)
-
-    def show(self, step: int, values: Mapping[str, float]) -> None:
-        self._bar.set_postfix_str(_summary(values), refresh=False)
-        self._bar.update(step - self._bar.n)
-
-    def close(self) -> None:
-        self._bar.close()
-
-
-class _Lines:
-    """Progress in a log file: a line at the first and the last step and every half minute between."""
-
-    INTERVAL_S = 30.0
-
-    def __init__(self, total_steps: int, start_step: int) -> None:
-        self._total_steps, self._start_step = total_steps, start_step
-        self._start = time.monotonic()
-        self._next_line = self._start
-
-    def show(self, step: int, values: Mapping[str, float]) -> None:
-        now = time.monotonic()
-        if now < self._next_line and step < self._total_steps:
-            return
-        self._next_line = now + self.INTERVAL_S
-        line = f"step {step}/{self._total_steps}, {_summary(values)}"
-        if self._start_step < step < self._total_steps:
-            left_s = (now - self._start) / (step - self._start_step) * (self._total_steps - step)
-            line += f", {tqdm.format_interval(left_s)} left"
-        print(line, file=sys.stderr, flush=True)
-
-    def close(self) -> None:
-        pass
-
-
-def _summary(values: Mapping[str, float]) -> str:
-    parts = []
-    if "loss/total" in values:
-        parts.append(f"loss {float(values['loss/total']):.4g}")
-    if "widths/hidden" in values:
-        parts.append(f"hidden {int(values['widths/hidden'])}")
-    if "speed/tokens_per_s" in values:
-        parts.append(f"{float(values['speed/tokens_per_s']):,.0f} tokens/s")
-    return ", ".join(parts)
 
 
 @dataclass(frozen=True)

@@ -95,6 +95,7 @@ class Monitor:
             self._log(step, engine, data_wait_s)
             self._steps.clear()
         self._micro_batches.clear()
+        self.recorder.advance(step)
 
     def _note_widths(self) -> None:
         """They change with a resize event alone, which gives the student another `kept`."""

@@ -3,6 +3,9 @@
 torch builds and loads an op behind a lock file that stays when its holder is killed, and waits for it without end or
 word. Here ranks of a machine load one after the other behind a lock of the kernel's, which ends with its holder; a lock
 file that is there nevertheless, and that nobody on this machine holds, is left by a process that is no more.
+
+What `make setup` has built is found by who types the command by hand, too: without TORCH_EXTENSIONS_DIR, and with an
+environment that is not activated.
 """
 
 from __future__ import annotations
@@ -10,11 +13,19 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import shutil
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from homodistil.errors import UserError
+
+OF_SETUP = Path(__file__).parents[1] / ".torch_extensions"
+"""Where the Makefile has ops built: beside the package, in a checkout."""
+SILENT_S = 3.0
+"""An op that is there already is loaded in less."""
 STALE_AFTER_S = 20.0
 """A holder on another machine (a shared home folder) cannot be seen: it gets this long to finish."""
 POLL_S = 0.2
@@ -27,8 +38,9 @@ def load_op(builder_name: str) -> None:
     builder = get_accelerator().create_op_builder(builder_name)
     if builder is None or not builder.is_compatible(verbose=False):  # DeepSpeed does without, or says why it cannot
         return
+    _find_ninja()
     root = _build_root()
-    with _alone(root):
+    with _alone(root), _said(builder.name, is_there=(root / builder.name / f"{builder.name}.so").is_file()):
         for lock in root.rglob(f"{builder.name}/lock"):
             _wait_or_remove(lock)
         builder.load()
@@ -37,7 +49,37 @@ def load_op(builder_name: str) -> None:
 def _build_root() -> Path:
     from torch.utils.cpp_extension import get_default_build_root
 
+    if not os.environ.get("TORCH_EXTENSIONS_DIR") and OF_SETUP.is_dir():
+        os.environ["TORCH_EXTENSIONS_DIR"] = str(OF_SETUP)
     return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+
+
+def _find_ninja() -> None:
+    """torch asks it even for an op that is there. The one beside the interpreter comes first, whether PATH names it or
+    not: another version does not read its log, and builds everything again."""
+    beside = Path(sys.executable).parent
+    if (beside / "ninja").is_file():
+        os.environ["PATH"] = f"{beside}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
+    elif shutil.which("ninja") is None:
+        raise UserError(
+            f"ninja: found neither on PATH nor in {beside}, and torch needs it to build DeepSpeed's ops; install it "
+            f"(pip install ninja)"
+        )
+
+
+@contextlib.contextmanager
+def _said(name: str, is_there: bool) -> Iterator[None]:
+    """A line about the minute that the compiler takes. An op that is there may have to be built again (new torch)."""
+    if not is_there and not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++"))):
+        raise UserError("no C++ compiler found (g++), and DeepSpeed's ops must be built; install one (apt install g++)")
+    line = f"building DeepSpeed's op {name}: about a minute, once"
+    timer = threading.Timer(SILENT_S if is_there else 0.0, print, [line], {"file": sys.stderr, "flush": True})
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 @contextlib.contextmanager

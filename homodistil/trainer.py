@@ -23,6 +23,7 @@ from homodistil.models.axes import Keep
 from homodistil.models.shapes import full_shape
 from homodistil.monitor import Monitor, require_applied, require_finite
 from homodistil.optimizer import cool_down, rewarm
+from homodistil.progress import doing
 from homodistil.pruning.events import Proposal
 from homodistil.pruning.milestones import Milestone
 from homodistil.pruning.scheduler import Pruner
@@ -123,7 +124,7 @@ class Trainer:
 
     def resize(self, plan: ResizePlan) -> None:
         """Shrink everything that is numbered by neurons, and record what it did to the gap."""
-        with self.monitor.timer.paused():
+        with self.monitor.timer.paused(), doing(f"resizing at step {self.state.step}"):
             before = self.gap.measure()
             require_finite(before, self.state.step, self.config)
             proposal = self.compensate(plan.keep) if self.compensate else Proposal(plan)
@@ -160,14 +161,14 @@ class Trainer:
         train, step = self.config.train, self.state.step
         watch.progress(step, watch.TRAINING)
         if milestone := self.milestone_due():
-            with self.monitor.timer.paused():
+            with self.monitor.timer.paused(), doing(f"exporting milestone {milestone.fraction:g}"):
                 self.export_milestone(self.engine, milestone, self.state)
         last = step == train.steps
         if train.eval_every_steps and step % train.eval_every_steps == 0 and not last:
-            with self.monitor.timer.paused():
+            with self.monitor.timer.paused(), doing(f"held-out evaluation at step {step}"):
                 self.monitor.recorder.log_evaluation(step, self.evaluate())
         if self.checkpoints and (last or (train.save_every_steps and step % train.save_every_steps == 0)):
-            with self.monitor.timer.paused():
+            with self.monitor.timer.paused(), doing(f"checkpoint of step {step}"):
                 self.save()
 
     def milestone_due(self) -> Milestone | None:
@@ -189,7 +190,7 @@ class Trainer:
 
     def save_and_wait(self) -> None:
         """Everything that going on needs, on disk."""
-        with self.monitor.timer.paused():
+        with self.monitor.timer.paused(), doing(f"stopping: writing the checkpoint of step {self.state.step}"):
             self.save()
             self.checkpoints.wait()
 

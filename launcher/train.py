@@ -15,6 +15,7 @@ from homodistil.stop import handle_signals
 handle_signals()  # first of all: what follows takes seconds
 
 from homodistil.cli import exit_with_code, parse_job  # noqa: E402
+from homodistil.progress import doing  # noqa: E402
 from homodistil.rank_log import tag_lines  # noqa: E402
 
 
@@ -22,12 +23,13 @@ def main() -> None:
     tag_lines()
     with exit_with_code():
         job = parse_job(sys.argv[1:], description="Distil a student, or several, from a teacher.")
+        with doing("loading torch, DeepSpeed and Transformers"):  # not needed for --help and config errors
+            if job.is_check:
+                from homodistil.preflight import check
+            else:
+                from homodistil.job import run
         if job.is_check:
-            from homodistil.preflight import check
-
             sys.exit(check(job.config, job.engine_config))
-        from homodistil.job import run  # heavy imports, not needed for --help and config errors
-
         run(job.config, job.engine_config, job.students)
 
 

@@ -28,6 +28,7 @@ from homodistil.preflight.port import check_port
 from homodistil.preflight.settings import TeacherFacts, check_model, check_settings
 from homodistil.preflight.step import try_step
 from homodistil.preflight.text import Sample, blocks, check_text
+from homodistil.progress import doing
 
 JOIN_TIMEOUT_S = 120.0
 PROBE_BLOCKS = 16
@@ -46,7 +47,7 @@ def check(config: RunConfig, engine_config_path: Path) -> int:
         return _conclude(findings, start_s)
     device = init_ranks(min(config.run.rank_timeout_s, JOIN_TIMEOUT_S))
     with stop.on_signals(), watch.watching(config.run.rank_timeout_s):
-        with watch.long_phase("checking"):
+        with watch.long_phase("checking"), doing("checking"):
             findings = _check_all(config, raw_engine_config, device)
         return _conclude(findings, start_s)
 

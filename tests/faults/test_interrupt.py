@@ -106,6 +106,7 @@ def test_all_ranks_leave_with_75_although_the_launchers_signals_follow(server, m
     assert command[-len(own) :] == [*own[:-1], "run.resume=auto"]
     job = server.start(TRAIN, own)
     assert job.wait(timeout_s=180) == [0, 0], job.output()
+    assert f"resumed from step {step} (checkpoint {folder}/checkpoints/step-{step:06d})" in job.output(0)
     assert differences(result(folder), result(reference)) == []
 
 
