@@ -15,7 +15,7 @@ from torch import distributed, nn
 
 from homodistil.config import RunConfig
 from homodistil.errors import RankLost, UserError
-from homodistil.launch_environment import adopt_launcher_variables
+from homodistil.launch_environment import adopt_launcher_variables, check_rank_variables
 from homodistil.native_ops import load_op
 from homodistil.optimizer import build_optimizer, build_schedule
 from homodistil.resize import check_config, check_supported
@@ -45,6 +45,7 @@ def init_ranks(rank_timeout_s: float = 1800) -> torch.device:
     adopt_launcher_variables()
     if "RANK" not in os.environ:
         _single_rank_variables()
+    check_rank_variables()
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 

@@ -18,7 +18,34 @@ _FIRST_PORT, _NUM_PORTS = 20000, 10000  # below the range that Linux hands out b
 def rank_before_joining() -> int:
     """This process's rank as its launcher says, 0 without one. For messages before there is a process group."""
     names = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK")
-    return int(next((os.environ[name] for name in names if name in os.environ), 0))
+    text = next((os.environ[name] for name in names if name in os.environ), "0")
+    return int(text) if _is_number(text) else 0  # what is no number is refused before joining
+
+
+def check_rank_variables() -> None:
+    """Raises `UserError` for a variable of torch's that is missing or cannot be. All of them are needed, see above."""
+    world_size = _number("WORLD_SIZE", 1, 1 << 20)
+    _number("RANK", 0, world_size - 1)
+    _number("LOCAL_RANK", 0, world_size - 1)
+    _number("MASTER_PORT", 1, 65535)
+    if not os.environ.get("MASTER_ADDR"):
+        raise UserError(f"MASTER_ADDR: not set, although RANK is; {_ADVICE}")
+
+
+_ADVICE = "start the script through deepspeed, torchrun, srun or mpirun, which set it, or unset RANK for a single rank"
+
+
+def _number(name: str, least: int, most: int) -> int:
+    text = os.environ.get(name)
+    if text is None:
+        raise UserError(f"{name}: not set, although RANK is; {_ADVICE}")
+    if not _is_number(text) or not least <= int(text) <= most:
+        raise UserError(f"{name}: found {text[:40]!r}, allowed: {least} .. {most}; {_ADVICE}")
+    return int(text)
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdigit() and len(text) < 10
 
 
 def adopt_launcher_variables() -> None:

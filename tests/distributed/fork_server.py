@@ -151,13 +151,14 @@ class _Server:
         port = _free_port()
         pids = []
         for rank in range(ranks):
-            Path(folder, f"rank-{rank}.txt").touch()
+            output = Path(folder, f"rank-{rank}.txt")
+            output.touch()
             own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
             own |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **env, **rank_env.get(str(rank), {})}
             pid = os.fork()
             if not pid:
                 self._connection.close()
-                _run_rank(target, arguments, {name: str(value) for name, value in own.items()}, folder, cwd)
+                _run_rank(target, arguments, {name: str(value) for name, value in own.items()}, output, cwd)
             pids.append(pid)
         self._codes |= dict.fromkeys(pids)
         return pids
@@ -171,16 +172,16 @@ class _Server:
         return [self._codes[pid] for pid in pids]
 
 
-def _run_rank(target: str, arguments: list, env: dict[str, str], folder: str, cwd: str) -> None:
+def _run_rank(target: str, arguments: list, env: dict[str, str], output: Path, cwd: str) -> None:
     """In the fork: become a rank, run the target, end without unwinding into the server's code."""
     code = 1
     try:
         os.setsid()
         signal.signal(signal.SIGINT, signal.default_int_handler)  # the server ignores it
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-        output = os.open(f"{folder}/rank-{env['RANK']}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         for stream in (1, 2):
-            os.dup2(output, stream)
+            os.dup2(file, stream)
         os.environ |= env
         os.chdir(cwd)
         _call(target, arguments)

@@ -72,6 +72,7 @@ class Attempts:
         script, *arguments = case.build(workspace)
         files = {path: _content(path) for path in folder.rglob("*") if "cache" not in path.relative_to(folder).parts}
         env = {"HOME": str(folder / "home"), "TMPDIR": str(_made(folder / "tmp")), "HF_HUB_OFFLINE": "1"}
+        env |= case.env
         target = ROOT / "launcher" / f"{script}.py"
         job = self._server.start(target, arguments, num_ranks=case.ranks, env=env, cwd=_made(folder / "cwd"))
         self._started[case.name] = _Started(job, folder, files, time.monotonic())

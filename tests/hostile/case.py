@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -37,6 +37,8 @@ class Case:
     ranks: int = 2
     """Ranks that a launcher would start. 1 for the scripts that have no ranks."""
     code: int = USER_ERROR
+    env: Mapping[str, str] = field(default_factory=dict)
+    """Environment variables that are wrong, of every rank."""
 
 
 class Workspace:
