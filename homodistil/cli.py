@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
+import json
 import os
 import shlex
 import socket
@@ -24,7 +26,7 @@ from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from homodistil import students
 from homodistil.config import RunConfig
-from homodistil.config_values import check_value, entries, is_text, parse_value, read_yaml
+from homodistil.config_values import check_value, entries, is_text, parse_value, read_yaml, text_of
 from homodistil.errors import CheckFailed, RankLost, StopRequested, UserError, nearest
 from homodistil.exit_codes import code_of
 from homodistil.launch_environment import rank_before_joining
@@ -46,6 +48,17 @@ def parse_with_engine(argv: list[str], description: str = "") -> tuple[RunConfig
     """(run config, path of DeepSpeed's JSON). Raises `UserError`; exits by itself for --help and --print_config."""
     config, namespace = _parse(argv, description, with_engine=True)
     return config, _engine_config(namespace)
+
+
+def _check_engine_file(arguments: list[str]) -> None:
+    """For --print_config, which ends the parser before anybody opens the file."""
+    names = [text.partition("=")[2] for text in arguments if text.startswith("--deepspeed=")]
+    names += [after for flag, after in itertools.pairwise(arguments) if flag == "--deepspeed"]
+    for name in names:
+        try:
+            json.loads(text_of(Path(name), "--deepspeed", "JSON"))
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise UserError(f"--deepspeed: {name!r} is not valid JSON ({str(error)[:200]}); correct it there") from None
 
 
 def _engine_config(namespace) -> Path:
@@ -93,6 +106,8 @@ def _parse(argv: list[str], description: str, with_engine: bool):
     parser = _build_parser(description, with_engine)
     arguments = _normalise(argv)
     _check_arguments(arguments)
+    if "--print_config" in arguments:
+        _check_engine_file(arguments)
     try:
         namespace = parser.parse_args(arguments)
     except ArgumentError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from homodistil.errors import UserError
@@ -18,6 +19,8 @@ _WEIGHT = 10**6
 """Of a loss term: fp32 still adds a term a million times smaller to about one."""
 _SECONDS = 10**7
 """115 days, and below what waiting in a thread takes."""
+MAX_EVENTS = 100_000
+"""Steps at which a width may be due: each has an entry in a table. No model has so many widths to pass."""
 # (field, smallest, largest, which ends are excluded: "", "low", "high", "both")
 _INF = float("inf")
 _RANGES = [
@@ -107,8 +110,20 @@ def check_rules(config: RunConfig) -> None:
             f"train.lr_steps: {config.train.lr_steps} is below train.steps {config.train.steps}, whose last steps "
             f"would have a rate of 0; allowed: 0, or {config.train.steps} and more"
         )
+    _check_num_events(config)
     _check_milestones(config)
     _check_compensation(config)
+
+
+def _check_num_events(config: RunConfig) -> None:
+    pruning, steps = config.pruning, config.train.steps
+    times = (pruning.end_fraction - pruning.start_fraction) * steps / pruning.interval_steps
+    if pruning.schedule in ("cubic", "linear", "gap") and times > MAX_EVENTS:
+        enough = math.ceil(times * pruning.interval_steps / MAX_EVENTS)
+        raise UserError(
+            f"pruning.interval_steps: found {pruning.interval_steps}, which makes {times:.0f} possible events in "
+            f"{steps} steps, allowed are {MAX_EVENTS}; set pruning.interval_steps={enough} or more"
+        )
 
 
 def _check_weights(config: RunConfig) -> None:

@@ -45,7 +45,7 @@ def read_yaml(path: Path, flag: str) -> yaml.Node | None:
     Raises:
         UserError: no regular file of reasonable size, no UTF-8, no YAML, or YAML that no run config needs.
     """
-    return _compose(_text_of(path, flag), f"{flag}: {_short(str(path))}")
+    return _compose(text_of(path, flag, "YAML"), f"{flag}: {_short(str(path), MAX_NAME_BYTES)!r}")
 
 
 def parse_value(text: str, name: str) -> yaml.Node | None:
@@ -89,8 +89,14 @@ def _types(section: str) -> dict[str, Any]:
 # -- reading
 
 
-def _text_of(path: Path, flag: str) -> str:
-    shown, remedy = _short(str(path)), "give an existing YAML file"
+def text_of(path: Path, flag: str, kind: str) -> str:
+    """Text of a regular file of reasonable size. Raises `UserError` otherwise.
+
+    Args:
+        flag: that named the file.
+        kind: YAML or JSON.
+    """
+    shown, remedy = _short(str(path), MAX_NAME_BYTES), f"give an existing {kind} file"
     try:
         status = os.stat(path)  # before it is opened: a pipe would wait for ever, a device has no end
         if not stat.S_ISREG(status.st_mode):
@@ -103,7 +109,7 @@ def _text_of(path: Path, flag: str) -> str:
         raise UserError(f"{flag}: cannot read {shown!r} ({error.strerror}); {remedy}") from None
     except UnicodeDecodeError as error:
         raise UserError(
-            f"{flag}: {shown!r} is not valid YAML: byte {error.start} is not UTF-8; save the file as UTF-8 text"
+            f"{flag}: {shown!r} is not valid {kind}: byte {error.start} is not UTF-8; save the file as UTF-8 text"
         ) from None
     except ValueError as error:  # a NUL byte in the path itself
         raise UserError(f"{flag}: {shown!r} is no path ({error}); {remedy}") from None
@@ -243,6 +249,6 @@ def _is_null(node: yaml.Node | None) -> bool:
     return node is None or isinstance(node, yaml.ScalarNode) and node.tag == "tag:yaml.org,2002:null"
 
 
-def _short(text: str) -> str:
+def _short(text: str, num_chars: int = _SHOWN_CHARS) -> str:
     text = text.encode("utf-8", "replace").decode()
-    return text if len(text) <= _SHOWN_CHARS else f"{text[:_SHOWN_CHARS]}..."
+    return text if len(text) <= num_chars else f"{text[:num_chars]}..."

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import datetime
-import json
 import os
 import socket
 import warnings
@@ -14,6 +13,7 @@ import torch
 from torch import distributed, nn
 
 from homodistil.config import RunConfig
+from homodistil.engine_json import check_engine_json, read_engine_json
 from homodistil.errors import RankLost, UserError
 from homodistil.launch_environment import adopt_launcher_variables, check_rank_variables
 from homodistil.native_ops import load_op
@@ -115,15 +115,9 @@ def _single_rank_variables() -> None:
 
 
 def load_engine_config(path: Path) -> dict:
-    """DeepSpeed's JSON. Raises `UserError` when it is missing or not a JSON object."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"--deepspeed: cannot read {str(path)!r} ({error.strerror}); see ds_configs/") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"--deepspeed: {str(path)!r} is not valid JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise UserError(f"--deepspeed: {str(path)!r} holds {type(content).__name__}, expected an object")
+    """DeepSpeed's JSON. Raises `UserError` when it is missing, or not what DeepSpeed takes (engine_json.py)."""
+    content = read_engine_json(path)
+    check_engine_json(content, str(path))
     return content
 
 

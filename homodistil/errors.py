@@ -1,4 +1,4 @@
-"""What a run can end with: a mistake that the user can mend, or a check inside the run that failed."""
+"""What a run can end with: a mistake that the user can fix, or a check inside the run that failed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class _Ending(BaseException):
 
 
 class UserError(_Ending, ValueError):
-    """Bad input. The text is one line: the field or file, what was found, what is allowed, how to mend it.
+    """Bad input. The text is one line: the field or file, what was found, what is allowed, how to fix it.
 
     Launchers print it without a traceback and exit with code 2.
     """
@@ -30,7 +30,7 @@ class CheckFailed(_Ending, RuntimeError):
 
 
 class StopRequested(_Ending):
-    """The job ends because it was asked to. No `Exception`: nothing that mends or retries may swallow it."""
+    """The job ends because it was asked to. No `Exception`: nothing that repairs or retries may swallow it."""
 
 
 class Interrupted(StopRequested, KeyboardInterrupt):

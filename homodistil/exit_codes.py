@@ -5,7 +5,7 @@ from __future__ import annotations
 from homodistil.errors import CheckFailed, RankLost, StopRequested, UserError
 
 USER_ERROR = 2
-"""Bad input, or a disk or folder that cannot be written: one line says what to mend."""
+"""Bad input, or a disk or folder that cannot be written: one line says what to fix."""
 STOPPED = 75
 """Stopped on request (Ctrl-C, SIGTERM, SIGUSR1) behind a checkpoint: the same command with run.resume=auto goes on."""
 RANK_LOST = 76

@@ -75,7 +75,7 @@ def _run(
             check_teacher(student)
         fault_point("start.materials")
         materials = gather(config, device, own_folders or [folder], students)
-    # Claimed only now: whatever the user had to mend until here, the folder is still free.
+    # Claimed only now: whatever the user had to fix until here, the folder is still free.
     for path, one in zip((folder, *own_folders), (config, *students), strict=True):
         ranks.on_first_rank(lambda path=path, one=one: claim_run_folder(path, one, engine_config))
     num_machines = len(set(nodes.machine_leaders()))

@@ -34,7 +34,7 @@ from homodistil.fingerprints import (
 from homodistil.models import family_of
 from homodistil.models.checkpoint_files import local_folder
 from homodistil.pruning.scheduler import width_schedule
-from homodistil.pruning.target import student_widths
+from homodistil.pruning.target import check_multiples, student_widths
 from homodistil.run_summary import run_summary
 
 # Held-out masks are the same for every run and seed, so that results can be compared.
@@ -141,6 +141,7 @@ def check_shape(config: RunConfig, shape) -> None:
     with torch.device("meta"):
         widths = family.axis_table(family.empty_model(shape)).widths
     check_student(config, shape.num_hidden_layers)
+    check_multiples(config.pruning, widths)
     initial, target = student_widths(config.student, widths)
     schedule = width_schedule(config, widths, initial, target)
     on_the_way = [schedule.table[step] for step in sorted(getattr(schedule, "table", {}))]

@@ -14,14 +14,15 @@ from homodistil.cli import parse
 from homodistil.engine import load_engine_config, resolve_engine_config
 from homodistil.errors import UserError
 from homodistil.flops import step_flops
-from homodistil.planning import find_cluster, format_plan, make_plan
 from homodistil.planning.advice import HEADROOM, advise
 from homodistil.planning.calibration import Sample, fit, read_calibration, write_calibration
+from homodistil.planning.cluster import find_cluster
 from homodistil.planning.options import split_options
-from homodistil.planning.plan import policy_of
+from homodistil.planning.plan import make_plan, policy_of
 from homodistil.planning.speed import expected_seconds
 from homodistil.planning.step_work import NAMES, StepWork
 from homodistil.planning.subject import find_subject
+from homodistil.planning.table import format_plan
 from homodistil.pruning.scheduler import width_schedule
 from homodistil.pruning.target import student_widths
 from homodistil.report import write_report

@@ -108,7 +108,7 @@ def test_a_run_its_check_and_its_plan_refuse_the_same_in_the_same_words(teacher,
     findings = Findings()
     assert check_model(findings, config) is None
     (bad,) = [finding for finding in findings if not finding.is_good]
-    assert f"{bad.found}; {bad.mend}" == said
+    assert f"{bad.found}; {bad.fix}" == said
 
 
 def test_a_plan_is_made_of_a_config_alone(teacher):

@@ -1,14 +1,8 @@
 """What a run will take, before it is started: memory of a rank, time, energy and money, from shapes alone.
 
-    plan = make_plan(config, engine_config, cluster)          # no weights are read, no rank is started
-    print(format_plan(plan)); plan.to_dict()
+    plan = plan.make_plan(config, engine_config, cluster)     # no weights are read, no rank is started
+    print(table.format_plan(plan)); plan.to_dict()
 
 `subject.py` knows the student at every width, `memory.py` and `step_work.py` count bytes and work of a step, `speed.py`
 says how long a machine takes for it (from datasheets, or from `calibration.py`'s measurements), `plan.py` adds up.
 """
-
-from homodistil.planning.cluster import Cluster, find_cluster
-from homodistil.planning.plan import Plan, make_plan
-from homodistil.planning.table import format_plan
-
-__all__ = ["Cluster", "Plan", "find_cluster", "format_plan", "make_plan"]

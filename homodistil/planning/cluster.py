@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import psutil
 
 from homodistil.errors import UserError, nearest
-from homodistil.flops import datasheet_flops
 
 
 @dataclass(frozen=True)
@@ -28,6 +27,8 @@ class Device:
 
     def peak_flops(self, number_format: str) -> float | None:
         """Dense FLOP/s in "bf16", "fp16" or "fp32" (as tf32 where the device has it); None: not known."""
+        from homodistil.flops import datasheet_flops  # imports torch and transformers, which --help does without
+
         names = ["tf32", "fp32"] if number_format == "fp32" else [number_format]
         found = [datasheet_flops(self.driver_name, name) for name in names]
         return next((value for value in found if value), None)

@@ -8,6 +8,9 @@ from pathlib import Path
 from homodistil.errors import UserError
 from homodistil.planning.cluster import CPU, DEVICES, INTERCONNECTS
 
+_MOST = 1_000_000
+"""Machines, watts, dollars an hour: more is a slip of the finger."""
+
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str):
@@ -29,6 +32,18 @@ def split_options(argv: list[str], description: str) -> tuple[argparse.Namespace
     options, rest = parser.parse_known_args(argv)
     for name in ("price", "watts"):
         values = getattr(options, name)
-        if values is not None and min(values if isinstance(values, list) else [values]) < 0:
-            raise UserError(f"--{name}: found {values}, allowed: 0 or more")
+        if values is not None and not all(map(_is_amount, values if isinstance(values, list) else [values])):
+            raise UserError(f"--{name}: found {values}, allowed are numbers from 0 to {_MOST:g}; set --{name} again")
+    if options.price and options.price[0] > options.price[1]:
+        raise UserError(f"--price: found {options.price[0]:g} above {options.price[1]:g}; give the lower price first")
+    for name in ("devices_per_node", "nodes"):
+        if not 1 <= getattr(options, name) <= _MOST:
+            flag = f"--{name.replace('_', '-')}"
+            raise UserError(f"{flag}: found {getattr(options, name)}, allowed are 1 to {_MOST:g}; set {flag} again")
+    if options.json and options.json.is_dir():
+        raise UserError(f"--json: {str(options.json)!r} is a folder; name a file in it")
     return options, rest
+
+
+def _is_amount(value: float) -> bool:
+    return 0 <= value <= _MOST  # false for NaN

@@ -18,12 +18,12 @@ class Finding:
 
     subject: str
     found: str
-    mend: str | None = None
+    fix: str | None = None
     """How to make it right; None: nothing is wrong."""
 
     @property
     def is_good(self) -> bool:
-        return self.mend is None
+        return self.fix is None
 
 
 class Findings(list[Finding]):
@@ -32,8 +32,8 @@ class Findings(list[Finding]):
     def note(self, subject: str, found: str) -> None:
         self.append(Finding(subject, found))
 
-    def refuse(self, subject: str, found: str, mend: str) -> None:
-        self.append(Finding(subject, found, mend))
+    def refuse(self, subject: str, found: str, fix: str) -> None:
+        self.append(Finding(subject, found, fix))
 
     def attempt(self, subject: str, action: Callable[[], T]) -> T | None:
         """The result of `action`; None where it raised a `UserError`, which becomes a row."""
@@ -49,9 +49,9 @@ class Findings(list[Finding]):
 
 
 def refusal(subject: str, error: BaseException) -> Finding:
-    """The row of an error. Its text says behind the last semicolon how to mend what stands before."""
-    found, _, mend = str(error).rpartition("; ")
-    return Finding(subject, found or mend, mend)
+    """The row of an error. Its text says behind the last semicolon how to fix what stands before."""
+    found, _, fix = str(error).rpartition("; ")
+    return Finding(subject, found or fix, fix)
 
 
 def merged(of_ranks: list[list[Finding]]) -> Findings:
@@ -78,7 +78,7 @@ def merged(of_ranks: list[list[Finding]]) -> Findings:
 
 def _named(finding: Finding, ranks: list[int]) -> Finding:
     word = "rank" if len(ranks) == 1 else "ranks"
-    return Finding(finding.subject, f"{word} {_ranges(ranks)}: {finding.found}", finding.mend)
+    return Finding(finding.subject, f"{word} {_ranges(ranks)}: {finding.found}", finding.fix)
 
 
 def _ranges(numbers: Iterable[int]) -> str:
@@ -91,11 +91,11 @@ def _ranges(numbers: Iterable[int]) -> str:
 
 
 def format_findings(findings: Findings) -> str:
-    """Subject, verdict and what was found a line; below what is wrong, how to mend it."""
+    """Subject, verdict and what was found a line; below what is wrong, how to fix it."""
     width = max((len(finding.subject) for finding in findings), default=0)
     lines = []
     for finding in findings:
         lines.append(f"{finding.subject:{width}}  {'ok ' if finding.is_good else 'BAD'}  {finding.found}")
         if not finding.is_good:
-            lines.append(f"{'':{width}}       mend: {finding.mend}")
+            lines.append(f"{'':{width}}       fix: {finding.fix}")
     return "\n".join(lines)

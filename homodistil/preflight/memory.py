@@ -55,6 +55,6 @@ def check_memory(findings: Findings, needed: float, device: torch.device) -> Non
     free, what = free_bytes(device)
     found = f"{needed / 1e9:.2f} GB a rank predicted at full width, {free / 1e9:.1f} GB {what}"
     if needed > free:
-        mend = "lower train.micro_batch_size, use a higher ZeRO stage (ds_configs/zero3.json), or more memory a rank"
-        return findings.refuse("memory", found, mend)
+        fix = "lower train.micro_batch_size, use a higher ZeRO stage (ds_configs/zero3.json), or more memory a rank"
+        return findings.refuse("memory", found, fix)
     findings.note("memory", found)

@@ -24,5 +24,5 @@ def check_port(findings: Findings) -> None:
     except (OSError, ValueError, OverflowError) as error:
         is_taken = isinstance(error, OSError) and error.errno == errno.EADDRINUSE
         reason = "another process listens there" if is_taken else str(error)
-        mend = "end the other job, or choose another port (deepspeed --master_port, MASTER_PORT)"
-        findings.refuse("port", f"{address}:{port} cannot be listened on ({reason})", mend)
+        fix = "end the other job, or choose another port (deepspeed --master_port, MASTER_PORT)"
+        findings.refuse("port", f"{address}:{port} cannot be listened on ({reason})", fix)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from homodistil.config import StudentConfig
+from homodistil.config import PruningConfig, StudentConfig
 from homodistil.errors import UserError
 from homodistil.models.axes import Widths
 
@@ -133,3 +133,19 @@ def _check(shape: Shape, teacher: Widths) -> None:
             f"student.num_attention_heads: {shape.num_attention_heads} heads of hidden_size {shape.hidden_size} are "
             f"{head_dim} wide, the teacher's {limit}; use at least {-(-shape.hidden_size // limit)} heads"
         )
+
+
+def check_multiples(pruning: PruningConfig, widths: Widths) -> None:
+    """Raise `UserError` for a multiple above the teacher's own width, of which no width on the way could be one."""
+    limits = {
+        "width_multiple": ("hidden", "hidden size"),
+        "ffn_multiple": ("layer.0.ffn", "feed-forward width"),
+        "head_dim_multiple": ("layer.0.qk_dim", "head size"),
+    }
+    for name, (axis, what) in limits.items():
+        multiple = getattr(pruning, name)
+        if pruning.schedule not in ("none", "one_shot") and multiple > widths[axis]:
+            raise UserError(
+                f"pruning.{name}: found {multiple}, allowed are 1 .. {widths[axis]} (the teacher's {what}); set a "
+                f"smaller one"
+            )

@@ -25,7 +25,7 @@ def set_micro_batch_size(engine, micro_batch_size: int) -> None:
         raise RuntimeError("micro-batch: gradients wait for a step; change it only right after engine.step()")
     if engine.micro_steps % steps:
         raise ValueError(f"{engine.micro_steps} micro-steps done are no multiple of {steps} accumulation steps")
-    engine.set_train_micro_batch_size(micro_batch_size)  # changes the global batch, which the next call mends
+    engine.set_train_micro_batch_size(micro_batch_size)  # changes the global batch, which the next call sets right
     engine.set_train_batch_size(global_batch_size)
     if hasattr(engine.optimizer, "gradient_accumulation_steps"):
         engine.optimizer.gradient_accumulation_steps = steps

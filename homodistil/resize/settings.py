@@ -17,7 +17,7 @@ class Refusal(NamedTuple):
     field: str
     found: str
     allowed: str
-    """What is allowed, and how to mend it."""
+    """What is allowed, and how to fix it."""
 
 
 class _Rule(NamedTuple):

@@ -96,7 +96,7 @@ def test_text_that_cannot_be_read(materials, tmp_path, write, said):
     tokenizer = load_tokenizer(f"{materials}/teacher", len(VOCABULARY))
     assert check_text(findings, DataConfig(sources=[str(tmp_path)], seq_len=16), tokenizer) is None
     (finding,) = findings
-    assert not finding.is_good and said in f"{finding.found}; {finding.mend}"
+    assert not finding.is_good and said in f"{finding.found}; {finding.fix}"
 
 
 def test_text_that_comes_twice(materials):
@@ -105,7 +105,7 @@ def test_text_that_comes_twice(materials):
     sources = [f"{materials}/text", f"{materials}/text/3.txt"]
     assert check_text(findings, DataConfig(sources=sources, seq_len=16), tokenizer) is None
     assert [finding.is_good for finding in findings] == [True, True, False]
-    assert "name each text once" in findings[-1].mend
+    assert "name each text once" in findings[-1].fix
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,7 @@ def test_text_that_comes_twice(materials):
 )
 def test_a_teacher_or_target_that_does_not_fit(check, override, said):
     codes, output = check(override)
-    assert codes == [USER_ERROR, USER_ERROR] and said in output and "mend: " in output, output
+    assert codes == [USER_ERROR, USER_ERROR] and said in output and "fix: " in output, output
 
 
 def test_a_port_that_is_taken(monkeypatch):

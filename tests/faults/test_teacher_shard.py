@@ -7,7 +7,8 @@ from small_job import TRAIN, arguments, differences, result
 from homodistil.cli import parse
 from homodistil.distill.runtime import check_teacher_runtime
 from homodistil.errors import UserError
-from homodistil.planning import find_cluster, make_plan
+from homodistil.planning.cluster import find_cluster
+from homodistil.planning.plan import make_plan
 
 
 def _trained(server, materials, folder, *overrides, engine=None) -> dict:

@@ -2,7 +2,7 @@
 
 Injected kernels (DeepSpeed 0.19) were written for another Hugging Face: their layer returns a tuple that today's
 encoder feeds straight on, and takes SDPA's boolean padding mask for an additive one, so that padding leaks without a
-word. Both are mended here; whether that was enough is tried at start (self_check.py).
+word. Both are put right here; whether that was enough is tried at start (self_check.py).
 """
 
 from __future__ import annotations

@@ -1,0 +1,217 @@
+"""DeepSpeed's JSON: read with care, and held against DeepSpeed's own reading of it before ranks join.
+
+    content = read_engine_json(path)              # one bounded JSON object, no key twice
+    check_engine_json(content, str(path))         # names and kinds as DeepSpeed itself takes them
+
+Which names there are is not written down here: DeepSpeed's config class is given a dict that notes what it is asked.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+from homodistil.config_values import text_of
+from homodistil.errors import UserError, nearest
+
+FLAG = "--deepspeed"
+_SHOWN_CHARS = 80
+# Of DeepSpeed's documentation, read by other parts of it than its config class.
+_READ_ELSEWHERE = {"elasticity", "compression_training", "amp", "sparse_gradients", "sequence_parallel_size"}
+# Section -> package that its writer imports, in the middle of the start.
+_MONITORS = {"wandb": "wandb", "comet": "comet_ml", "tensorboard": "tensorboard"}
+_LARGEST_BUCKET = 10**11
+"""Elements: more than any GPU holds."""
+_BATCH = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}
+_BATCH_NAMES = {*_BATCH, "train_batch_size"}
+_WORDS = {bool: "true or false", int: "a number", float: "a number", str: "a text", dict: "a section with fields"}
+
+
+def read_engine_json(path: Path) -> dict[str, Any]:
+    """The object in the file. Raises `UserError` when it cannot be read as one, or has a key twice."""
+    where = f"{FLAG}: {str(path)!r}"
+
+    def one_of_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        names = [name for name, _ in pairs]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise UserError(f"{where} has {_shown(twice)} twice; keep one of them")
+        return dict(pairs)
+
+    def no_number(text: str) -> NoReturn:
+        raise UserError(f"{where} holds {text}, which is no JSON; write a number")
+
+    text = text_of(path, FLAG, "JSON")
+    try:
+        content = json.loads(text, object_pairs_hook=one_of_each, parse_constant=no_number)
+    except RecursionError:
+        raise UserError(f"{where} is nested too deeply; write sections with fields (see ds_configs/)") from None
+    except UserError:
+        raise
+    except ValueError as error:  # not only JSONDecodeError: a number of thousands of digits, too
+        raise UserError(f"{where} is not valid JSON ({str(error)[:200]}); correct it there") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{where} holds {_kind(content)}, expected an object with sections (see ds_configs/)")
+    return content
+
+
+def check_engine_json(content: Mapping[str, Any], path: str) -> None:
+    """Raise `UserError` for what DeepSpeed does not know, or would fail on: section and field, found, allowed.
+
+    "auto" is left out here: what may be filled is the business of engine.py.
+    """
+    known, where = _known(), f"{FLAG} {path}: "
+    for name, value in content.items():
+        if name not in known:
+            close = nearest(name, known)
+            raise UserError(f"{where}{_shown(name)} is no entry of DeepSpeed's config{close}; remove or rename it")
+        if isinstance(value, list) or value == {}:
+            raise UserError(
+                f"{where}{name}: found {_kind(value)}, allowed is {_allowed(known[name])}; fix or remove it"
+            )
+        if not _is_like(known[name], value):
+            raise UserError(f"{where}{name}: found {_shown(value)}, allowed is {_allowed(known[name])}; set one")
+    _check_buckets(content, where)
+    _check_monitors(content, where)
+    for name in content:
+        _check_entry(name, _without_auto(content[name]), where)
+
+
+def _check_entry(name: str, value: Any, where: str) -> None:
+    """Let DeepSpeed read one entry alone."""
+    if value in ("auto", {}) or name in _BATCH_NAMES:
+        return
+    from pydantic import ValidationError
+
+    try:
+        _config_class()(_BATCH | {name: value})
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, (name, *first["loc"])))
+        what = "no field of this section" if first["type"] == "extra_forbidden" else first["msg"].lower()
+        raise UserError(f"{where}{field}: found {_shown(first.get('input'))}: {what}; fix or remove it") from None
+    except Exception as error:  # asserts, TypeErrors, its own ValueErrors: whatever its readers raise
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(
+            f"{where}{name}: found {_shown(value)}: DeepSpeed refuses it ({reason}); fix or remove it"
+        ) from None
+
+
+def _check_buckets(section: Mapping[str, Any], where: str, path: str = "") -> None:
+    for name, value in section.items():
+        if isinstance(value, Mapping):
+            _check_buckets(value, where, f"{path}{name}.")
+        elif name.endswith("bucket_size") and value != "auto":
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 1 <= value <= _LARGEST_BUCKET:
+                raise UserError(
+                    f"{where}{path}{name}: found {_shown(value)}, allowed are 1 .. {_LARGEST_BUCKET:.0e} (elements); "
+                    f"set 5e8, say"
+                )
+
+
+def _check_monitors(content: Mapping[str, Any], where: str) -> None:
+    for name, package in _MONITORS.items():
+        section = content.get(name)
+        is_on = isinstance(section, Mapping) and section.get("enabled")
+        if is_on and importlib.util.find_spec(package) is None:
+            raise UserError(
+                f"{where}{name}.enabled: needs {package}, which is not installed; pip install {package}, or false"
+            )
+
+
+# -- what DeepSpeed knows
+
+
+class _Noting(dict):
+    """Notes the names it is asked for, each with the default that the asker has, if any."""
+
+    def __init__(self, content: Mapping[str, Any], asked: dict[str, Any]) -> None:
+        super().__init__(content)
+        self._asked = asked
+
+    def __copy__(self) -> _Noting:
+        return _Noting(self, self._asked)
+
+    def __contains__(self, name: object) -> bool:
+        self._asked.setdefault(name, None)
+        return super().__contains__(name)
+
+    def __getitem__(self, name: str) -> Any:
+        self._asked.setdefault(name, None)
+        return super().__getitem__(name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        if self._asked.get(name) is None:
+            self._asked[name] = default
+        return super().get(name, default)
+
+    def keys(self):
+        return _Keys(self)
+
+
+class _Keys:
+    def __init__(self, content: _Noting) -> None:
+        self._content = content
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._content
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(list(dict.keys(self._content)))
+
+
+@functools.cache
+def _known() -> dict[str, Any]:
+    """Names of entries -> DeepSpeed's default, None where it shows none."""
+    asked: dict[str, Any] = dict.fromkeys(_READ_ELSEWHERE)
+    _config_class()(_Noting(_BATCH, asked))
+    return {name: default for name, default in asked.items() if isinstance(name, str)}
+
+
+@functools.cache
+def _config_class():
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from deepspeed.runtime.config import DeepSpeedConfig
+    from deepspeed.utils import logger
+
+    logger.setLevel(os.environ.get("HOMODISTIL_DEEPSPEED_LOG", "ERROR"))
+    return DeepSpeedConfig
+
+
+def _is_like(default: Any, value: Any) -> bool:
+    """Whether `value` is of the kind that DeepSpeed's default has."""
+    if default is None or value == "auto" or value is None:
+        return True
+    if isinstance(default, bool) or isinstance(value, bool):
+        return isinstance(default, bool) and isinstance(value, bool)
+    if isinstance(default, (int, float)):
+        return isinstance(value, (int, float))
+    return isinstance(value, type(default))
+
+
+def _allowed(default: Any) -> str:
+    return next((words for kind, words in _WORDS.items() if isinstance(default, kind)), "what DeepSpeed documents")
+
+
+def _without_auto(value: Any) -> Any:
+    if not isinstance(value, Mapping):
+        return value
+    return {name: _without_auto(item) for name, item in value.items() if item != "auto"}
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, list):
+        return "a list"
+    return "an empty section" if value == {} else "a section" if isinstance(value, dict) else _shown(value)
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, default=str) if not isinstance(value, (dict, list)) else _kind(value)
+    return text if len(text) <= _SHOWN_CHARS else f"{text[:_SHOWN_CHARS]}..."
