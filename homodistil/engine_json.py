@@ -187,7 +187,9 @@ def _config_class():
 
 def _is_like(default: Any, value: Any) -> bool:
     """Whether `value` is of the kind that DeepSpeed's default has."""
-    if default is None or value == "auto" or value is None:
+    if value is None:
+        return False
+    if default is None or value == "auto":
         return True
     if isinstance(default, bool) or isinstance(value, bool):
         return isinstance(default, bool) and isinstance(value, bool)
