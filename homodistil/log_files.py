@@ -36,7 +36,10 @@ def go_on(path: Path, start_step: int, total_steps: int, expected: int | None) -
     content = path.read_bytes() if start_step and path.exists() else b""
     kept: dict[object, bytes] = {}
     aside = []
-    for raw in filter(None, content.split(b"\n")):
+    *lines, last = content.split(b"\n")
+    if parse_line(last) is not None:  # else the process was killed while writing it, and it is written again
+        lines.append(last)
+    for raw in filter(None, lines):
         line = parse_line(raw)
         if line is not None and (line["step"] > start_step or _concludes(line, total_steps)):
             continue
