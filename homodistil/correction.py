@@ -51,15 +51,14 @@ def corrected(config: RunConfig, engine_config: dict, materials: Materials, run_
         work = Path(ranks.on_first_rank(lambda: str(final.with_name(f".{final.name}.{os.getpid()}"))))
         try:
             _Correction(config, engine_config, materials, work).run()
+            _check_begun_with(run_folder, materials, work)  # another one must not stay where the old one is to be made
         except BaseException:  # a request to stop too: without a checkpoint nothing in there is of use
             if ranks.rank() == 0:
                 shutil.rmtree(work, ignore_errors=True)
             raise
         ranks.on_first_rank(lambda: _publish(work, final))
-    digest = ranks.on_first_rank(lambda: weights_digest(final))
-    fingerprints = {CORRECTED: digest}
-    check_same(run_folder, materials.begun_with, fingerprints)
-    nodes.once(leaders, lambda: remove_other(final, digest))
+    fingerprints = _check_begun_with(run_folder, materials, final)
+    nodes.once(leaders, lambda: remove_other(final, fingerprints[CORRECTED]))
     nodes.hand_over(leaders, final)
     ranks.on_first_rank(
         lambda: write_atomically(run_folder / TEACHER_FILE, json.dumps({"corrected": final.name}) + "\n")
@@ -70,6 +69,13 @@ def corrected(config: RunConfig, engine_config: dict, materials: Materials, run_
         print(f"teacher corrected on the corpus: held-out MLM loss {before:.3f} -> {after:.3f}", flush=True)
     fingerprints = {**materials.fingerprints, **fingerprints}
     return dataclasses.replace(materials, teacher=str(final), fingerprints=fingerprints), facts
+
+
+def _check_begun_with(run_folder: Path, materials: Materials, folder: Path) -> dict[str, str]:
+    """Fingerprint of the corrected teacher in rank 0's `folder`. Raises `UserError` if the run began with another."""
+    fingerprints = {CORRECTED: ranks.on_first_rank(lambda: weights_digest(folder))}
+    check_same(run_folder, materials.begun_with, fingerprints)
+    return fingerprints
 
 
 def _place(run_folder: Path, teachers: Path, key: str, leaders: nodes.Leaders) -> Path:

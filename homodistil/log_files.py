@@ -37,7 +37,7 @@ def go_on(path: Path, start_step: int, total_steps: int, expected: int | None) -
     kept: dict[object, bytes] = {}
     aside = []
     *lines, last = content.split(b"\n")
-    if parse_line(last) is not None:  # else it is empty, or was being written when the run was killed
+    if parse_line(last) is not None:  # else the process was killed while writing it, and it is written again
         lines.append(last)
     for raw in filter(None, lines):
         line = parse_line(raw)

@@ -150,8 +150,9 @@ def test_a_corrected_teacher_of_before_checksums_gets_them(server, broken_correc
     assert differences(result(broken_corrected.run), result(corrected_reference)) == []
 
 
-def test_another_corrected_teacher_is_refused(server, broken_corrected):
-    """The one that the run began with is damaged, and with one rank less it cannot be made again bitwise."""
+def test_another_corrected_teacher_is_refused(server, broken_corrected, corrected_reference):
+    """The one that the run began with is damaged, and with one rank less it cannot be made again bitwise; with two it
+    can, and nothing of the try stands in the way."""
     _flip_byte(broken_corrected.teacher("model.safetensors"))
     config = (broken_corrected.run / "teacher.json").read_bytes()
     job = server.start(TRAIN, broken_corrected.command("train.micro_batch_size=4"), num_ranks=1)
@@ -160,6 +161,9 @@ def test_another_corrected_teacher_is_refused(server, broken_corrected):
     assert "teacher.correction_steps: is not what the run in" in error and "corrected teacher " in error
     assert "the ranks, ZeRO stage and precision that made it" in error
     assert (broken_corrected.run / "teacher.json").read_bytes() == config
+    codes, output = _run(server, broken_corrected.command())
+    assert codes == [0, 0], output
+    assert differences(result(broken_corrected.run), result(corrected_reference)) == []
 
 
 def test_bad_lines_of_the_logs_are_set_aside(server, broken, reference):
