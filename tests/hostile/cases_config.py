@@ -42,7 +42,7 @@ CASES = [
     Case("teacher_is_nowhere", lambda w: w.train("teacher.name=/nowhere/bert"), says=["teacher.name", "/nowhere/bert"]),
     # names
     field("unknown_field", "train.stepz=3", "did you mean 'steps'"),
-    field("unknown_section", "trian.steps=3", "did you mean 'train'"),
+    Case("unknown_section", lambda w: w.train("trian.steps=3"), says=["trian", "did you mean 'train'"]),
     field("field_of_a_field", "train.lr.peak=3", "unknown field"),
     Case("recipe_twice", lambda w: w.train("recipe=quickstart", "recipe=paper"), says=["recipe", "allowed is one"]),
     Case("recipe_twice_the_same", lambda w: w.train("recipe=paper", "recipe=paper"), says=["recipe"]),
