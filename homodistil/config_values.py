@@ -205,7 +205,7 @@ def _allowed(kind: Any, limits: str) -> str:
 def _check_text(name: str, node: yaml.ScalarNode) -> None:
     text = node.value
     if _is_null(node) or not text.strip():
-        raise _refusal(name, node, "a text that is not empty")
+        raise UserError(f"{name}: found nothing, allowed is a text that is not empty; set {name} to one")
     if len(text) > MAX_TEXT_CHARS:
         raise UserError(f"{name}: found {len(text)} characters, allowed are {MAX_TEXT_CHARS}; set a shorter text")
     if bad := next((c for c in text if ord(c) < 32 or ord(c) == 127 or 0xD800 <= ord(c) < 0xE000), None):

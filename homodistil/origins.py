@@ -74,8 +74,9 @@ def repeatable(command: str, config: RunConfig, num_ranks: int) -> tuple[str, di
     Returns:
         The command, and what stands for what: placeholder -> what to put there.
     """
-    _, script, *arguments = shlex.split(command)
-    if Path(script).name != _SCRIPT:  # started from Python: the run's own files say it all
+    words = shlex.split(command)
+    arguments = words[2:]
+    if len(words) < 2 or Path(words[1]).name != _SCRIPT:  # started from Python: the run's own files say it all
         arguments = ["--config", "config.yaml", "--deepspeed", "ds_config.json"]
     places, meant, tokens = _places(config), {}, []
     for token in _split_flags(arguments):

@@ -78,7 +78,7 @@ CASES = [
     field("workers_a_million", "data.workers=1000000", "[0, 4096]"),
     field("batch_a_trillion", "train.global_batch_size=1000000000000", "allowed [1, 10000000]"),
     field("loss_weight_huge", "loss.kl=1e30", "allowed [0, 1000000]"),
-    field("width_multiple_above_the_width", "pruning.width_multiple=64", "found 64", "hidden size 24"),
+    field("width_multiple_above_the_width", "pruning.width_multiple=64", "found 64", "hidden size"),
     field("ffn_multiple_above_the_width", "pruning.ffn_multiple=1000", "found 1000"),
     field("head_dim_multiple_above_the_width", "pruning.head_dim_multiple=100", "found 100"),
     # other kinds

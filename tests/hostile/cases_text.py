@@ -155,10 +155,15 @@ CASES = [
         build=_prepare(lambda path: path.symlink_to("/nowhere/at/all"), "gone.txt"),
     ),
     # Names.
-    _named("no_such_user", "data.sources", "no such user", build=_sources("data.sources=[~nosuchuser/text]")),
-    _named("name_of_5000_characters", "data.sources", "too long", build=_sources(f"data.sources=[/{'x' * 5000}.txt]")),
-    _named("nul_in_name", "data.sources", "is no path", build=_sources('data.sources=["a\\0b.txt"]')),
-    _named("empty_name", "data.sources", "is no path", build=_sources("data.sources=['']")),
+    _named("no_such_user", "data.sources", "no user of that name", build=_sources("data.sources=[~nosuchuser/text]")),
+    _named(
+        "name_of_5000_characters",
+        "data.sources",
+        "5005 characters",
+        build=_sources(f"data.sources=[/{'x' * 5000}.txt]"),
+    ),
+    _named("nul_in_name", "data.sources", "U+0000", build=_sources('data.sources=["a\\0b.txt"]')),
+    _named("empty_name", "data.sources", "found nothing", build=_sources("data.sources=['']")),
     _named("no_source", "data.sources", "empty list", build=_sources("data.sources=[]")),
     _named(
         "folder_without_text",
