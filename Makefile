@@ -27,7 +27,7 @@ $(VENV)/.ready: requirements.txt requirements-dev.txt setup.py
 train: setup
 	@if [ -d runs/quickstart ]; then \
 		old=runs/quickstart-$$(date +%Y%m%d-%H%M%S); mv runs/quickstart $$old; echo "the run before is now $$old"; fi
-	OMP_NUM_THREADS=1 deepspeed --num_accelerators $(RANKS) --master_port $(FREE_PORT) \
+	OMP_NUM_THREADS=1 deepspeed --log_level critical --num_accelerators $(RANKS) --master_port $(FREE_PORT) \
 		launcher/train.py --deepspeed ds_configs/zero2.json
 
 # Within an hour on two cores; what was measured is kept, so after an interruption the same command goes on.

@@ -230,7 +230,7 @@ def _check_path(name: str, text: str) -> None:
 
 
 def _refusal(name: str, node: yaml.Node | None, allowed: str) -> UserError:
-    return UserError(f"{name}: found {_shown(node)}, allowed: {allowed}; set {name} to one of these")
+    return UserError(f"{name}: found {_shown(node)}, allowed: {allowed}; set {name} to an allowed value")
 
 
 def _shown(node: yaml.Node | None) -> str:
