@@ -16,7 +16,8 @@ from homodistil.stop import handle_signals
 
 handle_signals()  # first of all: what follows takes seconds
 
-from homodistil.cli import exit_with_code, parse_with_engine  # noqa: E402
+from homodistil.boundary import exit_with_code  # noqa: E402
+from homodistil.cli import parse_with_engine  # noqa: E402
 from homodistil.planning.options import split_options  # noqa: E402
 
 

@@ -17,7 +17,8 @@ from homodistil.stop import handle_signals, on_signals
 
 handle_signals()  # first of all: what follows takes seconds
 
-from homodistil.cli import exit_with_code, parse  # noqa: E402
+from homodistil.boundary import exit_with_code  # noqa: E402
+from homodistil.cli import parse  # noqa: E402
 from homodistil.data.tasks import split_task  # noqa: E402
 
 

@@ -15,7 +15,7 @@ from homodistil.stop import handle_signals
 
 handle_signals()  # first of all: what follows takes seconds
 
-from homodistil.cli import exit_with_code  # noqa: E402
+from homodistil.boundary import exit_with_code  # noqa: E402
 from homodistil.errors import UserError  # noqa: E402
 
 

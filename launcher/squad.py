@@ -17,7 +17,7 @@ from homodistil.stop import handle_signals, on_signals
 
 handle_signals()  # first of all: what follows takes seconds
 
-from homodistil.cli import exit_with_code  # noqa: E402
+from homodistil.boundary import exit_with_code  # noqa: E402
 from homodistil.evaluation import progress  # noqa: E402
 from homodistil.evaluation.command_line import fine_tuning_parser, number  # noqa: E402
 

@@ -14,7 +14,8 @@ from homodistil.stop import handle_signals
 
 handle_signals()  # first of all: what follows takes seconds
 
-from homodistil.cli import exit_with_code, parse_job  # noqa: E402
+from homodistil.boundary import exit_with_code  # noqa: E402
+from homodistil.cli import parse_job  # noqa: E402
 from homodistil.progress import doing  # noqa: E402
 from homodistil.rank_log import tag_lines  # noqa: E402
 

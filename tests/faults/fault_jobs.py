@@ -17,7 +17,7 @@ from small_job import TRAIN, VOCABULARY
 from torch import distributed
 
 from homodistil import ranks, stop, watch
-from homodistil.cli import exit_with_code
+from homodistil.boundary import exit_with_code
 from homodistil.config import DataConfig
 from homodistil.data import corpus, integrity
 from homodistil.data.corpus import prepare_corpus

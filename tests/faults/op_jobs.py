@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from homodistil import native_ops
-from homodistil.cli import exit_with_code
+from homodistil.boundary import exit_with_code
 
 OP = "ShareMemCommBuilder"
 

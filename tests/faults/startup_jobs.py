@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import distributed
 
 from homodistil import nodes, ranks, watch
-from homodistil.cli import exit_with_code
+from homodistil.boundary import exit_with_code
 from homodistil.engine import init_ranks
 from homodistil.errors import UserError
 
