@@ -145,3 +145,19 @@ def test_the_script_exits_with_2_and_one_line():
     done = _train("--deepspeed", "ds_configs/zero2.json", "train.lrr=3")
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.count("\n") == 1 and done.stderr.startswith("error: train.lrr: unknown field")
+
+
+def test_a_single_path_needs_no_brackets(tmp_path):
+    assert parse(["data.sources=/data/wiki"]).data.sources == ["/data/wiki"]
+    assert parse(["data.sources=[/data/wiki,/data/books]"]).data.sources == ["/data/wiki", "/data/books"]
+    (tmp_path / "mine.yaml").write_text("data: {sources: /data/wiki}\n")
+    assert parse(["--config", str(tmp_path / "mine.yaml")]).data.sources == ["/data/wiki"]
+
+
+@pytest.mark.parametrize("script", ["train", "plan", "prepare_data", "glue", "squad", "report"])
+def test_help_needs_no_heavy_imports(script):
+    command = [sys.executable, "-X", "importtime", str(REPO / f"launcher/{script}.py"), "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=REPO)
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert done.returncode == 0 and "homodistil.boundary" in imported
+    assert not imported & {"torch", "transformers", "deepspeed", "datasets"}

@@ -33,6 +33,6 @@ def test_an_unforeseen_error_in_training_is_one_line_of_the_rank_that_failed(ser
     env = {"HOMODISTIL_FAULT": "train.step:rank=1:hit=3:action=raise"}
     job = server.start(TRAIN, arguments(materials, tmp_path / "run"), env=env)
     assert job.wait(timeout_s=60)[1] == FAILED
-    last = job.output(1).strip().splitlines()[-1]
-    assert "error: rank 1: failed while training: RuntimeError: injected at train.step" in last
-    assert last.endswith("; the traceback is above")
+    (line,) = [line for line in job.output(1).splitlines() if "error: " in line and "Error: injected" in line]
+    assert "error: rank 1: failed while training: RuntimeError: injected at train.step" in line, job.output(1)
+    assert line.endswith("; the traceback is above") and "Traceback" in job.output(1)

@@ -112,6 +112,11 @@ CASES = [
     instead("engine_name_of_5000_characters", lambda w: "/" + "n" * 5000, "cannot read"),
     Case("engine_is_missing", _without_engine, says=["--deepspeed: missing"]),
     Case(
+        "print_config_with_a_broken_engine",
+        lambda w: (w.engine.write_text("{"), w.train("--print_config"))[1],
+        says=["--deepspeed", "is not valid JSON"],
+    ),
+    Case(
         "print_config_with_an_engine_that_is_nowhere",
         lambda w: w.train("--deepspeed", "/nowhere/ds.json", "--print_config"),
         says=["--deepspeed: cannot read"],
