@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -27,6 +28,8 @@ _SHOWN_CHARS = 80
 _READ_ELSEWHERE = {"elasticity", "compression_training", "amp", "sparse_gradients", "sequence_parallel_size"}
 # Section -> package that its writer imports, in the middle of the start.
 _MONITORS = {"wandb": "wandb", "comet": "comet_ml", "tensorboard": "tensorboard"}
+_READ_WHOLE = ("activation_checkpointing", "flops_profiler", "aio")
+"""Sections without a model of their own that the config class reads to the last field."""
 _LARGEST_BUCKET = 10**11
 """Elements: more than any GPU holds."""
 _BATCH = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}
@@ -47,9 +50,12 @@ def read_engine_json(path: Path) -> dict[str, Any]:
     def no_number(text: str) -> NoReturn:
         raise UserError(f"{where} holds {text}, which is no JSON; write a number")
 
+    def finite(text: str) -> float:
+        return value if math.isfinite(value := float(text)) else no_number(text)
+
     text = text_of(path, FLAG, "JSON")
     try:
-        content = json.loads(text, object_pairs_hook=one_of_each, parse_constant=no_number)
+        content = json.loads(text, object_pairs_hook=one_of_each, parse_constant=no_number, parse_float=finite)
     except RecursionError:
         raise UserError(f"{where} is nested too deeply; write sections with fields (see ds_configs/)") from None
     except UserError:
@@ -77,7 +83,8 @@ def check_engine_json(content: Mapping[str, Any], path: str) -> None:
             )
         if not _is_like(known[name], value):
             raise UserError(f"{where}{name}: found {_shown(value)}, allowed is {_allowed(known[name])}; set one")
-    _check_buckets(content, where)
+    _check_fields(content, where)
+    _check_predivide(content, where)
     _check_monitors(content, where)
     for name in content:
         _check_entry(name, _without_auto(content[name]), where)
@@ -89,8 +96,9 @@ def _check_entry(name: str, value: Any, where: str) -> None:
         return
     from pydantic import ValidationError
 
+    asked: dict[str, Any] = {}
     try:
-        _config_class()(_BATCH | {name: value})
+        _config_class()(_BATCH | {name: _Noting(value, asked) if name in _READ_WHOLE else value})
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(map(str, (name, *first["loc"])))
@@ -101,18 +109,37 @@ def _check_entry(name: str, value: Any, where: str) -> None:
         raise UserError(
             f"{where}{name}: found {_shown(value)}: DeepSpeed refuses it ({reason}); fix or remove it"
         ) from None
+    for field, item in value.items() if asked else ():
+        if field not in asked or not _is_like(asked[field], item):
+            kind = "no field of this section" if field not in asked else f"allowed is {_allowed(asked[field])}"
+            raise UserError(f"{where}{name}.{field}: found {_shown(item)}: {kind}; fix or remove it")
 
 
-def _check_buckets(section: Mapping[str, Any], where: str, path: str = "") -> None:
+def _check_fields(section: Mapping[str, Any], where: str, path: str = "") -> None:
+    """What DeepSpeed would take and then read in another way than it is meant, or fail on late."""
     for name, value in section.items():
         if isinstance(value, Mapping):
-            _check_buckets(value, where, f"{path}{name}.")
+            _check_fields(value, where, f"{path}{name}.")
+        elif name == "enabled" and not isinstance(value, bool):
+            raise UserError(f"{where}{path}{name}: found {_shown(value)}, allowed are true and false; set one")
+        elif name in ("stage", "steps_per_print") and value != "auto" and (type(value) is not int or value < 0):
+            raise UserError(f"{where}{path}{name}: found {_shown(value)}, allowed is a whole number from 0 on; set one")
         elif name.endswith("bucket_size") and value != "auto":
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 1 <= value <= _LARGEST_BUCKET:
                 raise UserError(
                     f"{where}{path}{name}: found {_shown(value)}, allowed are 1 .. {_LARGEST_BUCKET:.0e} (elements); "
                     f"set 5e8, say"
                 )
+
+
+def _check_predivide(content: Mapping[str, Any], where: str) -> None:
+    section, factor = content.get("zero_optimization"), content.get("gradient_predivide_factor", 1)
+    stage = section.get("stage", 0) if isinstance(section, Mapping) else 0
+    if factor != "auto" and (factor != 1 and stage or factor <= 0):
+        raise UserError(
+            f"{where}gradient_predivide_factor: found {_shown(factor)}, allowed is 1 at ZeRO's stages 1 to 3, and a "
+            f"number above 0 at stage 0; remove it"
+        )
 
 
 def _check_monitors(content: Mapping[str, Any], where: str) -> None:

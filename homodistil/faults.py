@@ -24,7 +24,6 @@ T = TypeVar("T")
 
 VARIABLE = "HOMODISTIL_FAULT"
 POINTS = (
-    "start.materials",  # teacher and corpus are there, nothing is trained yet
     "train.step",  # before the first micro-batch of a step
     "train.backward",  # the loss, on its way into backward (nan: gradients that are not finite)
     "resize.before",  # an event is due and agreed on, nothing has changed
@@ -35,6 +34,7 @@ POINTS = (
     "checkpoint.before_latest",  # the new folder has its name, `latest` names the one before
     "checkpoint.before_prune",
     "family.exported",  # a milestone's stock checkpoint is written, its record is not
+    "start.materials",  # teacher and corpus are there, nothing is trained yet
 )
 
 

@@ -31,6 +31,9 @@ def run_summary(config: RunConfig, teacher: PretrainedConfig) -> dict[str, str]:
         model = family.empty_model(teacher)
     widths = family.axis_table(model).widths
     initial, target = student_widths(config.student, widths)
+    schedule = width_schedule(config, widths, initial, target)
+    if config.pruning.schedule == "none":
+        target = initial
     layers = num_student_layers(config.student, teacher.num_hidden_layers)
     with torch.device("meta"):
         student = family.empty_model(family.student_config(teacher, target))
@@ -43,7 +46,7 @@ def run_summary(config: RunConfig, teacher: PretrainedConfig) -> dict[str, str]:
         f"{target['layer.0.heads']} heads of {target['layer.0.qk_dim']}; {start}",
         "parameters": f"{before:,} (teacher) -> {after:,} ({after / before:.0%})",
         "losses": ", ".join(f"{name} x {weight:g}" for name, weight in weights.items()),
-        "pruning": _pruning(config, width_schedule(config, widths, initial, target), initial, target),
+        "pruning": _pruning(config, schedule, initial, target),
     }
 
 

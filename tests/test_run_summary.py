@@ -48,6 +48,8 @@ def test_the_papers_base_in_numbers():
     [
         ("baselines/random_init", [], "student", "2 heads of 32; fresh weights"),
         ("baselines/random_init", [], "pruning", "nothing is cut in 400 steps"),
+        ("quickstart", ["pruning.schedule=none"], "student", "2 layers, hidden 128, ffn 512, 2 heads of 64"),
+        ("quickstart", ["pruning.schedule=none"], "pruning", "nothing is cut in 400 steps"),
         ("baselines/minilmv2", [], "losses", "relations x 1"),
         ("baselines/one_shot", [], "pruning", "one_shot, all before step 1 (of 400); compensation none"),
         ("quickstart", ["pruning.schedule=one_shot", "pruning.one_shot_stages=2"], "pruning", "step 1, in 2 stages"),
