@@ -120,7 +120,7 @@ def _check_fields(section: Mapping[str, Any], where: str, path: str = "") -> Non
     for name, value in section.items():
         if isinstance(value, Mapping):
             _check_fields(value, where, f"{path}{name}.")
-        elif name == "enabled" and not isinstance(value, bool):
+        elif name == "enabled" and value != "auto" and not isinstance(value, bool):
             raise UserError(f"{where}{path}{name}: found {_shown(value)}, allowed are true and false; set one")
         elif name in ("stage", "steps_per_print") and value != "auto" and (type(value) is not int or value < 0):
             raise UserError(f"{where}{path}{name}: found {_shown(value)}, allowed is a whole number from 0 on; set one")
