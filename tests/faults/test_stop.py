@@ -77,7 +77,7 @@ def test_outside_training_one_signal_is_enough(server):
         time.sleep(0.02)
     job.kill(0, signal.SIGUSR1)
     assert job.wait(timeout_s=60) == [STOPPED]
-    assert "stopped by SIGUSR1 outside training; to go on, type the same command with run.resume=auto" in job.output()
+    assert "stopped by SIGUSR1 outside training; run it again to go on" in job.output()
 
 
 def test_forked_children_have_none_of_it(server):
