@@ -66,4 +66,4 @@ def test_every_run_says_where_it_is(tmp_path, tokenizer, monkeypatch, patience):
 def test_the_launchers_watch_the_silence_from_their_start(name):
     """Before anything heavy is imported."""
     source = (LAUNCHERS / f"{name}.py").read_text()
-    assert source.index("progress.watching(") < source.index("import Settings") < source.index("progress.say)")
+    assert source.index("progress.watching(") < source.index("import Settings") < source.index("progress.say")

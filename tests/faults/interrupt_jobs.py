@@ -13,16 +13,16 @@ from homodistil.cli import parse_job
 
 
 class _Slowly:
-    """A finder that answers for the package's command line after a minute."""
+    """A finder that answers after a minute for what every script imports first."""
 
     def find_spec(self, name: str, *_others: object) -> None:
-        if name == "homodistil.cli":
+        if name == "homodistil.boundary":
             print("importing", flush=True)
             time.sleep(60)
 
 
 def script_with_slow_imports(script: str) -> None:
-    sys.modules.pop("homodistil.cli", None)
+    sys.modules.pop("homodistil.boundary", None)
     sys.meta_path.insert(0, _Slowly())
     sys.argv = [script]
     runpy.run_path(script, run_name="__main__")

@@ -50,7 +50,14 @@ def interrupted(command: list[str], folder: Path, step: int, out: Path) -> str:
     environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PATH": f"{BIN}:{os.environ['PATH']}"}
     with open(out, "w") as file:
         job = subprocess.Popen(
-            command, stdout=file, stderr=file, start_new_session=True, env=environment, cwd=SCRIPTS.parent
+            command,
+            stdout=file,
+            stderr=file,
+            start_new_session=True,
+            env=environment,
+            cwd=SCRIPTS.parent,
+            # As a terminal starts it: who runs these tests in the background may have SIGINT ignored.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
     try:
         wait_for_step(folder, step)
