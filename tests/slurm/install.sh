@@ -1,7 +1,10 @@
 #!/bin/bash
 # Debian's SLURM for tests/slurm, once, where this user may install it; without it those tests are skipped, and say so.
 set -u
-if command -v slurmctld slurmd sbatch srun ip > /dev/null; then exit 0; fi
+# One by one: of several names `command -v` is content with any.
+is_there=yes
+for name in slurmctld slurmd sbatch srun scontrol ip; do command -v "$name" > /dev/null || is_there=no; done
+if [ $is_there = yes ]; then exit 0; fi
 if [ "$(id -u)" != 0 ] || ! command -v apt-get > /dev/null; then
     echo "SLURM is not installed (that needs root and apt-get): tests/slurm will be skipped"
     exit 0
