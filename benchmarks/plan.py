@@ -107,10 +107,10 @@ def _round(environment: dict[str, str]) -> list[dict]:
 
 def predicted(runs: list[dict]) -> tuple[list[dict], dict]:
     """Cells with what was measured and what the plan, calibrated by a few of them, says."""
-    from homodistil.flops import peak_flops
-    from homodistil.planning.calibration import Sample, fit
+    from homodistil.metrics.device_peak import peak_flops
     from homodistil.planning.cluster import find_cluster
     from homodistil.planning.command import machine_name
+    from homodistil.planning.machine_calibration import Sample, fit
     from homodistil.planning.speed import expected_seconds
     from homodistil.planning.step_work import StepWork
 

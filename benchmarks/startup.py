@@ -38,15 +38,15 @@ def measure(cache: Path, num_machines: int) -> dict:
     rank, num_ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     machine = rank * num_machines // num_ranks
     os.environ["HOMODISTIL_MACHINE"] = f"machine-{machine}"
-    from homodistil import nodes, ranks
-    from homodistil.cli import parse
-    from homodistil.distillation import Distillation
-    from homodistil.engine import init_ranks, load_engine_config, resolve_engine_config
-    from homodistil.materials import gather
-    from homodistil.metrics import Recorder
-    from homodistil.trainer import TrainState
+    from homodistil.config.command_line import parse
+    from homodistil.distributed import groups, ranks
+    from homodistil.engine.build import init_ranks, load_engine_config, resolve_engine_config
+    from homodistil.metrics.recorder import Recorder
+    from homodistil.training.inputs import gather
+    from homodistil.training.run import Distillation
+    from homodistil.training.trainer import TrainState
 
-    first, once = _timed(ranks, "on_first_rank", 0), _timed(nodes, "once", 1)
+    first, once = _timed(ranks, "on_first_rank", 0), _timed(groups, "once", 1)
     phases = {"imports": time.perf_counter() - START_S}
     device = init_ranks()
     phases["process group"] = time.perf_counter() - START_S

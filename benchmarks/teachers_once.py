@@ -23,11 +23,11 @@ from product import write_inputs
 from report import environment, environment_text, result_path, row, spread, write, write_json
 from shapes import Shape
 
-from homodistil import cli
-from homodistil.config import RunConfig
-from homodistil.engine import init_ranks, load_engine_config, resolve_engine_config
-from homodistil.materials import gather
-from homodistil.together import Together, student_runs
+from homodistil.config import command_line
+from homodistil.config.schema import RunConfig
+from homodistil.engine.build import init_ranks, load_engine_config, resolve_engine_config
+from homodistil.training.inputs import gather
+from homodistil.training.multi_student import Together, student_runs
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = "homobert-small-paper"
@@ -66,7 +66,7 @@ def student_config(shape: Shape, part: int, work: Path) -> RunConfig:
         "pruning.calibration_batches": 1,
         "run.name": f"part-{part}",
     }
-    return cli.parse([f"recipe={shape.recipe}", *(f"{name}={value}" for name, value in fields.items())])
+    return command_line.parse([f"recipe={shape.recipe}", *(f"{name}={value}" for name, value in fields.items())])
 
 
 def measure(shape: Shape, num_turns: int, work: Path) -> dict[str, list[float]]:

@@ -16,10 +16,10 @@ from shapes import SHAPES, Plan, Shape
 from step_parts import EVENT_PARTS, PartClock, measured
 from workload import synchronize
 
-from homodistil.cli import parse
-from homodistil.flops import peak_flops
+from homodistil.config.command_line import parse
+from homodistil.metrics.device_peak import peak_flops
+from homodistil.models.shapes import target_shape, target_widths
 from homodistil.pruning.schedule import WidthSchedule
-from homodistil.pruning.target import target_shape, target_widths
 
 
 def run_shape(args: argparse.Namespace, device: torch.device) -> dict:

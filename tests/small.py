@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from transformers import BertConfig, BertForMaskedLM
 
-from homodistil.config import LossConfig, RunConfig
-from homodistil.data.masking import Batch, Counts
+from homodistil.config.schema import LossConfig, RunConfig
+from homodistil.data.masked_lm import Batch, Counts
 from homodistil.distill.student import Student
 from homodistil.distill.teacher import Teacher
+from homodistil.models.activations import ATTENTION
 from homodistil.models.axes import AxisTable, head_axes
-from homodistil.models.taps import ATTENTION
 
 VOCABULARY = 101
 

@@ -9,16 +9,16 @@ import pytest
 import torch
 from small import plain_run, small_batch, small_model, small_pair
 
-from homodistil.config import PruningConfig, RunConfig
-from homodistil.distill.plain_copy import PlainCopies, duplicate
-from homodistil.distillation import Distillation
-from homodistil.engine import init_ranks, resolve_engine_config
-from homodistil.materials import gather
-from homodistil.models import bert
+from homodistil.config.schema import PruningConfig, RunConfig
+from homodistil.distill.snapshot import PlainCopies, duplicate
+from homodistil.engine.build import init_ranks, resolve_engine_config
+from homodistil.models.encoders import bert
+from homodistil.models.resize_plan import make_plan, slice_module
+from homodistil.pruning.calibration import drawn_label_loss
 from homodistil.pruning.importance import Importance
-from homodistil.pruning.teacher_labels import drawn_label_loss
-from homodistil.resize import make_plan, slice_module
-from homodistil.trials import score_by_drawn_labels
+from homodistil.training.inputs import gather
+from homodistil.training.run import Distillation
+from homodistil.training.trial_cuts import score_by_drawn_labels
 
 STEPS = 40
 
@@ -72,13 +72,13 @@ def closed_loop(request, parts, tmp_path_factory):
     folder, trials = tmp_path_factory.mktemp("closed_loop") / "run", []
     config = make_config(parts, schedule="gap", gap_bound=0.005, gap_recovery=0.2)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("homodistil.trials.GapLook.kl_after", remembering(trials))
+        patch.setattr("homodistil.training.trial_cuts.GapLook.kl_after", remembering(trials))
         run = distil(config, folder, request.param)
     return config, folder, run, trials, request.param
 
 
 def remembering(trials: list[float]):
-    from homodistil.trials import GapLook
+    from homodistil.training.trial_cuts import GapLook
 
     kl_after = GapLook.kl_after
 

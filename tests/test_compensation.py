@@ -19,12 +19,11 @@ from compensation_reference import (
 from small import random_keep, small_batch, small_model
 from torch import Tensor
 
-from homodistil.models import bert
+from homodistil.models.encoders import bert
+from homodistil.models.resize_plan import make_plan, slice_module
 from homodistil.pruning.compensation import Options, compensate, rotation_only
 from homodistil.pruning.compensation.projection import _mix, residual_projection
 from homodistil.pruning.compensation.statistics import collect, draw_labels, uniform_numbers
-from homodistil.resize.plan import make_plan
-from homodistil.resize.wrappers.plain import slice_module
 
 HEADS, LAYERS = 3, 2
 BATCHES = [small_batch(seed, lengths) for seed, lengths in enumerate([(16, 11, 5), (13, 9), (16, 16, 3, 12)])]

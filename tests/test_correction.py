@@ -6,11 +6,18 @@ import json
 
 import pytest
 
-from homodistil.cli import parse
-from homodistil.correction import FACTS_FILE, SEED_OFFSET, TEACHER_FILE, _begun_with, _key, correction_config
-from homodistil.data.corpus import Corpus
-from homodistil.engine import init_ranks
-from homodistil.materials import Materials
+from homodistil.config.command_line import parse
+from homodistil.data.prepare.corpus import Corpus
+from homodistil.engine.build import init_ranks
+from homodistil.training.inputs import Materials
+from homodistil.training.teacher_correction import (
+    FACTS_FILE,
+    SEED_OFFSET,
+    TEACHER_FILE,
+    _begun_with,
+    _key,
+    correction_config,
+)
 
 
 @pytest.fixture

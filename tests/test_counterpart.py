@@ -5,15 +5,15 @@ import torch
 from small import VOCABULARY, plain_run, small_batch, small_model
 from transformers import BertConfig
 
-from homodistil.config import RunConfig, StudentConfig
-from homodistil.distill.counterpart import check_student, compared_layers, copied_layers
-from homodistil.distill.initial_student import build_student
-from homodistil.distill.relations import check_relations
+from homodistil.config.schema import RunConfig, StudentConfig
+from homodistil.distill.build_student import build_student
+from homodistil.distill.layer_map import check_student, compared_layers, copied_layers
+from homodistil.distill.losses.relations import check_relations
 from homodistil.distill.teacher import Teacher
 from homodistil.errors import UserError
-from homodistil.export import stock_model
-from homodistil.models import bert
-from homodistil.pruning.target import student_widths
+from homodistil.export.stock_model import stock_model
+from homodistil.models.encoders import bert
+from homodistil.models.shapes import student_widths
 
 TEACHER = {"num_hidden_layers": 6}
 

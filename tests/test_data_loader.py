@@ -8,9 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from homodistil.config import DataConfig
-from homodistil.data.corpus import Rows
+from homodistil.config.schema import DataConfig
 from homodistil.data.loader import BatchLoader, fixed_batches, sample_order
+from homodistil.data.prepare.corpus import Rows
 from homodistil.errors import UserError
 
 WIDTH = 9

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from homodistil.data.masking import Masker
+from homodistil.data.masked_lm import Masker
 
 PAD, CLS, SEP, MASK, UNK = 0, 101, 102, 103, 100
 

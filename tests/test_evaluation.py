@@ -4,16 +4,16 @@ import pytest
 import torch
 from small import small_batch, small_model, small_pair
 
-from homodistil.config import LossConfig, PruningConfig
+from homodistil.config.schema import LossConfig, PruningConfig
+from homodistil.data.prefetch import mean_counts
 from homodistil.distill.student import Student
 from homodistil.distill.teacher import Teacher
-from homodistil.evaluation.gap import Gap
+from homodistil.evaluation.gap_probe import Gap
 from homodistil.evaluation.heldout import evaluate
-from homodistil.feed import mean_counts
-from homodistil.models import bert
+from homodistil.models.encoders import bert
 from homodistil.pruning.calibration import calibrate
 from homodistil.pruning.importance import Importance
-from homodistil.pruning.outliers import protected_dims, variance_shares
+from homodistil.pruning.protected_dims import protected_dims, variance_shares
 
 CPU = torch.device("cpu")
 # fp32 sums in another order.

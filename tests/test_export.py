@@ -13,10 +13,10 @@ from huggingface_hub import ModelCard, metadata_load
 from small import VOCABULARY, random_keep, small_batch, small_model, small_pair
 from transformers import BertConfig, BertTokenizerFast
 
-from homodistil.config import RunConfig
-from homodistil.export import save_checkpoint, stock_head_dim, stock_model
-from homodistil.model_card import complete_cards, describe_widths, model_card
-from homodistil.resize import make_plan, slice_module
+from homodistil.config.schema import RunConfig
+from homodistil.export.model_card import complete_cards, describe_widths, model_card
+from homodistil.export.stock_model import save_checkpoint, stock_head_dim, stock_model
+from homodistil.models.resize_plan import make_plan, slice_module
 
 TEACHER_CONFIG = BertConfig(**{**small_model().config.to_dict(), "hidden_dropout_prob": 0.1})
 

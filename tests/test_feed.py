@@ -13,8 +13,8 @@ import pytest
 import torch
 from test_data_loader import loader, make_rows, same
 
+from homodistil.data.prefetch import Feed, mean_counts
 from homodistil.errors import UserError
-from homodistil.feed import Feed, mean_counts
 
 CPU = torch.device("cpu")
 
@@ -113,7 +113,7 @@ def test_the_thread_ends_with_the_feed(rows, tokenizer):
 FAILING_STEP = """
 import sys, torch
 from transformers import AutoTokenizer
-from homodistil.feed import Feed
+from homodistil.data.prefetch import Feed
 from test_data_loader import Rows, loader
 feed = Feed(loader(Rows(sys.argv[1]), AutoTokenizer.from_pretrained(sys.argv[2]), workers=1), torch.device("cpu"))
 feed.itself = feed  # as in a run: part of a cycle, which only interpreter exit would free

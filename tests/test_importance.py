@@ -7,13 +7,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from homodistil.config import PruningConfig
+from homodistil.config.schema import PruningConfig
+from homodistil.engine.counting_adamw import Count, CountingAdamW
 from homodistil.kernels.score_sums import add_score_sums
 from homodistil.models.axes import AxisTable, AxisUse
 from homodistil.pruning.importance import Importance
-from homodistil.pruning.one_pass import Count, CountingAdamW
+from homodistil.pruning.pruner import Pruner
 from homodistil.pruning.schedule import WidthSchedule
-from homodistil.pruning.scheduler import Pruner
 from homodistil.pruning.selection import select
 from homodistil.resize import Held
 

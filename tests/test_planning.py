@@ -10,24 +10,24 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from homodistil.cli import parse
-from homodistil.engine import load_engine_config, resolve_engine_config
+from homodistil.config.command_line import parse
+from homodistil.engine.build import load_engine_config, resolve_engine_config
 from homodistil.errors import UserError
-from homodistil.flops import step_flops
+from homodistil.metrics.result_table import write_result
+from homodistil.models.flops import step_flops
+from homodistil.models.memory import state_bytes
+from homodistil.models.shapes import student_widths
 from homodistil.planning.advice import HEADROOM, advise
-from homodistil.planning.calibration import Sample, fit, read_calibration, write_calibration
 from homodistil.planning.cluster import find_cluster
+from homodistil.planning.machine_calibration import Sample, fit, read_calibration, write_calibration
 from homodistil.planning.options import split_options
 from homodistil.planning.plan import make_plan, policy_of
 from homodistil.planning.speed import expected_seconds
 from homodistil.planning.step_work import NAMES, StepWork
-from homodistil.planning.subject import find_subject
 from homodistil.planning.table import format_plan
-from homodistil.pruning.scheduler import width_schedule
-from homodistil.pruning.target import student_widths
+from homodistil.pruning.pruner import width_schedule
 from homodistil.report import write_report
-from homodistil.results import write_result
-from homodistil.step_memory import state_bytes
+from homodistil.training.resolve import find_subject
 
 ROOT = Path(__file__).parents[1]
 ENGINES = {stage: load_engine_config(ROOT / "ds_configs" / f"zero{stage}.json") for stage in range(4)}

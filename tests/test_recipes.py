@@ -11,12 +11,12 @@ import yaml
 from small import small_model
 from transformers import BertForMaskedLM, BertTokenizer
 
-from homodistil.cli import RECIPES, parse, recipe_names
+from homodistil.config.command_line import RECIPES, parse, recipe_names
 from homodistil.distill.objective import TERMS
-from homodistil.distillation import ROW_FILE, Distillation
-from homodistil.engine import init_ranks, resolve_engine_config
-from homodistil.materials import gather
-from homodistil.pruning.target import PRESETS
+from homodistil.engine.build import init_ranks, resolve_engine_config
+from homodistil.models.shapes import PRESETS
+from homodistil.training.inputs import gather
+from homodistil.training.run import ROW_FILE, Distillation
 
 BASELINES = [f"baselines/{n}" for n in ("distilbert", "minilmv2", "mlm_only", "one_shot", "random_init", "tinybert")]
 OURS = [f"homobert-{size}" for size in ("base", "small", "xsmall", "tiny")]

@@ -9,14 +9,14 @@ import torch
 from small import small_batch, small_model
 from torch import nn
 
-from homodistil.config import LossConfig
-from homodistil.distill.cosine import CosineProjection, cosine_distance
-from homodistil.distill.counterpart import Counterpart
-from homodistil.distill.relations import regrouped, relation_loss
+from homodistil.config.schema import LossConfig
+from homodistil.distill.layer_map import Counterpart
+from homodistil.distill.losses.cosine import CosineProjection, cosine_distance
+from homodistil.distill.losses.relations import regrouped, relation_loss
 from homodistil.distill.student import Student
 from homodistil.distill.teacher import Teacher
-from homodistil.models import bert
-from homodistil.models.taps import LayerTap, show_values
+from homodistil.models.activations import LayerTap, show_values
+from homodistil.models.encoders import bert
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 from benchmarks.peers.processes import PeerError, textbrewer_paths  # noqa: E402

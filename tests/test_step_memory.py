@@ -6,16 +6,16 @@ import pytest
 import torch
 from small import VOCABULARY, random_keep, small_model
 
-from homodistil.config import LossConfig
-from homodistil.data.masking import Batch, Counts
+from homodistil.config.schema import LossConfig
+from homodistil.data.masked_lm import Batch, Counts
 from homodistil.distill.student import Student
 from homodistil.distill.teacher import Teacher
-from homodistil.models import bert
+from homodistil.models.activations import show_values
 from homodistil.models.attention import keeps_probabilities
 from homodistil.models.axes import Widths
-from homodistil.models.taps import show_values
-from homodistil.resize import make_plan, slice_module
-from homodistil.step_memory import sequence_bytes
+from homodistil.models.encoders import bert
+from homodistil.models.memory import sequence_bytes
+from homodistil.models.resize_plan import make_plan, slice_module
 
 ROWS, TOKENS, EVERY = 4, 16, 5
 NARROW = {"hidden": 13, "layer.0.ffn": 21, "layer.1.ffn": 40, "layer.2.ffn": 9}

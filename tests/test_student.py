@@ -4,11 +4,11 @@ import pytest
 import torch
 from small import random_keep, small_batch, small_model, small_pair
 
-from homodistil.config import LossConfig
+from homodistil.config.schema import LossConfig
 from homodistil.distill.student import Student
 from homodistil.distill.teacher import Teacher
 from homodistil.models.axes import compose, head_axes, whole
-from homodistil.resize import make_plan, slice_module
+from homodistil.models.resize_plan import make_plan, slice_module
 
 TERMS = ("kl", "hidden", "attention", "embedding")
 # fp32, a few hundred terms summed in another order.

@@ -15,15 +15,16 @@ import torch._inductor.config
 from small import small_batch, small_model
 from torch import Tensor, nn
 
-from homodistil.config import RunConfig
-from homodistil.distill import inductor
-from homodistil.distill.compiled import CompiledLayers, check_student_compile
-from homodistil.engine import init_ranks
+from homodistil.config.schema import RunConfig
+from homodistil.distill import torch_compile
+from homodistil.distill.student_compile import CompiledLayers, check_student_compile
+from homodistil.engine.build import init_ranks
 from homodistil.errors import UserError
-from homodistil.models import bert
+from homodistil.models.activations import ATTENTION, LayerTap, Taps, Visitor
 from homodistil.models.axes import widths_after
-from homodistil.models.taps import ATTENTION, LayerTap, Taps, Visitor
-from homodistil.resize import make_plan, resize
+from homodistil.models.encoders import bert
+from homodistil.models.resize_plan import make_plan
+from homodistil.resize import resize
 
 sys.path.insert(0, str(Path(__file__).parent / "distributed"))
 import tiny_bert  # noqa: E402
@@ -184,12 +185,12 @@ def test_ranks_of_a_machine_share_its_cores_when_they_compile(monkeypatch):
         torch._inductor.config.patch({"compile_threads": 5, "cpp.threads": -1}),
         torch._dynamo.config.patch(recompile_limit=8, accumulated_recompile_limit=256),
     ):
-        for ranks, expected in ((1, inductor.MAX_COMPILE_THREADS), (4, 3), (24, 1)):
+        for ranks, expected in ((1, torch_compile.MAX_COMPILE_THREADS), (4, 3), (24, 1)):
             monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
-            inductor.prepare(10)
+            torch_compile.prepare(10)
             assert torch._inductor.config.compile_threads == expected
         assert torch._dynamo.config.recompile_limit == 8 + 3 * 10
         monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "7")  # read by torch itself at its start: not overruled
         torch._inductor.config.compile_threads = 7
-        inductor.prepare(1)
+        torch_compile.prepare(1)
         assert torch._inductor.config.compile_threads == 7

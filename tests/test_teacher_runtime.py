@@ -8,7 +8,7 @@ from small import small_batch, small_model
 from torch import nn
 from torch._dynamo.utils import counters
 
-from homodistil.config import RunConfig, TeacherConfig
+from homodistil.config.schema import RunConfig, TeacherConfig
 from homodistil.distill.runtime import (
     OwnStream,
     build_runtime,
@@ -19,8 +19,8 @@ from homodistil.distill.runtime import (
 )
 from homodistil.distill.runtime.deepspeed_inference import HiddenStates, InjectedRuntime
 from homodistil.errors import UserError
-from homodistil.models import bert
 from homodistil.models.attention import keeps_probabilities
+from homodistil.models.encoders import bert
 
 CPU = torch.device("cpu")
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-2}  # states are about 1: a few roundings of 2^-24, 2^-9

@@ -14,15 +14,15 @@ import torch
 
 from benchmarks.launch import ROOT
 from benchmarks.peers.workload import Files, Task, arguments
-from homodistil import ranks
-from homodistil.cli import parse
-from homodistil.distillation import Distillation
-from homodistil.engine import init_ranks, load_engine_config, resolve_engine_config
-from homodistil.materials import gather
-from homodistil.metrics import EVENTS_FILE, METRICS_FILE
-from homodistil.monitor import run_recorder
-from homodistil.resize import make_plan, slice_module
-from homodistil.trainer import TrainState
+from homodistil.config.command_line import parse
+from homodistil.distributed import ranks
+from homodistil.engine.build import init_ranks, load_engine_config, resolve_engine_config
+from homodistil.metrics.recorder import EVENTS_FILE, METRICS_FILE
+from homodistil.models.resize_plan import make_plan, slice_module
+from homodistil.training.inputs import gather
+from homodistil.training.run import Distillation
+from homodistil.training.step_logger import run_recorder
+from homodistil.training.trainer import TrainState
 
 ENGINES = {"bf16": "zero2.json", "fp32": "zero2_fp32.json"}
 

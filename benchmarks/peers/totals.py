@@ -61,12 +61,12 @@ def interpolate(xs: list[float], ys: list[float], x: float) -> float:
 
 
 def arithmetic(variant: Variant, task: Task, files: Files) -> float:
-    """GFLOP of one step in matrix products (homodistil/flops.py): what the peer's way asks for, however fast it is."""
+    """GFLOP of one step in matrix products (flops.py): what the peer's way asks for, however fast it is."""
     from transformers import AutoConfig, BertForMaskedLM
 
-    from homodistil.config import LossConfig
-    from homodistil.flops import step_flops
-    from homodistil.models import bert
+    from homodistil.config.schema import LossConfig
+    from homodistil.models.encoders import bert
+    from homodistil.models.flops import step_flops
 
     batches = files.batches()
     masked = statistics.mean(int((batch["labels"] != -100).sum()) for batch in batches)

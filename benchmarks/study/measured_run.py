@@ -12,14 +12,14 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from homodistil.config import RunConfig
-from homodistil.data.corpus import Rows
-from homodistil.data.masking import Batch
-from homodistil.distillation import Distillation
+from homodistil.config.schema import RunConfig
+from homodistil.data.masked_lm import Batch
+from homodistil.data.prepare.corpus import Rows
 from homodistil.evaluation.heldout import Predict, evaluate
-from homodistil.flops import step_flops
-from homodistil.materials import Materials
-from homodistil.metrics import METRICS_FILE, read_lines
+from homodistil.metrics.recorder import METRICS_FILE, read_lines
+from homodistil.models.flops import step_flops
+from homodistil.training.inputs import Materials
+from homodistil.training.run import Distillation
 
 PERIODIC_SEQUENCES = 64
 """Held-out blocks of the evaluations during training: what a study looks at there is the gap on the probe."""

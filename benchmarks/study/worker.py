@@ -16,14 +16,14 @@ from pathlib import Path
 import torch
 from filelock import FileLock
 
-from homodistil import stop
-from homodistil.config import RunConfig
-from homodistil.correction import corrected
+from homodistil.config.schema import RunConfig
 from homodistil.distill.teacher import build_teacher
-from homodistil.engine import init_ranks, load_engine_config, resolve_engine_config, teacher_dtype
+from homodistil.distributed import graceful_stop
+from homodistil.engine.build import init_ranks, load_engine_config, resolve_engine_config, teacher_dtype
 from homodistil.errors import StopRequested
 from homodistil.evaluation.heldout import evaluate
-from homodistil.materials import Materials, check_teacher, gather, teacher_copy
+from homodistil.training.inputs import Materials, check_teacher, gather, teacher_copy
+from homodistil.training.teacher_correction import corrected
 from study.jobs import ERROR_FILE, Job
 from study.measured_run import MeasuredRun, RememberedLogits, halves
 from study.specs import content_hash
@@ -100,7 +100,7 @@ def work_off(connection: Connection, work: Path, engine_json: Path, log: Path) -
     for name in _RANK_VARIABLES:
         os.environ.pop(name, None)
     torch.set_num_threads(1)
-    with contextlib.suppress(EOFError, StopRequested), stop.on_signals():
+    with contextlib.suppress(EOFError, StopRequested), graceful_stop.on_signals():
         context = Context(work, engine_json, init_ranks())
         while True:
             job: Job = connection.recv()

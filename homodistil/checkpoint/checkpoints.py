@@ -13,7 +13,6 @@ from typing import NamedTuple
 from safetensors.torch import load_file
 from torch import Tensor
 
-from homodistil import ranks
 from homodistil.checkpoint.files import FileRecord, join_tensors, split_tensors
 from homodistil.checkpoint.folder import (
     FORMAT,
@@ -27,9 +26,10 @@ from homodistil.checkpoint.folder import (
 from homodistil.checkpoint.random_state import random_state, restore_random_state
 from homodistil.checkpoint.reader import WEIGHT, StateReader, key_of
 from homodistil.checkpoint.writer import Snapshot, Writer, random_file
-from homodistil.config import RunConfig
+from homodistil.config.schema import RunConfig
+from homodistil.distributed import ranks
 from homodistil.errors import UserError
-from homodistil.models.shapes import full_numel
+from homodistil.models.parameter_shape import full_numel
 from homodistil.resize import engine_state, load_engine_state, load_state, owned_state, state_scalars
 
 SETTLE_S = 60.0
@@ -54,7 +54,7 @@ class Checkpoints:
     folder: `checkpoints` of the run folder; all ranks see the same.
     config: of the run: how many are kept, whether training waits for the disk.
     layout: number of ranks, ZeRO stage, precision: written down for people, read by nobody.
-    fingerprints: of what the run learns from (fingerprints.py).
+    fingerprints: of what the run learns from (training/fingerprints.py).
     before_save: called on every rank before anything is written; may raise.
     """
 

@@ -1,7 +1,7 @@
 """The objective: L = MLM + a1 KL + a2 sum_k hidden_k + a3 sum_k attention_k + a4 embedding (HomoDistil, equation of
 the seed), and the terms of its rivals: the cosine of the last hidden states (cosine.py), relations (relations.py).
 
-Every layer of the student is compared with its layer of the teacher (counterpart.py), as soon as both are known.
+Every layer of the student is compared with its layer of the teacher (layer_map.py), as soon as both are known.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from homodistil.config import LossConfig
-from homodistil.data.masking import Batch
-from homodistil.distill.relations import num_relation_heads, relation_loss
-from homodistil.distill.targets import Targets
-from homodistil.distill.vocabulary import VocabularyTerms
+from homodistil.config.schema import LossConfig
+from homodistil.data.masked_lm import Batch
+from homodistil.distill.losses.relations import num_relation_heads, relation_loss
+from homodistil.distill.losses.vocabulary import VocabularyTerms
+from homodistil.distill.teacher_outputs import Targets
 from homodistil.kernels.attention_map import attention_map_loss
-from homodistil.models.taps import LayerTap, Visitor
+from homodistil.models.activations import LayerTap, Visitor
 
 if TYPE_CHECKING:
     from homodistil.distill.student import Student

@@ -2,7 +2,7 @@
 
 `forward` is the training forward (loss terms); `predict` the inference one. The module knows where each of its
 entries came from in the teacher (`kept`), which is what a resize event narrows. Entries of an axis that has been mapped
-(resize/plan.py) have no origin: there `kept` only says how many there are.
+(models/resize_plan.py) have no origin: there `kept` only says how many there are.
 
 Every computation enters through a call of the module itself, also those outside of training: ZeRO-3 gathers parameters
 in hooks on module calls, and fetches them ahead of need only while calls follow the order of the last training step.
@@ -13,19 +13,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from homodistil.config import LossConfig
-from homodistil.data.masking import Batch
-from homodistil.distill.cosine import CosineProjection, cosine_distance
-from homodistil.distill.counterpart import Counterpart
+from homodistil.config.schema import LossConfig
+from homodistil.data.masked_lm import Batch
+from homodistil.distill.layer_map import Counterpart
+from homodistil.distill.losses.cosine import CosineProjection, cosine_distance
+from homodistil.distill.losses.projection import Projection
+from homodistil.distill.losses.vocabulary import vocabulary_terms
 from homodistil.distill.objective import Comparison, LossTerms, Objective
-from homodistil.distill.projection import Projection
-from homodistil.distill.targets import Targets, wanted_rows
 from homodistil.distill.teacher import head_only_parameters
-from homodistil.distill.vocabulary import vocabulary_terms
+from homodistil.distill.teacher_outputs import Targets, wanted_rows
 from homodistil.models import axes, family_of
+from homodistil.models.activations import Taps, show_values
 from homodistil.models.axes import AxisTable, AxisUse, Keep
-from homodistil.models.shapes import full_numel
-from homodistil.models.taps import Taps, show_values
+from homodistil.models.parameter_shape import full_numel
 
 
 class Student(nn.Module):
@@ -115,7 +115,7 @@ class Student(nn.Module):
         return comparison.finish(vocabulary_terms(objective, self, last, batch, targets))
 
     def compare(self, batch: Batch, targets: Targets | None, objective: Objective) -> LossTerms:
-        """The terms of `objective`, which may differ from the one that is trained (see evaluation/gap.py)."""
+        """The terms of `objective`, which may differ from the one that is trained (see evaluation/gap_probe.py)."""
         return self(batch, targets, objective)
 
     @torch.no_grad()

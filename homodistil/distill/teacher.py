@@ -14,17 +14,17 @@ from torch import Tensor, nn
 from transformers import AutoModelForMaskedLM, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from homodistil.config import TeacherConfig
-from homodistil.data.masking import Batch
+from homodistil.config.schema import TeacherConfig
+from homodistil.data.masked_lm import Batch
 from homodistil.data.tokenizer import check_ids, check_special_tokens, check_words, read_tokenizer
 from homodistil.distill.runtime import OwnStream, Runtime, build_runtime
-from homodistil.distill.sharded import shard_layers
-from homodistil.distill.targets import Finished, LockStep, Targets, own_lists, wanted_rows
+from homodistil.distill.teacher_outputs import Finished, LockStep, Targets, own_lists, wanted_rows
+from homodistil.distill.teacher_sharding import shard_layers
 from homodistil.errors import UserError
 from homodistil.models import family_of
+from homodistil.models.activations import ATTENTION, Tapped, Taps
 from homodistil.models.checkpoint_files import first_line, local_folder
 from homodistil.models.config_file import read_config
-from homodistil.models.taps import ATTENTION, Tapped, Taps
 from homodistil.models.weights import (
     Difference,
     check_finite,
@@ -44,7 +44,7 @@ class Teacher(nn.Module):
 
     Args:
         model: frozen and put into evaluation mode here.
-        lock_step: run layer by layer beside the student (targets.py) instead of as a whole.
+        lock_step: run layer by layer beside the student (teacher_outputs.py) instead of as a whole.
         runtime: how a whole forward pass runs (distill/runtime), never in lock-step; None: as the module is.
         stream: runs whole passes beside whatever the current stream does.
     """

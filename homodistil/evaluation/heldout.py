@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from homodistil import ranks
-from homodistil.data.masking import Batch
+from homodistil.data.masked_lm import Batch
+from homodistil.distributed import ranks
 from homodistil.kernels.masked_lm import masked_lm_losses
 
 Predict = Callable[[Batch], Tensor]

@@ -125,3 +125,7 @@ def expand_to_teacher(kept: dict[str, Tensor], teacher_widths: dict[str, int]) -
             index = rows
         keep[axis] = index
     return keep
+
+
+def num_layers(widths: Widths) -> int:
+    return sum(axis.endswith(".ffn") for axis in widths)

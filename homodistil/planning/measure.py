@@ -14,20 +14,20 @@ from pathlib import Path
 
 import torch
 
-from homodistil import ranks
-from homodistil.config import RunConfig
-from homodistil.distillation import Distillation
-from homodistil.engine import init_ranks, resolve_engine_config
-from homodistil.materials import gather
-from homodistil.metrics import Recorder
+from homodistil.config.schema import RunConfig
+from homodistil.distributed import ranks
+from homodistil.engine.build import init_ranks, resolve_engine_config
+from homodistil.metrics.recorder import Recorder
 from homodistil.models.axes import Widths
-from homodistil.planning.calibration import Sample
 from homodistil.planning.cluster import Cluster
+from homodistil.planning.machine_calibration import Sample
 from homodistil.planning.memory import rank_memory
 from homodistil.planning.plan import policy_of
 from homodistil.planning.step_work import step_work
-from homodistil.planning.subject import find_subject
-from homodistil.trainer import Trainer, TrainState
+from homodistil.training.inputs import gather
+from homodistil.training.resolve import find_subject
+from homodistil.training.run import Distillation
+from homodistil.training.trainer import Trainer, TrainState
 
 NUM_EVENTS = 3
 STEPS_A_WIDTH = 6

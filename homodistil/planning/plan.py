@@ -6,16 +6,16 @@ from dataclasses import asdict, dataclass, field
 
 import torch
 
-from homodistil.config import RunConfig
-from homodistil.engine import resolve_engine_config, student_dtype
-from homodistil.micro_batch import MicroBatchPolicy
+from homodistil.config.schema import RunConfig
+from homodistil.engine.build import resolve_engine_config, student_dtype
 from homodistil.planning.advice import Advice, advise
-from homodistil.planning.calibration import Calibration
 from homodistil.planning.cluster import POWER_OVERHEAD, Cluster
+from homodistil.planning.machine_calibration import Calibration
 from homodistil.planning.memory import PROCESS_BYTES, rank_memory
 from homodistil.planning.speed import Seconds, step_seconds
 from homodistil.planning.step_work import step_work
-from homodistil.planning.subject import Subject, find_subject
+from homodistil.training.micro_batch import MicroBatchPolicy
+from homodistil.training.resolve import Subject, find_subject
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import astuple, dataclass, fields
 
-from homodistil.flops import num_layers, step_flops
-from homodistil.micro_batch import MicroBatchPolicy
-from homodistil.models.axes import Widths
-from homodistil.planning.subject import Subject
+from homodistil.models.axes import Widths, num_layers
+from homodistil.models.flops import step_flops
+from homodistil.training.micro_batch import MicroBatchPolicy
+from homodistil.training.resolve import Subject
 
 _ADAM_BYTES = 28  # of one fp32 element: master, gradient and two moments read, all but the gradient written
 

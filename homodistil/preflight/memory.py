@@ -7,13 +7,13 @@ import os
 import psutil
 import torch
 
-from homodistil.config import RunConfig
-from homodistil.engine import student_dtype, teacher_dtype
-from homodistil.micro_batch import state_layout
+from homodistil.config.schema import RunConfig
+from homodistil.engine.build import student_dtype, teacher_dtype
 from homodistil.models.attention import keeps_probabilities
 from homodistil.models.axes import Widths
+from homodistil.models.memory import sequence_bytes, state_bytes
 from homodistil.preflight.findings import Findings
-from homodistil.step_memory import sequence_bytes, state_bytes
+from homodistil.training.micro_batch import state_layout
 
 
 def step_bytes(

@@ -10,15 +10,15 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from homodistil import ranks
-from homodistil.config import RunConfig
-from homodistil.data.corpus import Corpus
-from homodistil.distillation import Distillation
-from homodistil.engine import resolve_engine_config
-from homodistil.materials import Materials
-from homodistil.metrics import Recorder, memory_bytes
+from homodistil.config.schema import RunConfig
+from homodistil.data.prepare.corpus import Corpus
+from homodistil.distributed import ranks
+from homodistil.engine.build import resolve_engine_config
+from homodistil.metrics.recorder import Recorder, memory_bytes
 from homodistil.preflight.findings import Findings
-from homodistil.trainer import Trainer, TrainState
+from homodistil.training.inputs import Materials
+from homodistil.training.run import Distillation
+from homodistil.training.trainer import Trainer, TrainState
 
 _BATCH_ENTRIES = ("train_batch_size", "gradient_accumulation_steps")
 

@@ -12,11 +12,11 @@ from typing import Protocol
 import torch
 from torch import Tensor, distributed
 
-from homodistil.config import PruningConfig
+from homodistil.config.schema import PruningConfig
 from homodistil.kernels.score_sums import add_score_sums
 from homodistil.models import axes
 from homodistil.models.axes import AxisTable, Keep
-from homodistil.pruning.use_sums import Target, UseSums
+from homodistil.models.score_layout import Target, UseSums
 
 
 class Piece(Protocol):

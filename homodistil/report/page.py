@@ -15,8 +15,8 @@ from homodistil.report.run import FILES, Run, is_teacher, number
 from homodistil.report.speed import memory_sentences, speed_sentences
 
 if TYPE_CHECKING:  # at run time it needs this module's CSS, through the comparison's figures
-    from homodistil.report.family import FamilySection
-from homodistil.results import COLUMNS, DASH, cells
+    from homodistil.report.milestones import FamilySection
+from homodistil.metrics.result_table import COLUMNS, DASH, cells
 
 CSS = """body { margin: 2.5rem auto 4rem; max-width: 82rem; padding: 0 1.5rem; color: #1a1a1a; background: #fff;
        font: 15px/1.5 system-ui, "Segoe UI", "DejaVu Sans", sans-serif; }

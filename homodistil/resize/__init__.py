@@ -3,10 +3,10 @@
     plan = make_plan(table, keep)          # pruning decides the keep, models/ the table
     cost = resize(engine, plan)            # right after engine.step(); then the caller refreshes module attributes
 
-Engine, optimizer, scheduler, hooks and step counts stay the same objects and values. plan.py translates axes into
-indices and maps; rewrite.py changes values in place, by maps too; flat.py, move.py and move_partitions.py do the
-arithmetic and the moving; wrappers/ knows DeepSpeed's books; support.py says which engines are accepted,
-self_check.py tries a resize at start, gate.py looks at every event. The other functions read or fill that state by
+Engine, optimizer, scheduler, hooks and step counts stay the same objects and values. models/resize_plan.py translates
+axes into indices and maps; rewrite.py changes values in place, by maps too; flat.py, move.py and move_partitions.py
+do the arithmetic and the moving; adapters/ knows DeepSpeed's books; support.py says which engines are accepted,
+startup_check.py tries a resize at start, verify.py looks at every event. The other functions read or fill that state by
 parameter name, whatever the layout.
 """
 
@@ -20,14 +20,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from homodistil.faults import fault_point
+from homodistil.distributed.fault_injection import fault_point
+from homodistil.models.resize_plan import ResizePlan, make_plan, slice_module, transform
+from homodistil.resize.adapters.adapter import Adapter, Fragment, Held, ReadState, StatePiece
 from homodistil.resize.engine_state import engine_state, load_engine_state, state_scalars
-from homodistil.resize.gate import pass_gate, shapes_after
-from homodistil.resize.plan import ResizePlan, make_plan, transform
 from homodistil.resize.rewrite import apply_maps, overwrite_weights, reset_states
 from homodistil.resize.support import adapter_of, check_config, check_supported
-from homodistil.resize.wrappers.adapter import Adapter, Fragment, Held, ReadState, StatePiece
-from homodistil.resize.wrappers.plain import slice_module
+from homodistil.resize.verify import pass_gate, shapes_after
 
 __all__ = [
     "Fragment",
@@ -77,7 +76,7 @@ def resize(engine, plan: ResizePlan) -> ResizeCost:
     Raises:
         ValueError: the plan was made for a model of other parameter names or sizes.
         RuntimeError: gradients wait for a step, or ranks hold different plans.
-        CheckFailed: the state after the event is not what the plan says (resize/gate.py).
+        CheckFailed: the state after the event is not what the plan says (verify.py).
     """
     adapter = adapter_of(engine)
     _check_boundary(adapter)

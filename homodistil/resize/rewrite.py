@@ -13,9 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from homodistil.models.shapes import full_shape
-from homodistil.resize.plan import ResizePlan, transform
-from homodistil.resize.wrappers.adapter import Adapter, Held, StateGroup, held_part
+from homodistil.models.parameter_shape import full_shape
+from homodistil.models.resize_plan import ResizePlan, transform
+from homodistil.resize.adapters.adapter import Adapter, Held, StateGroup, held_part
 
 Values = dict[str, Tensor]
 """Kind ("weight", "exp_avg", "exp_avg_sq") -> whole fp32 tensor; states are absent before the first step, and for

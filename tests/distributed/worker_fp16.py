@@ -21,14 +21,15 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from worker_trajectory import OPTIMIZERS, Run, distances
 
-from homodistil.config import PruningConfig
-from homodistil.engine import backward
-from homodistil.models import bert
+from homodistil.config.schema import PruningConfig
+from homodistil.engine.build import backward
+from homodistil.models.encoders import bert
+from homodistil.models.resize_plan import ResizePlan
 from homodistil.pruning.importance import Importance
+from homodistil.pruning.pruner import Pruner
 from homodistil.pruning.schedule import WidthSchedule
-from homodistil.pruning.scheduler import Pruner
-from homodistil.resize import ResizePlan, check_supported, gradient_fragments, step_applied
-from homodistil.trainer import Trainer
+from homodistil.resize import check_supported, gradient_fragments, step_applied
+from homodistil.training.trainer import Trainer
 
 NUM_STEPS = 16
 INJECTED = {6: 0, 9: 1}

@@ -28,15 +28,15 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoTokenizer
 
-from homodistil.config import RunConfig
-from homodistil.data.assets import teacher_folder
-from homodistil.data.corpus import Corpus, Rows
+from homodistil.config.schema import RunConfig
+from homodistil.data.prepare.corpus import Corpus, Rows
+from homodistil.data.sources.assets import teacher_folder
 from homodistil.distill.student import Student
-from homodistil.distillation import Distillation
-from homodistil.engine import init_ranks, resolve_engine_config
-from homodistil.materials import Materials
-from homodistil.monitor import run_recorder
-from homodistil.trainer import Trainer, TrainState
+from homodistil.engine.build import init_ranks, resolve_engine_config
+from homodistil.training.inputs import Materials
+from homodistil.training.run import Distillation
+from homodistil.training.step_logger import run_recorder
+from homodistil.training.trainer import Trainer, TrainState
 
 WARM_UP_STEPS, WATCHED_STEPS = 2, 2
 SEQ_LEN = 16

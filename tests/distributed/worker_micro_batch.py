@@ -18,16 +18,17 @@ import tiny_bert
 import torch
 import torch.distributed as dist
 
-from homodistil import ranks
-from homodistil.config import RunConfig
-from homodistil.distillation import Distillation
-from homodistil.engine import init_ranks, resolve_engine_config
-from homodistil.materials import gather
-from homodistil.micro_batch import state_layout
-from homodistil.models import bert
-from homodistil.resize import check_supported, make_plan, master_weights, resize
-from homodistil.resize.batch_size import set_micro_batch_size
-from homodistil.step_memory import state_bytes
+from homodistil.config.schema import RunConfig
+from homodistil.distributed import ranks
+from homodistil.engine.batch_size import set_micro_batch_size
+from homodistil.engine.build import init_ranks, resolve_engine_config
+from homodistil.models.encoders import bert
+from homodistil.models.memory import state_bytes
+from homodistil.models.resize_plan import make_plan
+from homodistil.resize import check_supported, master_weights, resize
+from homodistil.training.inputs import gather
+from homodistil.training.micro_batch import state_layout
+from homodistil.training.run import Distillation
 
 NUM_STEPS, MICRO_BATCH, ACCUMULATION = 11, 1, 4
 GROWTH = {4: 2, 10: 4}

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from small_job import TRAIN, arguments
 
-from homodistil.exit_codes import FAILED
+from homodistil.distributed.exit_codes import FAILED
 
 
 @pytest.mark.parametrize("rank", [0, 1, None])

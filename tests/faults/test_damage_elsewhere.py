@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from small_job import STEPS, TRAIN, arguments, differences, result
 
-from homodistil.exit_codes import USER_ERROR
+from homodistil.distributed.exit_codes import USER_ERROR
 
 KILLED_AT = 11
 """Steps begun when the run to go on with was ended; the checkpoint before is that of step 9."""

@@ -12,12 +12,12 @@ import psutil
 import pytest
 from small_job import TRAIN, VOCABULARY, arguments, differences, result
 
-from homodistil.config import DataConfig
-from homodistil.data.corpus import Rows, prepare_corpus
-from homodistil.data.file_hashes import content_hashes
+from homodistil.config.schema import DataConfig
+from homodistil.data.prepare.corpus import Rows, prepare_corpus
+from homodistil.data.sources.file_hashes import content_hashes
 from homodistil.distill.teacher import load_tokenizer
+from homodistil.distributed.exit_codes import USER_ERROR
 from homodistil.errors import UserError
-from homodistil.exit_codes import USER_ERROR
 
 
 def _blocks(cache):

@@ -13,12 +13,12 @@ from small import small_model
 from small_job import TRAIN, VOCABULARY, arguments, differences, result
 from transformers import BertTokenizerFast
 
+from homodistil.distributed.exit_codes import USER_ERROR
 from homodistil.errors import UserError
-from homodistil.exit_codes import USER_ERROR
-from homodistil.export import save_checkpoint
-from homodistil.metrics import Recorder, read_lines
+from homodistil.export.stock_model import save_checkpoint
+from homodistil.metrics.recorder import Recorder, read_lines
+from homodistil.metrics.result_table import write_result
 from homodistil.report import write_report
-from homodistil.results import write_result
 
 FULL = "No space left on device"
 

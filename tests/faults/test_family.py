@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from small_job import SAVE_EVERY, TRAIN, arguments, differences, result
 from transformers import BertForMaskedLM
 
-from homodistil.exit_codes import STOPPED, USER_ERROR
-from homodistil.model_card import METRICS
+from homodistil.distributed.exit_codes import STOPPED, USER_ERROR
+from homodistil.export.model_card import METRICS
 
 # 24 wide, 4 heads of 6: a milestone of 20 (heads of 5), one of 16 (4), and the final 12 (3).
 FAMILY = ("run.export_milestones=[0.8,0.66,0.5]", "run.settle_steps=2", "run.compare=[one_shot]")
@@ -96,8 +96,8 @@ def test_stock_code_alone_loads_each_member_and_finds_its_scores(family, materia
 
 def _heldout_loss(model, materials) -> float:
     """Of a stock model, over the same held-out text and masks, by torch's own cross-entropy."""
-    from homodistil.cli import parse
-    from homodistil.materials import gather
+    from homodistil.config.command_line import parse
+    from homodistil.training.inputs import gather
 
     own = arguments(materials, materials / "unused")
     del own[own.index("--deepspeed") : own.index("--deepspeed") + 2]

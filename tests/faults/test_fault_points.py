@@ -6,18 +6,18 @@ import pytest
 from fork_server import ROOT
 from small_job import TRAIN, arguments, differences, result
 
-from homodistil import faults
+from homodistil.distributed import fault_injection
+from homodistil.distributed.exit_codes import CHECK_FAILED, USER_ERROR
 from homodistil.errors import UserError
-from homodistil.exit_codes import CHECK_FAILED, USER_ERROR
 
 
 def test_several_faults_with_all_their_parts():
-    found = faults.parse("train.step:rank=1:hit=20:action=hang, resize.moved")
+    found = fault_injection.parse("train.step:rank=1:hit=20:action=hang, resize.moved")
     assert [(f.point, f.rank, f.hit, f.action) for f in found] == [
         ("train.step", 1, 20, "hang"),
         ("resize.moved", None, 1, "kill"),
     ]
-    assert faults.parse("") == []
+    assert fault_injection.parse("") == []
 
 
 @pytest.mark.parametrize(
@@ -31,7 +31,7 @@ def test_several_faults_with_all_their_parts():
 )
 def test_what_is_not_understood_is_refused(text, message):
     with pytest.raises(UserError, match=f"^HOMODISTIL_FAULT: {message}"):
-        faults.parse(text)
+        fault_injection.parse(text)
 
 
 def test_a_misspelt_fault_ends_the_job_with_one_line(server, materials, tmp_path):
@@ -48,7 +48,7 @@ def test_every_point_is_in_the_code_and_no_other():
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "fault_point":
                 used.add(node.args[0].value)
-    assert used == set(faults.POINTS)
+    assert used == set(fault_injection.POINTS)
 
 
 def test_gradients_that_are_not_finite_stop_the_job_with_its_last_checkpoint(server, materials, tmp_path):

@@ -14,7 +14,7 @@ import psutil
 import pytest
 from small_job import TRAIN, arguments, differences, result
 
-from homodistil.exit_codes import STOPPED, of_signal
+from homodistil.distributed.exit_codes import STOPPED, of_signal
 
 SCRIPTS = TRAIN.parent
 BIN = Path(sys.executable).parent

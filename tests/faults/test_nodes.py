@@ -3,8 +3,8 @@
 import pytest
 from small_job import TRAIN, arguments
 
-from homodistil.exit_codes import USER_ERROR
-from homodistil.nodes import MACHINE
+from homodistil.distributed.exit_codes import USER_ERROR
+from homodistil.distributed.groups import MACHINE
 
 MANY = ("train.steps=2", "pruning.schedule=none", "train.save_every_steps=0", "train.eval_every_steps=0")
 

@@ -8,9 +8,9 @@ import socket
 import pytest
 from small_job import TRAIN, VOCABULARY, arguments
 
-from homodistil.config import DataConfig
+from homodistil.config.schema import DataConfig
 from homodistil.distill.teacher import load_tokenizer
-from homodistil.exit_codes import USER_ERROR
+from homodistil.distributed.exit_codes import USER_ERROR
 from homodistil.preflight.disk import check_disk
 from homodistil.preflight.findings import Finding, Findings, merged
 from homodistil.preflight.memory import check_memory

@@ -1,4 +1,4 @@
-"""`homodistil.job.run` twice in one process, as in a notebook: the second run is the first one, bit by bit."""
+"""`homodistil.train.run` twice in one process, as in a notebook: the second run is the first one, bit by bit."""
 
 import pytest
 from small_job import arguments, differences, result

@@ -7,7 +7,7 @@ import time
 import psutil
 from small_job import TRAIN, arguments, differences, result
 
-from homodistil.exit_codes import STOPPED, of_signal
+from homodistil.distributed.exit_codes import STOPPED, of_signal
 
 
 def _wait_for_step(job, folder, step):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from small_job import TRAIN, arguments, differences, result
 
-from homodistil.cli import parse
+from homodistil.config.command_line import parse
 from homodistil.distill.runtime import check_teacher_runtime
 from homodistil.errors import UserError
 from homodistil.planning.cluster import find_cluster

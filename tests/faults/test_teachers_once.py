@@ -6,7 +6,7 @@ import re
 import pytest
 from small_job import SAVE_EVERY, STEPS, TRAIN, arguments, differences, result
 
-from homodistil.exit_codes import STOPPED, USER_ERROR
+from homodistil.distributed.exit_codes import STOPPED, USER_ERROR
 
 STUDENTS = {
     "half": "student: {hidden_size: 12, intermediate_size: 20}\n",

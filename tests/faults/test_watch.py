@@ -7,9 +7,9 @@ import time
 import pytest
 from small_job import TRAIN, arguments
 
-from homodistil.exit_codes import RANK_LOST, USER_ERROR
-from homodistil.watch.judge import SILENT_S, Judge
-from homodistil.watch.sign import Sign
+from homodistil.distributed.exit_codes import RANK_LOST, USER_ERROR
+from homodistil.distributed.watchdog.failure_detector import SILENT_S, Judge
+from homodistil.distributed.watchdog.heartbeat import Sign
 
 
 def _errors(job) -> list[str]:
@@ -80,7 +80,10 @@ def test_a_hang_of_the_real_job(server, materials, tmp_path):
     own = arguments(materials, tmp_path / "run", "run.rank_timeout_s=20")
     job = server.start(TRAIN, own, env=fault)
     assert job.wait(timeout_s=300) == [RANK_LOST] * 2
-    assert "rank 1" in _errors(job)[0] and "stuck in step 4, training at homodistil/faults.py" in _errors(job)[0]
+    assert (
+        "rank 1" in _errors(job)[0]
+        and "stuck in step 4, training at homodistil/distributed/fault_injection.py" in _errors(job)[0]
+    )
 
 
 def test_an_unexpected_exception_keeps_its_traceback_and_the_others_name_the_rank(server, materials, tmp_path):
@@ -101,14 +104,14 @@ def _host() -> str:
 
 
 def _sign(beat=1, count=5, host="far", idle_s=0.0, waits=False, is_long=False, end=None) -> Sign:
-    return Sign(beat, host, 1, 99, count, 7, "training", is_long, idle_s, "homodistil/feed.py:1 f", waits, end)
+    return Sign(beat, host, 1, 99, count, 7, "training", is_long, idle_s, "homodistil/data/prefetch.py:1 f", waits, end)
 
 
 @pytest.fixture
 def clock(monkeypatch):
     """A monotonic clock that the test moves."""
     now = [1000.0]
-    monkeypatch.setattr("homodistil.watch.judge.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("homodistil.distributed.watchdog.failure_detector.time.monotonic", lambda: now[0])
     return now
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from torch import distributed
 
-from homodistil import nodes, ranks
-from homodistil.engine import init_ranks
+from homodistil.distributed import groups, ranks
+from homodistil.engine.build import init_ranks
 
 
 class Trap:
@@ -40,8 +40,8 @@ def meet_a_stranger(caught: str) -> None:
         store.wait(["rank 1 has looked"])
         return
     store.set("once/0/0", pickle.dumps((Trap(Path(caught)), None)))
-    nodes._calls = iter([0])
+    groups._calls = iter([0])
     with contextlib.suppress(ValueError):
-        nodes.once([0, 0], lambda: "made")
+        groups.once([0, 0], lambda: "made")
         print("taken for a value", flush=True)
     store.set("rank 1 has looked", "")

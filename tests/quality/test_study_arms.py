@@ -11,7 +11,7 @@ def test_the_halves_are_disjoint_cover_everything_and_take_turns():
     import numpy as np
     from study.measured_run import Part, halves
 
-    from homodistil.materials import Materials
+    from homodistil.training.inputs import Materials
 
     @dataclass(frozen=True)
     class Corpus:
@@ -50,7 +50,7 @@ def test_the_products_defaults_change_no_arm():
     import yaml
     from study.arms import BASE
 
-    from homodistil.cli import RECIPES
+    from homodistil.config.command_line import RECIPES
 
     pinned = {override.split("=")[0] for override in BASE}
     quickstart = yaml.safe_load((RECIPES / "quickstart.yaml").read_text())
@@ -71,7 +71,7 @@ def test_rivals_have_the_losses_of_their_recipes():
 
     from study.arms import ARMS, BASE, SHAPES
 
-    from homodistil import cli
+    from homodistil.config import command_line
 
     # What the table's notes say: everybody has an MLM head, and nobody pays for logits of all rows.
     differs = {"tinybert": {"mlm"}, "minilmv2": {"mlm"}, "distilbert": {"kl_positions"}}
@@ -79,7 +79,10 @@ def test_rivals_have_the_losses_of_their_recipes():
     for arm in ARMS.values():
         if arm.recipe:
             shape = () if arm.own_shape else SHAPES["half"].overrides
-            config, recipe = cli.parse([*BASE, *shape, *arm.overrides]), cli.parse([f"recipe={arm.recipe}"])
+            config, recipe = (
+                command_line.parse([*BASE, *shape, *arm.overrides]),
+                command_line.parse([f"recipe={arm.recipe}"]),
+            )
             ours, theirs = dataclasses.asdict(config.loss), dataclasses.asdict(recipe.loss)
             weights = ("mlm", "kl", "hidden", "attention", "embedding", "cosine", "relations")
             without = set() if ours["relations"] else {"relation_heads", "relation_layer"}

@@ -20,7 +20,7 @@ def test_a_real_study_of_two_methods(tmp_path, cache_dir):
     from study.pool import Pool, spawner
     from study.specs import RunSpec
 
-    from homodistil.materials import gather
+    from homodistil.training.inputs import gather
 
     small = (*QUICK, "teacher.correction_steps=0", "data.sources=[embedded:moby-dick]", f"data.cache_dir={cache_dir}")
     jobs = [

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from homodistil.distill.runtime.self_check import Probe, check_same
 from homodistil.errors import UserError
-from homodistil.models.taps import Tapped, Taps
+from homodistil.models.activations import Tapped, Taps
 
 
 class EngineRuntime(Taps):

@@ -7,7 +7,7 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
-from homodistil.models.taps import Tapped, Taps
+from homodistil.models.activations import Tapped, Taps
 
 
 class PlainRuntime:

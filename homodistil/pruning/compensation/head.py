@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from homodistil import ranks
+from homodistil.distributed import ranks
 from homodistil.pruning.compensation.least_squares import TINY, fit_linear, fit_norm, standardise, sum_over_rows
 from homodistil.pruning.compensation.refit import Refit, captured, inputs_of
 

@@ -17,9 +17,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from homodistil.data.masking import Batch
+from homodistil.data.masked_lm import Batch
+from homodistil.models.resize_plan import ResizePlan, transform
 from homodistil.pruning.compensation.least_squares import TINY, fit_linear, fit_norm, sum_over_rows
-from homodistil.resize.plan import ResizePlan, transform
 
 
 @dataclass

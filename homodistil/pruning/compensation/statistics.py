@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from homodistil import ranks
-from homodistil.data.masking import Batch
+from homodistil.data.masked_lm import Batch
+from homodistil.distributed import ranks
 from homodistil.pruning.compensation.least_squares import TINY
 
 
