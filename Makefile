@@ -52,6 +52,7 @@ slurm:
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache
 
 clean:
 	rm -rf $(VENV) .torch_extensions build *.egg-info .pytest_cache .ruff_cache .hypothesis

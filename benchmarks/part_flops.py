@@ -16,7 +16,7 @@ def part_flops(student: Widths, teacher: Widths, loss: LossConfig, **batch: floa
     though some kernels compute gradients in forward: the rates of these two parts shade into each other.
 
     Args:
-        batch: `num_sequences`, `seq_len`, `masked_rows`, `vocab_size`, as for `step_flops`.
+        batch: `num_sequences`, `seq_len`, `target_rows`, `vocab_size`, as for `step_flops`.
     """
     whole = step_flops(student, teacher, loss, **batch)
     forward = _projections(student, teacher, loss, batch) + _scores(student, teacher, loss, batch)

@@ -68,11 +68,11 @@ def measure_cells(model: str, stage: int, work: Path) -> None:
     from shapes import Plan
 
     from homodistil.planning.cluster import find_cluster
-    from homodistil.planning.measure import measure_trainer, pressed, samples_of
+    from homodistil.planning.measure import compressed_schedule, measure_trainer, samples_of
 
     device = join_ranks()
     shape = MODELS[model]
-    config = pressed(run_config(shape, Plan(interval=6, events=3), work, False, NUM_RANKS, []))
+    config = compressed_schedule(run_config(shape, Plan(interval=6, events=3), work, False, NUM_RANKS, []))
     path = work / "engine.json"
     path.write_text(json.dumps(engine_json(stage)))
     measured = measure_trainer(build_trainer(shape, config, path, work, device), device)

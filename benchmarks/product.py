@@ -19,7 +19,7 @@ from homodistil.engine.build import load_engine_config, resolve_engine_config
 from homodistil.evaluation import gap_probe
 from homodistil.training import inputs
 from homodistil.training import run as training_run
-from homodistil.training.run import Distillation
+from homodistil.training.run import DistillationRun
 from homodistil.training.step_logger import run_recorder
 from homodistil.training.trainer import Trainer, TrainState
 
@@ -44,12 +44,12 @@ def run_config(shape: Shape, plan: Plan, work: Path, quick: bool, num_ranks: int
 
 def build_trainer(shape: Shape, config: RunConfig, engine_json: Path, work: Path, device: torch.device) -> Trainer:
     """As `job.run` builds it. Every rank calls it."""
-    ranks.on_first_rank(lambda: write_inputs(shape, config, work))
+    ranks.on_rank_zero(lambda: write_inputs(shape, config, work))
     engine_config = resolve_engine_config(load_engine_config(engine_json), config, ranks.world_size())
-    found = inputs.gather(config, device)
+    found = inputs.prepare_inputs(config, device)
     # A run's probe of the gap at every event would take longer than all steps of so short a schedule.
     training_run.PROBE_SEQUENCES = probe_sequences(config, ranks.world_size())
-    run = Distillation(config, engine_config, found, work / "run", "benchmark")
+    run = DistillationRun(config, engine_config, found, work / "run", "benchmark")
     return run.build_trainer(run_recorder(work / "run", config, 0), TrainState())
 
 

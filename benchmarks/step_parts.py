@@ -41,8 +41,8 @@ POINTS = (
     # The teacher as a whole, or (lock-step) piece by piece inside the student's forward.
     Point("teacher", "trainer", "teacher.forward"),
     Point("teacher", "homodistil.distill.teacher_outputs", "Finished._seen"),
-    Point("teacher", "homodistil.distill.teacher_outputs", "LockStep.run_embedding"),
-    Point("teacher", "homodistil.distill.teacher_outputs", "LockStep.run_layer"),
+    Point("teacher", "homodistil.distill.teacher_outputs", "Layerwise.run_embedding"),
+    Point("teacher", "homodistil.distill.teacher_outputs", "Layerwise.run_layer"),
     Point("teacher", "homodistil.distill.teacher_outputs", "Targets.logits"),
     Point("teacher", "homodistil.distill.teacher_outputs", "Targets.before_decoder"),
     Point("student forward", "trainer", "engine.forward"),

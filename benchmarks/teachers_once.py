@@ -26,8 +26,8 @@ from shapes import Shape
 from homodistil.config import command_line
 from homodistil.config.schema import RunConfig
 from homodistil.engine.build import init_ranks, load_engine_config, resolve_engine_config
-from homodistil.training.inputs import gather
-from homodistil.training.multi_student import Together, student_runs
+from homodistil.training.inputs import prepare_inputs
+from homodistil.training.multi_student import MultiStudentTrainer, student_runs
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = "homobert-small-paper"
@@ -76,12 +76,12 @@ def measure(shape: Shape, num_turns: int, work: Path) -> dict[str, list[float]]:
     write_inputs(shape, configs[0], work)
     engine_config = resolve_engine_config(load_engine_config(ROOT / "ds_configs" / "zero2_fp32.json"), configs[0], 1)
     folders = [work / "run" / config.run.name for config in configs]
-    runs = student_runs(configs, folders, engine_config, gather(configs[0], device), "benchmark")
+    runs = student_runs(configs, folders, engine_config, prepare_inputs(configs[0], device), "benchmark")
     teacher = runs[0].teacher
     with contextlib.ExitStack() as stack:
         trainers = [stack.enter_context(run.training()) for run in runs]
-        together = Together(trainers, teacher, trainers[0].feed)
-        batches = trainers[0].feed.micro_batches(0)
+        together = MultiStudentTrainer(trainers, teacher, trainers[0].prefetcher)
+        batches = trainers[0].prefetcher.micro_batches(0)
 
         def each(lock_step: bool) -> None:
             teacher._lock_step = lock_step

@@ -80,7 +80,7 @@ def arithmetic(variant: Variant, task: Task, files: Files) -> float:
             loss,
             num_sequences=task.sequences,
             seq_len=task.tokens,
-            masked_rows=task.sequences * task.tokens if all_rows else masked,
+            target_rows=task.sequences * task.tokens if all_rows else masked,
             vocab_size=task.vocabulary,
         ).total
         / 1e9

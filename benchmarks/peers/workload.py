@@ -185,7 +185,7 @@ def _write_batches(task: Task, files: Files) -> None:
 
 def _with_labels(batch) -> dict[str, Tensor]:
     labels = torch.full_like(batch.input_ids, -100)
-    labels.view(-1)[batch.masked_index] = batch.masked_labels
+    labels.view(-1)[batch.target_index] = batch.target_ids
     return {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "labels": labels}
 
 

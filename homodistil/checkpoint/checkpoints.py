@@ -88,7 +88,7 @@ class Checkpoints:
         if step == self._last_step:  # stopped right after a checkpoint: it is there already
             return
         self._before_save()
-        ranks.on_first_rank(lambda: start_part(self.folder, step))
+        ranks.on_rank_zero(lambda: start_part(self.folder, step))
         self._writer = Writer(self.folder, self._snapshot(engine, step, state), self.config.run.keep_checkpoints)
         self._last_step = step
         if not self.config.run.async_checkpoints:
@@ -123,7 +123,7 @@ class Checkpoints:
         Raises:
             UserError: there are checkpoints, but none of them is whole, or one is of the old, pickled format.
         """
-        names = ranks.on_first_rank(lambda: candidates(self.folder))
+        names = ranks.on_rank_zero(lambda: candidates(self.folder))
         reasons = []
         for name in names:
             found = self._look_through(self.folder / name)
@@ -141,7 +141,7 @@ class Checkpoints:
 
     def _look_through(self, folder: Path) -> Found | str:
         """The checkpoint, or what is wrong with it; the same on all ranks."""
-        files, problem = ranks.on_first_rank(lambda: _manifest_or_problem(folder))
+        files, problem = ranks.on_rank_zero(lambda: _manifest_or_problem(folder))
         if problem:
             return problem
         files = {name: FileRecord(*record) for name, record in files.items()}

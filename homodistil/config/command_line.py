@@ -76,7 +76,7 @@ def parse_job(argv: list[str], description: str = "") -> Job:
         )
     paths = students.file_names(namespace.teachers_once)
     found = [_student(argv, description, path) for path in paths]
-    students.settled(config, found, [path.stem for path in paths])
+    students.finalize_students(config, found, [path.stem for path in paths])
     return Job(config, engine_config, found)
 
 

@@ -57,7 +57,7 @@ def as_overrides(content: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def settled(config: RunConfig, students: Sequence[RunConfig], names: Sequence[str]) -> None:
+def finalize_students(config: RunConfig, students: Sequence[RunConfig], names: Sequence[str]) -> None:
     """Give the students their folders, and all of them the teacher's whole passes; then check that they fit together.
 
     Raises:

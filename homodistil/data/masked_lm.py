@@ -16,12 +16,12 @@ from transformers import PreTrainedTokenizerBase
 _MASKED, _RANDOM = 0.8, 0.1  # Devlin et al. 2019, section 3.1; the rest stays as it is
 
 
-class Counts(NamedTuple):
+class LossCounts(NamedTuple):
     """What the loss terms divide by: numbers of the batch's own from a loader; from a feed 0-dim fp32 tensors on the
     device, means over all micro-batches of the step (see prefetch.py), which nothing in a step may bring to the host.
     """
 
-    masked_rows: float | Tensor
+    target_rows: float | Tensor
     tokens: float | Tensor
     """Valid (not padding) tokens."""
     pairs: float | Tensor
@@ -33,13 +33,13 @@ class Batch(NamedTuple):
     """(B, T) int64, masking applied."""
     attention_mask: Tensor
     """(B, T) int64, 1 = token, 0 = padding."""
-    masked_index: Tensor
+    target_index: Tensor
     """(M,) int64, flat positions b * T + t of the rows to predict, ascending."""
-    masked_labels: Tensor
+    target_ids: Tensor
     """(M,) int64, the tokens that stood there."""
     token_index: Tensor
     """(tokens,) int64, flat positions of the valid tokens, ascending: finding them on the device would wait for it."""
-    counts: Counts
+    counts: LossCounts
 
     @property
     def padding_mask(self) -> Tensor | None:
@@ -94,7 +94,7 @@ class Masker:
         valid = blocks != self._pad_id
         lengths = valid.sum(axis=1)
         index = np.flatnonzero(chosen)
-        counts = Counts(float(len(index)), float(lengths.sum()), float((lengths**2).sum()))
+        counts = LossCounts(float(len(index)), float(lengths.sum()), float((lengths**2).sum()))
         arrays = (input_ids, valid.astype(np.int64), index, blocks.ravel()[index], np.flatnonzero(valid))
         return Batch(*map(torch.from_numpy, arrays), counts)
 

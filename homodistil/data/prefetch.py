@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from homodistil.data.loader import BatchLoader
-from homodistil.data.masked_lm import Batch, Counts
+from homodistil.data.masked_lm import Batch, LossCounts
 from homodistil.distributed import ranks
 
 
@@ -33,7 +33,7 @@ class _Share(NamedTuple):
     """Behind the copies; None where there are none."""
 
 
-class Feed:
+class BatchPrefetcher:
     """Micro-batches of one rank for the step that starts at a sample position."""
 
     def __init__(self, loader: BatchLoader, device: torch.device) -> None:
@@ -100,7 +100,7 @@ def _use_on_current_stream(share: _Share) -> None:
         tensor.record_stream(stream)
 
 
-def mean_counts(batches: list[Batch], device: torch.device) -> Counts:
+def mean_counts(batches: list[Batch], device: torch.device) -> LossCounts:
     """Mean counts of a micro-batch of these, over all ranks (one small all-reduce): 0-dim fp32 tensors on `device`.
 
     At least one masked row: a step without any would otherwise divide 0 by 0.
@@ -113,7 +113,7 @@ def _own_counts(batches: list[Batch]) -> Tensor:
     return torch.tensor([batch.counts for batch in batches], dtype=torch.float64).mean(0)
 
 
-def _means(own: Tensor, num_batches: int) -> Counts:
+def _means(own: Tensor, num_batches: int) -> LossCounts:
     counts = ranks.mean(own)
     counts[0].clamp_(min=1.0 / (num_batches * ranks.world_size()))
-    return Counts(*counts.float().unbind())
+    return LossCounts(*counts.float().unbind())

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from homodistil.config.schema import RunConfig
-from homodistil.distill.layer_map import copied_layers, counterpart_of
+from homodistil.distill.layer_map import copied_layers, layer_map_of
 from homodistil.distill.student import Student
 from homodistil.models import family_of
 from homodistil.models.activations import ATTENTION
@@ -28,7 +28,7 @@ def build_student(config: RunConfig, teacher_config, load_teacher: Callable[[], 
     Raises:
         UserError: the student cannot start like that (`check_student`), or has an impossible size.
     """
-    counterpart = counterpart_of(config, teacher_config)
+    layer_map = layer_map_of(config, teacher_config)
     with torch.random.fork_rng(devices=[]):  # what is random here is a matter of the seed, not of what ran before
         torch.manual_seed(config.train.seed)
         if config.student.init == "random":
@@ -37,7 +37,7 @@ def build_student(config: RunConfig, teacher_config, load_teacher: Callable[[], 
             model = load_teacher()
             family = family_of(model.config.model_type)
             family.keep_layers(model, copied_layers(config.student, teacher_config.num_hidden_layers))
-        return Student(model, config.loss, counterpart=counterpart)
+        return Student(model, config.loss, layer_map=layer_map)
 
 
 def fresh_model(config: RunConfig, teacher_config) -> nn.Module:

@@ -11,7 +11,7 @@ from homodistil.config.schema import RunConfig, StudentConfig
 from homodistil.errors import UserError
 
 
-class Counterpart(NamedTuple):
+class LayerMap(NamedTuple):
     """What a student knows of the teacher that it is compared with."""
 
     hidden_size: int
@@ -25,10 +25,10 @@ class Counterpart(NamedTuple):
     """Both residual streams are equally wide for the whole run, and made of the same dims."""
 
 
-def counterpart_of(config: RunConfig, teacher) -> Counterpart:
+def layer_map_of(config: RunConfig, teacher) -> LayerMap:
     """The counterpart of the run's student. `teacher`: its Hugging Face configuration. Raises as `check_student`."""
     is_origin = config.student.init == "teacher"
-    return Counterpart(
+    return LayerMap(
         teacher.hidden_size,
         teacher.num_attention_heads,
         compared_layers(config.student, teacher.num_hidden_layers),

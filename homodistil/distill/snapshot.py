@@ -15,7 +15,7 @@ def duplicate(student: Student) -> Student:
     return copy.deepcopy(student, {id(student.family): student.family})  # a Python module cannot be copied
 
 
-class PlainCopies:
+class StudentSnapshots:
     """Args:
     student: before an engine takes it: hooks and partitioned parameters of an engine cannot be copied.
     """

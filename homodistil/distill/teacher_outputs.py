@@ -1,7 +1,7 @@
 """The teacher's side of one micro-batch: every tensor is handed over once, and freed by whoever has compared it.
 
-`Finished`: the teacher has run as a whole. `LockStep`: its layers run one by one, each just before the student's layer
-that it is compared with. A whole forward leaves 3 x layers tensors of (tokens, hidden) behind that wait for the
+`WholePass`: the teacher has run as a whole. `Layerwise`: its layers run one by one, each just before the student's
+layer that it is compared with. A whole forward leaves 3 x layers tensors of (tokens, hidden) behind that wait for the
 student; in lock-step each is compared and freed before the next exists. The numbers are the same: it is the order that
 changes.
 """
@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from homodistil.data.masked_lm import Batch
-from homodistil.models.activations import LayerTap, Tapped, Taps, Visitor
+from homodistil.models.activations import ActivationHooks, Activations, ActivationVisitor, LayerActivations
 
 
-class Targets(ABC):
+class TeacherOutputs(ABC):
     """What the objective compares the student with. `model` and `family`: the teacher's."""
 
     def __init__(self, model: nn.Module, family: ModuleType, batch: Batch, scale: float) -> None:
@@ -40,11 +40,11 @@ class Targets(ABC):
         """What entered layer 0, (B, T, D)."""
 
     @abstractmethod
-    def take_layer(self, i: int) -> LayerTap:
+    def take_layer(self, i: int) -> LayerActivations:
         """Of layer `i`, in ascending order; layers between are passed over."""
 
     @abstractmethod
-    def take_relations(self) -> LayerTap:
+    def take_relations(self) -> LayerActivations:
         """Of the layer that shows its values, once it has run."""
 
     @abstractmethod
@@ -63,19 +63,19 @@ class Targets(ABC):
         return self.family.mlm_transform(self.model)(rows), self.family.decoder(self.model)
 
 
-class Finished(Targets):
+class WholePass(TeacherOutputs):
     """Args:
     tapped: gives the finished pass; called once, when the student has got as far as to need it.
     """
 
     def __init__(
-        self, model: nn.Module, family: ModuleType, batch: Batch, scale: float, tapped: Callable[[], Tapped]
+        self, model: nn.Module, family: ModuleType, batch: Batch, scale: float, tapped: Callable[[], Activations]
     ) -> None:
         super().__init__(model, family, batch, scale)
         self._wait, self._tapped = tapped, None
         self._num_taken = 0
 
-    def _seen(self) -> Tapped:
+    def _seen(self) -> Activations:
         if self._tapped is None:
             self._tapped = self._wait()
         return self._tapped
@@ -83,9 +83,9 @@ class Finished(Targets):
     def take_embedding(self) -> Tensor:
         return self._seen().embedding
 
-    def take_layer(self, i: int) -> LayerTap:
+    def take_layer(self, i: int) -> LayerActivations:
         seen = self._seen()
-        tap = LayerTap(seen.layers[i], seen.queries[i], seen.keys[i])
+        tap = LayerActivations(seen.layers[i], seen.queries[i], seen.keys[i])
         for done in range(self._num_taken, i + 1):
             seen.queries[done] = seen.keys[done] = None
             if done + 1 < len(seen.layers):
@@ -93,7 +93,7 @@ class Finished(Targets):
         self._num_taken = i + 1
         return tap
 
-    def take_relations(self) -> LayerTap:
+    def take_relations(self) -> LayerActivations:
         relations, self._tapped = self._seen().relations, self._seen()._replace(relations=None)
         return relations
 
@@ -101,21 +101,21 @@ class Finished(Targets):
         return self._seen().layers.pop()
 
 
-def own_lists(tapped: Tapped) -> Tapped:
+def own_lists(tapped: Activations) -> Activations:
     """The same pass for one of several readers, each of which drops what it has compared."""
     return tapped._replace(layers=[*tapped.layers], queries=[*tapped.queries], keys=[*tapped.keys])
 
 
-class LockStep(Targets, Visitor):
+class Layerwise(TeacherOutputs, ActivationVisitor):
     """Driven by the student's forward pass, whose masks and ids it takes: one family, one batch."""
 
-    def __init__(self, model: nn.Module, family: ModuleType, batch: Batch, taps: Taps) -> None:
+    def __init__(self, model: nn.Module, family: ModuleType, batch: Batch, taps: ActivationHooks) -> None:
         super().__init__(model, family, batch, taps.scale)
         self._embeddings, self._layers = family.embeddings(model), family.layers(model)
         self._taps = taps
         self._hidden: Tensor | None = None
-        self._tap: LayerTap | None = None
-        self._relations: LayerTap | None = None
+        self._tap: LayerActivations | None = None
+        self._relations: LayerActivations | None = None
         self._num_run = 0
 
     @torch.no_grad()
@@ -130,7 +130,7 @@ class LockStep(Targets, Visitor):
                 layer(self._hidden, *others, **kwargs)
         self._num_run = i + 1
 
-    def layer(self, _i: int, tap: LayerTap) -> None:
+    def layer(self, _i: int, tap: LayerActivations) -> None:
         self._tap, self._hidden = tap, tap.hidden
         if tap.values is not None:
             self._relations = tap
@@ -138,11 +138,11 @@ class LockStep(Targets, Visitor):
     def take_embedding(self) -> Tensor:
         return self._hidden
 
-    def take_layer(self, _i: int) -> LayerTap:
+    def take_layer(self, _i: int) -> LayerActivations:
         tap, self._tap = self._tap, None
         return tap
 
-    def take_relations(self) -> LayerTap:
+    def take_relations(self) -> LayerActivations:
         relations, self._relations = self._relations, None
         return relations
 
@@ -153,5 +153,5 @@ class LockStep(Targets, Visitor):
 
 def wanted_rows(hidden: Tensor, batch: Batch, positions: str) -> Tensor:
     """Rows of `hidden` (B, T, D) that meet the vocabulary: (M, D) masked rows, or every valid token in order."""
-    index = batch.masked_index if positions == "masked" else batch.token_index
+    index = batch.target_index if positions == "masked" else batch.token_index
     return hidden.flatten(0, 1).index_select(0, index)

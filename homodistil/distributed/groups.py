@@ -43,7 +43,7 @@ def machine() -> str:
     return f"{socket.gethostname()} {boot.read_text().strip() if boot.is_file() else ''}"
 
 
-def machine_leaders() -> Leaders:
+def machine_groups() -> Leaders:
     """One leader a machine. Every rank calls it."""
     names = ranks.gather(machine())
     return [names.index(name) for name in names]
@@ -54,8 +54,8 @@ def cache_leaders(folder: Path) -> Leaders:
 
     Every rank calls it. Raises `UserError` when `folder` cannot be written on some machine.
     """
-    of_machine, rank = machine_leaders(), ranks.rank()
-    token = ranks.on_first_rank(lambda: secrets.token_hex(8))
+    of_machine, rank = machine_groups(), ranks.rank()
+    token = ranks.on_rank_zero(lambda: secrets.token_hex(8))
     is_leader = of_machine[rank] == rank
     with _marker(folder / f".seen-{token}-{rank}") if is_leader else contextlib.nullcontext() as trouble:
         raise_any(trouble)  # also a barrier: all markers are there
@@ -125,7 +125,7 @@ def hand_over(leaders: Leaders, folder: Path) -> None:
     lacks = leaders[rank] == rank and not folder.is_dir()
     if not any(ranks.gather(lacks)):
         return
-    files = ranks.on_first_rank(lambda: sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()))
+    files = ranks.on_rank_zero(lambda: sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()))
     work = folder.with_name(f".{folder.name}.{os.getpid()}")
     trouble = None
     for name in files:

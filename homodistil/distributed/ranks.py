@@ -27,7 +27,7 @@ def barrier() -> None:
         distributed.barrier()
 
 
-def on_first_rank(action: Callable[[], T]) -> T:
+def on_rank_zero(action: Callable[[], T]) -> T:
     """Run `action` on rank 0 and hand its result (plain data, see plain_data.py), or its `UserError`, to every rank.
 
     All ranks call it. Writing and checking files goes through here: ranks that each looked for themselves would see

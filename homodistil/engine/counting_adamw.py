@@ -16,8 +16,8 @@ from torch import Tensor
 
 from homodistil.kernels.adam_importance import AdamSettings, Segment, SegmentTable, adamw_with_sums_, fused_adamw_
 from homodistil.models.axes import AxisTable
-from homodistil.models.score_layout import Target, UseSums
-from homodistil.resize import Held
+from homodistil.models.score_layout import ScoreLayout, Target
+from homodistil.resize import MasterSlice
 
 
 @dataclass
@@ -25,10 +25,10 @@ class Count:
     """What one step is to count, and what it counted: this rank's share, at the widths of today."""
 
     table: AxisTable
-    layout: UseSums
+    layout: ScoreLayout
     segments: dict[Tensor, SegmentTable]
     """By the tensor that the optimizer updates."""
-    probes: dict[Tensor, list[Held]]
+    probes: dict[Tensor, list[MasterSlice]]
     """Vectors, likewise."""
     probe_names: set[str]
     sums: Tensor | None = None
@@ -38,15 +38,15 @@ class Count:
 
     @classmethod
     def plan(
-        cls, table: AxisTable, shapes: dict[str, tuple[int, ...]], held_masters: Iterable[tuple[Tensor, Held]]
+        cls, table: AxisTable, shapes: dict[str, tuple[int, ...]], held_masters: Iterable[tuple[Tensor, MasterSlice]]
     ) -> Count:
         """Args:
         shapes: of the parameters today.
         held_masters: from `resize.held_masters`.
         """
-        layout = UseSums(table)
+        layout = ScoreLayout(table)
         segments: dict[Tensor, list[Segment]] = {}
-        probes: dict[Tensor, list[Held]] = {}
+        probes: dict[Tensor, list[MasterSlice]] = {}
         for master, held in held_masters:
             of_master = segments.setdefault(master, [])
             if target := layout.target(held.name, shapes[held.name]):
@@ -68,7 +68,7 @@ class Count:
         self.norms += l1_norms(views)
 
 
-def _segment(held: Held, target: Target) -> Segment:
+def _segment(held: MasterSlice, target: Target) -> Segment:
     return Segment(held.position, held.numel, held.start, target.columns, target.rows_at, target.columns_at)
 
 

@@ -18,7 +18,7 @@ PROBE_SEQUENCES = 48
 """Sequences of the probe over all ranks: enough for differences of a few per cent, cheap enough for every event."""
 
 
-class Gap:
+class GapProbe:
     """Measures MLM, KL, hidden, attention and embedding distances, per layer too.
 
     KL, MLM and attention are measured even where the run gives them no weight; hidden and embedding need the

@@ -1,9 +1,11 @@
-"""Taps: what distillation compares (embeddings, layer outputs, Q, K and V), read from a stock Hugging Face model.
+"""Activation hooks: what distillation compares (embeddings, layer outputs, Q, K and V), read from a stock Hugging Face
+model.
 
 Q, K and V come through the library's registry of attention functions, so SDPA / flash keeps computing the output and no
 attention matrix is made here; layer outputs come through module hooks. No modelling code of our own.
 
-What passes by is shown to a `Visitor` at once, so that it can be used and freed while the forward pass goes on.
+What passes by is shown to an `ActivationVisitor` at once, so that it can be used and freed while the forward pass goes
+on.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ ATTENTION = "homodistil_sdpa"
 """Value for `attn_implementation`: SDPA that shows its queries and keys to the taps, and values where wanted."""
 
 
-class LayerTap(NamedTuple):
+class LayerActivations(NamedTuple):
     """One layer. B batch, T tokens, D hidden, N heads, H dims of a head."""
 
     hidden: Tensor
@@ -37,7 +39,7 @@ class LayerTap(NamedTuple):
     """(B, N, T, H) of a layer that `show_values` was called for. Elsewhere they are not held on to."""
 
 
-class Tapped(NamedTuple):
+class Activations(NamedTuple):
     """One whole forward pass."""
 
     embedding: Tensor
@@ -50,7 +52,7 @@ class Tapped(NamedTuple):
     """(B, N, T, H) a layer."""
     scale: float
     """What the softmax multiplies q.k with."""
-    relations: LayerTap | None = None
+    relations: LayerActivations | None = None
     """Of the layer that shows its values."""
 
     @property
@@ -58,7 +60,7 @@ class Tapped(NamedTuple):
         return self.layers[-1]
 
 
-class Visitor:
+class ActivationVisitor:
     """What may be done while a forward pass goes by. `args` and `kwargs` are those of the module about to run."""
 
     def before_embedding(self, args: tuple, kwargs: dict) -> None:
@@ -70,7 +72,7 @@ class Visitor:
     def before_layer(self, i: int, args: tuple, kwargs: dict) -> None:
         """Nothing by default."""
 
-    def layer(self, i: int, tap: LayerTap) -> None:
+    def layer(self, i: int, tap: LayerActivations) -> None:
         """Layer `i` is done."""
 
 
@@ -79,7 +81,7 @@ def show_values(model: nn.Module, family: ModuleType, i: int) -> None:
     family.attentions(model)[i].homodistil_shows_values = True
 
 
-class Taps:
+class ActivationHooks:
     """Hooks on one model, silent unless `visit` or `run` is under way.
 
     `scale` is what the model's softmax multiplies q.k with.
@@ -87,7 +89,7 @@ class Taps:
 
     def __init__(self, model: nn.Module, family: ModuleType) -> None:
         self._backbone = family.backbone(model)
-        self._visitor: Visitor | None = None
+        self._visitor: ActivationVisitor | None = None
         self._queries: Tensor | None = None
         self._keys: Tensor | None = None
         self._values: Tensor | None = None
@@ -102,7 +104,7 @@ class Taps:
         for attention in family.attentions(model):
             attention.homodistil_taps = self
 
-    def visit(self, input_ids: Tensor, padding_mask: Tensor | None, visitor: Visitor) -> Tensor:
+    def visit(self, input_ids: Tensor, padding_mask: Tensor | None, visitor: ActivationVisitor) -> Tensor:
         """The model's backbone forward, shown to `visitor`. Returns the last layer's output (B, T, D).
 
         input_ids and padding_mask: int64, (B, T); mask 1 = token, 0 = padding, None: no padding (see Batch).
@@ -113,7 +115,7 @@ class Taps:
             return self._backbone(input_ids=input_ids, attention_mask=padding_mask).last_hidden_state
 
     @contextmanager
-    def shown_to(self, visitor: Visitor) -> Iterator[None]:
+    def shown_to(self, visitor: ActivationVisitor) -> Iterator[None]:
         """Whatever part of the model runs inside is shown to `visitor`."""
         self._visitor = visitor
         try:
@@ -122,13 +124,13 @@ class Taps:
             # Not kept: a graph that outlives its step would hold memory and old parameter shapes.
             self._visitor = self._queries = self._keys = self._values = None
 
-    def run(self, input_ids: Tensor, padding_mask: Tensor | None) -> Tapped:
+    def run(self, input_ids: Tensor, padding_mask: Tensor | None) -> Activations:
         """The same, collected."""
         collector = _Collector()
         self.visit(input_ids, padding_mask, collector)
         hidden, queries, keys, _values = (list(part) for part in zip(*collector.layers, strict=True))
         relations = next((tap for tap in collector.layers if tap.values is not None), None)
-        return Tapped(collector.embedded, hidden, queries, keys, self.scale, relations)
+        return Activations(collector.embedded, hidden, queries, keys, self.scale, relations)
 
     def record(self, queries: Tensor, keys: Tensor, values: Tensor | None) -> None:
         """Called by the attention function, inside a layer."""
@@ -150,17 +152,17 @@ class Taps:
     def _after_layer(self, i: int, _module: nn.Module, _args: tuple, output: Tensor | tuple[Tensor, ...]) -> None:
         if self._visitor is not None:
             hidden = output[0] if isinstance(output, tuple) else output
-            self._visitor.layer(i, LayerTap(hidden, self._queries, self._keys, self._values))
+            self._visitor.layer(i, LayerActivations(hidden, self._queries, self._keys, self._values))
 
 
-class _Collector(Visitor):
+class _Collector(ActivationVisitor):
     def __init__(self) -> None:
-        self.layers: list[LayerTap] = []
+        self.layers: list[LayerActivations] = []
 
     def embedding(self, output: Tensor) -> None:
         self.embedded = output
 
-    def layer(self, i: int, tap: LayerTap) -> None:
+    def layer(self, i: int, tap: LayerActivations) -> None:
         self.layers.append(tap)
 
 

@@ -36,7 +36,7 @@ def step_flops(
     *,
     num_sequences: int,
     seq_len: int,
-    masked_rows: float,
+    target_rows: float,
     vocab_size: int,
 ) -> StepFlops:
     """FLOPs of one optimizer step at the student's widths of today.
@@ -50,8 +50,8 @@ def step_flops(
         vocab_size: rows of the decoder.
     """
     tokens = num_sequences * seq_len
-    kl_rows = tokens if loss.kl_positions == "all" else masked_rows
-    student_rows = max(masked_rows if loss.mlm else 0, kl_rows if loss.kl else 0)
+    kl_rows = tokens if loss.kl_positions == "all" else target_rows
+    student_rows = max(target_rows if loss.mlm else 0, kl_rows if loss.kl else 0)
     forward = _backbone(student, tokens, seq_len) + _mlm_head(student["hidden"], student_rows, vocab_size)
     distils = any((loss.kl, loss.hidden, loss.attention, loss.embedding, loss.cosine, loss.relations))
     teacher_head = _mlm_head(teacher["hidden"], kl_rows if loss.kl else 0, vocab_size)

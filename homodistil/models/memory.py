@@ -72,7 +72,7 @@ def sequence_bytes(
     loss: LossConfig,
     *,
     seq_len: int,
-    masked_rows: float,
+    target_rows: float,
     vocab_size: int,
     student_bytes: int,
     teacher_bytes: int,
@@ -94,14 +94,14 @@ def sequence_bytes(
         lock_step: whether the teacher's layers run beside the student's (distill/teacher_outputs.py).
         keeps_probabilities: whether the student's attention saves them (models/attention.py).
     """
-    kl_rows = seq_len if loss.kl_positions == "all" else masked_rows
-    head_rows = max(masked_rows if loss.mlm else 0, kl_rows if loss.kl else 0)
+    kl_rows = seq_len if loss.kl_positions == "all" else target_rows
+    head_rows = max(target_rows if loss.mlm else 0, kl_rows if loss.kl else 0)
     distils = any((loss.kl, loss.hidden, loss.attention, loss.embedding, loss.cosine, loss.relations))
     ours = _backbone(student, seq_len, student_bytes) + _mlm_head(student["hidden"], head_rows, student_bytes)
     if keeps_probabilities:  # instead of a logarithm a row
         num_heads = sum(student[f"layer.{i}.heads"] for i in range(num_layers(student)))
         ours += num_heads * seq_len * (seq_len * student_bytes - FP32_BYTES)
-    terms = masked_rows * vocab_size * _logit_bytes(loss, student_bytes, teacher_bytes)
+    terms = target_rows * vocab_size * _logit_bytes(loss, student_bytes, teacher_bytes)
     terms += _score_terms(student, loss, seq_len, student_bytes) + _hidden_terms(student, loss, seq_len, student_bytes)
     terms += _last_layer_terms(student, teacher, loss, seq_len, student_bytes)
     theirs = 0 if lock_step or not distils else teacher_bytes * _taps(teacher, seq_len)

@@ -24,7 +24,7 @@ class Target(NamedTuple):
     columns_at: int
 
 
-class UseSums:
+class ScoreLayout:
     """Args:
     table: axes at their widths of today.
     """

@@ -6,7 +6,7 @@ from __future__ import annotations
 from homodistil.models.axes import Widths
 from homodistil.models.memory import state_bytes
 from homodistil.training.micro_batch import MicroBatchPolicy
-from homodistil.training.resolve import Subject
+from homodistil.training.resolve import ResolvedRun
 
 FP32_BYTES = 4
 DEFAULT_BUCKET_ELEMENTS = 5e8
@@ -16,7 +16,7 @@ PROCESS_BYTES = 1.0e9
 
 
 def rank_memory(
-    subject: Subject,
+    subject: ResolvedRun,
     policy: MicroBatchPolicy,
     engine_config: dict,
     widths: Widths,
@@ -48,7 +48,7 @@ def rank_memory(
     return parts
 
 
-def _teacher_parameters(subject: Subject, num_ranks: int) -> float:
+def _teacher_parameters(subject: ResolvedRun, num_ranks: int) -> float:
     """That a rank holds at once (distill/teacher_sharding.py)."""
     if not subject.config.teacher.shard:
         return subject.teacher_parameters

@@ -62,7 +62,7 @@ def _check_all(config: RunConfig, raw_engine_config: dict, device: torch.device)
     # The same rows everywhere: rank 0's. Its folder of the teacher is not handed on: that may be another machine's.
     num_blocks = ranks.world_size() * max(config.train.micro_batch_size, PROBE_BLOCKS)
     seq_len = config.data.seq_len
-    rows = ranks.on_first_rank(lambda: blocks(sample, facts.tokenizer, seq_len, num_blocks).tolist())
+    rows = ranks.on_rank_zero(lambda: blocks(sample, facts.tokenizer, seq_len, num_blocks).tolist())
     rows = np.asarray(rows, dtype=np.int64)
     facts = facts or check_model(Findings(), config)
     tried = Findings()

@@ -32,7 +32,7 @@ def step_bytes(
         widths,
         config.loss,
         seq_len=config.data.seq_len,
-        masked_rows=config.data.mask_probability * config.data.seq_len,
+        target_rows=config.data.mask_probability * config.data.seq_len,
         vocab_size=vocab_size,
         student_bytes=student.itemsize,
         teacher_bytes=teacher.itemsize,

@@ -75,6 +75,6 @@ def drawn_label_loss(student: Student, teacher: Teacher, seed: int) -> Callable[
         shares = teacher.predict(batch).float().softmax(-1)
         drawn = torch.multinomial(shares, 1, generator=generator).squeeze(1)
         logits = student(batch, only_logits=True).float()
-        return functional.cross_entropy(logits, drawn, reduction="sum") / batch.counts.masked_rows
+        return functional.cross_entropy(logits, drawn, reduction="sum") / batch.counts.target_rows
 
     return loss

@@ -7,12 +7,13 @@ to 0 within them; "run": with the rates that the milestone itself had seen (cont
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from homodistil.metrics.result_table import aligned, cell
 from homodistil.report.comparison.groups import models
 from homodistil.report.comparison.scatter import scatter
 from homodistil.report.figures import inline
+from homodistil.report.page import FamilySection
 from homodistil.report.run import is_teacher, number
 
 Row = Mapping[str, Any]
@@ -39,16 +40,6 @@ CAPTION = (
 )
 
 
-class FamilySection(NamedTuple):
-    """What a page shows of a family."""
-
-    sentences: list[str]
-    headings: list[str]
-    rows: list[list[str]]
-    svg: str | None
-    caption: str = CAPTION
-
-
 def family_section(rows: Sequence[Row]) -> FamilySection | None:
     """From the rows of result.json; None where the run had no milestones."""
     members = _members(rows)
@@ -58,7 +49,7 @@ def family_section(rows: Sequence[Row]) -> FamilySection | None:
     figure = scatter(models([_point(row) for row in ordered]))
     description = "Size, quality and inference speed of the family's members and their controls."
     svg = inline(figure, "family", description) if figure else None
-    return FamilySection(sentences(rows), headings(), [_cells(row) for row in ordered], svg)
+    return FamilySection(sentences(rows), headings(), [_cells(row) for row in ordered], svg, CAPTION)
 
 
 def headings() -> list[str]:

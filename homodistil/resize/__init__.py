@@ -22,11 +22,11 @@ from torch import Tensor
 
 from homodistil.distributed.fault_injection import fault_point
 from homodistil.models.resize_plan import ResizePlan, make_plan, slice_module, transform
-from homodistil.resize.adapters.adapter import Adapter, Fragment, Held, ReadState, StatePiece
+from homodistil.resize.adapters.adapter import Adapter, GradientSlice, MasterSlice, ReadState, StateSlice
 from homodistil.resize.engine_state import engine_state, load_engine_state, state_scalars
 from homodistil.resize.rewrite import apply_maps, overwrite_weights, reset_states
 from homodistil.resize.support import adapter_of, check_config, check_supported
-from homodistil.resize.verify import pass_gate, shapes_after
+from homodistil.resize.verify import shapes_after, verify_resize
 
 __all__ = [
     "Fragment",
@@ -34,7 +34,7 @@ __all__ = [
     "ReadState",
     "ResizeCost",
     "ResizePlan",
-    "StatePiece",
+    "StateSlice",
     "base_optimizer",
     "check_config",
     "check_supported",
@@ -92,7 +92,7 @@ def resize(engine, plan: ResizePlan) -> ResizeCost:
         apply_maps(adapter, plan)
     bytes_moved = adapter.resize(selection)
     fault_point("resize.moved")
-    pass_gate(adapter, expected)
+    verify_resize(adapter, expected)
     _synchronize(device)
     return ResizeCost((time.perf_counter() - start) * 1e3, bytes_moved)
 
@@ -122,7 +122,7 @@ def reset_moments(engine) -> None:
 
 
 @torch.no_grad()
-def gradient_fragments(engine, names: Container[str] | None = None) -> Iterator[Fragment]:
+def gradient_fragments(engine, names: Container[str] | None = None) -> Iterator[GradientSlice]:
     """This rank's share of the reduced gradients, with the fp32 weights they belong to. No communication.
 
     Call after `engine.backward` at the accumulation boundary and before `engine.step`. Over all ranks, every element
@@ -135,7 +135,7 @@ def gradient_fragments(engine, names: Container[str] | None = None) -> Iterator[
     yield from adapter_of(engine).gradient_fragments(names)
 
 
-def held_masters(engine) -> Iterator[tuple[Tensor, Held]]:
+def held_masters(engine) -> Iterator[tuple[Tensor, MasterSlice]]:
     """This rank's share of the trainable parameters: the tensor that the optimizer updates, and what lies where in it.
 
     The same elements as in `gradient_fragments`; the tensors are those in the optimizer's `param_groups`, now and for
@@ -155,7 +155,7 @@ def master_weights(engine) -> dict[str, Tensor]:
     return adapter_of(engine).master_weights()
 
 
-def owned_state(engine) -> Iterator[StatePiece]:
+def owned_state(engine) -> Iterator[StateSlice]:
     """This rank's share of all weights and optimizer state, as views of the live tensors. No communication.
 
     Over all ranks, every element of every parameter (frozen ones too) appears exactly once.

@@ -22,7 +22,7 @@ def shapes_after(adapter: Adapter, plan: ResizePlan) -> dict[str, Shape]:
     return {name: shape_after(full_shape(p), plan.index.get(name, {})) for name, p in adapter.parameters.items()}
 
 
-def pass_gate(adapter: Adapter, expected: dict[str, Shape]) -> None:
+def verify_resize(adapter: Adapter, expected: dict[str, Shape]) -> None:
     """Raise `CheckFailed`, the same on every rank, unless everything is as it must be. Every rank calls it."""
     failed = ranks.failures(_first_failure(adapter, expected))
     if failed:

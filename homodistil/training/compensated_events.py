@@ -21,8 +21,8 @@ from homodistil.distill.student import Student
 from homodistil.distributed import ranks
 from homodistil.models.axes import Keep
 from homodistil.pruning.compensation import Options, rotation_only
-from homodistil.pruning.compensation.student import Proposal, carry_out, propose
-from homodistil.training.inputs import Materials
+from homodistil.pruning.compensation.student import EventChange, carry_out, propose
+from homodistil.training.inputs import RunInputs
 
 HeldOutLoss = Callable[[Student], float]
 """Plain student -> held-out MLM loss (nats), the same on every rank."""
@@ -33,18 +33,18 @@ class Compensation:
     hidden: residual dims of the teacher.
     """
 
-    def __init__(self, config: RunConfig, materials: Materials, hidden: int) -> None:
-        self.config, self.materials, self._hidden = config, materials, hidden
+    def __init__(self, config: RunConfig, run_inputs: RunInputs, hidden: int) -> None:
+        self.config, self.run_inputs, self._hidden = config, run_inputs, hidden
         calibration, self.num_sequences = calibration_config(config, ranks.world_size())
-        self._loader = materials.loader(calibration, config.train.seed)
+        self._loader = run_inputs.loader(calibration, config.train.seed)
 
     def batches(self, consumed_samples: int) -> list[Batch]:
         """This rank's calibration micro-batches: of what comes next in training, masked as it will be there."""
-        batches, device = self._loader[consumed_samples], self.materials.device
+        batches, device = self._loader[consumed_samples], self.run_inputs.device
         counts = mean_counts(batches, device)
         return [batch._replace(counts=counts).to(device) for batch in batches]
 
-    def propose(self, student: Student, keep: Keep, consumed_samples: int, fixed: Tensor | None) -> Proposal:
+    def propose(self, student: Student, keep: Keep, consumed_samples: int, fixed: Tensor | None) -> EventChange:
         """See `events.propose`.
 
         Args:

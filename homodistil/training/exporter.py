@@ -18,7 +18,7 @@ from homodistil.export.model_card import describe_widths, model_card
 from homodistil.export.stock_model import save_checkpoint, stock_model
 from homodistil.models.axes import Widths
 from homodistil.resize import master_weights
-from homodistil.training.inputs import Materials
+from homodistil.training.inputs import RunInputs
 
 
 class Exporter:
@@ -28,9 +28,9 @@ class Exporter:
     """
 
     def __init__(
-        self, config: RunConfig, materials: Materials, student: Student, teacher_widths: Widths, command: str
+        self, config: RunConfig, run_inputs: RunInputs, student: Student, teacher_widths: Widths, command: str
     ) -> None:
-        self.config, self.materials, self.student = config, materials, student
+        self.config, self.run_inputs, self.student = config, run_inputs, student
         self.teacher_widths, self.command = teacher_widths, command
 
     def export(self, engine, folder: Path, measured: dict, with_speed: bool = False) -> dict[str, float]:
@@ -43,22 +43,22 @@ class Exporter:
         Returns:
             What has been timed (`inference_speed`), on every rank.
         """
-        self.materials.require_intact()
+        self.run_inputs.require_intact()
         weights = master_weights(engine)
-        return ranks.on_first_rank(lambda: self._write(weights, folder, measured, with_speed))
+        return ranks.on_rank_zero(lambda: self._write(weights, folder, measured, with_speed))
 
     def _write(self, weights: dict[str, Tensor], folder: Path, measured: dict, with_speed: bool) -> dict[str, float]:
-        device = self.materials.device
+        device = self.run_inputs.device
         with _own_random_state(device):  # a fresh model draws its weights first
-            model = stock_model(weights, self.student, load_config(self.materials.teacher))
+            model = stock_model(weights, self.student, load_config(self.run_inputs.teacher))
             speed = inference_speed(model, self.config.data.seq_len, device) if with_speed else {}
         card = model_card(self.config, self._facts(folder, measured | speed), self.command, ranks.world_size())
-        save_checkpoint(model.cpu(), self.materials.tokenizer, card, folder)
+        save_checkpoint(model.cpu(), self.run_inputs.tokenizer, card, folder)
         return speed
 
     def teacher_speed(self) -> dict[str, float]:
         """The same of a stock model of the teacher's shape (rank 0 alone): its weights do not matter for it."""
-        config, device = load_config(self.materials.teacher), self.materials.device
+        config, device = load_config(self.run_inputs.teacher), self.run_inputs.device
         with _own_random_state(device):
             model = self.student.family.empty_model(config).eval()
             return inference_speed(model, self.config.data.seq_len, device)
@@ -66,7 +66,7 @@ class Exporter:
     def _facts(self, folder: Path, measured: dict) -> dict[str, object]:
         facts = {"parameters": self.student.num_parameters(), "hidden_size": self.student.widths["hidden"]}
         facts |= {"widths": describe_widths(self.teacher_widths, self.student.widths)}
-        facts |= {"folder": folder.name, "data": self.materials.corpus.description}
+        facts |= {"folder": folder.name, "data": self.run_inputs.corpus.description}
         return facts | {name: value for name, value in measured.items() if name not in ("name", *facts)}
 
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from homodistil.config.schema import RunConfig
 from homodistil.data.loader import BatchLoader, fixed_batches
 from homodistil.data.masked_lm import Batch
-from homodistil.data.prefetch import Feed
+from homodistil.data.prefetch import BatchPrefetcher
 from homodistil.data.prepare.corpus import Corpus, prepare_corpus
 from homodistil.data.prepare.integrity import BackgroundCheck
 from homodistil.data.sources.assets import teacher_folder
@@ -43,7 +43,7 @@ PERIODIC_EVALUATION_SEQUENCES = 512
 
 
 @dataclass(frozen=True)
-class Materials:
+class RunInputs:
     """Everything that is the same for correction, distillation and controls."""
 
     teacher: str
@@ -71,8 +71,8 @@ class Materials:
                 groups.raise_any(self.corpus_check.problem())
             self.corpus_check.is_settled = True
 
-    def feed(self, config: RunConfig, seed: int) -> Feed:
-        return Feed(self.loader(config, seed), self.device)
+    def prefetcher(self, config: RunConfig, seed: int) -> BatchPrefetcher:
+        return BatchPrefetcher(self.loader(config, seed), self.device)
 
     def loader(self, config: RunConfig, seed: int) -> BatchLoader:
         """This rank's share of the training blocks."""
@@ -190,16 +190,16 @@ def _say_on_first_rank(line: str) -> None:
         print(line, flush=True)
 
 
-def gather(
+def prepare_inputs(
     config: RunConfig, device: torch.device, run_folders: Sequence[Path] = (), students: Sequence[RunConfig] = ()
-) -> Materials:
+) -> RunInputs:
     """Teacher folder, tokenizer and corpus: fetched and prepared on first use, by one rank a cache.
 
     Args:
         run_folders: a run that goes on from a checkpoint in one of them must have what it began with.
         students: those to be made of the teacher, instead of the one of `config` (config/students.py).
     """
-    before = ranks.on_first_rank(lambda: begun_with(run_folders))
+    before = ranks.on_rank_zero(lambda: begun_with(run_folders))
 
     def accept(**now: str) -> Fingerprints:
         check_same(next(iter(run_folders), Path()), before, now)
@@ -207,7 +207,7 @@ def gather(
 
     leaders = groups.cache_leaders(cache_dir(config))
     # A hub's files lie in the hub client's own cache, which need not be shared where ours is.
-    readers = leaders if _is_cached_here(config) else groups.machine_leaders()
+    readers = leaders if _is_cached_here(config) else groups.machine_groups()
     wanted = students or [config]
     folder = groups.once(readers, lambda: check_teacher(wanted[0], _say_on_first_rank))
     tokenizer = load_tokenizer(folder, load_config(folder).vocab_size)
@@ -219,7 +219,7 @@ def gather(
     names = groups.once(leaders, lambda: prepare_corpus(config.data, tokenizer, lambda now: accept(corpus=now)).names())
     corpus = Corpus.named(names)
     check = BackgroundCheck(corpus.train.path.parent if leaders[ranks.rank()] == ranks.rank() else None)
-    if corpus.fingerprint != ranks.on_first_rank(lambda: corpus.fingerprint):
+    if corpus.fingerprint != ranks.on_rank_zero(lambda: corpus.fingerprint):
         raise UserError(
             f"data.sources: rank {ranks.rank()} found another text than rank 0; give every machine the same files "
             f"(a shared folder, or data.sources named one by one where `embedded` depends on npm being there)"
@@ -233,13 +233,13 @@ def gather(
     if ranks.rank() == 0:
         print(f"teacher: {config.teacher.name}; corpus: {corpus.description}", flush=True)
     fingerprints = {**fingerprints, CORPUS: corpus.fingerprint}
-    return Materials(folder, tokenizer, corpus, device, config.teacher.allow_pickle, fingerprints, before, check)
+    return RunInputs(folder, tokenizer, corpus, device, config.teacher.allow_pickle, fingerprints, before, check)
 
 
 def _of_teacher(config: RunConfig, folder: str, tokenizer: PreTrainedTokenizerBase) -> Fingerprints:
     return {TEACHER: teacher_fingerprint(folder), TOKENIZER: tokenizer_fingerprint(config.data, tokenizer)}
 
 
-def teacher_copy(materials: Materials, dtype: torch.dtype, dropout: float | None = None):
+def teacher_copy(run_inputs: RunInputs, dtype: torch.dtype, dropout: float | None = None):
     """A fresh copy of the teacher's model, in host memory."""
-    return load_model(materials.teacher, dtype, dropout, materials.allow_pickle)
+    return load_model(run_inputs.teacher, dtype, dropout, run_inputs.allow_pickle)

@@ -11,7 +11,7 @@ import math
 import torch
 
 from homodistil.config.schema import RunConfig
-from homodistil.data.prefetch import Feed
+from homodistil.data.prefetch import BatchPrefetcher
 from homodistil.distill.student import Student
 from homodistil.engine.batch_size import set_micro_batch_size
 from homodistil.engine.build import student_dtype
@@ -81,7 +81,7 @@ class MicroBatchPolicy:
             self.start_widths,
             self.config.loss,
             seq_len=data.seq_len,
-            masked_rows=data.mask_probability * data.seq_len,
+            target_rows=data.mask_probability * data.seq_len,
             vocab_size=self._vocab_size,
             student_bytes=self.layout.dtype.itemsize,
             teacher_bytes=self.teacher_dtype.itemsize,
@@ -121,7 +121,7 @@ def with_micro_batch(engine_config: dict, micro_batch_size: int, num_ranks: int)
     }
 
 
-def fit_micro_batch(policy: MicroBatchPolicy, engine, feed: Feed) -> dict[str, int]:
+def fit_micro_batch(policy: MicroBatchPolicy, engine, prefetcher: BatchPrefetcher) -> dict[str, int]:
     """After a resize: the micro-batch for today's widths, from the next step on. Returns what the event's line tells.
 
     Nothing to tell ({}) unless the run lets it grow.
@@ -132,7 +132,7 @@ def fit_micro_batch(policy: MicroBatchPolicy, engine, feed: Feed) -> dict[str, i
     after = policy(engine.module.widths)
     if after != before:
         set_micro_batch_size(engine, after)
-        feed.set_micro_batch_size(after)
+        prefetcher.set_micro_batch_size(after)
     return {
         "micro_batch_size_before": before,
         "micro_batch_size_after": after,

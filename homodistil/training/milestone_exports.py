@@ -46,19 +46,19 @@ class Family:
             return
         self._seen.add(milestone.fraction)
         folder = milestone_folder(self.folder, milestone.fraction)
-        if ranks.on_first_rank(lambda: self._is_done(folder, milestone.fraction)):
+        if ranks.on_rank_zero(lambda: self._is_done(folder, milestone.fraction)):
             return
         found = self._evaluate() | self._facts(milestone, state)
         speed = self._exporter.export(engine, folder, found, with_speed=True)
         fault_point("family.exported")
-        ranks.on_first_rank(lambda: self._record(folder, found | speed))
+        ranks.on_rank_zero(lambda: self._record(folder, found | speed))
 
     def _is_done(self, folder: Path, fraction: float) -> bool:
         return (folder / "config.json").is_file() and any(r["milestone"] == fraction for r in read_family(self.folder))
 
     def _facts(self, milestone: Milestone, state: TrainState) -> dict[str, Any]:
         widths, tokens = milestone.widths, state.consumed_samples * self.config.data.seq_len
-        speed = ranks.on_first_rank(lambda: tokens_per_s_at(widths, read_lines(self.folder / METRICS_FILE)))
+        speed = ranks.on_rank_zero(lambda: tokens_per_s_at(widths, read_lines(self.folder / METRICS_FILE)))
         return {
             "milestone": milestone.fraction,
             "step": state.step,

@@ -20,31 +20,31 @@ from pathlib import Path
 
 from homodistil.config.schema import RunConfig
 from homodistil.data.masked_lm import Batch
-from homodistil.data.prefetch import Feed
+from homodistil.data.prefetch import BatchPrefetcher
 from homodistil.distill.teacher import Teacher
-from homodistil.distill.teacher_outputs import Targets
+from homodistil.distill.teacher_outputs import TeacherOutputs
 from homodistil.distributed import graceful_stop, ranks
 from homodistil.distributed.fault_injection import fault_point
 from homodistil.files import write_atomically, writing
-from homodistil.training.inputs import Materials
-from homodistil.training.run import Distillation
+from homodistil.training.inputs import RunInputs
+from homodistil.training.run import DistillationRun
 from homodistil.training.trainer import Trainer
 
 TIME_FILE = "teachers_once.json"
 
 
 def student_runs(
-    students: Sequence[RunConfig], folders: Sequence[Path], engine_config: dict, materials: Materials, command: str
-) -> list[Distillation]:
+    students: Sequence[RunConfig], folders: Sequence[Path], engine_config: dict, run_inputs: RunInputs, command: str
+) -> list[DistillationRun]:
     """A run for each student, in its folder, with one teacher for all."""
-    runs: list[Distillation] = []
+    runs: list[DistillationRun] = []
     for config, folder in zip(students, folders, strict=True):
         first = runs[0] if runs else None
-        runs.append(Distillation(config, engine_config, materials, folder, command, teacher_of=first))
+        runs.append(DistillationRun(config, engine_config, run_inputs, folder, command, teacher_of=first))
     return runs
 
 
-def train_together(runs: Sequence[Distillation], folder: Path) -> list[dict]:
+def train_together(runs: Sequence[DistillationRun], folder: Path) -> list[dict]:
     """Train, export and evaluate all of them, from their last checkpoints on; returns their rows.
 
     Args:
@@ -55,9 +55,9 @@ def train_together(runs: Sequence[Distillation], folder: Path) -> list[dict]:
     with contextlib.ExitStack() as stack:
         trainers = [stack.enter_context(run.training()) for run in left]
         if trainers:
-            together = Together(trainers, left[0].teacher, trainers[0].feed)
+            together = MultiStudentTrainer(trainers, left[0].teacher, trainers[0].prefetcher)
             together.train()
-            ranks.on_first_rank(lambda: together.time.write(folder / TIME_FILE))
+            ranks.on_rank_zero(lambda: together.time.write(folder / TIME_FILE))
         found = iter([run.finish(trainer) for run, trainer in zip(left, trainers, strict=True)])
     return [next(found) if row is None else row for row in rows]
 
@@ -78,21 +78,21 @@ class SharedTime:
             write_atomically(path, json.dumps(dataclasses.asdict(self)) + "\n")
 
 
-class Together:
+class MultiStudentTrainer:
     """Args:
     trainers: of students with the same data, batches and number of steps.
     teacher: of all of them; None: none of them needs one.
     feed: gives the batches.
     """
 
-    def __init__(self, trainers: Sequence[Trainer], teacher: Teacher | None, feed: Feed) -> None:
-        self.trainers, self.teacher, self.feed = list(trainers), teacher, feed
+    def __init__(self, trainers: Sequence[Trainer], teacher: Teacher | None, prefetcher: BatchPrefetcher) -> None:
+        self.trainers, self.teacher, self.prefetcher = list(trainers), teacher, prefetcher
         self.time = SharedTime()
 
     def train(self) -> None:
         """To the last step of every student."""
         try:
-            with graceful_stop.at_step_boundaries(self.feed.device) as stop_agreed:
+            with graceful_stop.at_step_boundaries(self.prefetcher.device) as stop_agreed:
                 while behind := self._behind():
                     self.train_step(behind)
                     for trainer in behind:
@@ -116,7 +116,7 @@ class Together:
         """One step of each, which all have done equally many."""
         fault_point("train.step")
         start = time.perf_counter()
-        batches = self.feed.micro_batches(trainers[0].state.consumed_samples)
+        batches = self.prefetcher.micro_batches(trainers[0].state.consumed_samples)
         for batch in batches:
             targets = self._targets(batch, [trainer.teacher is not None for trainer in trainers])
             # The last one's measurement is the step's.
@@ -125,7 +125,7 @@ class Together:
             trainer.end_step(batches, found)
         self.time.all_s += time.perf_counter() - start
 
-    def _targets(self, batch: Batch, needed: Sequence[bool]) -> list[Targets | None]:
+    def _targets(self, batch: Batch, needed: Sequence[bool]) -> list[TeacherOutputs | None]:
         """Each student's side of one pass of the teacher; None for those that need none."""
         if not any(needed):
             return [None for _ in needed]

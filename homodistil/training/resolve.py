@@ -28,7 +28,7 @@ _KNOWN = {"bert-base-uncased", "google-bert/bert-base-uncased"}
 
 
 @dataclass(frozen=True)
-class Stretch:
+class WidthPhase:
     """Steps between two events."""
 
     widths: Widths
@@ -37,7 +37,7 @@ class Stretch:
 
 
 @dataclass(frozen=True)
-class Subject:
+class ResolvedRun:
     config: RunConfig
     student: Student
     """On the meta device, at its first widths."""
@@ -48,12 +48,12 @@ class Subject:
     teacher_tensors: int
     """Number of parameter tensors in all its layers."""
     vocab_size: int
-    stretches: list[Stretch]
+    stretches: list[WidthPhase]
     note: str
     """What was assumed, empty if nothing was."""
 
 
-def find_subject(config: RunConfig) -> Subject:
+def resolve_run(config: RunConfig) -> ResolvedRun:
     """Raises `UserError`: no such teacher, or a target or schedule that it cannot be cut by."""
     shape = _teacher_shape(config)
     family = family_of(shape.model_type)
@@ -66,7 +66,7 @@ def find_subject(config: RunConfig) -> Subject:
     layers = family.layers(teacher)
     sizes = [num_parameters(layer) for layer in layers]
     num_tensors = sum(1 for layer in layers for _ in layer.parameters())
-    return Subject(
+    return ResolvedRun(
         config, student, widths, num_parameters(teacher), sizes, num_tensors, shape.vocab_size, stretches, note
     )
 
@@ -77,7 +77,7 @@ def check_plannable(config: RunConfig) -> None:
     A folder with a config.json and no weights, and a hub name, are judged by their configuration.
 
     Raises:
-        UserError: as `materials.check_teacher` and `load_tokenizer`.
+        UserError: as `run_inputs.check_teacher` and `load_tokenizer`.
     """
     shape, folder = _teacher_shape(config), Path(found_teacher(config))
     if folder.is_dir() and has_weights(folder):
@@ -96,7 +96,7 @@ def _teacher_shape(config: RunConfig):
     return BertConfig() if name in _KNOWN else load_config(name)
 
 
-def _stretches(config: RunConfig, teacher: Widths) -> tuple[list[Stretch], str]:
+def _stretches(config: RunConfig, teacher: Widths) -> tuple[list[WidthPhase], str]:
     initial, target = student_widths(config.student, teacher)
     schedule = width_schedule(config, teacher, initial, target)
     note = ""
@@ -107,5 +107,5 @@ def _stretches(config: RunConfig, teacher: Widths) -> tuple[list[Stretch], str]:
     steps, widths, found = config.train.steps, dict(initial), []
     for start, end in itertools.pairwise(sorted({0, steps, *(step for step in table if step < steps)})):
         widths = widths | dict(table.get(start, {}))
-        found.append(Stretch(dict(widths), start, end - start))
+        found.append(WidthPhase(dict(widths), start, end - start))
     return found, note

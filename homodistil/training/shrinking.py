@@ -12,29 +12,29 @@ import torch
 
 from homodistil.config.schema import RunConfig
 from homodistil.data.masked_lm import Batch
-from homodistil.data.prefetch import Feed
-from homodistil.distill.snapshot import PlainCopies
+from homodistil.data.prefetch import BatchPrefetcher
+from homodistil.distill.snapshot import StudentSnapshots
 from homodistil.distill.student import Student
 from homodistil.distill.teacher import Teacher
 from homodistil.distributed import ranks
-from homodistil.evaluation.gap_probe import Gap
+from homodistil.evaluation.gap_probe import GapProbe
 from homodistil.metrics.recorder import Recorder
 from homodistil.models.axes import Keep, Widths, expand_to_teacher
 from homodistil.models.resize_plan import ResizePlan, make_plan, slice_module
 from homodistil.models.shapes import student_widths
 from homodistil.pruning.calibration import calibrate
-from homodistil.pruning.compensation.student import Proposal, write_parameters
+from homodistil.pruning.compensation.student import EventChange, write_parameters
 from homodistil.pruning.gap_schedule import GapSchedule
 from homodistil.pruning.importance import Importance
 from homodistil.pruning.protected_dims import protected_dims, variance_shares
 from homodistil.pruning.pruner import Pruner, width_schedule
 from homodistil.training.compensated_events import Compensation, stage_widths
-from homodistil.training.inputs import Materials
+from homodistil.training.inputs import RunInputs
 from homodistil.training.trainer import Trainer, resize_event
 from homodistil.training.trial_cuts import GapLook, live_copy, score_by_drawn_labels
 
 
-class Cuts:
+class Shrinker:
     """Args:
     student: at its initial widths, not yet in an engine.
     gap: of that student and `teacher`.
@@ -45,25 +45,25 @@ class Cuts:
     def __init__(
         self,
         config: RunConfig,
-        materials: Materials,
+        run_inputs: RunInputs,
         student: Student,
         teacher: Teacher,
-        gap: Gap,
+        gap: GapProbe,
         teacher_widths: Widths,
         heldout_loss: Callable[[Student], float],
     ) -> None:
-        self.config, self.materials, self.student, self.teacher, self.gap = config, materials, student, teacher, gap
+        self.config, self.run_inputs, self.student, self.teacher, self.gap = config, run_inputs, student, teacher, gap
         self._heldout_loss, self._initial_widths = heldout_loss, student.widths
         self.pruner = self._build_pruner(teacher_widths)
         compensated = config.pruning.compensation != "none" and config.pruning.schedule != "none"
-        self.compensation = Compensation(config, materials, teacher_widths["hidden"]) if compensated else None
+        self.compensation = Compensation(config, run_inputs, teacher_widths["hidden"]) if compensated else None
 
     def _build_pruner(self, teacher_widths: Widths) -> Pruner:
         config = self.config
         _, target = student_widths(config.student, teacher_widths)
         schedule = width_schedule(config, teacher_widths, self._initial_widths, target)
         importance = Importance(
-            self.student.axis_table(), config.pruning, config.train.seed, device=self.materials.device
+            self.student.axis_table(), config.pruning, config.train.seed, device=self.run_inputs.device
         )
         shares = ranks.mean(variance_shares(self.student.model, self.student.family, self.gap.batches))
         narrows = target["hidden"] < self._initial_widths["hidden"]
@@ -86,7 +86,7 @@ class Cuts:
         due = self.pruner.schedule.due(0)
         for widths in stage_widths(self.student.widths, due, self.config.pruning.one_shot_stages):
             self._calibrate()
-            self._cut(self.pruner.keep_of(widths, self.student.kept["hidden"]), recorder)
+            self._cut(self.pruner.keep_of(widths, self.student.origins["hidden"]), recorder)
 
     def _check_rotation(self) -> None:
         """compensation=full: which residual dims must stay coordinates. A checkpoint remembers them."""
@@ -99,10 +99,10 @@ class Cuts:
 
     def _calibrate(self) -> None:
         """Importance from a few batches of the same data and losses, without an update."""
-        feed = self.materials.feed(self.config, self.config.train.seed)
+        prefetcher = self.run_inputs.prefetcher(self.config, self.config.train.seed)
         if not self.pruner.importance.uses_training:
-            return self._score_by_drawn_labels(self.student, feed, 0)
-        steps, table = self._calibration_steps(feed, 0), self.student.axis_table()
+            return self._score_by_drawn_labels(self.student, prefetcher, 0)
+        steps, table = self._calibration_steps(prefetcher, 0), self.student.axis_table()
         calibrate(self.pruner.importance, self.student, table, steps, lambda b: self.student(b, self.teacher(b)).total)
 
     def _cut(self, keep: Keep, recorder: Recorder) -> None:
@@ -122,13 +122,13 @@ class Cuts:
 
     # -- with an engine
 
-    def plain_copies(self) -> PlainCopies | None:
+    def plain_copies(self) -> StudentSnapshots | None:
         """For what is to be tried on a live engine's student; None where nothing is. Before an engine takes it."""
         closed_loop = isinstance(self.pruner.schedule, GapSchedule)
         is_asked = closed_loop or self.compensation or not self.pruner.importance.uses_training
-        return PlainCopies(self.student) if is_asked else None
+        return StudentSnapshots(self.student) if is_asked else None
 
-    def attach(self, trainer: Trainer, copies: PlainCopies, dtype: torch.dtype) -> None:
+    def attach(self, trainer: Trainer, copies: StudentSnapshots, dtype: torch.dtype) -> None:
         """Let `trainer` compensate its events, and the pruner try cuts. `dtype`: what the live student computes in."""
         compensation = self.compensation
 
@@ -143,22 +143,22 @@ class Cuts:
             trainer.compensate = lambda keep: self._propose(plain(), keep, trainer.state.consumed_samples)
         else:
             self.pruner.look = lambda: GapLook(self.gap, lambda: plain(dtype))
-        self.pruner.rescore = lambda step: self._score_by_drawn_labels(plain(), trainer.feed, step)
+        self.pruner.rescore = lambda step: self._score_by_drawn_labels(plain(), trainer.prefetcher, step)
 
-    def _propose(self, student: Student, keep: Keep, consumed_samples: int) -> Proposal:
+    def _propose(self, student: Student, keep: Keep, consumed_samples: int) -> EventChange:
         """The event that leaves `keep` of a plain student."""
         if self.compensation is None:
-            return Proposal(make_plan(student.axis_table(), keep))
+            return EventChange(make_plan(student.axis_table(), keep))
         return self.compensation.propose(student, keep, consumed_samples, self.pruner.fixed)
 
-    def _score_by_drawn_labels(self, student: Student, feed: Feed, step: int) -> None:
-        steps, seed = self._calibration_steps(feed, step), (self.config.train.seed, step)
+    def _score_by_drawn_labels(self, student: Student, prefetcher: BatchPrefetcher, step: int) -> None:
+        steps, seed = self._calibration_steps(prefetcher, step), (self.config.train.seed, step)
         score_by_drawn_labels(self.pruner.importance, student, self.teacher, steps, seed)
 
-    def _calibration_steps(self, feed: Feed, step: int) -> Iterator[list[Batch]]:
+    def _calibration_steps(self, prefetcher: BatchPrefetcher, step: int) -> Iterator[list[Batch]]:
         """What is trained on after `step` updates."""
         batch_size, num_batches = self.config.train.global_batch_size, self.config.pruning.calibration_batches
-        return (feed.micro_batches((step + i) * batch_size) for i in range(num_batches))
+        return (prefetcher.micro_batches((step + i) * batch_size) for i in range(num_batches))
 
     # -- results
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from homodistil.config.schema import RunConfig
-from homodistil.data.masked_lm import Batch, Counts
+from homodistil.data.masked_lm import Batch, LossCounts
 from homodistil.distill.objective import LossTerms
 from homodistil.distill.student import Student
 from homodistil.distributed import ranks
@@ -36,7 +36,7 @@ class _Step(NamedTuple):
 
     num_batches: int
     """Micro-batches over all ranks."""
-    counts: Counts
+    counts: LossCounts
     """Of a micro-batch, on the device."""
     widths: Widths
 
@@ -45,14 +45,14 @@ class _Read(NamedTuple):
     """What a logged step brings to the host."""
 
     losses: dict[str, float]
-    masked_rows: list[float]
+    target_rows: list[float]
     """Over the whole global batch, for each step since the last logged one."""
     tokens: list[float]
     grad_norm: float | None
     data_wait_s: float
 
 
-class Monitor:
+class StepLogger:
     """Collects the micro-batches of a step and writes every `train.log_every_steps`-th.
 
     Args:
@@ -81,14 +81,14 @@ class Monitor:
         self._kept, self._widths, self._num_parameters = None, {}, 0
         self._data_wait_s = 0.0
 
-    def see(self, terms: LossTerms) -> None:
+    def add(self, terms: LossTerms) -> None:
         self._micro_batches.append({"total": terms.total.detach(), **terms.terms})
 
     def end_step(self, step: int, batches: list[Batch], engine, data_wait_s: float = 0.0) -> None:
         """Count the step; log it when it is due. Every rank calls it.
 
         Args:
-            data_wait_s: seconds that this rank has waited for data so far (`Feed.wait_s`).
+            data_wait_s: seconds that this rank has waited for data so far (`BatchPrefetcher.wait_s`).
         """
         self._note_widths()
         self._steps.append(_Step(len(batches) * ranks.world_size(), batches[0].counts, self._widths))
@@ -100,8 +100,8 @@ class Monitor:
 
     def _note_widths(self) -> None:
         """They change with a resize event alone, which gives the student another `kept`."""
-        if self._kept is not self.student.kept:
-            self._kept, self._widths = self.student.kept, self.student.widths
+        if self._kept is not self.student.origins:
+            self._kept, self._widths = self.student.origins, self.student.widths
             self._num_parameters = self.student.num_parameters()
 
     def _log(self, step: int, engine, data_wait_s: float) -> None:
@@ -127,7 +127,7 @@ class Monitor:
         """Each term: mean over micro-batches and ranks, which is the mean over the global batch (see prefetch.py)."""
         names = list(self._micro_batches[0])
         terms = torch.stack([terms[name] for terms in self._micro_batches for name in names])
-        counts = [count for step in self._steps for count in (step.counts.masked_rows, step.counts.tokens)]
+        counts = [count for step in self._steps for count in (step.counts.target_rows, step.counts.tokens)]
         others = [torch.as_tensor(v, dtype=torch.float64, device=self.device) for v in (grad_norm or 0.0, data_wait_s)]
         found = [terms.double().view(-1, len(names)).mean(0), torch.stack(counts).double(), torch.stack(others)]
         *values, norm, wait_s = ranks.mean(torch.cat(found)).tolist()
@@ -145,28 +145,28 @@ class Monitor:
         return widths | {"model/parameters": self._num_parameters}
 
     def _speed(self, read: _Read) -> dict[str, float]:
-        lap = self.timer.lap(sum(read.tokens), self._flops(read.masked_rows))
+        lap = self.timer.lap(sum(read.tokens), self._flops(read.target_rows))
         values = {"speed/tokens_per_s": lap.tokens_per_s, "speed/model_tflops": lap.flops_per_s / 1e12}
         values["speed/mfu"] = lap.flops_per_s / (self.peak.flops_per_s * ranks.world_size())
         values["speed/data_wait_fraction"] = read.data_wait_s / lap.seconds
         return values | {name: float(value) for name, value in memory_bytes().items()}
 
-    def _flops(self, masked_rows: list[float]) -> float:
+    def _flops(self, target_rows: list[float]) -> float:
         """Of all steps since the last logged one. At the same widths they are linear in the rows: looked up once."""
         total = 0.0
-        for _, same in groupby(zip(self._steps, masked_rows, strict=True), key=lambda pair: id(pair[0].widths)):
+        for _, same in groupby(zip(self._steps, target_rows, strict=True), key=lambda pair: id(pair[0].widths)):
             steps, rows = zip(*same, strict=True)
             total += len(steps) * self._step_flops(steps[0].widths, sum(rows) / len(rows))
         return total
 
-    def _step_flops(self, widths: Widths, masked_rows: float) -> float:
+    def _step_flops(self, widths: Widths, target_rows: float) -> float:
         return step_flops(
             widths,
             self.teacher_widths,
             self.student.objective.config,
             num_sequences=self.config.train.global_batch_size,
             seq_len=self.config.data.seq_len,
-            masked_rows=masked_rows,
+            target_rows=target_rows,
             vocab_size=self.student.model.config.vocab_size,
         ).total
 

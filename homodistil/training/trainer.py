@@ -10,25 +10,25 @@ from dataclasses import dataclass, field
 from homodistil.checkpoint import Checkpoints
 from homodistil.config.schema import RunConfig
 from homodistil.data.masked_lm import Batch
-from homodistil.data.prefetch import Feed
+from homodistil.data.prefetch import BatchPrefetcher
 from homodistil.distill.student import Student
 from homodistil.distill.teacher import Teacher
-from homodistil.distill.teacher_outputs import Targets
+from homodistil.distill.teacher_outputs import TeacherOutputs
 from homodistil.distributed import graceful_stop, watchdog
 from homodistil.distributed.fault_injection import fault_point
 from homodistil.engine.build import backward
 from homodistil.engine.optimizer import cool_down, rewarm
-from homodistil.evaluation.gap_probe import Gap
+from homodistil.evaluation.gap_probe import GapProbe
 from homodistil.metrics.progress import doing
 from homodistil.models.axes import Keep
 from homodistil.models.parameter_shape import full_shape
 from homodistil.models.resize_plan import ResizePlan
-from homodistil.pruning.compensation.student import Proposal
+from homodistil.pruning.compensation.student import EventChange
 from homodistil.pruning.milestones import Milestone
 from homodistil.pruning.pruner import Pruner
 from homodistil.resize import reset_moments, resize, step_applied, write_weights
 from homodistil.training.gradient_scores import Measurement, measure_importance
-from homodistil.training.step_logger import Monitor, require_applied, require_finite
+from homodistil.training.step_logger import StepLogger, require_applied, require_finite
 
 
 @dataclass
@@ -45,13 +45,13 @@ class Trainer:
 
     config: RunConfig
     engine: object
-    feed: Feed
-    monitor: Monitor
+    prefetcher: BatchPrefetcher
+    step_log: StepLogger
     evaluate: Callable[[], dict[str, float]]
     teacher: Teacher | None = None
     pruner: Pruner | None = None
-    gap: Gap | None = None
-    compensate: Callable[[Keep], Proposal] | None = None
+    gap: GapProbe | None = None
+    compensate: Callable[[Keep], EventChange] | None = None
     checkpoints: Checkpoints | None = None
     fit_micro_batch: Callable[[], dict[str, int]] = dict
     export_milestone: Callable[[object, Milestone, TrainState], None] | None = None
@@ -63,7 +63,7 @@ class Trainer:
 
     def train(self) -> None:
         try:
-            with graceful_stop.at_step_boundaries(self.feed.device) as stop_agreed:
+            with graceful_stop.at_step_boundaries(self.prefetcher.device) as stop_agreed:
                 while not self.is_done:
                     self.train_step()
                     self.between_steps()
@@ -82,18 +82,18 @@ class Trainer:
 
     def train_step(self) -> None:
         fault_point("train.step")
-        batches = self.feed.micro_batches(self.state.consumed_samples)
+        batches = self.prefetcher.micro_batches(self.state.consumed_samples)
         importance = None
         for batch in batches:
             targets = self.teacher(batch) if self.teacher else None  # no grad; in lock-step it runs with the student
             importance = self.train_micro_batch(batch, targets)
         self.end_step(batches, importance)
 
-    def train_micro_batch(self, batch: Batch, targets: Targets | None) -> Measurement | None:
+    def train_micro_batch(self, batch: Batch, targets: TeacherOutputs | None) -> Measurement | None:
         """Forward, backward, and at the end of a step the update; what that says about importance."""
         terms = self.engine(batch, targets)
         backward(self.engine, fault_point("train.backward", terms.total))
-        self.monitor.see(terms)
+        self.step_log.add(terms)
         importance = None
         if self.engine.is_gradient_accumulation_boundary():
             importance = self.measure_importance()  # reduced, unscaled gradients exist only here
@@ -105,7 +105,7 @@ class Trainer:
         require_applied(self.engine, self.state.step + 1, self.config)
         self.state.step += 1
         self.state.consumed_samples += self.config.train.global_batch_size
-        self.monitor.end_step(self.state.step, batches, self.engine, self.feed.wait_s)
+        self.step_log.end_step(self.state.step, batches, self.engine, self.prefetcher.wait_s)
         if importance is not None and step_applied(self.engine):  # an fp16 overflow tells nothing
             self.pruner.accept(importance())
         if plan := self.resize_due():  # None nearly always
@@ -121,14 +121,14 @@ class Trainer:
         """The event that is due; after a skipped step it waits for the next one."""
         if self.pruner is None or not step_applied(self.engine):
             return None
-        return self.pruner.due(self.state.step, self.student.axis_table(), self.student.kept["hidden"])
+        return self.pruner.due(self.state.step, self.student.axis_table(), self.student.origins["hidden"])
 
     def resize(self, plan: ResizePlan) -> None:
         """Shrink everything that is numbered by neurons, and record what it did to the gap."""
-        with self.monitor.timer.paused(), doing(f"resizing at step {self.state.step}"):
+        with self.step_log.timer.paused(), doing(f"resizing at step {self.state.step}"):
             before = self.gap.measure()
             require_finite(before, self.state.step, self.config)
-            proposal = self.compensate(plan.keep) if self.compensate else Proposal(plan)
+            proposal = self.compensate(plan.keep) if self.compensate else EventChange(plan)
             plan = proposal.plan
             if not self.config.pruning.carry_moments:
                 reset_moments(self.engine)
@@ -144,11 +144,11 @@ class Trainer:
                 cool_down(self.engine.lr_scheduler, steps)
             event = resize_event(self.state.step, plan, before, after)
             event |= self.pruner.after_event(self.state.step, before["kl"], after["kl"]) | refit
-            self.monitor.recorder.log_event(
+            self.step_log.recorder.log_event(
                 event | micro_batch | {"milliseconds": cost.milliseconds, "bytes_moved": cost.bytes_moved}
             )
 
-    def refit(self, proposal: Proposal) -> dict[str, float]:
+    def refit(self, proposal: EventChange) -> dict[str, float]:
         """Give the engine the refitted weights of an event that it has gone through; what the event's line tells."""
         if not proposal.weights:
             return {}
@@ -162,14 +162,14 @@ class Trainer:
         train, step = self.config.train, self.state.step
         watchdog.progress(step, watchdog.TRAINING)
         if milestone := self.milestone_due():
-            with self.monitor.timer.paused(), doing(f"exporting milestone {milestone.fraction:g}"):
+            with self.step_log.timer.paused(), doing(f"exporting milestone {milestone.fraction:g}"):
                 self.export_milestone(self.engine, milestone, self.state)
         last = step == train.steps
         if train.eval_every_steps and step % train.eval_every_steps == 0 and not last:
-            with self.monitor.timer.paused(), doing(f"held-out evaluation at step {step}"):
-                self.monitor.recorder.log_evaluation(step, self.evaluate())
+            with self.step_log.timer.paused(), doing(f"held-out evaluation at step {step}"):
+                self.step_log.recorder.log_evaluation(step, self.evaluate())
         if self.checkpoints and (last or (train.save_every_steps and step % train.save_every_steps == 0)):
-            with self.monitor.timer.paused(), doing(f"checkpoint of step {step}"):
+            with self.step_log.timer.paused(), doing(f"checkpoint of step {step}"):
                 self.save()
 
     def milestone_due(self) -> Milestone | None:
@@ -183,15 +183,15 @@ class Trainer:
         state = {
             "step": self.state.step,
             "consumed_samples": self.state.consumed_samples,
-            "kept": self.student.kept,
-            "num_lines": dict(self.monitor.recorder.num_lines),
+            "kept": self.student.origins,
+            "num_lines": dict(self.step_log.recorder.num_lines),
             "pruner": self.pruner.state_dict() if self.pruner else None,
         }
         self.checkpoints.save(self.engine, self.state.step, state)
 
     def save_and_wait(self) -> None:
         """Everything that going on needs, on disk."""
-        with self.monitor.timer.paused(), doing(f"stopping: writing the checkpoint of step {self.state.step}"):
+        with self.step_log.timer.paused(), doing(f"stopping: writing the checkpoint of step {self.state.step}"):
             self.save()
             self.checkpoints.wait()
 

@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator
 import torch
 
 from homodistil.data.masked_lm import Batch
-from homodistil.distill.snapshot import PlainCopies, duplicate
+from homodistil.distill.snapshot import StudentSnapshots, duplicate
 from homodistil.distill.student import Student
 from homodistil.distill.teacher import Teacher
 from homodistil.distributed import ranks
-from homodistil.evaluation.gap_probe import Gap
+from homodistil.evaluation.gap_probe import GapProbe
 from homodistil.models.axes import Keep
 from homodistil.models.resize_plan import make_plan, slice_module
 from homodistil.pruning.calibration import calibrate, drawn_label_loss
@@ -39,7 +39,7 @@ class GapLook:
             the event will.
     """
 
-    def __init__(self, gap: Gap, copy_student: Callable[[], Student], cut: Cut = plain_cut) -> None:
+    def __init__(self, gap: GapProbe, copy_student: Callable[[], Student], cut: Cut = plain_cut) -> None:
         self.kl = gap.measure()["kl"]
         self._gap, self._copy_student, self._cut = gap, copy_student, cut
         self._copy: Student | None = None
@@ -51,7 +51,7 @@ class GapLook:
         return self._gap.kl_of(self._cut(duplicate(self._copy), keep))
 
 
-def live_copy(engine, copies: PlainCopies, dtype: torch.dtype) -> Student:
+def live_copy(engine, copies: StudentSnapshots, dtype: torch.dtype) -> Student:
     """The engine's student as a plain module. Every rank calls it."""
     return copies.make(master_weights(engine), dtype)
 

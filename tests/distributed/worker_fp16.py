@@ -62,7 +62,7 @@ class Fp16Run(Run):
         # What the trainer asks of a student: the axes of today, and which of the teacher's dims are left.
         self.model.axis_table, self.model.kept = lambda: bert.axis_table(self.model), {"hidden": torch.arange(36)}
         self.trainer = Trainer(
-            config=None, engine=self.engine, feed=None, monitor=None, evaluate=lambda: {}, pruner=pruner
+            config=None, engine=self.engine, prefetcher=None, step_log=None, evaluate=lambda: {}, pruner=pruner
         )
         self.loss_scales: list[float | None] = []
         self.resized_at: list[int] = []

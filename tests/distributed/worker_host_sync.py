@@ -33,8 +33,8 @@ from homodistil.data.prepare.corpus import Corpus, Rows
 from homodistil.data.sources.assets import teacher_folder
 from homodistil.distill.student import Student
 from homodistil.engine.build import init_ranks, resolve_engine_config
-from homodistil.training.inputs import Materials
-from homodistil.training.run import Distillation
+from homodistil.training.inputs import RunInputs
+from homodistil.training.run import DistillationRun
 from homodistil.training.step_logger import run_recorder
 from homodistil.training.trainer import Trainer, TrainState
 
@@ -129,8 +129,8 @@ def build_trainer(options: dict, cache_dir: Path, folder: Path) -> Trainer:
     engine_config = {"bf16": {"enabled": options["bf16"]}, "zero_optimization": {"stage": 2}}
     engine_config = resolve_engine_config(engine_config, config, num_ranks=1)
     teacher = teacher_folder("embedded:bert-tiny", cache_dir)
-    materials = Materials(str(teacher), AutoTokenizer.from_pretrained(teacher), _corpus(folder), device)
-    job = Distillation(config, engine_config, materials, folder / "run", "a test")
+    run_inputs = RunInputs(str(teacher), AutoTokenizer.from_pretrained(teacher), _corpus(folder), device)
+    job = DistillationRun(config, engine_config, run_inputs, folder / "run", "a test")
     return job.build_trainer(run_recorder(folder / "run", config, 0), TrainState())
 
 

@@ -127,10 +127,10 @@ def wait_for_rank(kind: str, rank_timeout_s: float) -> None:
     print("all is well", flush=True)
 
 
-def prepare(materials: str, cache: str) -> None:
+def prepare(run_inputs: str, cache: str) -> None:
     """The corpus of the small job, without a process group, as launcher/prepare_data.py has it."""
-    config = DataConfig(sources=[f"{materials}/text"], seq_len=16, heldout_fraction=0.2, cache_dir=cache)
-    prepare_corpus(config, load_tokenizer(f"{materials}/teacher", len(VOCABULARY)))
+    config = DataConfig(sources=[f"{run_inputs}/text"], seq_len=16, heldout_fraction=0.2, cache_dir=cache)
+    prepare_corpus(config, load_tokenizer(f"{run_inputs}/teacher", len(VOCABULARY)))
 
 
 def _fail() -> None:

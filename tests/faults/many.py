@@ -75,8 +75,8 @@ class Record:
 class Campaign:
     """Kills until there are enough."""
 
-    def __init__(self, server: ForkServer, materials: Path, work: Path, reference: Path, seed: int) -> None:
-        self.server, self.materials, self.work = server, materials, work
+    def __init__(self, server: ForkServer, run_inputs: Path, work: Path, reference: Path, seed: int) -> None:
+        self.server, self.run_inputs, self.work = server, run_inputs, work
         self.expected = result(reference)
         self.random = random.Random(seed)
         self.record = Record(seed)
@@ -104,7 +104,7 @@ class Campaign:
             shutil.rmtree(folder)
 
     def _start(self, folder: Path, fault: str = "") -> Job:
-        own = arguments(self.materials, folder, "run.resume=auto")
+        own = arguments(self.run_inputs, folder, "run.resume=auto")
         return self.server.start(TRAIN, own, NUM_RANKS, env={VARIABLE: fault})
 
     def _start_and_kill(self, folder: Path) -> str:

@@ -22,7 +22,7 @@ def prepare_slowly(how: str, seconds: float) -> None:
     distributed.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=COLLECTIVE_TIMEOUT_S))
     with exit_with_code(), watchdog.watching(60), watchdog.long_phase("preparing"):
         slow = lambda: time.sleep(seconds) or "made"  # noqa: E731
-        result = groups.once(groups.machine_leaders(), slow) if how == "once" else ranks.on_first_rank(slow)
+        result = groups.once(groups.machine_groups(), slow) if how == "once" else ranks.on_rank_zero(slow)
     print(f"rank {ranks.rank()} has {result}", flush=True)
 
 
@@ -36,11 +36,11 @@ def fail_on_one_machine() -> None:
         return "fine"
 
     with exit_with_code(), watchdog.watching(60):
-        groups.once(groups.machine_leaders(), look)
+        groups.once(groups.machine_groups(), look)
 
 
 def group(cache: str) -> None:
     init_ranks()
     folder = Path(cache).expanduser()
     leaders = groups.cache_leaders(folder)
-    print(f"machines {groups.machine_leaders()} caches {leaders} left {list(folder.iterdir())}", flush=True)
+    print(f"machines {groups.machine_groups()} caches {leaders} left {list(folder.iterdir())}", flush=True)

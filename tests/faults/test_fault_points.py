@@ -34,8 +34,8 @@ def test_what_is_not_understood_is_refused(text, message):
         fault_injection.parse(text)
 
 
-def test_a_misspelt_fault_ends_the_job_with_one_line(server, materials, tmp_path):
-    job = server.start(TRAIN, arguments(materials, tmp_path / "run"), env={"HOMODISTIL_FAULT": "train.stop"})
+def test_a_misspelt_fault_ends_the_job_with_one_line(server, run_inputs, tmp_path):
+    job = server.start(TRAIN, arguments(run_inputs, tmp_path / "run"), env={"HOMODISTIL_FAULT": "train.stop"})
     assert job.wait(timeout_s=180) == [USER_ERROR] * 2
     assert [line[:50] for line in job.output().splitlines() if line.startswith(("error", "Trace"))] == [
         "error: HOMODISTIL_FAULT: unknown point 'train.stop"
@@ -51,11 +51,11 @@ def test_every_point_is_in_the_code_and_no_other():
     assert used == set(fault_injection.POINTS)
 
 
-def test_gradients_that_are_not_finite_stop_the_job_with_its_last_checkpoint(server, materials, tmp_path):
+def test_gradients_that_are_not_finite_stop_the_job_with_its_last_checkpoint(server, run_inputs, tmp_path):
     """DeepSpeed leaves such a step out without a word (fp32, ZeRO-2). One rank's micro-batch is enough."""
     folder = tmp_path / "run"
     fault = {"HOMODISTIL_FAULT": "train.backward:rank=1:hit=10:action=nan"}  # two micro-batches a step: step 5
-    job = server.start(TRAIN, arguments(materials, folder), env=fault)
+    job = server.start(TRAIN, arguments(run_inputs, folder), env=fault)
     assert job.wait(timeout_s=180) == [CHECK_FAILED] * 2, job.output()
     (line,) = [line for line in job.output().splitlines() if line.startswith(("error", "Traceback"))]
     assert "gradients are not finite at step 5" in line and "the last checkpoint is kept" in line and "train.lr" in line
@@ -72,7 +72,7 @@ def test_no_wall_clock_is_read():
                 assert name not in ("time.time", "datetime.now", "datetime.utcnow"), f"{path}:{node.lineno}"
 
 
-def test_a_clock_that_jumps_changes_nothing(server, materials, reference, tmp_path):
-    job = server.start("fault_jobs:train_with_jumping_clock", [arguments(materials, tmp_path / "run")])
+def test_a_clock_that_jumps_changes_nothing(server, run_inputs, reference, tmp_path):
+    job = server.start("fault_jobs:train_with_jumping_clock", [arguments(run_inputs, tmp_path / "run")])
     assert job.wait(timeout_s=180) == [0, 0], job.output()
     assert differences(result(tmp_path / "run"), result(reference)) == []

@@ -26,7 +26,7 @@ def exchange(num_bytes: list[int]) -> None:
     for size in num_bytes:
         own = [ranks.rank(), "x" * (size if ranks.rank() else 3)]
         assert ranks.gather(own) == [[0, "xxx"], [1, "x" * size]], size
-        assert ranks.on_first_rank(lambda size=size: (Path("/a"), b"\x00" * size)) == (Path("/a"), b"\x00" * size)
+        assert ranks.on_rank_zero(lambda size=size: (Path("/a"), b"\x00" * size)) == (Path("/a"), b"\x00" * size)
         data = bytes(range(256)) * (size // 200)
         assert ranks.bytes_from_first(b"" if ranks.rank() else data) == data
     print("all arrived", flush=True)

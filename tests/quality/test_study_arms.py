@@ -11,24 +11,24 @@ def test_the_halves_are_disjoint_cover_everything_and_take_turns():
     import numpy as np
     from study.measured_run import Part, halves
 
-    from homodistil.training.inputs import Materials
+    from homodistil.training.inputs import RunInputs
 
     @dataclass(frozen=True)
     class Corpus:
         heldout: object
 
     rows = torch.arange(21).view(7, 3).numpy()
-    materials = Materials("teacher", None, Corpus(Part(rows, np.arange(7))), torch.device("cpu"))
-    validation, test = (half.corpus.heldout for half in halves(materials))
+    run_inputs = RunInputs("teacher", None, Corpus(Part(rows, np.arange(7))), torch.device("cpu"))
+    validation, test = (half.corpus.heldout for half in halves(run_inputs))
     assert validation[range(len(validation))].tolist() == rows[:3].tolist()
     assert test[range(len(test))].tolist() == rows[3:].tolist()
-    validation, test = (half.corpus.heldout for half in halves(materials, limit=2))
+    validation, test = (half.corpus.heldout for half in halves(run_inputs, limit=2))
     assert validation[[0, 1]].tolist() == rows[:2].tolist() and len(validation) == 2
     assert test[[1]].tolist() == rows[[4]].tolist() and len(test) == 2
 
     blocks = np.arange(150)[:, None]  # sources lie one after the other: 64 here, 64 there, the rest here again
-    materials = Materials("teacher", None, Corpus(Part(blocks, np.arange(150))), torch.device("cpu"))
-    validation, test = (half.corpus.heldout for half in halves(materials))
+    run_inputs = RunInputs("teacher", None, Corpus(Part(blocks, np.arange(150))), torch.device("cpu"))
+    validation, test = (half.corpus.heldout for half in halves(run_inputs))
     assert test[range(len(test))].flatten().tolist() == list(range(64, 128))
     assert validation[range(len(validation))].flatten().tolist() == [*range(64), *range(128, 150)]
 

@@ -12,12 +12,16 @@ from torch import Tensor
 from homodistil.config.schema import LossConfig
 from homodistil.errors import UserError
 from homodistil.kernels.attention_map import attention_map_loss
-from homodistil.models.activations import LayerTap
+from homodistil.models.activations import LayerActivations
 from homodistil.models.axes import Widths, num_layers
 
 
 def relation_loss(
-    student: LayerTap, teacher: LayerTap, attention_mask: Tensor, num_heads: int, implementation: str = "auto"
+    student: LayerActivations,
+    teacher: LayerActivations,
+    attention_mask: Tensor,
+    num_heads: int,
+    implementation: str = "auto",
 ) -> Tensor:
     """KL(teacher || student) of Q-Q, K-K and V-V, summed over the three and over valid query rows, mean over relation
     heads. Count: tokens.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from homodistil.data.masked_lm import Batch
-from homodistil.distill.teacher_outputs import Targets, wanted_rows
+from homodistil.distill.teacher_outputs import TeacherOutputs, wanted_rows
 from homodistil.kernels.masked_lm import linear_masked_lm_losses, masked_lm_losses
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ class VocabularyTerms(NamedTuple):
 
 
 def vocabulary_terms(
-    objective: Objective, student: Student, last: Tensor, batch: Batch, targets: Targets | None
+    objective: Objective, student: Student, last: Tensor, batch: Batch, targets: TeacherOutputs | None
 ) -> VocabularyTerms | None:
     """`last`: output of the student's last layer (B, T, D). None when no term needs logits."""
     if not objective.needs_logits:
@@ -36,25 +36,25 @@ def vocabulary_terms(
 
 
 def _on_masked_rows(objective: Objective, student: Student, last, batch: Batch, targets) -> VocabularyTerms:
-    weights, config, rows = objective.weights, objective.config, batch.counts.masked_rows
+    weights, config, rows = objective.weights, objective.config, batch.counts.target_rows
     logits = student.mlm_logits(wanted_rows(last, batch, "masked"))
     theirs = targets.logits("masked") if targets is not None and "kl" in weights else None
     # The logits are ours alone: backward may write their gradient over them.
-    ce, kl = masked_lm_losses(
-        logits, theirs, batch.masked_labels, config.kl_temperature, config.kernels, overwrite=True
-    )
+    ce, kl = masked_lm_losses(logits, theirs, batch.target_ids, config.kl_temperature, config.kernels, overwrite=True)
     found = {"mlm": ce / rows} | ({"kl": kl / rows} if kl is not None else {})
     found = {name: value for name, value in found.items() if name in weights}
     total = torch.stack([weights[name] * value for name, value in found.items()]).sum()
     return VocabularyTerms(total, {name: value.detach() for name, value in found.items()})
 
 
-def _on_all_tokens(objective: Objective, student: Student, last, batch: Batch, targets: Targets) -> VocabularyTerms:
+def _on_all_tokens(
+    objective: Objective, student: Student, last, batch: Batch, targets: TeacherOutputs
+) -> VocabularyTerms:
     """KL on every token, MLM on the labelled ones, chunk by chunk: all logits at once would take gigabytes."""
     weights, config, counts = objective.weights, objective.config, batch.counts
     ours = student.family.mlm_transform(student.model)(wanted_rows(last, batch, "all"))
     theirs, their_decoder = targets.before_decoder("all")
-    factors = (weights.get("mlm", 0.0) / counts.masked_rows, weights["kl"] / counts.tokens)
+    factors = (weights.get("mlm", 0.0) / counts.target_rows, weights["kl"] / counts.tokens)
 
     def losses(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return linear_masked_lm_losses(
@@ -72,14 +72,14 @@ def _on_all_tokens(objective: Objective, student: Student, last, batch: Batch, t
 
     decoder = student.family.decoder(student.model)
     total, ce, kl = _called_as(decoder, losses, ours)
-    found = {"mlm": ce / counts.masked_rows, "kl": kl / counts.tokens}
+    found = {"mlm": ce / counts.target_rows, "kl": kl / counts.tokens}
     return VocabularyTerms(total, {name: value for name, value in found.items() if name in weights})
 
 
 def _labels(batch: Batch) -> Tensor:
     """Label of every valid token, in order; -100 where nothing is to be predicted. int64 (tokens,)."""
     labels = torch.full_like(batch.attention_mask, -100).flatten()
-    labels.index_copy_(0, batch.masked_index, batch.masked_labels)
+    labels.index_copy_(0, batch.target_index, batch.target_ids)
     return labels.index_select(0, batch.token_index)
 
 

@@ -11,19 +11,20 @@ import torch
 from torch import Tensor, nn
 
 from homodistil.distill import torch_compile
-from homodistil.models.activations import Tapped, Taps
+from homodistil.models.activations import ActivationHooks, Activations
 
 MAX_SHAPES = 8
 """Different (B, T) that are compiled: micro-batches, the probe, evaluation and their last parts. Others run plainly."""
 
 
 class CompiledRuntime:
-    """On a GPU the tensors of a `Tapped` live until the next call, which replays the graph over the same memory."""
+    """On a GPU the tensors of an `Activations` live until the next call, which replays the graph over the same
+    memory."""
 
     shows_attention = True
 
     def __init__(self, model: nn.Module, family: ModuleType, device: torch.device) -> None:
-        self._taps = Taps(model, family)
+        self._taps = ActivationHooks(model, family)
         self.scale = self._taps.scale
         self._shapes: set[torch.Size] = set()
         self._replays = device.type == "cuda"
@@ -33,7 +34,7 @@ class CompiledRuntime:
         self._compiled = torch.compile(self._taps.run, fullgraph=True, dynamic=False, options=options)
 
     @torch.no_grad()
-    def __call__(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tapped:
+    def __call__(self, input_ids: Tensor, attention_mask: Tensor | None) -> Activations:
         if not self._is_compiled(input_ids.shape):
             return self._taps.run(input_ids, attention_mask)
         if self._replays:

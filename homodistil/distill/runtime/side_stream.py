@@ -14,19 +14,19 @@ import torch
 from torch import Tensor
 
 from homodistil.errors import UserError
-from homodistil.models.activations import Tapped
+from homodistil.models.activations import Activations
 
-Call = Callable[[Tensor, Tensor | None], Tapped]
+Call = Callable[[Tensor, Tensor | None], Activations]
 
 
 @dataclass(frozen=True)
 class Pending:
     """A forward pass under way."""
 
-    tapped: Tapped
+    tapped: Activations
     done: torch.cuda.Event
 
-    def result(self) -> Tapped:
+    def result(self) -> Activations:
         """What was computed, safe to use on the stream that is current now."""
         current = torch.cuda.current_stream()
         current.wait_event(self.done)
@@ -37,7 +37,7 @@ class Pending:
         return self.tapped
 
 
-class OwnStream:
+class SideStream:
     """Args:
     call: any runtime.
     device: a CUDA device.

@@ -13,12 +13,12 @@ import time
 
 import psutil
 
-from homodistil.distributed.watchdog.heartbeat import Sign
+from homodistil.distributed.watchdog.heartbeat import Heartbeat
 
 SILENT_S = 15.0
 
 
-class Judge:
+class FailureDetector:
     """Args:
     own_rank: never called gone.
     rank_timeout_s: after which a rank without a report is stuck.
@@ -26,11 +26,11 @@ class Judge:
 
     def __init__(self, own_rank: int, rank_timeout_s: float) -> None:
         self._own, self._timeout_s = own_rank, rank_timeout_s
-        self._signs: dict[int, Sign] = {}
+        self._signs: dict[int, Heartbeat] = {}
         self._seen_s: dict[int, float] = {}
         self._closed: set[int] = set()
 
-    def see(self, rank: int, sign: Sign) -> None:
+    def see(self, rank: int, sign: Heartbeat) -> None:
         if rank not in self._signs or self._signs[rank].beat != sign.beat:
             self._seen_s[rank] = time.monotonic()
         self._signs[rank] = sign
@@ -39,7 +39,7 @@ class Judge:
         """The connection to its process has ended."""
         self._closed.add(rank)
 
-    def forgive(self) -> None:
+    def reset(self) -> None:
         """This process itself was away (suspended, say): it cannot know how long the others were silent."""
         self._seen_s = dict.fromkeys(self._seen_s, time.monotonic())
 
@@ -90,7 +90,7 @@ class Judge:
     def _age_s(self, rank: int) -> float:
         return time.monotonic() - self._seen_s[rank]
 
-    def _reason(self, rank: int, sign: Sign) -> str | None:
+    def _reason(self, rank: int, sign: Heartbeat) -> str | None:
         if sign.end:
             return None
         state = _state_of(sign) if self._is_here(sign) else None
@@ -105,7 +105,7 @@ class Judge:
         # A process that is merely busy in one long call shows that in its state; rank_timeout_s is for that.
         return f"stopped by a signal for {SILENT_S:.0f} s" if state == psutil.STATUS_STOPPED else None
 
-    def _is_here(self, sign: Sign) -> bool:
+    def _is_here(self, sign: Heartbeat) -> bool:
         own = self._signs.get(self._own)
         return own is not None and (own.host, own.namespace) == (sign.host, sign.namespace)
 
@@ -113,7 +113,7 @@ class Judge:
 _NO_PROCESS = "no process"
 
 
-def _state_of(sign: Sign) -> str:
+def _state_of(sign: Heartbeat) -> str:
     try:
         return psutil.Process(sign.pid).status()
     except psutil.NoSuchProcess:

@@ -18,7 +18,7 @@ _WATCH = str(Path(__file__).parent)
 _COLLECTIVES = (os.path.join("torch", "distributed"), os.path.join("deepspeed", "comm"))
 
 
-class Sign(NamedTuple):
+class Heartbeat(NamedTuple):
     beat: int
     host: str
     namespace: int
@@ -41,7 +41,7 @@ class Sign(NamedTuple):
         return json.dumps(self)
 
     @classmethod
-    def decode(cls, text: bytes) -> Sign:
+    def decode(cls, text: bytes) -> Heartbeat:
         *values, end = json.loads(text)
         return cls(*values, tuple(end) if end else None)
 
@@ -53,13 +53,13 @@ class Sign(NamedTuple):
         return f"step {self.step}, {self.phase}{at}"
 
 
-def own_sign(beat: int, end: tuple[int, str] | None) -> Sign:
+def local_heartbeat(beat: int, end: tuple[int, str] | None) -> Heartbeat:
     """This process now. Called by the watching thread."""
     report = reports.last()
     where, waits = _main_thread()
     idle_s = time.monotonic() - report.at_s
     place = (socket.gethostname(), os.stat("/proc/self/ns/pid").st_ino, os.getpid())
-    return Sign(beat, *place, report.count, report.step, report.phase, report.is_long, idle_s, where, waits, end)
+    return Heartbeat(beat, *place, report.count, report.step, report.phase, report.is_long, idle_s, where, waits, end)
 
 
 def _main_thread() -> tuple[str, bool]:

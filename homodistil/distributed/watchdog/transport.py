@@ -12,7 +12,7 @@ import secrets
 import socket
 
 from homodistil.distributed import ranks
-from homodistil.distributed.watchdog.heartbeat import Sign
+from homodistil.distributed.watchdog.heartbeat import Heartbeat
 
 CONNECT_TIMEOUT_S = 120.0
 _RECEIVE_BYTES = 1 << 16
@@ -31,21 +31,21 @@ class Channel:
         for connection in connections.values():
             connection.setblocking(False)
 
-    def send(self, sign: Sign) -> None:
+    def send(self, sign: Heartbeat) -> None:
         line = sign.encode().encode() + b"\n"
         for connection in self._connections.values():
             # Refused: the other end is dead, which `receive` finds out, or does not read, which its silence shows.
             with contextlib.suppress(OSError):
                 connection.send(line)
 
-    def receive(self) -> tuple[dict[int, Sign], list[int]]:
+    def receive(self) -> tuple[dict[int, Heartbeat], list[int]]:
         """(newest sign of each rank that has sent one, ranks whose connection has ended)."""
         signs, ended = {}, []
         for rank, connection in list(self._connections.items()):
             is_open = self._fill(rank, connection)
             *lines, self._unread[rank] = self._unread[rank].split(b"\n")
             if lines:
-                signs[rank] = Sign.decode(lines[-1])
+                signs[rank] = Heartbeat.decode(lines[-1])
             if not is_open:
                 ended.append(rank)
                 self._connections.pop(rank).close()
@@ -71,7 +71,7 @@ class Channel:
 def connect() -> Channel:
     """Every rank calls it; rank 0 listens on a free port. A token keeps out what else may knock there."""
     listener = _listener() if ranks.rank() == 0 else None
-    port, token = ranks.on_first_rank(lambda: (listener.getsockname()[1], secrets.token_hex(16)))
+    port, token = ranks.on_rank_zero(lambda: (listener.getsockname()[1], secrets.token_hex(16)))
     if listener is None:
         connection = socket.create_connection((os.environ["MASTER_ADDR"], port), timeout=CONNECT_TIMEOUT_S)
         connection.sendall(f"{token} {ranks.rank()}\n".encode())

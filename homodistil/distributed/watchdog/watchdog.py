@@ -16,8 +16,8 @@ from collections.abc import Iterator
 from homodistil.distributed import ranks
 from homodistil.distributed.exit_codes import FAILED, RANK_LOST, code_of
 from homodistil.distributed.watchdog import reports
-from homodistil.distributed.watchdog.failure_detector import SILENT_S, Judge
-from homodistil.distributed.watchdog.heartbeat import own_sign
+from homodistil.distributed.watchdog.failure_detector import SILENT_S, FailureDetector
+from homodistil.distributed.watchdog.heartbeat import local_heartbeat
 from homodistil.distributed.watchdog.transport import connect
 from homodistil.errors import CheckFailed, RankLost, StopRequested, UserError
 
@@ -56,7 +56,7 @@ class _Watcher:
 
     def __init__(self, rank_timeout_s: float) -> None:
         self._rank, self._num_ranks = ranks.rank(), ranks.world_size()
-        self._judge = Judge(self._rank, rank_timeout_s)
+        self._judge = FailureDetector(self._rank, rank_timeout_s)
         self._channel = connect()
         self._beat = 0
         self._end: tuple[int, str] | None = None
@@ -116,7 +116,7 @@ class _Watcher:
 
     def _exchange(self) -> None:
         self._beat += 1
-        own = own_sign(self._beat, self._end)
+        own = local_heartbeat(self._beat, self._end)
         self._channel.send(own)
         self._judge.see(self._rank, own)
         signs, closed = self._channel.receive()
@@ -132,7 +132,7 @@ class _Watcher:
         else:
             time.sleep(HURRIED_BEAT_S)
         if time.monotonic() - start > BEAT_S + AWAY_S:
-            self._judge.forgive()
+            self._judge.reset()
 
     def _act(self) -> None:
         if ended := self._judge.first_failure():

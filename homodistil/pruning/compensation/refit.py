@@ -42,9 +42,9 @@ class Stream:
         rows = activations.flatten(0, 1)
         return rows if self.batch.padding_mask is None else rows[self.batch.token_index]
 
-    def masked_rows(self, activations: Tensor) -> Tensor:
+    def target_rows(self, activations: Tensor) -> Tensor:
         """(B, T, K) -> (rows to predict, K)."""
-        return activations.flatten(0, 1)[self.batch.masked_index]
+        return activations.flatten(0, 1)[self.batch.target_index]
 
 
 class Changes:

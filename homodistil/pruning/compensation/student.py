@@ -21,7 +21,7 @@ from homodistil.pruning.compensation import Options, compensate
 
 
 @dataclass(frozen=True)
-class Proposal:
+class EventChange:
     """One event, the same on every rank."""
 
     plan: ResizePlan
@@ -32,7 +32,7 @@ class Proposal:
     """What compensation tells of itself, for the event's line."""
 
 
-def propose(student: Student, keep: Keep, batches: Sequence[Batch], options: Options, fixed: Tensor) -> Proposal:
+def propose(student: Student, keep: Keep, batches: Sequence[Batch], options: Options, fixed: Tensor) -> EventChange:
     """The compensated event that leaves `keep`. Every rank calls it.
 
     Args:
@@ -46,7 +46,7 @@ def propose(student: Student, keep: Keep, batches: Sequence[Batch], options: Opt
     maps: dict[str, DimMaps] = {f"model.{name}": dims for name, dims in found.plan.maps.items()}
     maps |= _projection_maps(student, found.plan)
     weights = {f"model.{name}": parameter.detach() for name, parameter in found.model.named_parameters()}
-    return Proposal(make_plan(student.axis_table(), found.plan.keep, maps), weights, found.report)
+    return EventChange(make_plan(student.axis_table(), found.plan.keep, maps), weights, found.report)
 
 
 def _projection_maps(student: Student, plan: ResizePlan) -> dict[str, DimMaps]:
@@ -67,7 +67,7 @@ def residual_map(student: Student, plan: ResizePlan) -> Tensor | None:
     return None
 
 
-def carry_out(student: Student, proposal: Proposal) -> None:
+def carry_out(student: Student, proposal: EventChange) -> None:
     """Make the event happen to a plain student."""
     slice_module(student, proposal.plan)
     student.after_resize(proposal.plan.keep)

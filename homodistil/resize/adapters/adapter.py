@@ -30,7 +30,7 @@ CONVERTED_NUMEL = 1 << 19
 """Elements of a gradient that are converted to fp32 at a time on a CPU: as many as its caches hold."""
 
 
-class Held(NamedTuple):
+class MasterSlice(NamedTuple):
     """Elements [start, start + numel) of a parameter, row by row, at `position` of a flat tensor of this rank."""
 
     name: str
@@ -44,7 +44,7 @@ class StateGroup(NamedTuple):
     """What the optimizer updates, the key of its state: fp32; the parameter itself when frozen (its own dtype)."""
     state: dict
     """Optimizer state of `master`, live; empty before the first step."""
-    held: list[Held]
+    held: list[MasterSlice]
     replicated: bool
     """Whether every rank holds the same whole group, instead of a partition."""
 
@@ -53,7 +53,7 @@ class StateGroup(NamedTuple):
         return {k: v for k, v in self.state.items() if torch.is_tensor(v) and v.shape == self.master.shape}
 
 
-class StatePiece(NamedTuple):
+class StateSlice(NamedTuple):
     """Elements [start, start + n) of a parameter and all their state; views of the live tensors."""
 
     name: str
@@ -64,7 +64,7 @@ class StatePiece(NamedTuple):
     """Optimizer state name -> (n,); empty for frozen parameters and before the first step."""
 
 
-class Fragment(NamedTuple):
+class GradientSlice(NamedTuple):
     """Elements [start, start + n) of a parameter, flattened row by row, as the optimizer is about to see them."""
 
     name: str
@@ -96,7 +96,7 @@ class Adapter(ABC):
         """Everything that is trained, on this rank."""
 
     @abstractmethod
-    def gradients(self, i: int) -> Callable[[Held], Tensor]:
+    def gradients(self, i: int) -> Callable[[MasterSlice], Tensor]:
         """Access to the reduced gradient (times the loss scale) of what `groups()[i]` holds."""
 
     @abstractmethod
@@ -123,7 +123,7 @@ class Adapter(ABC):
         """Parameters that no optimizer group holds: whole on every rank, unless a wrapper partitions them too."""
         trained = self._trained_names()
         return [
-            StateGroup(param, {}, [Held(name, 0, 0, param.numel())], replicated=True)
+            StateGroup(param, {}, [MasterSlice(name, 0, 0, param.numel())], replicated=True)
             for name, param in self.parameters.items()
             if name not in trained
         ]
@@ -138,13 +138,13 @@ class Adapter(ABC):
     def loss_scale(self) -> float:
         return float(getattr(self.optimizer, "loss_scale", 1.0)) if self.engine.fp16_enabled() else 1.0
 
-    def owned_state(self) -> Iterator[StatePiece]:
+    def owned_state(self) -> Iterator[StateSlice]:
         """See `homodistil.resize.owned_state`."""
         for group, held in self._shares(self.groups() + self.frozen_groups()):
             states = {key: held_part(value, held) for key, value in group.per_element().items()}
-            yield StatePiece(held.name, held.start, held_part(group.master, held), states)
+            yield StateSlice(held.name, held.start, held_part(group.master, held), states)
 
-    def gradient_fragments(self, names: Container[str] | None = None) -> Iterator[Fragment]:
+    def gradient_fragments(self, names: Container[str] | None = None) -> Iterator[GradientSlice]:
         """See `homodistil.resize.gradient_fragments`."""
         scale, groups = self.loss_scale(), self.groups()
         access = {id(group.held): self.gradients(i) for i, group in enumerate(groups)}
@@ -155,12 +155,12 @@ class Adapter(ABC):
             assert gradient.numel() == held.numel, "gradients do not follow the layout"
             yield from _unscaled(held, held_part(group.master, held), gradient, scale)
 
-    def held_masters(self) -> Iterator[tuple[Tensor, Held]]:
+    def held_masters(self) -> Iterator[tuple[Tensor, MasterSlice]]:
         """See `homodistil.resize.held_masters`."""
         for group, held in self._shares(self.groups()):
             yield group.master, held
 
-    def _shares(self, groups: list[StateGroup]) -> Iterator[tuple[StateGroup, Held]]:
+    def _shares(self, groups: list[StateGroup]) -> Iterator[tuple[StateGroup, MasterSlice]]:
         """What this rank reports of `groups`: partitions whole, and its turn of what every rank has."""
         turn, rank, world_size = itertools.count(), dist.get_rank(), dist.get_world_size()
         for group in groups:
@@ -173,7 +173,7 @@ class Adapter(ABC):
         groups = self.groups() + self.frozen_groups()
         device = next(iter(self.parameters.values())).device
         whole = {held.name for group in groups if group.replicated for held in group.held}
-        held_by_name: dict[str, list[tuple[StateGroup, Held]]] = {}
+        held_by_name: dict[str, list[tuple[StateGroup, MasterSlice]]] = {}
         for group in groups:
             for held in group.held:
                 held_by_name.setdefault(held.name, []).append((group, held))
@@ -215,22 +215,22 @@ class Adapter(ABC):
         return index_by_parameter(self.parameters, plan)
 
 
-def held_part(tensor: Tensor, held: Held) -> Tensor:
+def held_part(tensor: Tensor, held: MasterSlice) -> Tensor:
     """What `held` says of a flat (or flattened) tensor of this rank, as a view."""
     return tensor.detach().view(-1)[held.position : held.position + held.numel]
 
 
-def _unscaled(held: Held, weight: Tensor, gradient: Tensor, scale: float) -> Iterator[Fragment]:
+def _unscaled(held: MasterSlice, weight: Tensor, gradient: Tensor, scale: float) -> Iterator[GradientSlice]:
     """The gradient as it lies, or copied stretch by stretch where it is to be converted."""
     if gradient.dtype == torch.float32 and scale == 1.0:
-        yield Fragment(held.name, held.start, weight, gradient)
+        yield GradientSlice(held.name, held.start, weight, gradient)
         return
     step = CONVERTED_NUMEL if gradient.device.type == "cpu" else held.numel
     for begin in range(0, held.numel, step):
         converted = gradient[begin : begin + step].to(torch.float32, copy=True)
         if scale != 1.0:
             converted /= scale
-        yield Fragment(held.name, held.start + begin, weight[begin : begin + step], converted)
+        yield GradientSlice(held.name, held.start + begin, weight[begin : begin + step], converted)
 
 
 def select_param(param: nn.Parameter, index: DimIndex) -> None:

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from homodistil.resize.adapters.adapter import Held
+from homodistil.resize.adapters.adapter import MasterSlice
 from homodistil.resize.adapters.flat_adapter import FlatAdapter
 from homodistil.resize.adapters.fragments import drop_fragments, link_fragments, rebuild_fragments
 from homodistil.resize.flat import FlatMove, Layout
@@ -78,7 +78,7 @@ class Bf16Adapter(FlatAdapter):
         has_gradients = any(any(group) for group in self.optimizer.fp32_groups_has_gradients)
         return has_gradients or any(param.grad is not None for param in self.parameters.values())
 
-    def gradients(self, i: int) -> Callable[[Held], Tensor]:
+    def gradients(self, i: int) -> Callable[[MasterSlice], Tensor]:
         own = self.optimizer.fp32_groups_gradient_flat_partition[i]
         return lambda held: own[held.position : held.position + held.numel]
 

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from homodistil.models.resize_plan import DimIndex, ResizePlan, set_param_data
-from homodistil.resize.adapters.adapter import Adapter, Held, StateGroup, select_param
+from homodistil.resize.adapters.adapter import Adapter, MasterSlice, StateGroup, select_param
 from homodistil.resize.flat import FlatMove, Layout
 from homodistil.resize.move import move_partition
 
@@ -68,7 +68,7 @@ class FlatAdapter(Adapter):
         for i, master in enumerate(self.masters()):
             names, layout = [self.name_of[param] for param in self.params(i)], self.layout(i)
             pieces = layout.partition_pieces(self.rank(i))
-            held = [Held(names[piece.parameter], piece.start, piece.position, piece.numel) for piece in pieces]
+            held = [MasterSlice(names[piece.parameter], piece.start, piece.position, piece.numel) for piece in pieces]
             replicated = layout.num_partitions < dist.get_world_size()
             found.append(StateGroup(master, state.get(master, {}), held, replicated))
         return found

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from homodistil.resize.adapters.adapter import Held
+from homodistil.resize.adapters.adapter import MasterSlice
 from homodistil.resize.adapters.flat_adapter import FlatAdapter
 from homodistil.resize.flat import FlatMove, Layout
 
@@ -61,8 +61,8 @@ class FusedAdapter(FlatAdapter):
     def has_pending_gradients(self) -> bool:
         return any(param.grad is not None for param in self.parameters.values())
 
-    def gradients(self, i: int) -> Callable[[Held], Tensor]:
-        def gradient(held: Held) -> Tensor:
+    def gradients(self, i: int) -> Callable[[MasterSlice], Tensor]:
+        def gradient(held: MasterSlice) -> Tensor:
             param = self.parameters[held.name]
             return torch.zeros_like(param) if param.grad is None else param.grad
 

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from homodistil.resize.adapters.adapter import Held
+from homodistil.resize.adapters.adapter import MasterSlice
 from homodistil.resize.adapters.zero import ZeroAdapter
 from homodistil.resize.flat import FlatMove
 from homodistil.resize.move import free, spread
@@ -63,7 +63,7 @@ class OffloadAdapter(ZeroAdapter):
         # Gradients lie in buffers that stay allocated, so these tell nothing: backward counts up from -1, step resets.
         return self.optimizer.micro_step_id >= 0 or super().has_pending_gradients()
 
-    def gradients(self, i: int) -> Callable[[Held], Tensor]:
+    def gradients(self, i: int) -> Callable[[MasterSlice], Tensor]:
         self.optimizer._wait_for_offload_copies()
         gradient = self.masters()[i].grad
         return lambda held: gradient[held.position : held.position + held.numel]

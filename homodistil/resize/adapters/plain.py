@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from homodistil.models.resize_plan import ResizePlan
-from homodistil.resize.adapters.adapter import Adapter, Held, StateGroup, select_param, select_state
+from homodistil.resize.adapters.adapter import Adapter, MasterSlice, StateGroup, select_param, select_state
 
 
 class PlainAdapter(Adapter):
@@ -26,12 +26,14 @@ class PlainAdapter(Adapter):
     def groups(self) -> list[StateGroup]:
         state = self.torch_optimizer().state
         return [
-            StateGroup(master, state.get(master, {}), [Held(self.name_of[param], 0, 0, param.numel())], replicated=True)
+            StateGroup(
+                master, state.get(master, {}), [MasterSlice(self.name_of[param], 0, 0, param.numel())], replicated=True
+            )
             for param, master in self.masters().items()
         ]
 
-    def gradients(self, i: int) -> Callable[[Held], Tensor]:
-        def gradient(held: Held) -> Tensor:
+    def gradients(self, i: int) -> Callable[[MasterSlice], Tensor]:
+        def gradient(held: MasterSlice) -> Tensor:
             param = self.parameters[held.name]
             return torch.zeros_like(param) if param.grad is None else param.grad
 

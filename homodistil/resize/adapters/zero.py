@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from homodistil.resize.adapters.adapter import Held
+from homodistil.resize.adapters.adapter import MasterSlice
 from homodistil.resize.adapters.flat_adapter import FlatAdapter, padding_in_partition
 from homodistil.resize.adapters.fragments import drop_fragments, link_fragments, rebuild_fragments
 from homodistil.resize.flat import FlatMove, Layout
@@ -146,7 +146,7 @@ class ZeroAdapter(FlatAdapter):
             self.spread_weights(i, partitions)
         link_fragments(self.optimizer, self.masters())
 
-    def gradients(self, i: int) -> Callable[[Held], Tensor]:
+    def gradients(self, i: int) -> Callable[[MasterSlice], Tensor]:
         averaged = self.optimizer.averaged_gradients.get(i)
         assert averaged is not None, "gradients exist only between engine.backward at the boundary and engine.step"
         at, position = {}, 0

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from homodistil.models.parameter_shape import full_numel, full_shape
 from homodistil.models.resize_plan import ResizePlan, set_param_data
-from homodistil.resize.adapters.adapter import Adapter, Held, StateGroup
+from homodistil.resize.adapters.adapter import Adapter, MasterSlice, StateGroup
 from homodistil.resize.adapters.flat_adapter import gaps
 from homodistil.resize.adapters.zero3_check import GRADIENT_OF_ID, check_books
 from homodistil.resize.flat import FlatMove, Layout
@@ -91,13 +91,13 @@ class Zero3Adapter(Adapter):
         trained = {param for params in self.optimizer.fp16_groups for param in params}
         return [param for param in self.parameters.values() if param not in trained]
 
-    def held(self, params: list[nn.Parameter]) -> list[Held]:
+    def held(self, params: list[nn.Parameter]) -> list[MasterSlice]:
         """What lies where in this rank's shares of `params`, end to end."""
         found, position = [], 0
         for param in params:
             layout = self.layout(param)
             for piece in layout.partition_pieces(self.rank):
-                found.append(Held(self.name_of[param], piece.start, position + piece.position, piece.numel))
+                found.append(MasterSlice(self.name_of[param], piece.start, position + piece.position, piece.numel))
             position += layout.partition_numel
         return found
 
@@ -109,7 +109,7 @@ class Zero3Adapter(Adapter):
         for group in self.frozen_groups():
             yield from (group.master[start:stop] for start, stop in gaps(group.held, group.master.numel()))
 
-    def gradients(self, i: int) -> Callable[[Held], Tensor]:
+    def gradients(self, i: int) -> Callable[[MasterSlice], Tensor]:
         gradient_of_id = getattr(self.optimizer, GRADIENT_OF_ID)
         return lambda held: gradient_of_id[self.parameters[held.name].ds_id][: held.numel]
 

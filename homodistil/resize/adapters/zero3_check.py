@@ -6,22 +6,36 @@ their reduced gradients in the same order in one buffer for all groups.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from homodistil.models.parameter_shape import full_shape
+from homodistil.resize.adapters.adapter import MasterSlice
 from homodistil.resize.flat import Layout
-
-if TYPE_CHECKING:
-    from homodistil.resize.adapters.zero3 import Zero3Adapter
 
 GRADIENT_OF_ID = "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition"
 """`ds_id` of a parameter -> its share of the reduced gradient, a view of `grad_partitions_flat_buffer`."""
 
 
-def check_books(adapter: Zero3Adapter) -> None:
+class Stage3Layout(Protocol):
+    """What is held against DeepSpeed's fields: the layout as `Zero3Adapter` computes it."""
+
+    optimizer: Any
+    """DeepSpeedZeroOptimizer_Stage3."""
+    name_of: dict[nn.Parameter, str]
+
+    def masters(self) -> list[Tensor]: ...
+    def params(self, i: int) -> list[nn.Parameter]: ...
+    def frozen(self) -> list[nn.Parameter]: ...
+    def layout(self, param: nn.Parameter) -> Layout: ...
+    def padding_size(self, param: nn.Parameter) -> int: ...
+    def held(self, params: list[nn.Parameter]) -> list[MasterSlice]: ...
+    def torch_optimizer(self) -> torch.optim.Optimizer: ...
+
+
+def check_books(adapter: Stage3Layout) -> None:
     """Raise ValueError, naming the private field that differs."""
     optimizer, before = adapter.optimizer, 0
     for i in range(len(adapter.masters())):
@@ -35,7 +49,7 @@ def check_books(adapter: Zero3Adapter) -> None:
         _check_sizes(adapter.name_of[param], param, adapter.layout(param))
 
 
-def _check_group(adapter: Zero3Adapter, i: int) -> None:
+def _check_group(adapter: Stage3Layout, i: int) -> None:
     optimizer, master, params = adapter.optimizer, adapter.masters()[i], adapter.params(i)
     numel = sum(adapter.layout(param).partition_numel for param in params)
     shares = optimizer.fp16_partitioned_groups[i]
@@ -53,7 +67,7 @@ def _check_group(adapter: Zero3Adapter, i: int) -> None:
             _expect(f"optimizer state {key!r} of group {i}", tuple(value.shape), (numel,))
 
 
-def _check_shares(adapter: Zero3Adapter, i: int, before: int) -> None:
+def _check_shares(adapter: Stage3Layout, i: int, before: int) -> None:
     """`before`: elements of the groups before this one, on this rank."""
     optimizer, position = adapter.optimizer, 0
     flat, gradients = optimizer.fp16_partitioned_groups_flat[i], optimizer.grad_partitions_flat_buffer
@@ -79,7 +93,7 @@ def _check_sizes(name: str, param: nn.Parameter, layout: Layout) -> None:
     _expect(f"ds_tensor of {name}", tuple(param.ds_tensor.shape), (layout.partition_numel,))
 
 
-def _check_content(adapter: Zero3Adapter, i: int) -> None:
+def _check_content(adapter: Stage3Layout, i: int) -> None:
     """Weights are the rounded masters. Not asked of the padding, which DeepSpeed leaves uninitialised."""
     flat, master = adapter.optimizer.fp16_partitioned_groups_flat[i].detach(), adapter.masters()[i].detach()
     if flat.data_ptr() == master.data_ptr():
