@@ -61,8 +61,6 @@ class Teacher(nn.Module):
         self._stream = stream
         self.scale = runtime.scale if runtime else self._taps.scale
         """What the softmax multiplies q.k with."""
-        self.shows_attention = runtime is None or runtime.shows_attention
-        """Whether its targets have queries and keys."""
 
     def train(self, mode: bool = True) -> Teacher:
         """Never in training mode: its dropout would be noise in every target."""
@@ -103,11 +101,7 @@ class Teacher(nn.Module):
 
 
 def build_teacher(model: nn.Module, config: TeacherConfig, device: torch.device, dtype: torch.dtype) -> Teacher:
-    """`model`, moved to `device` as a whole or (teacher.shard) in this rank's part, in the runtime of `config`.
-
-    Raises:
-        UserError: that runtime does not compute what the model does.
-    """
+    """`model`, moved to `device` as a whole or (teacher.shard) in this rank's part, in the runtime of `config`."""
     model, family = model.eval().requires_grad_(False), family_of(model.config.model_type)
     if config.shard:
         shard_layers(family.layers(model), dtype)

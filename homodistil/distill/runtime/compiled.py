@@ -21,8 +21,6 @@ class CompiledRuntime:
     """On a GPU the tensors of an `Activations` live until the next call, which replays the graph over the same
     memory."""
 
-    shows_attention = True
-
     def __init__(self, model: nn.Module, family: ModuleType, device: torch.device) -> None:
         self._taps = ActivationHooks(model, family)
         self.scale = self._taps.scale

@@ -11,8 +11,6 @@ from homodistil.models.activations import ActivationHooks, Activations
 
 
 class PlainRuntime:
-    shows_attention = True
-
     def __init__(self, model: nn.Module, family: ModuleType) -> None:
         self._taps = ActivationHooks(model, family)
         self.scale = self._taps.scale
