@@ -52,6 +52,7 @@ slurm:
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache
 
 # The site of docs/ in site/. It needs no torch: the config reference is committed, and a test says when it is stale.
 docs: $(VENV)/.docs

@@ -12,7 +12,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["homodistil", "homodistil.*"]),
-    package_data={"homodistil": ["recipes/*.yaml", "recipes/*/*.yaml"]},
+    package_data={"homodistil": ["config/recipes/*.yaml", "config/recipes/*/*.yaml"]},
     python_requires=">=3.11",
     install_requires=[
         "torch>=2.11",

@@ -26,7 +26,7 @@ from torch.nn import functional
 from transformers import BertConfig, BertForMaskedLM
 
 from homodistil.kernels.masked_lm import linear_masked_lm_losses, masked_lm_losses
-from homodistil.models import bert
+from homodistil.models.encoders import bert
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TOKENS, MASKED_SHARE = 128, 0.15
@@ -45,8 +45,8 @@ class Head:
         self.hidden = torch.randn(num_rows, config.hidden_size, device=device, dtype=dtype).requires_grad_()
         self.teacher_hidden = torch.randn_like(self.hidden).mul_(0.1).add_(self.hidden.detach())
         self.masked = torch.randperm(num_rows, device=device)[: round(MASKED_SHARE * num_rows)].sort().values
-        self.masked_labels = torch.randint(config.vocab_size, (len(self.masked),), device=device)
-        self.labels = torch.full((num_rows,), -100, device=device).index_copy_(0, self.masked, self.masked_labels)
+        self.target_ids = torch.randint(config.vocab_size, (len(self.masked),), device=device)
+        self.labels = torch.full((num_rows,), -100, device=device).index_copy_(0, self.masked, self.target_ids)
 
     def logits(self, index: Tensor | None) -> tuple[Tensor, Tensor]:
         """Of student and teacher on these rows; None: on all."""
@@ -55,12 +55,12 @@ class Head:
             mine, theirs = mine.index_select(0, index), theirs.index_select(0, index)
         return bert.mlm_head(self.student)(mine), bert.mlm_head(self.teacher)(theirs)
 
-    def masked_rows(self) -> Tensor:
-        ce, kl = masked_lm_losses(*self.logits(self.masked), self.masked_labels)
+    def target_rows(self) -> Tensor:
+        ce, kl = masked_lm_losses(*self.logits(self.masked), self.target_ids)
         return (ce + kl) / len(self.masked)
 
     def masked_rows_eager(self) -> Tensor:
-        return eager(*self.logits(self.masked), self.masked_labels)
+        return eager(*self.logits(self.masked), self.target_ids)
 
     def all_rows(self) -> Tensor:
         ce, kl = masked_lm_losses(*self.logits(None), self.labels)
@@ -87,7 +87,7 @@ class Head:
     @property
     def ways(self) -> dict[str, Callable[[], Tensor]]:
         return {
-            FASTEST: self.masked_rows,
+            FASTEST: self.target_rows,
             "masked rows, eager losses": self.masked_rows_eager,
             "all rows, chunked": self.all_rows_chunked,
             "all rows": self.all_rows,

@@ -26,7 +26,7 @@ from kernel_problems import Inputs, Problem, problems
 from kernel_timing import copy_bytes_per_s, interleaved_ms, peak_bytes, strict_allocator
 from report import environment, environment_text, result_path, row, write, write_json
 
-from homodistil.flops import peak_flops
+from homodistil.metrics.device_peak import peak_flops
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 BUDGET_S = {"quick": 1.0, "standard": 3.0}

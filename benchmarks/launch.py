@@ -40,7 +40,7 @@ def is_rank() -> bool:
 
 def join_ranks() -> torch.device:
     """In a rank: the process group, and the device of this rank."""
-    from homodistil.engine import init_ranks
+    from homodistil.engine.build import init_ranks
 
     torch.set_num_threads(1)
     return init_ranks()

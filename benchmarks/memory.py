@@ -77,8 +77,9 @@ def run(name: str, size_name: str, num_events: int, device: torch.device) -> dic
 
 
 def run_engine(engine_name: str, size_name: str, num_events: int, device: torch.device) -> dict:
-    from homodistil.models import bert
-    from homodistil.resize import check_supported, make_plan, resize
+    from homodistil.models.encoders import bert
+    from homodistil.models.resize_plan import make_plan
+    from homodistil.resize import check_supported, resize
 
     size = SIZES[size_name]
     gc.collect()
@@ -106,8 +107,8 @@ def run_engine(engine_name: str, size_name: str, num_events: int, device: torch.
 
 def run_control(size_name: str, num_events: int, device: torch.device) -> dict:
     """The same widths and tokens in a plain loop, without engine, optimizer or homodistil.resize's mover."""
-    from homodistil.models import bert
-    from homodistil.resize import make_plan
+    from homodistil.models.encoders import bert
+    from homodistil.models.resize_plan import make_plan
 
     size, readings = SIZES[size_name], []
     gc.collect()
@@ -134,7 +135,7 @@ def run_control(size_name: str, num_events: int, device: torch.device) -> dict:
 def read(module, engine_name: str, device: torch.device, live_before: int) -> dict[str, float]:
     import torch.distributed as dist
 
-    from homodistil.models.shapes import full_numel
+    from homodistil.models.parameter_shape import full_numel
 
     num_parameters = sum(map(full_numel, module.parameters()))
     live = live_tensor_bytes(device) - live_before
@@ -151,8 +152,8 @@ def read(module, engine_name: str, device: torch.device, live_before: int) -> di
 
 def fresh_live_bytes(engine_name: str, size: Size, widths: dict[str, int], device: torch.device) -> int:
     """Live bytes of a new engine that had `widths` from the start, after two steps."""
-    from homodistil.models import bert
-    from homodistil.resize import make_plan, slice_module
+    from homodistil.models.encoders import bert
+    from homodistil.models.resize_plan import make_plan, slice_module
 
     gc.collect()
     live_before = live_tensor_bytes(device)

@@ -1,12 +1,12 @@
-"""FLOPs of every part of a step, counted once, as `homodistil.flops` counts those of the whole step."""
+"""FLOPs of every part of a step, counted once, as `homodistil.models.flops` counts those of the whole step."""
 
 from __future__ import annotations
 
 import dataclasses
 
-from homodistil.config import LossConfig
-from homodistil.flops import step_flops
+from homodistil.config.schema import LossConfig
 from homodistil.models.axes import Widths
+from homodistil.models.flops import step_flops
 
 
 def part_flops(student: Widths, teacher: Widths, loss: LossConfig, **batch: float) -> dict[str, float]:
@@ -16,7 +16,7 @@ def part_flops(student: Widths, teacher: Widths, loss: LossConfig, **batch: floa
     though some kernels compute gradients in forward: the rates of these two parts shade into each other.
 
     Args:
-        batch: `num_sequences`, `seq_len`, `masked_rows`, `vocab_size`, as for `step_flops`.
+        batch: `num_sequences`, `seq_len`, `target_rows`, `vocab_size`, as for `step_flops`.
     """
     whole = step_flops(student, teacher, loss, **batch)
     forward = _projections(student, teacher, loss, batch) + _scores(student, teacher, loss, batch)

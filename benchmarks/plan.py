@@ -68,11 +68,11 @@ def measure_cells(model: str, stage: int, work: Path) -> None:
     from shapes import Plan
 
     from homodistil.planning.cluster import find_cluster
-    from homodistil.planning.measure import measure_trainer, pressed, samples_of
+    from homodistil.planning.measure import compressed_schedule, measure_trainer, samples_of
 
     device = join_ranks()
     shape = MODELS[model]
-    config = pressed(run_config(shape, Plan(interval=6, events=3), work, False, NUM_RANKS, []))
+    config = compressed_schedule(run_config(shape, Plan(interval=6, events=3), work, False, NUM_RANKS, []))
     path = work / "engine.json"
     path.write_text(json.dumps(engine_json(stage)))
     measured = measure_trainer(build_trainer(shape, config, path, work, device), device)
@@ -107,10 +107,10 @@ def _round(environment: dict[str, str]) -> list[dict]:
 
 def predicted(runs: list[dict]) -> tuple[list[dict], dict]:
     """Cells with what was measured and what the plan, calibrated by a few of them, says."""
-    from homodistil.flops import peak_flops
-    from homodistil.planning.calibration import Sample, fit
+    from homodistil.metrics.device_peak import peak_flops
     from homodistil.planning.cluster import find_cluster
     from homodistil.planning.command import machine_name
+    from homodistil.planning.machine_calibration import Sample, fit
     from homodistil.planning.speed import expected_seconds
     from homodistil.planning.step_work import StepWork
 

@@ -30,7 +30,7 @@ from preparation.tables import markdown, rows
 from preparation.text import write_text
 from report import result_path, write, write_json
 
-from homodistil.data.assets import teacher_folder
+from homodistil.data.sources.assets import teacher_folder
 
 
 def main() -> None:

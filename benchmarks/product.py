@@ -12,13 +12,16 @@ from pathlib import Path
 import torch
 from shapes import Plan, Shape
 
-from homodistil import cli, distillation, materials, ranks
-from homodistil.config import RunConfig
-from homodistil.distillation import Distillation
-from homodistil.engine import load_engine_config, resolve_engine_config
-from homodistil.evaluation import gap
-from homodistil.monitor import run_recorder
-from homodistil.trainer import Trainer, TrainState
+from homodistil.config import command_line
+from homodistil.config.schema import RunConfig
+from homodistil.distributed import ranks
+from homodistil.engine.build import load_engine_config, resolve_engine_config
+from homodistil.evaluation import gap_probe
+from homodistil.training import inputs
+from homodistil.training import run as training_run
+from homodistil.training.run import DistillationRun
+from homodistil.training.step_logger import run_recorder
+from homodistil.training.trainer import Trainer, TrainState
 
 _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
@@ -36,23 +39,23 @@ def run_config(shape: Shape, plan: Plan, work: Path, quick: bool, num_ranks: int
     overrides += [f"pruning.start_fraction={plan.settle / plan.num_steps}"]
     overrides += [f"pruning.end_fraction={plan.end_step / plan.num_steps}", "pruning.max_event_fraction=0.5"]
     overrides += ["pruning.compensation=none"]  # what a step costs at a width, not how it got there
-    return cli.parse([*overrides, *extra])
+    return command_line.parse([*overrides, *extra])
 
 
 def build_trainer(shape: Shape, config: RunConfig, engine_json: Path, work: Path, device: torch.device) -> Trainer:
     """As `job.run` builds it. Every rank calls it."""
-    ranks.on_first_rank(lambda: write_inputs(shape, config, work))
+    ranks.on_rank_zero(lambda: write_inputs(shape, config, work))
     engine_config = resolve_engine_config(load_engine_config(engine_json), config, ranks.world_size())
-    found = materials.gather(config, device)
+    found = inputs.prepare_inputs(config, device)
     # A run's probe of the gap at every event would take longer than all steps of so short a schedule.
-    distillation.PROBE_SEQUENCES = probe_sequences(config, ranks.world_size())
-    run = Distillation(config, engine_config, found, work / "run", "benchmark")
+    training_run.PROBE_SEQUENCES = probe_sequences(config, ranks.world_size())
+    run = DistillationRun(config, engine_config, found, work / "run", "benchmark")
     return run.build_trainer(run_recorder(work / "run", config, 0), TrainState())
 
 
 def probe_sequences(config: RunConfig, num_ranks: int) -> int:
     """A micro-batch a rank, at most what a run takes."""
-    return min(gap.PROBE_SEQUENCES, config.train.micro_batch_size * num_ranks)
+    return min(gap_probe.PROBE_SEQUENCES, config.train.micro_batch_size * num_ranks)
 
 
 def write_inputs(shape: Shape, config: RunConfig, work: Path) -> None:

@@ -7,7 +7,7 @@
     python benchmarks/quality.py main --quick         # under 90 s, leaves results/ alone
 
 Two processes of one rank and one thread each train run after run (study/worker.py) through
-`homodistil.distillation.Distillation` under real DeepSpeed. Every single run is kept in --work under a hash of its
+`homodistil.training.run.Distillation` under real DeepSpeed. Every single run is kept in --work under a hash of its
 resolved config, so an interrupted command goes on, and studies share runs; a run that fails is reported and does not
 end the study. All methods see the same batches, masks and steps; the held-out blocks are split in two halves, by
 turns: learning rates are chosen on the one (seed 0), the other is reported. CPU seconds are the process's own

@@ -14,9 +14,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from homodistil.models import bert
-from homodistil.models.shapes import full_numel, full_shape
-from homodistil.resize import ResizePlan, engine_state, load_engine_state, load_state, owned_state, state_scalars
+from homodistil.models.encoders import bert
+from homodistil.models.parameter_shape import full_numel, full_shape
+from homodistil.models.resize_plan import ResizePlan
+from homodistil.resize import engine_state, load_engine_state, load_state, owned_state, state_scalars
 
 State = dict[str, dict[str, Tensor]]
 """Kind ("weight", "exp_avg", ...) -> parameter name -> fp32 tensor, on every rank."""

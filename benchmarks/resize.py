@@ -76,8 +76,9 @@ def run_engine(engine_name: str, args: argparse.Namespace, device: torch.device)
     """Milliseconds of steps, and one entry an event with the costs of both ways."""
     from reinitialize import ReinitializedRun
 
-    from homodistil.models import bert
-    from homodistil.resize import check_supported, make_plan
+    from homodistil.models.encoders import bert
+    from homodistil.models.resize_plan import make_plan
+    from homodistil.resize import check_supported
 
     size = SIZES["quick" if args.quick else "standard"]
     build = partial(make_engine, engine_name, size=size)
@@ -113,8 +114,8 @@ def run_event(engine, other, plan, number: int, device: torch.device) -> dict:
     """Costs of both ways, the worst of the ranks; who goes first alternates."""
     import torch.distributed as dist
 
-    from homodistil.models import bert
-    from homodistil.models.shapes import full_numel
+    from homodistil.models.encoders import bert
+    from homodistil.models.parameter_shape import full_numel
     from homodistil.resize import resize
 
     num_parameters = sum(map(full_numel, engine.module.parameters()))

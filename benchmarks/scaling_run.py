@@ -18,8 +18,8 @@ from shapes import SHAPES, Plan
 from step_parts import PartClock, measured, summed
 from workload import synchronize
 
-from homodistil.engine import init_ranks
-from homodistil.models.shapes import full_numel
+from homodistil.engine.build import init_ranks
+from homodistil.models.parameter_shape import full_numel
 
 SETTLING_STEPS = 2
 NO_EVENTS = Plan(interval=1000)

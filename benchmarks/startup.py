@@ -38,31 +38,31 @@ def measure(cache: Path, num_machines: int) -> dict:
     rank, num_ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     machine = rank * num_machines // num_ranks
     os.environ["HOMODISTIL_MACHINE"] = f"machine-{machine}"
-    from homodistil import nodes, ranks
-    from homodistil.cli import parse
-    from homodistil.distillation import Distillation
-    from homodistil.engine import init_ranks, load_engine_config, resolve_engine_config
-    from homodistil.materials import gather
-    from homodistil.metrics import Recorder
-    from homodistil.trainer import TrainState
+    from homodistil.config.command_line import parse
+    from homodistil.distributed import groups, ranks
+    from homodistil.engine.build import init_ranks, load_engine_config, resolve_engine_config
+    from homodistil.metrics.recorder import Recorder
+    from homodistil.training.inputs import prepare_inputs
+    from homodistil.training.run import DistillationRun
+    from homodistil.training.trainer import TrainState
 
-    first, once = _timed(ranks, "on_first_rank", 0), _timed(nodes, "once", 1)
+    first, once = _timed(ranks, "on_rank_zero", 0), _timed(groups, "once", 1)
     phases = {"imports": time.perf_counter() - START_S}
     device = init_ranks()
     phases["process group"] = time.perf_counter() - START_S
     fields = ["recipe=quickstart", f"data.cache_dir={cache / str(machine)}", "train.micro_batch_size=8"]
     config = parse([*fields, "pruning.compensation=none", "teacher.correction_steps=0"])
     engine = resolve_engine_config(load_engine_config(launch.ROOT / "ds_configs" / "zero2.json"), config, num_ranks)
-    materials = gather(config, device)
+    run_inputs = prepare_inputs(config, device)
     phases["data"] = time.perf_counter() - START_S
-    run = Distillation(config, engine, materials, cache / "run", "benchmark")
+    run = DistillationRun(config, engine, run_inputs, cache / "run", "benchmark")
     phases["teacher and student"] = time.perf_counter() - START_S
     trainer = run.build_trainer(Recorder(run.folder, 1, 0, enabled=False), TrainState())
     phases["engine"] = time.perf_counter() - START_S
     trainer.train_step()
     phases["first step"] = time.perf_counter() - START_S
     read = int(Path("/proc/self/io").read_text().split("rchar: ")[1].split()[0])
-    own = {"files_opened": sum(OPENED.values()), "bytes_read": read + _mapped_bytes(materials)}
+    own = {"files_opened": sum(OPENED.values()), "bytes_read": read + _mapped_bytes(run_inputs)}
     of_ranks = ranks.gather(own | {"alone_s": sum(first) + sum(once), "phases": _differences(phases)})
     totals = {name: sum(found[name] for found in of_ranks) for name in TOTALS}
     return totals | {"alone_s": of_ranks[0]["alone_s"], "phases": of_ranks[0]["phases"]}
@@ -90,9 +90,9 @@ def _timed(module, name: str, position: int) -> list[float]:
     return seconds
 
 
-def _mapped_bytes(materials) -> int:
+def _mapped_bytes(run_inputs) -> int:
     """What is read through memory maps, which the kernel's counter does not see: weights, twice (teacher, student)."""
-    return 2 * sum(path.stat().st_size for path in Path(materials.teacher).glob("*.safetensors"))
+    return 2 * sum(path.stat().st_size for path in Path(run_inputs.teacher).glob("*.safetensors"))
 
 
 def _differences(ends: dict[str, float]) -> dict[str, float]:

@@ -23,11 +23,11 @@ from product import write_inputs
 from report import environment, environment_text, result_path, row, spread, write, write_json
 from shapes import Shape
 
-from homodistil import cli
-from homodistil.config import RunConfig
-from homodistil.engine import init_ranks, load_engine_config, resolve_engine_config
-from homodistil.materials import gather
-from homodistil.together import Together, student_runs
+from homodistil.config import command_line
+from homodistil.config.schema import RunConfig
+from homodistil.engine.build import init_ranks, load_engine_config, resolve_engine_config
+from homodistil.training.inputs import prepare_inputs
+from homodistil.training.multi_student import MultiStudentTrainer, student_runs
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = "homobert-small-paper"
@@ -66,7 +66,7 @@ def student_config(shape: Shape, part: int, work: Path) -> RunConfig:
         "pruning.calibration_batches": 1,
         "run.name": f"part-{part}",
     }
-    return cli.parse([f"recipe={shape.recipe}", *(f"{name}={value}" for name, value in fields.items())])
+    return command_line.parse([f"recipe={shape.recipe}", *(f"{name}={value}" for name, value in fields.items())])
 
 
 def measure(shape: Shape, num_turns: int, work: Path) -> dict[str, list[float]]:
@@ -76,12 +76,12 @@ def measure(shape: Shape, num_turns: int, work: Path) -> dict[str, list[float]]:
     write_inputs(shape, configs[0], work)
     engine_config = resolve_engine_config(load_engine_config(ROOT / "ds_configs" / "zero2_fp32.json"), configs[0], 1)
     folders = [work / "run" / config.run.name for config in configs]
-    runs = student_runs(configs, folders, engine_config, gather(configs[0], device), "benchmark")
+    runs = student_runs(configs, folders, engine_config, prepare_inputs(configs[0], device), "benchmark")
     teacher = runs[0].teacher
     with contextlib.ExitStack() as stack:
         trainers = [stack.enter_context(run.training()) for run in runs]
-        together = Together(trainers, teacher, trainers[0].feed)
-        batches = trainers[0].feed.micro_batches(0)
+        together = MultiStudentTrainer(trainers, teacher, trainers[0].prefetcher)
+        batches = trainers[0].prefetcher.micro_batches(0)
 
         def each(lock_step: bool) -> None:
             teacher._lock_step = lock_step

@@ -8,7 +8,7 @@
 What runs is `Trainer.train_step` with the real engine, teacher, student, feed, pruner and monitor (product.py); its
 parts are timed from outside (step_parts.py). The run is one cubic schedule of seven events (quick: four), t_f = 0.7 T;
 the first step behind every event is left out (new shapes). A rank's numbers are rank 0's. FLOPs are model FLOPs, each
-counted once (homodistil/flops.py); the GEMM peak is the datasheet's for a GPU known by name, and else measured in the
+counted once (flops.py); the GEMM peak is the datasheet's for a GPU known by name, and else measured in the
 same process with the same threads and precision, the best of three measurements.
 """
 
@@ -57,7 +57,7 @@ def main() -> None:
     if is_rank():
         from throughput_run import run_shape
 
-        from homodistil.engine import init_ranks
+        from homodistil.engine.build import init_ranks
 
         hand_back(run_shape(args, init_ranks()))
         return

@@ -16,10 +16,10 @@ from shapes import SHAPES, Plan, Shape
 from step_parts import EVENT_PARTS, PartClock, measured
 from workload import synchronize
 
-from homodistil.cli import parse
-from homodistil.flops import peak_flops
+from homodistil.config.command_line import parse
+from homodistil.metrics.device_peak import peak_flops
+from homodistil.models.shapes import target_shape, target_widths
 from homodistil.pruning.schedule import WidthSchedule
-from homodistil.pruning.target import target_shape, target_widths
 
 
 def run_shape(args: argparse.Namespace, device: torch.device) -> dict:
@@ -36,7 +36,7 @@ def run_shape(args: argparse.Namespace, device: torch.device) -> dict:
         [*(run.stage(plan.interval) for _ in range(plan.events)), run.stage(plan.num_steps - plan.end_step)]
     )
     again = [peak_flops(device, dtype) for _ in range(2)]
-    peak = max([trainer.monitor.peak, *again], key=lambda found: found.flops_per_s)
+    peak = max([trainer.step_log.peak, *again], key=lambda found: found.flops_per_s)
     return {
         "world_size": args.world_size,
         "dtype": str(dtype).removeprefix("torch."),
@@ -143,7 +143,7 @@ class Measurement:
             self.trainer.student.objective.config,
             num_sequences=sequences,
             seq_len=seq_len,
-            masked_rows=config.data.mask_probability * sequences * (seq_len - 2),  # [CLS] and [SEP] never are
+            target_rows=config.data.mask_probability * sequences * (seq_len - 2),  # [CLS] and [SEP] never are
             vocab_size=model.config.vocab_size,
         )
 

@@ -16,7 +16,7 @@ STEP_PARTS = tuple(part for part in PARTS if part != "gap")
 LIMITS = {"importance": 0.03, "logging": 0.01, "data wait": 0.01}
 SMALLEST_EXPLAINED, SMALLEST_GEMM_SHARE = 0.95, 0.60
 PROBE_SEQUENCES = 48
-"""Of a run's gap at every event (homodistil/evaluation/gap.py); this benchmark takes fewer."""
+"""Of a run's gap at every event (homodistil/evaluation/gap_probe.py); this benchmark takes fewer."""
 
 
 def step_ms(stage: dict) -> float:

@@ -16,8 +16,8 @@ from typing import Any
 
 from docstring_parser import parse_from_object
 
-from homodistil.config import RunConfig
-from homodistil.config_rules import range_text
+from homodistil.config.rules import range_text
+from homodistil.config.schema import RunConfig
 
 PAGE = Path(__file__).with_name("config.md")
 _HEAD = """# Configuration

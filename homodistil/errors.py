@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import difflib
-from collections.abc import Iterable, Iterator
-from pathlib import Path
+from collections.abc import Iterable
 
 
 class _Ending(BaseException):
-    """Ends a script with one line and an exit code of its own (exit_codes.py), without a traceback."""
+    """Ends a script with one line and an exit code of its own (distributed/exit_codes.py), without a traceback."""
 
     is_said: bool | None = None
     """Another rank prints this line; None while nothing is known of other ranks."""
@@ -39,22 +37,6 @@ class Interrupted(StopRequested, KeyboardInterrupt):
 
 class RankLost(_Ending, RuntimeError):
     """Another rank is gone or hangs. The text is one line that names it."""
-
-
-@contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn what goes wrong while `path` is written (full disk, read-only folder) into a `UserError` that names it."""
-    try:
-        yield
-    except Exception as error:
-        # The library's own error type, told by its name: this module is imported before anything heavy.
-        if not isinstance(error, OSError) and type(error).__name__ != "SafetensorError":
-            raise
-        reason = getattr(error, "strerror", None) or str(error)
-        raise UserError(
-            f"{path}: cannot be written ({reason}); free disk space or make the folder writable, then run again with "
-            f"run.resume=auto"
-        ) from None
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

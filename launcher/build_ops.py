@@ -15,7 +15,7 @@ def main() -> int:
         print("error: no C++ compiler found (g++); install one, for example `apt-get install g++`", file=sys.stderr)
         return 2
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    from homodistil.native_ops import load_op  # heavy imports, not needed for the message above
+    from homodistil.engine.native_ops import load_op
 
     for builder in ("ShareMemCommBuilder", *(OPTIMIZERS if "--optimizers" in sys.argv[1:] else ())):
         load_op(builder)

@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import argparse
 
-from homodistil.stop import handle_signals, on_signals
+from homodistil.distributed.graceful_stop import handle_signals, on_signals
 
 handle_signals()  # first of all: what follows takes seconds
 
-from homodistil.boundary import exit_with_code  # noqa: E402
+from homodistil.distributed.script_exit import exit_with_code  # noqa: E402
 from homodistil.evaluation import progress  # noqa: E402
 from homodistil.evaluation.command_line import fine_tuning_parser, number  # noqa: E402
 
@@ -26,8 +26,8 @@ def main() -> None:
         # After parsing, so that --help and mistakes need no heavy imports.
         from homodistil.evaluation.glue.fine_tuning import Settings
         from homodistil.evaluation.glue.grid import Grid, run_grid
+        from homodistil.evaluation.glue.result_table import write_table
         from homodistil.evaluation.glue.sources import chosen_tasks
-        from homodistil.evaluation.glue.table import write_table
 
         shared = Settings(
             max_length=arguments.max_length,

@@ -12,12 +12,12 @@ The second line takes some real steps on this machine and keeps what they say ab
 
 import sys
 
-from homodistil.stop import handle_signals
+from homodistil.distributed.graceful_stop import handle_signals
 
 handle_signals()  # first of all: what follows takes seconds
 
-from homodistil.boundary import exit_with_code  # noqa: E402
-from homodistil.cli import parse_with_engine  # noqa: E402
+from homodistil.config.command_line import parse_with_engine  # noqa: E402
+from homodistil.distributed.script_exit import exit_with_code  # noqa: E402
 from homodistil.planning.options import split_options  # noqa: E402
 
 
@@ -25,7 +25,7 @@ def main() -> None:
     with exit_with_code():
         options, arguments = split_options(sys.argv[1:], __doc__)
         config, engine_config = parse_with_engine(arguments, "Plan a run.")
-        from homodistil.planning.command import measure, show  # heavy imports, not needed for --help and mistakes
+        from homodistil.planning.command import measure, show
 
         (measure if options.measure else show)(config, engine_config, options)
 

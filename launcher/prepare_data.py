@@ -13,13 +13,13 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from homodistil.stop import handle_signals, on_signals
+from homodistil.distributed.graceful_stop import handle_signals, on_signals
 
 handle_signals()  # first of all: what follows takes seconds
 
-from homodistil.boundary import exit_with_code  # noqa: E402
-from homodistil.cli import parse  # noqa: E402
-from homodistil.data.tasks import split_task  # noqa: E402
+from homodistil.config.command_line import parse  # noqa: E402
+from homodistil.data.prepare.array_tasks import split_task  # noqa: E402
+from homodistil.distributed.script_exit import exit_with_code  # noqa: E402
 
 
 def main() -> None:
@@ -27,8 +27,8 @@ def main() -> None:
         task, arguments = split_task(sys.argv[1:])
         config = parse(arguments, f"{__doc__.splitlines()[0]} --task N --tasks M: do only shards N, N + M, ...")
         # After parsing, so that --help and mistakes need no heavy imports.
-        from homodistil.data import assets
-        from homodistil.data.corpus import check_sources, prepare_share
+        from homodistil.data.prepare.corpus import check_sources, prepare_share
+        from homodistil.data.sources import assets
         from homodistil.distill.teacher import load_config, load_tokenizer
 
         with on_signals(how_to_go_on="the same command goes on with the shards that are finished"):

@@ -11,11 +11,11 @@ import argparse
 import os
 from pathlib import Path
 
-from homodistil.stop import handle_signals
+from homodistil.distributed.graceful_stop import handle_signals
 
 handle_signals()  # first of all: what follows takes seconds
 
-from homodistil.boundary import exit_with_code  # noqa: E402
+from homodistil.distributed.script_exit import exit_with_code  # noqa: E402
 from homodistil.errors import UserError  # noqa: E402
 
 

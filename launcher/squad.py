@@ -13,11 +13,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from homodistil.stop import handle_signals, on_signals
+from homodistil.distributed.graceful_stop import handle_signals, on_signals
 
 handle_signals()  # first of all: what follows takes seconds
 
-from homodistil.boundary import exit_with_code  # noqa: E402
+from homodistil.distributed.script_exit import exit_with_code  # noqa: E402
 from homodistil.evaluation import progress  # noqa: E402
 from homodistil.evaluation.command_line import fine_tuning_parser, number  # noqa: E402
 

@@ -10,14 +10,14 @@ With --check nothing is trained: a table says what would go wrong (homodistil/pr
 
 import sys
 
-from homodistil.stop import handle_signals
+from homodistil.distributed.graceful_stop import handle_signals
 
 handle_signals()  # first of all: what follows takes seconds
 
-from homodistil.boundary import exit_with_code  # noqa: E402
-from homodistil.cli import parse_job  # noqa: E402
-from homodistil.progress import doing  # noqa: E402
-from homodistil.rank_log import tag_lines  # noqa: E402
+from homodistil.config.command_line import parse_job  # noqa: E402
+from homodistil.distributed.rank_log import tag_lines  # noqa: E402
+from homodistil.distributed.script_exit import exit_with_code  # noqa: E402
+from homodistil.metrics.progress import doing  # noqa: E402
 
 
 def main() -> None:
@@ -28,7 +28,7 @@ def main() -> None:
             if job.is_check:
                 from homodistil.preflight import check
             else:
-                from homodistil.job import run
+                from homodistil.train import run
         if job.is_check:
             sys.exit(check(job.config, job.engine_config))
         run(job.config, job.engine_config, job.students)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from homodistil.data.masking import Batch
+from homodistil.data.masked_lm import Batch
 
 Weights = dict[str, Tensor]
 HEAD = "cls.predictions"
@@ -104,7 +104,7 @@ class Reference:
         return torch.cat([part[mask] for part, mask in zip(parts, masks, strict=True)])
 
     def masked(self, parts: list[Tensor]) -> Tensor:
-        return torch.cat([p.flatten(0, 1)[b.masked_index] for p, b in zip(parts, self.batches, strict=True)])
+        return torch.cat([p.flatten(0, 1)[b.target_index] for p, b in zip(parts, self.batches, strict=True)])
 
     def fit_linear(self, name: str, x: Tensor, y: Tensor) -> None:
         start, (mean_x, mean_y) = self.new[f"{name}.weight"], (x.mean(0), y.mean(0))
@@ -203,6 +203,6 @@ def drawn_gradients(weights: Weights, batch: Batch, labels: Tensor, num_layers: 
         x = watch(norm(weights, f"{layer}.attention.output.LayerNorm", summed))
         active = gelu(linear(weights, f"{layer}.intermediate.dense", x))
         x = watch(norm(weights, f"{layer}.output.LayerNorm", x + linear(weights, f"{layer}.output.dense", active)))
-    rows = head_rows(weights, x.flatten(0, 1)[batch.masked_index])
+    rows = head_rows(weights, x.flatten(0, 1)[batch.target_index])
     functional.cross_entropy(logits(weights, rows), labels, reduction="sum").backward()
     return [place.grad[batch.attention_mask.bool()] for place in places]

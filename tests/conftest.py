@@ -36,6 +36,6 @@ def tokenizer(cache_dir):
     """The real uncased WordPiece tokenizer of the packaged BERT-tiny."""
     from transformers import AutoTokenizer
 
-    from homodistil.data.assets import teacher_folder
+    from homodistil.data.sources.assets import teacher_folder
 
     return AutoTokenizer.from_pretrained(teacher_folder("embedded:bert-tiny", cache_dir))

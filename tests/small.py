@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from transformers import BertConfig, BertForMaskedLM
 
-from homodistil.config import LossConfig, RunConfig
-from homodistil.data.masking import Batch, Counts
+from homodistil.config.schema import LossConfig, RunConfig
+from homodistil.data.masked_lm import Batch, LossCounts
 from homodistil.distill.student import Student
 from homodistil.distill.teacher import Teacher
+from homodistil.models.activations import ATTENTION
 from homodistil.models.axes import AxisTable, head_axes
-from homodistil.models.taps import ATTENTION
 
 VOCABULARY = 101
 
@@ -45,11 +45,11 @@ def small_batch(seed: int = 0, lengths: tuple[int, ...] = (7, 11, 4)) -> Batch:
     attention_mask = (torch.arange(num_tokens) < torch.tensor(lengths)[:, None]).long()
     input_ids = torch.randint(5, VOCABULARY, attention_mask.shape, generator=generator) * attention_mask
     chosen = (torch.rand(attention_mask.shape, generator=generator) < 0.4) & attention_mask.bool()
-    masked_index = chosen.flatten().nonzero().squeeze(1)
-    labels = torch.randint(5, VOCABULARY, (len(masked_index),), generator=generator)
+    target_index = chosen.flatten().nonzero().squeeze(1)
+    labels = torch.randint(5, VOCABULARY, (len(target_index),), generator=generator)
     token_index = attention_mask.flatten().nonzero().squeeze(1)
-    counts = Counts(*torch.tensor([len(masked_index), sum(lengths), sum(n * n for n in lengths)]).float().unbind())
-    return Batch(input_ids, attention_mask, masked_index, labels, token_index, counts)
+    counts = LossCounts(*torch.tensor([len(target_index), sum(lengths), sum(n * n for n in lengths)]).float().unbind())
+    return Batch(input_ids, attention_mask, target_index, labels, token_index, counts)
 
 
 def small_pair(**loss) -> tuple[Student, Teacher]:

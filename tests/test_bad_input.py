@@ -11,10 +11,10 @@ import pytest
 from small import small_model
 from transformers import BertTokenizerFast, GPT2Config
 
-from homodistil.cli import parse
+from homodistil.config.command_line import parse
 from homodistil.errors import UserError
-from homodistil.job import run
-from homodistil.run_folder import check_run_folder, claim_run_folder
+from homodistil.train import run
+from homodistil.training.run_folder import check_run_folder, claim_run_folder
 
 REPO = Path(__file__).parents[1]
 ENGINE = REPO / "ds_configs" / "zero2_fp32.json"

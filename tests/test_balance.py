@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from homodistil.balance import Balance
+from homodistil.training.loss_balance import Balance
 
 LOSSES = {"loss/mlm": 2.0, "loss/kl": 0.5, "loss/attention": 9.0, "loss/total": 2 + 4 * 0.5 + 3 * 9}
 WEIGHTS = {"mlm": 1.0, "kl": 4.0, "attention": 3.0}

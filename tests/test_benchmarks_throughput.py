@@ -101,8 +101,8 @@ def test_points_are_wrapped_and_restored(monkeypatch):
 def test_flops_of_the_parts_add_up_to_those_of_the_step():
     from part_flops import part_flops
 
-    from homodistil.config import LossConfig
-    from homodistil.flops import step_flops
+    from homodistil.config.schema import LossConfig
+    from homodistil.models.flops import step_flops
 
     def widths(hidden: int, ffn: int, heads: int, dim: int) -> dict[str, int]:
         layer = {"ffn": ffn, "heads": heads, "qk_dim": dim, "vo_dim": dim}

@@ -21,8 +21,8 @@ from small import small_batch, small_pair
 
 from homodistil.checkpoint import Checkpoints, candidates
 from homodistil.checkpoint.reader import StateReader
-from homodistil.config import RunConfig
-from homodistil.engine import build_engine, init_ranks, resolve_engine_config
+from homodistil.config.schema import RunConfig
+from homodistil.engine.build import build_engine, init_ranks, resolve_engine_config
 from homodistil.errors import UserError
 from homodistil.resize import engine_state, load_engine_state, master_weights
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from homodistil.cli import RECIPES, parse, recipe_names
-from homodistil.config import RunConfig
+from homodistil.config.command_line import RECIPES, parse, recipe_names
+from homodistil.config.schema import RunConfig
 from homodistil.errors import UserError
 
 REPO = Path(__file__).parents[1]
@@ -159,5 +159,5 @@ def test_help_needs_no_heavy_imports(script):
     command = [sys.executable, "-X", "importtime", str(REPO / f"launcher/{script}.py"), "--help"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=REPO)
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
-    assert done.returncode == 0 and "homodistil.boundary" in imported
+    assert done.returncode == 0 and "homodistil.distributed.script_exit" in imported
     assert not imported & {"torch", "transformers", "deepspeed", "datasets"}

@@ -9,16 +9,16 @@ import pytest
 import torch
 from small import plain_run, small_batch, small_model, small_pair
 
-from homodistil.config import PruningConfig, RunConfig
-from homodistil.distill.plain_copy import PlainCopies, duplicate
-from homodistil.distillation import Distillation
-from homodistil.engine import init_ranks, resolve_engine_config
-from homodistil.materials import gather
-from homodistil.models import bert
+from homodistil.config.schema import PruningConfig, RunConfig
+from homodistil.distill.snapshot import StudentSnapshots, duplicate
+from homodistil.engine.build import init_ranks, resolve_engine_config
+from homodistil.models.encoders import bert
+from homodistil.models.resize_plan import make_plan, slice_module
+from homodistil.pruning.calibration import drawn_label_loss
 from homodistil.pruning.importance import Importance
-from homodistil.pruning.teacher_labels import drawn_label_loss
-from homodistil.resize import make_plan, slice_module
-from homodistil.trials import score_by_drawn_labels
+from homodistil.training.inputs import prepare_inputs
+from homodistil.training.run import DistillationRun
+from homodistil.training.trial_cuts import score_by_drawn_labels
 
 STEPS = 40
 
@@ -51,10 +51,12 @@ def make_config(parts: Path, **pruning) -> RunConfig:
     return config
 
 
-def distil(config: RunConfig, folder: Path, stage: int) -> Distillation:
+def distil(config: RunConfig, folder: Path, stage: int) -> DistillationRun:
     device = init_ranks()
     engine = {"zero_optimization": {"stage": stage}, "bf16": {"enabled": True}}
-    run = Distillation(config, resolve_engine_config(engine, config, 1), gather(config, device), folder, "test")
+    run = DistillationRun(
+        config, resolve_engine_config(engine, config, 1), prepare_inputs(config, device), folder, "test"
+    )
     run.row = run.run()
     return run
 
@@ -72,13 +74,13 @@ def closed_loop(request, parts, tmp_path_factory):
     folder, trials = tmp_path_factory.mktemp("closed_loop") / "run", []
     config = make_config(parts, schedule="gap", gap_bound=0.005, gap_recovery=0.2)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("homodistil.trials.GapLook.kl_after", remembering(trials))
+        patch.setattr("homodistil.training.trial_cuts.GapLook.kl_after", remembering(trials))
         run = distil(config, folder, request.param)
     return config, folder, run, trials, request.param
 
 
 def remembering(trials: list[float]):
-    from homodistil.trials import GapLook
+    from homodistil.training.trial_cuts import GapLook
 
     kl_after = GapLook.kl_after
 
@@ -144,7 +146,7 @@ def test_a_duplicate_has_hooks_of_its_own():
 
 def test_a_plain_copy_computes_what_the_student_does_at_todays_widths():
     student, teacher = small_pair()
-    copies = PlainCopies(student)
+    copies = StudentSnapshots(student)
     keep = {"hidden": torch.arange(3, 20), "layer.1.heads": torch.tensor([0, 2]), "layer.0.ffn": torch.arange(9)}
     plan = make_plan(student.axis_table(), keep)
     slice_module(student, plan)
@@ -172,7 +174,7 @@ def test_teacher_kl_scores_are_those_of_a_naive_float64_loop():
         drawn = [torch.multinomial(teacher.predict(b).softmax(-1), 1, generator=labels).squeeze(1) for b in batches]
     for batch, wanted in zip(batches, drawn, strict=True):
         logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits.flatten(0, 1)
-        log_shares = logits[batch.masked_index].log_softmax(-1)
+        log_shares = logits[batch.target_index].log_softmax(-1)
         (-log_shares[torch.arange(len(wanted)), wanted].mean() / 2).backward()
     scores = importance.scores()
     for axis, expected in naive_scores(model).items():

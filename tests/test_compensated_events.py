@@ -9,14 +9,14 @@ import pytest
 import torch
 from small import random_keep, small_batch, small_pair
 
-from homodistil.compensated import Compensation, calibration_config, stage_widths
-from homodistil.config import RunConfig
-from homodistil.data.masking import Batch
-from homodistil.distill.plain_copy import duplicate
+from homodistil.config.schema import RunConfig
+from homodistil.data.masked_lm import Batch
+from homodistil.distill.snapshot import duplicate
 from homodistil.distill.student import Student
 from homodistil.errors import UserError
 from homodistil.pruning.compensation import Options, compensate
-from homodistil.pruning.events import carry_out, propose, residual_map
+from homodistil.pruning.compensation.student import carry_out, propose, residual_map
+from homodistil.training.compensated_events import Compensation, calibration_config, stage_widths
 
 WIDTHS = {"hidden": 17, "layer.0.ffn": 31, "layer.1.heads": 3, "layer.1.qk_dim": 5, "layer.1.vo_dim": 5}
 BATCHES = [small_batch(seed, (11, 9, 16)) for seed in range(3)]

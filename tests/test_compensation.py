@@ -19,12 +19,11 @@ from compensation_reference import (
 from small import random_keep, small_batch, small_model
 from torch import Tensor
 
-from homodistil.models import bert
+from homodistil.models.encoders import bert
+from homodistil.models.resize_plan import make_plan, slice_module
 from homodistil.pruning.compensation import Options, compensate, rotation_only
 from homodistil.pruning.compensation.projection import _mix, residual_projection
 from homodistil.pruning.compensation.statistics import collect, draw_labels, uniform_numbers
-from homodistil.resize.plan import make_plan
-from homodistil.resize.wrappers.plain import slice_module
 
 HEADS, LAYERS = 3, 2
 BATCHES = [small_batch(seed, lengths) for seed, lengths in enumerate([(16, 11, 5), (13, 9), (16, 16, 3, 12)])]
@@ -67,7 +66,7 @@ def mean_predictions(reference: Reference, num_batches: int) -> Tensor:
     found = []
     for batch in BATCHES[:num_batches]:
         hidden = last_hidden(reference.old, batch, LAYERS, HEADS, reference.scale)
-        rows = head_rows(reference.old, hidden.flatten(0, 1)[batch.masked_index])
+        rows = head_rows(reference.old, hidden.flatten(0, 1)[batch.target_index])
         found.append(logits(reference.old, rows).softmax(-1))
     return torch.cat(found).mean(0)
 
@@ -146,7 +145,7 @@ def test_gradients_are_those_of_the_drawn_labels(model):
     found = []
     for i, batch in enumerate(BATCHES[:2]):
         numbers = uniform_numbers(batch, i * len(batch.input_ids), seed=4)
-        hidden = last_hidden(weights, batch, LAYERS, HEADS, scale).flatten(0, 1)[batch.masked_index]
+        hidden = last_hidden(weights, batch, LAYERS, HEADS, scale).flatten(0, 1)[batch.target_index]
         labels = draw_labels(logits(weights, head_rows(weights, hidden)).softmax(-1), numbers)
         found += drawn_gradients(weights, batch, labels, LAYERS, HEADS, scale)
     rows = torch.cat(found)
@@ -164,9 +163,9 @@ def test_draws_do_not_depend_on_how_sequences_are_dealt_out():
 def split_batch(batch, rows: slice):
     """Some sequences of a batch, as far as draws look at it."""
     length = batch.input_ids.shape[1]
-    index = batch.masked_index
+    index = batch.target_index
     here = index[(index >= rows.start * length) & (index < rows.stop * length)]
-    return batch._replace(input_ids=batch.input_ids[rows], masked_index=here - rows.start * length)
+    return batch._replace(input_ids=batch.input_ids[rows], target_index=here - rows.start * length)
 
 
 def test_labels_are_drawn_by_their_probability():
@@ -258,7 +257,7 @@ def kl(model, other) -> float:
     total = 0.0
     for batch in BATCHES:
         first, second = (
-            m(batch.input_ids, batch.attention_mask).logits.flatten(0, 1)[batch.masked_index].log_softmax(-1)
+            m(batch.input_ids, batch.attention_mask).logits.flatten(0, 1)[batch.target_index].log_softmax(-1)
             for m in (model, other)
         )
         total += float((first.exp() * (first - second)).sum())
@@ -298,7 +297,7 @@ def test_degenerate_inputs_stay_finite(model, mode, case):
         elif case == "few tokens":
             batches = [small_batch(0, (3, 2))]
         else:
-            batches = [b._replace(masked_index=b.masked_index[:0], masked_labels=b.masked_labels[:0]) for b in BATCHES]
+            batches = [b._replace(target_index=b.target_index[:0], target_ids=b.target_ids[:0]) for b in BATCHES]
     result = cut(model, mode=mode, batches=batches)
     for name, value in result.model.named_parameters():
         assert value.isfinite().all(), name

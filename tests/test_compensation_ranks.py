@@ -10,8 +10,8 @@ import torch
 from small import random_keep, small_batch, small_model
 from thread_ranks import on_every_rank
 
-from homodistil import ranks
-from homodistil.models import bert
+from homodistil.distributed import ranks
+from homodistil.models.encoders import bert
 from homodistil.pruning.compensation import Options, compensate
 
 BATCHES = [small_batch(seed, lengths) for seed, lengths in enumerate([(16, 11, 5), (13, 9), (16, 16, 3), (4, 16)])]
@@ -19,7 +19,7 @@ WIDTHS = {"hidden": 17, "layer.0.ffn": 31, "layer.2.heads": 3, "layer.1.qk_dim":
 
 
 class Talk:
-    """What `homodistil.ranks` does, for ranks that are threads (each has a group of its own)."""
+    """What `homodistil.distributed.ranks` does, for ranks that are threads (each has a group of its own)."""
 
     def __init__(self) -> None:
         self.own = threading.local()

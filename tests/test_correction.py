@@ -6,11 +6,18 @@ import json
 
 import pytest
 
-from homodistil.cli import parse
-from homodistil.correction import FACTS_FILE, SEED_OFFSET, TEACHER_FILE, _begun_with, _key, correction_config
-from homodistil.data.corpus import Corpus
-from homodistil.engine import init_ranks
-from homodistil.materials import Materials
+from homodistil.config.command_line import parse
+from homodistil.data.prepare.corpus import Corpus
+from homodistil.engine.build import init_ranks
+from homodistil.training.inputs import RunInputs
+from homodistil.training.teacher_correction import (
+    FACTS_FILE,
+    SEED_OFFSET,
+    TEACHER_FILE,
+    _begun_with,
+    _key,
+    correction_config,
+)
 
 
 @pytest.fixture
@@ -34,10 +41,10 @@ def test_anything_else_is_no_record(tmp_path, teachers, content):
 
 def test_the_seed_of_a_run_has_no_part_in_its_teacher(tmp_path):
     (tmp_path / "config.json").write_text("{}")
-    materials = Materials(str(tmp_path), None, Corpus([], [], "a fingerprint", "a text"), init_ranks())
+    run_inputs = RunInputs(str(tmp_path), None, Corpus([], [], "a fingerprint", "a text"), init_ranks())
 
     def key(*overrides: str) -> str:
-        return _key(parse(["recipe=quickstart", *overrides]), {}, materials)
+        return _key(parse(["recipe=quickstart", *overrides]), {}, run_inputs)
 
     assert key() == key("train.seed=1") == key("train.seed=2", "teacher.correction_seed=0")
     assert key() != key("teacher.correction_seed=1") == key("teacher.correction_seed=1", "train.seed=5")

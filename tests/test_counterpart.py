@@ -5,15 +5,15 @@ import torch
 from small import VOCABULARY, plain_run, small_batch, small_model
 from transformers import BertConfig
 
-from homodistil.config import RunConfig, StudentConfig
-from homodistil.distill.counterpart import check_student, compared_layers, copied_layers
-from homodistil.distill.initial_student import build_student
-from homodistil.distill.relations import check_relations
+from homodistil.config.schema import RunConfig, StudentConfig
+from homodistil.distill.build_student import build_student
+from homodistil.distill.layer_map import check_student, compared_layers, copied_layers
+from homodistil.distill.losses.relations import check_relations
 from homodistil.distill.teacher import Teacher
 from homodistil.errors import UserError
-from homodistil.export import stock_model
-from homodistil.models import bert
-from homodistil.pruning.target import student_widths
+from homodistil.export.stock_model import stock_model
+from homodistil.models.encoders import bert
+from homodistil.models.shapes import student_widths
 
 TEACHER = {"num_hidden_layers": 6}
 
@@ -98,7 +98,7 @@ def test_widths_on_the_way_are_looked_at_too():
 def test_a_copy_of_some_layers_has_the_teachers_weights():
     student, teacher = student_of(config_of(student__num_hidden_layers=2, student__init_layers=[1, 4]))
     own, theirs = student.model.bert.encoder.layer, teacher.bert.encoder.layer
-    assert len(own) == 2 and student.counterpart.layers == (2, 5) and student.widths["hidden"] == 24
+    assert len(own) == 2 and student.layer_map.layers == (2, 5) and student.widths["hidden"] == 24
     for layer, origin in zip(own, (theirs[1], theirs[4]), strict=True):
         assert all(torch.equal(a, b) for a, b in zip(layer.parameters(), origin.parameters(), strict=True))
     batch = small_batch()
@@ -144,7 +144,7 @@ def test_a_random_student_exports_to_equal_stock_logits(layers):
     assert isinstance(stock.config, BertConfig) and stock.config.num_hidden_layers == (layers or 6)
     assert (stock.config.hidden_size, stock.config.vocab_size) == (15, VOCABULARY)
     batch = small_batch()
-    logits = stock(batch.input_ids, attention_mask=batch.attention_mask).logits.flatten(0, 1)[batch.masked_index]
+    logits = stock(batch.input_ids, attention_mask=batch.attention_mask).logits.flatten(0, 1)[batch.target_index]
     torch.testing.assert_close(student.eval().predict(batch), logits, rtol=1e-5, atol=1e-6)
 
 

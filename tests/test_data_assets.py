@@ -16,10 +16,10 @@ import pytest
 import torch
 from transformers import AutoTokenizer, BertForMaskedLM, BertModel
 
-from homodistil.data import assets, downloads
+from homodistil.data.sources import assets, downloads
 from homodistil.errors import UserError
 
-CALL = "import sys; from pathlib import Path; from homodistil.data import assets; "
+CALL = "import sys; from pathlib import Path; from homodistil.data.sources import assets; "
 
 
 def documents(name: str, cache_dir: Path) -> list[dict]:

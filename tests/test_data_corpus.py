@@ -21,9 +21,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from homodistil.config import DataConfig
-from homodistil.data.corpus import prepare_corpus
-from homodistil.data.packing import split
+from homodistil.config.schema import DataConfig
+from homodistil.data.prepare.corpus import prepare_corpus
+from homodistil.data.prepare.packing import split
 from homodistil.errors import UserError
 
 PAD, CLS, SEP, MASK = 0, 101, 102, 103
@@ -31,8 +31,8 @@ WORDS = "The whale, unbelievably große – swims: past Nantucket's islands agai
 PREPARE = """
 import sys, json
 from transformers import AutoTokenizer
-from homodistil.config import DataConfig
-from homodistil.data.corpus import prepare_corpus
+from homodistil.config.schema import DataConfig
+from homodistil.data.prepare.corpus import prepare_corpus
 teacher, cache, source = sys.argv[1:]
 corpus = prepare_corpus(DataConfig(sources=[source], cache_dir=cache), AutoTokenizer.from_pretrained(teacher))
 print(corpus.fingerprint, len(corpus.train), len(corpus.heldout))

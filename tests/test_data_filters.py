@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from homodistil.config import DataConfig, RunConfig
-from homodistil.data import near_duplicates
-from homodistil.data.corpus import prepare_corpus, prepare_share
+from homodistil.config.schema import DataConfig, RunConfig
+from homodistil.data.prepare import near_duplicates
+from homodistil.data.prepare.corpus import prepare_corpus, prepare_share
 from homodistil.errors import UserError
 
 STOP_WORDS = "the be to of and that have with".split()

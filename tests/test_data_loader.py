@@ -8,9 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from homodistil.config import DataConfig
-from homodistil.data.corpus import Rows
+from homodistil.config.schema import DataConfig
 from homodistil.data.loader import BatchLoader, fixed_batches, sample_order
+from homodistil.data.prepare.corpus import Rows
 from homodistil.errors import UserError
 
 WIDTH = 9
@@ -32,7 +32,7 @@ def folder(tmp_path_factory):
 
 def samples_in(batch) -> list[int]:
     restored = batch.input_ids.flatten().clone()
-    restored[batch.masked_index] = batch.masked_labels
+    restored[batch.target_index] = batch.target_ids
     ids = restored.view(batch.input_ids.shape)[:, 1:-1] - 1000
     assert (ids == ids[:, :1]).all()
     return ids[:, 0].tolist()
@@ -99,7 +99,7 @@ def test_masks_change_from_epoch_to_epoch(folder, tokenizer):
     first, second = (loader(rows, tokenizer, micro=1, total=1).micro_batches(epoch)[0] for epoch in (0, 1))
     assert samples_in(first) == samples_in(second) == [0]
     many = {
-        tuple(loader(rows, tokenizer, micro=1, total=1).micro_batches(e)[0].masked_index.tolist()) for e in range(9)
+        tuple(loader(rows, tokenizer, micro=1, total=1).micro_batches(e)[0].target_index.tolist()) for e in range(9)
     }
     assert len(many) > 1
 
@@ -127,15 +127,15 @@ def test_fixed_batches(folder, tokenizer, count, world, size, limit):
     assert len({len(share) for share in shares}) == 1, "a forward pass may be a collective"
     reference = {}
     for batch in fixed_batches(rows, tokenizer, DataConfig(), 7, 1, 0, 1):
-        reference[samples_in(batch)[0]] = batch.input_ids[0].tolist(), batch.masked_labels.tolist()
+        reference[samples_in(batch)[0]] = batch.input_ids[0].tolist(), batch.target_ids.tolist()
     seen, labels = [], []
     for batch in (batch for share in shares for batch in share):
         assert 1 <= len(batch.input_ids) <= size
         if samples_in(batch) == [0] and 0 in seen:
-            assert batch.counts.masked_rows == 0, "the filler predicts nothing"
+            assert batch.counts.target_rows == 0, "the filler predicts nothing"
             continue
         seen += samples_in(batch)
-        labels += batch.masked_labels.tolist()
+        labels += batch.target_ids.tolist()
         assert [row.tolist() for row in batch.input_ids] == [reference[s][0] for s in samples_in(batch)]
     assert sorted(seen) == expected
     assert sorted(labels) == sorted(label for s in expected for label in reference[s][1])

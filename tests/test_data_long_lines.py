@@ -9,17 +9,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from homodistil.data import documents, plan
-from homodistil.data.documents import Span, read
-from homodistil.data.files import TextFile
-from homodistil.data.sources import Source
+from homodistil.data.prepare import shard_plan
+from homodistil.data.sources import documents
+from homodistil.data.sources.documents import Span, read
+from homodistil.data.sources.sources import Source
+from homodistil.data.sources.text_files import TextFile
 from homodistil.errors import UserError
 
 
 @pytest.fixture
 def short_parts(monkeypatch):
     monkeypatch.setattr(documents, "_PART_BYTES", 32)
-    monkeypatch.setattr(plan, "_PART_BYTES", 32)
+    monkeypatch.setattr(shard_plan, "_PART_BYTES", 32)
 
 
 def _source(path, text_documents: str = "file") -> Source:
@@ -53,7 +54,7 @@ def test_documents_do_not_depend_on_the_parts(tmp_path, short_parts, text_docume
     path.write_text(f"{long}\nshort\n\n{long}{long}\n \nlast")
     expected = [path.read_text()] if text_documents == "file" else [f"{long}\nshort\n", f"{long}{long}\n", "last"]
     assert _read(path, text_documents) == expected
-    shards = plan.make_plan([_source(path, text_documents)], 100, "").shards
+    shards = shard_plan.make_plan([_source(path, text_documents)], 100, "").shards
     spans = [span for shard in shards for span in shard.spans]
     found = ["".join(pieces) for span in spans for pieces in read(_source(path, text_documents), span)]
     assert found == expected and (text_documents == "file" or len(spans) > 1)

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from homodistil.data.masking import Masker
+from homodistil.data.masked_lm import Masker
 
 PAD, CLS, SEP, MASK, UNK = 0, 101, 102, 103, 100
 
@@ -42,13 +42,13 @@ def test_statistics(tokenizer, probability):
     blocks = blocks_of(1500, 131)
     batch = mask(tokenizer, blocks, probability)
     ordinary = int((~np.isin(blocks, [PAD, CLS, SEP, MASK, UNK])).sum())
-    inputs = batch.input_ids.flatten()[batch.masked_index]
-    rows = len(batch.masked_index)
-    masked, kept = int((inputs == MASK).sum()), int((inputs == batch.masked_labels).sum())
+    inputs = batch.input_ids.flatten()[batch.target_index]
+    rows = len(batch.target_index)
+    masked, kept = int((inputs == MASK).sum()), int((inputs == batch.target_ids).sum())
     assert within_5_sigma(rows, ordinary, probability)
     assert within_5_sigma(masked, rows, 0.8)
     assert within_5_sigma(kept, rows, 0.1)
-    random_ids = inputs[(inputs != MASK) & (inputs != batch.masked_labels)]
+    random_ids = inputs[(inputs != MASK) & (inputs != batch.target_ids)]
     assert within_5_sigma(len(random_ids), rows, 0.1)
     # Uniform over the vocabulary: ten equal bins of ids.
     for hits in np.histogram(random_ids.numpy(), bins=10, range=(0, 30522))[0]:
@@ -59,7 +59,7 @@ def test_only_ordinary_tokens_are_predicted_and_put_in(tokenizer):
     blocks = blocks_of(400, 33)
     blocks[::3, 1] = UNK
     batch = mask(tokenizer, blocks, 0.999)
-    labels, inputs = batch.masked_labels, batch.input_ids.flatten()[batch.masked_index]
+    labels, inputs = batch.target_ids, batch.input_ids.flatten()[batch.target_index]
     special = torch.tensor([PAD, CLS, SEP, MASK, UNK])
     assert not torch.isin(labels, special).any()
     assert not torch.isin(inputs[inputs != MASK], special).any()
@@ -73,11 +73,11 @@ def test_labels_restore_the_blocks_and_counts_are_right(tokenizer, count, width,
     blocks = blocks_of(count, width, seed)
     batch = mask(tokenizer, blocks, 0.5, seed)
     restored = batch.input_ids.flatten().clone()
-    restored[batch.masked_index] = batch.masked_labels
+    restored[batch.target_index] = batch.target_ids
     np.testing.assert_array_equal(restored.view(count, width).numpy(), blocks)
     lengths = [sum(1 for token in row if token != PAD) for row in blocks.tolist()]
     assert batch.attention_mask.tolist() == [[1] * n + [0] * (width - n) for n in lengths]
-    assert batch.counts == (len(batch.masked_index), sum(lengths), sum(n * n for n in lengths))
+    assert batch.counts == (len(batch.target_index), sum(lengths), sum(n * n for n in lengths))
     assert batch.token_index.tolist() == np.flatnonzero(blocks != PAD).tolist()
     assert len(batch.tensors) == 5 and all(t.dtype == torch.int64 for t in batch.tensors)
 
@@ -97,8 +97,8 @@ def test_draws_depend_on_seed_epoch_and_sample_alone(tokenizer):
 
 def test_a_batch_may_have_nothing_to_predict(tokenizer):
     batch = Masker(tokenizer, 0.15, 0).unmasked(blocks_of(2, 9))
-    assert batch.masked_index.shape == batch.masked_labels.shape == (0,)
-    assert batch.counts.masked_rows == 0.0 and batch.counts.tokens > 0
+    assert batch.target_index.shape == batch.target_ids.shape == (0,)
+    assert batch.counts.target_rows == 0.0 and batch.counts.tokens > 0
     assert batch.to("cpu").counts == batch.counts
 
 

@@ -15,15 +15,15 @@ from pathlib import Path
 
 import pytest
 
-from homodistil.config import DataConfig
-from homodistil.data.corpus import prepare_corpus, prepare_share
-from homodistil.data.documents import read
-from homodistil.data.files import TextFile
-from homodistil.data.plan import make_plan
-from homodistil.data.sources import Source
-from homodistil.data.tasks import split_task
+from homodistil.config.schema import DataConfig
+from homodistil.data.prepare.array_tasks import split_task
+from homodistil.data.prepare.corpus import prepare_corpus, prepare_share
+from homodistil.data.prepare.shard_plan import make_plan
+from homodistil.data.sources.documents import read
+from homodistil.data.sources.sources import Source
+from homodistil.data.sources.text_files import TextFile
+from homodistil.distributed.exit_codes import STOPPED, USER_ERROR
 from homodistil.errors import UserError
-from homodistil.exit_codes import STOPPED, USER_ERROR
 
 SCRIPT = Path(__file__).parents[1] / "launcher" / "prepare_data.py"
 WORDS = "The whale, unbelievably große – swims: past Nantucket's islands again! naïve 1851 tokenization".split()

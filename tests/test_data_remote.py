@@ -15,9 +15,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from homodistil.config import DataConfig
-from homodistil.data.corpus import prepare_corpus
-from homodistil.data.files import TextFile
+from homodistil.config.schema import DataConfig
+from homodistil.data.prepare.corpus import prepare_corpus
+from homodistil.data.sources.text_files import TextFile
 from homodistil.errors import UserError
 
 TEXTS = [f"Document {i} of some that lie elsewhere. " * (3 + i) for i in range(30)]

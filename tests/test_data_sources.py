@@ -12,9 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from homodistil.config import DataConfig
-from homodistil.data import hub
-from homodistil.data.corpus import check_sources, prepare_corpus
+from homodistil.config.schema import DataConfig
+from homodistil.data.prepare.corpus import check_sources, prepare_corpus
+from homodistil.data.sources import hub
 from homodistil.errors import UserError
 
 

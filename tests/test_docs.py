@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from homodistil.config import RunConfig
+from homodistil.config.schema import RunConfig
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "launcher").rglob("*.md")]
+_HISTORY = {"LOG.md", "CHANGELOG.md"}
 _LINK = re.compile(r"\]\((?!https?://|#|mailto:)([^)\s#]+)(#[^)\s]*)?\)")
 _CODE = re.compile(r"^```.*?^```|`[^`\n]*`", re.MULTILINE | re.DOTALL)
 
@@ -46,6 +47,13 @@ def test_every_page_is_in_the_navigation():
 def test_every_link_leads_to_a_file(document):
     targets = [match[0] for match in _LINK.findall(_CODE.sub("", document.read_text(encoding="utf-8")))]
     assert not [target for target in targets if not (document.parent / target).exists()]
+
+
+@pytest.mark.parametrize("document", [d for d in DOCUMENTS if d.name not in _HISTORY], ids=lambda path: path.name)
+def test_every_module_that_is_named_exists(document):
+    names = re.findall(r"`((?:\w+/)+(?:\w+\.\w+)?)`", document.read_text(encoding="utf-8"))
+    modules = [name for name in names if name.endswith(".py") or name.startswith("homodistil/")]
+    assert not [name for name in modules if not any((base / name).exists() for base in (ROOT, ROOT / "homodistil"))]
 
 
 def test_the_front_page_is_short():

@@ -7,10 +7,10 @@ import pytest
 import torch
 from small import small_pair
 
-from homodistil.config import RunConfig
-from homodistil.engine import resolve_engine_config, student_dtype, teacher_dtype
+from homodistil.config.schema import RunConfig
+from homodistil.engine.build import resolve_engine_config, student_dtype, teacher_dtype
+from homodistil.engine.optimizer import build_optimizer, build_schedule, is_nvidia_apex, rewarm
 from homodistil.errors import UserError
-from homodistil.optimizer import build_optimizer, build_schedule, is_nvidia_apex, rewarm
 
 DTYPES = {"_fp32": torch.float32, "_fp16": torch.float16}
 CONFIGS = sorted((Path(__file__).parents[1] / "ds_configs").glob("*.json"))

@@ -4,16 +4,16 @@ import pytest
 import torch
 from small import small_batch, small_model, small_pair
 
-from homodistil.config import LossConfig, PruningConfig
+from homodistil.config.schema import LossConfig, PruningConfig
+from homodistil.data.prefetch import mean_counts
 from homodistil.distill.student import Student
 from homodistil.distill.teacher import Teacher
-from homodistil.evaluation.gap import Gap
+from homodistil.evaluation.gap_probe import GapProbe
 from homodistil.evaluation.heldout import evaluate
-from homodistil.feed import mean_counts
-from homodistil.models import bert
+from homodistil.models.encoders import bert
 from homodistil.pruning.calibration import calibrate
 from homodistil.pruning.importance import Importance
-from homodistil.pruning.outliers import protected_dims, variance_shares
+from homodistil.pruning.protected_dims import protected_dims, variance_shares
 
 CPU = torch.device("cpu")
 # fp32 sums in another order.
@@ -26,7 +26,7 @@ def test_heldout_means_are_over_all_masked_rows_of_uneven_batches():
     found = evaluate(student.predict, teacher.predict, batches, CPU)
     ours = torch.cat([student.predict(b) for b in batches]).double().log_softmax(-1)
     theirs = torch.cat([teacher.predict(b) for b in batches]).double().log_softmax(-1)
-    labels = torch.cat([b.masked_labels for b in batches])
+    labels = torch.cat([b.target_ids for b in batches])
     assert found["masked_rows"] == len(labels)
     assert found["mlm_loss"] == pytest.approx(-ours.gather(1, labels[:, None]).mean().item(), **CLOSE)
     assert found["masked_top1"] == (ours.argmax(-1) == labels).double().mean().item()
@@ -41,7 +41,7 @@ def test_the_teacher_is_its_own_perfect_student():
 
 def test_gap_is_zero_for_a_copy_and_measures_what_the_run_gives_no_weight():
     student, teacher = small_pair(kl=0.0, attention=0.0)
-    gap = Gap(student, teacher, [small_batch()], CPU)
+    gap = GapProbe(student, teacher, [small_batch()], CPU)
     assert {"kl", "attention", "attention/layer.2", "hidden", "mlm"} <= set(gap.measure())
     assert gap.measure()["kl"] == pytest.approx(0, abs=1e-6)
     with torch.no_grad():
@@ -53,8 +53,8 @@ def test_mean_counts_are_per_micro_batch_and_never_zero_rows():
     first, second = small_batch(0, (7, 4)), small_batch(1, (3, 3))
     counts = mean_counts([first, second], CPU)
     assert counts.tokens == (11 + 6) / 2 and counts.pairs == (49 + 16 + 9 + 9) / 2
-    empty = first._replace(counts=first.counts._replace(masked_rows=0.0))
-    assert mean_counts([empty], CPU).masked_rows > 0
+    empty = first._replace(counts=first.counts._replace(target_rows=0.0))
+    assert mean_counts([empty], CPU).target_rows > 0
 
 
 def test_variance_shares_find_a_dim_that_dominates_a_layer_norm():

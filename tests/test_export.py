@@ -13,10 +13,10 @@ from huggingface_hub import ModelCard, metadata_load
 from small import VOCABULARY, random_keep, small_batch, small_model, small_pair
 from transformers import BertConfig, BertTokenizerFast
 
-from homodistil.config import RunConfig
-from homodistil.export import save_checkpoint, stock_head_dim, stock_model
-from homodistil.model_card import complete_cards, describe_widths, model_card
-from homodistil.resize import make_plan, slice_module
+from homodistil.config.schema import RunConfig
+from homodistil.export.model_card import complete_cards, describe_widths, model_card
+from homodistil.export.stock_model import save_checkpoint, stock_head_dim, stock_model
+from homodistil.models.resize_plan import make_plan, slice_module
 
 TEACHER_CONFIG = BertConfig(**{**small_model().config.to_dict(), "hidden_dropout_prob": 0.1})
 
@@ -50,7 +50,7 @@ def test_stock_model_gives_the_students_logits(hidden, heads, head_dim, ffn):
     assert (model.config.hidden_size, model.config.num_attention_heads) == (hidden, heads)
     assert model.config.intermediate_size == ffn and model.config.hidden_dropout_prob == 0.1
     batch = small_batch()
-    logits = model(batch.input_ids, attention_mask=batch.attention_mask).logits.flatten(0, 1)[batch.masked_index]
+    logits = model(batch.input_ids, attention_mask=batch.attention_mask).logits.flatten(0, 1)[batch.target_index]
     torch.testing.assert_close(logits.detach(), student.predict(batch), rtol=1e-5, atol=1e-5)
 
 
@@ -91,7 +91,7 @@ print(json.dumps([logits.tolist(), sum(p.numel() for p in model.parameters()), s
     )
     assert done.returncode == 0, done.stderr
     logits, num_parameters, dtype = json.loads(done.stdout.strip().splitlines()[-1])
-    found = torch.tensor(logits).flatten(0, 1)[batch.masked_index]
+    found = torch.tensor(logits).flatten(0, 1)[batch.target_index]
     torch.testing.assert_close(found, student.predict(batch), rtol=1e-5, atol=1e-5)
     assert num_parameters == student.num_parameters() and dtype == "torch.float32"
     assert "1,234 parameters" in card and "| mlm_loss | 1.5 |" in card and "\npython launcher/train.py a=b\n" in card

@@ -13,8 +13,8 @@ import pytest
 import torch
 from test_data_loader import loader, make_rows, same
 
+from homodistil.data.prefetch import BatchPrefetcher, mean_counts
 from homodistil.errors import UserError
-from homodistil.feed import Feed, mean_counts
 
 CPU = torch.device("cpu")
 
@@ -43,9 +43,12 @@ class SlowRows:
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_step_gets_what_its_position_says_whatever_was_prepared(rows, tokenizer, workers):
-    feed, plain = Feed(loader(rows, tokenizer, 2, 1, workers=workers), CPU), loader(rows, tokenizer, 2, 1)
+    prefetcher, plain = (
+        BatchPrefetcher(loader(rows, tokenizer, 2, 1, workers=workers), CPU),
+        loader(rows, tokenizer, 2, 1),
+    )
     for consumed in (0, 8, 16, 160, 168, 0, 8):  # with jumps
-        found, expected = feed.micro_batches(consumed), plain.micro_batches(consumed)
+        found, expected = prefetcher.micro_batches(consumed), plain.micro_batches(consumed)
         assert len(found) == len(expected) == 2
         assert all(same(f._replace(counts=None), e._replace(counts=None)) for f, e in zip(found, expected, strict=True))
         for name in ("masked_rows", "tokens", "pairs"):
@@ -57,55 +60,55 @@ def test_a_step_gets_what_its_position_says_whatever_was_prepared(rows, tokenize
 
 def test_worker_processes_go_on_from_step_to_step(rows, tokenizer):
     """Started by the main thread, once: a process that a thread has forked does not end cleanly."""
-    feed = Feed(loader(rows, tokenizer, workers=1), CPU)
+    prefetcher = BatchPrefetcher(loader(rows, tokenizer, workers=1), CPU)
     running = []
     for consumed in (0, 8, 16):
-        feed.micro_batches(consumed)
-        running.append([process.pid for process in feed.loader._processes])
+        prefetcher.micro_batches(consumed)
+        running.append([process.pid for process in prefetcher.loader._processes])
     assert len(running[0]) == 1 and running == [running[0]] * 3
 
 
 def test_the_next_step_is_ready_when_this_one_ends(rows, tokenizer):
     slow = SlowRows(rows)
-    feed = Feed(loader(slow, tokenizer, micro=8, total=8), CPU)
-    feed.micro_batches(0)
-    assert feed.wait_s >= slow.SECONDS, "nothing could be ready for the first step"
+    prefetcher = BatchPrefetcher(loader(slow, tokenizer, micro=8, total=8), CPU)
+    prefetcher.micro_batches(0)
+    assert prefetcher.wait_s >= slow.SECONDS, "nothing could be ready for the first step"
     for consumed in (8, 16):
         time.sleep(2 * slow.SECONDS)  # the step
-        before = feed.wait_s
-        feed.micro_batches(consumed)
-        assert feed.wait_s - before < slow.SECONDS / 2
+        before = prefetcher.wait_s
+        prefetcher.micro_batches(consumed)
+        assert prefetcher.wait_s - before < slow.SECONDS / 2
     time.sleep(2 * slow.SECONDS)
     assert slow.num_reads == 4, "one step ahead, and no more"
 
 
 def test_a_change_of_the_micro_batch_drops_what_was_prepared(rows, tokenizer):
-    feed = Feed(loader(rows, tokenizer, 2, 1, micro=2, total=16), CPU)
-    feed.micro_batches(0)
-    feed.set_micro_batch_size(4)
+    prefetcher = BatchPrefetcher(loader(rows, tokenizer, 2, 1, micro=2, total=16), CPU)
+    prefetcher.micro_batches(0)
+    prefetcher.set_micro_batch_size(4)
     expected = loader(rows, tokenizer, 2, 1, micro=4, total=16).micro_batches(16)
-    found = feed.micro_batches(16)
+    found = prefetcher.micro_batches(16)
     assert all(torch.equal(f.input_ids, e.input_ids) for f, e in zip(found, expected, strict=True))
 
 
 def test_an_error_while_preparing_reaches_the_step_that_needs_it(tmp_path, tokenizer):
     rows = make_rows(tmp_path, 31)
-    feed = Feed(loader(rows, tokenizer), CPU)
-    feed.micro_batches(0)  # 8 may have been read before the file is cut, 16 is not
+    prefetcher = BatchPrefetcher(loader(rows, tokenizer), CPU)
+    prefetcher.micro_batches(0)  # 8 may have been read before the file is cut, 16 is not
     os.truncate(tmp_path / "31.npy", 200)
     with pytest.raises(UserError, match="was cut short while it was being read; run again"):
         for consumed in (8, 16):
-            feed.micro_batches(consumed)
+            prefetcher.micro_batches(consumed)
     with pytest.raises(UserError, match="was cut short"):  # asked again, it is tried again
-        feed.micro_batches(16)
+        prefetcher.micro_batches(16)
 
 
 def test_the_thread_ends_with_the_feed(rows, tokenizer):
     before = set(threading.enumerate())
-    feed = Feed(loader(rows, tokenizer), CPU)
-    feed.micro_batches(0)
+    prefetcher = BatchPrefetcher(loader(rows, tokenizer), CPU)
+    prefetcher.micro_batches(0)
     (thread,) = set(threading.enumerate()) - before
-    del feed
+    del prefetcher
     thread.join(timeout=10)
     assert not thread.is_alive()
 
@@ -113,7 +116,7 @@ def test_the_thread_ends_with_the_feed(rows, tokenizer):
 FAILING_STEP = """
 import sys, torch
 from transformers import AutoTokenizer
-from homodistil.feed import Feed
+from homodistil.data.prefetch import Feed
 from test_data_loader import Rows, loader
 feed = Feed(loader(Rows(sys.argv[1]), AutoTokenizer.from_pretrained(sys.argv[2]), workers=1), torch.device("cpu"))
 feed.itself = feed  # as in a run: part of a cycle, which only interpreter exit would free
@@ -141,8 +144,8 @@ def test_counts_beyond_the_integers_of_fp32_are_added_exactly(rows, tokenizer):
 
 def test_a_step_without_masked_rows_does_not_divide_by_zero(rows, tokenizer):
     (batch,) = loader(rows, tokenizer, micro=8).micro_batches(0)
-    empty = batch._replace(counts=batch.counts._replace(masked_rows=0.0))
-    assert mean_counts([empty, empty], CPU).masked_rows == 0.5
+    empty = batch._replace(counts=batch.counts._replace(target_rows=0.0))
+    assert mean_counts([empty, empty], CPU).target_rows == 0.5
 
 
 def test_dividing_by_a_tensor_is_bitwise_dividing_by_a_number():

@@ -10,9 +10,10 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertConfig, BertForMaskedLM
 
-from homodistil.config import LossConfig
-from homodistil.flops import PeakFlops, StepFlops, datasheet_flops, peak_flops, step_flops
-from homodistil.models import bert
+from homodistil.config.schema import LossConfig
+from homodistil.metrics.device_peak import PeakFlops, datasheet_flops, peak_flops
+from homodistil.models.encoders import bert
+from homodistil.models.flops import StepFlops, step_flops
 
 VOCAB, LAYERS, SEQUENCES, SEQ_LEN, ROWS = 101, 3, 3, 13, 7
 NO_DISTILLATION = {"kl": 0.0, "hidden": 0.0, "attention": 0.0, "embedding": 0.0}

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from homodistil.config import PruningConfig
+from homodistil.config.schema import PruningConfig
 from homodistil.errors import UserError
 from homodistil.pruning.gap_schedule import NUM_TRIALS, GapSchedule, width_stops
 

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from glue_files import FIRST, HEADERS, SECOND, header, row, write_glue, write_tsv
 
-from homodistil.data import assets, embedded_labelled
-from homodistil.data.downloads import fetch
+from homodistil.data.sources import assets, embedded_labelled
+from homodistil.data.sources.downloads import fetch
 from homodistil.errors import UserError
 from homodistil.evaluation.glue.metrics import compute
 from homodistil.evaluation.glue.sources import chosen_tasks, from_hub_splits, load_task
-from homodistil.evaluation.glue.tables import read_split
 from homodistil.evaluation.glue.tasks import MOVIE, TASKS, find_task
+from homodistil.evaluation.glue.tsv import read_split
 
 
 def refuse(pattern: str, call, *arguments) -> None:

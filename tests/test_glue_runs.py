@@ -21,10 +21,10 @@ from homodistil.errors import UserError
 from homodistil.evaluation.glue import published
 from homodistil.evaluation.glue.fine_tuning import Settings, _best, encode, fine_tune
 from homodistil.evaluation.glue.grid import Grid, run_grid
+from homodistil.evaluation.glue.result_table import summarise, write_table
 from homodistil.evaluation.glue.sources import TaskData
-from homodistil.evaluation.glue.table import summarise, write_table
-from homodistil.evaluation.glue.tables import Split
 from homodistil.evaluation.glue.tasks import TASKS
+from homodistil.evaluation.glue.tsv import Split
 
 LAUNCHER = Path(__file__).parents[1] / "launcher" / "glue.py"
 SHARED = Settings(max_length=32, device="cpu")

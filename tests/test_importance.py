@@ -7,15 +7,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from homodistil.config import PruningConfig
+from homodistil.config.schema import PruningConfig
+from homodistil.engine.counting_adamw import Count, CountingAdamW
 from homodistil.kernels.score_sums import add_score_sums
 from homodistil.models.axes import AxisTable, AxisUse
 from homodistil.pruning.importance import Importance
-from homodistil.pruning.one_pass import Count, CountingAdamW
+from homodistil.pruning.pruner import Pruner
 from homodistil.pruning.schedule import WidthSchedule
-from homodistil.pruning.scheduler import Pruner
 from homodistil.pruning.selection import select
-from homodistil.resize import Held
+from homodistil.resize import MasterSlice
 
 
 @dataclasses.dataclass
@@ -176,7 +176,7 @@ def test_a_skipped_step_counts_nothing_and_the_next_one_only_itself():
     torch.manual_seed(0)
     query, projection = (torch.nn.Parameter(torch.randn(SHAPES[name])) for name in ("query", "projection"))
     optimizer = CountingAdamW([{"params": [query, projection]}], lr=1e-2)
-    held = [(query, Held("query", 0, 0, 12)), (projection, Held("projection", 0, 0, 3))]
+    held = [(query, MasterSlice("query", 0, 0, 12)), (projection, MasterSlice("projection", 0, 0, 3))]
     count = Count.plan(TABLE, SHAPES, held)
     optimizer.count(count)  # and no step: an overflow
     optimizer.count(count)

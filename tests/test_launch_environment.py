@@ -2,9 +2,9 @@
 
 import pytest
 
-from homodistil import launch_environment
+from homodistil.distributed import launcher_env
+from homodistil.distributed.launcher_env import adopt_launcher_variables, rank_before_joining
 from homodistil.errors import UserError
-from homodistil.launch_environment import adopt_launcher_variables, rank_before_joining
 
 SLURM = {"SLURM_PROCID": "3", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "123456"}
 OPENMPI = {
@@ -17,7 +17,7 @@ OPENMPI = {
 
 def _adopted(monkeypatch, found: dict[str, str]) -> dict[str, str]:
     found = dict(found)
-    monkeypatch.setattr(launch_environment.os, "environ", found)  # what is set must not reach other tests
+    monkeypatch.setattr(launcher_env.os, "environ", found)  # what is set must not reach other tests
     adopt_launcher_variables()
     return found
 

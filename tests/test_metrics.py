@@ -12,9 +12,9 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from homodistil.boards import board_folder
-from homodistil.metrics import Recorder, StepTimer, memory_bytes
-from homodistil.results import format_table, read_result, write_result
+from homodistil.metrics.recorder import Recorder, StepTimer, memory_bytes
+from homodistil.metrics.result_table import format_table, read_result, write_result
+from homodistil.metrics.tensorboard_layout import board_folder
 
 EVENT = {
     "step": 20,

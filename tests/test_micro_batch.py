@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 from small import small_model
 from test_data_loader import loader, make_rows, samples_in
 
-from homodistil.config import RunConfig
+from homodistil.config.schema import RunConfig
 from homodistil.data.loader import BatchLoader
 from homodistil.distill.student import Student
 from homodistil.errors import UserError
-from homodistil.micro_batch import MicroBatchPolicy, micro_batch_sizes, with_micro_batch
 from homodistil.models.axes import Widths
+from homodistil.training.micro_batch import MicroBatchPolicy, micro_batch_sizes, with_micro_batch
 
 RANKS = 2
 

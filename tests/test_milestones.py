@@ -6,15 +6,15 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from homodistil.cli import parse
-from homodistil.config import PruningConfig, RunConfig, RunFolderConfig, StudentConfig, TrainConfig
+from homodistil.config.command_line import parse
+from homodistil.config.schema import PruningConfig, RunConfig, RunFolderConfig, StudentConfig, TrainConfig
 from homodistil.errors import UserError
-from homodistil.export import stock_head_dim
+from homodistil.export.stock_model import stock_head_dim
+from homodistil.models.shapes import Shape, student_widths
 from homodistil.pruning.gap_schedule import GapSchedule
 from homodistil.pruning.milestones import Route, plan_route
+from homodistil.pruning.pruner import width_schedule
 from homodistil.pruning.schedule import WidthSchedule
-from homodistil.pruning.scheduler import width_schedule
-from homodistil.pruning.target import Shape, student_widths
 
 BASE, TINY = Shape(768, 3072, 12), Shape(128, 512, 2)
 

@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 from small import plain_run, small_model
 from transformers import BertTokenizerFast
 
-from homodistil.config import RunConfig
+from homodistil.config.schema import RunConfig
 from homodistil.distill.teacher import _from_pretrained, load_config, load_model, load_tokenizer
 from homodistil.errors import UserError
-from homodistil.materials import check_teacher
+from homodistil.training.inputs import check_teacher
 
 
 class Trap:

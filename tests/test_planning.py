@@ -10,24 +10,24 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from homodistil.cli import parse
-from homodistil.engine import load_engine_config, resolve_engine_config
+from homodistil.config.command_line import parse
+from homodistil.engine.build import load_engine_config, resolve_engine_config
 from homodistil.errors import UserError
-from homodistil.flops import step_flops
+from homodistil.metrics.result_table import write_result
+from homodistil.models.flops import step_flops
+from homodistil.models.memory import state_bytes
+from homodistil.models.shapes import student_widths
 from homodistil.planning.advice import HEADROOM, advise
-from homodistil.planning.calibration import Sample, fit, read_calibration, write_calibration
 from homodistil.planning.cluster import find_cluster
+from homodistil.planning.machine_calibration import Sample, fit, read_calibration, write_calibration
 from homodistil.planning.options import split_options
 from homodistil.planning.plan import make_plan, policy_of
 from homodistil.planning.speed import expected_seconds
 from homodistil.planning.step_work import NAMES, StepWork
-from homodistil.planning.subject import find_subject
 from homodistil.planning.table import format_plan
-from homodistil.pruning.scheduler import width_schedule
-from homodistil.pruning.target import student_widths
+from homodistil.pruning.pruner import width_schedule
 from homodistil.report import write_report
-from homodistil.results import write_result
-from homodistil.step_memory import state_bytes
+from homodistil.training.resolve import resolve_run
 
 ROOT = Path(__file__).parents[1]
 ENGINES = {stage: load_engine_config(ROOT / "ds_configs" / f"zero{stage}.json") for stage in range(4)}
@@ -47,7 +47,7 @@ def test_parameters_are_those_of_the_exported_student_and_its_projections(cache_
 
 def test_stretches_are_the_schedule_step_by_step(cache_dir):
     config = _quickstart(f"data.cache_dir={cache_dir}", "pruning.start_fraction=0.05")
-    subject = find_subject(config)
+    subject = resolve_run(config)
     initial, target = student_widths(config.student, subject.teacher_widths)
     schedule = width_schedule(config, subject.teacher_widths, initial, target)
     by_step = [stretch.widths for stretch in subject.stretches for _ in range(stretch.num_steps)]
@@ -57,7 +57,7 @@ def test_stretches_are_the_schedule_step_by_step(cache_dir):
 
 def test_flops_of_a_run_are_those_of_its_steps(cache_dir):
     config = _quickstart(f"data.cache_dir={cache_dir}")
-    plan, subject = make_plan(config, ENGINES[2], find_cluster("H100", 2)), find_subject(config)
+    plan, subject = make_plan(config, ENGINES[2], find_cluster("H100", 2)), resolve_run(config)
     data, batch = config.data, config.train.global_batch_size
     whole = 0.0
     for widths, count in ((s.widths, s.num_steps) for s in subject.stretches):
@@ -73,7 +73,7 @@ def test_flops_of_a_run_are_those_of_its_steps(cache_dir):
 def test_state_is_split_as_zero_splits_it(stage):
     """state_bytes itself is held against live engines in tests/distributed/test_memory.py and test_step_memory.py."""
     config = parse(["recipe=homobert-base-paper", "teacher.name=bert-base-uncased"])
-    plan, subject = make_plan(config, ENGINES[stage], A100S), find_subject(config)
+    plan, subject = make_plan(config, ENGINES[stage], A100S), resolve_run(config)
     policy = policy_of(subject, resolve_engine_config(ENGINES[stage], config, 8), A100S)
     memory, widths = plan.stretches[0].memory, subject.stretches[0].widths
     total = memory["parameters"] + memory["gradients"] + memory["optimizer"]

@@ -11,8 +11,8 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 
 import pytest
 
-from homodistil import progress
-from homodistil.progress import doing, step_progress
+from homodistil.metrics import progress
+from homodistil.metrics.progress import doing, step_progress
 
 
 class Terminal(io.StringIO):

@@ -6,13 +6,13 @@ import sys
 
 import pytest
 
+from homodistil.distributed.rank_log import HELD_CHARS, RankLog, Tagged
 from homodistil.errors import UserError
-from homodistil.rank_log import HELD_CHARS, RankLog, Tagged
 
 TWO_STREAMS = """
 import sys
 from pathlib import Path
-from homodistil.rank_log import keep_in, tag_lines
+from homodistil.distributed.rank_log import keep_in, tag_lines
 tag_lines(); tag_lines()
 print("before"); print("to\\nthe other", file=sys.stderr)
 keep_in(Path(sys.argv[1]))

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from homodistil.cli import parse, parse_job
-from homodistil.data.filters import _INSTALLED_AS
+from homodistil.config.command_line import parse, parse_job
+from homodistil.data.prepare.filters import _INSTALLED_AS
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -51,12 +51,12 @@ def test_the_script_takes_these_arguments(command, tmp_path, monkeypatch):
             Path(name).write_text("student: {hidden_size: 64, intermediate_size: 256, num_attention_heads: 2}\n")
         assert parse_job(arguments).config
     elif script == "launcher/plan.py":
-        from homodistil.cli import parse_with_engine
+        from homodistil.config.command_line import parse_with_engine
         from homodistil.planning.options import split_options
 
         assert parse_with_engine(split_options(arguments, "")[1])
     elif script == "launcher/prepare_data.py":
-        from homodistil.data.tasks import split_task
+        from homodistil.data.prepare.array_tasks import split_task
 
         assert parse(split_task(arguments)[1])
     elif script.endswith(".py"):

@@ -11,12 +11,12 @@ import yaml
 from small import small_model
 from transformers import BertForMaskedLM, BertTokenizer
 
-from homodistil.cli import RECIPES, parse, recipe_names
+from homodistil.config.command_line import RECIPES, parse, recipe_names
 from homodistil.distill.objective import TERMS
-from homodistil.distillation import ROW_FILE, Distillation
-from homodistil.engine import init_ranks, resolve_engine_config
-from homodistil.materials import gather
-from homodistil.pruning.target import PRESETS
+from homodistil.engine.build import init_ranks, resolve_engine_config
+from homodistil.models.shapes import PRESETS
+from homodistil.training.inputs import prepare_inputs
+from homodistil.training.run import ROW_FILE, DistillationRun
 
 BASELINES = [f"baselines/{n}" for n in ("distilbert", "minilmv2", "mlm_only", "one_shot", "random_init", "tinybert")]
 OURS = [f"homobert-{size}" for size in ("base", "small", "xsmall", "tiny")]
@@ -86,10 +86,10 @@ def two_steps(parts, name: str, *overrides: str):
     return parse([f"recipe={name}", *small, *overrides])
 
 
-def distil(config, folder, stage: int = 2) -> Distillation:
+def distil(config, folder, stage: int = 2) -> DistillationRun:
     device = init_ranks()
     engine_config = resolve_engine_config({"zero_optimization": {"stage": stage}}, config, 1)
-    run = Distillation(config, engine_config, gather(config, device), folder, "a test")
+    run = DistillationRun(config, engine_config, prepare_inputs(config, device), folder, "a test")
     run.row = run.run()
     return run
 
@@ -98,7 +98,7 @@ def lines_of(path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def assert_trained(run: Distillation, config, folder) -> None:
+def assert_trained(run: DistillationRun, config, folder) -> None:
     """Every weighted term, and no other, was trained; the export computes what the student does."""
     steps = [line for line in lines_of(folder / "metrics.jsonl") if line["kind"] == "train"]
     expected = {f"loss/{name}" for name in TERMS if getattr(config.loss, name)} | {"loss/total"}
@@ -110,7 +110,7 @@ def assert_trained(run: Distillation, config, folder) -> None:
     batch = run.gap.batches[0]
     with torch.no_grad():
         logits = exported(batch.input_ids, attention_mask=batch.attention_mask).logits.flatten(0, 1)
-    torch.testing.assert_close(logits[batch.masked_index], run.student.predict(batch), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits[batch.target_index], run.student.predict(batch), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", [*PAPERS, "homobert-tiny"])

@@ -14,16 +14,16 @@ import pytest
 import yaml
 from matplotlib.text import Text
 
-from homodistil.config import RunConfig
+from homodistil.config.schema import RunConfig
 from homodistil.errors import UserError
-from homodistil.metrics import Recorder
+from homodistil.metrics.recorder import Recorder
+from homodistil.metrics.result_table import write_result
 from homodistil.report import write_report
 from homodistil.report.comparison import write_run_comparison
 from homodistil.report.curves import curves, width_history
 from homodistil.report.figures import MAX_POINTS, MAX_TICKS, compose, log_ticks, spread, thinned, within
 from homodistil.report.run import read_run
 from homodistil.report.speed import memory_sentences, speed_sentences
-from homodistil.results import write_result
 
 VOID = {"meta", "br", "link", "img", "hr", "input"}
 LAUNCHER = Path(__file__).parents[1] / "launcher" / "report.py"
@@ -35,7 +35,7 @@ class Page(HTMLParser):
     def __init__(self, html: str) -> None:
         super().__init__()
         self.text, self.tags, self.attributes, self._open = [], [], [], []
-        self.feed(html)
+        self.prefetcher(html)
         self.close()
         assert not self._open
 

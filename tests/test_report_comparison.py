@@ -15,16 +15,16 @@ import yaml
 from PIL import Image
 from test_report import LAUNCHER, Page, log_run, widths
 
-from homodistil.config import RunConfig
+from homodistil.config.schema import RunConfig
 from homodistil.errors import UserError
-from homodistil.metrics import Recorder
+from homodistil.metrics.recorder import Recorder
+from homodistil.metrics.result_table import write_result
 from homodistil.report import write_report
 from homodistil.report.comparison import write_comparison, write_run_comparison
 from homodistil.report.comparison.groups import cell, columns, models
 from homodistil.report.comparison.runs import read_entries, run_curves
 from homodistil.report.comparison.scatter import scatter
 from homodistil.report.figures import look
-from homodistil.results import write_result
 
 TEACHER = {"name": "teacher", "parameters": 4416698, "hidden_size": 31, "heldout_mlm_loss": 2.25, "kl_to_teacher": 0.0}
 

@@ -2,9 +2,9 @@
 
 from test_report import Page
 
+from homodistil.metrics.result_table import write_result
 from homodistil.report import write_report
-from homodistil.report.family import COLUMNS, family_section, family_text, sentences
-from homodistil.results import write_result
+from homodistil.report.milestones import COLUMNS, family_section, family_text, sentences
 
 
 def _row(name: str, hidden: int, loss: float, **more) -> dict:

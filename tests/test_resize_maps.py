@@ -7,11 +7,11 @@ import pytest
 import torch
 from small import random_keep, small_batch, small_model
 
-from homodistil.config import LossConfig
+from homodistil.config.schema import LossConfig
 from homodistil.distill.student import Student
-from homodistil.models import bert
 from homodistil.models.axes import AxisTable, AxisUse
-from homodistil.resize import make_plan, slice_module, transform
+from homodistil.models.encoders import bert
+from homodistil.models.resize_plan import make_plan, slice_module, transform
 
 TABLE = AxisTable(
     {"hidden": 7, "layer.0.ffn": 5, "layer.0.heads": 3, "layer.0.qk_dim": 2},

@@ -16,11 +16,11 @@ from thread_ranks import on_every_rank
 from torch import Tensor
 
 from homodistil.models.axes import AxisTable, AxisUse
+from homodistil.models.resize_plan import make_plan, select, set_param_data
 from homodistil.resize import move_partitions as partition_mover
 from homodistil.resize.flat import FlatMove, Layout
-from homodistil.resize.move import compact, exchange, move_partition, set_param_data
+from homodistil.resize.move import compact, exchange, move_partition
 from homodistil.resize.move_partitions import move_partitions
-from homodistil.resize.plan import make_plan, select
 
 NUM_CASES = 520
 

@@ -12,8 +12,8 @@ import torch
 import torch_pruning as tp
 from transformers import BertConfig, BertForMaskedLM
 
-from homodistil.models import bert
-from homodistil.resize import make_plan, slice_module
+from homodistil.models.encoders import bert
+from homodistil.models.resize_plan import make_plan, slice_module
 
 NUM_HEADS, HEAD_DIM, FFN, TOKENS = 4, 9, 55, 11
 

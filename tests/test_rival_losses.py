@@ -9,14 +9,14 @@ import torch
 from small import small_batch, small_model
 from torch import nn
 
-from homodistil.config import LossConfig
-from homodistil.distill.cosine import CosineProjection, cosine_distance
-from homodistil.distill.counterpart import Counterpart
-from homodistil.distill.relations import regrouped, relation_loss
+from homodistil.config.schema import LossConfig
+from homodistil.distill.layer_map import LayerMap
+from homodistil.distill.losses.cosine import CosineProjection, cosine_distance
+from homodistil.distill.losses.relations import regrouped, relation_loss
 from homodistil.distill.student import Student
 from homodistil.distill.teacher import Teacher
-from homodistil.models import bert
-from homodistil.models.taps import LayerTap, show_values
+from homodistil.models.activations import LayerActivations, show_values
+from homodistil.models.encoders import bert
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 from benchmarks.peers.processes import PeerError, textbrewer_paths  # noqa: E402
@@ -114,7 +114,7 @@ def heads_of(mask, num_heads, dims, seed, dtype=torch.float32):
 def test_relation_term_is_its_formula(student_heads, teacher_heads, num_heads, lengths):
     mask = lengths_mask(*lengths)
     ours, theirs = heads_of(mask, *student_heads, seed=1), heads_of(mask, *teacher_heads, seed=2)
-    found = relation_loss(LayerTap(None, *ours), LayerTap(None, *theirs), mask, num_heads) / mask.sum()
+    found = relation_loss(LayerActivations(None, *ours), LayerActivations(None, *theirs), mask, num_heads) / mask.sum()
     exact = [[tensor.detach().double().requires_grad_() for tensor in side] for side in (ours, theirs)]
     expected = naive_relations(*exact, mask, num_heads)
     torch.testing.assert_close(found.double(), expected, **CLOSE)
@@ -125,10 +125,10 @@ def test_relation_term_is_its_formula(student_heads, teacher_heads, num_heads, l
 def test_padding_changes_no_relation():
     mask = lengths_mask(6, 2)
     ours, theirs = heads_of(mask, 3, 4, seed=1), heads_of(mask, 2, 6, seed=2)
-    found = relation_loss(LayerTap(None, *ours), LayerTap(None, *theirs), mask, 3)
+    found = relation_loss(LayerActivations(None, *ours), LayerActivations(None, *theirs), mask, 3)
     for tensor in (*ours, *theirs):
         tensor.data[1, :, 2:] = 7.0
-    assert torch.equal(found, relation_loss(LayerTap(None, *ours), LayerTap(None, *theirs), mask, 3))
+    assert torch.equal(found, relation_loss(LayerActivations(None, *ours), LayerActivations(None, *theirs), mask, 3))
 
 
 def test_regrouping_keeps_the_order_of_dims_and_copies_nothing():
@@ -147,9 +147,9 @@ def rival_pair(config: LossConfig, lock_step: bool = True):
     teacher = small_model(num_hidden_layers=4)
     model = small_model(seed=5, hidden_size=15, num_attention_heads=3, intermediate_size=20, num_hidden_layers=2)
     show_values(teacher, bert, config.relation_layer)
-    counterpart = Counterpart(24, 4, (1, 3), is_origin=False)
+    layer_map = LayerMap(24, 4, (1, 3), is_origin=False)
     torch.manual_seed(1)
-    return Student(model, config, counterpart=counterpart), Teacher(teacher, lock_step)
+    return Student(model, config, layer_map=layer_map), Teacher(teacher, lock_step)
 
 
 def stock(model, batch):

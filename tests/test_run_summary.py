@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers import BertConfig, BertForMaskedLM
 
-from homodistil.cli import parse
+from homodistil.config.command_line import parse
 from homodistil.errors import UserError
-from homodistil.run_summary import run_summary
+from homodistil.training.run_summary import run_summary
 
 BASE = BertConfig()
 TINY = BertConfig(hidden_size=128, num_hidden_layers=2, num_attention_heads=2, intermediate_size=512)

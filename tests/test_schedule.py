@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from homodistil.config import PruningConfig
+from homodistil.config.schema import PruningConfig
 from homodistil.errors import UserError
 from homodistil.pruning.schedule import WidthSchedule, event_steps, keep_ratio, width_path
 

@@ -6,16 +6,16 @@ import pytest
 import torch
 from small import VOCABULARY, random_keep, small_model
 
-from homodistil.config import LossConfig
-from homodistil.data.masking import Batch, Counts
+from homodistil.config.schema import LossConfig
+from homodistil.data.masked_lm import Batch, LossCounts
 from homodistil.distill.student import Student
 from homodistil.distill.teacher import Teacher
-from homodistil.models import bert
+from homodistil.models.activations import show_values
 from homodistil.models.attention import keeps_probabilities
 from homodistil.models.axes import Widths
-from homodistil.models.taps import show_values
-from homodistil.resize import make_plan, slice_module
-from homodistil.step_memory import sequence_bytes
+from homodistil.models.encoders import bert
+from homodistil.models.memory import sequence_bytes
+from homodistil.models.resize_plan import make_plan, slice_module
 
 ROWS, TOKENS, EVERY = 4, 16, 5
 NARROW = {"hidden": 13, "layer.0.ffn": 21, "layer.1.ffn": 40, "layer.2.ffn": 9}
@@ -26,7 +26,7 @@ def full_batch() -> Batch:
     """No padding: every fifth token is masked."""
     ids = torch.randint(5, VOCABULARY, (ROWS, TOKENS), generator=torch.Generator().manual_seed(1))
     index = torch.arange(0, ROWS * TOKENS, EVERY)
-    counts = Counts(*torch.tensor([len(index), ids.numel(), ROWS * TOKENS**2]).float().unbind())
+    counts = LossCounts(*torch.tensor([len(index), ids.numel(), ROWS * TOKENS**2]).float().unbind())
     return Batch(ids, torch.ones_like(ids), index, ids.flatten()[index], torch.arange(ids.numel()), counts)
 
 
@@ -94,13 +94,13 @@ def test_sequence_bytes_are_what_autograd_saves(loss, dtype, narrow):
     distils = student.objective.needs_teacher
     saved, held = saved_bytes(student, teacher if distils else None, batch)
     saved -= made_in_forward(student) if distils else 0
-    masked_rows = len(batch.masked_index) / ROWS
+    target_rows = len(batch.target_index) / ROWS
     predicted = sequence_bytes(
         student.widths,
         Student(small_model(), config).widths,
         config,
         seq_len=TOKENS,
-        masked_rows=masked_rows,
+        target_rows=target_rows,
         vocab_size=VOCABULARY,
         student_bytes=dtype.itemsize,
         teacher_bytes=dtype.itemsize,
@@ -108,7 +108,7 @@ def test_sequence_bytes_are_what_autograd_saves(loss, dtype, narrow):
         keeps_probabilities=keeps_probabilities("cpu", dtype),
     )
     on_rows = (config.mlm or config.kl) and not (config.kl and config.kl_positions == "all")
-    first_gradient = masked_rows * VOCABULARY * dtype.itemsize if on_rows else 0  # predicted, but never saved
+    first_gradient = target_rows * VOCABULARY * dtype.itemsize if on_rows else 0  # predicted, but never saved
     # fp32: scalars and index tensors are left out. bf16: LayerNorm's statistics, on a GPU fp32, are bf16 on a CPU.
     tolerance = 0.01 if dtype == torch.float32 else 0.03
     assert ROWS * (predicted.student + predicted.losses - first_gradient) == pytest.approx(saved, rel=tolerance)

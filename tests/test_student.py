@@ -4,11 +4,11 @@ import pytest
 import torch
 from small import random_keep, small_batch, small_model, small_pair
 
-from homodistil.config import LossConfig
+from homodistil.config.schema import LossConfig
 from homodistil.distill.student import Student
 from homodistil.distill.teacher import Teacher
 from homodistil.models.axes import compose, head_axes, whole
-from homodistil.resize import make_plan, slice_module
+from homodistil.models.resize_plan import make_plan, slice_module
 
 TERMS = ("kl", "hidden", "attention", "embedding")
 # fp32, a few hundred terms summed in another order.
@@ -35,13 +35,13 @@ def _naive_terms(student_model, teacher_model, batch, positions):
         with torch.no_grad():
             outputs.append(model(batch.input_ids, attention_mask=batch.attention_mask, output_hidden_states=True))
     valid = batch.attention_mask.bool()
-    rows = valid if positions == "all" else torch.zeros_like(valid).flatten().index_fill(0, batch.masked_index, True)
+    rows = valid if positions == "all" else torch.zeros_like(valid).flatten().index_fill(0, batch.target_index, True)
     rows = rows.view_as(valid)
     p, q = (o.logits[rows].softmax(-1) for o in reversed(outputs))
     hidden = [(s[valid] - t[valid]).square().mean() for s, t in zip(*(o.hidden_states for o in outputs), strict=True)]
-    labels = outputs[0].logits.flatten(0, 1)[batch.masked_index].log_softmax(-1)
+    labels = outputs[0].logits.flatten(0, 1)[batch.target_index].log_softmax(-1)
     return {
-        "mlm": -labels.gather(1, batch.masked_labels[:, None]).mean(),
+        "mlm": -labels.gather(1, batch.target_ids[:, None]).mean(),
         "kl": (p * (p.log() - q.log())).sum(-1).mean(),
         "embedding": hidden[0],
         "hidden": sum(hidden[1:]),
@@ -74,16 +74,16 @@ def test_splitting_a_batch_does_not_change_loss_or_gradient():
     num_tokens = whole_batch.input_ids.shape[1]
     parts = []
     for rows in (slice(0, 1), slice(1, 4)):
-        inside = (whole_batch.masked_index >= rows.start * num_tokens) & (
-            whole_batch.masked_index < rows.stop * num_tokens
+        inside = (whole_batch.target_index >= rows.start * num_tokens) & (
+            whole_batch.target_index < rows.stop * num_tokens
         )
         counts = type(whole_batch.counts)(*(value / 2 for value in whole_batch.counts))
-        index = whole_batch.masked_index[inside] - rows.start * num_tokens
+        index = whole_batch.target_index[inside] - rows.start * num_tokens
         batch = whole_batch._replace(
             input_ids=whole_batch.input_ids[rows], attention_mask=whole_batch.attention_mask[rows]
         )
         tokens = batch.attention_mask.flatten().nonzero().squeeze(1)
-        batch = batch._replace(masked_index=index, masked_labels=whole_batch.masked_labels[inside], token_index=tokens)
+        batch = batch._replace(target_index=index, target_ids=whole_batch.target_ids[inside], token_index=tokens)
         parts.append(batch._replace(counts=counts))
     gradients, totals = [], []
     for batches in ([whole_batch], parts):
@@ -125,7 +125,7 @@ def test_sliced_ffn_neurons_equal_zeroed_ones():
     with torch.no_grad():
         zeroed.bert.encoder.layer[1].output.dense.weight[:, gone] = 0
     batch = small_batch()
-    logits = zeroed(batch.input_ids, attention_mask=batch.attention_mask).logits.flatten(0, 1)[batch.masked_index]
+    logits = zeroed(batch.input_ids, attention_mask=batch.attention_mask).logits.flatten(0, 1)[batch.target_index]
     torch.testing.assert_close(student.predict(batch), logits.detach(), **CLOSE)
 
 

@@ -15,15 +15,16 @@ import torch._inductor.config
 from small import small_batch, small_model
 from torch import Tensor, nn
 
-from homodistil.config import RunConfig
-from homodistil.distill import inductor
-from homodistil.distill.compiled import CompiledLayers, check_student_compile
-from homodistil.engine import init_ranks
+from homodistil.config.schema import RunConfig
+from homodistil.distill import torch_compile
+from homodistil.distill.student_compile import CompiledLayers, check_student_compile
+from homodistil.engine.build import init_ranks
 from homodistil.errors import UserError
-from homodistil.models import bert
+from homodistil.models.activations import ATTENTION, ActivationHooks, ActivationVisitor, LayerActivations
 from homodistil.models.axes import widths_after
-from homodistil.models.taps import ATTENTION, LayerTap, Taps, Visitor
-from homodistil.resize import make_plan, resize
+from homodistil.models.encoders import bert
+from homodistil.models.resize_plan import make_plan
+from homodistil.resize import resize
 
 sys.path.insert(0, str(Path(__file__).parent / "distributed"))
 import tiny_bert  # noqa: E402
@@ -46,13 +47,13 @@ EVENTS = {
 """Before which step what stays."""
 
 
-class Seen(Visitor):
+class Seen(ActivationVisitor):
     """A loss over everything that the taps show, as distillation has."""
 
     def __init__(self) -> None:
-        self.taps: list[LayerTap] = []
+        self.taps: list[LayerActivations] = []
 
-    def layer(self, _i: int, tap: LayerTap) -> None:
+    def layer(self, _i: int, tap: LayerActivations) -> None:
         self.taps.append(tap)
 
     def loss(self) -> Tensor:
@@ -61,7 +62,7 @@ class Seen(Visitor):
         ).sum()
 
 
-def loss_and_gradients(model: nn.Module, taps: Taps) -> tuple[Tensor, list[Tensor]]:
+def loss_and_gradients(model: nn.Module, taps: ActivationHooks) -> tuple[Tensor, list[Tensor]]:
     batch, seen = small_batch(), Seen()
     taps.visit(batch.input_ids, batch.attention_mask, seen)
     parameters = list(model.bert.encoder.parameters())
@@ -70,8 +71,8 @@ def loss_and_gradients(model: nn.Module, taps: Taps) -> tuple[Tensor, list[Tenso
 
 def test_layers_share_one_code_and_give_the_same_loss_and_gradients():
     plain, model = small_model(), small_model()
-    expected_loss, expected = loss_and_gradients(plain, Taps(plain, bert))
-    taps, compiled = Taps(model, bert), CompiledLayers(bert.layers(model), num_events=0)
+    expected_loss, expected = loss_and_gradients(plain, ActivationHooks(plain, bert))
+    taps, compiled = ActivationHooks(model, bert), CompiledLayers(bert.layers(model), num_events=0)
     for _ in range(2):
         loss, gradients = loss_and_gradients(model, taps)
         torch.testing.assert_close(loss, expected_loss, rtol=1e-5, atol=0)
@@ -82,7 +83,7 @@ def test_layers_share_one_code_and_give_the_same_loss_and_gradients():
 
 def test_passes_without_gradients_compile_nothing():
     model = small_model()
-    taps, compiled = Taps(model, bert), CompiledLayers(bert.layers(model), num_events=0, backend="aot_eager")
+    taps, compiled = ActivationHooks(model, bert), CompiledLayers(bert.layers(model), num_events=0, backend="aot_eager")
     seen = Seen()
     for seed, lengths in enumerate([(7, 11), (5, 3, 3)]):
         batch = small_batch(seed, lengths)
@@ -103,7 +104,7 @@ def train(engine_config: dict, backend: str | None) -> Run:
     init_ranks()
     model = tiny_bert.make_model()
     model.set_attn_implementation(ATTENTION)
-    taps = Taps(model, bert)
+    taps = ActivationHooks(model, bert)
     compiled = CompiledLayers(bert.layers(model), len(EVENTS), backend) if backend else None
     optimizer = torch.optim.AdamW(tiny_bert.param_groups(model), lr=1e-3, eps=1e-6)
     config = {"train_micro_batch_size_per_gpu": 3, "gradient_accumulation_steps": 2, "gradient_clipping": 0.5}
@@ -115,7 +116,7 @@ def train(engine_config: dict, backend: str | None) -> Run:
     return Run(losses, weights, compiled.num_compilations() if compiled else None)
 
 
-def train_step(engine, taps: Taps, step: int) -> list[float]:
+def train_step(engine, taps: ActivationHooks, step: int) -> list[float]:
     if step in EVENTS:
         table = bert.axis_table(engine.module)
         resize(engine, make_plan(table, EVENTS[step]))
@@ -184,12 +185,12 @@ def test_ranks_of_a_machine_share_its_cores_when_they_compile(monkeypatch):
         torch._inductor.config.patch({"compile_threads": 5, "cpp.threads": -1}),
         torch._dynamo.config.patch(recompile_limit=8, accumulated_recompile_limit=256),
     ):
-        for ranks, expected in ((1, inductor.MAX_COMPILE_THREADS), (4, 3), (24, 1)):
+        for ranks, expected in ((1, torch_compile.MAX_COMPILE_THREADS), (4, 3), (24, 1)):
             monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
-            inductor.prepare(10)
+            torch_compile.prepare(10)
             assert torch._inductor.config.compile_threads == expected
         assert torch._dynamo.config.recompile_limit == 8 + 3 * 10
         monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "7")  # read by torch itself at its start: not overruled
         torch._inductor.config.compile_threads = 7
-        inductor.prepare(1)
+        torch_compile.prepare(1)
         assert torch._inductor.config.compile_threads == 7

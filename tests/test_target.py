@@ -4,10 +4,10 @@ import pytest
 import torch
 from transformers import BertConfig, BertForMaskedLM
 
-from homodistil.config import StudentConfig
+from homodistil.config.schema import StudentConfig
 from homodistil.errors import UserError
-from homodistil.models import bert
-from homodistil.pruning.target import PRESETS, Shape, half_of, target_shape, target_widths
+from homodistil.models.encoders import bert
+from homodistil.models.shapes import PRESETS, Shape, half_of, target_shape, target_widths
 
 BERT_BASE = BertConfig()  # Hugging Face's defaults are bert-base-uncased
 

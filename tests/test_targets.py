@@ -6,12 +6,12 @@ import pytest
 import torch
 from small import random_keep, small_batch, small_model
 
-from homodistil.config import LossConfig
+from homodistil.config.schema import LossConfig
 from homodistil.distill.objective import Objective
 from homodistil.distill.student import Student
-from homodistil.distill.targets import Finished, LockStep
 from homodistil.distill.teacher import Teacher
-from homodistil.resize import make_plan, slice_module
+from homodistil.distill.teacher_outputs import Layerwise, WholePass
+from homodistil.models.resize_plan import make_plan, slice_module
 
 NARROW = {"hidden": 19, "layer.0.ffn": 21, "layer.1.heads": 3, "layer.2.qk_dim": 5, "layer.2.vo_dim": 5}
 
@@ -40,7 +40,7 @@ def test_lock_step_changes_no_bit(positions, target):
     assert all(torch.equal(gradients[name], expected_gradients[name]) for name in gradients)
 
 
-@pytest.mark.parametrize(("lock_step", "source"), [(True, LockStep), (False, Finished)])
+@pytest.mark.parametrize(("lock_step", "source"), [(True, Layerwise), (False, WholePass)])
 def test_a_layer_of_the_teacher_is_gone_when_the_next_is_compared(lock_step, source, monkeypatch):
     """Its queries and keys at once, its output once the next layer has read it."""
     seen, alive = [], []

@@ -18,14 +18,14 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from homodistil.config import RunConfig
+from homodistil.config.schema import RunConfig
 from homodistil.distill.teacher import check_stored, has_mlm_head, load_config, load_model, load_tokenizer
 from homodistil.errors import UserError
 from homodistil.evaluation.glue.checkpoint import load_encoder
-from homodistil.materials import check_teacher
-from homodistil.planning.subject import check_plannable
 from homodistil.preflight.findings import Findings
 from homodistil.preflight.settings import check_model
+from homodistil.training.inputs import check_teacher
+from homodistil.training.resolve import check_plannable
 
 QUERY = "bert.encoder.layer.1.attention.self.query.weight"
 HEAD = "cls.predictions."

@@ -8,9 +8,9 @@ from small import small_batch, small_model
 from torch import nn
 from torch._dynamo.utils import counters
 
-from homodistil.config import RunConfig, TeacherConfig
+from homodistil.config.schema import RunConfig, TeacherConfig
 from homodistil.distill.runtime import (
-    OwnStream,
+    SideStream,
     build_runtime,
     check_teacher_runtime,
     compiled,
@@ -19,8 +19,8 @@ from homodistil.distill.runtime import (
 )
 from homodistil.distill.runtime.deepspeed_inference import HiddenStates, InjectedRuntime
 from homodistil.errors import UserError
-from homodistil.models import bert
 from homodistil.models.attention import keeps_probabilities
+from homodistil.models.encoders import bert
 
 CPU = torch.device("cpu")
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-2}  # states are about 1: a few roundings of 2^-24, 2^-9
@@ -239,7 +239,7 @@ def test_no_compiler_is_said_by_name(monkeypatch):
 
 def test_a_stream_of_its_own_needs_a_gpu():
     with pytest.raises(UserError, match="teacher.own_stream"):
-        OwnStream(runtime_of("torch"), CPU)
+        SideStream(runtime_of("torch"), CPU)
 
 
 # -- on a GPU
@@ -252,7 +252,7 @@ def test_beside_other_work_on_the_gpu_the_numbers_are_the_same(name):
     """The current stream is kept busy and its memory in use while the teacher runs, as by a student's forward."""
     cuda = torch.device("cuda")
     runtime, plain = runtime_of(name, device=cuda), runtime_of("torch", device=cuda)
-    stream = OwnStream(runtime, cuda)
+    stream = SideStream(runtime, cuda)
     noise = torch.randn(2048, 2048, device=cuda)
     for seed in range(20):
         batch = small_batch(seed).to(cuda)

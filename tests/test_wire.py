@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from homodistil.wire import decode, encode
+from homodistil.distributed.plain_data import decode, encode
 
 PACKAGE = Path(__file__).parents[1] / "homodistil"
 MAY_NAME_PICKLE = {"distill/teacher.py"}

@@ -14,15 +14,15 @@ import torch
 
 from benchmarks.launch import ROOT
 from benchmarks.peers.workload import Files, Task, arguments
-from homodistil import ranks
-from homodistil.cli import parse
-from homodistil.distillation import Distillation
-from homodistil.engine import init_ranks, load_engine_config, resolve_engine_config
-from homodistil.materials import gather
-from homodistil.metrics import EVENTS_FILE, METRICS_FILE
-from homodistil.monitor import run_recorder
-from homodistil.resize import make_plan, slice_module
-from homodistil.trainer import TrainState
+from homodistil.config.command_line import parse
+from homodistil.distributed import ranks
+from homodistil.engine.build import init_ranks, load_engine_config, resolve_engine_config
+from homodistil.metrics.recorder import EVENTS_FILE, METRICS_FILE
+from homodistil.models.resize_plan import make_plan, slice_module
+from homodistil.training.inputs import prepare_inputs
+from homodistil.training.run import DistillationRun
+from homodistil.training.step_logger import run_recorder
+from homodistil.training.trainer import TrainState
 
 ENGINES = {"bf16": "zero2.json", "fp32": "zero2_fp32.json"}
 
@@ -38,7 +38,7 @@ class Peer:
         config.train.micro_batch_size = task.sequences // ranks.world_size()
         engine_config = load_engine_config(ROOT / "ds_configs" / ENGINES[task.precision])
         engine_config = resolve_engine_config(engine_config, config, ranks.world_size())
-        self.run = Distillation(config, engine_config, gather(config, device), self.folder, "benchmark")
+        self.run = DistillationRun(config, engine_config, prepare_inputs(config, device), self.folder, "benchmark")
         if options["widths"] == "final":
             _stay_at(self.run, files.keep())
         every = config.train.log_every_steps
@@ -67,7 +67,7 @@ class Peer:
             ms: of everything an event does; move_ms: of the engine's own part, without the probe of the gap.
         """
         student, pruner = self.run.student, self.run.pruner
-        plan = pruner.due(step, student.axis_table(), student.kept["hidden"])
+        plan = pruner.due(step, student.axis_table(), student.origins["hidden"])
         start = time.perf_counter()
         self.trainer.resize(plan)
         found = {"ms": (time.perf_counter() - start) * 1e3}

@@ -61,12 +61,12 @@ def interpolate(xs: list[float], ys: list[float], x: float) -> float:
 
 
 def arithmetic(variant: Variant, task: Task, files: Files) -> float:
-    """GFLOP of one step in matrix products (homodistil/flops.py): what the peer's way asks for, however fast it is."""
+    """GFLOP of one step in matrix products (flops.py): what the peer's way asks for, however fast it is."""
     from transformers import AutoConfig, BertForMaskedLM
 
-    from homodistil.config import LossConfig
-    from homodistil.flops import step_flops
-    from homodistil.models import bert
+    from homodistil.config.schema import LossConfig
+    from homodistil.models.encoders import bert
+    from homodistil.models.flops import step_flops
 
     batches = files.batches()
     masked = statistics.mean(int((batch["labels"] != -100).sum()) for batch in batches)
@@ -80,7 +80,7 @@ def arithmetic(variant: Variant, task: Task, files: Files) -> float:
             loss,
             num_sequences=task.sequences,
             seq_len=task.tokens,
-            masked_rows=task.sequences * task.tokens if all_rows else masked,
+            target_rows=task.sequences * task.tokens if all_rows else masked,
             vocab_size=task.vocabulary,
         ).total
         / 1e9

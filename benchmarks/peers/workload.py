@@ -27,7 +27,7 @@ NUM_BATCHES = 8
 LEARNING_RATE, BETAS, EPSILON, WEIGHT_DECAY, CLIPPING = 1e-4, (0.9, 0.999), 1e-6, 0.01, 1.0
 _SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 _PROBE_SHARE = 0.4
-"""Held-out share of the text: enough for the whole probe of homodistil/evaluation/gap.py."""
+"""Held-out share of the text: enough for the whole probe of homodistil/evaluation/gap_probe.py."""
 
 
 @dataclass(frozen=True)
@@ -170,9 +170,9 @@ def _write_text(task: Task, files: Files) -> None:
 
 
 def _write_batches(task: Task, files: Files) -> None:
-    from homodistil.cli import parse
-    from homodistil.data.corpus import prepare_corpus
+    from homodistil.config.command_line import parse
     from homodistil.data.loader import BatchLoader
+    from homodistil.data.prepare.corpus import prepare_corpus
     from homodistil.distill.teacher import load_tokenizer
 
     config = parse(arguments(task, files, files.folder / "unused"))
@@ -185,7 +185,7 @@ def _write_batches(task: Task, files: Files) -> None:
 
 def _with_labels(batch) -> dict[str, Tensor]:
     labels = torch.full_like(batch.input_ids, -100)
-    labels.view(-1)[batch.masked_index] = batch.masked_labels
+    labels.view(-1)[batch.target_index] = batch.target_ids
     return {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "labels": labels}
 
 
@@ -193,10 +193,10 @@ def _write_student(task: Task, files: Files, teacher) -> None:
     """Cuts the teacher, then folds the teacher's softmax scale, which training keeps, into the queries."""
     from transformers import BertForMaskedLM
 
-    from homodistil.config import StudentConfig
-    from homodistil.models import bert
-    from homodistil.pruning.target import target_shape, target_widths
-    from homodistil.resize import make_plan, slice_module
+    from homodistil.config.schema import StudentConfig
+    from homodistil.models.encoders import bert
+    from homodistil.models.resize_plan import make_plan, slice_module
+    from homodistil.models.shapes import target_shape, target_widths
 
     table = bert.axis_table(teacher)
     shape = StudentConfig(

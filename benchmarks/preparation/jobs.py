@@ -10,7 +10,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from homodistil.data.downloads import file_sha256
+from homodistil.files import file_sha256
 from preparation.process import Ran, run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -150,8 +150,8 @@ def remake_shards(prepared: Prepared, files: list[Path], teacher: Path, count: i
     """Make `count` shards, evenly spread, once more in this process: are they what the killed run's manifest says?"""
     from transformers import AutoTokenizer
 
-    from homodistil.config import DataConfig
-    from homodistil.data.corpus import shards_of
+    from homodistil.config.schema import DataConfig
+    from homodistil.data.prepare.corpus import shards_of
 
     fields = {"seq_len": SEQ_LEN, "shard_bytes": prepared.manifest["settings"]["shard_bytes"]}
     config = DataConfig(sources=list(map(str, files)), cache_dir=str(prepared.cache), **fields)

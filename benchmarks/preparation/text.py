@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
-from homodistil.data import assets
+from homodistil.data.sources import assets
 
 FILE_BYTES = 250_000_000
 

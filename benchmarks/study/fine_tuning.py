@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from homodistil.materials import cache_dir
+from homodistil.training.inputs import cache_dir
 from study.jobs import EvaluateTeacher, Job, Train
 from study.specs import content_hash
 

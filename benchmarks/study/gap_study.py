@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from homodistil.metrics import EVENTS_FILE, METRICS_FILE, read_lines
+from homodistil.metrics.recorder import EVENTS_FILE, METRICS_FILE, read_lines
 from study.arms import BASE, ONE_SHOT, SHAPES
 from study.jobs import Train
 from study.options import Options

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from homodistil.metrics import write_atomically
+from homodistil.files import write_atomically
 from study.specs import RunSpec, content_hash
 
 if TYPE_CHECKING:

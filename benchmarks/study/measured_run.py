@@ -12,14 +12,14 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from homodistil.config import RunConfig
-from homodistil.data.corpus import Rows
-from homodistil.data.masking import Batch
-from homodistil.distillation import Distillation
+from homodistil.config.schema import RunConfig
+from homodistil.data.masked_lm import Batch
+from homodistil.data.prepare.corpus import Rows
 from homodistil.evaluation.heldout import Predict, evaluate
-from homodistil.flops import step_flops
-from homodistil.materials import Materials
-from homodistil.metrics import METRICS_FILE, read_lines
+from homodistil.metrics.recorder import METRICS_FILE, read_lines
+from homodistil.models.flops import step_flops
+from homodistil.training.inputs import RunInputs
+from homodistil.training.run import DistillationRun
 
 PERIODIC_SEQUENCES = 64
 """Held-out blocks of the evaluations during training: what a study looks at there is the gap on the probe."""
@@ -42,17 +42,17 @@ class Part:
         return self._rows[self._index[np.asarray(ids, dtype=np.int64)]]
 
 
-def halves(materials: Materials, limit: int | None = None) -> tuple[Materials, Materials]:
+def halves(run_inputs: RunInputs, limit: int | None = None) -> tuple[RunInputs, RunInputs]:
     """The same materials held out twice over: VALIDATION (on which learning rates are chosen) and TEST (reported).
 
     Stretches of CHUNK_BLOCKS blocks go to the one and the other in turn, so a document may reach into both.
     `limit`: at most so many blocks each.
     """
-    index = np.arange(len(materials.corpus.heldout))
+    index = np.arange(len(run_inputs.corpus.heldout))
     in_test = index // CHUNK_BLOCKS % 2 == 1 if len(index) > CHUNK_BLOCKS else index >= len(index) // 2
-    parts = (Part(materials.corpus.heldout, index[half][:limit]) for half in (~in_test, in_test))
-    corpora = (dataclasses.replace(materials.corpus, heldout=part) for part in parts)
-    validation, test = (dataclasses.replace(materials, corpus=corpus) for corpus in corpora)
+    parts = (Part(run_inputs.corpus.heldout, index[half][:limit]) for half in (~in_test, in_test))
+    corpora = (dataclasses.replace(run_inputs.corpus, heldout=part) for part in parts)
+    validation, test = (dataclasses.replace(run_inputs, corpus=corpus) for corpus in corpora)
     return validation, test
 
 
@@ -108,13 +108,13 @@ class CpuClock:
         return call
 
 
-class MeasuredRun(Distillation):
+class MeasuredRun(DistillationRun):
     """A run whose last evaluation covers both halves (VALIDATION plain, TEST under test/).
 
     Counted: calibration, one-shot cut, steps, resize events. Left out: measuring the gap, evaluations, checkpoints.
 
     Args:
-        config, engine_config, folder: as of `Distillation`.
+        config, engine_config, folder: as of `DistillationRun`.
         both: VALIDATION and TEST, from `halves`.
         remembered: of each half.
     """
@@ -123,7 +123,7 @@ class MeasuredRun(Distillation):
         self,
         config: RunConfig,
         engine_config: dict,
-        both: tuple[Materials, Materials],
+        both: tuple[RunInputs, RunInputs],
         remembered: tuple[RememberedLogits, RememberedLogits],
         folder: Path,
     ) -> None:
@@ -131,8 +131,8 @@ class MeasuredRun(Distillation):
         self._halves = tuple(zip(both, remembered, strict=True))
         super().__init__(config, engine_config, both[0], folder, "python benchmarks/quality.py")
         self.gap.measure = self.clock.left_out(self.gap.measure)
-        self.cuts._check_rotation = self.clock.left_out(self.cuts._check_rotation)
-        self.cuts.before_training = self.clock.counted(self.cuts.before_training)
+        self.shrinker._check_rotation = self.clock.left_out(self.shrinker._check_rotation)
+        self.shrinker.before_training = self.clock.counted(self.shrinker.before_training)
 
     def build_trainer(self, *args, **kwargs):
         trainer = super().build_trainer(*args, **kwargs)
@@ -147,7 +147,7 @@ class MeasuredRun(Distillation):
         self.final = validation | {f"test/{name}": value for name, value in test.items()}
         return self.final
 
-    def _evaluate_half(self, half: Materials, remembered: RememberedLogits) -> dict[str, float]:
+    def _evaluate_half(self, half: RunInputs, remembered: RememberedLogits) -> dict[str, float]:
         teacher = remembered.of(self.teacher.predict)
         return evaluate(self.student.predict, teacher, half.heldout(self.config), half.device)
 
@@ -188,7 +188,7 @@ class MeasuredRun(Distillation):
             config.loss,
             num_sequences=sequences,
             seq_len=data.seq_len,
-            masked_rows=sequences * data.seq_len * data.mask_probability,
+            target_rows=sequences * data.seq_len * data.mask_probability,
             vocab_size=self.student.model.config.vocab_size,
         )
         return config.pruning.calibration_batches * one.total

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
-from homodistil import cli
-from homodistil.config import RunConfig
+from homodistil.config import command_line
+from homodistil.config.schema import RunConfig
 
 RESULTS_VERSION = "2"
 """Raise it when a change of the code changes what runs come to: results of before are then no longer used."""
@@ -45,7 +45,7 @@ class RunSpec:
 
     def config(self) -> RunConfig:
         """Raises `UserError` when an override is none."""
-        return cli.parse(list(self.overrides))
+        return command_line.parse(list(self.overrides))
 
     @cached_property
     def key(self) -> str:

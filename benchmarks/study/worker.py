@@ -16,14 +16,14 @@ from pathlib import Path
 import torch
 from filelock import FileLock
 
-from homodistil import stop
-from homodistil.config import RunConfig
-from homodistil.correction import corrected
+from homodistil.config.schema import RunConfig
 from homodistil.distill.teacher import build_teacher
-from homodistil.engine import init_ranks, load_engine_config, resolve_engine_config, teacher_dtype
+from homodistil.distributed import graceful_stop
+from homodistil.engine.build import init_ranks, load_engine_config, resolve_engine_config, teacher_dtype
 from homodistil.errors import StopRequested
 from homodistil.evaluation.heldout import evaluate
-from homodistil.materials import Materials, check_teacher, gather, teacher_copy
+from homodistil.training.inputs import RunInputs, check_teacher, prepare_inputs, teacher_copy
+from homodistil.training.teacher_correction import corrected
 from study.jobs import ERROR_FILE, Job
 from study.measured_run import MeasuredRun, RememberedLogits, halves
 from study.specs import content_hash
@@ -37,7 +37,7 @@ class Context:
     def __init__(self, work: Path, engine_json: Path, device: torch.device) -> None:
         self.work, self.device = work, device
         self._engine_config = load_engine_config(engine_json)
-        self._materials: dict[str, Materials] = {}
+        self._materials: dict[str, RunInputs] = {}
         self._remembered: tuple[str, tuple[RememberedLogits, RememberedLogits]] | None = None
 
     def train(self, config: RunConfig, folder: Path, eval_blocks: int | None) -> dict:
@@ -45,7 +45,7 @@ class Context:
         engine_config = resolve_engine_config(copy.deepcopy(self._engine_config), config, 1)
         teacher_dtype(config.teacher.dtype, engine_config, self.device)
         check_teacher(config)
-        both = halves(self.materials(config), eval_blocks)
+        both = halves(self.run_inputs(config), eval_blocks)
         torch.manual_seed(config.train.seed)  # whatever a worker did before must not show
         run = MeasuredRun(config, engine_config, both, self._teacher_logits(config, eval_blocks), folder)
         run.run()
@@ -53,14 +53,14 @@ class Context:
 
     def _teacher_logits(self, config: RunConfig, eval_blocks: int | None) -> tuple[RememberedLogits, RememberedLogits]:
         """Of both halves, from the run before if that had the same teacher and batches."""
-        folder = self.materials(config).teacher
+        folder = self.run_inputs(config).teacher
         sections = [dataclasses.asdict(part) for part in (config.teacher, config.data)]
         key = content_hash([folder, *sections, config.train.eval_batch_size, eval_blocks])
         if self._remembered is None or self._remembered[0] != key:
             self._remembered = key, (RememberedLogits(), RememberedLogits())
         return self._remembered[1]
 
-    def materials(self, config: RunConfig) -> Materials:
+    def run_inputs(self, config: RunConfig) -> RunInputs:
         """Corpus and corrected teacher, the same for all runs with these teacher, data and batch settings."""
         sections = [dataclasses.asdict(part) for part in (config.teacher, config.data)]
         key = content_hash([*sections, config.train.global_batch_size])
@@ -69,25 +69,25 @@ class Context:
             folder = self.work / "corrections" / key
             folder.mkdir(parents=True, exist_ok=True)
             with FileLock(folder / "lock"):  # the other worker waits, and finds it done
-                found, _ = corrected(config, engine_config, gather(config, self.device), folder)
+                found, _ = corrected(config, engine_config, prepare_inputs(config, self.device), folder)
             self._materials[key] = found
         return self._materials[key]
 
     def evaluate_teacher(self, config: RunConfig, eval_blocks: int | None) -> dict:
         engine_config = resolve_engine_config(copy.deepcopy(self._engine_config), config, 1)
-        materials = self.materials(config)
+        run_inputs = self.run_inputs(config)
         dtype = teacher_dtype(config.teacher.dtype, engine_config, self.device)
-        teacher = build_teacher(teacher_copy(materials, dtype), config.teacher, self.device, dtype)
+        teacher = build_teacher(teacher_copy(run_inputs, dtype), config.teacher, self.device, dtype)
         found = [
             evaluate(teacher.predict, None, half.heldout(config), self.device) | {"kl_to_teacher": 0.0}
-            for half in halves(materials, eval_blocks)
+            for half in halves(run_inputs, eval_blocks)
         ]
         return {
             "validation": found[0],
             "test": found[1],
             "parameters": sum(p.numel() for p in teacher.model.parameters()),
             "hidden_size": teacher.model.config.hidden_size,
-            "folder": materials.teacher,
+            "folder": run_inputs.teacher,
         }
 
 
@@ -100,7 +100,7 @@ def work_off(connection: Connection, work: Path, engine_json: Path, log: Path) -
     for name in _RANK_VARIABLES:
         os.environ.pop(name, None)
     torch.set_num_threads(1)
-    with contextlib.suppress(EOFError, StopRequested), stop.on_signals():
+    with contextlib.suppress(EOFError, StopRequested), graceful_stop.on_signals():
         context = Context(work, engine_json, init_ranks())
         while True:
             job: Job = connection.recv()

@@ -13,7 +13,6 @@ from typing import NamedTuple
 from safetensors.torch import load_file
 from torch import Tensor
 
-from homodistil import ranks
 from homodistil.checkpoint.files import FileRecord, join_tensors, split_tensors
 from homodistil.checkpoint.folder import (
     FORMAT,
@@ -27,9 +26,10 @@ from homodistil.checkpoint.folder import (
 from homodistil.checkpoint.random_state import random_state, restore_random_state
 from homodistil.checkpoint.reader import WEIGHT, StateReader, key_of
 from homodistil.checkpoint.writer import Snapshot, Writer, random_file
-from homodistil.config import RunConfig
+from homodistil.config.schema import RunConfig
+from homodistil.distributed import ranks
 from homodistil.errors import UserError
-from homodistil.models.shapes import full_numel
+from homodistil.models.parameter_shape import full_numel
 from homodistil.resize import engine_state, load_engine_state, load_state, owned_state, state_scalars
 
 SETTLE_S = 60.0
@@ -54,7 +54,7 @@ class Checkpoints:
     folder: `checkpoints` of the run folder; all ranks see the same.
     config: of the run: how many are kept, whether training waits for the disk.
     layout: number of ranks, ZeRO stage, precision: written down for people, read by nobody.
-    fingerprints: of what the run learns from (fingerprints.py).
+    fingerprints: of what the run learns from (training/fingerprints.py).
     before_save: called on every rank before anything is written; may raise.
     """
 
@@ -88,7 +88,7 @@ class Checkpoints:
         if step == self._last_step:  # stopped right after a checkpoint: it is there already
             return
         self._before_save()
-        ranks.on_first_rank(lambda: start_part(self.folder, step))
+        ranks.on_rank_zero(lambda: start_part(self.folder, step))
         self._writer = Writer(self.folder, self._snapshot(engine, step, state), self.config.run.keep_checkpoints)
         self._last_step = step
         if not self.config.run.async_checkpoints:
@@ -123,7 +123,7 @@ class Checkpoints:
         Raises:
             UserError: there are checkpoints, but none of them is whole, or one is of the old, pickled format.
         """
-        names = ranks.on_first_rank(lambda: candidates(self.folder))
+        names = ranks.on_rank_zero(lambda: candidates(self.folder))
         reasons = []
         for name in names:
             found = self._look_through(self.folder / name)
@@ -141,7 +141,7 @@ class Checkpoints:
 
     def _look_through(self, folder: Path) -> Found | str:
         """The checkpoint, or what is wrong with it; the same on all ranks."""
-        files, problem = ranks.on_first_rank(lambda: _manifest_or_problem(folder))
+        files, problem = ranks.on_rank_zero(lambda: _manifest_or_problem(folder))
         if problem:
             return problem
         files = {name: FileRecord(*record) for name, record in files.items()}

@@ -16,10 +16,9 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from homodistil.checkpoint.files import FileRecord, WriteError, sync_folder, write_json
-from homodistil.data.downloads import file_sha256
+from homodistil.distributed.fault_injection import fault_point
 from homodistil.errors import UserError
-from homodistil.faults import fault_point
-from homodistil.metrics import write_atomically
+from homodistil.files import file_sha256, write_atomically
 
 FORMAT = 2
 MANIFEST_FILE, RUN_FILE, RUN_TENSORS_FILE = "manifest.json", "run.json", "run.safetensors"

@@ -14,11 +14,11 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from homodistil import ranks
 from homodistil.checkpoint.files import FileRecord, WriteError, write_json, write_tensors
 from homodistil.checkpoint.folder import RUN_FILE, RUN_TENSORS_FILE, part_folder, publish
+from homodistil.distributed import ranks
+from homodistil.distributed.fault_injection import fault_point
 from homodistil.errors import UserError
-from homodistil.faults import fault_point
 
 _POLL_S = 0.02
 

@@ -16,11 +16,11 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from homodistil.config import DataConfig
-from homodistil.data.corpus import Rows
-from homodistil.data.masking import Batch, Masker
+from homodistil.config.schema import DataConfig
+from homodistil.data.masked_lm import Batch, Masker
+from homodistil.data.prepare.corpus import Rows
+from homodistil.distributed.graceful_stop import ignore_in_worker
 from homodistil.errors import UserError
-from homodistil.stop import ignore_in_worker
 
 _ORDER_KEY = 2**64 - 1  # masking uses (seed, epoch; sample) as keys; no sample has this number
 
@@ -161,7 +161,8 @@ def _end(loader: weakref.ref[BatchLoader], processes: list[multiprocessing.Proce
 
 
 def _kill(processes: list[multiprocessing.Process]) -> None:
-    """By SIGKILL: torch's request to end can be lost on a busy machine, and SIGTERM is ignored (see stop.py)."""
+    """By SIGKILL: torch's request to end can be lost on a busy machine, and SIGTERM is ignored (see
+    distributed/graceful_stop.py)."""
     for process in processes:
         if process.is_alive():
             process.kill()

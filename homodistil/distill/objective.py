@@ -1,7 +1,7 @@
 """The objective: L = MLM + a1 KL + a2 sum_k hidden_k + a3 sum_k attention_k + a4 embedding (HomoDistil, equation of
 the seed), and the terms of its rivals: the cosine of the last hidden states (cosine.py), relations (relations.py).
 
-Every layer of the student is compared with its layer of the teacher (counterpart.py), as soon as both are known.
+Every layer of the student is compared with its layer of the teacher (layer_map.py), as soon as both are known.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from homodistil.config import LossConfig
-from homodistil.data.masking import Batch
-from homodistil.distill.relations import num_relation_heads, relation_loss
-from homodistil.distill.targets import Targets
-from homodistil.distill.vocabulary import VocabularyTerms
+from homodistil.config.schema import LossConfig
+from homodistil.data.masked_lm import Batch
+from homodistil.distill.losses.relations import num_relation_heads, relation_loss
+from homodistil.distill.losses.vocabulary import VocabularyTerms
+from homodistil.distill.teacher_outputs import TeacherOutputs
 from homodistil.kernels.attention_map import attention_map_loss
-from homodistil.models.taps import LayerTap, Visitor
+from homodistil.models.activations import ActivationVisitor, LayerActivations
 
 if TYPE_CHECKING:
     from homodistil.distill.student import Student
@@ -59,7 +59,7 @@ class Objective:
         return self.config.kl_positions if "kl" in self.weights else "masked"
 
 
-class Comparison(Visitor):
+class Comparison(ActivationVisitor):
     """The terms of one micro-batch, gathered while the student's forward pass goes by.
 
     Args:
@@ -69,7 +69,7 @@ class Comparison(Visitor):
         targets: the teacher's side; None leaves MLM alone (teacher correction).
     """
 
-    def __init__(self, objective: Objective, student: Student, batch: Batch, targets: Targets | None) -> None:
+    def __init__(self, objective: Objective, student: Student, batch: Batch, targets: TeacherOutputs | None) -> None:
         self._objective, self._student, self._batch, self._targets = objective, student, batch, targets
         self._per_layer: dict[str, list[Tensor]] = {"hidden": [], "attention": []}
         self._sums: dict[str, Tensor] = {}
@@ -86,15 +86,15 @@ class Comparison(Visitor):
 
     def before_layer(self, i: int, args: tuple, kwargs: dict) -> None:
         if self._targets:
-            self._targets.run_layer(self._student.counterpart.layers[i], args, kwargs)
+            self._targets.run_layer(self._student.layer_map.layers[i], args, kwargs)
 
-    def layer(self, i: int, tap: LayerTap) -> None:
+    def layer(self, i: int, tap: LayerActivations) -> None:
         if not self._targets:
             self._student.pass_projection(f"layer_{i}", tap.hidden)
             if i + 1 == self._student.num_layers:
                 self._student.pass_projection("last", tap.hidden)
             return
-        target = self._targets.take_layer(self._student.counterpart.layers[i])
+        target = self._targets.take_layer(self._student.layer_map.layers[i])
         if self._wants("hidden"):
             self._per_layer["hidden"].append(self._hidden(f"layer_{i}", tap.hidden, target.hidden))
         if self._wants("attention"):
@@ -102,13 +102,13 @@ class Comparison(Visitor):
         if i + 1 == self._student.num_layers:
             self._last_layer(tap, target)
 
-    def _last_layer(self, tap: LayerTap, target: LayerTap) -> None:
+    def _last_layer(self, tap: LayerActivations, target: LayerActivations) -> None:
         mask, counts = self._batch.attention_mask, self._batch.counts
         if self._wants("cosine"):
             self._sums["cosine"] = self._student.cosine_to(target.hidden, tap.hidden, mask) / counts.tokens
         if self._wants("relations"):
             config = self._objective.config
-            num_heads = num_relation_heads(config, self._student.counterpart.num_heads)
+            num_heads = num_relation_heads(config, self._student.layer_map.num_heads)
             loss = relation_loss(tap, self._targets.take_relations(), mask, num_heads, config.kernels)
             self._sums["relations"] = loss / counts.tokens
 
@@ -131,7 +131,7 @@ class Comparison(Visitor):
         mask, counts = self._batch.attention_mask, self._batch.counts
         return self._student.projections[name](student, teacher, mask) / counts.tokens
 
-    def _attention(self, i: int, student: LayerTap, teacher: LayerTap) -> Tensor:
+    def _attention(self, i: int, student: LayerActivations, teacher: LayerActivations) -> Tensor:
         config, counts = self._objective.config, self._batch.counts
         loss = attention_map_loss(
             student.queries,

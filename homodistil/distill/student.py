@@ -2,7 +2,7 @@
 
 `forward` is the training forward (loss terms); `predict` the inference one. The module knows where each of its
 entries came from in the teacher (`kept`), which is what a resize event narrows. Entries of an axis that has been mapped
-(resize/plan.py) have no origin: there `kept` only says how many there are.
+(models/resize_plan.py) have no origin: there `kept` only says how many there are.
 
 Every computation enters through a call of the module itself, also those outside of training: ZeRO-3 gathers parameters
 in hooks on module calls, and fetches them ahead of need only while calls follow the order of the last training step.
@@ -13,19 +13,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from homodistil.config import LossConfig
-from homodistil.data.masking import Batch
-from homodistil.distill.cosine import CosineProjection, cosine_distance
-from homodistil.distill.counterpart import Counterpart
+from homodistil.config.schema import LossConfig
+from homodistil.data.masked_lm import Batch
+from homodistil.distill.layer_map import LayerMap
+from homodistil.distill.losses.cosine import CosineProjection, cosine_distance
+from homodistil.distill.losses.projection import Projection
+from homodistil.distill.losses.vocabulary import vocabulary_terms
 from homodistil.distill.objective import Comparison, LossTerms, Objective
-from homodistil.distill.projection import Projection
-from homodistil.distill.targets import Targets, wanted_rows
 from homodistil.distill.teacher import head_only_parameters
-from homodistil.distill.vocabulary import vocabulary_terms
+from homodistil.distill.teacher_outputs import TeacherOutputs, wanted_rows
 from homodistil.models import axes, family_of
+from homodistil.models.activations import ActivationHooks, show_values
 from homodistil.models.axes import AxisTable, AxisUse, Keep
-from homodistil.models.shapes import full_numel
-from homodistil.models.taps import Taps, show_values
+from homodistil.models.parameter_shape import full_numel
 
 
 class Student(nn.Module):
@@ -37,16 +37,16 @@ class Student(nn.Module):
     """
 
     def __init__(
-        self, model: nn.Module, config: LossConfig, distil: bool = True, counterpart: Counterpart | None = None
+        self, model: nn.Module, config: LossConfig, distil: bool = True, layer_map: LayerMap | None = None
     ) -> None:
         super().__init__()
         self.model = model
         self.family = family_of(model.config.model_type)
         self.objective = Objective(config)
-        self.counterpart = counterpart or _copied_from(model.config)
+        self.layer_map = layer_map or _copied_from(model.config)
         self.projections = self._make_projections(config) if distil else nn.ModuleDict()
-        self.kept = axes.whole(self.family.axis_table(model).widths)
-        self._taps = Taps(model, self.family)
+        self.origins = axes.whole(self.family.axis_table(model).widths)
+        self._taps = ActivationHooks(model, self.family)
         self._pruned_heads: dict[int, Tensor | None] = {}
         if "relations" in self.objective.weights:
             show_values(model, self.family, -1)
@@ -64,9 +64,9 @@ class Student(nn.Module):
         names = ["embedding"] if config.embedding > 0 else []
         if config.hidden > 0:
             names += [f"layer_{i}" for i in range(self.num_layers)]
-        size, own, is_origin = self.counterpart.hidden_size, self.model.config.hidden_size, self.counterpart.is_origin
+        size, own, is_origin = self.layer_map.hidden_size, self.model.config.hidden_size, self.layer_map.is_origin
         made = {name: Projection(size, config, None if is_origin else own) for name in names}
-        if config.cosine > 0 and not self.counterpart.keeps_width:
+        if config.cosine > 0 and not self.layer_map.keeps_width:
             made["last"] = CosineProjection(size, own, config.projection_learned, is_origin)
         return nn.ModuleDict(made)
 
@@ -85,19 +85,19 @@ class Student(nn.Module):
     @property
     def head_maps(self) -> list[Tensor]:
         """Per layer the teacher head of each student head, int64 (N_student,), on the CPU."""
-        return [self.kept[f"layer.{i}.heads"] for i in range(self.num_layers)]
+        return [self.origins[f"layer.{i}.heads"] for i in range(self.num_layers)]
 
     def pruned_heads(self, i: int, device: torch.device) -> Tensor | None:
         """The head map of layer `i` on `device`; None while it has all heads of the teacher's."""
         if i not in self._pruned_heads:
             heads = self.head_maps[i]
-            self._pruned_heads[i] = heads.to(device) if len(heads) < self.counterpart.num_heads else None
+            self._pruned_heads[i] = heads.to(device) if len(heads) < self.layer_map.num_heads else None
         return self._pruned_heads[i]
 
     def forward(
         self,
         batch: Batch,
-        targets: Targets | None = None,
+        targets: TeacherOutputs | None = None,
         objective: Objective | None = None,
         only_logits: bool = False,
     ) -> LossTerms | Tensor:
@@ -114,8 +114,8 @@ class Student(nn.Module):
             return self.mlm_logits(wanted_rows(last, batch, "masked"))
         return comparison.finish(vocabulary_terms(objective, self, last, batch, targets))
 
-    def compare(self, batch: Batch, targets: Targets | None, objective: Objective) -> LossTerms:
-        """The terms of `objective`, which may differ from the one that is trained (see evaluation/gap.py)."""
+    def compare(self, batch: Batch, targets: TeacherOutputs | None, objective: Objective) -> LossTerms:
+        """The terms of `objective`, which may differ from the one that is trained (see evaluation/gap_probe.py)."""
         return self(batch, targets, objective)
 
     @torch.no_grad()
@@ -139,18 +139,18 @@ class Student(nn.Module):
 
     def after_resize(self, keep: Keep) -> None:
         """Call once parameters have been sliced by `keep`: sizes that modules remember, origins, head maps."""
-        before = {axis: index.shape[-1] for axis, index in self.kept.items()}
+        before = {axis: index.shape[-1] for axis, index in self.origins.items()}
         widths = axes.widths_after(before, keep)
-        self.kept = axes.compose(self.kept, keep, axes.head_axes(before))
+        self.origins = axes.compose(self.origins, keep, axes.head_axes(before))
         self.family.refresh(self.model, widths)
         self._pruned_heads.clear()
         for projection in self.projections.values():
-            projection.after_resize(self.kept["hidden"])
+            projection.after_resize(self.origins["hidden"])
 
     @property
     def widths(self) -> dict[str, int]:
         """Axis -> width of today."""
-        return {axis: index.shape[-1] for axis, index in self.kept.items()}
+        return {axis: index.shape[-1] for axis, index in self.origins.items()}
 
     @property
     def softmax_scale(self) -> float:
@@ -162,6 +162,6 @@ class Student(nn.Module):
         return sum(full_numel(p) for p in self.model.parameters())
 
 
-def _copied_from(config) -> Counterpart:
+def _copied_from(config) -> LayerMap:
     """The counterpart of a copy of the whole teacher."""
-    return Counterpart(config.hidden_size, config.num_attention_heads, tuple(range(config.num_hidden_layers)))
+    return LayerMap(config.hidden_size, config.num_attention_heads, tuple(range(config.num_hidden_layers)))

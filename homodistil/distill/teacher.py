@@ -14,17 +14,17 @@ from torch import Tensor, nn
 from transformers import AutoModelForMaskedLM, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from homodistil.config import TeacherConfig
-from homodistil.data.masking import Batch
+from homodistil.config.schema import TeacherConfig
+from homodistil.data.masked_lm import Batch
 from homodistil.data.tokenizer import check_ids, check_special_tokens, check_words, read_tokenizer
-from homodistil.distill.runtime import OwnStream, Runtime, build_runtime
-from homodistil.distill.sharded import shard_layers
-from homodistil.distill.targets import Finished, LockStep, Targets, own_lists, wanted_rows
+from homodistil.distill.runtime import Runtime, SideStream, build_runtime
+from homodistil.distill.teacher_outputs import Layerwise, TeacherOutputs, WholePass, own_lists, wanted_rows
+from homodistil.distill.teacher_sharding import shard_layers
 from homodistil.errors import UserError
 from homodistil.models import family_of
+from homodistil.models.activations import ATTENTION, ActivationHooks, Activations
 from homodistil.models.checkpoint_files import first_line, local_folder
 from homodistil.models.config_file import read_config
-from homodistil.models.taps import ATTENTION, Tapped, Taps
 from homodistil.models.weights import (
     Difference,
     check_finite,
@@ -44,18 +44,18 @@ class Teacher(nn.Module):
 
     Args:
         model: frozen and put into evaluation mode here.
-        lock_step: run layer by layer beside the student (targets.py) instead of as a whole.
+        lock_step: run layer by layer beside the student (teacher_outputs.py) instead of as a whole.
         runtime: how a whole forward pass runs (distill/runtime), never in lock-step; None: as the module is.
         stream: runs whole passes beside whatever the current stream does.
     """
 
     def __init__(
-        self, model: nn.Module, lock_step: bool = True, runtime: Runtime | None = None, stream: OwnStream | None = None
+        self, model: nn.Module, lock_step: bool = True, runtime: Runtime | None = None, stream: SideStream | None = None
     ) -> None:
         super().__init__()
         self.model = model.eval().requires_grad_(False)
         self.family = family_of(model.config.model_type)
-        self._taps = Taps(model, self.family) if runtime is None else None
+        self._taps = ActivationHooks(model, self.family) if runtime is None else None
         self._lock_step = lock_step and runtime is None
         self._runtime = runtime or self._taps.run
         self._stream = stream
@@ -69,30 +69,30 @@ class Teacher(nn.Module):
         return super().train(False)
 
     @torch.no_grad()
-    def forward(self, batch: Batch) -> Targets:
+    def forward(self, batch: Batch) -> TeacherOutputs:
         """What the objective compares with. In lock-step nothing is computed before the student runs."""
         if self._lock_step:
-            return LockStep(self.model, self.family, batch, self._taps)
+            return Layerwise(self.model, self.family, batch, self._taps)
         if self._stream is None:
             tapped = self.run(batch)
-            return Finished(self.model, self.family, batch, self.scale, lambda: tapped)
+            return WholePass(self.model, self.family, batch, self.scale, lambda: tapped)
         pending = self._stream.start(batch.input_ids, batch.padding_mask)
-        return Finished(self.model, self.family, batch, self.scale, pending.result)
+        return WholePass(self.model, self.family, batch, self.scale, pending.result)
 
     @torch.no_grad()
-    def for_several(self, batch: Batch, num_students: int) -> list[Targets]:
+    def for_several(self, batch: Batch, num_students: int) -> list[TeacherOutputs]:
         """What so many students are compared with, out of one whole pass, which is kept until the last has used it."""
         if self._stream is None:
             tapped = self.run(batch)
         else:
             tapped = self._stream.start(batch.input_ids, batch.padding_mask).result()
         return [
-            Finished(self.model, self.family, batch, self.scale, functools.partial(own_lists, tapped))
+            WholePass(self.model, self.family, batch, self.scale, functools.partial(own_lists, tapped))
             for _ in range(num_students)
         ]
 
     @torch.no_grad()
-    def run(self, batch: Batch) -> Tapped:
+    def run(self, batch: Batch) -> Activations:
         """A whole forward pass of the backbone."""
         return self._runtime(batch.input_ids, batch.padding_mask)
 
@@ -114,7 +114,7 @@ def build_teacher(model: nn.Module, config: TeacherConfig, device: torch.device,
     model = model.to(device)
     plain = config.runtime == "torch" and not config.own_stream
     runtime = None if plain else build_runtime(model, family, config, device, dtype)
-    stream = OwnStream(runtime, device) if config.own_stream else None
+    stream = SideStream(runtime, device) if config.own_stream else None
     return Teacher(model, config.in_lock_step, runtime, stream)
 
 

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from homodistil.config import DataConfig
+from homodistil.config.schema import DataConfig
 from homodistil.errors import UserError
 
 

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from homodistil import ranks
-from homodistil.data.masking import Batch
+from homodistil.data.masked_lm import Batch
+from homodistil.distributed import ranks
 from homodistil.kernels.masked_lm import masked_lm_losses
 
 Predict = Callable[[Batch], Tensor]
@@ -32,9 +32,9 @@ def evaluate(predict: Predict, teacher: Predict | None, batches: Iterable[Batch]
         batch = batch.to(device)
         logits = predict(batch)
         # Not argmax: the same indices, but four times as slow for bf16 on CPU.
-        hits = (logits.max(-1).indices == batch.masked_labels).sum()
-        loss, kl = masked_lm_losses(logits, teacher(batch) if teacher else None, batch.masked_labels)
-        rows = torch.tensor(len(batch.masked_labels), device=device)
+        hits = (logits.max(-1).indices == batch.target_ids).sum()
+        loss, kl = masked_lm_losses(logits, teacher(batch) if teacher else None, batch.target_ids)
+        rows = torch.tensor(len(batch.target_ids), device=device)
         kl = loss.new_zeros(()) if kl is None else kl
         sums += torch.stack([value.double() for value in (loss, hits, kl, rows)])
     mlm_loss, hits, kl, rows = ranks.total(sums).tolist()

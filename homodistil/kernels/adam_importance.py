@@ -3,7 +3,7 @@
 The flat tensor is what an optimizer holds: a whole parameter, or a ZeRO partition in which many parameters lie end to
 end, the outer ones cut in the middle of a row. `SegmentTable` says which stretch belongs to which matrix. Scores are
 |weight before the update * gradient as given|, summed per row and column into one buffer for all parameters
-(pruning/use_sums.py lays it out). The update is torch's fused AdamW to rounding, with torch's own states.
+(models/score_layout.py lays it out). The update is torch's fused AdamW to rounding, with torch's own states.
 """
 
 from __future__ import annotations

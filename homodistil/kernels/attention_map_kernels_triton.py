@@ -14,12 +14,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from homodistil.kernels import attention_map
+from homodistil.kernels import attention_map_inputs
 from homodistil.kernels.triton_support import mend_interpreter
 
 mend_interpreter()
 
-MASKED = tl.constexpr(attention_map.MASKED)
+MASKED = tl.constexpr(attention_map_inputs.MASKED)
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 

@@ -17,7 +17,7 @@ import triton
 from torch import Tensor
 
 from homodistil.kernels import attention_map_kernels_triton as kernels
-from homodistil.kernels.attention_map import Gradients, Maps
+from homodistil.kernels.attention_map_inputs import Gradients, Maps
 from homodistil.kernels.attention_map_kernels_triton import Side
 from homodistil.kernels.triton_support import padded
 

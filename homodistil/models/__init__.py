@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import ModuleType
 
 from homodistil.errors import UserError
-from homodistil.models import bert
+from homodistil.models.encoders import bert
 
 FAMILIES: dict[str, ModuleType] = {bert.MODEL_TYPE: bert}
 
@@ -16,6 +16,6 @@ def family_of(model_type: str) -> ModuleType:
         allowed = ", ".join(sorted(FAMILIES))
         raise UserError(
             f"teacher.name: architecture {model_type!r} is not supported; supported: {allowed}. "
-            f"A new family needs one table beside homodistil/models/bert.py"
+            f"A new family needs one table beside homodistil/models/encoders/bert.py"
         )
     return FAMILIES[model_type]

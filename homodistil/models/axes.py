@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -125,3 +126,23 @@ def expand_to_teacher(kept: dict[str, Tensor], teacher_widths: dict[str, int]) -
             index = rows
         keep[axis] = index
     return keep
+
+
+def num_layers(widths: Widths) -> int:
+    return sum(axis.endswith(".ffn") for axis in widths)
+
+
+class LayerWidths(NamedTuple):
+    """Widths of one layer: everything that is counted (FLOPs, bytes) is counted from these."""
+
+    intermediate_size: int
+    num_heads: int
+    qk_dim: int
+    """Dims of one head of queries and keys."""
+    vo_dim: int
+    """Dims of one head of values."""
+
+
+def layer_widths(widths: Widths, layer: int) -> LayerWidths:
+    """Widths of layer `layer` (0-based)."""
+    return LayerWidths(*(widths[f"layer.{layer}.{name}"] for name in ("ffn", "heads", "qk_dim", "vo_dim")))

@@ -1,16 +1,151 @@
-"""The whole shape of a parameter, wherever its elements are.
-
-Under ZeRO-3 a parameter is an empty tensor between uses; DeepSpeed leaves its shape as `ds_shape`.
-"""
+"""The student's final shape: presets of the paper and the checks that it can be cut from the teacher."""
 
 from __future__ import annotations
 
-from torch import nn
+from typing import NamedTuple
+
+from homodistil.config.schema import PruningConfig, StudentConfig
+from homodistil.errors import UserError
+from homodistil.models.axes import Widths
 
 
-def full_shape(param: nn.Parameter) -> tuple[int, ...]:
-    return tuple(getattr(param, "ds_shape", param.shape))
+class Shape(NamedTuple):
+    hidden_size: int
+    intermediate_size: int
+    num_attention_heads: int
 
 
-def full_numel(param: nn.Parameter) -> int:
-    return int(getattr(param, "ds_numel", param.numel()))
+PRESETS = {
+    "quickstart": Shape(64, 256, 2),
+    # HomoDistil, table 1 (design section 6): ffn = 4 x hidden; heads chosen so that a stock config can express them.
+    "homobert-base": Shape(576, 2304, 12),
+    "homobert-small": Shape(256, 1024, 8),
+    "homobert-xsmall": Shape(240, 960, 12),
+    "homobert-tiny": Shape(224, 896, 8),
+}
+
+NAMES = ("teacher", *PRESETS)
+"""Of all sizes that need no further field."""
+
+
+def target_shape(student: StudentConfig, teacher: Widths) -> Shape:
+    """Preset with the fields that are set on top. Raises `UserError` when a custom shape is incomplete."""
+    preset = _shape_of(teacher) if student.preset == "teacher" else PRESETS.get(student.preset)
+    values = [getattr(student, name) for name in Shape._fields]
+    if preset is not None:
+        return Shape(*(base if value is None else value for base, value in zip(preset, values, strict=True)))
+    if None in values:
+        raise _incomplete(student, _shape_of(teacher))
+    return Shape(*values)
+
+
+def _incomplete(student: StudentConfig, teacher: Shape) -> UserError:
+    """No target, or a part of one: says what is missing, and proposes it in the form to be typed."""
+    missing = [name for name in Shape._fields if getattr(student, name) is None]
+    half = half_of(teacher)._asdict()
+    proposal = " ".join(f"student.{name}={half[name]}" for name in missing)
+    presets = f"(or student.preset=NAME: {', '.join(NAMES)})"
+    if len(missing) == len(Shape._fields):
+        return UserError(f"student: no target size; for half of this teacher's width set {proposal} {presets}")
+    given = ", ".join(f"{name}={getattr(student, name)}" for name in Shape._fields if name not in missing)
+    return UserError(
+        f"student.{', student.'.join(missing)}: not set beside {given}, and student.preset=custom needs all three; "
+        f"half of this teacher's width is {proposal} {presets}"
+    )
+
+
+def half_of(teacher: Shape) -> Shape:
+    """Half the teacher's width, with half its heads, or as near to that as a stock configuration can have.
+
+    The head size divides the width, and is not above the teacher's. An odd width is rounded down to one that fits.
+    """
+    head_dim = teacher.hidden_size // teacher.num_attention_heads
+    hidden_size = max(1, teacher.hidden_size // 2)
+    while not (heads := _possible_heads(hidden_size, teacher.num_attention_heads, head_dim)):
+        hidden_size -= 1
+    num_heads = min(heads, key=lambda count: abs(2 * count - teacher.num_attention_heads))
+    return Shape(hidden_size, max(1, teacher.intermediate_size // 2), num_heads)
+
+
+def _possible_heads(hidden_size: int, most: int, head_dim: int) -> list[int]:
+    return [n for n in range(1, most + 1) if hidden_size % n == 0 and hidden_size // n <= head_dim]
+
+
+def _shape_of(widths: Widths) -> Shape:
+    return Shape(widths["hidden"], widths["layer.0.ffn"], widths["layer.0.heads"])
+
+
+def student_widths(student: StudentConfig, teacher: Widths) -> tuple[dict[str, int], dict[str, int]]:
+    """Axis -> width of the student as it starts, and as it ends, for every axis that it has.
+
+    A copy starts with the teacher's widths; one of fewer layers has the axes of that many. Fresh weights have the
+    target's widths from the start.
+
+    Args:
+        teacher: widths, alike in all layers.
+
+    Raises:
+        UserError: as `target_shape` and `target_widths`.
+    """
+    layers = student.num_hidden_layers or sum(axis.endswith(".ffn") for axis in teacher)
+    own = {axis: width for axis, width in teacher.items() if axis == "hidden" or _layer(axis) < layers}
+    target = target_widths(target_shape(student, teacher), own)
+    return (target if student.init == "random" else own), target
+
+
+def _layer(axis: str) -> int:
+    return int(axis.split(".")[1])
+
+
+def target_widths(shape: Shape, teacher: Widths) -> dict[str, int]:
+    """Axis -> final width for every axis of the teacher.
+
+    Raises:
+        UserError: wider than the teacher, or not expressible by a stock configuration.
+    """
+    _check(shape, teacher)
+    head_dim = shape.hidden_size // shape.num_attention_heads
+    of_kind = {
+        "hidden": shape.hidden_size,
+        "ffn": shape.intermediate_size,
+        "heads": shape.num_attention_heads,
+        "qk_dim": head_dim,
+        "vo_dim": head_dim,
+    }
+    return {axis: of_kind[axis.rsplit(".", 1)[-1]] for axis in teacher}
+
+
+def _check(shape: Shape, teacher: Widths) -> None:
+    for name, wanted, limit in zip(Shape._fields, shape, _shape_of(teacher), strict=True):
+        if not 1 <= wanted <= limit:
+            raise UserError(
+                f"student.{name}: found {wanted}, the teacher has {limit}; allowed 1 .. {limit} "
+                f"(a student is cut out of its teacher; choose a smaller value or another teacher)"
+            )
+    if shape.hidden_size % shape.num_attention_heads:
+        raise UserError(
+            f"student.hidden_size: {shape.hidden_size} is not divisible by student.num_attention_heads "
+            f"{shape.num_attention_heads}; stock configurations need hidden_size = heads x head size"
+        )
+    head_dim, limit = shape.hidden_size // shape.num_attention_heads, teacher["layer.0.qk_dim"]
+    if head_dim > limit:
+        raise UserError(
+            f"student.num_attention_heads: {shape.num_attention_heads} heads of hidden_size {shape.hidden_size} are "
+            f"{head_dim} wide, the teacher's {limit}; use at least {-(-shape.hidden_size // limit)} heads"
+        )
+
+
+def check_multiples(pruning: PruningConfig, widths: Widths) -> None:
+    """Raise `UserError` for a multiple above the teacher's own width, of which no width on the way could be one."""
+    limits = {
+        "width_multiple": ("hidden", "hidden size"),
+        "ffn_multiple": ("layer.0.ffn", "feed-forward width"),
+        "head_dim_multiple": ("layer.0.qk_dim", "head size"),
+    }
+    for name, (axis, what) in limits.items():
+        multiple = getattr(pruning, name)
+        if pruning.schedule not in ("none", "one_shot") and multiple > widths[axis]:
+            raise UserError(
+                f"pruning.{name}: found {multiple}, allowed are 1 .. {widths[axis]} (the teacher's {what}); set a "
+                f"smaller one"
+            )

@@ -27,7 +27,7 @@ class Device:
 
     def peak_flops(self, number_format: str) -> float | None:
         """Dense FLOP/s in "bf16", "fp16" or "fp32" (as tf32 where the device has it); None: not known."""
-        from homodistil.flops import datasheet_flops  # imports torch and transformers, which --help does without
+        from homodistil.metrics.device_peak import datasheet_flops
 
         names = ["tf32", "fp32"] if number_format == "fp32" else [number_format]
         found = [datasheet_flops(self.driver_name, name) for name in names]

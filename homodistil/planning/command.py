@@ -8,19 +8,19 @@ import os
 import platform
 from pathlib import Path
 
-from homodistil import ranks
-from homodistil.config import RunConfig
-from homodistil.engine import load_engine_config, student_dtype
-from homodistil.errors import UserError, writing
-from homodistil.flops import peak_flops
-from homodistil.metrics import write_atomically
-from homodistil.planning.calibration import Calibration, fit, read_calibration, write_calibration
+from homodistil.config.schema import RunConfig
+from homodistil.distributed import ranks
+from homodistil.engine.build import load_engine_config, student_dtype
+from homodistil.errors import UserError
+from homodistil.files import write_atomically, writing
+from homodistil.metrics.device_peak import peak_flops
 from homodistil.planning.cluster import CPU, Cluster, find_cluster
-from homodistil.planning.own_run import calibration_path
+from homodistil.planning.machine_calibration import Calibration, fit, read_calibration, write_calibration
 from homodistil.planning.plan import make_plan
+from homodistil.planning.save_plan import calibration_path
 from homodistil.planning.speed import expected_seconds
-from homodistil.planning.subject import check_plannable
 from homodistil.planning.table import format_plan
+from homodistil.training.resolve import check_plannable
 
 
 def show(config: RunConfig, engine_config: Path, options: argparse.Namespace) -> None:

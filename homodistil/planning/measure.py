@@ -14,20 +14,20 @@ from pathlib import Path
 
 import torch
 
-from homodistil import ranks
-from homodistil.config import RunConfig
-from homodistil.distillation import Distillation
-from homodistil.engine import init_ranks, resolve_engine_config
-from homodistil.materials import gather
-from homodistil.metrics import Recorder
+from homodistil.config.schema import RunConfig
+from homodistil.distributed import ranks
+from homodistil.engine.build import init_ranks, resolve_engine_config
+from homodistil.metrics.recorder import Recorder
 from homodistil.models.axes import Widths
-from homodistil.planning.calibration import Sample
 from homodistil.planning.cluster import Cluster
+from homodistil.planning.machine_calibration import Sample
 from homodistil.planning.memory import rank_memory
 from homodistil.planning.plan import policy_of
 from homodistil.planning.step_work import step_work
-from homodistil.planning.subject import find_subject
-from homodistil.trainer import Trainer, TrainState
+from homodistil.training.inputs import prepare_inputs
+from homodistil.training.resolve import resolve_run
+from homodistil.training.run import DistillationRun
+from homodistil.training.trainer import Trainer, TrainState
 
 NUM_EVENTS = 3
 STEPS_A_WIDTH = 6
@@ -46,7 +46,7 @@ class MeasuredWidth:
     """Of this rank, events left out."""
 
 
-def pressed(config: RunConfig) -> RunConfig:
+def compressed_schedule(config: RunConfig) -> RunConfig:
     """The same run in a few steps: its widths lie on the way to the same target."""
     short = copy.deepcopy(config)
     short.train.steps = STEPS_A_WIDTH * (NUM_EVENTS + 1)
@@ -66,16 +66,16 @@ def pressed(config: RunConfig) -> RunConfig:
 def measure_here(config: RunConfig, raw_engine_config: dict) -> list[MeasuredWidth]:
     """Every rank calls it, in a job of its own. Nothing is written but the cache of data and packaged teachers."""
     device = init_ranks(config.run.rank_timeout_s)
-    short = pressed(config)
+    short = compressed_schedule(config)
     engine_config = resolve_engine_config(raw_engine_config, short, ranks.world_size())
     # What a step costs does not depend on what the teacher knows: one without an MLM head will do.
     headless = copy.deepcopy(short)
     headless.teacher.correction_steps = 1
-    materials = gather(headless, device)
+    run_inputs = prepare_inputs(headless, device)
     with tempfile.TemporaryDirectory() as folder:
-        run = Distillation(short, engine_config, materials, Path(folder), command="")
+        run = DistillationRun(short, engine_config, run_inputs, Path(folder), command="")
         with Recorder(run.folder, short.train.steps, 0, enabled=False) as recorder:
-            run.cuts.before_training(recorder)
+            run.shrinker.before_training(recorder)
             return measure_trainer(run.build_trainer(recorder, TrainState()), device)
 
 
@@ -130,7 +130,7 @@ def samples_of(
     config: RunConfig, raw_engine_config: dict, cluster: Cluster, measured: list[MeasuredWidth]
 ) -> list[Sample]:
     """What was measured beside what is counted of the same widths."""
-    subject = find_subject(pressed(config))
+    subject = resolve_run(compressed_schedule(config))
     engine_config = resolve_engine_config(raw_engine_config, subject.config, cluster.num_ranks)
     policy, size = policy_of(subject, engine_config, cluster), config.train.micro_batch_size
     return [

@@ -1,12 +1,12 @@
-"""Bytes of one rank, part by part, at one width: what `step_memory.py` counts, and what it leaves out because it is
+"""Bytes of one rank, part by part, at one width: what `models/memory.py` counts, and what it leaves out because it is
 short-lived or not the model's: buffers between ranks, products of the vocabulary on their way, the process itself."""
 
 from __future__ import annotations
 
-from homodistil.micro_batch import MicroBatchPolicy
 from homodistil.models.axes import Widths
-from homodistil.planning.subject import Subject
-from homodistil.step_memory import state_bytes
+from homodistil.models.memory import state_bytes
+from homodistil.training.micro_batch import MicroBatchPolicy
+from homodistil.training.resolve import ResolvedRun
 
 FP32_BYTES = 4
 DEFAULT_BUCKET_ELEMENTS = 5e8
@@ -16,7 +16,7 @@ PROCESS_BYTES = 1.0e9
 
 
 def rank_memory(
-    subject: Subject,
+    subject: ResolvedRun,
     policy: MicroBatchPolicy,
     engine_config: dict,
     widths: Widths,
@@ -48,8 +48,8 @@ def rank_memory(
     return parts
 
 
-def _teacher_parameters(subject: Subject, num_ranks: int) -> float:
-    """That a rank holds at once (distill/sharded.py)."""
+def _teacher_parameters(subject: ResolvedRun, num_ranks: int) -> float:
+    """That a rank holds at once (distill/teacher_sharding.py)."""
     if not subject.config.teacher.shard:
         return subject.teacher_parameters
     layers = subject.teacher_layers

@@ -6,16 +6,16 @@ from dataclasses import asdict, dataclass, field
 
 import torch
 
-from homodistil.config import RunConfig
-from homodistil.engine import resolve_engine_config, student_dtype
-from homodistil.micro_batch import MicroBatchPolicy
+from homodistil.config.schema import RunConfig
+from homodistil.engine.build import resolve_engine_config, student_dtype
 from homodistil.planning.advice import Advice, advise
-from homodistil.planning.calibration import Calibration
 from homodistil.planning.cluster import POWER_OVERHEAD, Cluster
+from homodistil.planning.machine_calibration import Calibration
 from homodistil.planning.memory import PROCESS_BYTES, rank_memory
 from homodistil.planning.speed import Seconds, step_seconds
 from homodistil.planning.step_work import step_work
-from homodistil.planning.subject import Subject, find_subject
+from homodistil.training.micro_batch import MicroBatchPolicy
+from homodistil.training.resolve import ResolvedRun, resolve_run
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def make_plan(
     Raises:
         UserError: what a run would refuse as well, or a machine about which nothing is known.
     """
-    subject = find_subject(config)
+    subject = resolve_run(config)
     engine_config = _resolved(raw_engine_config, config, cluster)
     stretches = [
         _stretch(subject, policy_of(subject, engine_config, cluster), engine_config, cluster, calibration, stretch)
@@ -124,7 +124,7 @@ def _resolved(raw_engine_config: dict, config: RunConfig, cluster: Cluster) -> d
     return resolve_engine_config(others, config, cluster.num_ranks) | fp16
 
 
-def policy_of(subject: Subject, engine_config: dict, cluster: Cluster) -> MicroBatchPolicy:
+def policy_of(subject: ResolvedRun, engine_config: dict, cluster: Cluster) -> MicroBatchPolicy:
     """Counts of parameters and bytes for ranks of this cluster."""
     config, device_type = subject.config, "cpu" if cluster.is_cpu else "cuda"
     auto = torch.float16 if device_type == "cuda" else student_dtype(engine_config)

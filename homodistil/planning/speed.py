@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from homodistil.errors import UserError
-from homodistil.planning.calibration import Calibration
 from homodistil.planning.cluster import Cluster
+from homodistil.planning.machine_calibration import Calibration
 from homodistil.planning.step_work import StepWork
 
 # Share of the datasheet's FLOP/s that training of BERT-sized models reaches; nothing here was measured on a GPU.

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import astuple, dataclass, fields
 
-from homodistil.flops import num_layers, step_flops
-from homodistil.micro_batch import MicroBatchPolicy
-from homodistil.models.axes import Widths
-from homodistil.planning.subject import Subject
+from homodistil.models.axes import Widths, num_layers
+from homodistil.models.flops import step_flops
+from homodistil.training.micro_batch import MicroBatchPolicy
+from homodistil.training.resolve import ResolvedRun
 
 _ADAM_BYTES = 28  # of one fp32 element: master, gradient and two moments read, all but the gradient written
 
@@ -37,7 +37,7 @@ def as_row(work: StepWork) -> tuple[float, ...]:
     return astuple(work)
 
 
-def step_work(subject: Subject, policy: MicroBatchPolicy, widths: Widths, micro_batch_size: int) -> StepWork:
+def step_work(subject: ResolvedRun, policy: MicroBatchPolicy, widths: Widths, micro_batch_size: int) -> StepWork:
     """At widths of the student; ZeRO (Rajbhandari et al. 2020, section 7) says what is sent."""
     config, layout = subject.config, policy.layout
     num_ranks, sequences = layout.num_ranks, config.train.global_batch_size
@@ -48,7 +48,7 @@ def step_work(subject: Subject, policy: MicroBatchPolicy, widths: Widths, micro_
         config.loss,
         num_sequences=sequences,
         seq_len=config.data.seq_len,
-        masked_rows=config.data.mask_probability * sequences * (config.data.seq_len - 2),
+        target_rows=config.data.mask_probability * sequences * (config.data.seq_len - 2),
         vocab_size=subject.vocab_size,
     )
     trainable, _ = policy.parameter_counts(widths)

@@ -17,10 +17,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from homodistil import ranks, stop, watch
-from homodistil.config import RunConfig
-from homodistil.engine import init_ranks, load_engine_config
-from homodistil.exit_codes import USER_ERROR
+from homodistil.config.schema import RunConfig
+from homodistil.distributed import graceful_stop, ranks, watchdog
+from homodistil.distributed.exit_codes import USER_ERROR
+from homodistil.engine.build import init_ranks, load_engine_config
+from homodistil.metrics.progress import doing
 from homodistil.preflight.disk import check_folders
 from homodistil.preflight.findings import Finding, Findings, format_findings, merged
 from homodistil.preflight.memory import check_memory, step_bytes
@@ -28,7 +29,6 @@ from homodistil.preflight.port import check_port
 from homodistil.preflight.settings import TeacherFacts, check_model, check_settings
 from homodistil.preflight.step import try_step
 from homodistil.preflight.text import Sample, blocks, check_text
-from homodistil.progress import doing
 
 JOIN_TIMEOUT_S = 120.0
 PROBE_BLOCKS = 16
@@ -46,8 +46,8 @@ def check(config: RunConfig, engine_config_path: Path) -> int:
         _look(findings, config, raw_engine_config, device)
         return _conclude(findings, start_s)
     device = init_ranks(min(config.run.rank_timeout_s, JOIN_TIMEOUT_S))
-    with stop.on_signals(), watch.watching(config.run.rank_timeout_s):
-        with watch.long_phase("checking"), doing("checking"):
+    with graceful_stop.on_signals(), watchdog.watching(config.run.rank_timeout_s):
+        with watchdog.long_phase("checking"), doing("checking"):
             findings = _check_all(config, raw_engine_config, device)
         return _conclude(findings, start_s)
 
@@ -62,7 +62,7 @@ def _check_all(config: RunConfig, raw_engine_config: dict, device: torch.device)
     # The same rows everywhere: rank 0's. Its folder of the teacher is not handed on: that may be another machine's.
     num_blocks = ranks.world_size() * max(config.train.micro_batch_size, PROBE_BLOCKS)
     seq_len = config.data.seq_len
-    rows = ranks.on_first_rank(lambda: blocks(sample, facts.tokenizer, seq_len, num_blocks).tolist())
+    rows = ranks.on_rank_zero(lambda: blocks(sample, facts.tokenizer, seq_len, num_blocks).tolist())
     rows = np.asarray(rows, dtype=np.int64)
     facts = facts or check_model(Findings(), config)
     tried = Findings()

@@ -6,9 +6,9 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from homodistil.config import RunConfig
+from homodistil.config.schema import RunConfig
 from homodistil.preflight.findings import Findings
-from homodistil.run_folder import check_run_folder
+from homodistil.training.run_folder import check_run_folder
 
 FP32_BYTES = 4
 ADAM_TENSORS = 3

@@ -7,13 +7,13 @@ import os
 import psutil
 import torch
 
-from homodistil.config import RunConfig
-from homodistil.engine import student_dtype, teacher_dtype
-from homodistil.micro_batch import state_layout
+from homodistil.config.schema import RunConfig
+from homodistil.engine.build import student_dtype, teacher_dtype
 from homodistil.models.attention import keeps_probabilities
 from homodistil.models.axes import Widths
+from homodistil.models.memory import sequence_bytes, state_bytes
 from homodistil.preflight.findings import Findings
-from homodistil.step_memory import sequence_bytes, state_bytes
+from homodistil.training.micro_batch import state_layout
 
 
 def step_bytes(
@@ -32,7 +32,7 @@ def step_bytes(
         widths,
         config.loss,
         seq_len=config.data.seq_len,
-        masked_rows=config.data.mask_probability * config.data.seq_len,
+        target_rows=config.data.mask_probability * config.data.seq_len,
         vocab_size=vocab_size,
         student_bytes=student.itemsize,
         teacher_bytes=teacher.itemsize,

@@ -8,17 +8,17 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from homodistil.config import RunConfig
-from homodistil.distill.compiled import check_student_compile
+from homodistil.config.schema import RunConfig
 from homodistil.distill.runtime import check_teacher_runtime
+from homodistil.distill.student_compile import check_student_compile
 from homodistil.distill.teacher import load_config, load_tokenizer
-from homodistil.engine import resolve_engine_config, teacher_dtype
-from homodistil.materials import check_teacher
+from homodistil.engine.build import resolve_engine_config, teacher_dtype
+from homodistil.engine.optimizer import check_implementation
 from homodistil.models import family_of
 from homodistil.models.axes import Widths
-from homodistil.optimizer import check_implementation
 from homodistil.preflight.findings import Findings
-from homodistil.run_summary import run_summary
+from homodistil.training.inputs import check_teacher
+from homodistil.training.run_summary import run_summary
 
 
 class TeacherFacts(NamedTuple):

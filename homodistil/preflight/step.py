@@ -10,15 +10,15 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from homodistil import ranks
-from homodistil.config import RunConfig
-from homodistil.data.corpus import Corpus
-from homodistil.distillation import Distillation
-from homodistil.engine import resolve_engine_config
-from homodistil.materials import Materials
-from homodistil.metrics import Recorder, memory_bytes
+from homodistil.config.schema import RunConfig
+from homodistil.data.prepare.corpus import Corpus
+from homodistil.distributed import ranks
+from homodistil.engine.build import resolve_engine_config
+from homodistil.metrics.recorder import Recorder, memory_bytes
 from homodistil.preflight.findings import Findings
-from homodistil.trainer import Trainer, TrainState
+from homodistil.training.inputs import RunInputs
+from homodistil.training.run import DistillationRun
+from homodistil.training.trainer import Trainer, TrainState
 
 _BATCH_ENTRIES = ("train_batch_size", "gradient_accumulation_steps")
 
@@ -55,11 +55,11 @@ def try_step(
     small = small_config(config, ranks.world_size())
     raw = {name: value for name, value in raw_engine_config.items() if name not in _BATCH_ENTRIES}
     corpus = Corpus(rows, rows, "preflight", "a sample")
-    materials = Materials(teacher, tokenizer, corpus, device, config.teacher.allow_pickle)
+    run_inputs = RunInputs(teacher, tokenizer, corpus, device, config.teacher.allow_pickle)
     engine_config = resolve_engine_config(raw, small, ranks.world_size())
-    run = Distillation(small, engine_config, materials, Path(config.run_dir), command="")
+    run = DistillationRun(small, engine_config, run_inputs, Path(config.run_dir), command="")
     with Recorder(run.folder, small.train.steps, 0, enabled=False) as recorder:
-        run.cuts.before_training(recorder)
+        run.shrinker.before_training(recorder)
         trainer = run.build_trainer(recorder, TrainState())
         trainer.train_step()
         cut = _first_cut(trainer)
@@ -76,6 +76,6 @@ def _first_cut(trainer: Trainer) -> str:
     due = {axis: width for axis, width in widths.items() if width < student.widths[axis]}
     if not due:
         return ""
-    plan = trainer.pruner.due(min(table), student.axis_table(), student.kept["hidden"])
+    plan = trainer.pruner.due(min(table), student.axis_table(), student.origins["hidden"])
     trainer.resize(plan)
     return f", cut to hidden {student.widths['hidden']}"

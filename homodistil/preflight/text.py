@@ -9,10 +9,10 @@ import numpy as np
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from homodistil.config import DataConfig
-from homodistil.data.corpus import check_tokenizer
-from homodistil.data.documents import read, start_of
-from homodistil.data.sources import Source, check_sources, unhashed_sources
+from homodistil.config.schema import DataConfig
+from homodistil.data.prepare.corpus import check_tokenizer
+from homodistil.data.sources.documents import read, start_of
+from homodistil.data.sources.sources import Source, check_sources, unhashed_sources
 from homodistil.data.tokenizer import check_text_is_known
 from homodistil.errors import UserError
 from homodistil.preflight.findings import Findings

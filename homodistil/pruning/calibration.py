@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
-from homodistil import ranks
-from homodistil.data.masking import Batch
+from homodistil.data.masked_lm import Batch
+from homodistil.distill.student import Student
+from homodistil.distill.teacher import Teacher
+from homodistil.distributed import ranks
 from homodistil.models.axes import AxisTable
 from homodistil.pruning.importance import Importance
 
@@ -52,3 +56,25 @@ def _pieces(module: nn.Module) -> Iterator[WholePiece]:
         gradient = ranks.mean(parameter.grad.float())
         if i % ranks.world_size() == ranks.rank():
             yield WholePiece(name, 0, parameter.detach().float().flatten(), gradient.flatten())
+
+
+def drawn_label_loss(student: Student, teacher: Teacher, seed: int) -> Callable[[Batch], Tensor]:
+    """`pruning.importance=teacher_kl`: micro-batch -> mean cross-entropy (nats) to labels that the teacher draws.
+
+    With labels from the teacher's own distribution the squared gradient is, in expectation, the diagonal of the Fisher
+    information: the curvature of KL(teacher || student) where both agree. The gradient of the KL itself vanishes there.
+    The loss is that of the student at the masked rows, and has a graph.
+
+    Args:
+        seed: of the labels; another one on every rank.
+    """
+    device = next(student.parameters()).device
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def loss(batch: Batch) -> Tensor:
+        shares = teacher.predict(batch).float().softmax(-1)
+        drawn = torch.multinomial(shares, 1, generator=generator).squeeze(1)
+        logits = student(batch, only_logits=True).float()
+        return functional.cross_entropy(logits, drawn, reduction="sum") / batch.counts.target_rows
+
+    return loss

@@ -22,7 +22,7 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from homodistil.config import PruningConfig
+from homodistil.config.schema import PruningConfig
 from homodistil.models.axes import Widths
 from homodistil.pruning.milestones import Milestone, Route
 from homodistil.pruning.schedule import (

@@ -12,11 +12,11 @@ from typing import Protocol
 import torch
 from torch import Tensor, distributed
 
-from homodistil.config import PruningConfig
+from homodistil.config.schema import PruningConfig
 from homodistil.kernels.score_sums import add_score_sums
 from homodistil.models import axes
 from homodistil.models.axes import AxisTable, Keep
-from homodistil.pruning.use_sums import Target, UseSums
+from homodistil.models.score_layout import ScoreLayout, Target
 
 
 class Piece(Protocol):
@@ -71,7 +71,7 @@ class Importance:
         self.accept(self.measure(pieces, table, shapes))
 
     def _sums(self, pieces: Iterable[Piece], table: AxisTable, shapes: dict[str, tuple[int, ...]]) -> Keep:
-        layout, sums = UseSums(table), None
+        layout, sums = ScoreLayout(table), None
         for piece in pieces:
             target = layout.target(piece.name, shapes[piece.name])
             if target is None:
@@ -92,7 +92,7 @@ class Importance:
             sums[columns_at : columns_at + columns] if columns_at >= 0 else None,
         )
 
-    def over_ranks(self, layout: UseSums, sums: Tensor, probes: Tensor | None = None) -> Keep:
+    def over_ranks(self, layout: ScoreLayout, sums: Tensor, probes: Tensor | None = None) -> Keep:
         """This rank's share of the sums -> the sums of all, by axis. Every rank calls it.
 
         Args:

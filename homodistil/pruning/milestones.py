@@ -1,4 +1,5 @@
-"""Milestones: stock shapes that the widths pass exactly on their way, so that each is exported as it is (family.py).
+"""Milestones: stock shapes that the widths pass exactly on their way, so that each is exported as it is
+(training/milestone_exports.py).
 
 A fraction of the teacher's hidden size becomes the nearest hidden size that a stock configuration can hold: a multiple
 of the number of heads and of `pruning.width_multiple`. Heads and feed-forward widths are in proportion: as far on
@@ -10,10 +11,10 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from homodistil.config import PruningConfig, RunConfig
+from homodistil.config.schema import PruningConfig, RunConfig
 from homodistil.errors import UserError
 from homodistil.models.axes import Widths
-from homodistil.pruning.target import Shape, target_widths
+from homodistil.models.shapes import Shape, target_widths
 
 _SAME_AS_FINAL = 0.02
 """How far below the student's final hidden size, as a share of it, a milestone may ask for and mean that size."""

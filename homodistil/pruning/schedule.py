@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from homodistil.config import PruningConfig
+from homodistil.config.schema import PruningConfig
 from homodistil.errors import UserError
 from homodistil.models.axes import Widths
 from homodistil.pruning.milestones import Milestone, Route

@@ -1,7 +1,7 @@
 """Run folder -> one self-contained HTML page: result table, curves, resize events, configuration. Many: comparison/.
 
 run.py reads the folder (it may still be growing), curves.py says which curves tell the story and from which values,
-speed.py how fast the run was, figures.py draws panels of lines as inline SVG, family.py is the table of a run with
+speed.py how fast the run was, figures.py draws panels of lines as inline SVG, milestones.py is the table of a run with
 milestones, planned.py of one that was planned, page.py is the HTML; outputs.py checks where it may be written.
 """
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from homodistil.report.comparison import export_curves
 from homodistil.report.curves import curves
-from homodistil.report.family import family_section
+from homodistil.report.milestones import family_section
 from homodistil.report.outputs import check_outputs, write_page, writing_report
 from homodistil.report.page import render
 from homodistil.report.planned import planned_section

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from homodistil.errors import UserError
-from homodistil.metrics import write_atomically
+from homodistil.files import write_atomically
 
 _BEGINNING = b"<!doctype html"
 

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import jinja2
 from markupsafe import Markup
 
+from homodistil.metrics.result_table import COLUMNS, DASH, cells
 from homodistil.report.curves import FAMILIES, Curve, curves, gap
 from homodistil.report.figures import draw
 from homodistil.report.planned import HEADINGS, PlannedSection
 from homodistil.report.run import FILES, Run, is_teacher, number
 from homodistil.report.speed import memory_sentences, speed_sentences
-
-if TYPE_CHECKING:  # at run time it needs this module's CSS, through the comparison's figures
-    from homodistil.report.family import FamilySection
-from homodistil.results import COLUMNS, DASH, cells
 
 CSS = """body { margin: 2.5rem auto 4rem; max-width: 82rem; padding: 0 1.5rem; color: #1a1a1a; background: #fff;
        font: 15px/1.5 system-ui, "Segoe UI", "DejaVu Sans", sans-serif; }
@@ -152,6 +149,16 @@ _TEMPLATE = """<!doctype html>
 </body>
 </html>
 """
+
+
+class FamilySection(NamedTuple):
+    """What a page shows of a family."""
+
+    sentences: list[str]
+    headings: list[str]
+    rows: list[list[str]]
+    svg: str | None
+    caption: str
 
 
 def render(run: Run, family: FamilySection | None = None, planned: PlannedSection | None = None) -> str:

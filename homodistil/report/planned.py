@@ -7,8 +7,8 @@ import statistics
 from dataclasses import dataclass
 from typing import Any
 
+from homodistil.metrics.result_table import DASH, PLAN_FILE
 from homodistil.report.run import Run, clean
-from homodistil.results import DASH, PLAN_FILE
 
 HEADINGS = ["hidden size", "steps", "tokens/s planned", "measured", "difference"]
 HEADINGS += ["MB of a rank planned", "measured", "difference"]

@@ -3,10 +3,10 @@
     plan = make_plan(table, keep)          # pruning decides the keep, models/ the table
     cost = resize(engine, plan)            # right after engine.step(); then the caller refreshes module attributes
 
-Engine, optimizer, scheduler, hooks and step counts stay the same objects and values. plan.py translates axes into
-indices and maps; rewrite.py changes values in place, by maps too; flat.py, move.py and move_partitions.py do the
-arithmetic and the moving; wrappers/ knows DeepSpeed's books; support.py says which engines are accepted,
-self_check.py tries a resize at start, gate.py looks at every event. The other functions read or fill that state by
+Engine, optimizer, scheduler, hooks and step counts stay the same objects and values. models/resize_plan.py translates
+axes into indices and maps; rewrite.py changes values in place, by maps too; flat.py, move.py and move_partitions.py
+do the arithmetic and the moving; adapters/ knows DeepSpeed's books; support.py says which engines are accepted,
+startup_check.py tries a resize at start, verify.py looks at every event. The other functions read or fill that state by
 parameter name, whatever the layout.
 """
 
@@ -20,14 +20,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from homodistil.faults import fault_point
+from homodistil.distributed.fault_injection import fault_point
+from homodistil.models.resize_plan import ResizePlan, make_plan, slice_module, transform
+from homodistil.resize.adapters.adapter import Adapter, GradientSlice, MasterSlice, ReadState, StateSlice
 from homodistil.resize.engine_state import engine_state, load_engine_state, state_scalars
-from homodistil.resize.gate import pass_gate, shapes_after
-from homodistil.resize.plan import ResizePlan, make_plan, transform
 from homodistil.resize.rewrite import apply_maps, overwrite_weights, reset_states
 from homodistil.resize.support import adapter_of, check_config, check_supported
-from homodistil.resize.wrappers.adapter import Adapter, Fragment, Held, ReadState, StatePiece
-from homodistil.resize.wrappers.plain import slice_module
+from homodistil.resize.verify import shapes_after, verify_resize
 
 __all__ = [
     "Fragment",
@@ -35,7 +34,7 @@ __all__ = [
     "ReadState",
     "ResizeCost",
     "ResizePlan",
-    "StatePiece",
+    "StateSlice",
     "base_optimizer",
     "check_config",
     "check_supported",
@@ -77,7 +76,7 @@ def resize(engine, plan: ResizePlan) -> ResizeCost:
     Raises:
         ValueError: the plan was made for a model of other parameter names or sizes.
         RuntimeError: gradients wait for a step, or ranks hold different plans.
-        CheckFailed: the state after the event is not what the plan says (resize/gate.py).
+        CheckFailed: the state after the event is not what the plan says (verify.py).
     """
     adapter = adapter_of(engine)
     _check_boundary(adapter)
@@ -93,7 +92,7 @@ def resize(engine, plan: ResizePlan) -> ResizeCost:
         apply_maps(adapter, plan)
     bytes_moved = adapter.resize(selection)
     fault_point("resize.moved")
-    pass_gate(adapter, expected)
+    verify_resize(adapter, expected)
     _synchronize(device)
     return ResizeCost((time.perf_counter() - start) * 1e3, bytes_moved)
 
@@ -123,7 +122,7 @@ def reset_moments(engine) -> None:
 
 
 @torch.no_grad()
-def gradient_fragments(engine, names: Container[str] | None = None) -> Iterator[Fragment]:
+def gradient_fragments(engine, names: Container[str] | None = None) -> Iterator[GradientSlice]:
     """This rank's share of the reduced gradients, with the fp32 weights they belong to. No communication.
 
     Call after `engine.backward` at the accumulation boundary and before `engine.step`. Over all ranks, every element
@@ -136,7 +135,7 @@ def gradient_fragments(engine, names: Container[str] | None = None) -> Iterator[
     yield from adapter_of(engine).gradient_fragments(names)
 
 
-def held_masters(engine) -> Iterator[tuple[Tensor, Held]]:
+def held_masters(engine) -> Iterator[tuple[Tensor, MasterSlice]]:
     """This rank's share of the trainable parameters: the tensor that the optimizer updates, and what lies where in it.
 
     The same elements as in `gradient_fragments`; the tensors are those in the optimizer's `param_groups`, now and for
@@ -156,7 +155,7 @@ def master_weights(engine) -> dict[str, Tensor]:
     return adapter_of(engine).master_weights()
 
 
-def owned_state(engine) -> Iterator[StatePiece]:
+def owned_state(engine) -> Iterator[StateSlice]:
     """This rank's share of all weights and optimizer state, as views of the live tensors. No communication.
 
     Over all ranks, every element of every parameter (frozen ones too) appears exactly once.

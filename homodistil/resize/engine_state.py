@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import torch
 
+from homodistil.resize.adapters.adapter import StateGroup
 from homodistil.resize.support import adapter_of
-from homodistil.resize.wrappers.adapter import StateGroup
 
 _COUNTS = ("global_steps", "global_samples", "skipped_steps")
 _GROUP_SETTINGS = ("lr", "initial_lr", "betas", "eps", "weight_decay")

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from homodistil.resize.plan import DimIndex
+from homodistil.models.resize_plan import DimIndex
 
 Shape = tuple[int, ...]
 

@@ -14,10 +14,10 @@ from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
+from homodistil.models.resize_plan import DimIndex
 from homodistil.resize.flat import FlatMove, Shape, old_positions, survivors_before
-from homodistil.resize.plan import DimIndex
 
 CHUNK_NUMEL = 1 << 18
 """Elements copied at once: bounds temporaries to about 1 MiB, however large the embedding is."""
@@ -125,16 +125,3 @@ def _scattered_chunks(
     for begin in range(first, last, chunk_numel):
         positions = old_positions(shape, index, begin, min(begin + chunk_numel, last), fragment.device)
         yield fragment.index_select(0, positions - start)
-
-
-def set_param_data(param: nn.Parameter, data: Tensor) -> None:
-    """Give `param` new data of another shape, so that the next backward works whatever still refers to the last one.
-
-    Autograd caches an AccumulateGrad node a parameter, alive as long as any old graph is (a kept loss is enough), and
-    it checks gradients against the shape at its birth. Assigning data of another dtype drops the node; another shape
-    does not. Post-accumulate-grad hooks sit on the parameter and survive.
-    """
-    param.grad = None
-    other_dtype = torch.float64 if param.dtype == torch.float32 else torch.float32
-    param.data = torch.empty(0, dtype=other_dtype, device=param.device)
-    param.data = data

@@ -13,9 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from homodistil.models.shapes import full_shape
-from homodistil.resize.plan import ResizePlan, transform
-from homodistil.resize.wrappers.adapter import Adapter, Held, StateGroup, held_part
+from homodistil.models.parameter_shape import full_shape
+from homodistil.models.resize_plan import ResizePlan, transform
+from homodistil.resize.adapters.adapter import Adapter, MasterSlice, StateGroup, held_part
 
 Values = dict[str, Tensor]
 """Kind ("weight", "exp_avg", "exp_avg_sq") -> whole fp32 tensor; states are absent before the first step, and for
@@ -24,7 +24,7 @@ frozen parameters."""
 Change = Callable[[str, Values], Values]
 """(parameter name, its values) -> those to write, of the same shapes, alike on all ranks; absent kinds stay."""
 
-Share = tuple[StateGroup, Held]
+Share = tuple[StateGroup, MasterSlice]
 
 
 def rewrite(adapter: Adapter, names: Iterable[str], change: Change) -> None:

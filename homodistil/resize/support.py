@@ -12,17 +12,17 @@ from collections.abc import Callable, Iterator, Mapping
 
 import torch
 
-from homodistil import ranks
+from homodistil.distributed import ranks
 from homodistil.errors import UserError
-from homodistil.resize.self_check import try_resize
-from homodistil.resize.settings import refusals
-from homodistil.resize.wrappers.adapter import Adapter
-from homodistil.resize.wrappers.bf16 import Bf16Adapter
-from homodistil.resize.wrappers.fused import FusedAdapter
-from homodistil.resize.wrappers.offload import OffloadAdapter
-from homodistil.resize.wrappers.plain import PlainAdapter, UnfusedAdapter
-from homodistil.resize.wrappers.zero import ZeroAdapter
-from homodistil.resize.wrappers.zero3 import Zero3Adapter
+from homodistil.resize.adapters.adapter import Adapter
+from homodistil.resize.adapters.bf16 import Bf16Adapter
+from homodistil.resize.adapters.fused import FusedAdapter
+from homodistil.resize.adapters.offload import OffloadAdapter
+from homodistil.resize.adapters.plain import PlainAdapter, UnfusedAdapter
+from homodistil.resize.adapters.zero import ZeroAdapter
+from homodistil.resize.adapters.zero3 import Zero3Adapter
+from homodistil.resize.ds_config_rules import refusals
+from homodistil.resize.startup_check import try_resize
 
 DEEPSPEED_TESTED = "0.19.8"
 

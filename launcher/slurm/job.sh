@@ -5,7 +5,7 @@
 #   run_alone COMMAND...        the command as one process on the first node
 #   finish                      act on how it ended: done, requeued, or failed; does not return
 #
-# Exit codes are those of homodistil/exit_codes.py.
+# Exit codes are those of homodistil/distributed/exit_codes.py.
 
 readonly USER_ERROR=2 STOPPED=75 RANK_LOST=76 CHECK_FAILED=77 ENDED_BY_USR1=138
 

@@ -35,8 +35,15 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 SEARCHED = [ROOT, ROOT / "tests", ROOT / "tests" / "distributed", ROOT / "tests" / "faults"]
-IMPORTED = ["deepspeed", "transformers", "datasets", "torch.utils.tensorboard", "homodistil.job", "homodistil.cli"]
-IMPORTED += ["deepspeed.comm.torch", "deepspeed.runtime.zero.muon.muon_optimizer", "homodistil.data.packing"]
+IMPORTED = [
+    "deepspeed",
+    "transformers",
+    "datasets",
+    "torch.utils.tensorboard",
+    "homodistil.train",
+    "homodistil.config.command_line",
+]
+IMPORTED += ["deepspeed.comm.torch", "deepspeed.runtime.zero.muon.muon_optimizer", "homodistil.data.prepare.packing"]
 IMPORTED += ["transformers.models.bert.modeling_bert", "matplotlib.backends.backend_svg", "matplotlib.pyplot"]
 
 

@@ -87,7 +87,7 @@ def refitted(value: Tensor) -> Tensor:
 
 
 def after(event: Event, cuts: dict[str, dict[int, Tensor]], name: str, tensor: Tensor, kind: str) -> Tensor:
-    """What is to become of a whole tensor, in float64. `cuts`: of the axes that are selected from."""
+    """What is to become of a whole tensor, in float64. `shrinker`: of the axes that are selected from."""
     tensor = tensor.double()
     if kind.startswith("exp_avg") and event.resets_moments:
         tensor = torch.zeros_like(tensor)

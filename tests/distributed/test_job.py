@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoTokenizer, BertForMaskedLM
 
-from homodistil.boards import board_values
+from homodistil.metrics.tensorboard_layout import board_values
 
 TRAIN = ROOT / "launcher" / "train.py"
 STEPS, SAVE_EVERY = 14, 5

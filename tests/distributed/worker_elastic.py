@@ -27,10 +27,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from homodistil.checkpoint import Checkpoints
-from homodistil.config import RunConfig
+from homodistil.config.schema import RunConfig
 from homodistil.errors import UserError
-from homodistil.models import bert
-from homodistil.resize import check_supported, make_plan, master_weights, owned_state, resize
+from homodistil.models.encoders import bert
+from homodistil.models.resize_plan import make_plan
+from homodistil.resize import check_supported, master_weights, owned_state, resize
 
 NUM_STEPS, SAVED_AT, GLOBAL_ROWS = 20, 12, 4
 EVENTS_BEFORE = 3

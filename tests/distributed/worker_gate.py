@@ -17,9 +17,10 @@ import torch.distributed as dist
 from reference import ROWS
 
 from homodistil.errors import CheckFailed
-from homodistil.models import bert
-from homodistil.resize import check_supported, make_plan, resize
-from homodistil.resize.wrappers.zero import ZeroAdapter
+from homodistil.models.encoders import bert
+from homodistil.models.resize_plan import make_plan
+from homodistil.resize import check_supported, resize
+from homodistil.resize.adapters.zero import ZeroAdapter
 
 
 def spoil_nothing(_optimizer) -> None: ...

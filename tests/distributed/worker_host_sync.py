@@ -28,15 +28,15 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoTokenizer
 
-from homodistil.config import RunConfig
-from homodistil.data.assets import teacher_folder
-from homodistil.data.corpus import Corpus, Rows
+from homodistil.config.schema import RunConfig
+from homodistil.data.prepare.corpus import Corpus, Rows
+from homodistil.data.sources.assets import teacher_folder
 from homodistil.distill.student import Student
-from homodistil.distillation import Distillation
-from homodistil.engine import init_ranks, resolve_engine_config
-from homodistil.materials import Materials
-from homodistil.monitor import run_recorder
-from homodistil.trainer import Trainer, TrainState
+from homodistil.engine.build import init_ranks, resolve_engine_config
+from homodistil.training.inputs import RunInputs
+from homodistil.training.run import DistillationRun
+from homodistil.training.step_logger import run_recorder
+from homodistil.training.trainer import Trainer, TrainState
 
 WARM_UP_STEPS, WATCHED_STEPS = 2, 2
 SEQ_LEN = 16
@@ -129,8 +129,8 @@ def build_trainer(options: dict, cache_dir: Path, folder: Path) -> Trainer:
     engine_config = {"bf16": {"enabled": options["bf16"]}, "zero_optimization": {"stage": 2}}
     engine_config = resolve_engine_config(engine_config, config, num_ranks=1)
     teacher = teacher_folder("embedded:bert-tiny", cache_dir)
-    materials = Materials(str(teacher), AutoTokenizer.from_pretrained(teacher), _corpus(folder), device)
-    job = Distillation(config, engine_config, materials, folder / "run", "a test")
+    run_inputs = RunInputs(str(teacher), AutoTokenizer.from_pretrained(teacher), _corpus(folder), device)
+    job = DistillationRun(config, engine_config, run_inputs, folder / "run", "a test")
     return job.build_trainer(run_recorder(folder / "run", config, 0), TrainState())
 
 

@@ -18,8 +18,9 @@ import torch.distributed as dist
 from reference import ROWS
 from torch import Tensor, nn
 
-from homodistil.models import bert
-from homodistil.resize import check_supported, gradient_fragments, make_plan, master_weights, resize
+from homodistil.models.encoders import bert
+from homodistil.models.resize_plan import make_plan
+from homodistil.resize import check_supported, gradient_fragments, master_weights, resize
 
 ACCUMULATION, NUM_STEPS, EVENT_STEP = 2, 5, 3
 KEEP = {

@@ -19,8 +19,9 @@ import torch.distributed as dist
 from mapped import Event
 from worker_trajectory import NUM_STEPS, Run, distances
 
-from homodistil.models import bert
-from homodistil.resize import check_supported, make_plan, master_weights, reset_moments, resize, write_weights
+from homodistil.models.encoders import bert
+from homodistil.models.resize_plan import make_plan
+from homodistil.resize import check_supported, master_weights, reset_moments, resize, write_weights
 
 RELATIVE = 1e-5
 """fp32 roundings of sums over 36 products, against the largest element."""

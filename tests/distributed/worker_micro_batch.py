@@ -18,16 +18,17 @@ import tiny_bert
 import torch
 import torch.distributed as dist
 
-from homodistil import ranks
-from homodistil.config import RunConfig
-from homodistil.distillation import Distillation
-from homodistil.engine import init_ranks, resolve_engine_config
-from homodistil.materials import gather
-from homodistil.micro_batch import state_layout
-from homodistil.models import bert
-from homodistil.resize import check_supported, make_plan, master_weights, resize
-from homodistil.resize.batch_size import set_micro_batch_size
-from homodistil.step_memory import state_bytes
+from homodistil.config.schema import RunConfig
+from homodistil.distributed import ranks
+from homodistil.engine.batch_size import set_micro_batch_size
+from homodistil.engine.build import init_ranks, resolve_engine_config
+from homodistil.models.encoders import bert
+from homodistil.models.memory import state_bytes
+from homodistil.models.resize_plan import make_plan
+from homodistil.resize import check_supported, master_weights, resize
+from homodistil.training.inputs import prepare_inputs
+from homodistil.training.micro_batch import state_layout
+from homodistil.training.run import DistillationRun
 
 NUM_STEPS, MICRO_BATCH, ACCUMULATION = 11, 1, 4
 GROWTH = {4: 2, 10: 4}
@@ -147,8 +148,8 @@ def distil(folder: Path, cache_dir: str, grow: bool, workers: int = 0) -> None:
     config.pruning.compensation, config.loss.kl = "none", 1.0
     config.pruning.max_event_fraction, config.run.grow_micro_batch = 0.5, grow
     engine_config = resolve_engine_config({"zero_optimization": {"stage": 2}}, config, ranks.world_size())
-    materials = gather(config, torch.device("cpu"))
-    Distillation(config, engine_config, materials, folder, "").run()
+    run_inputs = prepare_inputs(config, torch.device("cpu"))
+    DistillationRun(config, engine_config, run_inputs, folder, "").run()
 
 
 def rewind(source: Path, target: Path) -> None:
@@ -171,7 +172,7 @@ def main() -> None:
     if len(sys.argv) > 2:
         cache_dir, folder = sys.argv[2], Path(sys.argv[3])
         distil(folder / "grown", cache_dir, grow=True)
-        ranks.on_first_rank(lambda: rewind(folder / "grown", folder / "resumed"))
+        ranks.on_rank_zero(lambda: rewind(folder / "grown", folder / "resumed"))
         distil(folder / "resumed", cache_dir, grow=True, workers=1)
         distil(folder / "steady", cache_dir, grow=False)
     dist.barrier()

@@ -21,14 +21,15 @@ import worker_importance
 from reference import ROWS
 from torch import Tensor
 
-from homodistil.config import PruningConfig
-from homodistil.measurement import measure_importance
-from homodistil.models import bert
+from homodistil.config.schema import PruningConfig
+from homodistil.engine.counting_adamw import CountingAdamW
 from homodistil.models.axes import AxisTable
-from homodistil.models.shapes import full_shape
+from homodistil.models.encoders import bert
+from homodistil.models.parameter_shape import full_shape
+from homodistil.models.resize_plan import make_plan
 from homodistil.pruning.importance import Importance
-from homodistil.pruning.one_pass import CountingAdamW
-from homodistil.resize import check_supported, gradient_fragments, make_plan, master_weights, owned_state, resize
+from homodistil.resize import check_supported, gradient_fragments, master_weights, owned_state, resize
+from homodistil.training.gradient_scores import measure_importance
 
 ACCUMULATION, NUM_STEPS, EVENT_STEP, LAST_COUNTED = 2, 20, 4, 9
 

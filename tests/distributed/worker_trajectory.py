@@ -22,8 +22,9 @@ from deepspeed.accelerator import get_accelerator
 from reference import ROWS
 from torch import Tensor
 
-from homodistil.models import bert
-from homodistil.resize import ResizePlan, check_supported, make_plan, master_weights, resize
+from homodistil.models.encoders import bert
+from homodistil.models.resize_plan import ResizePlan, make_plan
+from homodistil.resize import check_supported, master_weights, resize
 
 NUM_STEPS = 20
 STATES = ("exp_avg", "exp_avg_sq")

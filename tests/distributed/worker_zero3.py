@@ -22,7 +22,8 @@ from small import random_keep, small_batch, small_pair
 from homodistil.distill.student import Student
 from homodistil.distill.teacher import Teacher
 from homodistil.errors import UserError
-from homodistil.resize import check_supported, make_plan, master_weights, resize, slice_module
+from homodistil.models.resize_plan import make_plan, slice_module
+from homodistil.resize import check_supported, master_weights, resize
 
 WIDTHS = {"hidden": 17, "layer.0.ffn": 29, "layer.1.heads": 3, "layer.2.qk_dim": 5, "layer.2.vo_dim": 5}
 LEAN = {"stage3_prefetch_bucket_size": 0, "stage3_max_reuse_distance": 0}

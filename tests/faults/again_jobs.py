@@ -6,11 +6,11 @@ import os
 import sys
 from pathlib import Path
 
-from homodistil.cli import parse_job
+from homodistil.config.command_line import parse_job
 
 
 def run_twice(first: list[str], second: list[str]) -> None:
-    from homodistil.job import run
+    from homodistil.train import run
 
     if os.environ["WORLD_SIZE"] == "1":  # as in a notebook: nobody has set rank variables
         for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):

@@ -20,7 +20,7 @@ def server():
 
 
 @pytest.fixture(scope="session")
-def materials(tmp_path_factory):
+def run_inputs(tmp_path_factory):
     """Folder with the teacher, its text and the cache."""
     folder = tmp_path_factory.mktemp("materials")
     make_materials(folder)
@@ -28,11 +28,11 @@ def materials(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def reference(server, materials, tmp_path_factory):
+def reference(server, run_inputs, tmp_path_factory):
     """Run folder of the job that nothing happened to."""
     from small_job import TRAIN, arguments
 
     folder = tmp_path_factory.mktemp("reference") / "run"
-    job = server.start(TRAIN, arguments(materials, folder))
+    job = server.start(TRAIN, arguments(run_inputs, folder))
     assert job.wait(timeout_s=300) == [0, 0], job.output()
     return folder

@@ -16,15 +16,15 @@ import torch
 from small_job import TRAIN, VOCABULARY
 from torch import distributed
 
-from homodistil import ranks, stop, watch
-from homodistil.boundary import exit_with_code
-from homodistil.config import DataConfig
-from homodistil.data import corpus, integrity
-from homodistil.data.corpus import prepare_corpus
+from homodistil.config.schema import DataConfig
+from homodistil.data.prepare import corpus, integrity
+from homodistil.data.prepare.corpus import prepare_corpus
 from homodistil.distill.teacher import load_tokenizer
-from homodistil.engine import init_ranks
+from homodistil.distributed import graceful_stop, ranks, watchdog
+from homodistil.distributed.script_exit import exit_with_code
+from homodistil.engine.build import init_ranks
+from homodistil.engine.native_ops import _alone
 from homodistil.errors import UserError
-from homodistil.native_ops import _alone
 
 
 def train_with_file_limit(num_bytes: int, arguments: list[str]) -> None:
@@ -70,26 +70,26 @@ def be_alone(folder: str) -> None:
 
 
 def sleep_outside_training() -> None:
-    with exit_with_code(), stop.on_signals():
+    with exit_with_code(), graceful_stop.on_signals():
         print("ready", flush=True)
         time.sleep(60)
 
 
 def pool_inside_handlers() -> None:
     """Forked children must die of the SIGTERM by which pools end them, and must not tell their parent of it."""
-    with stop.on_signals():
+    with graceful_stop.on_signals():
         with multiprocessing.get_context("fork").Pool(2) as pool:
             assert pool.map(abs, [-1, -2]) == [1, 2]
             pool.terminate()
             pool.join()
         time.sleep(0.2)
-        assert stop._requests.number == 0
+        assert graceful_stop._requests.number == 0
     print("done", flush=True)
 
 
 def children_ended_at_once() -> None:
     """SIGTERM right behind the fork, before the child has run a line."""
-    with stop.on_signals():
+    with graceful_stop.on_signals():
         for _ in range(20):
             child = os.fork()
             if child == 0:
@@ -98,17 +98,17 @@ def children_ended_at_once() -> None:
             os.kill(child, signal.SIGTERM)
             _, status = os.waitpid(child, 0)
             assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGTERM
-        assert stop._requests.number == 0
+        assert graceful_stop._requests.number == 0
     print("done", flush=True)
 
 
 def agree(signal_step: int, num_steps: int) -> None:
     """Rank 1 signals itself in a step; every rank prints the step at which it would leave."""
     device = init_ranks()
-    with exit_with_code(), stop.on_signals(), stop.at_step_boundaries(device) as stop_agreed:
+    with exit_with_code(), graceful_stop.on_signals(), graceful_stop.at_step_boundaries(device) as stop_agreed:
         for step in range(1, num_steps + 1):
             if step == signal_step and ranks.rank() == 1:
-                os.kill(os.getpid(), stop.SIGNALS[1])
+                os.kill(os.getpid(), graceful_stop.SIGNALS[1])
             if number := stop_agreed():
                 print(f"agreed on {number} at step {step}", flush=True)
                 os._exit(0)
@@ -117,9 +117,9 @@ def agree(signal_step: int, num_steps: int) -> None:
 def wait_for_rank(kind: str, rank_timeout_s: float) -> None:
     """Rank 1 does something else while the others wait for it in a collective, as `kind` says."""
     device = init_ranks()
-    with exit_with_code(), watch.watching(rank_timeout_s):
+    with exit_with_code(), watchdog.watching(rank_timeout_s):
         for step in range(1, 4):
-            watch.progress(step, "training")
+            watchdog.progress(step, "training")
             distributed.all_reduce(torch.ones(1, device=device))
         if ranks.rank() == 1:
             _ACTIONS[kind]()
@@ -127,10 +127,10 @@ def wait_for_rank(kind: str, rank_timeout_s: float) -> None:
     print("all is well", flush=True)
 
 
-def prepare(materials: str, cache: str) -> None:
+def prepare(run_inputs: str, cache: str) -> None:
     """The corpus of the small job, without a process group, as launcher/prepare_data.py has it."""
-    config = DataConfig(sources=[f"{materials}/text"], seq_len=16, heldout_fraction=0.2, cache_dir=cache)
-    prepare_corpus(config, load_tokenizer(f"{materials}/teacher", len(VOCABULARY)))
+    config = DataConfig(sources=[f"{run_inputs}/text"], seq_len=16, heldout_fraction=0.2, cache_dir=cache)
+    prepare_corpus(config, load_tokenizer(f"{run_inputs}/teacher", len(VOCABULARY)))
 
 
 def _fail() -> None:
@@ -138,7 +138,7 @@ def _fail() -> None:
 
 
 def _prepare() -> None:
-    with watch.long_phase("preparing data"):
+    with watchdog.long_phase("preparing data"):
         time.sleep(9)
 
 

@@ -4,7 +4,7 @@
 
 A run folder is killed one to four times, then goes on to its end; exports, logged losses, resize events and the last
 checkpoint (weights, moments, random state) must be bitwise those of a run that nothing happened to. A kill is SIGKILL
-to one rank, at a fault point of homodistil/faults.py or at a random instant; the others follow at once, as behind a
+to one rank, at a fault point of fault_injection.py or at a random instant; the others follow at once, as behind a
 launcher, or are left to end by themselves. test_kills.py runs a few.
 """
 
@@ -28,8 +28,8 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / 
 from fork_server import ForkServer, Job  # noqa: E402
 from small_job import STEPS, TRAIN, arguments, differences, make_materials, result  # noqa: E402
 
-from homodistil.exit_codes import RANK_LOST  # noqa: E402
-from homodistil.faults import POINTS, VARIABLE  # noqa: E402
+from homodistil.distributed.exit_codes import RANK_LOST  # noqa: E402
+from homodistil.distributed.fault_injection import POINTS, VARIABLE  # noqa: E402
 
 NUM_RANKS = 2
 ON_ANY_RANK = ("resize.before", "resize.moved", "checkpoint.shard_written", "train.step", "train.backward")
@@ -75,8 +75,8 @@ class Record:
 class Campaign:
     """Kills until there are enough."""
 
-    def __init__(self, server: ForkServer, materials: Path, work: Path, reference: Path, seed: int) -> None:
-        self.server, self.materials, self.work = server, materials, work
+    def __init__(self, server: ForkServer, run_inputs: Path, work: Path, reference: Path, seed: int) -> None:
+        self.server, self.run_inputs, self.work = server, run_inputs, work
         self.expected = result(reference)
         self.random = random.Random(seed)
         self.record = Record(seed)
@@ -104,7 +104,7 @@ class Campaign:
             shutil.rmtree(folder)
 
     def _start(self, folder: Path, fault: str = "") -> Job:
-        own = arguments(self.materials, folder, "run.resume=auto")
+        own = arguments(self.run_inputs, folder, "run.resume=auto")
         return self.server.start(TRAIN, own, NUM_RANKS, env={VARIABLE: fault})
 
     def _start_and_kill(self, folder: Path) -> str:

@@ -6,8 +6,8 @@ import os
 import sys
 from pathlib import Path
 
-from homodistil import native_ops
-from homodistil.boundary import exit_with_code
+from homodistil.distributed.script_exit import exit_with_code
+from homodistil.engine import native_ops
 
 OP = "ShareMemCommBuilder"
 

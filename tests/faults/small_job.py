@@ -37,13 +37,13 @@ def make_materials(folder: Path) -> None:
     (folder / "empty.yaml").write_text("{}")
 
 
-def arguments(materials: Path, run_dir: Path, *overrides: str, engine: Path | None = None) -> list[str]:
+def arguments(run_inputs: Path, run_dir: Path, *overrides: str, engine: Path | None = None) -> list[str]:
     """The command line of the job."""
     fields = {
-        "teacher.name": materials / "teacher",
-        "data.sources": f"[{materials / 'text'}]",
+        "teacher.name": run_inputs / "teacher",
+        "data.sources": f"[{run_inputs / 'text'}]",
         "data.seq_len": 16,
-        "data.cache_dir": materials / "cache",
+        "data.cache_dir": run_inputs / "cache",
         "data.heldout_fraction": 0.2,
         "student.preset": "custom",
         "student.hidden_size": 12,
@@ -67,7 +67,7 @@ def arguments(materials: Path, run_dir: Path, *overrides: str, engine: Path | No
     }
     fields = [f"{name}={value}" for name, value in fields.items()]
     engine = engine or ROOT / "ds_configs" / "zero2_fp32.json"
-    return ["--config", str(materials / "empty.yaml"), "--deepspeed", str(engine), *fields, *overrides]
+    return ["--config", str(run_inputs / "empty.yaml"), "--deepspeed", str(engine), *fields, *overrides]
 
 
 def result(run_dir: Path) -> dict:

@@ -6,11 +6,11 @@ import pytest
 import torch
 from small import small_batch, small_model
 
-from homodistil.config import TeacherConfig
-from homodistil.distill.sharded import num_parameters
+from homodistil.config.schema import TeacherConfig
 from homodistil.distill.teacher import Teacher, build_teacher
-from homodistil.engine import init_ranks
-from homodistil.models import bert
+from homodistil.distill.teacher_sharding import num_parameters
+from homodistil.engine.build import init_ranks
+from homodistil.models.encoders import bert
 
 
 def compare_with_a_whole_teacher() -> None:

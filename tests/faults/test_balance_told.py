@@ -12,9 +12,9 @@ FIELDS = ("train.steps=5", "train.save_every_steps=0", "train.eval_every_steps=0
 
 
 @pytest.mark.parametrize("weight", [1, 1000])
-def test_shares_are_told_and_one_term_alone_is_warned_of(server, materials, tmp_path, weight):
+def test_shares_are_told_and_one_term_alone_is_warned_of(server, run_inputs, tmp_path, weight):
     engine = ROOT / "ds_configs" / "zero2_fp32.json"
-    fields = arguments(materials, tmp_path / "run", *FIELDS, f"loss.attention={weight}", engine=engine)
+    fields = arguments(run_inputs, tmp_path / "run", *FIELDS, f"loss.attention={weight}", engine=engine)
     job = server.start(TRAIN, fields)
     assert job.wait(timeout_s=120) == [0, 0], job.output()
     told = job.output(0).splitlines()

@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 from small_job import TRAIN, arguments
 
-from homodistil.exit_codes import FAILED
+from homodistil.distributed.exit_codes import FAILED
 
 
 @pytest.mark.parametrize("rank", [0, 1, None])
-def test_an_unforeseen_error_in_the_start_phase(server, materials, tmp_path, rank):
+def test_an_unforeseen_error_in_the_start_phase(server, run_inputs, tmp_path, rank):
     where = "" if rank is None else f":rank={rank}"
     env = {"HOMODISTIL_FAULT": f"start.materials{where}:action=raise"}
-    job = server.start(TRAIN, arguments(materials, tmp_path / "run"), env=env)
+    job = server.start(TRAIN, arguments(run_inputs, tmp_path / "run"), env=env)
     assert job.wait(timeout_s=60) == [FAILED, FAILED], job.output()
     assert "Traceback" not in job.output()
     lines = [line for line in job.output().splitlines() if "error: " in line]
@@ -28,10 +28,10 @@ def test_an_unforeseen_error_in_the_start_phase(server, materials, tmp_path, ran
     assert not (tmp_path / "run").exists()
 
 
-def test_an_unforeseen_error_in_training_is_one_line_of_the_rank_that_failed(server, materials, tmp_path):
+def test_an_unforeseen_error_in_training_is_one_line_of_the_rank_that_failed(server, run_inputs, tmp_path):
     """The survivor's line and code are a lost rank's: there may be a checkpoint to go on from (test_watch.py)."""
     env = {"HOMODISTIL_FAULT": "train.step:rank=1:hit=3:action=raise"}
-    job = server.start(TRAIN, arguments(materials, tmp_path / "run"), env=env)
+    job = server.start(TRAIN, arguments(run_inputs, tmp_path / "run"), env=env)
     assert job.wait(timeout_s=60)[1] == FAILED
     (line,) = [line for line in job.output(1).splitlines() if "error: " in line and "Error: injected" in line]
     assert "error: rank 1: failed while training: RuntimeError: injected at train.step" in line, job.output(1)

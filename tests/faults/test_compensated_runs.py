@@ -16,9 +16,9 @@ FULL = ["pruning.compensation=full", "pruning.compensation_sequences=24", "pruni
 ONE_SHOT = ["pruning.schedule=one_shot", "pruning.one_shot_stages=2", "pruning.calibration_batches=2"]
 
 
-def run(server, materials, folder: Path, overrides: list[str], stage: str, fault: str | None = None) -> list[int]:
+def run(server, run_inputs, folder: Path, overrides: list[str], stage: str, fault: str | None = None) -> list[int]:
     engine = ROOT / "ds_configs" / f"{stage}.json"
-    fields = arguments(materials, folder, *overrides, engine=engine)
+    fields = arguments(run_inputs, folder, *overrides, engine=engine)
     job = server.start(TRAIN, fields, env={"HOMODISTIL_FAULT": fault} if fault else {})
     codes = job.wait(timeout_s=180)
     if not fault:
@@ -26,12 +26,12 @@ def run(server, materials, folder: Path, overrides: list[str], stage: str, fault
     return codes
 
 
-def check_killed_and_resumed(server, materials, tmp_path, overrides: list[str], stage: str, fault: str) -> list[dict]:
-    run(server, materials, tmp_path / "whole", overrides, stage)
+def check_killed_and_resumed(server, run_inputs, tmp_path, overrides: list[str], stage: str, fault: str) -> list[dict]:
+    run(server, run_inputs, tmp_path / "whole", overrides, stage)
     # Both ranks kill themselves: none is left to wait for the other.
-    assert run(server, materials, tmp_path / "killed", overrides, stage, fault) == [-9, -9]
+    assert run(server, run_inputs, tmp_path / "killed", overrides, stage, fault) == [-9, -9]
     assert not (tmp_path / "killed" / "export").exists()
-    run(server, materials, tmp_path / "killed", [*overrides, "run.resume=must"], stage)
+    run(server, run_inputs, tmp_path / "killed", [*overrides, "run.resume=must"], stage)
     assert differences(result(tmp_path / "killed"), result(tmp_path / "whole")) == []
     return [json.loads(line) for line in (tmp_path / "whole" / "events.jsonl").read_text().splitlines()]
 
@@ -44,53 +44,53 @@ def check_events(events: list[dict], last_step: int) -> None:
         assert event["gap_after"]["kl"] < event["kl_after_cut"], event
 
 
-def test_gradual_run_killed_inside_an_event(server, materials, tmp_path):
-    events = check_killed_and_resumed(server, materials, tmp_path, FULL, "zero2_fp32", "resize.moved:hit=2")
+def test_gradual_run_killed_inside_an_event(server, run_inputs, tmp_path):
+    events = check_killed_and_resumed(server, run_inputs, tmp_path, FULL, "zero2_fp32", "resize.moved:hit=2")
     assert len(events) >= 3
     check_events(events, STEPS)
 
 
-def test_one_shot_in_stages_under_zero3_killed_in_training(server, materials, tmp_path):
+def test_one_shot_in_stages_under_zero3_killed_in_training(server, run_inputs, tmp_path):
     overrides = FULL + ONE_SHOT
-    events = check_killed_and_resumed(server, materials, tmp_path, overrides, "zero3_fp32", "train.step:hit=8")
+    events = check_killed_and_resumed(server, run_inputs, tmp_path, overrides, "zero3_fp32", "train.step:hit=8")
     assert [event["step"] for event in events] == [0, 0]
     assert [event["widths_after"]["hidden"] for event in events] == [17, 12]
     check_events(events, 0)
 
 
-def test_a_teacher_that_bears_no_rotation_is_refitted_also_after_a_kill(server, materials, tmp_path):
+def test_a_teacher_that_bears_no_rotation_is_refitted_also_after_a_kill(server, run_inputs, tmp_path):
     """Bitwise what pruning.compensation=refit gives."""
-    shutil.copytree(materials / "teacher", tmp_path / "teacher")
+    shutil.copytree(run_inputs / "teacher", tmp_path / "teacher")
     weights = load_file(tmp_path / "teacher" / "model.safetensors")
     generator = torch.Generator().manual_seed(0)
     for name in (name for name in weights if name.endswith("LayerNorm.weight")):
         weights[name] *= torch.exp(torch.randn(weights[name].shape, generator=generator))
     save_file(weights, tmp_path / "teacher" / "model.safetensors", metadata={"format": "pt"})
     fields = [*FULL, f"teacher.name={tmp_path / 'teacher'}", "pruning.compensation_limit=0"]
-    run(server, materials, tmp_path / "refit", [*fields, "pruning.compensation=refit"], "zero2_fp32")
+    run(server, run_inputs, tmp_path / "refit", [*fields, "pruning.compensation=refit"], "zero2_fp32")
     killed = tmp_path / "killed"
-    assert run(server, materials, killed, fields, "zero2_fp32", "train.step:hit=8") == [-9, -9]
+    assert run(server, run_inputs, killed, fields, "zero2_fp32", "train.step:hit=8") == [-9, -9]
     assert len((killed / "events.jsonl").read_text().splitlines()) == 1
-    run(server, materials, killed, [*fields, "run.resume=must"], "zero2_fp32")
+    run(server, run_inputs, killed, [*fields, "run.resume=must"], "zero2_fp32")
     assert differences(result(killed), result(tmp_path / "refit")) == []
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("stage", ["zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"])
 @pytest.mark.parametrize("compensation", ["refit", "full"])
-def test_every_engine_runs_compensated_events(server, materials, tmp_path, stage, compensation):
+def test_every_engine_runs_compensated_events(server, run_inputs, tmp_path, stage, compensation):
     overrides = [*FULL, f"pruning.compensation={compensation}", "pruning.carry_moments=false"]
-    run(server, materials, tmp_path / "run", overrides, stage)
+    run(server, run_inputs, tmp_path / "run", overrides, stage)
     events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
     assert events[-1]["widths_after"]["hidden"] == 12
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("stage", ["zero2_fp32", "zero3"])
-def test_closed_loop_tries_compensated_cuts(server, materials, tmp_path, stage):
+def test_closed_loop_tries_compensated_cuts(server, run_inputs, tmp_path, stage):
     """A trial promises what the event then does."""
     overrides = [*FULL, "pruning.schedule=gap", "pruning.gap_bound=0.05"]
-    run(server, materials, tmp_path / "run", overrides, stage)
+    run(server, run_inputs, tmp_path / "run", overrides, stage)
     events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
     assert events[-1]["widths_after"]["hidden"] == 12
     for event in events:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from small_job import STEPS, TRAIN, arguments, differences, result
 
-from homodistil.exit_codes import USER_ERROR
+from homodistil.distributed.exit_codes import USER_ERROR
 
 KILLED_AT = 11
 """Steps begun when the run to go on with was ended; the checkpoint before is that of step 9."""
@@ -55,28 +55,28 @@ class Broken:
         return path
 
 
-def _killed(server, materials, folder, *overrides) -> Path:
+def _killed(server, run_inputs, folder, *overrides) -> Path:
     """Inputs, cache and run folder of a run that was killed; paths in its config are its own."""
-    shutil.copytree(materials, folder, ignore=shutil.ignore_patterns("cache"))
+    shutil.copytree(run_inputs, folder, ignore=shutil.ignore_patterns("cache"))
     codes, output = _run(server, arguments(folder, folder / "run", *overrides), KILL)
     assert -9 in codes, output
     return folder
 
 
 @pytest.fixture(scope="module")
-def killed(server, materials, tmp_path_factory):
-    return _killed(server, materials, tmp_path_factory.mktemp("killed") / "it")
+def killed(server, run_inputs, tmp_path_factory):
+    return _killed(server, run_inputs, tmp_path_factory.mktemp("killed") / "it")
 
 
 @pytest.fixture(scope="module")
-def killed_corrected(server, materials, tmp_path_factory):
-    return _killed(server, materials, tmp_path_factory.mktemp("corrected") / "it", *CORRECTION)
+def killed_corrected(server, run_inputs, tmp_path_factory):
+    return _killed(server, run_inputs, tmp_path_factory.mktemp("corrected") / "it", *CORRECTION)
 
 
 @pytest.fixture(scope="module")
-def corrected_reference(server, materials, tmp_path_factory):
+def corrected_reference(server, run_inputs, tmp_path_factory):
     folder = tmp_path_factory.mktemp("corrected-reference") / "run"
-    codes, output = _run(server, arguments(materials, folder, *CORRECTION))
+    codes, output = _run(server, arguments(run_inputs, folder, *CORRECTION))
     assert codes == [0, 0], output
     return folder
 
@@ -277,11 +277,11 @@ def _forget(folder: Path) -> None:
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
-def test_a_damaged_row_of_a_finished_run_is_made_again(server, materials, reference, tmp_path):
+def test_a_damaged_row_of_a_finished_run_is_made_again(server, run_inputs, reference, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(reference, folder)
     (folder / "row.json").write_bytes(b"{\xff")
-    codes, output = _run(server, arguments(materials, folder, "run.resume=auto"))
+    codes, output = _run(server, arguments(run_inputs, folder, "run.resume=auto"))
     assert codes == [0, 0], output
     (warning,) = _warnings(output)
     assert "row.json is damaged" in warning

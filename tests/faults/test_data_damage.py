@@ -12,12 +12,12 @@ import psutil
 import pytest
 from small_job import TRAIN, VOCABULARY, arguments, differences, result
 
-from homodistil.config import DataConfig
-from homodistil.data.corpus import Rows, prepare_corpus
-from homodistil.data.file_hashes import content_hashes
+from homodistil.config.schema import DataConfig
+from homodistil.data.prepare.corpus import Rows, prepare_corpus
+from homodistil.data.sources.file_hashes import content_hashes
 from homodistil.distill.teacher import load_tokenizer
+from homodistil.distributed.exit_codes import USER_ERROR
 from homodistil.errors import UserError
-from homodistil.exit_codes import USER_ERROR
 
 
 def _blocks(cache):
@@ -31,11 +31,11 @@ def _truncate(path):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_corpus_that_is_cut_short_while_it_is_read(server, materials, reference, tmp_path, workers):
+def test_a_corpus_that_is_cut_short_while_it_is_read(server, run_inputs, reference, tmp_path, workers):
     """Both ranks stand still (SIGSTOP) in a step while half the file goes; on resume it is prepared again."""
     cache, folder = tmp_path / "cache", tmp_path / "run"
-    shutil.copytree(materials / "cache", cache)
-    own = arguments(materials, folder, "run.resume=auto", f"data.cache_dir={cache}", f"data.workers={workers}")
+    shutil.copytree(run_inputs / "cache", cache)
+    own = arguments(run_inputs, folder, "run.resume=auto", f"data.cache_dir={cache}", f"data.workers={workers}")
     job = server.start(TRAIN, own, env={"HOMODISTIL_FAULT": "train.step:hit=6:action=stop"})
     while not all(psutil.Process(pid).status() == psutil.STATUS_STOPPED for pid in job.pids):
         assert job.is_running(), job.output()
@@ -97,39 +97,39 @@ def _edit(**changes):
     ],
 )
 def test_every_damage_to_a_corpus_is_noticed_once(
-    teacher_tokenizer, materials, prepared, tmp_path, capfd, name, damage
+    teacher_tokenizer, run_inputs, prepared, tmp_path, capfd, name, damage
 ):
     cache = tmp_path / "cache"
     shutil.copytree(prepared, cache)
     folder = _blocks(cache).parent
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
     damage(folder / name if name else folder)
-    config = DataConfig(sources=[f"{materials}/text"], seq_len=16, heldout_fraction=0.2, cache_dir=str(cache))
+    config = DataConfig(sources=[f"{run_inputs}/text"], seq_len=16, heldout_fraction=0.2, cache_dir=str(cache))
     prepare_corpus(config, teacher_tokenizer)
     assert capfd.readouterr().err.count("is damaged (") == 1
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
 
 
 @pytest.fixture(scope="module")
-def teacher_tokenizer(materials):
-    return load_tokenizer(f"{materials}/teacher", len(VOCABULARY))
+def teacher_tokenizer(run_inputs):
+    return load_tokenizer(f"{run_inputs}/teacher", len(VOCABULARY))
 
 
 @pytest.fixture(scope="module")
-def prepared(teacher_tokenizer, materials, tmp_path_factory):
+def prepared(teacher_tokenizer, run_inputs, tmp_path_factory):
     """A cache with the corpus."""
     cache = tmp_path_factory.mktemp("prepared")
-    config = DataConfig(sources=[f"{materials}/text"], seq_len=16, heldout_fraction=0.2, cache_dir=str(cache))
+    config = DataConfig(sources=[f"{run_inputs}/text"], seq_len=16, heldout_fraction=0.2, cache_dir=str(cache))
     prepare_corpus(config, teacher_tokenizer)
     return cache
 
 
-def test_a_large_corpus_is_hashed_beside_training(server, materials, reference, tmp_path):
+def test_a_large_corpus_is_hashed_beside_training(server, run_inputs, reference, tmp_path):
     """Damaged, it ends the job before a checkpoint; undamaged, the job ends as ever."""
     cache, folder = tmp_path / "cache", tmp_path / "run"
-    shutil.copytree(materials / "cache", cache)
+    shutil.copytree(run_inputs / "cache", cache)
     _overwrite(-10, b"\1\2")(_blocks(cache))
-    own = arguments(materials, folder, "run.resume=auto", f"data.cache_dir={cache}")
+    own = arguments(run_inputs, folder, "run.resume=auto", f"data.cache_dir={cache}")
     job = server.start("fault_jobs:train_with_large_corpus", [own])
     assert job.wait(timeout_s=180) == [USER_ERROR] * 2, job.output()
     (line,) = [line for line in job.output().splitlines() if line.startswith("error")]
@@ -169,16 +169,16 @@ def test_remembered_hashes_that_are_damaged_are_made_again(tmp_path, capfd, dama
 
 
 @pytest.mark.parametrize("damage", ["train.npy", "heldout.npy", "corpus.json", "empty"])
-def test_a_damaged_corpus_is_prepared_again(server, materials, tmp_path, damage):
+def test_a_damaged_corpus_is_prepared_again(server, run_inputs, tmp_path, damage):
     cache = tmp_path / "cache"
-    shutil.copytree(materials / "cache", cache)
+    shutil.copytree(run_inputs / "cache", cache)
     path = _blocks(cache)
     before = {file.name: file.read_bytes() for file in path.parent.iterdir()}
     if damage == "empty":
         path.write_bytes(b"")
     else:
         path.with_name(damage).unlink()
-    job = server.start("fault_jobs:prepare", [str(materials), str(cache)], num_ranks=2)
+    job = server.start("fault_jobs:prepare", [str(run_inputs), str(cache)], num_ranks=2)
     assert job.wait(timeout_s=180) == [0, 0], job.output()
     assert job.output().count("is damaged") == 1
     assert {file.name: file.read_bytes() for file in path.parent.iterdir()} == before

@@ -13,12 +13,12 @@ from small import small_model
 from small_job import TRAIN, VOCABULARY, arguments, differences, result
 from transformers import BertTokenizerFast
 
+from homodistil.distributed.exit_codes import USER_ERROR
 from homodistil.errors import UserError
-from homodistil.exit_codes import USER_ERROR
-from homodistil.export import save_checkpoint
-from homodistil.metrics import Recorder, read_lines
+from homodistil.export.stock_model import save_checkpoint
+from homodistil.metrics.recorder import Recorder, read_lines
+from homodistil.metrics.result_table import write_result
 from homodistil.report import write_report
-from homodistil.results import write_result
 
 FULL = "No space left on device"
 
@@ -61,10 +61,10 @@ def _errors(job) -> list[str]:
     return [line for line in job.output().splitlines() if line.startswith("error")]
 
 
-def test_a_disk_that_fills_up_while_training(server, materials, reference, tmp_path, disk):
+def test_a_disk_that_fills_up_while_training(server, run_inputs, reference, tmp_path, disk):
     """Whatever is written next fails; with room again the run ends as if nothing had happened."""
     folder = disk.folder / "run"
-    own = arguments(materials, folder, "run.resume=auto")
+    own = arguments(run_inputs, folder, "run.resume=auto")
     job = server.start(TRAIN, own)
     while job.is_running() and not (folder / "checkpoints" / "step-000003").is_dir():
         time.sleep(0.01)
@@ -78,34 +78,34 @@ def test_a_disk_that_fills_up_while_training(server, materials, reference, tmp_p
     assert differences(result(folder), result(reference)) == []
 
 
-def test_a_checkpoint_that_does_not_fit(server, materials, reference, tmp_path):
+def test_a_checkpoint_that_does_not_fit(server, run_inputs, reference, tmp_path):
     """Every rank may write files of at most 40 kB: logs fit, what a rank writes of a checkpoint does not."""
     folder = tmp_path / "run"
-    job = server.start("fault_jobs:train_with_file_limit", [40_000, arguments(materials, folder)])
+    job = server.start("fault_jobs:train_with_file_limit", [40_000, arguments(run_inputs, folder)])
     assert job.wait(timeout_s=180) == [USER_ERROR] * 2, job.output()
     (line,) = _errors(job)
     assert "checkpoint: rank 0 cannot write" in line and "File too large" in line and "free disk space" in line
     assert not [path for path in (folder / "checkpoints").iterdir() if path.name.startswith("step-")]
-    job = server.start(TRAIN, arguments(materials, folder, "run.resume=auto"))
+    job = server.start(TRAIN, arguments(run_inputs, folder, "run.resume=auto"))
     assert job.wait(timeout_s=180) == [0, 0], job.output()
     assert differences(result(folder), result(reference)) == []
 
 
-def test_a_read_only_place_for_the_run_folder(server, materials, disk):
+def test_a_read_only_place_for_the_run_folder(server, run_inputs, disk):
     disk.make_read_only()
-    job = server.start(TRAIN, arguments(materials, disk.folder / "run"))
+    job = server.start(TRAIN, arguments(run_inputs, disk.folder / "run"))
     assert job.wait(timeout_s=180) == [USER_ERROR] * 2, job.output()
     (line,) = _errors(job)
     assert "run.dir: cannot write to" in line and "Read-only file system" in line and not list(disk.folder.iterdir())
 
 
-def test_a_read_only_run_folder_of_a_run_to_go_on_with(server, materials, reference, disk):
+def test_a_read_only_run_folder_of_a_run_to_go_on_with(server, run_inputs, reference, disk):
     folder = disk.folder / "run"
     shutil.copytree(reference, folder, ignore=shutil.ignore_patterns("export", "*.html", "tensorboard"))
     (folder / "row.json").unlink()
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     disk.make_read_only()
-    job = server.start(TRAIN, arguments(materials, folder, "run.resume=auto"))
+    job = server.start(TRAIN, arguments(run_inputs, folder, "run.resume=auto"))
     assert job.wait(timeout_s=180) == [USER_ERROR] * 2, job.output()
     (line,) = _errors(job)
     assert "run.dir: cannot write to" in line and "Read-only file system" in line
@@ -168,9 +168,9 @@ def test_result_and_report(disk, reference, writer):
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
 
 
-def test_the_corpus_cache(server, materials, tmp_path, disk):
+def test_the_corpus_cache(server, run_inputs, tmp_path, disk):
     disk.fill()
-    own = arguments(materials, tmp_path / "run", f"data.cache_dir={disk.folder / 'cache'}")
+    own = arguments(run_inputs, tmp_path / "run", f"data.cache_dir={disk.folder / 'cache'}")
     job = server.start(TRAIN, own)
     assert job.wait(timeout_s=180) == [USER_ERROR] * 2, job.output()
     (line,) = _errors(job)

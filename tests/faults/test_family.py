@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from small_job import SAVE_EVERY, TRAIN, arguments, differences, result
 from transformers import BertForMaskedLM
 
-from homodistil.exit_codes import STOPPED, USER_ERROR
-from homodistil.model_card import METRICS
+from homodistil.distributed.exit_codes import STOPPED, USER_ERROR
+from homodistil.export.model_card import METRICS
 
 # 24 wide, 4 heads of 6: a milestone of 20 (heads of 5), one of 16 (4), and the final 12 (3).
 FAMILY = ("run.export_milestones=[0.8,0.66,0.5]", "run.settle_steps=2", "run.compare=[one_shot]")
@@ -31,10 +31,10 @@ torch.save([model(torch.arange(5, 21).view(2, 8)).logits.detach() for model in m
 
 
 @pytest.fixture(scope="module")
-def family(server, materials, tmp_path_factory):
+def family(server, run_inputs, tmp_path_factory):
     """A finished run, never stopped."""
     folder = tmp_path_factory.mktemp("family") / "run"
-    job = server.start(TRAIN, arguments(materials, folder, *FAMILY))
+    job = server.start(TRAIN, arguments(run_inputs, folder, *FAMILY))
     assert job.wait(timeout_s=300) == [0, 0], job.output()
     return folder
 
@@ -78,7 +78,7 @@ def test_widths_are_held_before_each_export(family):
         assert not any(arrival < step <= record["step"] for step in events)
 
 
-def test_stock_code_alone_loads_each_member_and_finds_its_scores(family, materials, tmp_path):
+def test_stock_code_alone_loads_each_member_and_finds_its_scores(family, run_inputs, tmp_path):
     folders = [family / "export" / name for name in NAMES]
     command = [sys.executable, "-c", LOAD, str(tmp_path / "logits"), *map(str, folders)]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -91,23 +91,23 @@ def test_stock_code_alone_loads_each_member_and_finds_its_scores(family, materia
         assert config.hidden_size == record["hidden_size"] and config.num_attention_heads == 4
         assert config.intermediate_size == record["intermediate_size"]
         assert sum(p.numel() for p in model.parameters()) == record["parameters"]  # nothing is padded
-        assert _heldout_loss(model, materials) == pytest.approx(record["heldout_mlm_loss"], abs=1e-5)
+        assert _heldout_loss(model, run_inputs) == pytest.approx(record["heldout_mlm_loss"], abs=1e-5)
 
 
-def _heldout_loss(model, materials) -> float:
+def _heldout_loss(model, run_inputs) -> float:
     """Of a stock model, over the same held-out text and masks, by torch's own cross-entropy."""
-    from homodistil.cli import parse
-    from homodistil.materials import gather
+    from homodistil.config.command_line import parse
+    from homodistil.training.inputs import prepare_inputs
 
-    own = arguments(materials, materials / "unused")
+    own = arguments(run_inputs, run_inputs / "unused")
     del own[own.index("--deepspeed") : own.index("--deepspeed") + 2]
     config = parse(own)
     found, count = 0.0, 0
-    for batch in gather(config, torch.device("cpu")).heldout(config):
+    for batch in prepare_inputs(config, torch.device("cpu")).heldout(config):
         with torch.no_grad():
             logits = model(batch.input_ids, attention_mask=batch.attention_mask).logits.flatten(0, 1)
-        rows = logits[batch.masked_index]
-        found += float(torch.nn.functional.cross_entropy(rows, batch.masked_labels, reduction="sum"))
+        rows = logits[batch.target_index]
+        found += float(torch.nn.functional.cross_entropy(rows, batch.target_ids, reduction="sum"))
         count += len(rows)
     return found / count
 
@@ -150,9 +150,9 @@ ALONE = FAMILY[:2]
 """Without controls, which are runs of their own."""
 
 
-def test_killed_between_export_and_record_and_stopped_while_settling(server, materials, family, tmp_path):
+def test_killed_between_export_and_record_and_stopped_while_settling(server, run_inputs, family, tmp_path):
     folder = tmp_path / "run"
-    own = arguments(materials, folder, *ALONE, "run.resume=auto")
+    own = arguments(run_inputs, folder, *ALONE, "run.resume=auto")
     first, second = (record["step"] for record in _records(family)[:2])
     job = server.start(TRAIN, own, env={"HOMODISTIL_FAULT": "family.exported:action=kill"})
     assert job.wait(timeout_s=180) == [-9, -9], job.output()
@@ -174,8 +174,8 @@ def test_killed_between_export_and_record_and_stopped_while_settling(server, mat
     assert differences(ours, {k: v for k, v in theirs.items() if "compare" not in str(k)}) == []
 
 
-def test_milestones_of_a_run_stay_what_they_are_when_it_is_gone_on_with(server, materials, family):
-    own = arguments(materials, family, "run.export_milestones=[0.8]", "run.resume=auto")
+def test_milestones_of_a_run_stay_what_they_are_when_it_is_gone_on_with(server, run_inputs, family):
+    own = arguments(run_inputs, family, "run.export_milestones=[0.8]", "run.resume=auto")
     job = server.start(TRAIN, own)
     assert job.wait(timeout_s=180) == [USER_ERROR] * 2
     assert "run.export_milestones: the run in" in job.output() and "[0.8, 0.66, 0.5], this config [0.8]" in job.output()

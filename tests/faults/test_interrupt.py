@@ -14,7 +14,7 @@ import psutil
 import pytest
 from small_job import TRAIN, arguments, differences, result
 
-from homodistil.exit_codes import STOPPED, of_signal
+from homodistil.distributed.exit_codes import STOPPED, of_signal
 
 SCRIPTS = TRAIN.parent
 BIN = Path(sys.executable).parent
@@ -85,9 +85,9 @@ LAUNCHERS = {
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_ctrl_c_under_a_launcher_saves_and_says_what_to_type(launcher, materials, tmp_path):
+def test_ctrl_c_under_a_launcher_saves_and_says_what_to_type(launcher, run_inputs, tmp_path):
     folder = tmp_path / "run"
-    own = arguments(materials, folder, "train.steps=2000", "train.save_every_steps=1000", "pruning.schedule=none")
+    own = arguments(run_inputs, folder, "train.steps=2000", "train.save_every_steps=1000", "pruning.schedule=none")
     prefix = [free_port() if part == "PORT" else part for part in LAUNCHERS[launcher]]
     output = interrupted([*prefix, str(TRAIN), *own], folder, 4, tmp_path / "output.txt")
     step, command = stopped_at(output)
@@ -97,10 +97,10 @@ def test_ctrl_c_under_a_launcher_saves_and_says_what_to_type(launcher, materials
     assert launcher == "plain" or command[0].endswith(launcher) and prefix[1:] == command[1 : len(prefix)]
 
 
-def test_all_ranks_leave_with_75_although_the_launchers_signals_follow(server, materials, reference, tmp_path):
+def test_all_ranks_leave_with_75_although_the_launchers_signals_follow(server, run_inputs, reference, tmp_path):
     """SIGINT to all, SIGTERM to one at once and to the other when the first has gone, as deepspeed's launcher does."""
     folder = tmp_path / "run"
-    own = arguments(materials, folder, "run.resume=auto")
+    own = arguments(run_inputs, folder, "run.resume=auto")
     job = server.start(TRAIN, own)
     wait_for_step(folder, 4)
     job.kill(None, signal.SIGINT)
@@ -117,10 +117,10 @@ def test_all_ranks_leave_with_75_although_the_launchers_signals_follow(server, m
     assert differences(result(folder), result(reference)) == []
 
 
-def test_a_second_ctrl_c_ends_at_once_even_in_a_hanging_collective(server, materials, tmp_path):
+def test_a_second_ctrl_c_ends_at_once_even_in_a_hanging_collective(server, run_inputs, tmp_path):
     folder = tmp_path / "run"
     fault = {"HOMODISTIL_FAULT": "train.step:rank=1:hit=5:action=hang"}
-    job = server.start(TRAIN, arguments(materials, folder), env=fault)
+    job = server.start(TRAIN, arguments(run_inputs, folder), env=fault)
     wait_for_step(folder, 4)
     job.kill(None, signal.SIGINT)
     time.sleep(2.5)
@@ -141,8 +141,8 @@ def test_ctrl_c_during_imports_is_one_line(server, script):
     assert lines == ["stopped by SIGINT; the same command starts it again"]
 
 
-def test_ctrl_c_while_data_is_prepared_ends_with_one_line_that_is_true(server, materials, tmp_path):
-    own = arguments(materials, tmp_path / "run")
+def test_ctrl_c_while_data_is_prepared_ends_with_one_line_that_is_true(server, run_inputs, tmp_path):
+    own = arguments(run_inputs, tmp_path / "run")
     job = server.start("interrupt_jobs:train_with_slow_preparation", [own])
     wait_for(lambda: "preparing slowly" in job.output())
     job.kill(None, signal.SIGINT)
@@ -151,9 +151,9 @@ def test_ctrl_c_while_data_is_prepared_ends_with_one_line_that_is_true(server, m
     assert re.search(r"run it again with run.resume=auto to go on: .* run.resume=auto$", job.output(), re.MULTILINE)
 
 
-def test_workers_survive_it(server, materials, tmp_path):
+def test_workers_survive_it(server, run_inputs, tmp_path):
     folder = tmp_path / "run"
-    job = server.start(TRAIN, arguments(materials, folder, "data.workers=1"))
+    job = server.start(TRAIN, arguments(run_inputs, folder, "data.workers=1"))
     wait_for_step(folder, 4)
     trees = [psutil.Process(pid) for pid in job.pids]
     workers = [worker for rank in trees for worker in rank.children(recursive=True)]
@@ -166,9 +166,9 @@ def test_workers_survive_it(server, materials, tmp_path):
     assert not any(worker.is_running() for worker in workers)
 
 
-def test_a_caller_of_run_sees_a_keyboard_interrupt_and_may_go_on(server, materials, reference, tmp_path):
+def test_a_caller_of_run_sees_a_keyboard_interrupt_and_may_go_on(server, run_inputs, reference, tmp_path):
     folder = tmp_path / "run"
-    job = server.start("interrupt_jobs:notebook", [arguments(materials, folder)])
+    job = server.start("interrupt_jobs:notebook", [arguments(run_inputs, folder)])
     wait_for_step(folder, 4)
     job.kill(None, signal.SIGINT)
     assert job.wait(timeout_s=120) == [0, 0], job.output()

@@ -5,8 +5,8 @@ import shutil
 import signal
 import time
 
-from homodistil.exit_codes import USER_ERROR
-from homodistil.native_ops import OF_SETUP
+from homodistil.distributed.exit_codes import USER_ERROR
+from homodistil.engine.native_ops import OF_SETUP
 
 
 def test_what_setup_has_built_is_found_without_an_activated_environment(server, tmp_path):

@@ -3,8 +3,8 @@
 import pytest
 from small_job import TRAIN, arguments
 
-from homodistil.exit_codes import USER_ERROR
-from homodistil.nodes import MACHINE
+from homodistil.distributed.exit_codes import USER_ERROR
+from homodistil.distributed.groups import MACHINE
 
 MANY = ("train.steps=2", "pruning.schedule=none", "train.save_every_steps=0", "train.eval_every_steps=0")
 
@@ -27,9 +27,9 @@ def test_who_shares_a_machine_and_who_a_cache(server, homes, tmp_path):
 
 
 @pytest.mark.full
-def test_machines_with_caches_of_their_own_all_get_corpus_and_corrected_teacher(server, materials, homes, tmp_path):
+def test_machines_with_caches_of_their_own_all_get_corpus_and_corrected_teacher(server, run_inputs, homes, tmp_path):
     overrides = ("data.cache_dir=~/cache", "teacher.correction_steps=2", "student.preset=teacher", *MANY)
-    fields = [f for f in arguments(materials, tmp_path / "run", *overrides) if not f.startswith("student.h")]
+    fields = [f for f in arguments(run_inputs, tmp_path / "run", *overrides) if not f.startswith("student.h")]
     fields = [f for f in fields if not f.startswith(("student.intermediate", "student.num_att"))]
     job = server.start(TRAIN, fields, rank_env=homes)
     assert job.wait(timeout_s=200) == [0, 0], job.output()

@@ -8,9 +8,9 @@ import socket
 import pytest
 from small_job import TRAIN, VOCABULARY, arguments
 
-from homodistil.config import DataConfig
+from homodistil.config.schema import DataConfig
 from homodistil.distill.teacher import load_tokenizer
-from homodistil.exit_codes import USER_ERROR
+from homodistil.distributed.exit_codes import USER_ERROR
 from homodistil.preflight.disk import check_disk
 from homodistil.preflight.findings import Finding, Findings, merged
 from homodistil.preflight.memory import check_memory
@@ -19,11 +19,11 @@ from homodistil.preflight.text import check_text
 
 
 @pytest.fixture
-def check(server, materials, tmp_path):
+def check(server, run_inputs, tmp_path):
     """Check with overrides on two ranks; (exit codes, output). Nothing may have been written."""
 
     def check(*overrides):
-        job = server.start(TRAIN, [*arguments(materials, tmp_path / "runs" / "a", *overrides), "--check"])
+        job = server.start(TRAIN, [*arguments(run_inputs, tmp_path / "runs" / "a", *overrides), "--check"])
         codes = job.wait(timeout_s=120)
         assert not (tmp_path / "runs").exists() and "Traceback" not in job.output(), job.output()
         return codes, job.output()
@@ -89,20 +89,20 @@ def _torn(folder):
         (_torn, "give a whole gzip file"),
     ],
 )
-def test_text_that_cannot_be_read(materials, tmp_path, write, said):
+def test_text_that_cannot_be_read(run_inputs, tmp_path, write, said):
     """As in a preparation, which the table of hostile inputs is about."""
     write(tmp_path)
     findings = Findings()
-    tokenizer = load_tokenizer(f"{materials}/teacher", len(VOCABULARY))
+    tokenizer = load_tokenizer(f"{run_inputs}/teacher", len(VOCABULARY))
     assert check_text(findings, DataConfig(sources=[str(tmp_path)], seq_len=16), tokenizer) is None
     (finding,) = findings
     assert not finding.is_good and said in f"{finding.found}; {finding.fix}"
 
 
-def test_text_that_comes_twice(materials):
+def test_text_that_comes_twice(run_inputs):
     findings = Findings()
-    tokenizer = load_tokenizer(f"{materials}/teacher", len(VOCABULARY))
-    sources = [f"{materials}/text", f"{materials}/text/3.txt"]
+    tokenizer = load_tokenizer(f"{run_inputs}/teacher", len(VOCABULARY))
+    sources = [f"{run_inputs}/text", f"{run_inputs}/text/3.txt"]
     assert check_text(findings, DataConfig(sources=sources, seq_len=16), tokenizer) is None
     assert [finding.is_good for finding in findings] == [True, True, False]
     assert "name each text once" in findings[-1].fix

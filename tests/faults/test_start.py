@@ -5,8 +5,8 @@ import time
 
 import pytest
 
-from homodistil import native_ops
-from homodistil.exit_codes import RANK_LOST
+from homodistil.distributed.exit_codes import RANK_LOST
+from homodistil.engine import native_ops
 
 
 @pytest.fixture

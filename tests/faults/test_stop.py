@@ -7,7 +7,7 @@ import time
 import psutil
 from small_job import TRAIN, arguments, differences, result
 
-from homodistil.exit_codes import STOPPED, of_signal
+from homodistil.distributed.exit_codes import STOPPED, of_signal
 
 
 def _wait_for_step(job, folder, step):
@@ -23,10 +23,10 @@ def _stopped_at(job) -> int:
     return int(found[0][1])
 
 
-def test_stopped_runs_go_on_bitwise(server, materials, reference, tmp_path):
+def test_stopped_runs_go_on_bitwise(server, run_inputs, reference, tmp_path):
     """A SIGTERM to one rank at a known step, later a SIGUSR1 to the other at some moment; then to the end."""
     folder = tmp_path / "run"
-    own = arguments(materials, folder, "run.resume=auto")
+    own = arguments(run_inputs, folder, "run.resume=auto")
     job = server.start(TRAIN, own, env={"HOMODISTIL_FAULT": "train.step:rank=1:hit=5:action=term"})
     assert job.wait(timeout_s=180) == [STOPPED, STOPPED], job.output()
     # In step 5; known to all ranks at its boundary; looked at one later.
@@ -55,10 +55,10 @@ def test_a_signal_in_the_very_last_step_stops_all_as_well(server):
     assert job.wait(timeout_s=180) == [STOPPED] * 3, job.output()
 
 
-def test_a_second_signal_ends_at_once_even_in_a_hanging_collective(server, materials, tmp_path):
+def test_a_second_signal_ends_at_once_even_in_a_hanging_collective(server, run_inputs, tmp_path):
     folder = tmp_path / "run"
     fault = {"HOMODISTIL_FAULT": "train.step:rank=1:hit=5:action=hang"}
-    job = server.start(TRAIN, arguments(materials, folder), env=fault)
+    job = server.start(TRAIN, arguments(run_inputs, folder), env=fault)
     _wait_for_step(job, folder, 4)
     for _ in range(3):  # copies, as a launcher and its process group send them, are one request
         job.kill(None, signal.SIGTERM)
@@ -86,18 +86,18 @@ def test_forked_children_have_none_of_it(server):
         assert job.wait(timeout_s=60) == [0], job.output()
 
 
-def test_the_correction_of_the_teacher_leaves_nothing_behind(server, materials, tmp_path):
+def test_the_correction_of_the_teacher_leaves_nothing_behind(server, run_inputs, tmp_path):
     overrides = ("teacher.correction_steps=20", f"data.cache_dir={tmp_path / 'cache'}")
     fault = {"HOMODISTIL_FAULT": "train.step:rank=0:hit=3:action=term"}
-    job = server.start(TRAIN, arguments(materials, tmp_path / "run", *overrides), env=fault)
+    job = server.start(TRAIN, arguments(run_inputs, tmp_path / "run", *overrides), env=fault)
     assert job.wait(timeout_s=180) == [STOPPED, STOPPED], job.output()
     assert "stopped by SIGTERM while correcting the teacher, which the next run starts anew" in job.output()
     assert not list((tmp_path / "cache" / "teachers").iterdir())
 
 
-def test_workers_survive_the_signal_that_a_launcher_sends_to_the_whole_tree(server, materials, reference, tmp_path):
+def test_workers_survive_the_signal_that_a_launcher_sends_to_the_whole_tree(server, run_inputs, reference, tmp_path):
     folder = tmp_path / "run"
-    own = arguments(materials, folder, "run.resume=auto", "data.workers=1")
+    own = arguments(run_inputs, folder, "run.resume=auto", "data.workers=1")
     job = server.start(TRAIN, own)
     _wait_for_step(job, folder, 4)
     trees = [psutil.Process(pid) for pid in job.pids]

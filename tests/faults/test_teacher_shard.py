@@ -4,15 +4,15 @@ import pytest
 import torch
 from small_job import TRAIN, arguments, differences, result
 
-from homodistil.cli import parse
+from homodistil.config.command_line import parse
 from homodistil.distill.runtime import check_teacher_runtime
 from homodistil.errors import UserError
 from homodistil.planning.cluster import find_cluster
 from homodistil.planning.plan import make_plan
 
 
-def _trained(server, materials, folder, *overrides, engine=None) -> dict:
-    job = server.start(TRAIN, arguments(materials, folder, *overrides, engine=engine))
+def _trained(server, run_inputs, folder, *overrides, engine=None) -> dict:
+    job = server.start(TRAIN, arguments(run_inputs, folder, *overrides, engine=engine))
     assert job.wait(timeout_s=180) == [0, 0], job.output()
     return result(folder)
 
@@ -23,17 +23,17 @@ def test_outputs_are_bitwise_those_of_a_whole_teacher(server):
     assert job.output().count("all is equal") == 3
 
 
-def test_a_run_is_bitwise_the_same(server, materials, reference, tmp_path):
-    ours = _trained(server, materials, tmp_path / "run", "teacher.shard=true")
+def test_a_run_is_bitwise_the_same(server, run_inputs, reference, tmp_path):
+    ours = _trained(server, run_inputs, tmp_path / "run", "teacher.shard=true")
     assert differences(ours, result(reference)) == []
 
 
-def test_a_run_with_a_student_under_zero3_is_bitwise_the_same(server, materials, tmp_path):
+def test_a_run_with_a_student_under_zero3_is_bitwise_the_same(server, run_inputs, tmp_path):
     """Both gather, each for itself."""
     engine = tmp_path / "zero3.json"
     engine.write_text('{"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}')
     ours, theirs = (
-        _trained(server, materials, tmp_path / name, f"teacher.shard={name}", engine=engine)
+        _trained(server, run_inputs, tmp_path / name, f"teacher.shard={name}", engine=engine)
         for name in ("true", "false")
     )
     assert differences(ours, theirs) == []

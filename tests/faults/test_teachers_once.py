@@ -6,7 +6,7 @@ import re
 import pytest
 from small_job import SAVE_EVERY, STEPS, TRAIN, arguments, differences, result
 
-from homodistil.exit_codes import STOPPED, USER_ERROR
+from homodistil.distributed.exit_codes import STOPPED, USER_ERROR
 
 STUDENTS = {
     "half": "student: {hidden_size: 12, intermediate_size: 20}\n",
@@ -37,17 +37,17 @@ def files(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def alone(server, materials, tmp_path_factory):
+def alone(server, run_inputs, tmp_path_factory):
     """Name -> run folder of a job of its own."""
     folder = tmp_path_factory.mktemp("alone")
     for name, fields in OWN_FIELDS.items():
-        job = server.start(TRAIN, arguments(materials, folder / name, "teacher.lock_step=false", *fields))
+        job = server.start(TRAIN, arguments(run_inputs, folder / name, "teacher.lock_step=false", *fields))
         assert job.wait(timeout_s=180) == [0, 0], job.output()
     return {name: folder / name for name in STUDENTS}
 
 
-def _own(materials, folder, files, *overrides) -> list[str]:
-    return [*arguments(materials, folder, *overrides), "--teachers-once", files]
+def _own(run_inputs, folder, files, *overrides) -> list[str]:
+    return [*arguments(run_inputs, folder, *overrides), "--teachers-once", files]
 
 
 def _differences(folder, alone) -> dict[str, list[str]]:
@@ -65,9 +65,9 @@ def _differences(folder, alone) -> dict[str, list[str]]:
     return found
 
 
-def test_each_student_is_bitwise_that_of_a_job_of_its_own(server, materials, alone, files, tmp_path):
+def test_each_student_is_bitwise_that_of_a_job_of_its_own(server, run_inputs, alone, files, tmp_path):
     folder = tmp_path / "run"
-    job = server.start(TRAIN, _own(materials, folder, files))
+    job = server.start(TRAIN, _own(run_inputs, folder, files))
     assert job.wait(timeout_s=180) == [0, 0], job.output()
     assert _differences(folder, alone) == {"half": [], "wide": []}
     for name in STUDENTS:
@@ -81,9 +81,9 @@ def test_each_student_is_bitwise_that_of_a_job_of_its_own(server, materials, alo
 
 
 @pytest.mark.full
-def test_killed_between_two_checkpoints_then_stopped_they_end_level(server, materials, alone, files, tmp_path):
+def test_killed_between_two_checkpoints_then_stopped_they_end_level(server, run_inputs, alone, files, tmp_path):
     folder = tmp_path / "run"
-    own = _own(materials, folder, files, "run.resume=auto")
+    own = _own(run_inputs, folder, files, "run.resume=auto")
     # The fourth checkpoint is the second of the second student: the first one is ahead of it.
     job = server.start(TRAIN, own, env={"HOMODISTIL_FAULT": "checkpoint.before_rename:hit=4:action=kill"})
     assert job.wait(timeout_s=180)[0] == -9, job.output()  # rank 1 learns of it from the watch
@@ -112,11 +112,11 @@ def test_killed_between_two_checkpoints_then_stopped_they_end_level(server, mate
     ids=["shared field", "unknown field", "impossible student", "growing micro-batches"],
 )
 def test_what_students_cannot_have_is_refused_before_anything_is_written(
-    server, materials, tmp_path, text, overrides, message
+    server, run_inputs, tmp_path, text, overrides, message
 ):
     (tmp_path / "odd.yaml").write_text(text)
     folder = tmp_path / "run"
-    job = server.start(TRAIN, _own(materials, folder, str(tmp_path / "odd.yaml"), *overrides), num_ranks=1)
+    job = server.start(TRAIN, _own(run_inputs, folder, str(tmp_path / "odd.yaml"), *overrides), num_ranks=1)
     assert job.wait(timeout_s=180) == [USER_ERROR], job.output()
     assert re.search(f"error: {message}", job.output()), job.output()
     assert not folder.exists()

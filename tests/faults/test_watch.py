@@ -7,9 +7,9 @@ import time
 import pytest
 from small_job import TRAIN, arguments
 
-from homodistil.exit_codes import RANK_LOST, USER_ERROR
-from homodistil.watch.judge import SILENT_S, Judge
-from homodistil.watch.sign import Sign
+from homodistil.distributed.exit_codes import RANK_LOST, USER_ERROR
+from homodistil.distributed.watchdog.failure_detector import SILENT_S, FailureDetector
+from homodistil.distributed.watchdog.heartbeat import Heartbeat
 
 
 def _errors(job) -> list[str]:
@@ -19,9 +19,9 @@ def _errors(job) -> list[str]:
 
 
 @pytest.mark.parametrize("dead", [0, 1])
-def test_a_killed_rank_is_named_by_the_others(server, materials, tmp_path, dead):
+def test_a_killed_rank_is_named_by_the_others(server, run_inputs, tmp_path, dead):
     fault = {"HOMODISTIL_FAULT": f"train.step:rank={dead}:hit=5"}
-    job = server.start(TRAIN, arguments(materials, tmp_path / "run"), env=fault)
+    job = server.start(TRAIN, arguments(run_inputs, tmp_path / "run"), env=fault)
     while job.codes()[dead] is None:
         time.sleep(0.02)
     died_s = time.monotonic()
@@ -75,17 +75,20 @@ def test_a_stopped_process_is_named(server):
 
 
 @pytest.mark.full
-def test_a_hang_of_the_real_job(server, materials, tmp_path):
+def test_a_hang_of_the_real_job(server, run_inputs, tmp_path):
     fault = {"HOMODISTIL_FAULT": "train.step:rank=1:hit=5:action=hang"}
-    own = arguments(materials, tmp_path / "run", "run.rank_timeout_s=20")
+    own = arguments(run_inputs, tmp_path / "run", "run.rank_timeout_s=20")
     job = server.start(TRAIN, own, env=fault)
     assert job.wait(timeout_s=300) == [RANK_LOST] * 2
-    assert "rank 1" in _errors(job)[0] and "stuck in step 4, training at homodistil/faults.py" in _errors(job)[0]
+    assert (
+        "rank 1" in _errors(job)[0]
+        and "stuck in step 4, training at homodistil/distributed/fault_injection.py" in _errors(job)[0]
+    )
 
 
-def test_an_unexpected_exception_keeps_its_traceback_and_the_others_name_the_rank(server, materials, tmp_path):
+def test_an_unexpected_exception_keeps_its_traceback_and_the_others_name_the_rank(server, run_inputs, tmp_path):
     fault = {"HOMODISTIL_FAULT": "train.step:rank=1:hit=2:action=raise"}
-    job = server.start(TRAIN, arguments(materials, tmp_path / "run"), env=fault)
+    job = server.start(TRAIN, arguments(run_inputs, tmp_path / "run"), env=fault)
     assert job.wait(timeout_s=180) == [RANK_LOST, 1]
     assert "error: rank 1 failed: RuntimeError: injected at train.step" in job.output(0)
     assert "Traceback" in job.output(1) and "Traceback" not in job.output(0)
@@ -100,20 +103,22 @@ def _host() -> str:
     return socket.gethostname()
 
 
-def _sign(beat=1, count=5, host="far", idle_s=0.0, waits=False, is_long=False, end=None) -> Sign:
-    return Sign(beat, host, 1, 99, count, 7, "training", is_long, idle_s, "homodistil/feed.py:1 f", waits, end)
+def _sign(beat=1, count=5, host="far", idle_s=0.0, waits=False, is_long=False, end=None) -> Heartbeat:
+    return Heartbeat(
+        beat, host, 1, 99, count, 7, "training", is_long, idle_s, "homodistil/data/prefetch.py:1 f", waits, end
+    )
 
 
 @pytest.fixture
 def clock(monkeypatch):
     """A monotonic clock that the test moves."""
     now = [1000.0]
-    monkeypatch.setattr("homodistil.watch.judge.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("homodistil.distributed.watchdog.failure_detector.time.monotonic", lambda: now[0])
     return now
 
 
 def test_silence_from_another_machine_is_noticed_after_its_time(clock):
-    judge = Judge(0, 1800)
+    judge = FailureDetector(0, 1800)
     judge.see(0, _sign(host="near"))
     judge.see(1, _sign())
     clock[0] += SILENT_S - 1
@@ -121,7 +126,7 @@ def test_silence_from_another_machine_is_noticed_after_its_time(clock):
     assert judge.gone() is None
     clock[0] += 2
     assert "rank 1 (host far, pid 99) is gone: no sign of life for 15 s" in judge.gone()
-    judge.forgive()
+    judge.reset()
     assert judge.gone() is None
     clock[0] += SILENT_S + 1
     judge.see(1, _sign(beat=2))
@@ -131,7 +136,7 @@ def test_silence_from_another_machine_is_noticed_after_its_time(clock):
 
 
 def test_who_has_done_all_is_not_missed(clock):
-    judge = Judge(0, 1800)
+    judge = FailureDetector(0, 1800)
     judge.see(1, _sign(end=(0, "")))
     judge.lose(1)
     clock[0] += 1e6
@@ -149,7 +154,7 @@ def test_who_has_done_all_is_not_missed(clock):
     ],
 )
 def test_who_is_stuck(clock, signs, blamed):
-    judge = Judge(0, 1800)
+    judge = FailureDetector(0, 1800)
     for rank, sign in enumerate(signs):
         judge.see(rank, sign._replace(idle_s=1799.0))
     assert judge.stuck() is None
@@ -160,7 +165,7 @@ def test_who_is_stuck(clock, signs, blamed):
 
 
 def test_one_rank_that_makes_progress_keeps_nobody_else_from_being_blamed_only_itself(clock):
-    judge = Judge(0, 1800)
+    judge = FailureDetector(0, 1800)
     judge.see(0, _sign(count=9, idle_s=1.0))
     judge.see(1, _sign(count=8, idle_s=5000.0))
     assert "rank 1" in judge.stuck()

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from torch import distributed
 
-from homodistil import nodes, ranks
-from homodistil.engine import init_ranks
+from homodistil.distributed import groups, ranks
+from homodistil.engine.build import init_ranks
 
 
 class Trap:
@@ -26,7 +26,7 @@ def exchange(num_bytes: list[int]) -> None:
     for size in num_bytes:
         own = [ranks.rank(), "x" * (size if ranks.rank() else 3)]
         assert ranks.gather(own) == [[0, "xxx"], [1, "x" * size]], size
-        assert ranks.on_first_rank(lambda size=size: (Path("/a"), b"\x00" * size)) == (Path("/a"), b"\x00" * size)
+        assert ranks.on_rank_zero(lambda size=size: (Path("/a"), b"\x00" * size)) == (Path("/a"), b"\x00" * size)
         data = bytes(range(256)) * (size // 200)
         assert ranks.bytes_from_first(b"" if ranks.rank() else data) == data
     print("all arrived", flush=True)
@@ -40,8 +40,8 @@ def meet_a_stranger(caught: str) -> None:
         store.wait(["rank 1 has looked"])
         return
     store.set("once/0/0", pickle.dumps((Trap(Path(caught)), None)))
-    nodes._calls = iter([0])
+    groups._calls = iter([0])
     with contextlib.suppress(ValueError):
-        nodes.once([0, 0], lambda: "made")
+        groups.once([0, 0], lambda: "made")
         print("taken for a value", flush=True)
     store.set("rank 1 has looked", "")

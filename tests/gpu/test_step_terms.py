@@ -9,8 +9,8 @@ import torch
 from small import small_batch, small_model
 from torch import Tensor
 
-from homodistil.config import LossConfig, TeacherConfig
-from homodistil.data.masking import Batch
+from homodistil.config.schema import LossConfig, TeacherConfig
+from homodistil.data.masked_lm import Batch
 from homodistil.distill.student import Student
 from homodistil.distill.teacher import build_teacher
 from homodistil.errors import UserError

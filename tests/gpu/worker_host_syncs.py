@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 from product import build_trainer, run_config  # noqa: E402
 from shapes import SHAPES, Plan  # noqa: E402
 
-from homodistil.engine import init_ranks  # noqa: E402
+from homodistil.engine.build import init_ranks  # noqa: E402
 
 WARM_UP_STEPS, MEASURED_STEPS = 4, 4
 NEVER_LOGGED = "train.log_every_steps=1000"

@@ -46,8 +46,8 @@ class _Started(NamedTuple):
 class Attempts:
     """The jobs of `cases`, each in a workspace of its own below `folder`."""
 
-    def __init__(self, server: ForkServer, materials: Path, folder: Path, cases: list[Case]) -> None:
-        self._server, self._materials, self._folder = server, materials, folder
+    def __init__(self, server: ForkServer, run_inputs: Path, folder: Path, cases: list[Case]) -> None:
+        self._server, self._materials, self._folder = server, run_inputs, folder
         self._waiting = list(cases)
         self._started: dict[str, _Started] = {}
 

@@ -44,9 +44,9 @@ class Case:
 class Workspace:
     """A folder with everything that a run needs. It is the case's alone, so it may be damaged."""
 
-    def __init__(self, folder: Path, materials: Path) -> None:
+    def __init__(self, folder: Path, run_inputs: Path) -> None:
         self.folder = folder
-        shutil.copytree(materials, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("cache"))
+        shutil.copytree(run_inputs, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("cache"))
         self.teacher, self.text, self.cache = folder / "teacher", folder / "text", folder / "cache"
         self.run_dir, self.engine = folder / "run", folder / "ds.json"
         shutil.copyfile(ROOT / "ds_configs" / "zero2_fp32.json", self.engine)

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from case import Case, Workspace
 
-from homodistil.planning.calibration import FORMAT
+from homodistil.planning.machine_calibration import FORMAT
 from homodistil.planning.step_work import NAMES
 
 QUERY = "bert.encoder.layer.0.attention.self.query.weight"

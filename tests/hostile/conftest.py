@@ -19,8 +19,8 @@ from small_job import make_materials  # noqa: E402
 @pytest.fixture(scope="session")
 def attempts(request, tmp_path_factory) -> Iterator[Attempts]:
     """Starts the selected cases, some ahead of the one that is asked for."""
-    materials = tmp_path_factory.mktemp("hostile-materials")
-    make_materials(materials)
+    run_inputs = tmp_path_factory.mktemp("hostile-materials")
+    make_materials(run_inputs)
     selected = [item.callspec.params["case"] for item in request.session.items if "attempts" in item.fixturenames]
     with ForkServer() as server:
-        yield Attempts(server, materials, tmp_path_factory.mktemp("hostile"), selected)
+        yield Attempts(server, run_inputs, tmp_path_factory.mktemp("hostile"), selected)

@@ -11,24 +11,24 @@ def test_the_halves_are_disjoint_cover_everything_and_take_turns():
     import numpy as np
     from study.measured_run import Part, halves
 
-    from homodistil.materials import Materials
+    from homodistil.training.inputs import RunInputs
 
     @dataclass(frozen=True)
     class Corpus:
         heldout: object
 
     rows = torch.arange(21).view(7, 3).numpy()
-    materials = Materials("teacher", None, Corpus(Part(rows, np.arange(7))), torch.device("cpu"))
-    validation, test = (half.corpus.heldout for half in halves(materials))
+    run_inputs = RunInputs("teacher", None, Corpus(Part(rows, np.arange(7))), torch.device("cpu"))
+    validation, test = (half.corpus.heldout for half in halves(run_inputs))
     assert validation[range(len(validation))].tolist() == rows[:3].tolist()
     assert test[range(len(test))].tolist() == rows[3:].tolist()
-    validation, test = (half.corpus.heldout for half in halves(materials, limit=2))
+    validation, test = (half.corpus.heldout for half in halves(run_inputs, limit=2))
     assert validation[[0, 1]].tolist() == rows[:2].tolist() and len(validation) == 2
     assert test[[1]].tolist() == rows[[4]].tolist() and len(test) == 2
 
     blocks = np.arange(150)[:, None]  # sources lie one after the other: 64 here, 64 there, the rest here again
-    materials = Materials("teacher", None, Corpus(Part(blocks, np.arange(150))), torch.device("cpu"))
-    validation, test = (half.corpus.heldout for half in halves(materials))
+    run_inputs = RunInputs("teacher", None, Corpus(Part(blocks, np.arange(150))), torch.device("cpu"))
+    validation, test = (half.corpus.heldout for half in halves(run_inputs))
     assert test[range(len(test))].flatten().tolist() == list(range(64, 128))
     assert validation[range(len(validation))].flatten().tolist() == [*range(64), *range(128, 150)]
 
@@ -50,7 +50,7 @@ def test_the_products_defaults_change_no_arm():
     import yaml
     from study.arms import BASE
 
-    from homodistil.cli import RECIPES
+    from homodistil.config.command_line import RECIPES
 
     pinned = {override.split("=")[0] for override in BASE}
     quickstart = yaml.safe_load((RECIPES / "quickstart.yaml").read_text())
@@ -71,7 +71,7 @@ def test_rivals_have_the_losses_of_their_recipes():
 
     from study.arms import ARMS, BASE, SHAPES
 
-    from homodistil import cli
+    from homodistil.config import command_line
 
     # What the table's notes say: everybody has an MLM head, and nobody pays for logits of all rows.
     differs = {"tinybert": {"mlm"}, "minilmv2": {"mlm"}, "distilbert": {"kl_positions"}}
@@ -79,7 +79,10 @@ def test_rivals_have_the_losses_of_their_recipes():
     for arm in ARMS.values():
         if arm.recipe:
             shape = () if arm.own_shape else SHAPES["half"].overrides
-            config, recipe = cli.parse([*BASE, *shape, *arm.overrides]), cli.parse([f"recipe={arm.recipe}"])
+            config, recipe = (
+                command_line.parse([*BASE, *shape, *arm.overrides]),
+                command_line.parse([f"recipe={arm.recipe}"]),
+            )
             ours, theirs = dataclasses.asdict(config.loss), dataclasses.asdict(recipe.loss)
             weights = ("mlm", "kl", "hidden", "attention", "embedding", "cosine", "relations")
             without = set() if ours["relations"] else {"relation_heads", "relation_layer"}

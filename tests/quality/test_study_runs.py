@@ -20,7 +20,7 @@ def test_a_real_study_of_two_methods(tmp_path, cache_dir):
     from study.pool import Pool, spawner
     from study.specs import RunSpec
 
-    from homodistil.materials import gather
+    from homodistil.training.inputs import prepare_inputs
 
     small = (*QUICK, "teacher.correction_steps=0", "data.sources=[embedded:moby-dick]", f"data.cache_dir={cache_dir}")
     jobs = [
@@ -40,10 +40,10 @@ def test_a_real_study_of_two_methods(tmp_path, cache_dir):
     assert gradual["flops"] > 0 and gradual["cpu_s"] > 0 and gradual["tokens"] == 3 * 8 * 64
     assert not (jobs[0].folder(tmp_path) / "checkpoints").exists()
 
-    materials = gather(jobs[0].spec.config(), torch.device("cpu"))
-    for half, name in zip(halves(materials, 6), ("validation", "test"), strict=True):
+    run_inputs = prepare_inputs(jobs[0].spec.config(), torch.device("cpu"))
+    for half, name in zip(halves(run_inputs, 6), ("validation", "test"), strict=True):
         batches = half.heldout(jobs[1].spec.config())
-        loss, kl = _by_stock_models(jobs[1].export(tmp_path), materials.teacher, batches)
+        loss, kl = _by_stock_models(jobs[1].export(tmp_path), run_inputs.teacher, batches)
         # The run measured in bf16: 8 bits of mantissa on each logit of about 10, averaged over 50 rows.
         assert gradual[name]["mlm_loss"] == pytest.approx(loss, abs=0.02)
         # The second run of the worker: the teacher's logits are those that the first one has left.
@@ -67,10 +67,10 @@ def _by_stock_models(export: Path, teacher: str, batches) -> tuple[float, float]
     loss, kl, rows = 0.0, 0.0, 0
     for batch in batches:
         outputs = [model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits for model in models]
-        student, expected = (logits.flatten(0, 1)[batch.masked_index].double().log_softmax(-1) for logits in outputs)
-        loss -= float(student.gather(1, batch.masked_labels[:, None]).sum())
+        student, expected = (logits.flatten(0, 1)[batch.target_index].double().log_softmax(-1) for logits in outputs)
+        loss -= float(student.gather(1, batch.target_ids[:, None]).sum())
         kl += float((expected.exp() * (expected - student)).sum())
-        rows += len(batch.masked_labels)
+        rows += len(batch.target_ids)
     return loss / rows, kl / rows
 
 

@@ -13,7 +13,7 @@ import pytest
 from launch import ROOT, free_port
 from small_job import TRAIN, arguments
 
-from homodistil.exit_codes import USER_ERROR
+from homodistil.distributed.exit_codes import USER_ERROR
 
 PROGRAMS = Path(sys.executable).parent
 LIMIT_S = 240

@@ -6,7 +6,7 @@ import time
 import pytest
 from slurm_cluster import ROOT
 
-from homodistil.exit_codes import CHECK_FAILED, FAILED, RANK_LOST, STOPPED, USER_ERROR, of_signal
+from homodistil.distributed.exit_codes import CHECK_FAILED, FAILED, RANK_LOST, STOPPED, USER_ERROR, of_signal
 
 FRAME = ROOT / "tests" / "slurm" / "policy.sbatch"
 

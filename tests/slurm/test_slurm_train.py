@@ -11,7 +11,7 @@ import pytest
 from slurm_cluster import ROOT
 from small_job import arguments, differences, result
 
-from homodistil.exit_codes import USER_ERROR
+from homodistil.distributed.exit_codes import USER_ERROR
 
 TRAIN = ROOT / "launcher" / "slurm" / "train.sbatch"
 NODES = ["--nodes=2", "--time=10"]

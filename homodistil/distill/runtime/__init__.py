@@ -4,7 +4,7 @@
     runtime = build_runtime(model, family, config.teacher, device, dtype)
     tapped = runtime(input_ids, attention_mask)                # never builds a graph
 
-own_stream.py runs any of them beside the student's forward; self_check.py decides whether injected kernels are right.
+side_stream.py runs any of them beside the student's forward; self_check.py decides whether injected kernels are right.
 """
 
 from __future__ import annotations
@@ -15,25 +15,25 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from homodistil.config import RunConfig, TeacherConfig
-from homodistil.distill.inductor import require_compiler
+from homodistil.config.schema import RunConfig, TeacherConfig
 from homodistil.distill.runtime.compiled import CompiledRuntime
 from homodistil.distill.runtime.deepspeed_inference import EngineRuntime, InjectedRuntime
-from homodistil.distill.runtime.own_stream import OwnStream, Pending
 from homodistil.distill.runtime.plain import PlainRuntime
+from homodistil.distill.runtime.side_stream import Pending, SideStream
+from homodistil.distill.torch_compile import require_compiler
 from homodistil.errors import UserError
-from homodistil.models.taps import Tapped
+from homodistil.models.activations import Activations
 
-__all__ = ["OwnStream", "Pending", "Runtime", "build_runtime", "check_teacher_runtime"]
+__all__ = ["SideStream", "Pending", "Runtime", "build_runtime", "check_teacher_runtime"]
 
 
 class Runtime(Protocol):
     scale: float
     """What the teacher's softmax multiplies q.k with."""
     shows_attention: bool
-    """False: `Tapped.queries` and `Tapped.keys` hold None (injected kernels)."""
+    """False: `Activations.queries` and `Activations.keys` hold None (injected kernels)."""
 
-    def __call__(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tapped:
+    def __call__(self, input_ids: Tensor, attention_mask: Tensor | None) -> Activations:
         """input_ids, attention_mask: int64, (B, T); mask 1 = token, 0 = padding, None: none. No tensor has a graph."""
 
 

@@ -10,37 +10,38 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
-from homodistil.distill import inductor
-from homodistil.models.taps import Tapped, Taps
+from homodistil.distill import torch_compile
+from homodistil.models.activations import ActivationHooks, Activations
 
 MAX_SHAPES = 8
 """Different (B, T) that are compiled: micro-batches, the probe, evaluation and their last parts. Others run plainly."""
 
 
 class CompiledRuntime:
-    """On a GPU the tensors of a `Tapped` live until the next call, which replays the graph over the same memory."""
+    """On a GPU the tensors of an `Activations` live until the next call, which replays the graph over the same
+    memory."""
 
     shows_attention = True
 
     def __init__(self, model: nn.Module, family: ModuleType, device: torch.device) -> None:
-        self._taps = Taps(model, family)
+        self._taps = ActivationHooks(model, family)
         self.scale = self._taps.scale
         self._shapes: set[torch.Size] = set()
         self._replays = device.type == "cuda"
-        inductor.prepare(MAX_SHAPES)
+        torch_compile.prepare(MAX_SHAPES)
         # Static shapes: CUDA graphs want them, and every batch but an evaluation's last has one of a few.
         options = {"triton.cudagraphs": True} if self._replays else None
         self._compiled = torch.compile(self._taps.run, fullgraph=True, dynamic=False, options=options)
 
     @torch.no_grad()
-    def __call__(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tapped:
+    def __call__(self, input_ids: Tensor, attention_mask: Tensor | None) -> Activations:
         if not self._is_compiled(input_ids.shape):
             return self._taps.run(input_ids, attention_mask)
         if self._replays:
             # Says that nobody needs the last outputs any more: their memory may be written. Using them all the same
             # is an error of torch's, not silently another batch's numbers.
             torch.compiler.cudagraph_mark_step_begin()
-        with inductor.failures_named("teacher.runtime"):
+        with torch_compile.failures_named("teacher.runtime"):
             return self._compiled(input_ids, attention_mask)
 
     def _is_compiled(self, shape: torch.Size) -> bool:

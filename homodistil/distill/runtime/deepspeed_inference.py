@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from homodistil.distill.runtime.self_check import Probe, check_same
 from homodistil.errors import UserError
-from homodistil.models.taps import Tapped, Taps
+from homodistil.models.activations import ActivationHooks, Activations
 
 
-class EngineRuntime(Taps):
+class EngineRuntime(ActivationHooks):
     """Without injection: a cast and a wrapper, the module computes as before."""
 
     shows_attention = True
@@ -29,7 +29,7 @@ class EngineRuntime(Taps):
         self._backbone = deepspeed.init_inference(family.backbone(model), dtype=dtype)
 
     @torch.no_grad()
-    def __call__(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tapped:
+    def __call__(self, input_ids: Tensor, attention_mask: Tensor | None) -> Activations:
         return self.run(input_ids, attention_mask)
 
 
@@ -51,11 +51,11 @@ class InjectedRuntime:
         check_same(self._hidden, expected, probe, "teacher.kernel_inject")
 
     @torch.no_grad()
-    def __call__(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tapped:
+    def __call__(self, input_ids: Tensor, attention_mask: Tensor | None) -> Activations:
         if attention_mask is None:  # these kernels were written for a mask, and are tried with one
             attention_mask = torch.ones_like(input_ids)
         embedding, *layers = self._hidden(input_ids, attention_mask)
-        return Tapped(embedding, layers, [None] * len(layers), [None] * len(layers), self.scale)
+        return Activations(embedding, layers, [None] * len(layers), [None] * len(layers), self.scale)
 
 
 class HiddenStates:

@@ -7,16 +7,16 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
-from homodistil.models.taps import Tapped, Taps
+from homodistil.models.activations import ActivationHooks, Activations
 
 
 class PlainRuntime:
     shows_attention = True
 
     def __init__(self, model: nn.Module, family: ModuleType) -> None:
-        self._taps = Taps(model, family)
+        self._taps = ActivationHooks(model, family)
         self.scale = self._taps.scale
 
     @torch.no_grad()
-    def __call__(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tapped:
+    def __call__(self, input_ids: Tensor, attention_mask: Tensor | None) -> Activations:
         return self._taps.run(input_ids, attention_mask)

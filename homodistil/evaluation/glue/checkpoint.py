@@ -13,22 +13,15 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from homodistil.data import assets
-from homodistil.data.downloads import file_sha256
+from homodistil.data.sources import assets
 from homodistil.data.tokenizer import check_ids, check_words, read_tokenizer
 from homodistil.errors import UserError, nearest
 from homodistil.evaluation.glue.tasks import Task
+from homodistil.files import file_sha256
 from homodistil.models import FAMILIES, family_of
 from homodistil.models.checkpoint_files import first_line, local_folder
 from homodistil.models.config_file import read_config
-from homodistil.models.weights import (
-    Difference,
-    check_finite,
-    check_layers,
-    check_present,
-    difference,
-    stored_tensors,
-)
+from homodistil.models.weights import Difference, check_finite, check_layers, check_present, difference, stored_tensors
 
 FIELD = "--checkpoint"
 

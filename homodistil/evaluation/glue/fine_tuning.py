@@ -22,8 +22,8 @@ from transformers.trainer_callback import PrinterCallback
 from homodistil.evaluation.glue.checkpoint import load_classifier, load_tokenizer
 from homodistil.evaluation.glue.metrics import compute
 from homodistil.evaluation.glue.sources import TaskData
-from homodistil.evaluation.glue.tables import Split
 from homodistil.evaluation.glue.tasks import Task, find_task, metric_name
+from homodistil.evaluation.glue.tsv import Split
 from homodistil.evaluation.trainer_arguments import Settings as TrainerSettings
 from homodistil.evaluation.trainer_arguments import TellsProgress, alone, quiet, training_arguments
 

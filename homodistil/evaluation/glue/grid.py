@@ -28,7 +28,7 @@ from homodistil.evaluation.glue.sources import TaskData, load_task
 from homodistil.evaluation.glue.tasks import Task, find_task
 from homodistil.evaluation.trainer_arguments import Settings as TrainerSettings
 from homodistil.evaluation.trainer_arguments import on_cpu
-from homodistil.metrics import to_json, write_atomically
+from homodistil.files import to_json, write_atomically
 
 Record = dict[str, Any]
 """One finished run: task, checkpoint (as given), identity, setting (lr, batch_size, epochs, seed), result."""

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from homodistil.data import assets
+from homodistil.data.sources import assets
 from homodistil.errors import UserError
-from homodistil.evaluation.glue.tables import Split, class_number, read_split
 from homodistil.evaluation.glue.tasks import MOVIE, TASKS, Task, find_task
+from homodistil.evaluation.glue.tsv import Split, class_number, read_split
 
 HUB = "hub"
 HUB_NAME = "nyu-mll/glue"

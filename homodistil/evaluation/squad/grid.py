@@ -16,7 +16,7 @@ from homodistil.evaluation.glue.grid import Grid, check_out, read_record, run_la
 from homodistil.evaluation.squad.examples import SquadData
 from homodistil.evaluation.squad.fine_tuning import Settings, encode, load_reader, train
 from homodistil.evaluation.trainer_arguments import on_cpu
-from homodistil.metrics import to_json
+from homodistil.files import to_json
 
 MARKDOWN_FILE, JSON_FILE = "squad.md", "squad.json"
 METRICS = {

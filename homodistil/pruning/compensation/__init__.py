@@ -4,7 +4,7 @@
 refit: entries are selected by importance, then every remaining part is fitted by least squares to what it put out;
 full: heads are rotated so that their leading dims matter most, the residual stream is projected onto its best
 subspace, neurons and whole heads are selected, then the same fit. It works on plain stock models; bringing the result
-to a live engine is the caller's part (pruning/events.py). Source: compensation study, sections 4 and 5.
+to a live engine is the caller's part (student.py). Source: compensation study, sections 4 and 5.
 """
 
 from __future__ import annotations
@@ -20,16 +20,15 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from homodistil import ranks
-from homodistil.data.masking import Batch
+from homodistil.data.masked_lm import Batch
+from homodistil.distributed import ranks
 from homodistil.models.axes import AxisTable, Keep
+from homodistil.models.resize_plan import ResizePlan, make_plan, slice_module
 from homodistil.pruning.compensation.axis_maps import AxisMaps, is_mapped, layer_of, leading
 from homodistil.pruning.compensation.head import is_straight, refit_head, straighten_head
 from homodistil.pruning.compensation.projection import residual_projection
 from homodistil.pruning.compensation.refit import Refit
 from homodistil.pruning.compensation.statistics import Statistics, collect
-from homodistil.resize.plan import ResizePlan, make_plan
-from homodistil.resize.wrappers.plain import slice_module
 
 
 @dataclass(frozen=True)

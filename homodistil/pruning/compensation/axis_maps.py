@@ -7,7 +7,7 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
-from homodistil import ranks
+from homodistil.distributed import ranks
 from homodistil.models.axes import AxisTable, Keep
 from homodistil.pruning.compensation.rotation import head_map, query_key_maps, value_output_maps
 from homodistil.pruning.compensation.statistics import HeadMoments

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from homodistil import ranks
+from homodistil.distributed import ranks
 from homodistil.pruning.compensation.least_squares import TINY, fit_linear, fit_norm, standardise, sum_over_rows
 from homodistil.pruning.compensation.refit import Refit, captured, inputs_of
 
@@ -32,7 +32,7 @@ def refit_head(refit: Refit) -> None:
     old, new = refit.family.head_parts(refit.old), refit.family.head_parts(refit.new)
     before, targets = _old_head(refit)
     wanted = [refit.changes.of(old.linear.bias, rows) for rows in before]
-    hidden = [stream.masked_rows(stream.new) for stream in refit.streams]
+    hidden = [stream.target_rows(stream.new) for stream in refit.streams]
     fit_linear([new.linear], zip(hidden, wanted, strict=True), refit.ridge)
     _finish(refit, hidden, [refit.changes.of(old.norm.bias, rows) for rows in targets], targets)
 
@@ -47,7 +47,7 @@ def straighten_head(refit: Refit, decoder_gram: Tensor) -> None:
     _, targets = _old_head(refit)
     best = _best_rows(refit, decoder_gram).to(targets[0].dtype)
     wanted = [rows @ best for rows in targets]
-    hidden = [stream.masked_rows(stream.new) for stream in refit.streams]
+    hidden = [stream.target_rows(stream.new) for stream in refit.streams]
     new.linear.weight.zero_()
     straight = _standardised_over_rows(wanted, new.norm.eps)
     fit_linear([new.linear], zip(hidden, straight, strict=True), refit.ridge)
@@ -61,7 +61,7 @@ def _old_head(refit: Refit) -> tuple[list[Tensor], list[Tensor]]:
     before, after = [], []
     for stream in refit.streams:
         with captured([linear], []) as (put_out, _):
-            after.append(transform(stream.masked_rows(stream.old)))
+            after.append(transform(stream.target_rows(stream.old)))
         before.append(put_out[linear])
     return before, after
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from homodistil import ranks
+from homodistil.distributed import ranks
 
 Pairs = Iterable[tuple[Tensor, Tensor]]
 """This rank's (inputs (rows, K), targets (rows, M)), one pair a micro-batch."""

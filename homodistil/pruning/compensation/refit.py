@@ -17,9 +17,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from homodistil.data.masking import Batch
+from homodistil.data.masked_lm import Batch
+from homodistil.models.resize_plan import ResizePlan, transform
 from homodistil.pruning.compensation.least_squares import TINY, fit_linear, fit_norm, sum_over_rows
-from homodistil.resize.plan import ResizePlan, transform
 
 
 @dataclass
@@ -42,9 +42,9 @@ class Stream:
         rows = activations.flatten(0, 1)
         return rows if self.batch.padding_mask is None else rows[self.batch.token_index]
 
-    def masked_rows(self, activations: Tensor) -> Tensor:
+    def target_rows(self, activations: Tensor) -> Tensor:
         """(B, T, K) -> (rows to predict, K)."""
-        return activations.flatten(0, 1)[self.batch.masked_index]
+        return activations.flatten(0, 1)[self.batch.target_index]
 
 
 class Changes:

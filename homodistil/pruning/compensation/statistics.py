@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from homodistil import ranks
-from homodistil.data.masking import Batch
+from homodistil.data.masked_lm import Batch
+from homodistil.distributed import ranks
 from homodistil.pruning.compensation.least_squares import TINY
 
 
@@ -119,7 +119,7 @@ class _Collector:
         with torch.set_grad_enabled(numbers is not None):
             hidden = self.family.backbone(self.model)(input_ids=batch.input_ids, attention_mask=batch.padding_mask)[0]
             if numbers is not None:
-                self._head(hidden.flatten(0, 1)[batch.masked_index], numbers)
+                self._head(hidden.flatten(0, 1)[batch.target_index], numbers)
 
     def _head(self, hidden: Tensor, numbers: Tensor) -> None:
         rows, decoder = self.family.mlm_transform(self.model)(hidden), self.family.decoder(self.model)
@@ -174,7 +174,7 @@ def uniform_numbers(batch: Batch, first_sequence: int, seed: int) -> Tensor:
     num_sequences, seq_len = batch.input_ids.shape
     seeds = ((seed * 1_000_003 + first_sequence + b) % 2**63 for b in range(num_sequences))
     numbers = [torch.rand(seq_len, generator=torch.Generator().manual_seed(one)) for one in seeds]
-    return torch.cat(numbers).to(batch.masked_index.device)[batch.masked_index]
+    return torch.cat(numbers).to(batch.target_index.device)[batch.target_index]
 
 
 def draw_labels(probabilities: Tensor, numbers: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from homodistil.results import DASH
+from homodistil.metrics.result_table import DASH
 
 # Column -> (heading, how a number is written). Further numbers of the rows follow under their own names.
 COLUMNS = {

@@ -9,12 +9,12 @@ import jinja2
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
+from homodistil.metrics.result_table import COLUMNS as ROW_COLUMNS
+from homodistil.metrics.result_table import cells
 from homodistil.report.comparison.groups import Model, cell, columns
 from homodistil.report.curves import Curve
 from homodistil.report.figures import inline
 from homodistil.report.page import CSS, drawn
-from homodistil.results import COLUMNS as ROW_COLUMNS
-from homodistil.results import cells
 
 SCATTER_CAPTION = (
     "A shape and a label a model; bars are standard deviations over seeds. Over size, larger markers are faster."

@@ -11,15 +11,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from homodistil.metrics.result_table import ROW_FILE
 from homodistil.report.curves import TEACHER_STYLE, TERMS, Curve, curve, final_controls, gap, teacher_value
 from homodistil.report.figures import Line, Panel
 from homodistil.report.run import Points, Run, check_size, clean, is_teacher, read_run
-from homodistil.results import ROW_FILE
 
 GLUE_FILE = Path("glue") / "glue.json"
 """Where `launcher/glue.py --out RUN/glue` writes."""
 TEACHER_FILE = "teacher.json"
-"""Which corrected teacher a run used (written by correction.py, which is too heavy to import here)."""
+"""Which corrected teacher a run used (written by training/teacher_correction.py, which is too heavy to import here)."""
 
 
 @dataclass

@@ -1,0 +1,236 @@
+"""Command line -> RunConfig: recipe or YAML file first, then dotted overrides (`train.lr=1e-3` or `--train.lr 1e-3`).
+
+Types and `--help` come from jsonargparse and the dataclasses of `schema.py`; this file adds strict keys with the
+nearest known name and one-line errors.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
+
+from homodistil.config import students
+from homodistil.config.schema import RunConfig
+from homodistil.config.values import check_value, entries, is_text, parse_value, read_yaml, text_of
+from homodistil.errors import UserError, nearest
+
+RECIPES = Path(__file__).parent / "recipes"
+_FLAGS = ("--help", "-h", "--print_config")
+
+
+def parse(argv: list[str], description: str = "", with_engine: bool = False) -> RunConfig:
+    """The checked run config. See `parse_with_engine` for scripts that also take DeepSpeed's JSON."""
+    return _parse(argv, description, with_engine)[0]
+
+
+def parse_with_engine(argv: list[str], description: str = "") -> tuple[RunConfig, Path]:
+    """(run config, path of DeepSpeed's JSON). Raises `UserError`; exits by itself for --help and --print_config."""
+    config, namespace = _parse(argv, description, with_engine=True)
+    return config, _engine_config(namespace)
+
+
+def _check_engine_file(arguments: list[str]) -> None:
+    """For --print_config, which ends the parser before anybody opens the file."""
+    names = [text.partition("=")[2] for text in arguments if text.startswith("--deepspeed=")]
+    names += [after for flag, after in itertools.pairwise(arguments) if flag == "--deepspeed"]
+    for name in names:
+        try:
+            json.loads(text_of(Path(name), "--deepspeed", "JSON"))
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise UserError(f"--deepspeed: {name!r} is not valid JSON ({str(error)[:200]}); correct it there") from None
+
+
+def _engine_config(namespace) -> Path:
+    if namespace.deepspeed is None:
+        raise UserError("--deepspeed: missing; give the engine's JSON, for example --deepspeed ds_configs/zero2.json")
+    return Path(namespace.deepspeed)
+
+
+class Job(NamedTuple):
+    """What launcher/train.py has been asked for."""
+
+    config: RunConfig
+    engine_config: Path
+    """DeepSpeed's JSON."""
+    students: list[RunConfig]
+    """Of `--teachers-once`; empty: `config` has the only student."""
+    is_check: bool = False
+    """Whether the job is only to be checked (preflight/)."""
+
+
+def parse_job(argv: list[str], description: str = "") -> Job:
+    """The main job's arguments; see `parse_with_engine`."""
+    config, namespace = _parse(argv, description, with_engine=True)
+    engine_config = _engine_config(namespace)
+    if namespace.teachers_once is None:
+        return Job(config, engine_config, [], namespace.check)
+    if namespace.check:
+        raise UserError(
+            "--check: looks at one student, found --teachers-once; check each with its fields on the command line"
+        )
+    paths = students.file_names(namespace.teachers_once)
+    found = [_student(argv, description, path) for path in paths]
+    students.finalize_students(config, found, [path.stem for path in paths])
+    return Job(config, engine_config, found)
+
+
+def _student(argv: list[str], description: str, path: Path) -> RunConfig:
+    """The job's config with a student's own fields on top, also of what the command line says."""
+    content = _check_file(path, "--teachers-once")
+    return _parse([*argv, *students.as_overrides(content)], description, with_engine=True)[0]
+
+
+def _parse(argv: list[str], description: str, with_engine: bool):
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = _build_parser(description, with_engine)
+    arguments = _normalise(argv)
+    _check_arguments(arguments)
+    if "--print_config" in arguments:
+        _check_engine_file(arguments)
+    try:
+        namespace = parser.parse_args(arguments)
+    except ArgumentError as error:
+        raise UserError(_one_line(error)) from None
+    sections = {f.name: f.default_factory for f in dataclasses.fields(RunConfig)}
+    config = RunConfig(**{name: _section(make, getattr(namespace, name)) for name, make in sections.items()})
+    config.check()
+    return config, namespace
+
+
+def _section(make, parsed):
+    """The parser gives a dataclass, or its own namespace when a YAML file had a part in it."""
+    return parsed if isinstance(parsed, make) else make(**vars(parsed))
+
+
+def _build_parser(description: str, with_engine: bool) -> ArgumentParser:
+    parser = ArgumentParser(
+        exit_on_error=False,
+        description=f"{description} Fields may be written as section.field=value. "
+        f"recipe=NAME starts from a shipped recipe ({', '.join(recipe_names())}); without one, without --config and "
+        f"without teacher.name it is recipe=quickstart. The defaults below are those of whatever leaves a field out.",
+    )
+    parser.add_argument("--config", action="config", help="YAML file with any of the fields below.")
+    if with_engine:
+        parser.add_argument("--deepspeed", type=str, help="DeepSpeed's JSON (engine matters only), see ds_configs/.")
+        parser.add_argument(
+            "--teachers-once",
+            type=str,
+            help="Several students in one job, which share each pass of the teacher: YAML files, separated by commas, "
+            "with the fields in which each differs. Their folders are run.dir/students/FILE.",
+        )
+        parser.add_argument("--check", action="store_true", help="Say what would go wrong, and try one step; no run.")
+        parser.add_argument("--local_rank", type=int, default=-1, help="Set by the launcher.")
+    parser.add_class_arguments(RunConfig, None)
+    return parser
+
+
+def recipe_names() -> list[str]:
+    """Those in folders by folder and name: baselines/distilbert."""
+    return sorted(path.relative_to(RECIPES).with_suffix("").as_posix() for path in RECIPES.rglob("*.yaml"))
+
+
+def _normalise(argv: list[str]) -> list[str]:
+    """`a.b=c` -> `--a.b=c`; `recipe=NAME` -> `--config FILE`; config files first, so that overrides win."""
+    configs: list[str] = []
+    others: list[str] = []
+    recipes = [token for token in argv if token.removeprefix("--").startswith("recipe=")]
+    if len(recipes) > 1:
+        raise UserError(f"recipe: found {' and '.join(recipes)}, allowed is one; set single fields behind it")
+    tokens = iter(argv)
+    for token in tokens:
+        if token.removeprefix("--").startswith("recipe="):
+            configs.append(f"--config={_recipe_path(token.split('=', 1)[1])}")
+        elif token == "--config":
+            if not (path := next(tokens, "")):
+                raise UserError("--config: names no file; give a YAML file, or recipe=NAME")
+            configs.append(f"--config={path}")
+        elif token.startswith("--config="):
+            configs.append(token)
+        elif not token.startswith("-") and "=" in token:
+            others.append(f"--{token}")
+        else:
+            others.append(token)
+    if not configs and not _is_about_another_job(others):
+        configs.append(f"--config={_recipe_path('quickstart')}")
+    return configs + others
+
+
+def _is_about_another_job(arguments: list[str]) -> bool:
+    """Whether the quickstart's values would be wrong: size, correction and rates there are those of its own teacher."""
+    names = {argument.split("=", 1)[0] for argument in arguments}
+    return bool(names & {"-h", "--help", "--teacher", "--teacher.name"})
+
+
+def _recipe_path(name: str) -> Path:
+    if name not in recipe_names():
+        raise UserError(
+            f"recipe: found {name!r}, allowed: {', '.join(recipe_names())}{nearest(name, recipe_names())}; "
+            f"for a file of your own use --config FILE"
+        )
+    return RECIPES / f"{name}.yaml"
+
+
+def _known_keys() -> dict[str, set[str]]:
+    sections = dataclasses.fields(RunConfig)
+    return {s.name: {f.name for f in dataclasses.fields(s.default_factory)} for s in sections}
+
+
+def _check_arguments(arguments: list[str]) -> None:
+    """Refuse unknown names and values of the wrong kind before parsing.
+
+    The parser alone would take `teacher.nam` for an abbreviation, and would say what is wrong in Python's words.
+    """
+    tokens = iter(arguments)
+    for token in tokens:
+        key, equals, text = token.removeprefix("--").partition("=")
+        if token.startswith("--config="):
+            _check_file(Path(text))
+        elif token.startswith("--") and (key.partition(".")[0] in _known_keys() or "." in key):
+            _check_argument(key, text if equals else next(tokens, ""))
+
+
+def _check_argument(key: str, text: str) -> None:
+    section, _, name = key.partition(".")
+    _check_key(section, name or None, where="command line")
+    if not name:  # train={steps: 3, lr: 1e-3}
+        _check_section(section, parse_value(text, section), where="command line")
+    elif is_text(section, name):
+        check_value(section, name, yaml.ScalarNode("tag:yaml.org,2002:str", text))
+    else:
+        check_value(section, name, parse_value(text, key))
+
+
+def _check_file(path: Path, flag: str = "--config") -> dict:
+    """Its content, once all names and values in it are known to be good."""
+    node = read_yaml(path, flag)
+    for section, fields in entries(node, f"{flag}: {str(path)!r}").items():
+        _check_key(section, None, where=str(path))
+        _check_section(section, fields, where=str(path))
+    return yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+
+
+def _check_section(section: str, node: yaml.Node | None, where: str) -> None:
+    for name, value in entries(node, f"{section}: the section in {where}").items():
+        _check_key(section, name, where)
+        check_value(section, name, value)
+
+
+def _check_key(section: str, name: str | None, where: str) -> None:
+    known = _known_keys()
+    if section not in known:
+        raise UserError(f"{section}: unknown section in {where}{nearest(section, known)}; allowed: {', '.join(known)}")
+    if name is not None and name not in known[section]:
+        raise UserError(
+            f"{section}.{name}: unknown field in {where}{nearest(name, known[section])}; "
+            f"allowed: {', '.join(sorted(known[section]))}"
+        )
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).replace("Parser key ", "").split())

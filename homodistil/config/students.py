@@ -1,0 +1,104 @@
+"""Several students in one job (`--teachers-once`): their configs, from the job's own and a file of differences each.
+
+Teacher, text and batches are the job's; what a student may choose is what it is and how it is pruned and optimised.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from homodistil.config.schema import RunConfig
+from homodistil.errors import UserError
+
+STUDENTS_FOLDER = "students"
+
+_SHARED_LOSS = ("relations", "relation_heads", "relation_layer")
+# Section -> fields that students share with the job; None: all of them.
+_SHARED: dict[str, tuple[str, ...] | None] = {
+    "teacher": None,
+    "data": None,
+    "train": (
+        "global_batch_size",
+        "micro_batch_size",
+        "seed",
+        "save_every_steps",
+        "eval_every_steps",
+        "eval_batch_size",
+        "log_every_steps",
+    ),
+    "loss": _SHARED_LOSS,
+    "student": ("dropout",),
+    "run": ("resume", "keep_checkpoints", "async_checkpoints", "grow_micro_batch", "rank_timeout_s"),
+}
+
+
+def file_names(text: str) -> list[Path]:
+    """`small.yaml,tiny.yaml`. Raises `UserError` when two would have the same folder."""
+    paths = [Path(part.strip()) for part in text.split(",") if part.strip()]
+    if not paths:
+        raise UserError(
+            "--teachers-once: found no file; give one a student, as in --teachers-once small.yaml,tiny.yaml"
+        )
+    stems = [path.stem for path in paths]
+    if twice := next((stem for stem in stems if stems.count(stem) > 1), None):
+        raise UserError(f"--teachers-once: two files are called {twice}, which names a student's folder; rename one")
+    return paths
+
+
+def as_overrides(content: Mapping[str, Any]) -> list[str]:
+    """Fields of a YAML file as a command line has them."""
+    return [
+        f"--{section}.{name}={value if isinstance(value, str) else json.dumps(value)}"
+        for section, fields in content.items()
+        for name, value in (fields or {}).items()
+    ]
+
+
+def finalize_students(config: RunConfig, students: Sequence[RunConfig], names: Sequence[str]) -> None:
+    """Give the students their folders, and all of them the teacher's whole passes; then check that they fit together.
+
+    Raises:
+        UserError: a field differs that they share, or one that cannot be shared is set.
+    """
+    _check_together(config)
+    for student, name in zip(students, names, strict=True):
+        _check_shared(config, student, name)
+        student.run.name, student.run.dir = name, str(Path(config.run_dir) / STUDENTS_FOLDER / name)
+        student.teacher.lock_step = False
+    config.teacher.lock_step = False
+
+
+def _check_together(config: RunConfig) -> None:
+    if config.run.grow_micro_batch:
+        raise UserError(
+            "run.grow_micro_batch: found true, but students of one job share their micro-batches; allowed with "
+            "--teachers-once is false"
+        )
+    if config.student.dropout > 0:
+        raise UserError(
+            f"student.dropout: found {config.student.dropout:g}, allowed with --teachers-once is 0: what one student "
+            f"draws would depend on the others"
+        )
+
+
+def _check_shared(config: RunConfig, student: RunConfig, name: str) -> None:
+    jobs, own = config.to_dict(), student.to_dict()
+    for section, fields in _SHARED.items():
+        for field in fields or jobs[section]:
+            if jobs[section][field] != own[section][field]:
+                raise UserError(
+                    f"{section}.{field}: {own[section][field]} in {name}.yaml (--teachers-once), and the job has "
+                    f"{jobs[section][field]}; students of one job share it: set it for the job alone"
+                )
+
+
+def check_stage(engine_config: Mapping[str, Any]) -> None:
+    """Raise `UserError` where several engines cannot live in one job."""
+    if engine_config.get("zero_optimization", {}).get("stage", 0) == 3:
+        raise UserError(
+            "--teachers-once: zero_optimization.stage 3 in the DeepSpeed JSON has not been tried with several engines; "
+            "use stage 0, 1 or 2 (ds_configs/zero2.json)"
+        )

@@ -1,0 +1,254 @@
+"""What a user has written for the fields of a run, in a YAML file or on the command line, before anything acts on it.
+
+    content = read_yaml(path, "--config")                        # bounded in size and depth, no alias, no key twice
+    check_sections(content, str(path))                           # every value of its field's type, in the user's words
+    check_value("train", "lr", parse_value("1e-3", "train.lr"))  # likewise, of the command line
+
+YAML takes `0x10`, `6_0` and `1:30` for numbers; here a number is written in decimal digits, or refused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import re
+import stat
+import types
+import typing
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from homodistil.config.rules import range_text
+from homodistil.config.schema import RunConfig
+from homodistil.errors import UserError, nearest
+
+MAX_FILE_BYTES = 1 << 20
+MAX_VALUE_CHARS = 100_000
+"""Of one value on the command line: a list of many files is long."""
+MAX_TEXT_CHARS = 4096
+"""Of one text. No path of Linux is longer."""
+MAX_NAME_BYTES = 255
+"""Of one part of a path, on every common file system."""
+MAX_DEPTH = 8
+_SHOWN_CHARS = 60
+_WHOLE = re.compile(r"[-+]?[0-9]{1,30}")
+_NUMBER = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]{1,5})?")
+_PATHS = {"teacher.name", "data.sources", "data.cache_dir", "run.dir", "run.name"}
+
+
+def read_yaml(path: Path, flag: str) -> yaml.Node | None:
+    """The document of a YAML file as nodes, whose scalars are still text; None: it is empty.
+
+    Raises:
+        UserError: no regular file of reasonable size, no UTF-8, no YAML, or YAML that no run config needs.
+    """
+    return _compose(text_of(path, flag, "YAML"), f"{flag}: {_short(str(path), MAX_NAME_BYTES)!r}")
+
+
+def parse_value(text: str, name: str) -> yaml.Node | None:
+    """A value of the command line as nodes. Raises `UserError`."""
+    if len(text) > MAX_VALUE_CHARS:
+        raise UserError(f"{name}: found {len(text)} characters, allowed are {MAX_VALUE_CHARS}; set a shorter value")
+    return _compose(text, name)
+
+
+def entries(node: yaml.Node | None, where: str) -> dict[str, yaml.Node]:
+    """A mapping's keys and values. Raises `UserError` when it is none."""
+    if node is None or _is_null(node):
+        return {}
+    if not isinstance(node, yaml.MappingNode):
+        raise UserError(f"{where} holds {_kind(node)}, expected sections such as `train:` with fields below")
+    return {key.value: value for key, value in node.value}
+
+
+def check_value(section: str, field: str, node: yaml.Node | None) -> None:
+    """Raise `UserError` when the value is not of the field's type: what was found, what is allowed."""
+    name = f"{section}.{field}"
+    _check(name, _types(section)[field], node, _range_of(name))
+
+
+def is_text(section: str, field: str) -> bool:
+    """Whether the field takes any text as it is, without YAML's quotes and brackets."""
+    return _types(section)[field] in (str, str | None)
+
+
+def _range_of(name: str) -> str:
+    limits = range_text(name)
+    return f" {limits}" if limits else ""
+
+
+@functools.cache
+def _types(section: str) -> dict[str, Any]:
+    sections = {f.name: f.default_factory for f in dataclasses.fields(RunConfig)}
+    return typing.get_type_hints(sections[section])
+
+
+# -- reading
+
+
+def text_of(path: Path, flag: str, kind: str) -> str:
+    """Text of a regular file of reasonable size. Raises `UserError` otherwise.
+
+    Args:
+        flag: that named the file.
+        kind: YAML or JSON.
+    """
+    shown, remedy = _short(str(path), MAX_NAME_BYTES), f"give an existing {kind} file"
+    try:
+        status = os.stat(path)  # before it is opened: a pipe would wait for ever, a device has no end
+        if not stat.S_ISREG(status.st_mode):
+            kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe or device"
+            raise UserError(f"{flag}: {shown!r} is {kind}, not a regular file; {remedy}")
+        if status.st_size > MAX_FILE_BYTES:
+            raise UserError(f"{flag}: {shown!r} has {status.st_size} bytes, allowed are {MAX_FILE_BYTES}; {remedy}")
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{flag}: cannot read {shown!r} ({error.strerror}); {remedy}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{flag}: {shown!r} is not valid {kind}: byte {error.start} is not UTF-8; save the file as UTF-8 text"
+        ) from None
+    except ValueError as error:  # a NUL byte in the path itself
+        raise UserError(f"{flag}: {shown!r} is no path ({error}); {remedy}") from None
+
+
+def _compose(text: str, where: str) -> yaml.Node | None:
+    """Nodes of one document. Depth and aliases are looked at before anything recurses or multiplies."""
+    try:
+        depth = 0
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > MAX_DEPTH:
+                raise UserError(f"{where}: is nested deeper than {MAX_DEPTH} levels; write section: {{field: value}}")
+            if isinstance(event, yaml.AliasEvent):
+                raise UserError(f"{where}: found an alias (*{event.anchor[:20]}); write the value out")
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.YAMLError as error:
+        raise UserError(f"{where}: is not valid YAML ({_one_line(error)}); correct it there") from None
+    _check_keys(node, where)
+    return node
+
+
+def _check_keys(node: yaml.Node | None, where: str) -> None:
+    if isinstance(node, yaml.MappingNode):
+        seen: set[str] = set()
+        for key, value in node.value:
+            if not isinstance(key, yaml.ScalarNode) or key.tag != "tag:yaml.org,2002:str":
+                raise UserError(f"{where}: found the key {_shown(key)}, allowed are names of sections and fields")
+            if key.value in seen:
+                raise UserError(f"{where}: has {_short(key.value)!r} twice; keep one of them")
+            seen.add(key.value)
+            _check_keys(value, where)
+    elif isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            _check_keys(item, where)
+
+
+def _one_line(error: Exception) -> str:
+    mark = getattr(error, "problem_mark", None)
+    problem = getattr(error, "problem", None) or getattr(error, "reason", None) or str(error)
+    place = f", line {mark.line + 1} column {mark.column + 1}" if mark else ""
+    return f"{' '.join(str(problem).split())[:200]}{place}"
+
+
+# -- types
+
+
+def _check(name: str, kind: Any, node: yaml.Node | None, limits: str = "") -> None:
+    origin, options = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (types.UnionType, typing.Union):
+        if not (_is_null(node) and type(None) in options):
+            _check(name, options[0], node, limits)
+    elif origin is list:
+        _check_list(name, options[0], node, limits)
+    elif not isinstance(node, yaml.ScalarNode):
+        raise _refusal(name, node, _allowed(kind, limits))
+    elif origin is Literal:
+        if node.value not in options:
+            raise _refusal(name, node, f"{', '.join(options)}{nearest(node.value, options)}")
+    elif kind is str:
+        _check_text(name, node)
+    elif not _fits(kind, node):
+        raise _refusal(name, node, _allowed(kind, limits))
+
+
+def _check_list(name: str, inner: Any, node: yaml.Node | None, limits: str) -> None:
+    if name == "data.sources" and isinstance(node, yaml.ScalarNode) and not _is_null(node):
+        _check_text(name, node)  # one path needs no brackets
+    elif not isinstance(node, yaml.SequenceNode):
+        raise _refusal(name, node, f"a list such as {_EXAMPLES[inner]}")
+    else:
+        for item in node.value:
+            _check(name, inner, item, limits)
+
+
+_EXAMPLES = {str: "[/data/a,/data/b]", int: "[0,2,4]", float: "[0.75,0.5]"}
+
+
+def _fits(kind: type, node: yaml.ScalarNode) -> bool:
+    if kind is bool:
+        return node.value.lower() in ("true", "false")
+    text = node.value.strip()
+    return node.style is None and bool((_WHOLE if kind is int else _NUMBER).fullmatch(text))
+
+
+def _allowed(kind: Any, limits: str) -> str:
+    if typing.get_origin(kind) is Literal:
+        return ", ".join(typing.get_args(kind))
+    words = {int: "a whole number in decimal digits", float: "a number in decimal digits", bool: "true or false"}
+    return words.get(kind, "a text") + (limits if kind in (int, float) else "")
+
+
+def _check_text(name: str, node: yaml.ScalarNode) -> None:
+    text = node.value
+    if _is_null(node) or not text.strip():
+        raise UserError(f"{name}: found nothing, allowed is a text that is not empty; set {name} to one")
+    if len(text) > MAX_TEXT_CHARS:
+        raise UserError(f"{name}: found {len(text)} characters, allowed are {MAX_TEXT_CHARS}; set a shorter text")
+    if bad := next((c for c in text if ord(c) < 32 or ord(c) == 127 or 0xD800 <= ord(c) < 0xE000), None):
+        raise UserError(f"{name}: found the character U+{ord(bad):04X}, allowed is printable text; take it out")
+    if name in _PATHS:
+        _check_path(name, text)
+
+
+def _check_path(name: str, text: str) -> None:
+    longest = max(text.split("/"), key=lambda part: len(part.encode()))
+    if len(longest.encode()) > MAX_NAME_BYTES:
+        raise UserError(
+            f"{name}: found a name of {len(longest.encode())} bytes ({_short(longest)!r}), allowed are "
+            f"{MAX_NAME_BYTES} between two slashes; set a shorter one"
+        )
+    try:
+        Path(text).expanduser()
+    except RuntimeError:
+        raise UserError(
+            f"{name}: found {text.split('/')[0]!r}, but there is no user of that name; write the path out"
+        ) from None
+
+
+def _refusal(name: str, node: yaml.Node | None, allowed: str) -> UserError:
+    return UserError(f"{name}: found {_shown(node)}, allowed: {allowed}; set {name} to an allowed value")
+
+
+def _shown(node: yaml.Node | None) -> str:
+    if node is None or isinstance(node, yaml.ScalarNode) and not node.value:
+        return "nothing"
+    return repr(_short(node.value)) if isinstance(node, yaml.ScalarNode) else _kind(node)
+
+
+def _kind(node: yaml.Node) -> str:
+    if isinstance(node, yaml.ScalarNode):
+        return f"the value {_short(node.value)!r}"
+    return "a list" if isinstance(node, yaml.SequenceNode) else "a mapping"
+
+
+def _is_null(node: yaml.Node | None) -> bool:
+    return node is None or isinstance(node, yaml.ScalarNode) and node.tag == "tag:yaml.org,2002:null"
+
+
+def _short(text: str, num_chars: int = _SHOWN_CHARS) -> str:
+    text = text.encode("utf-8", "replace").decode()
+    return text if len(text) <= num_chars else f"{text[:num_chars]}..."

@@ -1,0 +1,110 @@
+"""Masked language modelling: which tokens are predicted, and what stands in their place (BERT's 80/10/10).
+
+Randomness is a function of (seed, epoch, sample index) alone, so a batch is the same whoever draws it.
+Shapes: B sequences, T tokens, M rows to predict.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+_MASKED, _RANDOM = 0.8, 0.1  # Devlin et al. 2019, section 3.1; the rest stays as it is
+
+
+class LossCounts(NamedTuple):
+    """What the loss terms divide by: numbers of the batch's own from a loader; from a feed 0-dim fp32 tensors on the
+    device, means over all micro-batches of the step (see prefetch.py), which nothing in a step may bring to the host.
+    """
+
+    target_rows: float | Tensor
+    tokens: float | Tensor
+    """Valid (not padding) tokens."""
+    pairs: float | Tensor
+    """Valid query-key pairs, summed over the batch."""
+
+
+class Batch(NamedTuple):
+    input_ids: Tensor
+    """(B, T) int64, masking applied."""
+    attention_mask: Tensor
+    """(B, T) int64, 1 = token, 0 = padding."""
+    target_index: Tensor
+    """(M,) int64, flat positions b * T + t of the rows to predict, ascending."""
+    target_ids: Tensor
+    """(M,) int64, the tokens that stood there."""
+    token_index: Tensor
+    """(tokens,) int64, flat positions of the valid tokens, ascending: finding them on the device would wait for it."""
+    counts: LossCounts
+
+    @property
+    def padding_mask(self) -> Tensor | None:
+        """`attention_mask`, or None where it masks nothing: models then take their faster ways. Asks no device."""
+        return None if self.token_index.numel() == self.input_ids.numel() else self.attention_mask
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All but the counts."""
+        return self[:-1]
+
+    def pinned(self) -> Batch:
+        """A copy in page-locked memory, out of which a GPU copies while the host goes on."""
+        return Batch(*(tensor.pin_memory() for tensor in self.tensors), self.counts)
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The batch with its tensors on `device`; from pinned memory without waiting for the copies."""
+        return Batch(*(tensor.to(device, non_blocking=True) for tensor in self.tensors), self.counts)
+
+
+class Masker:
+    """Turns blocks of token ids into batches.
+
+    Args:
+        tokenizer: whose special tokens are never predicted, and never put in as random tokens.
+        mask_probability: of each ordinary token, independently.
+        seed: of all draws.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, mask_probability: float, seed: int) -> None:
+        self._mask_id, self._pad_id = tokenizer.mask_token_id, tokenizer.pad_token_id
+        self._is_ordinary = np.ones(len(tokenizer), dtype=bool)
+        self._is_ordinary[tokenizer.all_special_ids] = False
+        self._ordinary_ids = np.flatnonzero(self._is_ordinary)
+        self._probability = mask_probability
+        self._seed = seed
+
+    def __call__(self, blocks: np.ndarray, samples: np.ndarray, epochs: np.ndarray) -> Batch:
+        """Mask `blocks` (B, T) int64, which are the `samples` (B,) of the data set in `epochs` (B,)."""
+        choice, action, token = self._draw(samples, epochs, blocks.shape[1])
+        chosen = (choice < self._probability) & self._is_ordinary[blocks]
+        random_ids = self._ordinary_ids[(token * len(self._ordinary_ids)).astype(np.int64)]
+        replaced = np.where(action < _MASKED + _RANDOM, random_ids, blocks)
+        replaced = np.where(action < _MASKED, self._mask_id, replaced)
+        return self._batch(blocks, np.where(chosen, replaced, blocks), chosen)
+
+    def unmasked(self, blocks: np.ndarray) -> Batch:
+        """A batch with nothing to predict."""
+        return self._batch(blocks, blocks, np.zeros(blocks.shape, dtype=bool))
+
+    def _batch(self, blocks: np.ndarray, input_ids: np.ndarray, chosen: np.ndarray) -> Batch:
+        valid = blocks != self._pad_id
+        lengths = valid.sum(axis=1)
+        index = np.flatnonzero(chosen)
+        counts = LossCounts(float(len(index)), float(lengths.sum()), float((lengths**2).sum()))
+        arrays = (input_ids, valid.astype(np.int64), index, blocks.ravel()[index], np.flatnonzero(valid))
+        return Batch(*map(torch.from_numpy, arrays), counts)
+
+    def _draw(self, samples: np.ndarray, epochs: np.ndarray, width: int) -> np.ndarray:
+        """(3, B, T) uniform in [0, 1): one Philox key a sample, so that no draw depends on its neighbours."""
+        bits = np.random.Philox(key=0)
+        generator, state = np.random.Generator(bits), bits.state
+        uniform = np.empty((len(samples), 3, width))
+        for row, (sample, epoch) in enumerate(zip(samples.tolist(), epochs.tolist(), strict=True)):
+            state["state"]["key"][:] = self._seed << 32 | epoch, sample
+            bits.state = state  # a fresh generator each time would cost three times as much
+            generator.random(out=uniform[row])
+        return uniform.transpose(1, 0, 2)

@@ -1,0 +1,1 @@
+"""Text -> tokenised, filtered, packed and cached corpus: shards, then one merge."""

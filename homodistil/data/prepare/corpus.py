@@ -1,0 +1,247 @@
+"""The corpus of a run: `data.sources` tokenised, split by document, packed into blocks, cached by content.
+
+    python launcher/prepare_data.py data.sources=[my_texts/]      # prepares it ahead of training
+
+`prepare_corpus` is called by every rank: the first one builds, the others wait, all map the same files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerBase
+
+from homodistil.config.schema import DataConfig
+from homodistil.data.cache import build_once
+from homodistil.data.prepare.build_shards import Preparation
+from homodistil.data.prepare.filters import Filters, versions
+from homodistil.data.prepare.integrity import CHECKED_AT_ONCE_BYTES, blocks_bytes, content_damage, structure_damage
+from homodistil.data.prepare.merge import SUMMARY_FILE, merge
+from homodistil.data.prepare.packing import SpecialIds
+from homodistil.data.prepare.shard_plan import Plan, make_plan
+from homodistil.data.prepare.shards import Recipe
+from homodistil.data.sources.documents import read
+from homodistil.data.sources.sources import Source, check_sources, open_sources
+from homodistil.data.tokenizer import check_text_is_known
+from homodistil.errors import UserError
+
+_FIRST_DOCUMENTS, _FIRST_TOKENS = 20, 200
+_FORMAT_VERSION = 1  # of the cached blocks; raise it when reading, splitting or packing changes
+
+
+class Rows:
+    """Blocks of one split, memory-mapped. `rows[ids]` -> (n, seq_len) int64, padded at the end only."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._blocks = np.load(path, mmap_mode="r")
+        # Deleting the file takes nothing from us while it is open; cutting it short does, and must be noticed.
+        self._file = open(path, "rb")
+        self._num_bytes = os.fstat(self._file.fileno()).st_size
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    def __getitem__(self, ids: np.ndarray | list[int]) -> np.ndarray:
+        if os.fstat(self._file.fileno()).st_size < self._num_bytes:  # touching the map beyond its end is fatal (SIGBUS)
+            raise UserError(
+                f"{self.path}: was cut short while it was being read; run again with run.resume=auto, which prepares "
+                f"the corpus again"
+            )
+        return np.asarray(self._blocks[np.asarray(ids, dtype=np.int64)], dtype=np.int64)
+
+    def __reduce__(self) -> tuple:
+        # A memmap would travel to a loader process with its whole content.
+        return Rows, (self.path,)
+
+
+@dataclass(frozen=True)
+class Corpus:
+    train: Rows
+    heldout: Rows
+    fingerprint: str
+    """Hash of everything the blocks depend on; equal fingerprints mean equal blocks."""
+    description: str
+    """One line: documents, tokens and blocks of each split."""
+
+    def names(self) -> tuple[Path, Path, str, str]:
+        """What another process needs to map the same files."""
+        return self.train.path, self.heldout.path, self.fingerprint, self.description
+
+    @classmethod
+    def named(cls, names: tuple[Path, Path, str, str]) -> Corpus:
+        """The corpus of these `names`, mapped by this process."""
+        train, heldout, fingerprint, description = names
+        return cls(Rows(train), Rows(heldout), fingerprint, description)
+
+
+def prepare_corpus(
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase, accept: Callable[[str], None] = lambda _: None
+) -> Corpus:
+    """The corpus, from the cache where it has been prepared before; what a killed process finished is taken over.
+
+    A cached one of up to `CHECKED_AT_ONCE_BYTES` is hashed here; a larger one is the caller's to check (integrity.py).
+
+    Args:
+        accept: is given the fingerprint before anything is prepared, and may raise.
+
+    Raises:
+        UserError: a source is missing, unreadable or without text; fewer than two documents; `seq_len` too long for
+            the tokenizer's model; a package or hub data set cannot be fetched; a filter's library is not installed.
+    """
+    order = _Order(config, tokenizer)
+    accept(order.fingerprint)
+    return order.whole(CHECKED_AT_ONCE_BYTES)
+
+
+def prepare_share(config: DataConfig, tokenizer: PreTrainedTokenizerBase, task: int, tasks: int) -> Corpus | str:
+    """One array task's part of the work: every `tasks`-th shard.
+
+    Returns:
+        The corpus for the task that finishes last, which merges the shards; for the others a line on what is left.
+
+    Raises:
+        UserError: as `prepare_corpus`.
+    """
+    return _Order(config, tokenizer).share(task, tasks)
+
+
+def shards_of(config: DataConfig, tokenizer: PreTrainedTokenizerBase, folder: Path) -> Preparation:
+    """The shards of a corpus, to be made in `folder` apart from the cache, whether the corpus is there or not."""
+    return _Order(config, tokenizer).preparation(folder, lambda: False)
+
+
+class _Order:
+    """A corpus that is asked for, with its sources opened."""
+
+    def __init__(self, config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._backend, self._special_ids = check_tokenizer(config, tokenizer)
+        self._unknown = tokenizer.unk_token_id
+        self._config, self._sources = config, open_sources(config)
+        self.fingerprint = _fingerprint(config, self._sources, self._backend, self._special_ids)
+        self._cache_dir = Path(config.cache_dir).expanduser()
+        self._target = self._cache_dir / "corpora" / self.fingerprint
+
+    def whole(self, checked_bytes: float = math.inf) -> Corpus:
+        """Args: checked_bytes: blocks of a cached corpus that are not more than this are hashed."""
+
+        def damage(folder: Path) -> str | None:
+            if problem := structure_damage(folder):
+                return problem
+            return content_damage(folder) if blocks_bytes(folder) <= checked_bytes else None
+
+        def build(folder: Path) -> None:
+            nonlocal preparation
+            preparation = self.preparation()
+            self._build(folder, preparation)
+
+        preparation = None
+        folder = build_once(self._target, build, damage)
+        if preparation is not None:
+            preparation.give_up()
+        train, heldout = Rows(folder / "train.npy"), Rows(folder / "heldout.npy")
+        return Corpus(train, heldout, self.fingerprint, _describe(folder, self._config.seq_len))
+
+    def share(self, task: int, tasks: int) -> Corpus | str:
+        if self._is_there():
+            return self.whole()
+        preparation = self.preparation()
+        numbers = range(len(preparation.plan.shards))
+        preparation.make(numbers[task::tasks], self._config.workers)
+        left = [] if self._is_there() else preparation.unfinished()
+        if not left:
+            return self.whole()
+        return (
+            f"task {task} of {tasks} is done; {len(left)} of {len(numbers)} shards are left to other tasks; "
+            f"the last one to finish merges them"
+        )
+
+    def _is_there(self) -> bool:
+        return self._target.exists() and structure_damage(self._target) is None
+
+    def preparation(self, folder: Path | None = None, is_over: Callable[[], bool] | None = None) -> Preparation:
+        plan = make_plan(self._sources, self._config.shard_bytes, self.fingerprint)
+        self._check_language(plan)
+        recipe = Recipe(self._sources, self._backend, Filters(self._config))
+        return Preparation(
+            folder or self._cache_dir / "parts" / plan.hash[:16], plan, recipe, is_over or self._is_there
+        )
+
+    def _check_language(self, plan: Plan) -> None:
+        """Refuse a source whose first text the tokenizer does not know, before all of it is tokenised."""
+        first = {shard.source: shard.spans[0] for shard in reversed(plan.shards)}
+        for index, span in first.items():
+            source, ids = self._sources[index], []
+            for document in islice(read(source, span), _FIRST_DOCUMENTS):
+                ids += self._backend.encode(next(iter(document), ""), add_special_tokens=False).ids
+                if len(ids) >= _FIRST_TOKENS:
+                    break
+            check_text_is_known(ids, self._unknown, source.name)
+
+    def _build(self, folder: Path, preparation: Preparation) -> None:
+        plan, wanted = preparation.plan, list(range(len(preparation.plan.shards)))
+        while wanted:
+            preparation.make(wanted, self._config.workers)
+            wanted = preparation.set_aside_altered()
+        shards = [preparation.shard_folder(index) for index in range(len(plan.shards))]
+        merge(folder, plan, shards, preparation.recipe, SpecialIds(*self._special_ids), self._config)
+
+
+def check_tokenizer(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[Tokenizer, list[int]]:
+    """(a copy of the fast tokenizer without truncation and padding, ids of CLS, SEP and PAD)."""
+    names = ("cls_token", "sep_token", "pad_token", "mask_token")
+    missing = [name for name in names if getattr(tokenizer, f"{name}_id", None) is None]
+    if missing:
+        raise UserError(
+            f"teacher.name: its tokenizer has no {', '.join(missing)}; use the tokenizer of a masked language model"
+        )
+    if config.seq_len > tokenizer.model_max_length:
+        raise UserError(
+            f"data.seq_len: found {config.seq_len}, the teacher takes at most {tokenizer.model_max_length} tokens; "
+            f"lower data.seq_len"
+        )
+    # The copy is the caller's tokenizer as saved: settings of earlier calls must not change the fingerprint.
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    content["truncation"] = content["padding"] = None
+    backend = Tokenizer.from_str(json.dumps(content))
+    return backend, [getattr(tokenizer, f"{name}_id") for name in names[:3]]
+
+
+def _fingerprint(config: DataConfig, sources: list[Source], backend: Tokenizer, special_ids: list[int]) -> str:
+    parts = {
+        "version": _FORMAT_VERSION,
+        "sources": [source.fingerprint for source in sources],
+        "text_documents": config.text_documents,
+        "text_column": config.text_column,
+        "tokenizer": hashlib.sha256(backend.to_str().encode()).hexdigest(),
+        "special_ids": special_ids,
+        "seq_len": config.seq_len,
+        "heldout_fraction": config.heldout_fraction,
+    }
+    # Only where they say something: corpora of before they existed stay what they were.
+    if any(source.weight != 1 for source in sources):
+        parts["weights"] = [source.weight for source in sources]
+    if used := versions(config):
+        parts["filters"] = [config.boilerplate_filter, config.near_duplicates, used]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _describe(folder: Path, seq_len: int) -> str:
+    summary = json.loads((folder / SUMMARY_FILE).read_text(encoding="utf-8"))
+    parts = []
+    for label, key in (("training", "train"), ("held out", "heldout")):
+        documents, tokens, blocks = (f"{summary[key][unit]:,}" for unit in ("documents", "tokens", "blocks"))
+        parts.append(f"{label}: {documents} documents, {tokens} tokens, {blocks} blocks of {seq_len}")
+    return "; ".join(parts)
+
+
+__all__ = ["Corpus", "Rows", "check_sources", "prepare_corpus", "prepare_share", "shards_of"]

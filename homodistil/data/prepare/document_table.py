@@ -1,0 +1,93 @@
+"""What is known of every document of a corpus, read from its finished shards; some 30 bytes a document in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from homodistil.data.prepare.packing import Rows
+from homodistil.data.prepare.shard_plan import Plan
+from homodistil.data.prepare.shards import DOCUMENTS, TOKENS
+
+_ROW_TOKENS = 1 << 20  # of a document, and of all documents, in memory at once
+
+
+@dataclass
+class DocumentTable:
+    """All documents in corpus order, (N,) each."""
+
+    hashes: np.ndarray  # uint64
+    num_tokens: np.ndarray  # int64
+    num_bytes: np.ndarray  # int64
+    dropped_by: np.ndarray  # uint8, 0 = kept
+    source_of: np.ndarray  # int32
+    first: list[int]
+    """Number of each shard's first document."""
+
+    @property
+    def is_kept(self) -> np.ndarray:
+        """Neither filtered out nor without tokens."""
+        return (self.dropped_by == 0) & (self.num_tokens > 0)
+
+
+def document_table(plan: Plan, folders: list[Path]) -> DocumentTable:
+    """Args: plan, and the folder of each of its shards."""
+    sizes = [len(_documents(folder)) for folder in folders]
+    first = np.cumsum([0, *sizes])
+    total = int(first[-1])
+    columns = {name: np.empty(total, kind) for name, kind in _COLUMNS.items()}
+    source_of = np.empty(total, dtype=np.int32)
+    for shard, folder, start in zip(plan.shards, folders, first, strict=False):
+        rows = _documents(folder)
+        for name, column in columns.items():
+            column[start : start + len(rows)] = rows[name]
+        source_of[start : start + len(rows)] = shard.source
+    hashes, *others = columns.values()
+    return DocumentTable(hashes, *others, source_of, first[:-1].tolist())
+
+
+_COLUMNS = {"hash": np.uint64, "num_tokens": np.int64, "num_bytes": np.int64, "dropped_by": np.uint8}
+
+
+def _documents(folder: Path) -> np.ndarray:
+    return np.load(folder / DOCUMENTS)
+
+
+def token_rows(folder: Path, first: int, dtype: np.dtype) -> Iterator[Rows]:
+    """A shard's tokens, a bounded number at a time.
+
+    Args:
+        folder: of the shard.
+        first: number of its first document.
+        dtype: of its tokens.
+    """
+    num_tokens = _documents(folder)["num_tokens"]
+    rows_of = -(-num_tokens // _ROW_TOKENS)
+    documents = np.repeat(np.arange(first, first + len(num_tokens)), rows_of)
+    lengths = np.full(len(documents), _ROW_TOKENS)
+    last = np.cumsum(rows_of)[rows_of > 0] - 1
+    lengths[last] = (num_tokens - (rows_of - 1) * _ROW_TOKENS)[rows_of > 0]
+    ends = np.cumsum(lengths)
+    with open(folder / TOKENS, "rb") as file:
+        start = 0
+        while start < len(lengths):
+            before = int(ends[start - 1]) if start else 0
+            end = max(start + 1, int(np.searchsorted(ends, before + _ROW_TOKENS, "right")))
+            values = np.fromfile(file, dtype, int(ends[end - 1]) - before)
+            yield Rows(documents[start:end], lengths[start:end], values)
+            start = end
+
+
+def chosen(rows: Rows, is_chosen: np.ndarray) -> Rows:
+    """The rows of chosen documents.
+
+    Args:
+        is_chosen: (N,) bool, over the documents of the corpus.
+    """
+    keep = is_chosen[rows.documents]
+    if keep.all():
+        return rows
+    return Rows(rows.documents[keep], rows.lengths[keep], rows.values[np.repeat(keep, rows.lengths)])

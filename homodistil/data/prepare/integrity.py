@@ -1,0 +1,125 @@
+"""Whether a prepared corpus still is what was written: its structure at a glance, its content by sha256.
+
+A small corpus is checked before training. A large one is hashed beside the start of training; whoever writes down what
+was trained on it waits for the answer first.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from homodistil.data.cache import workspace
+from homodistil.data.prepare.merge import MANIFEST_FILE, SUMMARY_FILE
+from homodistil.files import file_sha256
+
+CHECKED_AT_ONCE_BYTES = 1 << 30
+"""Of blocks; hashing so much takes a second or two."""
+_SPLITS = ("train", "heldout")
+_COUNTS = ("documents", "tokens", "blocks")
+
+
+def structure_damage(folder: Path) -> str | None:
+    """What is missing, cut short or of another form in a prepared corpus; None: nothing. Reads no block.
+
+    Raises:
+        OSError: the folder is there and cannot be read.
+    """
+    try:
+        summary, manifest = json_object(folder / SUMMARY_FILE), json_object(folder / MANIFEST_FILE)
+        if manifest.get("splits") != summary:
+            return f"{SUMMARY_FILE} and {MANIFEST_FILE} do not agree"
+        for split in _SPLITS:
+            counts, digest = summary[split], manifest["sha256"][f"{split}.npy"]
+            if not all(type(counts[name]) is int for name in _COUNTS) or not isinstance(digest, str):
+                return f"{SUMMARY_FILE} or {MANIFEST_FILE} lacks a count or a checksum"
+            if problem := _array_damage(folder / f"{split}.npy", counts["blocks"], manifest["settings"]["seq_len"]):
+                return problem
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
+        return f"{Path(error.filename).name}: {error.strerror}"
+    except (ValueError, KeyError, TypeError) as error:
+        return " ".join(str(error).split())[:200] or type(error).__name__
+    return None
+
+
+def content_damage(folder: Path) -> str | None:
+    """Which blocks are not those that the manifest has the checksum of; None: all are. Reads everything."""
+    if problem := structure_damage(folder):
+        return problem
+    checksums = json_object(folder / MANIFEST_FILE)["sha256"]
+    for split in _SPLITS:
+        if file_sha256(folder / f"{split}.npy") != checksums[f"{split}.npy"]:
+            return f"{split}.npy has another sha256 than {MANIFEST_FILE} says"
+    return None
+
+
+def blocks_bytes(folder: Path) -> int:
+    """Size of both splits."""
+    return sum((folder / f"{split}.npy").stat().st_size for split in _SPLITS)
+
+
+def json_object(path: Path) -> dict[str, Any]:
+    """Content of a JSON file. Raises ValueError, which names the file, when it is not one object; OSError."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path.name}: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path.name} holds {type(content).__name__}, expected an object")
+    return content
+
+
+def _array_damage(path: Path, num_blocks: int, seq_len: int) -> str | None:
+    try:
+        # Compares the file's size with the shape in its header.
+        blocks = np.lib.format.open_memmap(path, mode="r")
+    except OSError:
+        raise
+    except Exception as error:  # numpy evaluates the header: damaged bytes raise whatever its parsers do
+        return f"{path.name}: {type(error).__name__} in its header"
+    if blocks.shape != (num_blocks, seq_len) or blocks.dtype.kind not in "iu":
+        return f"{path.name} holds {blocks.shape} of {blocks.dtype}, expected {(num_blocks, seq_len)} token ids"
+    return None
+
+
+class BackgroundCheck:
+    """Hashes a large corpus in a thread.
+
+    Args:
+        folder: of the corpus; None: somebody else checks it.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self._folder, self._problem = folder, None
+        self.is_settled = False
+        """Whether all ranks have heard the answer."""
+        self._thread = threading.Thread(target=self._run, name="corpus check", daemon=True)
+        if folder is not None and blocks_bytes(folder) > CHECKED_AT_ONCE_BYTES:
+            self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            reason = content_damage(self._folder)
+        except OSError as error:
+            reason = error.strerror or str(error)
+        if reason is None:
+            return
+        self._problem = (
+            f"{self._folder}: is damaged ({reason}); nothing that was trained on it has been saved; run again with "
+            f"run.resume=auto, which prepares it again"
+        )
+
+    def problem(self) -> str | None:
+        """One line on what is wrong, None if nothing is; waits for the thread. What is damaged is removed."""
+        if self._thread.ident is None:
+            return None
+        self._thread.join()
+        if self._problem:
+            with workspace(self._folder):
+                shutil.rmtree(self._folder, ignore_errors=True)
+        return self._problem

@@ -1,0 +1,192 @@
+"""One shard: text -> a folder of tokens, with a summary of counts and checksums. It appears whole or not at all.
+
+NNNNN/tokens.bin       token ids of all documents, one after the other
+NNNNN/documents.npy    a row of DOCUMENT a document
+NNNNN/signatures.bin   with data.near_duplicates: (documents, NUM_HASHES) uint32
+NNNNN/summary.json     counts, and size and sha256 of each file
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from array import array
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from homodistil.data.prepare.filters import HEAD_CHARS, Filters
+from homodistil.data.prepare.shard_plan import Shard
+from homodistil.data.sources.documents import Piece, read
+from homodistil.data.sources.sources import Source
+from homodistil.files import file_sha256
+
+TOKENS, DOCUMENTS, SIGNATURES, SUMMARY = "tokens.bin", "documents.npy", "signatures.bin", "summary.json"
+DOCUMENT = np.dtype([("hash", "<u8"), ("num_tokens", "<i8"), ("num_bytes", "<i8"), ("dropped_by", "u1")])
+# The tokenizer's own objects need some 100 bytes a token.
+_BATCH_PIECES, _BATCH_CHARS = 4096, 1 << 20
+
+
+class Recipe(NamedTuple):
+    """How every shard of a corpus is made."""
+
+    sources: list[Source]
+    tokenizer: Tokenizer
+    """Fast tokenizer, without truncation and padding."""
+    filters: Filters
+
+    @property
+    def token_dtype(self) -> np.dtype:
+        return np.dtype("<u2" if self.tokenizer.get_vocab_size() < 1 << 16 else "<i4")
+
+
+def make_shard(folder: Path, shard: Shard, recipe: Recipe, advance: Callable[[int], None]) -> None:
+    """Fill `folder`, which does not exist yet, through a workspace beside it.
+
+    Args:
+        advance: called now and then with the bytes of text tokenised since the last call.
+
+    Raises:
+        UserError: a source cannot be read.
+    """
+    scratch = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(scratch, ignore_errors=True)  # of a killed process: whoever calls holds the shard's lock
+    scratch.mkdir(parents=True)
+    writer = _Writer(scratch, recipe, advance)
+    for span in shard.spans:
+        for pieces in read(recipe.sources[shard.source], span):
+            writer.add_document(pieces)
+    writer.close()
+    os.replace(scratch, folder)
+
+
+def damage(folder: Path, with_checksums: bool = False) -> str | None:
+    """What is missing, cut short or (only looked for with checksums) altered in a finished shard."""
+    try:
+        files = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))["files"]
+        if not {TOKENS, DOCUMENTS} <= files.keys():
+            return f"{SUMMARY} lacks files"
+        for name, expected in files.items():
+            if (size := os.stat(folder / name).st_size) != expected["bytes"]:
+                return f"{name} has {size} bytes instead of {expected['bytes']}"
+            if with_checksums and file_sha256(folder / name) != expected["sha256"]:
+                return f"{name} has another sha256 than {SUMMARY} says"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        return f"{SUMMARY}: {' '.join(str(error).split())}"
+    return None
+
+
+class _Writer:
+    """Documents -> the files of a shard, a batch of pieces at a time."""
+
+    def __init__(self, folder: Path, recipe: Recipe, advance: Callable[[int], None]) -> None:
+        self._folder, self._dtype, self._filters, self._advance = folder, recipe.token_dtype, recipe.filters, advance
+        self._tokenizer = recipe.tokenizer
+        self._tokenizer.encode_special_tokens = True  # a text that spells "[MASK]" is three ordinary tokens
+        self._files = {name: _HashedFile(folder / name) for name in self._names()}
+        self._rows = array("Q"), array("q"), array("q"), array("B")
+        self._texts: list[str] = []
+        self._owners: list[int] = []
+        self._chars = self._bytes = 0
+
+    def _names(self) -> list[str]:
+        return [TOKENS, SIGNATURES] if self._filters.near_duplicates else [TOKENS]
+
+    def add_document(self, pieces) -> None:
+        """A document without any text but white space is none."""
+        hashes, num_tokens, num_bytes, dropped_by = self._rows
+        number, digest, size, head = len(hashes), hashlib.blake2b(digest_size=8), 0, _Head(self._filters)
+        for piece in pieces:
+            if piece.strip():
+                encoded = piece.encode("utf-8", "surrogatepass")
+                digest.update(encoded)
+                size += len(encoded)
+                head.add(piece)
+                self._add_piece(number, piece, len(encoded))
+        if not size:
+            return
+        hashes.append(int.from_bytes(digest.digest(), "little"))
+        num_bytes.append(size)
+        dropped_by.append(self._filters.judge(head.text()))
+        if self._filters.near_duplicates:
+            self._files[SIGNATURES].write(self._filters.signature(head.text()).tobytes())
+
+    def _add_piece(self, document: int, piece: Piece, num_bytes: int) -> None:
+        self._owners.append(document)
+        self._texts.append(piece)
+        self._chars += len(piece)
+        self._bytes += num_bytes
+        if self._chars >= _BATCH_CHARS or len(self._texts) >= _BATCH_PIECES:
+            self._tokenize()
+
+    def _tokenize(self) -> None:
+        num_tokens = self._rows[1]
+        encodings = self._tokenizer.encode_batch_fast(self._texts, add_special_tokens=False)
+        for owner, encoding in zip(self._owners, encodings, strict=True):
+            ids = encoding.ids
+            num_tokens.extend([0] * (owner + 1 - len(num_tokens)))
+            num_tokens[owner] += len(ids)
+            self._files[TOKENS].write(np.array(ids, dtype=self._dtype).tobytes())
+        self._advance(self._bytes)
+        self._texts, self._owners, self._chars, self._bytes = [], [], 0, 0
+
+    def close(self) -> None:
+        if self._texts:
+            self._tokenize()
+        documents = np.zeros(len(self._rows[0]), dtype=DOCUMENT)
+        for name, column in zip(DOCUMENT.names, self._rows, strict=True):
+            documents[name] = column
+        self._files[DOCUMENTS] = _HashedFile(self._folder / DOCUMENTS)
+        np.lib.format.write_array(self._files[DOCUMENTS], documents)
+        summary = {
+            "documents": len(documents),
+            "bytes": int(documents["num_bytes"].sum()),
+            "tokens": int(documents["num_tokens"].sum()),
+            "files": {name: file.close() for name, file in sorted(self._files.items())},
+        }
+        with open(self._folder / SUMMARY, "w", encoding="utf-8") as file:
+            json.dump(summary, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+
+
+class _Head:
+    """The start of a document, as far as filters look at it."""
+
+    def __init__(self, filters: Filters) -> None:
+        self._left = HEAD_CHARS if filters.are_any else 0
+        self._pieces: list[str] = []
+
+    def add(self, piece: Piece) -> None:
+        if self._left > 0:
+            self._pieces.append(piece[: self._left])
+            self._left -= len(piece)
+
+    def text(self) -> str:
+        return "".join(self._pieces)
+
+
+class _HashedFile:
+    """A file that is written once, from start to end."""
+
+    def __init__(self, path: Path) -> None:
+        self._file, self._sha256, self._num_bytes = open(path, "wb"), hashlib.sha256(), 0
+
+    def write(self, content: bytes) -> None:
+        self._file.write(content)
+        self._sha256.update(content)
+        self._num_bytes += len(content)
+
+    def close(self) -> dict:
+        """Size and checksum, once everything is on the disk."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        return {"bytes": self._num_bytes, "sha256": self._sha256.hexdigest()}

@@ -1,0 +1,1 @@
+"""Where text and packaged models come from: files, URLs, the hub, packages."""

@@ -1,0 +1,296 @@
+"""A span of a source -> documents. A document is an iterator of pieces of text, so that a long one is never in memory.
+
+A span is what lies between two document boundaries (data/prepare/shard_plan.py): bytes of a file of lines, row groups
+of a parquet file, rows of a hub data set.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import re
+from collections.abc import Iterable, Iterator
+from typing import BinaryIO, NamedTuple
+
+from homodistil.data.sources.sources import Source
+from homodistil.data.sources.text_files import TextFile
+from homodistil.errors import UserError, nearest
+
+_PIECE_CHARS = 16_384  # of text tokenised at once: bounds memory
+_PARQUET_BATCH_ROWS = 1024
+_PART_BYTES = 16 << 20  # of a line in memory at once, where it may be cut
+_WHOLE_CHARS = 256 << 20  # of a line or paragraph that has to be in memory as a whole
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+Piece = str
+
+
+class Span(NamedTuple):
+    """Where some of a source's documents lie."""
+
+    file: int
+    """Index into the source's files; -1: rows of its hub data set."""
+    start: int
+    end: int
+    """Past the last byte, row group or row; -1: to the end of the file."""
+    num_bytes: int
+    """About as much text as this."""
+
+
+def start_of(source: Source, file: int) -> Span:
+    """Where the first documents of a file lie, or of the source's hub data set, whatever a plan would make of it."""
+    if source.hub is not None:
+        return Span(-1, 0, min(source.hub.num_rows, _PARQUET_BATCH_ROWS), 0)
+    return Span(file, 0, 1 if source.files[file].kind == ".parquet" else -1, 0)
+
+
+def read(source: Source, span: Span) -> Iterator[Iterable[Piece]]:
+    """Documents in a fixed order. Each one must be used up before the next is asked for.
+
+    Raises:
+        UserError: unreadable, binary, or malformed; names file and place.
+    """
+    if source.hub is not None:
+        return (_cut(text) for text in source.hub.texts(source.text_column, span.start, span.end))
+    file = source.files[span.file]
+    if file.kind == ".parquet":
+        return (_cut(text) for text in _parquet_texts(file, source.text_column, span))
+    if file.kind == ".jsonl":
+        return (_cut(text) for text in _json_texts(file, source.text_column, span))
+    if file.kind == ".xml":
+        return (_cut(text) for text in _dump_texts(file))
+    if source.text_documents == "paragraph":
+        return (_cut(text) for text in _paragraphs(file, span))
+    return iter([_whole(_lines(file, span))])
+
+
+def _lines(file: TextFile, span: Span) -> Iterator[str]:
+    """Lines of a UTF-8 file with their ends, long ones in parts. A file that is not text is refused, with the place."""
+    offset = span.start
+    with file.reading() as raw:
+        if span.start:
+            raw.seek(span.start)
+        for line in _parts(raw):
+            if offset >= span.end >= 0:
+                return
+            if (position := line.find(b"\0")) >= 0:
+                raise _binary(file, offset + position, "a NUL byte")
+            try:
+                text = line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise _binary(file, offset + error.start, f"byte 0x{line[error.start]:02x}, not UTF-8") from None
+            yield text if offset else text.removeprefix("\ufeff")
+            offset += len(line)
+
+
+def _parts(raw: BinaryIO) -> Iterator[bytes]:
+    """Lines, in parts of at most `_PART_BYTES`: cut before white space where there is some, never in a character."""
+    if not isinstance(raw, io.BufferedIOBase):  # of a store, whose client reads lines as a whole
+        yield from raw
+        return
+    held = b""
+    while part := held + raw.readline(_PART_BYTES - len(held)):
+        cut = len(part)
+        if len(part) >= _PART_BYTES and not part.endswith(b"\n"):
+            cut = _cut_of(part)
+        yield part[:cut]
+        held = part[cut:]
+
+
+def _cut_of(part: bytes) -> int:
+    space = max(part.rfind(kind, len(part) // 2) for kind in (b" ", b"\t", b"\r"))
+    if space > 0:
+        return space
+    cut = len(part) - 1
+    while cut > len(part) - 4 and part[cut] & 0xC0 == 0x80:  # a byte inside a character
+        cut -= 1
+    return cut
+
+
+def _binary(file: TextFile, offset: int, reason: str) -> UserError:
+    return UserError(
+        f"data.sources: {file.location!r} is not text: {reason} at offset {offset}{_line_at(file, offset)}; convert "
+        f"the file to UTF-8 or remove it"
+    )
+
+
+def _line_at(file: TextFile, offset: int) -> str:
+    if file.is_remote:
+        return ""
+    number, left = 1, offset
+    with file.reading() as raw:
+        while left and (content := raw.read(min(left, _PART_BYTES))):
+            number, left = number + content.count(b"\n"), left - len(content)
+    return f" (line {number})"
+
+
+def _whole(lines: Iterable[str]) -> Iterator[Piece]:
+    held, length = [], 0
+    for line in lines:
+        held.append(line)
+        length += len(line)
+        if length >= _PIECE_CHARS:
+            yield from _cut("".join(held))
+            held, length = [], 0
+    yield from _cut("".join(held))
+
+
+def _paragraphs(file: TextFile, span: Span) -> Iterator[str]:
+    held: list[str] = []
+    length = 0
+    for line in _lines(file, span):
+        if line.strip() or (held and not held[-1].endswith("\n")):  # or the rest of a long line
+            held.append(line)
+            length += len(line)
+        elif held:
+            yield "".join(held)
+            held, length = [], 0
+        if length > _WHOLE_CHARS:
+            raise UserError(
+                f"data.text_documents: {file.location!r} has a paragraph of more than {_WHOLE_CHARS >> 20} M "
+                f"characters; put blank lines between paragraphs, or set data.text_documents=file"
+            )
+    if held:
+        yield "".join(held)
+
+
+def _whole_lines(file: TextFile, span: Span) -> Iterator[str]:
+    """As `_lines`, each as a whole."""
+    held: list[str] = []
+    number, length = 1, 0
+    for part in _lines(file, span):
+        held.append(part)
+        length += len(part)
+        if length > _WHOLE_CHARS:
+            raise UserError(
+                f"data.sources: {_place(file, span, number)}: a line of more than {_WHOLE_CHARS >> 20} M characters; "
+                f"split its document into several"
+            )
+        if part.endswith("\n"):
+            yield "".join(held)
+            held, length, number = [], 0, number + 1
+    if held:
+        yield "".join(held)
+
+
+def _cut(text: str) -> Iterator[Piece]:
+    """Pieces of at most `_PIECE_CHARS`, cut before white space: no word is torn, so the tokens stay the same."""
+    start = 0
+    while len(text) - start > _PIECE_CHARS:
+        window = text[start : start + _PIECE_CHARS]
+        spaces = re.search(r"\s\S*\Z", window[1:])
+        end = start + 1 + spaces.start() if spaces else start + _PIECE_CHARS
+        yield text[start:end]
+        start = end
+    yield text[start:]
+
+
+def _json_texts(file: TextFile, column: str, span: Span) -> Iterator[str]:
+    for number, line in enumerate(_whole_lines(file, span), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise UserError(
+                f"data.sources: {_place(file, span, number)}: not valid JSON ({_reason(error)}); write one object "
+                f"a line"
+            ) from None
+        if not isinstance(record, dict):
+            kind = type(record).__name__
+            raise UserError(f"data.sources: {_place(file, span, number)}: found {kind}, expected an object a line")
+        if column not in record:
+            raise _no_column(_place(file, span, number), column, record)
+        if not isinstance(record[column], str | None):
+            kind = type(record[column]).__name__
+            raise UserError(
+                f"data.text_column: {_place(file, span, number)}: {column!r} holds {kind}, expected a string"
+            )
+        if "\\u" in line and (half := _SURROGATE.search(record[column] or "")):
+            raise UserError(
+                f"data.sources: {_place(file, span, number)}: {column!r} holds \\u{ord(half.group()):x}, half of a "
+                f"pair and no character; remove it, or write the character itself"
+            )
+        if record[column]:
+            yield record[column]
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return f"{error.msg}, column {error.colno}"
+    return "nested too deeply" if isinstance(error, RecursionError) else "a number with thousands of digits"
+
+
+def _place(file: TextFile, span: Span, number: int) -> str:
+    """File and line, counted from the start of the file only once something is wrong."""
+    before = Span(span.file, 0, span.start, 0)
+    num_before = sum(line.endswith("\n") for line in _lines(file, before)) if span.start else 0
+    return f"{file.location}:{number + num_before}"
+
+
+def _parquet_texts(file: TextFile, column: str, span: Span) -> Iterator[str]:
+    with open_parquet(file, column) as table:
+        groups = range(span.start, span.end)
+        for batch in table.iter_batches(_PARQUET_BATCH_ROWS, row_groups=groups, columns=[column]):
+            yield from (text for text in _strings(file, batch.column(0)) if text)
+
+
+def _strings(file: TextFile, column) -> list[str | None]:
+    try:
+        return column.to_pylist()
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"data.sources: {file.location!r} holds a string that is not UTF-8 ({error.reason}); write the column "
+            f"again as text"
+        ) from None
+
+
+@contextlib.contextmanager
+def open_parquet(file: TextFile, column: str) -> Iterator:
+    """The file as a `pyarrow.parquet.ParquetFile` that has the column. Raises `UserError`."""
+    import pyarrow.parquet
+
+    try:
+        with file.reading() as raw, pyarrow.parquet.ParquetFile(raw) as table:
+            _check_column(file, table.schema_arrow, column)
+            yield table
+    except pyarrow.ArrowException as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"data.sources: {file.location!r} is not a readable parquet file ({reason}); write or fetch it again"
+        ) from None
+
+
+def _check_column(file: TextFile, schema, column: str) -> None:
+    import pyarrow
+
+    if column not in schema.names:
+        raise _no_column(file.location, column, schema.names)
+    kind = schema.field(column).type
+    if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
+        raise UserError(f"data.text_column: {file.location}: {column!r} holds {kind}, expected strings")
+
+
+def _dump_texts(file: TextFile) -> Iterator[str]:
+    # Here: the parser of wiki markup is needed for nothing else.
+    from xml.etree.ElementTree import ParseError
+
+    from homodistil.data.sources.embedded_text import articles
+
+    try:
+        with file.reading() as dump:
+            yield from (document.text for document in articles(dump))
+    except UserError:
+        raise
+    except (ParseError, ValueError, LookupError, RecursionError) as error:  # the last three: its encoding, its depth
+        raise UserError(
+            f"data.sources: {file.location!r} is not a whole Wikipedia dump ({error}); fetch it again"
+        ) from None
+
+
+def _no_column(where: str, column: str, found: Iterable[str]) -> UserError:
+    found = list(found)
+    return UserError(
+        f"data.text_column: {where} has no column {column!r}{nearest(column, found)}; found: {', '.join(found)}"
+    )

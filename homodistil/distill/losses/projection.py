@@ -1,0 +1,56 @@
+"""W between the residual streams of student and teacher, and the distance that it is there for.
+
+A module whose call gives the loss: under ZeRO-3 its weight exists only inside that call.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from homodistil.config.schema import LossConfig
+from homodistil.kernels.hidden_mse import hidden_mse
+
+
+class Projection(nn.Linear):
+    """W, at first the identity: every distillation term starts at exactly 0, and slicing W makes it a selection.
+
+    Args:
+        hidden_size: of the teacher, and at first of the student.
+        config: `projection` says on which side W stands, `projection_learned` whether it is trained.
+        own_size: hidden size of a student that was not cut out of the teacher: W then starts as nn.Linear does.
+    """
+
+    def __init__(self, hidden_size: int, config: LossConfig, own_size: int | None = None) -> None:
+        sizes = (hidden_size if own_size is None else own_size, hidden_size)
+        super().__init__(*(sizes if config.projection == "student" else reversed(sizes)), bias=False)
+        if own_size is None:
+            nn.init.eye_(self.weight)
+        # torch keeps (out, in): a student-side W reads the shrinking width, a teacher-side W writes it.
+        self.student_dim = 1 if config.projection == "student" else 0
+        self.weight.requires_grad_(config.projection_learned)
+        self._side, self._kernels = config.projection, config.kernels
+        self._selection = None if config.projection_learned else torch.arange(hidden_size)
+
+    def forward(self, student: Tensor, teacher: Tensor | None, attention_mask: Tensor | None) -> Tensor | None:
+        """Squared distance, mean over dims, summed over valid tokens (L_hidden and L_emb). Count: tokens.
+
+        Args:
+            student: (B, T, Ds). teacher: (B, T, Dt). attention_mask: (B, T), 1 = token, 0 = padding.
+                No teacher: a call for the sake of its place in the order of calls, which gives nothing.
+        """
+        if teacher is None:
+            return None
+        if self._selection is None:
+            return hidden_mse(student, teacher, attention_mask, self.weight, self._side)
+        self._selection = self._selection.to(student.device)  # at the first call only
+        return hidden_mse(student, teacher, attention_mask, None, self._side, self._selection)
+
+    def after_resize(self, kept: Tensor) -> None:
+        """`kept`: teacher index of each residual dim of the student now, int64 (Ds,)."""
+        if self._side == "student":
+            self.in_features = len(kept)
+        else:
+            self.out_features = len(kept)
+        if self._selection is not None:  # a frozen W is nothing but the selection of these dims: gathering is cheaper
+            self._selection = kept.to(self._selection.device)

@@ -1,0 +1,157 @@
+"""The teacher's side of one micro-batch: every tensor is handed over once, and freed by whoever has compared it.
+
+`WholePass`: the teacher has run as a whole. `Layerwise`: its layers run one by one, each just before the student's
+layer that it is compared with. A whole forward leaves 3 x layers tensors of (tokens, hidden) behind that wait for the
+student; in lock-step each is compared and freed before the next exists. The numbers are the same: it is the order that
+changes.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from types import ModuleType
+
+import torch
+from torch import Tensor, nn
+
+from homodistil.data.masked_lm import Batch
+from homodistil.models.activations import ActivationHooks, Activations, ActivationVisitor, LayerActivations
+
+
+class TeacherOutputs(ABC):
+    """What the objective compares the student with. `model` and `family`: the teacher's."""
+
+    def __init__(self, model: nn.Module, family: ModuleType, batch: Batch, scale: float) -> None:
+        self.model, self.family, self.batch = model, family, batch
+        self.scale = scale
+        """What the teacher's softmax multiplies q.k with."""
+
+    def run_embedding(self, args: tuple, kwargs: dict) -> None:
+        """The student's embeddings are about to run, with these arguments."""
+        return None
+
+    def run_layer(self, i: int, args: tuple, kwargs: dict) -> None:
+        """The student's layer that layer `i` is compared with is about to run, with these arguments."""
+        return None
+
+    @abstractmethod
+    def take_embedding(self) -> Tensor:
+        """What entered layer 0, (B, T, D)."""
+
+    @abstractmethod
+    def take_layer(self, i: int) -> LayerActivations:
+        """Of layer `i`, in ascending order; layers between are passed over."""
+
+    @abstractmethod
+    def take_relations(self) -> LayerActivations:
+        """Of the layer that shows its values, once it has run."""
+
+    @abstractmethod
+    def take_last(self) -> Tensor:
+        """Output of the last layer, (B, T, D)."""
+
+    @torch.no_grad()
+    def logits(self, positions: str) -> Tensor:
+        """(rows, V), of the rows that `wanted_rows` says."""
+        return self.family.mlm_head(self.model)(wanted_rows(self.take_last(), self.batch, positions))
+
+    @torch.no_grad()
+    def before_decoder(self, positions: str) -> tuple[Tensor, nn.Linear]:
+        """What the decoder would turn into these logits, (rows, D), and the decoder."""
+        rows = wanted_rows(self.take_last(), self.batch, positions)
+        return self.family.mlm_transform(self.model)(rows), self.family.decoder(self.model)
+
+
+class WholePass(TeacherOutputs):
+    """Args:
+    tapped: gives the finished pass; called once, when the student has got as far as to need it.
+    """
+
+    def __init__(
+        self, model: nn.Module, family: ModuleType, batch: Batch, scale: float, tapped: Callable[[], Activations]
+    ) -> None:
+        super().__init__(model, family, batch, scale)
+        self._wait, self._tapped = tapped, None
+        self._num_taken = 0
+
+    def _seen(self) -> Activations:
+        if self._tapped is None:
+            self._tapped = self._wait()
+        return self._tapped
+
+    def take_embedding(self) -> Tensor:
+        return self._seen().embedding
+
+    def take_layer(self, i: int) -> LayerActivations:
+        seen = self._seen()
+        tap = LayerActivations(seen.layers[i], seen.queries[i], seen.keys[i])
+        for done in range(self._num_taken, i + 1):
+            seen.queries[done] = seen.keys[done] = None
+            if done + 1 < len(seen.layers):
+                seen.layers[done] = None
+        self._num_taken = i + 1
+        return tap
+
+    def take_relations(self) -> LayerActivations:
+        relations, self._tapped = self._seen().relations, self._seen()._replace(relations=None)
+        return relations
+
+    def take_last(self) -> Tensor:
+        return self._seen().layers.pop()
+
+
+def own_lists(tapped: Activations) -> Activations:
+    """The same pass for one of several readers, each of which drops what it has compared."""
+    return tapped._replace(layers=[*tapped.layers], queries=[*tapped.queries], keys=[*tapped.keys])
+
+
+class Layerwise(TeacherOutputs, ActivationVisitor):
+    """Driven by the student's forward pass, whose masks and ids it takes: one family, one batch."""
+
+    def __init__(self, model: nn.Module, family: ModuleType, batch: Batch, taps: ActivationHooks) -> None:
+        super().__init__(model, family, batch, taps.scale)
+        self._embeddings, self._layers = family.embeddings(model), family.layers(model)
+        self._taps = taps
+        self._hidden: Tensor | None = None
+        self._tap: LayerActivations | None = None
+        self._relations: LayerActivations | None = None
+        self._num_run = 0
+
+    @torch.no_grad()
+    def run_embedding(self, args: tuple, kwargs: dict) -> None:
+        self._hidden = self._embeddings(*args, **kwargs)
+
+    @torch.no_grad()
+    def run_layer(self, i: int, args: tuple, kwargs: dict) -> None:
+        _students_hidden, *others = args
+        with self._taps.shown_to(self):
+            for layer in self._layers[self._num_run : i + 1]:
+                layer(self._hidden, *others, **kwargs)
+        self._num_run = i + 1
+
+    def layer(self, _i: int, tap: LayerActivations) -> None:
+        self._tap, self._hidden = tap, tap.hidden
+        if tap.values is not None:
+            self._relations = tap
+
+    def take_embedding(self) -> Tensor:
+        return self._hidden
+
+    def take_layer(self, _i: int) -> LayerActivations:
+        tap, self._tap = self._tap, None
+        return tap
+
+    def take_relations(self) -> LayerActivations:
+        relations, self._relations = self._relations, None
+        return relations
+
+    def take_last(self) -> Tensor:
+        last, self._hidden = self._hidden, None
+        return last
+
+
+def wanted_rows(hidden: Tensor, batch: Batch, positions: str) -> Tensor:
+    """Rows of `hidden` (B, T, D) that meet the vocabulary: (M, D) masked rows, or every valid token in order."""
+    index = batch.target_index if positions == "masked" else batch.token_index
+    return hidden.flatten(0, 1).index_select(0, index)

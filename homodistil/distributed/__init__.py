@@ -1,0 +1,1 @@
+"""Ranks and what surrounds them: launchers, groups, clean stops, exit codes, the watchdog. No model, no DeepSpeed."""

@@ -1,0 +1,157 @@
+"""Which ranks share a machine, and which a cache folder; doing a thing once for each such group.
+
+leaders = cache_leaders(cache_dir)                    # by rank: who does things for it
+corpus = once(leaders, lambda: prepare_corpus(...))   # however long it takes: nobody waits inside a collective
+hand_over(leaders, folder)                            # rank 0's folder, into caches that are not rank 0's
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import secrets
+import shutil
+import socket
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+from torch import distributed
+
+from homodistil.distributed import plain_data, ranks
+from homodistil.errors import UserError
+from homodistil.files import writing
+
+T = TypeVar("T")
+Leaders = list[int]
+"""By rank: the rank that acts for it, the lowest of its group."""
+
+MACHINE = "HOMODISTIL_MACHINE"
+"""Environment variable that names the machine, to play several on one in tests and benchmarks."""
+CHUNK_BYTES = 1 << 24
+FIRST_WAIT_S, LONGEST_WAIT_S = 0.05, 2.0
+_calls = itertools.count()
+
+
+def machine() -> str:
+    """Names this machine among those of the job. Containers of one host may share its name, not both with the boot."""
+    if name := os.environ.get(MACHINE):
+        return name
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    return f"{socket.gethostname()} {boot.read_text().strip() if boot.is_file() else ''}"
+
+
+def machine_groups() -> Leaders:
+    """One leader a machine. Every rank calls it."""
+    names = ranks.gather(machine())
+    return [names.index(name) for name in names]
+
+
+def cache_leaders(folder: Path) -> Leaders:
+    """One leader for all machines that see the same `folder`: found out with a marker of each machine in it.
+
+    Every rank calls it. Raises `UserError` when `folder` cannot be written on some machine.
+    """
+    of_machine, rank = machine_groups(), ranks.rank()
+    token = ranks.on_rank_zero(lambda: secrets.token_hex(8))
+    is_leader = of_machine[rank] == rank
+    with _marker(folder / f".seen-{token}-{rank}") if is_leader else contextlib.nullcontext() as trouble:
+        raise_any(trouble)  # also a barrier: all markers are there
+        seen = min(int(path.name.rpartition("-")[2]) for path in folder.glob(f".seen-{token}-*")) if is_leader else None
+        leader_of = ranks.gather(seen)  # and all have been looked for
+    return [leader_of[leader] for leader in of_machine]
+
+
+@contextlib.contextmanager
+def _marker(path: Path) -> Iterator[str | None]:
+    """`path` while the block runs. Gives what went wrong with it, None if nothing did."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        trouble = None
+    except OSError as error:
+        trouble = (
+            f"data.cache_dir: cannot write to {path.parent} on {socket.gethostname()} ({error.strerror}); "
+            f"set data.cache_dir to a writable folder with free space"
+        )
+    try:
+        yield trouble
+    finally:
+        with contextlib.suppress(OSError):  # where it could not be made it cannot be removed either
+            path.unlink()
+
+
+def raise_any(own: str | None) -> None:
+    """A `UserError` on every rank when any has met one; the lowest rank's text. Every rank calls it."""
+    if found := [text for text in ranks.gather(own) if text is not None]:
+        raise UserError(found[0])
+
+
+def once(leaders: Leaders, action: Callable[[], T]) -> T:
+    """`action` on each leader; its result (plain data, see plain_data.py) on all ranks of its group. Every rank calls
+    it.
+
+    Waiting ranks look at the job's store now and then, so that no collective's timeout runs. A leader that dies
+    meanwhile is found by the watch. A `UserError` of any leader is raised on every rank, once all leaders are done.
+    """
+    if ranks.world_size() == 1:
+        return action()
+    store, call = distributed.distributed_c10d._get_default_store(), next(_calls)
+    rank = ranks.rank()
+    if leaders[rank] == rank:
+        store.set(f"once/{call}/{rank}", plain_data.encode(ranks.outcome(action)))
+    for leader in sorted(set(leaders)):
+        _wait_for(store, f"once/{call}/{leader}")
+    result, trouble = plain_data.decode(store.get(f"once/{call}/{leaders[rank]}"))
+    raise_any(trouble)
+    return result
+
+
+def _wait_for(store, key: str) -> None:
+    wait_s = FIRST_WAIT_S
+    while not store.check([key]):
+        time.sleep(wait_s)
+        wait_s = min(2 * wait_s, LONGEST_WAIT_S)
+
+
+def hand_over(leaders: Leaders, folder: Path) -> None:
+    """Copy rank 0's `folder` to every group that has none, through the ranks themselves, in chunks of 16 MiB.
+
+    It appears at once or not at all. Every rank calls it, with the path as its own machine has it.
+    """
+    rank = ranks.rank()
+    lacks = leaders[rank] == rank and not folder.is_dir()
+    if not any(ranks.gather(lacks)):
+        return
+    files = ranks.on_rank_zero(lambda: sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()))
+    work = folder.with_name(f".{folder.name}.{os.getpid()}")
+    trouble = None
+    for name in files:
+        for offset in itertools.count(0, CHUNK_BYTES):
+            data = ranks.bytes_from_first(b"" if rank else _read(folder / name, offset))
+            if lacks and trouble is None:
+                trouble = _append(work / name, data)
+            if len(data) < CHUNK_BYTES:
+                break
+    if lacks and trouble is None:
+        os.replace(work, folder)
+    shutil.rmtree(work, ignore_errors=True)
+    raise_any(trouble)
+
+
+def _read(path: Path, offset: int) -> bytes:
+    with open(path, "rb") as file:
+        file.seek(offset)
+        return file.read(CHUNK_BYTES)
+
+
+def _append(path: Path, data: bytes) -> str | None:
+    try:
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(path, "ab") as file:
+                file.write(data)
+    except UserError as error:
+        return str(error)

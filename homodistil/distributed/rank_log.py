@@ -1,0 +1,122 @@
+"""Whose line is this? Each line of a rank other than 0 begins with its number and machine. Also: a log file a rank.
+
+    tag_lines()                 # launcher/train.py, before any library keeps hold of sys.stdout
+    keep_in(folder / "logs")    # run.rank_logs: from here on, and what was said before
+
+What is written below Python (a crash inside CUDA, NCCL_DEBUG) goes past this, straight to the launcher.
+"""
+
+from __future__ import annotations
+
+import io
+import socket
+import sys
+from pathlib import Path
+from typing import TextIO
+
+from homodistil.distributed.launcher_env import rank_before_joining
+from homodistil.files import writing
+
+HELD_CHARS = 1 << 20
+"""Kept for the log file until there is one."""
+
+
+class Tagged(io.TextIOBase):
+    """A stream whose every line, also one that a carriage return begins anew, starts with `tag`."""
+
+    def __init__(self, stream: TextIO, tag: str, log: RankLog) -> None:
+        self._stream, self._tag, self._log = stream, tag, log
+        self._is_at_start = True
+
+    def write(self, text: str) -> int:
+        for part in _parts(text):
+            self._stream.write(self._tag + part if self._is_at_start and part.strip("\r\n") else part)
+            self._is_at_start = part[-1] in "\r\n"
+        self._log.add(text)
+        return len(text)
+
+    def writable(self) -> bool:
+        return True
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+    def isatty(self) -> bool:
+        return self._stream.isatty()
+
+    def fileno(self) -> int:
+        return self._stream.fileno()
+
+    @property
+    def encoding(self) -> str:
+        return self._stream.encoding
+
+    @property
+    def buffer(self):
+        return self._stream.buffer
+
+
+class RankLog:
+    """What this rank says, on its way into a file."""
+
+    def __init__(self) -> None:
+        self._file: TextIO | None = None
+        self._held: list[str] = []
+        self._held_chars = 0
+        self._line = ""
+
+    def add(self, text: str) -> None:
+        """A progress bar that is drawn again and again leaves its last state only."""
+        *lines, self._line = (self._line + text).split("\n")
+        for line in lines:
+            self._add_line(line.rpartition("\r")[2] + "\n")
+        self._line = self._line[self._line.rfind("\r") + 1 :]
+
+    def _add_line(self, line: str) -> None:
+        if self._file is not None:
+            self._write(line)
+        elif self._held_chars < HELD_CHARS:
+            self._held.append(line)
+            self._held_chars += len(line)
+
+    def _write(self, line: str) -> None:
+        """A log that cannot be written any more must not end a run that can go on."""
+        try:
+            self._file.write(line)
+        except OSError as error:
+            self._file, self._held_chars = None, HELD_CHARS
+            print(f"warning: run.rank_logs: no longer written ({error.strerror})", file=sys.stderr)
+
+    def open(self, path: Path) -> None:
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = open(path, "a", encoding="utf-8", buffering=1)
+            self._file.writelines(self._held)
+        self._held.clear()
+
+
+_log: RankLog | None = None
+
+
+def tag_lines() -> None:
+    """From now on, for this process. What children print that inherit the file descriptors stays as it is."""
+    global _log
+    if _log is None:
+        rank, _log = rank_before_joining(), RankLog()
+        tag = f"[rank {rank} {socket.gethostname()}] " if rank else ""
+        sys.stdout, sys.stderr = Tagged(sys.stdout, tag, _log), Tagged(sys.stderr, tag, _log)
+
+
+def keep_in(folder: Path) -> None:
+    """Append what this rank says, and has said since `tag_lines`, to rank-NNNNN.txt in `folder`.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    if _log is not None:
+        _log.open(folder / f"rank-{rank_before_joining():05d}.txt")
+
+
+def _parts(text: str) -> list[str]:
+    """Lines with their ends; a carriage return ends one, too."""
+    return io.StringIO(text, newline="").readlines()

@@ -1,0 +1,68 @@
+"""At which step do all ranks stop? Each tells what it has been asked, once a step, and nobody waits for the answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, distributed
+
+from homodistil.distributed import ranks
+
+
+class Agreement:
+    """The ranks' requests, exchanged once a step and looked at one step later.
+
+    Args:
+        device: that collectives run on.
+        own: number of the signal that this rank has received, 0 for none.
+    """
+
+    def __init__(self, device: torch.device, own: Callable[[], int]) -> None:
+        self._own = own
+        self._device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._pending: Callable[[], int] | None = None
+
+    def exchange(self) -> int:
+        """To be called at each step boundary. The highest number that a rank had at the boundary before."""
+        number = self._pending() if self._pending else 0
+        self._pending = self._start()
+        return number
+
+    def last(self) -> int:
+        """Behind the last boundary: what has come since it was looked at."""
+        return max(self._pending() if self._pending else 0, self._own())
+
+    def _start(self) -> Callable[[], int]:
+        if ranks.world_size() == 1:
+            return self._own
+        own = self._own()
+        return _start_on_gpu(own, self._device, self._stream) if self._stream else _start_on_cpu(own, self._device)
+
+
+def _start_on_cpu(own: int, device: torch.device) -> Callable[[], int]:
+    flag = torch.tensor([own], device=device)
+    work = distributed.all_reduce(flag, distributed.ReduceOp.MAX, async_op=True)
+
+    def result() -> int:
+        work.wait()
+        return int(flag)
+
+    return result
+
+
+def _start_on_gpu(own: int, device: torch.device, side: torch.cuda.Stream) -> Callable[[], int]:
+    """On a stream of its own, down to pinned memory: the host waits for this copy alone, never for the step's work."""
+    with torch.cuda.stream(side):
+        flag = torch.full((1,), own, dtype=torch.int32, device=device)
+        distributed.all_reduce(flag, distributed.ReduceOp.MAX, async_op=True).wait()  # the stream waits, not the host
+        copy: Tensor = torch.empty(1, dtype=torch.int32, pin_memory=True)
+        copy.copy_(flag, non_blocking=True)
+        done = side.record_event()
+
+    def result() -> int:
+        done.synchronize()
+        return int(copy)
+
+    return result

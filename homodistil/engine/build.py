@@ -1,0 +1,236 @@
+"""From DeepSpeed's JSON and the run config to a live engine: process group, "auto" values, optimizer, LR schedule."""
+
+from __future__ import annotations
+
+import atexit
+import datetime
+import os
+import socket
+import warnings
+from pathlib import Path
+
+import torch
+from torch import distributed, nn
+
+from homodistil.config.schema import RunConfig
+from homodistil.distributed.launcher_env import adopt_launcher_variables, check_rank_variables
+from homodistil.engine.ds_config_file import check_engine_json, read_engine_json
+from homodistil.engine.native_ops import load_op
+from homodistil.engine.optimizer import build_optimizer, build_schedule
+from homodistil.errors import RankLost, UserError
+from homodistil.resize import check_config, check_supported
+
+# Entries of DeepSpeed's JSON that the run config decides, and the field each comes from.
+_FROM_CONFIG = {
+    "train_batch_size": "train.global_batch_size",
+    "train_micro_batch_size_per_gpu": "train.micro_batch_size",
+    "gradient_accumulation_steps": "train.global_batch_size / (train.micro_batch_size x ranks)",
+    "gradient_clipping": "train.gradient_clipping",
+}
+_NOT_HERE = {"optimizer": "optimizer.* and train.lr", "scheduler": "train.lr and train.warmup_fraction"}
+
+# Rank 0 may prepare data for hours while the others wait in a collective. Ranks that hang are noticed by watch/.
+COLLECTIVE_TIMEOUT = datetime.timedelta(days=7)
+
+
+def init_ranks(rank_timeout_s: float = 1800) -> torch.device:
+    """Join the process group and return this rank's device. Raises `RankLost` when the others do not come in time.
+
+    Rank variables come from the `deepspeed` launcher, torchrun, srun or mpirun (launcher_env.py); without any
+    the job is one rank. A process that has joined before (a notebook that runs a second job) stays in its group until
+    it ends: the other ranks could otherwise meet the store of the job before at the same port.
+    """
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    adopt_launcher_variables()
+    if "RANK" not in os.environ:
+        _single_rank_variables()
+    check_rank_variables()
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+
+    # DeepSpeed calls functions that newer torch renamed: nothing that a user of ours could act on.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    deepspeed.utils.logger.setLevel(os.environ.get("HOMODISTIL_DEEPSPEED_LOG", "ERROR"))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if get_accelerator().device_name() != "cpu":
+        get_accelerator().set_device(local_rank)
+    else:
+        if "OMP_NUM_THREADS" not in os.environ:
+            local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", 1)))
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_ranks))
+        load_op("ShareMemCommBuilder")
+    if not distributed.is_initialized():
+        _join(rank_timeout_s)
+        atexit.register(_leave)
+        _unlink_shared_buffers()
+        distributed.distributed_c10d._set_pg_timeout(COLLECTIVE_TIMEOUT)
+    return torch.device(get_accelerator().device_name(local_rank))
+
+
+def _join(rank_timeout_s: float) -> None:
+    import deepspeed
+
+    try:
+        deepspeed.init_distributed(verbose=False, timeout=datetime.timedelta(seconds=rank_timeout_s))
+    except (distributed.DistError, RuntimeError) as error:
+        env = os.environ
+        raise RankLost(
+            f"rank {env['RANK']} of {env['WORLD_SIZE']} could not join the others at {env.get('MASTER_ADDR')}:"
+            f"{env.get('MASTER_PORT')} within run.rank_timeout_s ({rank_timeout_s:g} s): {str(error).splitlines()[0]}; "
+            f"start all ranks, with the same address and a free port"
+        ) from error
+
+
+def _leave() -> None:
+    import deepspeed
+
+    if distributed.is_initialized():
+        deepspeed.comm.destroy_process_group()
+
+
+def _unlink_shared_buffers() -> None:
+    """DeepSpeed's CPU backend leaves 66 MiB a rank in /dev/shm when the job ends.
+
+    Behind the barrier every rank has mapped them all, so the names can go now; the memory follows with the last
+    process, however it ends.
+    """
+    distributed.barrier()
+    job = f"{os.environ.get('MASTER_ADDR')}_{os.environ.get('MASTER_PORT')}"
+    for path in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_{os.getuid()}_{job}_*"):
+        path.unlink(missing_ok=True)
+
+
+def _single_rank_variables() -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    os.environ |= {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+
+
+def load_engine_config(path: Path) -> dict:
+    """DeepSpeed's JSON. Raises `UserError` when it is missing, or not what DeepSpeed takes (ds_config_file.py)."""
+    content = read_engine_json(path)
+    check_engine_json(content, str(path))
+    return content
+
+
+def resolve_engine_config(engine_config: dict, config: RunConfig, num_ranks: int) -> dict:
+    """DeepSpeed's JSON with "auto" and missing values filled from the run config.
+
+    Raises:
+        UserError: a value is set differently in both places, the batch does not divide, or the precision cannot run.
+    """
+    for section, fields in _NOT_HERE.items():
+        if section in engine_config:
+            raise UserError(
+                f"{section!r} in the DeepSpeed JSON is not read; remove it and set {fields} in the run config"
+            )
+    values = _values_from_config(config, num_ranks)
+    resolved = dict(engine_config)
+    for name, value in values.items():
+        found = engine_config.get(name, "auto")
+        if found not in ("auto", value):
+            raise UserError(
+                f"{name}: the DeepSpeed JSON says {found}, the run config says {value} ({_FROM_CONFIG[name]}); "
+                f'write "auto" in the JSON or make both agree'
+            )
+        resolved[name] = value
+    _check_no_auto(resolved)
+    _check_precision(resolved)
+    check_config(resolved)
+    resolved.setdefault("steps_per_print", 10**9)
+    resolved["zero_allow_untested_optimizer"] = True
+    # torch's AdamW runs in host memory too; DeepSpeed asks for its own there unless told otherwise.
+    resolved["zero_force_ds_cpu_optimizer"] = False
+    return resolved
+
+
+def _values_from_config(config: RunConfig, num_ranks: int) -> dict:
+    train = config.train
+    together = train.micro_batch_size * num_ranks
+    if train.global_batch_size % together:
+        raise UserError(
+            f"train.global_batch_size: {train.global_batch_size} is not divisible by train.micro_batch_size x ranks = "
+            f"{train.micro_batch_size} x {num_ranks} = {together}; choose a multiple of {together}"
+        )
+    return {
+        "train_batch_size": train.global_batch_size,
+        "train_micro_batch_size_per_gpu": train.micro_batch_size,
+        "gradient_accumulation_steps": train.global_batch_size // together,
+        "gradient_clipping": train.gradient_clipping,
+    }
+
+
+def _check_no_auto(section: dict, path: str = "") -> None:
+    """Other libraries fill more entries; DeepSpeed itself would fail on the word somewhere deep inside."""
+    for name, value in section.items():
+        if isinstance(value, dict):
+            _check_no_auto(value, f"{path}{name}.")
+        elif value == "auto":
+            raise UserError(
+                f'{path}{name}: "auto" in the DeepSpeed JSON is filled for {", ".join(_FROM_CONFIG)} only; '
+                f"write a value, or remove it for DeepSpeed's default"
+            )
+
+
+def _check_precision(engine_config: dict) -> None:
+    if is_enabled(engine_config, "fp16") and not torch.cuda.is_available():
+        raise UserError("fp16.enabled: true in the DeepSpeed JSON needs a GPU; on CPU use bf16 (ds_configs/zero2.json)")
+    if is_enabled(engine_config, "fp16") and is_enabled(engine_config, "bf16"):
+        raise UserError("fp16.enabled and bf16.enabled are both true in the DeepSpeed JSON; switch one off")
+
+
+def is_enabled(engine_config: dict, section: str) -> bool:
+    return bool(engine_config.get(section, {}).get("enabled", False))
+
+
+def student_dtype(engine_config: dict) -> torch.dtype:
+    """Precision the engine trains in."""
+    if is_enabled(engine_config, "bf16"):
+        return torch.bfloat16
+    return torch.float16 if is_enabled(engine_config, "fp16") else torch.float32
+
+
+def teacher_dtype(name: str, engine_config: dict, device: torch.device) -> torch.dtype:
+    """`teacher.dtype` as a torch dtype. auto: float16 on GPU, the student's precision on CPU."""
+    if name == "auto":
+        return torch.float16 if device.type == "cuda" else student_dtype(engine_config)
+    if name == "float16" and device.type == "cpu":
+        raise UserError("teacher.dtype: float16 needs a GPU; on CPU use bfloat16, float32 or auto")
+    return getattr(torch, name)
+
+
+def build_engine(module: nn.Module, config: RunConfig, engine_config: dict):
+    """A live DeepSpeed engine around `module`, its AdamW and its LR schedule.
+
+    Args:
+        module: the student (fp32, at today's widths).
+        engine_config: from `resolve_engine_config`.
+    """
+    import deepspeed
+
+    optimizer = build_optimizer(module, config, engine_config)
+    schedule = build_schedule(optimizer, config.train)
+    engine, *_ = deepspeed.initialize(
+        model=module, optimizer=optimizer, lr_scheduler=schedule, config=engine_config, dist_init_required=False
+    )
+    check_supported(engine)
+    return engine
+
+
+def backward(engine, loss: torch.Tensor) -> None:
+    """`engine.backward`, with the loss scale of fp16 in it at every stage.
+
+    DeepSpeed 0.19 multiplies the loss in ZeRO's wrappers only. Those of stage 0 divide the gradients by the scale all
+    the same: steps would be as good as zero.
+    """
+    if engine.fp16_enabled() and not engine.zero_optimization():
+        loss = loss.float() * engine.optimizer.loss_scale
+    engine.backward(loss)

@@ -1,0 +1,144 @@
+"""AdamW for the student (decay for matrices only) from the wanted implementation, and its learning-rate schedule."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from homodistil.config.schema import RunConfig, TrainConfig
+from homodistil.engine.counting_adamw import CountingAdamW
+from homodistil.engine.native_ops import load_op
+from homodistil.errors import UserError
+from homodistil.resize.ds_config_rules import offloads_optimizer
+
+
+def build_optimizer(module: nn.Module, config: RunConfig, engine_config: dict) -> Optimizer:
+    """AdamW over the trainable parameters of `module`, in two groups: with and without weight decay.
+
+    Args:
+        engine_config: DeepSpeed's JSON: its stage and offload decide which of DeepSpeed's kernels fits.
+    """
+    options = {
+        "lr": config.train.lr,
+        "betas": (config.optimizer.beta1, config.optimizer.beta2),
+        "eps": config.optimizer.eps,
+    }
+    groups = parameter_groups(module, config.train.weight_decay)
+    if config.optimizer.implementation == "deepspeed_fused":
+        return _deepspeed_fused(groups, options, engine_config)
+    build = {"torch_fused": _torch_fused, "apex_fused": _apex_fused, "homodistil_fused": CountingAdamW}
+    return build[config.optimizer.implementation](groups, **options)
+
+
+def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict]:
+    """Matrices of the model decay; vectors (biases, LayerNorm) and distillation projections do not."""
+    decay: list[nn.Parameter] = []
+    no_decay: list[nn.Parameter] = []
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            decays = parameter.ndim > 1 and not name.startswith("projections.")
+            (decay if decays else no_decay).append(parameter)
+    return [{"params": decay, "weight_decay": weight_decay}, {"params": no_decay, "weight_decay": 0.0}]
+
+
+class LearningRateShare:
+    """Share of `train.lr` by updates done: linear warm-up, then linear decay to 0; lowered for a while by `rewarm` and
+    by cool-downs.
+
+    torch's LambdaLR keeps the attributes of such an object in its state: a resumed run goes on with them.
+    """
+
+    def __init__(self, train: TrainConfig) -> None:
+        self.steps = train.lr_steps or train.steps
+        self.warmup_steps = round(train.warmup_fraction * self.steps)
+        self.rewarm_steps = train.rewarm_steps
+        self.lowered_at: int | None = None
+        """Updates done when the rate was lowered last."""
+        self.cooldowns = [[start, train.cool_steps] for start in train.cool_from]
+        """Updates done when each begins, and its length."""
+
+    def __call__(self, step: int) -> float:
+        if step < self.warmup_steps:
+            share = step / self.warmup_steps
+        else:
+            share = max(0.0, (self.steps - step) / max(1, self.steps - self.warmup_steps))
+        for start, steps in self.cooldowns:
+            if start <= step < start + steps:
+                share *= (start + steps - step) / steps
+        if self.lowered_at is None:
+            return share
+        # Not from 0 itself: with an event every few updates nothing would be learned in between.
+        return share * min(1.0, (step - self.lowered_at + 1) / (self.rewarm_steps + 1))
+
+
+def build_schedule(optimizer: Optimizer, train: TrainConfig) -> LambdaLR:
+    """Linear warm-up over `warmup_fraction` of the steps, then linear decay to 0."""
+    return LambdaLR(optimizer, LearningRateShare(train))
+
+
+def rewarm(schedule: LambdaLR) -> None:
+    """After a resize event: the next `train.rewarm_steps` updates have 1/(n + 1), 2/(n + 1), ... of their rate.
+
+    An event while the rate still climbs lowers it anew.
+    """
+    for share, group, peak in zip(schedule.lr_lambdas, schedule.optimizer.param_groups, schedule.base_lrs, strict=True):
+        if share.rewarm_steps:
+            share.lowered_at = schedule.last_epoch
+            group["lr"] = peak * share(schedule.last_epoch)  # the next update's, set when the last one ended
+
+
+def cool_down(schedule: LambdaLR, steps: int) -> None:
+    """The next `steps` updates have 1, (n - 1)/n, ... 1/n of their rate; then it is what it would have been."""
+    new = [schedule.last_epoch, steps]
+    for share in schedule.lr_lambdas:  # one object for all groups of parameters
+        share.cooldowns = [*(old for old in share.cooldowns if old != new), new]
+
+
+def _torch_fused(groups: list[dict], **options) -> Optimizer:
+    return torch.optim.AdamW(groups, fused=True, **options)
+
+
+def _deepspeed_fused(groups: list[dict], options: dict, engine_config: dict) -> Optimizer:
+    """FusedAdam, or DeepSpeedCPUAdam where masters and states are partitions in host memory."""
+    stage = engine_config.get("zero_optimization", {}).get("stage", 0)
+    on_host = offloads_optimizer(engine_config) or not torch.cuda.is_available()
+    if stage > 0 and on_host:
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        load_op("CPUAdamBuilder")
+        return DeepSpeedCPUAdam(groups, adamw_mode=True, **options)
+    from deepspeed.ops.adam import FusedAdam
+
+    load_op("FusedAdamBuilder")
+    return FusedAdam(groups, adam_w_mode=True, **options)
+
+
+def check_implementation(name: str) -> None:
+    """Raise `UserError` when the wanted implementation is not installed. Imports nothing."""
+    if name == "apex_fused" and not is_nvidia_apex():
+        raise UserError(
+            "optimizer.implementation: apex_fused needs NVIDIA's apex, built from its repository with CUDA extensions "
+            "(the package called apex in the Python registry is another project); use torch_fused instead"
+        )
+
+
+def _apex_fused(groups: list[dict], **options) -> Optimizer:
+    check_implementation("apex_fused")  # an impostor must not be imported
+    from apex.optimizers import FusedAdam
+
+    return FusedAdam(groups, adam_w_mode=True, **options)
+
+
+def is_nvidia_apex() -> bool:
+    """Whether the installed `apex` is NVIDIA's, told by its files: an impostor must not even be imported."""
+    spec = importlib.util.find_spec("apex")
+    if spec is None or not spec.submodule_search_locations:
+        return False
+    folder = Path(next(iter(spec.submodule_search_locations)))
+    has_files = (folder / "optimizers" / "fused_adam.py").is_file() and (folder / "multi_tensor_apply").is_dir()
+    return has_files and importlib.util.find_spec("amp_C") is not None

@@ -1,0 +1,59 @@
+"""The teacher-student gap on a fixed held-out batch: what a resize event tears open and training closes again."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+
+import torch
+
+from homodistil.data.masked_lm import Batch
+from homodistil.data.prefetch import mean_counts
+from homodistil.distill.objective import Objective
+from homodistil.distill.student import Student
+from homodistil.distill.teacher import Teacher
+from homodistil.distributed import ranks
+
+PROBE_SEQUENCES = 48
+"""Sequences of the probe over all ranks: enough for differences of a few per cent, cheap enough for every event."""
+
+
+class GapProbe:
+    """Measures MLM, KL, hidden, attention and embedding distances, per layer too.
+
+    KL, MLM and attention are measured even where the run gives them no weight; hidden and embedding need the
+    projections that only a run with those terms has.
+    """
+
+    def __init__(self, student: Student, teacher: Teacher, batches: Iterable[Batch], device: torch.device) -> None:
+        self.student, self.teacher = student, teacher
+        batches = list(batches)
+        counts = mean_counts(batches, device)
+        self.batches = [batch._replace(counts=counts).to(device) for batch in batches]
+        measured = dataclasses.replace(student.objective.config, mlm=1.0, kl=1.0, kl_positions="masked")
+        if teacher.shows_attention:
+            measured = dataclasses.replace(measured, attention=1.0)
+        self.objective = Objective(measured)
+        no_others = dict.fromkeys(self.objective.weights, 0.0)
+        self.kl_alone = Objective(dataclasses.replace(measured, **no_others | {"kl": 1.0}))
+
+    def measure(self) -> dict[str, float]:
+        """Term -> mean over the probe, the same on every rank; `total`: their sum with the run's own weights."""
+        found = self._sums(self.student, self.objective)
+        weights = self.student.objective.weights
+        found["total"] = sum(weight * found[name] for name, weight in weights.items())
+        return ranks.mean_of(found, self.batches[0].input_ids.device)
+
+    def kl_of(self, student: Student) -> float:
+        """What `measure` would call kl if this were the student. Every rank calls it."""
+        found = self._sums(student, self.kl_alone)
+        return ranks.mean_of({"kl": found["kl"]}, self.batches[0].input_ids.device)["kl"]
+
+    @torch.no_grad()
+    def _sums(self, student: Student, objective: Objective) -> dict[str, torch.Tensor]:
+        found: dict[str, torch.Tensor] = {}
+        for batch in self.batches:
+            terms = student.compare(batch, self.teacher(batch), objective).terms
+            for name, value in terms.items():
+                found[name] = found.get(name, 0.0) + value / len(self.batches)
+        return found

@@ -1,0 +1,1 @@
+"""Student -> stock Hugging Face checkpoint with a model card, and how fast it runs."""

@@ -1,0 +1,224 @@
+"""The README.md of an exported checkpoint: what it is, where it came from, how good it is, how to load it.
+
+The block at its head is what the Hugging Face hub reads: licence and base model where they are known, data sets, and
+the held-out results as a `model-index`. The teacher is measured after the student has been exported: its column of the
+table is filled in then (`complete_cards`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from huggingface_hub import EvalResult, ModelCardData
+
+from homodistil import __version__
+from homodistil.config.schema import RunConfig
+from homodistil.distill.objective import TERMS
+from homodistil.export.provenance import Teacher, describe_sources, describe_teacher, hub_datasets, repeatable
+from homodistil.files import write_atomically, writing
+from homodistil.models.axes import Widths
+
+CARD_FILE = "README.md"
+NOT_YET = "-"
+
+
+class _Metric(NamedTuple):
+    label: str
+    hub_type: str
+    form: str
+
+
+# Column of the result table -> how the card tells it.
+METRICS = {
+    "heldout_mlm_loss": _Metric("held-out MLM loss, nats (lower is better)", "loss", "{:.4f}"),
+    "masked_top1": _Metric("masked tokens guessed right (higher is better)", "accuracy", "{:.4f}"),
+    "kl_to_teacher": _Metric("KL to the teacher, nats (lower is better)", "kl_divergence", "{:.4f}"),
+}
+
+_TEMPLATE = """---
+{metadata}
+---
+# {name}
+
+{parameters:,} parameters, hidden size {hidden_size}. Made from `{teacher}` with homodistil {version} (homotopic
+distillation: Liang et al., HomoDistil, ICLR 2023): {how}.
+
+```python
+from transformers import AutoModelForMaskedLM, AutoTokenizer
+model = AutoModelForMaskedLM.from_pretrained("{folder}")
+tokenizer = AutoTokenizer.from_pretrained("{folder}")
+```
+
+## Results
+
+On documents that were held out of the training text, with masks that never change.
+
+| | this model | teacher |
+|---|--:|--:|
+{metrics}
+
+## How it was made
+
+| what | value |
+|---|---|
+{rows}
+
+Text: {sources} ({data}).
+
+{licence}
+
+The command, with {num_ranks}:
+
+```
+{command}
+```
+{placeholders}"""
+
+
+def model_card(config: RunConfig, facts: Mapping[str, object], command: str, num_ranks: int = 1) -> str:
+    """Markdown with a YAML head. No path of this machine is in it.
+
+    Args:
+        facts: parameters, hidden_size, folder, data (the corpus in one line), columns of `METRICS`, and any value to
+            list.
+        command: the command line of the run.
+    """
+    teacher = describe_teacher(config.teacher.name)
+    told, meant = repeatable(command, config, num_ranks)
+    not_listed = ("parameters", "folder", "data", *METRICS)
+    listed = _settings(config) | {name: value for name, value in facts.items() if name not in not_listed}
+    return _TEMPLATE.format(
+        metadata=_metadata(config, facts, teacher),
+        name=config.run.name,
+        parameters=facts["parameters"],
+        hidden_size=facts["hidden_size"],
+        folder=facts["folder"],
+        teacher=teacher.name,
+        version=__version__,
+        how=_how(config),
+        metrics="\n".join(_metric_line(name, facts.get(name)) for name in METRICS),
+        rows="\n".join(f"| {name} | {_text(value)} |" for name, value in listed.items()),
+        sources=", ".join(describe_sources(config.data.sources)),
+        data=facts["data"],
+        licence=_licence(teacher),
+        num_ranks="one rank" if num_ranks == 1 else f"{num_ranks} ranks",
+        command=told,
+        placeholders="".join(f"\nFor `{name}` put {meaning}.\n" for name, meaning in meant.items()),
+    )
+
+
+def complete_cards(run_dir: Path, teacher: Mapping[str, object]) -> None:
+    """Put the teacher's results beside the student's in every card below `run_dir`.
+
+    Args:
+        teacher: its row of the result table.
+
+    Raises:
+        UserError: a card cannot be written.
+    """
+    run_dir = Path(run_dir)
+    for card in sorted([*run_dir.glob("export/**/README.md"), *run_dir.glob("compare/*/export/README.md")]):
+        with writing(card):
+            before = card.read_text(encoding="utf-8")
+            after = _with_teacher(before, teacher)
+            if after != before:
+                write_atomically(card, after)
+
+
+def _with_teacher(card: str, teacher: Mapping[str, object]) -> str:
+    for name, metric in METRICS.items():
+        beginning, value = f"| {metric.label} |", teacher.get(name)
+        if _is_number(value):
+            lines = card.split("\n")
+            lines = [_last_cell(x, metric.form.format(value)) if x.startswith(beginning) else x for x in lines]
+            card = "\n".join(lines)
+    return card
+
+
+def _last_cell(line: str, value: str) -> str:
+    """The table's line with another last cell."""
+    return f"{line.rstrip(' |').rpartition('|')[0]}| {value} |"
+
+
+def _metric_line(name: str, value: object) -> str:
+    metric = METRICS[name]
+    shown = metric.form.format(value) if _is_number(value) else NOT_YET
+    return f"| {metric.label} | {shown} | {NOT_YET} |"
+
+
+def _metadata(config: RunConfig, facts: Mapping[str, object], teacher: Teacher) -> str:
+    """The head's YAML, as the hub's own client writes it."""
+    held_out = f"held-out documents of {', '.join(describe_sources(config.data.sources))}"
+    results = [
+        EvalResult(
+            task_type="fill-mask",
+            dataset_type=(hub_datasets(config.data.sources) or ["text"])[0],
+            dataset_name=held_out,
+            metric_type=metric.hub_type,
+            metric_name=metric.label,
+            metric_value=float(facts[name]),
+        )
+        for name, metric in METRICS.items()
+        if _is_number(facts.get(name))
+    ]
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="fill-mask",
+        tags=["homodistil", "distillation", "pruning", "bert"],
+        license=teacher.licence,
+        base_model=teacher.base_model,
+        datasets=hub_datasets(config.data.sources) or None,
+        model_name=config.run.name,
+        eval_results=results or None,
+    )
+    return data.to_yaml()
+
+
+def _settings(config: RunConfig) -> dict[str, object]:
+    loss = config.loss
+    return {
+        "steps": config.train.steps,
+        "global batch": f"{config.train.global_batch_size} sequences of {config.data.seq_len} tokens",
+        "peak learning rate": config.train.lr,
+        "pruning": f"{config.pruning.schedule} until {config.pruning.end_fraction:g} of the steps, "
+        f"importance {config.pruning.importance}",
+        "loss weights": ", ".join(f"{term} {getattr(loss, term):g}" for term in TERMS if getattr(loss, term)),
+    }
+
+
+def _licence(teacher: Teacher) -> str:
+    if teacher.licence is None:
+        return (
+            f"Licence: that of `{teacher.name}` is not known here, so this card names none; look it up before you pass "
+            f"this model on."
+        )
+    return f"Licence: `{teacher.name}`, which this model was made from, is under {teacher.licence}."
+
+
+def _how(config: RunConfig) -> str:
+    """What was done, in a few words."""
+    if config.student.init == "random":
+        return "the student starts with fresh weights at its final size and is trained on the teacher's outputs or text"
+    if config.pruning.schedule == "none":
+        return "the student starts with weights of the teacher and keeps its width"
+    when = "at once" if config.pruning.schedule == "one_shot" else "while it is trained"
+    return f"the student starts as the teacher, loses its least important neurons {when}, and learns to imitate it"
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def _text(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def describe_widths(before: Widths, after: Widths) -> str:
+    """`hidden 128 -> 64, feed-forward 512 -> 256, heads 2 x 64 -> 2 x 32` (of layer 0; all layers are alike)."""
+    parts = [f"hidden {before['hidden']} -> {after['hidden']}"]
+    parts += [f"feed-forward {before['layer.0.ffn']} -> {after['layer.0.ffn']}"]
+    heads = [f"{widths['layer.0.heads']} x {widths['layer.0.qk_dim']}" for widths in (before, after)]
+    return ", ".join([*parts, f"heads {heads[0]} -> {heads[1]}"])

@@ -1,0 +1,100 @@
+"""Student -> stock Hugging Face checkpoint: config, fp32 safetensors, tokenizer, model card. No code of ours to load.
+
+During training the softmax keeps the teacher's 1/sqrt(head_dim); a stock model uses its own. The ratio is folded into
+W_Q and b_Q. Heads narrower than hidden_size / heads (a milestone in the middle of pruning) are padded with zeros,
+which changes nothing but their size.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import PreTrainedTokenizerBase
+
+from homodistil.distill.student import Student
+from homodistil.files import writing
+from homodistil.models.axes import AxisTable
+
+
+def stock_head_dim(widths: dict[str, int]) -> int | None:
+    """Head size of the stock config that can hold these widths, None when none can.
+
+    Stock BERT has hidden_size = heads x head size in every layer, and one size for all layers.
+    """
+    sizes = {
+        kind: {w for axis, w in widths.items() if axis.endswith(f".{kind}")} for kind in ("ffn", "heads", "qk_dim")
+    }
+    if any(len(found) > 1 for found in sizes.values()):
+        return None
+    heads, head_dim = min(sizes["heads"]), min(sizes["qk_dim"])
+    fits = widths["hidden"] % heads == 0 and widths["hidden"] // heads >= head_dim
+    return widths["hidden"] // heads if fits else None
+
+
+def stock_model(weights: dict[str, Tensor], student: Student, teacher_config) -> nn.Module:
+    """A stock model (fp32, CPU) that computes what the student computes.
+
+    Args:
+        weights: full fp32 weights by the student's parameter names (`resize.master_weights`).
+        teacher_config: the teacher's configuration; dropout and everything but the widths come from it.
+
+    Raises:
+        ValueError: no stock configuration has these widths (`stock_head_dim`).
+    """
+    table = student.family.axis_table(student.model)
+    head_dim = stock_head_dim(table.widths)
+    if head_dim is None:
+        raise ValueError(f"no stock configuration has the widths {table.widths}")
+    config = student.family.student_config(teacher_config, table.widths)
+    model = type(student.model)(config)
+    own = {name.removeprefix("model."): w.cpu() for name, w in weights.items() if name.startswith("model.")}
+    missing, unexpected = model.load_state_dict(_pad_heads(own, table, head_dim), strict=False)
+    tied = set(missing) - set(dict(model.named_parameters()))
+    if unexpected or set(missing) - tied:
+        raise ValueError(f"export: weights do not fit: missing {set(missing) - tied}, unexpected {unexpected}")
+    model.tie_weights()
+    _fold_softmax_scale(model, student, student.softmax_scale * math.sqrt(head_dim))
+    return model.eval()
+
+
+def _pad_heads(weights: dict[str, Tensor], table: AxisTable, head_dim: int) -> dict[str, Tensor]:
+    padded = dict(weights)
+    for use in table.uses:
+        if len(use.axes) == 2 and (missing := head_dim - table.widths[use.axes[1]]):
+            heads, dims = (table.widths[axis] for axis in use.axes)
+            split = padded[use.parameter].movedim(use.dim, -1).unflatten(-1, (heads, dims))
+            padded[use.parameter] = functional.pad(split, (0, missing)).flatten(-2).movedim(-1, use.dim).contiguous()
+    return padded
+
+
+@torch.no_grad()
+def _fold_softmax_scale(model: nn.Module, student: Student, ratio: float) -> None:
+    for attention in student.family.attentions(model):
+        attention.query.weight.mul_(ratio)
+        attention.query.bias.mul_(ratio)
+
+
+def save_checkpoint(model: nn.Module, tokenizer: PreTrainedTokenizerBase, card: str, folder: Path) -> None:
+    """Write a stock checkpoint into `folder`: each file whole, config.json last, other files there left alone.
+
+    Raises:
+        UserError: the disk is full, or the folder cannot be written; `folder` is as it was.
+    """
+    temporary = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        with writing(folder):
+            model.save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
+            (temporary / "README.md").write_text(card, encoding="utf-8")
+            folder.mkdir(parents=True, exist_ok=True)
+            for path in sorted(temporary.iterdir(), key=lambda p: p.name == "config.json"):
+                os.replace(path, folder / path.name)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

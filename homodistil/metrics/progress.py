@@ -1,0 +1,139 @@
+"""What a run tells whoever waits for it: a bar or lines for its steps, and a line for what takes long between them.
+
+    with doing("evaluating the teacher on held-out text"):     # said on rank 0, if it takes longer than SAY_AFTER_S
+        ...
+    progress = step_progress(total_steps, start_step)          # rank 0's
+    progress.advance(step)                                     # every step
+    progress.show(step, values)                                # every logged one
+    progress.close()
+
+While a bar is drawn, everything that Python prints goes above it, whoever prints it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from typing import Protocol
+
+from homodistil.distributed.launcher_env import rank_before_joining
+
+SAY_AFTER_S = 2.0
+
+
+@contextlib.contextmanager
+def doing(what: str) -> Iterator[None]:
+    """Name what is being done as soon as it turns out to take its time; whatever is quick stays unmentioned."""
+    if rank_before_joining():
+        yield
+        return
+    timer = threading.Timer(SAY_AFTER_S, _say, [f"{what} ..."])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _say(line: str) -> None:
+    from tqdm import tqdm
+
+    tqdm.write(line, file=sys.stderr)  # above a bar, if there is one
+    sys.stderr.flush()
+
+
+class StepProgress(Protocol):
+    """How far a run has come, for people."""
+
+    def advance(self, step: int) -> None:
+        """`step` optimizer steps are done."""
+
+    def show(self, step: int, values: Mapping[str, float]) -> None:
+        """And this is what was logged of it."""
+
+    def close(self) -> None: ...
+
+
+def step_progress(total_steps: int, start_step: int) -> StepProgress:
+    return _Bar(total_steps, start_step) if sys.stderr.isatty() else _Lines(total_steps, start_step)
+
+
+class _Bar:
+    """Progress on a terminal: one line that renews itself."""
+
+    def __init__(self, total_steps: int, start_step: int) -> None:
+        from tqdm import tqdm
+        from tqdm.contrib import DummyTqdmFile
+
+        self._streams = sys.stdout, sys.stderr
+        # miniters: else tqdm learns from the fast steps to look seldom, and stands still during slow ones.
+        options = {"unit": "step", "dynamic_ncols": True, "miniters": 1, "file": _beneath(sys.stderr)}
+        self._bar = tqdm(total=total_steps, initial=start_step, **options)
+        sys.stdout, sys.stderr = (DummyTqdmFile(_beneath(stream)) for stream in self._streams)
+
+    def advance(self, step: int) -> None:
+        self._bar.update(step - self._bar.n)
+
+    def show(self, step: int, values: Mapping[str, float]) -> None:
+        self._bar.set_postfix_str(_summary(values), refresh=False)
+        self.advance(step)
+
+    def close(self) -> None:
+        sys.stdout, sys.stderr = self._streams
+        self._bar.close()
+
+
+def _beneath(stream):
+    """The stream that another bar (several students in one job) has taken the place of."""
+    from tqdm.contrib import DummyTqdmFile
+
+    return stream._wrapped if isinstance(stream, DummyTqdmFile) else stream
+
+
+class _Lines:
+    """Progress in a log file: a line at the first and the last step and every half minute between."""
+
+    INTERVAL_S = 30.0
+
+    def __init__(self, total_steps: int, start_step: int) -> None:
+        self._total_steps, self._start_step = total_steps, start_step
+        self._start = time.monotonic()
+        self._next_line = self._start
+
+    def advance(self, step: int) -> None:
+        pass
+
+    def show(self, step: int, values: Mapping[str, float]) -> None:
+        now = time.monotonic()
+        if now < self._next_line and step < self._total_steps:
+            return
+        self._next_line = now + self.INTERVAL_S
+        line = f"step {step}/{self._total_steps}, {_summary(values)}"
+        if self._start_step < step < self._total_steps:
+            left_s = (now - self._start) / (step - self._start_step) * (self._total_steps - step)
+            line += f", {_interval(left_s)} left"
+        print(line, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        pass
+
+
+def _interval(seconds: float) -> str:
+    from tqdm import tqdm
+
+    return tqdm.format_interval(seconds)
+
+
+def _summary(values: Mapping[str, float]) -> str:
+    parts = []
+    if "loss/total" in values:
+        parts.append(f"loss {float(values['loss/total']):.4g}")
+    if "widths/hidden" in values:
+        parts.append(f"hidden {int(values['widths/hidden'])}")
+    if "speed/tokens_per_s" in values:
+        parts.append(f"{float(values['speed/tokens_per_s']):,.0f} tokens/s")
+    return ", ".join(parts)

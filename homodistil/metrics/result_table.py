@@ -1,0 +1,77 @@
+"""The result table of a run: result.json in the run folder, and the same rows as text for the terminal."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from homodistil.files import to_json, write_atomically, writing
+
+RESULT_FILE = "result.json"
+PLAN_FILE = "plan.json"
+"""What was planned, before anything was trained (planning/)."""
+ROW_FILE = "row.json"
+"""One model's row, before all of a run are known."""
+DASH = "-"
+
+Row = Mapping[str, Any]
+"""One model: name, parameters, hidden_size, heldout_mlm_loss (nats), masked_top1 (fraction), kl_to_teacher (nats),
+tokens_per_s_first and tokens_per_s_last (training, first and last logged interval). Absent or None: not measured."""
+
+# Column -> (heading, how a number is written)
+COLUMNS = {
+    "name": ("model", "{}"),
+    "parameters": ("parameters", "{:,.0f}"),
+    "hidden_size": ("hidden size", "{:.0f}"),
+    "heldout_mlm_loss": ("held-out MLM loss", "{:.3f}"),
+    "masked_top1": ("masked top-1", "{:.1%}"),
+    "kl_to_teacher": ("KL to teacher", "{:.3f}"),
+    "tokens_per_s_first": ("tokens/s first", "{:,.0f}"),
+    "tokens_per_s_last": ("tokens/s last", "{:,.0f}"),
+}
+
+
+def write_result(run_dir: Path, rows: Sequence[Row]) -> Path:
+    """Write result.json (atomically; numbers that are not finite become null). Returns its path."""
+    path = Path(run_dir) / RESULT_FILE
+    lines = ",\n ".join(to_json(row) for row in rows)
+    with writing(path):
+        write_atomically(path, f"[{lines}]\n")
+    return path
+
+
+def read_result(run_dir: Path) -> list[dict[str, Any]]:
+    """Rows of result.json; FileNotFoundError when the run has not written it yet."""
+    return json.loads((Path(run_dir) / RESULT_FILE).read_text(encoding="utf-8"))
+
+
+def cells(row: Row) -> list[str]:
+    """The row as text, one string a column of `COLUMNS`; what is missing, None or not finite is a dash."""
+    return [cell(row.get(column), form) for column, (_, form) in COLUMNS.items()]
+
+
+def cell(value: Any, form: str) -> str:
+    """One value as text."""
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        return DASH
+    # Anything else than a number (a file that was edited) is shown as it stands.
+    return form.format(value) if isinstance(value, (int, float)) else str(value)
+
+
+def format_table(rows: Sequence[Row]) -> str:
+    """Plain-text table: names on the left, numbers aligned on the right. No trailing newline."""
+    return aligned([[heading for heading, _ in COLUMNS.values()]] + [cells(row) for row in rows])
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> str:
+    """The same for any lines of as many cells; the first is the headings."""
+    lines = [list(line) for line in lines]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    lines.insert(1, ["-" * width for width in widths])
+    return "\n".join(
+        "  ".join([line[0].ljust(widths[0])] + [c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True)])
+        for line in lines
+    )

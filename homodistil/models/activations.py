@@ -1,0 +1,178 @@
+"""Activation hooks: what distillation compares (embeddings, layer outputs, Q, K and V), read from a stock Hugging Face
+model.
+
+Q, K and V come through the library's registry of attention functions, so SDPA / flash keeps computing the output and no
+attention matrix is made here; layer outputs come through module hooks. No modelling code of our own.
+
+What passes by is shown to an `ActivationVisitor` at once, so that it can be used and freed while the forward pass goes
+on.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import NamedTuple
+
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import sdpa_mask
+
+from homodistil.models.attention import attend
+
+ATTENTION = "homodistil_sdpa"
+"""Value for `attn_implementation`: SDPA that shows its queries and keys to the taps, and values where wanted."""
+
+
+class LayerActivations(NamedTuple):
+    """One layer. B batch, T tokens, D hidden, N heads, H dims of a head."""
+
+    hidden: Tensor
+    """Its output, (B, T, D)."""
+    queries: Tensor
+    """(B, N, T, H)."""
+    keys: Tensor
+    """(B, N, T, H)."""
+    values: Tensor | None = None
+    """(B, N, T, H) of a layer that `show_values` was called for. Elsewhere they are not held on to."""
+
+
+class Activations(NamedTuple):
+    """One whole forward pass."""
+
+    embedding: Tensor
+    """What entered layer 0, (B, T, D)."""
+    layers: list[Tensor]
+    """Output of every layer, (B, T, D)."""
+    queries: list[Tensor]
+    """(B, N, T, H) a layer."""
+    keys: list[Tensor]
+    """(B, N, T, H) a layer."""
+    scale: float
+    """What the softmax multiplies q.k with."""
+    relations: LayerActivations | None = None
+    """Of the layer that shows its values."""
+
+    @property
+    def last(self) -> Tensor:
+        return self.layers[-1]
+
+
+class ActivationVisitor:
+    """What may be done while a forward pass goes by. `args` and `kwargs` are those of the module about to run."""
+
+    def before_embedding(self, args: tuple, kwargs: dict) -> None:
+        """Nothing by default."""
+
+    def embedding(self, output: Tensor) -> None:
+        """What enters layer 0, (B, T, D)."""
+
+    def before_layer(self, i: int, args: tuple, kwargs: dict) -> None:
+        """Nothing by default."""
+
+    def layer(self, i: int, tap: LayerActivations) -> None:
+        """Layer `i` is done."""
+
+
+def show_values(model: nn.Module, family: ModuleType, i: int) -> None:
+    """From now on taps on `model`, those of copies too, also see the values of layer `i` (negative: from the last)."""
+    family.attentions(model)[i].homodistil_shows_values = True
+
+
+class ActivationHooks:
+    """Hooks on one model, silent unless `visit` or `run` is under way.
+
+    `scale` is what the model's softmax multiplies q.k with.
+    """
+
+    def __init__(self, model: nn.Module, family: ModuleType) -> None:
+        self._backbone = family.backbone(model)
+        self._visitor: ActivationVisitor | None = None
+        self._queries: Tensor | None = None
+        self._keys: Tensor | None = None
+        self._values: Tensor | None = None
+        self.scale = float(family.attentions(model)[0].scaling)
+        embeddings = family.embeddings(model)
+        embeddings.register_forward_pre_hook(self._before_embedding, with_kwargs=True)
+        embeddings.register_forward_hook(self._after_embedding)
+        for i, layer in enumerate(family.layers(model)):
+            # No closures: a copy of the model is to have hooks of its own.
+            layer.register_forward_pre_hook(functools.partial(self._before_layer, i), with_kwargs=True)
+            layer.register_forward_hook(functools.partial(self._after_layer, i))
+        for attention in family.attentions(model):
+            attention.homodistil_taps = self
+
+    def visit(self, input_ids: Tensor, padding_mask: Tensor | None, visitor: ActivationVisitor) -> Tensor:
+        """The model's backbone forward, shown to `visitor`. Returns the last layer's output (B, T, D).
+
+        input_ids and padding_mask: int64, (B, T); mask 1 = token, 0 = padding, None: no padding (see Batch).
+        """
+        if padding_mask is not None:  # of two dims, the library would ask the device whether it masks anything
+            padding_mask = padding_mask[:, None, None, :].bool().expand(-1, 1, padding_mask.shape[1], -1)
+        with self.shown_to(visitor):
+            return self._backbone(input_ids=input_ids, attention_mask=padding_mask).last_hidden_state
+
+    @contextmanager
+    def shown_to(self, visitor: ActivationVisitor) -> Iterator[None]:
+        """Whatever part of the model runs inside is shown to `visitor`."""
+        self._visitor = visitor
+        try:
+            yield
+        finally:
+            # Not kept: a graph that outlives its step would hold memory and old parameter shapes.
+            self._visitor = self._queries = self._keys = self._values = None
+
+    def run(self, input_ids: Tensor, padding_mask: Tensor | None) -> Activations:
+        """The same, collected."""
+        collector = _Collector()
+        self.visit(input_ids, padding_mask, collector)
+        hidden, queries, keys, _values = (list(part) for part in zip(*collector.layers, strict=True))
+        relations = next((tap for tap in collector.layers if tap.values is not None), None)
+        return Activations(collector.embedded, hidden, queries, keys, self.scale, relations)
+
+    def record(self, queries: Tensor, keys: Tensor, values: Tensor | None) -> None:
+        """Called by the attention function, inside a layer."""
+        if self._visitor is not None:
+            self._queries, self._keys, self._values = queries, keys, values
+
+    def _before_embedding(self, _module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if self._visitor is not None:
+            self._visitor.before_embedding(args, kwargs)
+
+    def _after_embedding(self, _module: nn.Module, _args: tuple, output: Tensor) -> None:
+        if self._visitor is not None:
+            self._visitor.embedding(output)
+
+    def _before_layer(self, i: int, _module: nn.Module, args: tuple, kwargs: dict) -> None:
+        if self._visitor is not None:
+            self._visitor.before_layer(i, args, kwargs)
+
+    def _after_layer(self, i: int, _module: nn.Module, _args: tuple, output: Tensor | tuple[Tensor, ...]) -> None:
+        if self._visitor is not None:
+            hidden = output[0] if isinstance(output, tuple) else output
+            self._visitor.layer(i, LayerActivations(hidden, self._queries, self._keys, self._values))
+
+
+class _Collector(ActivationVisitor):
+    def __init__(self) -> None:
+        self.layers: list[LayerActivations] = []
+
+    def embedding(self, output: Tensor) -> None:
+        self.embedded = output
+
+    def layer(self, i: int, tap: LayerActivations) -> None:
+        self.layers.append(tap)
+
+
+def _tapped_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask, **kwargs):
+    taps = getattr(module, "homodistil_taps", None)
+    if taps is not None:
+        taps.record(query, key, value if getattr(module, "homodistil_shows_values", False) else None)
+    return attend(module, query, key, value, attention_mask, **kwargs)
+
+
+AttentionInterface.register(ATTENTION, _tapped_attention)
+# Without its own entry here the library would build no padding mask for the new name.
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)

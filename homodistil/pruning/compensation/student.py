@@ -1,0 +1,82 @@
+"""From "this is what stays" to a compensated event of the whole student: its plan, and the weights after it.
+
+compensation/ works on the stock model alone; here its result gets the student's names, and the distillation projections
+follow the residual stream. Nothing is applied: a proposal may be a trial. Knows plain students only; the live engine's
+copy comes from, and the result goes back through, homodistil/training/compensated_events.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from homodistil.data.masked_lm import Batch
+from homodistil.distill.student import Student
+from homodistil.models.axes import Keep
+from homodistil.models.resize_plan import DimMaps, ResizePlan, make_plan, slice_module
+from homodistil.pruning.compensation import Options, compensate
+
+
+@dataclass(frozen=True)
+class EventChange:
+    """One event, the same on every rank."""
+
+    plan: ResizePlan
+    """By the student's parameter names."""
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    """The student's parameter name -> value after the plan and the refit, full, fp32; {} where nothing is refitted."""
+    report: dict[str, float] = field(default_factory=dict)
+    """What compensation tells of itself, for the event's line."""
+
+
+def propose(student: Student, keep: Keep, batches: Sequence[Batch], options: Options, fixed: Tensor) -> EventChange:
+    """The compensated event that leaves `keep`. Every rank calls it.
+
+    Args:
+        student: plain, fp32; not changed.
+        keep: selection by importance for the axes that are due; of axes that get a map only the width counts.
+        batches: this rank's calibration micro-batches, on the student's device.
+        fixed: residual dims (today's numbering) that stay coordinates, int64 (k,), ascending.
+    """
+    table = student.family.axis_table(student.model)
+    found = compensate(student.model, student.family, table, keep, batches, options, fixed)
+    maps: dict[str, DimMaps] = {f"model.{name}": dims for name, dims in found.plan.maps.items()}
+    maps |= _projection_maps(student, found.plan)
+    weights = {f"model.{name}": parameter.detach() for name, parameter in found.model.named_parameters()}
+    return EventChange(make_plan(student.axis_table(), found.plan.keep, maps), weights, found.report)
+
+
+def _projection_maps(student: Student, plan: ResizePlan) -> dict[str, DimMaps]:
+    """The student's side of every W, contracted as the residual stream is: W' = W P."""
+    residual = residual_map(student, plan)
+    if residual is None:
+        return {}
+    uses = [use for use in student.axis_table().uses if use.parameter.startswith("projections.")]
+    return {use.parameter: {use.dim: residual} for use in uses}
+
+
+def residual_map(student: Student, plan: ResizePlan) -> Tensor | None:
+    """P (old width, new width) of a plan for `student.model`; None when the residual stream is not mapped."""
+    for use in student.family.axis_table(student.model).uses:
+        # A vector may be a LayerNorm's weight, which has P squared.
+        if use.axes == ("hidden",) and student.model.get_parameter(use.parameter).ndim == 2:
+            return plan.maps.get(use.parameter, {}).get(use.dim)
+    return None
+
+
+def carry_out(student: Student, proposal: EventChange) -> None:
+    """Make the event happen to a plain student."""
+    slice_module(student, proposal.plan)
+    student.after_resize(proposal.plan.keep)
+    write_parameters(student, proposal.weights)
+
+
+@torch.no_grad()
+def write_parameters(student: Student, weights: Mapping[str, Tensor]) -> None:
+    """Overwrite parameters of a plain student, by name."""
+    parameters = dict(student.named_parameters())
+    for name, weight in weights.items():
+        parameters[name].copy_(weight)

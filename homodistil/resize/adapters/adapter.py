@@ -1,0 +1,245 @@
+"""What `resize/` asks of each kind of DeepSpeed optimizer wrapper, and the bookkeeping they share.
+
+One subclass a wrapper class, found by `support.adapter_of`. Private fields of DeepSpeed are touched in those subclasses
+only; each lists the ones it relies on, and `support.check_supported` verifies them at start.
+
+To everything that only reads or writes state (importance, checkpoints, export) a wrapper is a list of `StateGroup`:
+an fp32 tensor that the torch optimizer updates, its optimizer state, and which elements of which parameters lie in it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Container, Iterator
+from typing import ClassVar, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from homodistil.models.parameter_shape import full_shape
+from homodistil.models.resize_plan import DimIndex, ResizePlan, index_by_parameter, select, set_param_data
+
+ReadState = Callable[[str, str, int, int], Tensor]
+"""(kind, parameter name, start, stop) -> those elements, flat; kind is "weight" or the name of an optimizer state."""
+
+
+CONVERTED_NUMEL = 1 << 19
+"""Elements of a gradient that are converted to fp32 at a time on a CPU: as many as its caches hold."""
+
+
+class MasterSlice(NamedTuple):
+    """Elements [start, start + numel) of a parameter, row by row, at `position` of a flat tensor of this rank."""
+
+    name: str
+    start: int
+    position: int
+    numel: int
+
+
+class StateGroup(NamedTuple):
+    master: Tensor
+    """What the optimizer updates, the key of its state: fp32; the parameter itself when frozen (its own dtype)."""
+    state: dict
+    """Optimizer state of `master`, live; empty before the first step."""
+    held: list[MasterSlice]
+    replicated: bool
+    """Whether every rank holds the same whole group, instead of a partition."""
+
+    def per_element(self) -> dict[str, Tensor]:
+        """The states that have one value an element (both moments), without counts such as `step`."""
+        return {k: v for k, v in self.state.items() if torch.is_tensor(v) and v.shape == self.master.shape}
+
+
+class StateSlice(NamedTuple):
+    """Elements [start, start + n) of a parameter and all their state; views of the live tensors."""
+
+    name: str
+    start: int
+    weight: Tensor
+    """(n,): fp32 master weight, or the value of a frozen parameter in its own dtype."""
+    states: dict[str, Tensor]
+    """Optimizer state name -> (n,); empty for frozen parameters and before the first step."""
+
+
+class GradientSlice(NamedTuple):
+    """Elements [start, start + n) of a parameter, flattened row by row, as the optimizer is about to see them."""
+
+    name: str
+    start: int
+    weight: Tensor
+    """(n,) fp32, the master weight before the step."""
+    gradient: Tensor
+    """(n,) fp32, averaged over micro-batches and ranks, unscaled, unclipped."""
+
+
+class Adapter(ABC):
+    """One engine's weights and optimizer state, as its wrapper holds them."""
+
+    fields: ClassVar[dict[str, type]] = {}
+    """Attributes of the wrapper that the adapter relies on, and their types."""
+
+    def __init__(self, engine):
+        self.engine = engine
+        self.optimizer = engine.optimizer
+        self.parameters: dict[str, nn.Parameter] = dict(engine.module.named_parameters())
+        self.name_of = {param: name for name, param in self.parameters.items()}
+
+    @abstractmethod
+    def torch_optimizer(self) -> torch.optim.Optimizer:
+        """The optimizer inside the wrapper."""
+
+    @abstractmethod
+    def groups(self) -> list[StateGroup]:
+        """Everything that is trained, on this rank."""
+
+    @abstractmethod
+    def gradients(self, i: int) -> Callable[[MasterSlice], Tensor]:
+        """Access to the reduced gradient (times the loss scale) of what `groups()[i]` holds."""
+
+    @abstractmethod
+    def check_layout(self) -> None:
+        """Raise ValueError, naming what differs, unless state lies where this adapter expects it."""
+
+    @abstractmethod
+    def has_pending_gradients(self) -> bool:
+        """Whether gradients wait for a step."""
+
+    @abstractmethod
+    def resize(self, plan: ResizePlan) -> int:
+        """Apply `plan` to weights and state in place. Collective. Returns bytes sent between ranks, over all ranks."""
+
+    @abstractmethod
+    def weights_from_masters(self) -> None:
+        """Make the model compute with today's masters, after these or their states were written to. Collective."""
+
+    def rebuild_maps(self) -> None:
+        """Derive anew what the wrapper keeps about groups and their states. Nothing in wrappers without such books."""
+        return None
+
+    def frozen_groups(self) -> list[StateGroup]:
+        """Parameters that no optimizer group holds: whole on every rank, unless a wrapper partitions them too."""
+        trained = self._trained_names()
+        return [
+            StateGroup(param, {}, [MasterSlice(name, 0, 0, param.numel())], replicated=True)
+            for name, param in self.parameters.items()
+            if name not in trained
+        ]
+
+    def _trained_names(self) -> set[str]:
+        return {name for name, param in self.parameters.items() if param.requires_grad}
+
+    def padding(self) -> Iterator[Tensor]:
+        """Parts of flat tensors that belong to no parameter, and must be zero. None in wrappers without padding."""
+        return iter(())
+
+    def loss_scale(self) -> float:
+        return float(getattr(self.optimizer, "loss_scale", 1.0)) if self.engine.fp16_enabled() else 1.0
+
+    def owned_state(self) -> Iterator[StateSlice]:
+        """See `homodistil.resize.owned_state`."""
+        for group, held in self._shares(self.groups() + self.frozen_groups()):
+            states = {key: held_part(value, held) for key, value in group.per_element().items()}
+            yield StateSlice(held.name, held.start, held_part(group.master, held), states)
+
+    def gradient_fragments(self, names: Container[str] | None = None) -> Iterator[GradientSlice]:
+        """See `homodistil.resize.gradient_fragments`."""
+        scale, groups = self.loss_scale(), self.groups()
+        access = {id(group.held): self.gradients(i) for i, group in enumerate(groups)}
+        for group, held in self._shares(groups):
+            if names is not None and held.name not in names:
+                continue
+            gradient = access[id(group.held)](held).flatten()
+            assert gradient.numel() == held.numel, "gradients do not follow the layout"
+            yield from _unscaled(held, held_part(group.master, held), gradient, scale)
+
+    def held_masters(self) -> Iterator[tuple[Tensor, MasterSlice]]:
+        """See `homodistil.resize.held_masters`."""
+        for group, held in self._shares(self.groups()):
+            yield group.master, held
+
+    def _shares(self, groups: list[StateGroup]) -> Iterator[tuple[StateGroup, MasterSlice]]:
+        """What this rank reports of `groups`: partitions whole, and its turn of what every rank has."""
+        turn, rank, world_size = itertools.count(), dist.get_rank(), dist.get_world_size()
+        for group in groups:
+            for held in group.held:
+                if not group.replicated or next(turn) % world_size == rank:
+                    yield group, held
+
+    def master_weights(self) -> dict[str, Tensor]:
+        """See `homodistil.resize.master_weights`."""
+        groups = self.groups() + self.frozen_groups()
+        device = next(iter(self.parameters.values())).device
+        whole = {held.name for group in groups if group.replicated for held in group.held}
+        held_by_name: dict[str, list[tuple[StateGroup, MasterSlice]]] = {}
+        for group in groups:
+            for held in group.held:
+                held_by_name.setdefault(held.name, []).append((group, held))
+        found = {}
+        for name, param in self.parameters.items():
+            full = torch.zeros(math.prod(full_shape(param)), device=device)
+            for group, held in held_by_name.get(name, ()):
+                full[held.start : held.start + held.numel] = held_part(group.master, held)
+            if name not in whole:
+                dist.all_reduce(full)  # every element is on one rank, the others add zero
+            found[name] = full.view(full_shape(param))
+        return found
+
+    def load_state(self, state_names: list[str], scalars: dict, read: ReadState) -> None:
+        """See `homodistil.resize.load_state`."""
+        for group in self.frozen_groups():
+            for held in group.held:
+                held_part(group.master, held).copy_(read("weight", held.name, held.start, held.start + held.numel))
+        for group in self.groups():
+            state = self.torch_optimizer().state[group.master]
+            state |= {key: self._scalar(value, group.master) for key, value in scalars.items()}
+            for kind in ("weight", *state_names):
+                target = group.master if kind == "weight" else state.get(kind)
+                if target is None or target.shape != group.master.shape:
+                    target = state[kind] = torch.zeros_like(group.master, requires_grad=False)
+                for held in group.held:
+                    held_part(target, held).copy_(read(kind, held.name, held.start, held.start + held.numel))
+        self.weights_from_masters()
+
+    def _scalar(self, value: object, master: Tensor) -> object:
+        """Counts live where the torch optimizer wants them: with the masters when its kernels read them there."""
+        if not torch.is_tensor(value):
+            return value
+        settings = self.torch_optimizer().param_groups[0]
+        on_device = settings.get("fused") or settings.get("capturable")
+        return value.clone().to(master.device if on_device else "cpu")
+
+    def index_by_parameter(self, plan: ResizePlan) -> dict[nn.Parameter, DimIndex]:
+        return index_by_parameter(self.parameters, plan)
+
+
+def held_part(tensor: Tensor, held: MasterSlice) -> Tensor:
+    """What `held` says of a flat (or flattened) tensor of this rank, as a view."""
+    return tensor.detach().view(-1)[held.position : held.position + held.numel]
+
+
+def _unscaled(held: MasterSlice, weight: Tensor, gradient: Tensor, scale: float) -> Iterator[GradientSlice]:
+    """The gradient as it lies, or copied stretch by stretch where it is to be converted."""
+    if gradient.dtype == torch.float32 and scale == 1.0:
+        yield GradientSlice(held.name, held.start, weight, gradient)
+        return
+    step = CONVERTED_NUMEL if gradient.device.type == "cpu" else held.numel
+    for begin in range(0, held.numel, step):
+        converted = gradient[begin : begin + step].to(torch.float32, copy=True)
+        if scale != 1.0:
+            converted /= scale
+        yield GradientSlice(held.name, held.start + begin, weight[begin : begin + step], converted)
+
+
+def select_param(param: nn.Parameter, index: DimIndex) -> None:
+    """Slice a parameter that is whole on this rank."""
+    set_param_data(param, select(param.data, index))
+
+
+def select_state(state: dict, shape: torch.Size, index: DimIndex) -> None:
+    """Slice, in place, every optimizer state tensor of a whole parameter of (old) `shape`; scalars stay."""
+    for key, value in state.items():
+        if torch.is_tensor(value) and value.shape == shape:
+            state[key] = select(value, index)

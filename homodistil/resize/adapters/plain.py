@@ -1,0 +1,78 @@
+"""ZeRO stage 0, and modules without an optimizer: every rank holds everything, so resizing is local slicing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from homodistil.models.resize_plan import ResizePlan
+from homodistil.resize.adapters.adapter import Adapter, MasterSlice, StateGroup, select_param, select_state
+
+
+class PlainAdapter(Adapter):
+    """Stage 0 in fp32: the engine's optimizer is the torch optimizer over the module's own parameters."""
+
+    fields = {"state": dict, "param_groups": list}
+
+    def masters(self) -> dict[nn.Parameter, Tensor]:
+        """Parameter of the model -> the fp32 tensor that the torch optimizer updates (here: itself)."""
+        return {param: param for group in self.optimizer.param_groups for param in group["params"]}
+
+    def torch_optimizer(self) -> torch.optim.Optimizer:
+        return self.optimizer
+
+    def groups(self) -> list[StateGroup]:
+        state = self.torch_optimizer().state
+        return [
+            StateGroup(
+                master, state.get(master, {}), [MasterSlice(self.name_of[param], 0, 0, param.numel())], replicated=True
+            )
+            for param, master in self.masters().items()
+        ]
+
+    def gradients(self, i: int) -> Callable[[MasterSlice], Tensor]:
+        def gradient(held: MasterSlice) -> Tensor:
+            param = self.parameters[held.name]
+            return torch.zeros_like(param) if param.grad is None else param.grad
+
+        return gradient
+
+    def check_layout(self) -> None:
+        for param, master in self.masters().items():
+            if master.shape != param.shape:
+                found, expected = tuple(master.shape), tuple(param.shape)
+                raise ValueError(f"master weight of {self.name_of[param]}: shape {found}, expected {expected}")
+
+    def has_pending_gradients(self) -> bool:
+        return any(param.grad is not None for param in self.parameters.values())
+
+    def resize(self, plan: ResizePlan) -> int:
+        masters, state = self.masters(), self.torch_optimizer().state
+        for param, index in self.index_by_parameter(plan).items():
+            master = masters.get(param)  # None: a frozen parameter that no group holds
+            if master is not None:
+                select_state(state.get(master, {}), param.shape, index)
+            if master is not None and master is not param:
+                select_param(master, index)
+            select_param(param, index)
+        return 0
+
+    def weights_from_masters(self) -> None:
+        for param, master in self.masters().items():
+            if master is not param:
+                param.data.copy_(master)
+
+
+class UnfusedAdapter(PlainAdapter):
+    """Stage 0 in bf16 or fp16 with a torch optimizer: FP16_UnfusedOptimizer, one fp32 master a parameter."""
+
+    fields = {"fp16_groups": list, "fp32_groups": list, "optimizer": torch.optim.Optimizer}
+
+    def masters(self) -> dict[nn.Parameter, Tensor]:
+        pairs = zip(self.optimizer.fp16_groups, self.optimizer.fp32_groups, strict=True)
+        return {param: master for low, high in pairs for param, master in zip(low, high, strict=True)}
+
+    def torch_optimizer(self) -> torch.optim.Optimizer:
+        return self.optimizer.optimizer

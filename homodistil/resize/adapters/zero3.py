@@ -1,0 +1,285 @@
+"""ZeRO stage 3: DeepSpeedZeroOptimizer_Stage3, fp32, bf16 or fp16 (DeepSpeed 0.19, runtime/zero/stage3.py).
+
+Every parameter is partitioned on its own, frozen ones too: each rank keeps an equal share of it (`ds_tensor`, padded to
+a multiple of the ranks) and gathers the rest around every use. The shares of a sub-group lie end to end in a flat
+buffer; masters and states have the same layout. In fp32 without offload the master IS that buffer, the same tensor
+object. With offload, masters, states and reduced gradients live in host memory.
+
+No sizes are kept in the coordinator's trace of the modules, so it stays valid across an event.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from homodistil.models.parameter_shape import full_numel, full_shape
+from homodistil.models.resize_plan import ResizePlan, set_param_data
+from homodistil.resize.adapters.adapter import Adapter, MasterSlice, StateGroup
+from homodistil.resize.adapters.flat_adapter import gaps
+from homodistil.resize.adapters.zero3_check import GRADIENT_OF_ID, check_books
+from homodistil.resize.flat import FlatMove, Layout
+from homodistil.resize.move import free
+from homodistil.resize.move_partitions import move_partitions
+
+Moves = dict[nn.Parameter, FlatMove]
+
+
+class Zero3Adapter(Adapter):
+    fields = {
+        "optimizer": torch.optim.Optimizer,
+        "parameter_offload": object,
+        "persistent_parameters": list,
+        "fp16_groups": list,
+        "fp16_partitioned_groups": list,
+        "fp16_partitioned_groups_flat": list,
+        "fp16_partitioned_groups_flat_numel": list,
+        "fp32_partitioned_groups_flat": list,
+        "lp_param_buffer": Tensor,
+        "groups_padding": list,
+        "grad_partitions_flat_buffer": Tensor,
+        GRADIENT_OF_ID: dict,
+        "grad_position": dict,
+        "averaged_gradients": dict,
+        "ipg_buckets": dict,
+        "gradient_accumulation_dtype": torch.dtype,
+        "offload_optimizer": bool,
+        "offload_optimizer_pin_memory": bool,
+        "_offload_boundary_param_ids": set,
+    }
+
+    def __init__(self, engine):
+        super().__init__(engine)
+        self.process_group = self.optimizer.dp_process_group
+        self.rank, self.num_ranks = dist.get_rank(self.process_group), dist.get_world_size(self.process_group)
+        self.device = next(iter(self.parameters.values())).device
+
+    def torch_optimizer(self) -> torch.optim.Optimizer:
+        return self.optimizer.optimizer
+
+    def masters(self) -> list[Tensor]:
+        return self.optimizer.fp32_partitioned_groups_flat
+
+    def params(self, i: int) -> list[nn.Parameter]:
+        return self.optimizer.fp16_groups[i]
+
+    def masters_are_weights(self) -> bool:
+        """In fp32 without offload DeepSpeed makes no second copy."""
+        flats = self.optimizer.fp16_partitioned_groups_flat
+        return all(master is flat for master, flat in zip(self.masters(), flats, strict=True))
+
+    def layout(self, param: nn.Parameter) -> Layout:
+        """How a parameter is spread over the ranks, computed from its shape alone."""
+        return Layout.packed([full_shape(param)], self.num_ranks, self.num_ranks)
+
+    # -- what there is
+
+    def groups(self) -> list[StateGroup]:
+        state = self.torch_optimizer().state
+        return [
+            StateGroup(master, state.get(master, {}), self.held(self.params(i)), replicated=False)
+            for i, master in enumerate(self.masters())
+        ]
+
+    def frozen_groups(self) -> list[StateGroup]:
+        return [StateGroup(param.ds_tensor, {}, self.held([param]), replicated=False) for param in self.frozen()]
+
+    def frozen(self) -> list[nn.Parameter]:
+        trained = {param for params in self.optimizer.fp16_groups for param in params}
+        return [param for param in self.parameters.values() if param not in trained]
+
+    def held(self, params: list[nn.Parameter]) -> list[MasterSlice]:
+        """What lies where in this rank's shares of `params`, end to end."""
+        found, position = [], 0
+        for param in params:
+            layout = self.layout(param)
+            for piece in layout.partition_pieces(self.rank):
+                found.append(MasterSlice(self.name_of[param], piece.start, position + piece.position, piece.numel))
+            position += layout.partition_numel
+        return found
+
+    def padding(self) -> Iterator[Tensor]:
+        flats = self.optimizer.fp16_partitioned_groups_flat
+        for group, flat in zip(self.groups(), flats, strict=True):
+            for tensor in (group.master.detach(), flat.detach(), *group.per_element().values()):
+                yield from (tensor[start:stop] for start, stop in gaps(group.held, tensor.numel()))
+        for group in self.frozen_groups():
+            yield from (group.master[start:stop] for start, stop in gaps(group.held, group.master.numel()))
+
+    def gradients(self, i: int) -> Callable[[MasterSlice], Tensor]:
+        gradient_of_id = getattr(self.optimizer, GRADIENT_OF_ID)
+        return lambda held: gradient_of_id[self.parameters[held.name].ds_id][: held.numel]
+
+    def has_pending_gradients(self) -> bool:
+        # Gradients lie in a buffer that stays allocated, so it tells nothing. DeepSpeed's list of what was reduced
+        # since the last step does.
+        optimizer = self.optimizer
+        in_buckets = any(bucket.params for bucket in optimizer.ipg_buckets.values())
+        in_parameters = any(param.grad is not None for param in self.parameters.values())
+        return bool(optimizer._offload_boundary_param_ids) or in_buckets or in_parameters
+
+    # -- resizing
+
+    def resize(self, plan: ResizePlan) -> int:
+        index_of = self.index_by_parameter(plan)
+        self._release_parameters()
+        moves = {
+            param: FlatMove.plan(self.layout(param), [index_of.get(param, {})], self.num_ranks)
+            for param in self.parameters.values()
+        }
+        self._drop_gradients()
+        bytes_moved = self._move_masters(moves) + self._move_states(moves) + self._move_frozen(moves)
+        for param, move in moves.items():
+            _describe(param, move)
+        for i, params in enumerate(self.optimizer.fp16_groups):
+            self.optimizer.fp16_partitioned_groups_flat_numel[i] = self.masters()[i].numel()
+            self.optimizer.groups_padding[i] = [self.padding_size(param) for param in params]
+        self._rebuild_gradients()
+        return bytes_moved + self._gather_persistent()
+
+    def _release_parameters(self) -> None:
+        """Back to shares alone: nothing gathered, nothing on its way, also no small parameters that usually stay."""
+        self.optimizer.parameter_offload.partition_all_parameters()
+
+    def _gather_persistent(self) -> int:
+        """As after a step: parameters below DeepSpeed's threshold stay gathered. Returns bytes sent over all ranks."""
+        params = self.optimizer.persistent_parameters
+        if not params:
+            return 0
+        params[0].all_gather(params)
+        return sum(full_numel(param) * param.element_size() for param in params) * (self.num_ranks - 1)
+
+    def _drop_gradients(self) -> None:
+        optimizer = self.optimizer
+        optimizer.grad_partitions_flat_buffer = None
+        getattr(optimizer, GRADIENT_OF_ID).clear()
+        optimizer.averaged_gradients.clear()
+        for master in self.masters():
+            master.grad = None
+
+    def _move_masters(self, moves: Moves) -> int:
+        """Masters, and the weights that the model computes with. Returns bytes sent, over all ranks."""
+        shared = self.masters_are_weights()
+        targets = self._allocate_weights(moves) if shared else self._drop_weights()
+        bytes_moved = 0
+        for i, target in enumerate(targets):
+            master, own = self.masters()[i], [moves[param] for param in self.params(i)]
+            if target is None:
+                target = torch.zeros(_numel_after(own), dtype=master.dtype, device=master.device)
+            bytes_moved += self._move(master.detach(), target, own)
+            old, master.data = master.detach(), target
+            if shared:
+                self._bind(i, target, own)
+            free(old)
+        if not shared:
+            # Not moved themselves: they are the rounded masters, before and after every step.
+            for i, weights in enumerate(self._allocate_weights(moves)):
+                weights.copy_(self.masters()[i])
+                self.optimizer.fp16_partitioned_groups_flat[i] = weights
+                self._bind(i, weights, [moves[param] for param in self.params(i)])
+        return bytes_moved
+
+    def _drop_weights(self) -> list[None]:
+        """Free the shares of the model's weights, where the masters are a copy of their own."""
+        optimizer = self.optimizer
+        for param in (param for params in optimizer.fp16_groups for param in params):
+            param.ds_tensor.data = param.ds_tensor.new_empty(0)
+        optimizer.lp_param_buffer = None
+        optimizer.fp16_partitioned_groups_flat[:] = [None] * len(self.masters())
+        return [None] * len(self.masters())
+
+    def _allocate_weights(self, moves: Moves) -> list[Tensor]:
+        """One new buffer for the shares of all groups, as DeepSpeed makes it. Returns the part of each group."""
+        sizes = [_numel_after([moves[param] for param in params]) for params in self.optimizer.fp16_groups]
+        share = self.params(0)[0].ds_tensor
+        self.optimizer.lp_param_buffer = torch.zeros(sum(sizes), dtype=share.dtype, device=share.device)
+        return list(self.optimizer.lp_param_buffer.split(sizes))
+
+    def _bind(self, i: int, flat: Tensor, moves: list[FlatMove]) -> None:
+        """The shares of group `i` become views of its part of the buffer."""
+        views = flat.detach().split([move.new.partition_numel for move in moves])
+        for param, view in zip(self.params(i), views, strict=True):
+            param.ds_tensor.data = view
+
+    def _move_states(self, moves: Moves) -> int:
+        bytes_moved = 0
+        for i, group in enumerate(self.groups()):
+            own = [moves[param] for param in self.params(i)]
+            for key, value in group.state.items():
+                # Not `per_element`: the masters have their new length already.
+                if torch.is_tensor(value) and value.ndim == 1 and value.numel() == _numel_before(own):
+                    group.state[key] = torch.zeros(_numel_after(own), dtype=value.dtype, device=value.device)
+                    bytes_moved += self._move(value, group.state[key], own)
+                    free(value)
+        return bytes_moved
+
+    def _move_frozen(self, moves: Moves) -> int:
+        bytes_moved = 0
+        for param in self.frozen():
+            old, move = param.ds_tensor.detach(), moves[param]
+            param.ds_tensor.data = old.new_zeros(move.new.partition_numel)
+            bytes_moved += self._move(old, param.ds_tensor.detach(), [move])
+        return bytes_moved
+
+    def _move(self, old: Tensor, new: Tensor, moves: list[FlatMove]) -> int:
+        olds = old.split([move.old.partition_numel for move in moves])
+        news = new.split([move.new.partition_numel for move in moves])
+        move_partitions(olds, news, moves, self.rank, self.process_group, self.device)
+        return sum(move.crossing_numel() for move in moves) * old.element_size()
+
+    def _rebuild_gradients(self) -> None:
+        """Buffers and maps of reduced gradients, as the wrapper's constructor makes them."""
+        optimizer = self.optimizer
+        params = [param for group in optimizer.fp16_groups for param in group]
+        sizes = [param.ds_tensor.ds_numel for param in params]
+        dtype = optimizer.gradient_accumulation_dtype
+        flat = self._pin(torch.zeros(sum(sizes), dtype=dtype, device=optimizer.device))
+        optimizer.grad_partitions_flat_buffer = flat
+        gradient_of_id = getattr(optimizer, GRADIENT_OF_ID)
+        gradient_of_id.update(zip((param.ds_id for param in params), flat.split(sizes), strict=True))
+        optimizer.set_grad_positions()
+        if optimizer.offload_optimizer:
+            for master in self.masters():
+                master.grad = self._pin(torch.zeros_like(master, requires_grad=False))
+
+    def padding_size(self, param: nn.Parameter) -> int:
+        """What DeepSpeed notes down: the padding of the whole parameter, on the last rank."""
+        return -full_numel(param) % self.num_ranks if self.rank == self.num_ranks - 1 else 0
+
+    def weights_from_masters(self) -> None:
+        self._release_parameters()
+        if not self.masters_are_weights():
+            for flat, master in zip(self.optimizer.fp16_partitioned_groups_flat, self.masters(), strict=True):
+                flat.copy_(master)
+        self._gather_persistent()
+
+    def check_layout(self) -> None:
+        check_books(self)
+
+    def _pin(self, tensor: Tensor) -> Tensor:
+        return _accelerator().pin_memory(tensor) if self.optimizer.offload_optimizer_pin_memory else tensor
+
+
+def _describe(param: nn.Parameter, move: FlatMove) -> None:
+    """What DeepSpeed knows of a parameter; its data is empty until the next gathering."""
+    (shape,) = move.new.shapes
+    param.ds_shape, param.ds_numel = torch.Size(shape), move.new.end
+    param.ds_numel_aligned, param.ds_tensor.ds_numel = move.new.numel, move.new.partition_numel
+    set_param_data(param, torch.empty(0, dtype=param.dtype, device=param.device))
+
+
+def _numel_before(moves: list[FlatMove]) -> int:
+    return sum(move.old.partition_numel for move in moves)
+
+
+def _numel_after(moves: list[FlatMove]) -> int:
+    return sum(move.new.partition_numel for move in moves)
+
+
+def _accelerator():
+    from deepspeed.accelerator import get_accelerator  # heavy, and loaded: an engine exists
+
+    return get_accelerator()

@@ -1,0 +1,154 @@
+"""The main job: materials -> teacher correction -> distillation -> controls -> result table and report."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from homodistil.config.schema import RunConfig
+from homodistil.config.students import check_stage
+from homodistil.distill.runtime import check_teacher_runtime
+from homodistil.distill.student_compile import check_student_compile
+from homodistil.distill.teacher_sharding import num_parameters
+from homodistil.distributed import graceful_stop, groups, rank_log, ranks, watchdog
+from homodistil.distributed.fault_injection import fault_point
+from homodistil.engine.build import init_ranks, load_engine_config, resolve_engine_config, teacher_dtype
+from homodistil.engine.optimizer import check_implementation
+from homodistil.export.model_card import complete_cards
+from homodistil.metrics.progress import doing
+from homodistil.metrics.result_table import format_table, write_result
+from homodistil.planning.save_plan import keep_plan
+from homodistil.report import write_report
+from homodistil.report.milestones import family_text
+from homodistil.training.control_runs import controls
+from homodistil.training.inputs import check_teacher, prepare_inputs
+from homodistil.training.milestone_exports import family_rows, read_family
+from homodistil.training.multi_student import student_runs, train_together
+from homodistil.training.run import DistillationRun, result_row
+from homodistil.training.run_folder import check_run_folders, claim_run_folder
+from homodistil.training.startup_report import StartReport
+from homodistil.training.teacher_correction import corrected
+
+
+def run(config: RunConfig, engine_config_path: Path, students: Sequence[RunConfig] = ()) -> list[dict]:
+    """Everything from raw text to the result table. Every rank calls it; returns the table's rows.
+
+    The ranks stay joined, so that this process may call it again.
+
+    Args:
+        students: several instead of the one of `config` (config/students.py).
+    """
+    report = StartReport()
+    raw_engine_config = load_engine_config(engine_config_path)
+    with report.part("joining"), doing("waiting for all ranks"):
+        device = init_ranks(config.run.rank_timeout_s)
+    with (
+        graceful_stop.on_signals(f"run it again with run.resume=auto to go on{graceful_stop.go_on_with()}"),
+        watchdog.watching(config.run.rank_timeout_s),
+    ):
+        return _run(config, raw_engine_config, device, students, report)
+
+
+def _run(
+    config: RunConfig,
+    raw_engine_config: dict,
+    device: torch.device,
+    students: Sequence[RunConfig],
+    report: StartReport,
+) -> list[dict]:
+    engine_config = resolve_engine_config(raw_engine_config, config, ranks.world_size())
+    teacher_dtype(config.teacher.dtype, engine_config, device)
+    for one in (config, *students):
+        check_implementation(one.optimizer.implementation)
+        check_teacher_runtime(one, device)
+        check_student_compile(one, engine_config, device)
+    if students:
+        check_stage(engine_config)
+    folder, *own_folders = ranks.on_rank_zero(lambda: check_run_folders(config, students))
+    what = "preparing teacher and data"
+    with watchdog.long_phase(what), report.part("teacher and data"), doing(what):
+        for student in students:
+            check_teacher(student)
+        fault_point("start.materials")
+        run_inputs = prepare_inputs(config, device, own_folders or [folder], students)
+    # Claimed only now: whatever the user had to fix until here, the folder is still free.
+    for path, one in zip((folder, *own_folders), (config, *students), strict=True):
+        ranks.on_rank_zero(lambda path=path, one=one: claim_run_folder(path, one, engine_config))
+    num_machines = len(set(groups.machine_groups()))
+    if not students:
+        sizes = (ranks.world_size(), num_machines)
+        ranks.on_rank_zero(lambda: keep_plan(Path(folder), config, raw_engine_config, *sizes))
+    if config.run.rank_logs:
+        rank_log.keep_in(Path(folder) / "logs")
+    with report.part("teacher's correction"):
+        run_inputs, correction = corrected(config, engine_config, run_inputs, folder)
+    if ranks.rank() == 0:
+        print(report.line(ranks.world_size(), num_machines, engine_config), flush=True)
+    command = shlex.join([Path(sys.executable).name, *sys.argv])
+    if students:
+        with doing("loading teacher and students"):
+            runs = student_runs(students, own_folders, engine_config, run_inputs, command)
+        rows = _train_students(runs, folder, correction)
+    else:
+        with doing("loading teacher and student"):
+            one = DistillationRun(config, engine_config, run_inputs, folder, command)
+        rows = _train_one(one, correction)
+    ranks.on_rank_zero(lambda: _conclude(folder, rows))
+    return rows
+
+
+def _train_one(run: DistillationRun, correction: dict) -> list[dict]:
+    row = run.run()
+    return [_teacher_row(run, correction), *_student_rows(run, row | {"name": "homodistil"})]
+
+
+def _train_students(runs: Sequence[DistillationRun], folder: Path, correction: dict) -> list[dict]:
+    """Of one job. Each gets its own table and report beside the job's (in `folder`)."""
+    found = train_together(runs, folder)
+    teacher, rows = _teacher_row(runs[0], correction), []
+    for run, row in zip(runs, found, strict=True):
+        own = _student_rows(run, row)
+        ranks.on_rank_zero(lambda run=run, own=own: _store(run.folder, [teacher, *own]))
+        name = run.config.run.name
+        rows += [r | {"student": name, "name": r["name"] if name in r["name"] else f"{name}: {r['name']}"} for r in own]
+    return [teacher, *rows]
+
+
+def _student_rows(run: DistillationRun, row: dict) -> list[dict]:
+    """Of a student that is trained, of its family, and of its controls, which are trained now."""
+    members = ranks.on_rank_zero(lambda: read_family(run.folder))
+    rows = family_rows(row, members, run.config.train.steps)
+    for control in controls(run.config, members):
+        folder = run.folder / "compare" / control.name
+        found = DistillationRun(control.config, run.engine_config, run.run_inputs, folder, run.exporter.command).run()
+        rows.append(found | {"name": control.label} | control.facts)
+    return rows
+
+
+def _teacher_row(run: DistillationRun, correction: dict) -> dict:
+    parameters = num_parameters(run.teacher.model)
+    row = result_row("teacher", parameters, run.teacher_widths["hidden"], run.evaluate_teacher())
+    if run.config.run.export_milestones:
+        with doing("timing the teacher"):
+            row |= ranks.on_rank_zero(run.exporter.teacher_speed)
+    row |= {name: correction.get(name) for name in ("tokens_per_s_first", "tokens_per_s_last")}
+    if correction:
+        row["heldout_mlm_loss_before_correction"] = correction["before"]["mlm_loss"]
+    return row
+
+
+def _conclude(folder: Path, rows: list[dict]) -> None:
+    with doing("writing the report"):
+        path, report = _store(folder, rows)
+    tables = "\n\n".join(filter(None, (format_table(rows), family_text(rows))))
+    print(f"\n{tables}\n\nresult: {path}\nreport: {report}", flush=True)
+
+
+def _store(folder: Path, rows: list[dict]) -> tuple[Path, Path]:
+    """Result and report of one run folder; its model cards now know the teacher's results."""
+    complete_cards(folder, rows[0])
+    return write_result(folder, rows), write_report(folder)

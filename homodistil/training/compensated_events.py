@@ -1,0 +1,148 @@
+"""Compensated events of a run: what they are calibrated on, whether the teacher bears a projection, and trials.
+
+student.py turns a keep into a proposal; here it gets plain copies of the live student, training text of the
+moment and the run's settings. `Trainer.resize` brings the proposal to the engine.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from homodistil.config.schema import RunConfig
+from homodistil.data.masked_lm import Batch
+from homodistil.data.prefetch import mean_counts
+from homodistil.distill.student import Student
+from homodistil.distributed import ranks
+from homodistil.models.axes import Keep
+from homodistil.pruning.compensation import Options, rotation_only
+from homodistil.pruning.compensation.student import EventChange, carry_out, propose
+from homodistil.training.inputs import RunInputs
+
+HeldOutLoss = Callable[[Student], float]
+"""Plain student -> held-out MLM loss (nats), the same on every rank."""
+
+
+class Compensation:
+    """Args:
+    hidden: residual dims of the teacher.
+    """
+
+    def __init__(self, config: RunConfig, run_inputs: RunInputs, hidden: int) -> None:
+        self.config, self.run_inputs, self._hidden = config, run_inputs, hidden
+        calibration, self.num_sequences = calibration_config(config, ranks.world_size())
+        self._loader = run_inputs.loader(calibration, config.train.seed)
+
+    def batches(self, consumed_samples: int) -> list[Batch]:
+        """This rank's calibration micro-batches: of what comes next in training, masked as it will be there."""
+        batches, device = self._loader[consumed_samples], self.run_inputs.device
+        counts = mean_counts(batches, device)
+        return [batch._replace(counts=counts).to(device) for batch in batches]
+
+    def propose(self, student: Student, keep: Keep, consumed_samples: int, fixed: Tensor | None) -> EventChange:
+        """See `events.propose`.
+
+        Args:
+            fixed: as dims of the teacher; None: nothing is rotated, whatever pruning.compensation says (`refit`).
+        """
+        options = self._options(consumed_samples)
+        if fixed is None:
+            options, fixed = dataclasses.replace(options, mode="refit"), torch.empty(0, dtype=torch.int64)
+        elif student.widths["hidden"] < self._hidden:  # an event has brought them to the front
+            fixed = torch.arange(len(fixed))
+        start_s = time.perf_counter()
+        found = propose(student, keep, self.batches(consumed_samples), options, fixed)
+        report = {
+            "variance_lost": found.report["lost"],
+            "milliseconds_compensate": (time.perf_counter() - start_s) * 1e3,
+        }
+        return dataclasses.replace(found, report=report)
+
+    def cut(
+        self, student: Student, keep: Keep, consumed_samples: int, fixed: Tensor | None, dtype: torch.dtype
+    ) -> Student:
+        """What the event would leave of a plain fp32 student, computing in `dtype`. The student is used up."""
+        carry_out(student, self.propose(student, keep, consumed_samples, fixed))
+        return student.to(dtype)
+
+    def allowed_fixed_dims(self, student: Student, protected: Tensor, loss: HeldOutLoss) -> Tensor | None:
+        """The check before step 0 of compensation=full: dims that must stay coordinates, none or `protected`; None
+        where a rotation costs too much even with `protected` left out, so that events may only refit.
+
+        A LayerNorm's weights do not commute with a rotation. Where they differ much between dims, rotating alone
+        costs more than it can win. The teacher as it came does not tell what it will cost after the correction (four
+        with ever more uneven LayerNorms: KL between rotated and not .15 to .16 before, rises of .07 to .20 after), so
+        this looks at the corrected one, and refuses nothing.
+
+        Args:
+            student: plain, at the teacher's widths; not changed.
+            protected: what protect_outliers names.
+        """
+        limit, before = self.config.pruning.compensation_limit, loss(student)
+        rises: list[float] = []
+        for fixed in [protected[:0]] + ([protected] if len(protected) else []):
+            rises.append(self._rotated_loss(student, fixed, loss) - before)
+            if rises[-1] <= limit:
+                self._tell(before, rises, limit, fixed)
+                return fixed
+        self._tell(before, rises, limit, None)
+        return None
+
+    def _rotated_loss(self, student: Student, fixed: Tensor, loss: HeldOutLoss) -> float:
+        table, options = student.family.axis_table(student.model), self._options(0)
+        rotated = rotation_only(student.model, student.family, table, self.batches(0), options, fixed)
+        return loss(Student(rotated, student.objective.config, distil=False))
+
+    def _tell(self, before: float, rises: list[float], limit: float, fixed: Tensor | None) -> None:
+        if ranks.rank() == 0:
+            found = ", then ".join(f"{rise:+.3f}" for rise in rises)
+            print(
+                f"rotation at full width: held-out loss {before:.3f}, {found} (limit {limit:g}){_outcome(fixed)}",
+                flush=True,
+            )
+
+    def _options(self, consumed_samples: int) -> Options:
+        pruning, train = self.config.pruning, self.config.train
+        seed = train.seed * 1_000_003 + consumed_samples // train.global_batch_size
+        return Options(mode=pruning.compensation, ridge=pruning.compensation_ridge, seed=seed)
+
+
+def _outcome(fixed: Tensor | None) -> str:
+    if fixed is None:
+        return (
+            "; too much for this teacher, so events are compensated as with pruning.compensation=refit (to rotate all "
+            "the same, raise pruning.compensation_limit, or lower pruning.protect_outliers: more dims then stay)"
+        )
+    return f"; with residual dims {', '.join(map(str, fixed.tolist()))} kept as they are" if len(fixed) else ""
+
+
+class CalibrationConfig(NamedTuple):
+    config: RunConfig
+    num_sequences: int
+
+
+def calibration_config(config: RunConfig, num_ranks: int) -> CalibrationConfig:
+    """The run's config with steps of `pruning.compensation_sequences`, rounded up so that ranks share them evenly."""
+    share = -(-config.pruning.compensation_sequences // num_ranks)
+    micro_batch = min(share, config.train.micro_batch_size)
+    num_sequences = -(-share // micro_batch) * micro_batch * num_ranks
+    train = dataclasses.replace(config.train, global_batch_size=num_sequences, micro_batch_size=micro_batch)
+    return CalibrationConfig(dataclasses.replace(config, train=train), num_sequences)
+
+
+def stage_widths(initial: dict[str, int], target: dict[str, int], num_stages: int) -> list[dict[str, int]]:
+    """Widths after each of `num_stages` cuts of (nearly) equal ratio; axes that a cut leaves alone are absent."""
+    stages, now = [], dict(initial)
+    for stage in range(1, num_stages + 1):
+        share = stage / num_stages
+        exact = {axis: initial[axis] ** (1 - share) * width**share for axis, width in target.items()}
+        wanted = {axis: max(target[axis], round(width)) for axis, width in exact.items()}
+        due = {axis: width for axis, width in wanted.items() if width < now[axis]}
+        now |= due
+        stages.append(due)
+    return [due for due in stages if due]

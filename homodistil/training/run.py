@@ -1,0 +1,253 @@
+"""One student from one teacher: put the parts together, train, export, evaluate. Also the one-shot control."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from homodistil.checkpoint import Checkpoints
+from homodistil.checkpoint.checkpoints import Found
+from homodistil.config.schema import RunConfig
+from homodistil.data.prepare.integrity import json_object
+from homodistil.distill.build_student import build_student
+from homodistil.distill.losses.relations import relation_layer
+from homodistil.distill.student import Student
+from homodistil.distill.student_compile import CompiledLayers
+from homodistil.distill.teacher import Teacher, build_teacher, load_config
+from homodistil.distributed import ranks
+from homodistil.engine.build import build_engine, student_dtype, teacher_dtype
+from homodistil.evaluation.gap_probe import PROBE_SEQUENCES, GapProbe
+from homodistil.evaluation.heldout import evaluate
+from homodistil.files import write_atomically, writing
+from homodistil.metrics.progress import doing
+from homodistil.metrics.recorder import METRICS_FILE, Recorder, read_lines
+from homodistil.metrics.result_table import ROW_FILE
+from homodistil.models import family_of
+from homodistil.models.activations import show_values
+from homodistil.resize import check_supported
+from homodistil.training.exporter import Exporter
+from homodistil.training.fingerprints import check_same
+from homodistil.training.inputs import PERIODIC_EVALUATION_SEQUENCES, RunInputs, teacher_copy
+from homodistil.training.micro_batch import MicroBatchPolicy, fit_micro_batch, with_micro_batch
+from homodistil.training.milestone_exports import Family
+from homodistil.training.shrinking import Shrinker
+from homodistil.training.step_logger import StepLogger, run_recorder, speeds
+from homodistil.training.trainer import Trainer, TrainState
+
+
+class DistillationRun:
+    """A run folder's worth of work: checkpoints, metrics, export and the row of the result table.
+
+    Args:
+        engine_config: from `resolve_engine_config`.
+        folder: run folder; a checkpoint found in it is gone on from.
+        command: for the model card.
+        teacher_of: another student's run, whose teacher this one learns from as well.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        engine_config: dict,
+        run_inputs: RunInputs,
+        folder: Path,
+        command: str,
+        teacher_of: DistillationRun | None = None,
+    ) -> None:
+        self.config, self.engine_config, self.run_inputs = config, engine_config, run_inputs
+        self.folder = folder
+        device, dtype = run_inputs.device, teacher_dtype(config.teacher.dtype, engine_config, run_inputs.device)
+        if teacher_of is not None:
+            self.teacher_widths, self.teacher = teacher_of.teacher_widths, teacher_of.teacher
+        else:
+            self.teacher_widths, self.teacher = self._build_teacher(device, dtype)
+        load = functools.partial(teacher_copy, run_inputs, torch.float32, config.student.dropout)
+        self.student = build_student(config, load_config(run_inputs.teacher), load).to(device)
+        self.initial_widths = self.student.widths
+        self.micro_batch = MicroBatchPolicy(config, engine_config, self.student, dtype, ranks.world_size())
+        self.gap = GapProbe(self.student, self.teacher, self._probe(), device)
+        parts = (self.student, self.teacher, self.gap, self.teacher_widths)
+        self.shrinker = Shrinker(config, run_inputs, *parts, self._heldout_loss)
+        self.pruner = self.shrinker.pruner
+        self.exporter = Exporter(config, run_inputs, self.student, self.teacher_widths, command)
+        self.family = Family(config, folder, self.exporter, self._row)
+        layout = {"ranks": ranks.world_size(), "zero_optimization.stage": _stage(engine_config)}
+        layout["precision"] = str(student_dtype(engine_config))
+        inputs = run_inputs.fingerprints, run_inputs.require_intact
+        self.checkpoints = Checkpoints(folder / "checkpoints", config, layout, *inputs)
+
+    def run(self) -> dict:
+        """Train to the end (from the last checkpoint if there is one), export and evaluate. Returns the row."""
+        if row := self.finished_row():
+            return row
+        with self.training() as trainer:
+            trainer.train()
+            return self.finish(trainer)
+
+    def finished_row(self) -> dict | None:
+        """The row, where all of this has been done before; one that cannot be read is made again."""
+        path = self.folder / ROW_FILE
+        return ranks.on_rank_zero(lambda: _read_row(path))
+
+    @contextlib.contextmanager
+    def training(self) -> Iterator[Trainer]:
+        """A trainer that goes on from the last checkpoint if there is one; inside, its recorder is open."""
+        with doing("looking through the checkpoints"):
+            found = self.checkpoints.load()
+        check_same(self.folder, found.run.get("fingerprints") if found else None, self.run_inputs.fingerprints)
+        start = self._restore_shape(found.state) if found else TrainState()
+        with run_recorder(self.folder, self.config, start.step, _num_lines(found)) as recorder:
+            if found:
+                self._say_where(found)
+            else:
+                with doing("measuring the student before step 1"):
+                    recorder.log_evaluation(0, self._gap_values())
+                    self.shrinker.before_training(recorder)
+            yield self.build_trainer(recorder, start, found)
+
+    def _say_where(self, found: Found) -> None:
+        if ranks.rank() == 0:
+            print(f"resumed from step {found.state['step']} (checkpoint {found.folder})", flush=True)
+
+    def build_trainer(self, recorder: Recorder, start: TrainState, found: Found | None = None) -> Trainer:
+        """The live engine around the student, and the loop. `found`: whose values the engine takes over."""
+        config = self.config
+        micro_batch = self.micro_batch(self.student.widths)
+        engine_config = with_micro_batch(self.engine_config, micro_batch, ranks.world_size())
+        copies = self.shrinker.plain_copies()
+        with doing("building DeepSpeed's engine, and trying a resize of it"):
+            engine = build_engine(self.student, config, engine_config)
+        if config.student.compile:
+            CompiledLayers(self.student.family.layers(self.student.model), self.pruner.schedule.num_events)
+        if found:
+            with doing(f"reading {found.folder}"):
+                self.checkpoints.restore(engine, found)
+                check_supported(engine)  # what was loaded is laid out as resizing expects
+        trainer = self._trainer(engine, recorder, start)
+        if copies:
+            self.shrinker.attach(trainer, copies, student_dtype(self.engine_config))
+        return trainer
+
+    # -- parts
+
+    def _probe(self):
+        share = -(-PROBE_SEQUENCES // ranks.world_size())
+        return list(self.run_inputs.heldout(self.config, PROBE_SEQUENCES, batch_size=share))
+
+    def _build_teacher(self, device: torch.device, dtype: torch.dtype) -> tuple[dict[str, int], Teacher]:
+        """Its widths, and the teacher: a runtime may replace the layers that widths are read from."""
+        config, model = self.config, teacher_copy(self.run_inputs, dtype)
+        family = family_of(model.config.model_type)
+        widths = family.axis_table(model).widths
+        if config.loss.relations > 0:
+            show_values(model, family, relation_layer(config.loss, model.config.num_hidden_layers))
+        return widths, build_teacher(model, config.teacher, device, dtype)
+
+    def _heldout_loss(self, student: Student) -> float:
+        batches = self.run_inputs.heldout(self.config, PERIODIC_EVALUATION_SEQUENCES)
+        return evaluate(student.predict, None, batches, self.run_inputs.device)["mlm_loss"]
+
+    def _trainer(self, engine, recorder, start: TrainState) -> Trainer:
+        config, run_inputs = self.config, self.run_inputs
+        dtype = student_dtype(self.engine_config)
+        with doing("measuring this machine's peak"):
+            step_log = StepLogger(config, recorder, self.student, self.teacher_widths, run_inputs.device, dtype)
+        if ranks.rank() == 0:
+            print(f"MFU refers to {step_log.peak.flops_per_s / 1e9:,.0f} GFLOP/s a rank ({step_log.peak.source})")
+        prefetcher = run_inputs.prefetcher(config, config.train.seed)
+        prefetcher.set_micro_batch_size(engine.train_micro_batch_size_per_gpu())
+        return Trainer(
+            config=config,
+            engine=engine,
+            teacher=self.teacher if self.student.objective.needs_teacher else None,
+            pruner=self.pruner,
+            prefetcher=prefetcher,
+            step_log=step_log,
+            checkpoints=self.checkpoints,
+            gap=self.gap,
+            evaluate=lambda: self.evaluate(PERIODIC_EVALUATION_SEQUENCES) | self._gap_values(),
+            fit_micro_batch=functools.partial(fit_micro_batch, self.micro_batch, engine, prefetcher),
+            export_milestone=self.family.export if config.run.export_milestones else None,
+            state=start,
+        )
+
+    def _restore_shape(self, state: dict) -> TrainState:
+        self.shrinker.restore(state)
+        return TrainState(state["step"], state["consumed_samples"])
+
+    # -- results
+
+    def evaluate(self, limit: int | None = None) -> dict[str, float]:
+        """Held-out results of the student on the first `limit` blocks (None: all)."""
+        batches = self.run_inputs.heldout(self.config, limit)
+        return evaluate(self.student.predict, self.teacher.predict, batches, self.run_inputs.device)
+
+    def evaluate_teacher(self) -> dict[str, float]:
+        """The same for the teacher itself, all blocks."""
+        with doing("evaluating the teacher on held-out text"):
+            found = evaluate(self.teacher.predict, None, self.run_inputs.heldout(self.config), self.run_inputs.device)
+        return found | {"kl_to_teacher": 0.0}
+
+    def _gap_values(self) -> dict[str, float]:
+        return {f"gap/{name}": value for name, value in self.gap.measure().items()}
+
+    def finish(self, trainer: Trainer) -> dict:
+        """Export and evaluate what has been trained. Returns the row, which is then on disk."""
+        engine, recorder = trainer.engine, trainer.step_log.recorder
+        with doing("evaluating the student on held-out text"):
+            found = self.evaluate()
+        recorder.log_evaluation(self.config.train.steps, found | self._gap_values())
+        row = self._row(found)
+        with doing("exporting the student"):
+            self.exporter.export(engine, self.folder / "export", row)
+        engine.destroy()
+        row |= self.shrinker.summary()
+        row |= ranks.on_rank_zero(lambda: speeds(read_lines(self.folder / METRICS_FILE)))
+        ranks.on_rank_zero(lambda: self._write_row(row))
+        return row
+
+    def _row(self, found: dict[str, float] | None = None) -> dict:
+        """The student of now as a row of the result table. `found`: its held-out results, if they are there already."""
+        name, parameters = self.config.run.name, self.student.num_parameters()
+        return result_row(name, parameters, self.student.widths["hidden"], found or self.evaluate())
+
+    def _write_row(self, row: dict) -> None:
+        with writing(self.folder / ROW_FILE):
+            write_atomically(self.folder / ROW_FILE, json.dumps(row) + "\n")
+
+
+def result_row(name: str, parameters: int, hidden_size: int, found: dict[str, float]) -> dict:
+    """A row of the result table from held-out results."""
+    return {
+        "name": name,
+        "parameters": parameters,
+        "hidden_size": hidden_size,
+        "heldout_mlm_loss": found["mlm_loss"],
+        "masked_top1": found["masked_top1"],
+        "kl_to_teacher": found["kl_to_teacher"],
+    }
+
+
+def _read_row(path: Path) -> dict | None:
+    if not path.is_file():
+        return None
+    try:
+        return json_object(path)
+    except ValueError as error:
+        print(f"warning: {path} is damaged ({error}); made again", file=sys.stderr, flush=True)
+        return None
+
+
+def _num_lines(found: Found | None) -> dict[str, int] | None:
+    """Lines of each log, as the checkpoint knows them; checkpoints of before did not."""
+    return found.state.get("num_lines") if found else None
+
+
+def _stage(engine_config: dict) -> int:
+    return engine_config.get("zero_optimization", {}).get("stage", 0)

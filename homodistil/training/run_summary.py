@@ -1,0 +1,66 @@
+"""What a run will make, in four lines: target, parameters, losses, schedule. Known before anything is paid for."""
+
+from __future__ import annotations
+
+import torch
+from transformers import PretrainedConfig
+
+from homodistil.config.schema import RunConfig
+from homodistil.distill.layer_map import num_student_layers
+from homodistil.distill.objective import Objective
+from homodistil.distill.teacher_sharding import num_parameters
+from homodistil.models import family_of
+from homodistil.models.axes import Widths
+from homodistil.models.shapes import student_widths
+from homodistil.pruning.gap_schedule import GapSchedule
+from homodistil.pruning.pruner import width_schedule
+from homodistil.pruning.schedule import WidthSchedule
+
+
+def run_summary(config: RunConfig, teacher: PretrainedConfig) -> dict[str, str]:
+    """Subject -> what is known of it: student, parameters, losses, pruning.
+
+    Args:
+        teacher: its configuration.
+
+    Raises:
+        UserError: no target, or one that cannot be cut from this teacher in the steps there are.
+    """
+    family = family_of(teacher.model_type)
+    with torch.device("meta"):
+        model = family.empty_model(teacher)
+    widths = family.axis_table(model).widths
+    initial, target = student_widths(config.student, widths)
+    schedule = width_schedule(config, widths, initial, target)
+    if config.pruning.schedule == "none":
+        target = initial
+    layers = num_student_layers(config.student, teacher.num_hidden_layers)
+    with torch.device("meta"):
+        student = family.empty_model(family.student_config(teacher, target))
+    start = "fresh weights" if config.student.init == "random" else f"from a copy of {config.teacher.name}"
+    before, after = num_parameters(model), num_parameters(student)
+    weights = Objective(config.loss).weights
+    depth = f"{layers} layer{'s' if layers > 1 else ''}"
+    return {
+        "student": f"{depth}, hidden {target['hidden']}, ffn {target['layer.0.ffn']}, "
+        f"{target['layer.0.heads']} heads of {target['layer.0.qk_dim']}; {start}",
+        "parameters": f"{before:,} (teacher) -> {after:,} ({after / before:.0%})",
+        "losses": ", ".join(f"{name} x {weight:g}" for name, weight in weights.items()),
+        "pruning": _pruning(config, schedule, initial, target),
+    }
+
+
+def _pruning(config: RunConfig, schedule: WidthSchedule | GapSchedule, initial: Widths, target: Widths) -> str:
+    pruning, steps = config.pruning, config.train.steps
+    if all(initial[axis] == width for axis, width in target.items()):
+        return f"nothing is cut in {steps} steps"
+    if isinstance(schedule, GapSchedule):
+        when = f"as fast as pruning.gap_bound={pruning.gap_bound:g} allows, by step {schedule.end_step} at the latest"
+    elif pruning.schedule == "one_shot":
+        when = "all before step 1" + (f", in {pruning.one_shot_stages} stages" if pruning.one_shot_stages > 1 else "")
+    else:
+        when = (
+            f"{schedule.num_events} events in steps {min(schedule.table)} to {max(schedule.table)}, "
+            f"{pruning.interval_steps} steps apart or more"
+        )
+    return f"{pruning.schedule}, {when} (of {steps}); compensation {pruning.compensation}"

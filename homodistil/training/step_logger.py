@@ -1,0 +1,221 @@
+"""From what a step leaves behind to what is logged: means over ranks, speed, widths, memory; and the finite check.
+
+A step that is not logged leaves tensors behind and is not waited for. A logged one brings all of them from the device
+in one transfer, behind one all-reduce.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Mapping
+from itertools import groupby
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from homodistil.config.schema import RunConfig
+from homodistil.data.masked_lm import Batch, LossCounts
+from homodistil.distill.objective import LossTerms
+from homodistil.distill.student import Student
+from homodistil.distributed import ranks
+from homodistil.errors import CheckFailed
+from homodistil.metrics.device_peak import peak_flops
+from homodistil.metrics.recorder import Recorder, StepTimer, memory_bytes
+from homodistil.models.axes import Widths
+from homodistil.models.flops import step_flops
+from homodistil.resize import step_applied
+from homodistil.training.loss_balance import Balance
+
+
+class _Step(NamedTuple):
+    """An optimizer step that waits to be logged."""
+
+    num_batches: int
+    """Micro-batches over all ranks."""
+    counts: LossCounts
+    """Of a micro-batch, on the device."""
+    widths: Widths
+
+
+class _Read(NamedTuple):
+    """What a logged step brings to the host."""
+
+    losses: dict[str, float]
+    target_rows: list[float]
+    """Over the whole global batch, for each step since the last logged one."""
+    tokens: list[float]
+    grad_norm: float | None
+    data_wait_s: float
+
+
+class StepLogger:
+    """Collects the micro-batches of a step and writes every `train.log_every_steps`-th.
+
+    Args:
+        recorder: writes on rank 0, silent elsewhere.
+        teacher_widths: for the FLOPs; the student's own widths when there is no teacher.
+        vocab_size: rows of the decoder.
+        dtype: the engine's, for the peak that the MFU refers to.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        recorder: Recorder,
+        student: Student,
+        teacher_widths: dict[str, int],
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self.config, self.recorder, self.student = config, recorder, student
+        self.teacher_widths, self.device = teacher_widths, device
+        self.peak = peak_flops(device, dtype)
+        self._balance = Balance(config.run.name, student.objective.weights)
+        self.timer = StepTimer()
+        self._micro_batches: list[dict[str, Tensor]] = []
+        self._steps: list[_Step] = []
+        self._kept, self._widths, self._num_parameters = None, {}, 0
+        self._data_wait_s = 0.0
+
+    def add(self, terms: LossTerms) -> None:
+        self._micro_batches.append({"total": terms.total.detach(), **terms.terms})
+
+    def end_step(self, step: int, batches: list[Batch], engine, data_wait_s: float = 0.0) -> None:
+        """Count the step; log it when it is due. Every rank calls it.
+
+        Args:
+            data_wait_s: seconds that this rank has waited for data so far (`BatchPrefetcher.wait_s`).
+        """
+        self._note_widths()
+        self._steps.append(_Step(len(batches) * ranks.world_size(), batches[0].counts, self._widths))
+        if step % self.config.train.log_every_steps == 0 or step == self.config.train.steps:
+            self._log(step, engine, data_wait_s)
+            self._steps.clear()
+        self._micro_batches.clear()
+        self.recorder.advance(step)
+
+    def _note_widths(self) -> None:
+        """They change with a resize event alone, which gives the student another `kept`."""
+        if self._kept is not self.student.origins:
+            self._kept, self._widths = self.student.origins, self.student.widths
+            self._num_parameters = self.student.num_parameters()
+
+    def _log(self, step: int, engine, data_wait_s: float) -> None:
+        read = self._read(engine.get_global_grad_norm(), data_wait_s - self._data_wait_s)
+        self._data_wait_s = data_wait_s
+        require_finite(read.losses, step, self.config)
+        values = {"optim/lr": engine.get_lr()[0], "train/micro_batch_size": engine.train_micro_batch_size_per_gpu()}
+        values |= {} if read.grad_norm is None else {"optim/grad_norm": read.grad_norm}
+        shares = {f"share/{name}": share for name, share in self._balance.shares(read.losses).items()}
+        self.recorder.log_step(step, read.losses | shares | values | self._size() | self._speed(read))
+        self._tell_balance(step, read.losses)
+
+    def _tell_balance(self, step: int, losses: dict[str, float]) -> None:
+        if not self.recorder.enabled:
+            return
+        widths = self._steps[-1].widths
+        is_cut = any(width < self.teacher_widths[axis] for axis, width in widths.items())
+        for line in self._balance.lines(step, losses, widths["hidden"], is_cut):
+            tqdm.write(line)  # above a progress bar, where there is one
+        sys.stdout.flush()
+
+    def _read(self, grad_norm: float | Tensor | None, data_wait_s: float) -> _Read:
+        """Each term: mean over micro-batches and ranks, which is the mean over the global batch (see prefetch.py)."""
+        names = list(self._micro_batches[0])
+        terms = torch.stack([terms[name] for terms in self._micro_batches for name in names])
+        counts = [count for step in self._steps for count in (step.counts.target_rows, step.counts.tokens)]
+        others = [torch.as_tensor(v, dtype=torch.float64, device=self.device) for v in (grad_norm or 0.0, data_wait_s)]
+        found = [terms.double().view(-1, len(names)).mean(0), torch.stack(counts).double(), torch.stack(others)]
+        *values, norm, wait_s = ranks.mean(torch.cat(found)).tolist()
+        rows, tokens = values[len(names) :: 2], values[len(names) + 1 :: 2]
+        return _Read(
+            {f"loss/{name}": value for name, value in zip(names, values[: len(names)], strict=True)},
+            [mean * step.num_batches for mean, step in zip(rows, self._steps, strict=True)],
+            [mean * step.num_batches for mean, step in zip(tokens, self._steps, strict=True)],
+            None if grad_norm is None else norm,
+            wait_s,
+        )
+
+    def _size(self) -> dict[str, float]:
+        widths = {f"widths/{axis}": width for axis, width in self._widths.items()}
+        return widths | {"model/parameters": self._num_parameters}
+
+    def _speed(self, read: _Read) -> dict[str, float]:
+        lap = self.timer.lap(sum(read.tokens), self._flops(read.target_rows))
+        values = {"speed/tokens_per_s": lap.tokens_per_s, "speed/model_tflops": lap.flops_per_s / 1e12}
+        values["speed/mfu"] = lap.flops_per_s / (self.peak.flops_per_s * ranks.world_size())
+        values["speed/data_wait_fraction"] = read.data_wait_s / lap.seconds
+        return values | {name: float(value) for name, value in memory_bytes().items()}
+
+    def _flops(self, target_rows: list[float]) -> float:
+        """Of all steps since the last logged one. At the same widths they are linear in the rows: looked up once."""
+        total = 0.0
+        for _, same in groupby(zip(self._steps, target_rows, strict=True), key=lambda pair: id(pair[0].widths)):
+            steps, rows = zip(*same, strict=True)
+            total += len(steps) * self._step_flops(steps[0].widths, sum(rows) / len(rows))
+        return total
+
+    def _step_flops(self, widths: Widths, target_rows: float) -> float:
+        return step_flops(
+            widths,
+            self.teacher_widths,
+            self.student.objective.config,
+            num_sequences=self.config.train.global_batch_size,
+            seq_len=self.config.data.seq_len,
+            target_rows=target_rows,
+            vocab_size=self.student.model.config.vocab_size,
+        ).total
+
+
+def require_finite(terms: dict[str, float], step: int, config: RunConfig) -> None:
+    """Stop with the names of the terms that are not finite. The values are the same on every rank, so all stop."""
+    bad = [name.removeprefix("loss/") for name, value in terms.items() if not math.isfinite(value)]
+    if bad:
+        # The single terms say more than their sum.
+        named = [name for name in bad if name != "total"] or bad
+        raise CheckFailed(
+            f"loss: {', '.join(named)} is not finite at step {step}; training stops, the last checkpoint is kept. "
+            f"Lower train.lr ({config.train.lr:g}), lengthen train.warmup_fraction or lower that term's weight"
+        )
+
+
+def require_applied(engine, step: int, config: RunConfig) -> None:
+    """Stop when DeepSpeed has left out a step because the gradient's norm is not finite: it does so without a word.
+
+    Call behind `engine.step()` at a boundary. The norm is the same on every rank, so all stop. Under fp16 with dynamic
+    loss scaling a skipped step is how the scale finds its place, and DeepSpeed reports it.
+
+    Raises:
+        CheckFailed: the step was left out, and no loss scale could have been the reason.
+    """
+    if step_applied(engine) or (engine.fp16_enabled() and engine.dynamic_loss_scale()):
+        return
+    raise CheckFailed(
+        f"gradients are not finite at step {step}, so it was not applied; training stops, the last checkpoint is kept. "
+        f"Lower train.lr ({config.train.lr:g}) or lengthen train.warmup_fraction"
+    )
+
+
+def speeds(metrics: list[dict]) -> dict[str, float | None]:
+    """tokens_per_s_first and _last: medians of the first and last five logged intervals (None: nothing logged).
+
+    Args:
+        metrics: lines of metrics.jsonl.
+    """
+    logged = [line.get("speed/tokens_per_s") for line in metrics if line.get("kind") == "train"]
+    logged = [value for value in logged if value is not None]
+    if not logged:
+        return {"tokens_per_s_first": None, "tokens_per_s_last": None}
+    ends = torch.tensor(logged[:5]), torch.tensor(logged[-5:])
+    return {"tokens_per_s_first": float(ends[0].median()), "tokens_per_s_last": float(ends[1].median())}
+
+
+def run_recorder(
+    folder: Path, config: RunConfig, start_step: int, num_lines: Mapping[str, int] | None = None
+) -> Recorder:
+    """The recorder of this rank. `num_lines`: those that the checkpoint to go on from knows of."""
+    return Recorder(folder, config.train.steps, start_step, ranks.rank() == 0, num_lines)
