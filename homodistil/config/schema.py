@@ -1,7 +1,7 @@
 """The typed config of a run: one YAML file plus dotted overrides. Field docstrings are the `--help` text.
 
 DeepSpeed's JSON holds engine matters only (ZeRO stage, precision, buckets); everything a model depends on is here.
-The defaults of methods are the best that we have measured (README, "Quality"); the paper's form is a recipe.
+The defaults of methods are the best that we have measured (docs/results.md); the paper's form is a recipe.
 Parsing lives in `command_line.py`; the rules that cross fields are in `rules.py`.
 """
 
