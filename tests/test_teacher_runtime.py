@@ -20,7 +20,7 @@ from homodistil.distill.runtime import (
 from homodistil.distill.runtime.deepspeed_inference import HiddenStates, InjectedRuntime
 from homodistil.errors import UserError
 from homodistil.models.attention import keeps_probabilities
-from homodistil.models.encoders import bert
+from homodistil.models.encoders.bert import BERT as bert
 
 CPU = torch.device("cpu")
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-2}  # states are about 1: a few roundings of 2^-24, 2^-9

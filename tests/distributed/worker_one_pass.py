@@ -24,7 +24,7 @@ from torch import Tensor
 from homodistil.config.schema import PruningConfig
 from homodistil.engine.counting_adamw import CountingAdamW
 from homodistil.models.axes import AxisTable
-from homodistil.models.encoders import bert
+from homodistil.models.encoders.bert import BERT as bert
 from homodistil.models.parameter_shape import full_shape
 from homodistil.models.resize_plan import make_plan
 from homodistil.pruning.importance import Importance

@@ -7,14 +7,13 @@ word. Both are put right here; whether that was enough is tried at start (self_c
 
 from __future__ import annotations
 
-from types import ModuleType
-
 import torch
 from torch import Tensor, nn
 
 from homodistil.distill.runtime.self_check import Probe, check_same
 from homodistil.errors import UserError
 from homodistil.models.activations import ActivationHooks, Activations
+from homodistil.models.family import ModelFamily
 
 
 class EngineRuntime(ActivationHooks):
@@ -22,7 +21,7 @@ class EngineRuntime(ActivationHooks):
 
     shows_attention = True
 
-    def __init__(self, model: nn.Module, family: ModuleType, _device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, model: nn.Module, family: ModelFamily, _device: torch.device, dtype: torch.dtype) -> None:
         import deepspeed
 
         super().__init__(model, family)
@@ -42,7 +41,7 @@ class InjectedRuntime:
 
     shows_attention = False
 
-    def __init__(self, model: nn.Module, family: ModuleType, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, model: nn.Module, family: ModelFamily, device: torch.device, dtype: torch.dtype) -> None:
         self.scale = float(family.attentions(model)[0].scaling)
         probe = Probe.make(model.config, device)
         plain = HiddenStates(model, family, family.backbone(model))
@@ -61,7 +60,7 @@ class InjectedRuntime:
 class HiddenStates:
     """(input_ids, attention_mask) -> [what entered layer 0, output of every layer], each (B, T, D), through hooks."""
 
-    def __init__(self, model: nn.Module, family: ModuleType, backbone: nn.Module) -> None:
+    def __init__(self, model: nn.Module, family: ModelFamily, backbone: nn.Module) -> None:
         self._backbone, self._seen = backbone, []
         modules = [family.embeddings(model), *family.layers(model)]
         self._handles = [module.register_forward_hook(self._see) for module in modules]
@@ -81,7 +80,7 @@ class HiddenStates:
             handle.remove()
 
 
-def inject_kernels(model: nn.Module, family: ModuleType, device: torch.device, dtype: torch.dtype) -> nn.Module:
+def inject_kernels(model: nn.Module, family: ModelFamily, device: torch.device, dtype: torch.dtype) -> nn.Module:
     """Replace the layers of `model` by DeepSpeed's. Returns the engine around the backbone."""
     import deepspeed
 
