@@ -11,7 +11,7 @@ from torch._dynamo.utils import counters
 from homodistil.config.schema import RunConfig, TeacherConfig
 from homodistil.distill.runtime import SideStream, build_runtime, check_teacher_runtime, compiled
 from homodistil.errors import UserError
-from homodistil.models.encoders import bert
+from homodistil.models.encoders.bert import BERT as bert
 
 CPU = torch.device("cpu")
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 5e-2}  # states are about 1: a few roundings of 2^-24, 2^-9

@@ -23,7 +23,7 @@ from worker_trajectory import OPTIMIZERS, Run, distances
 
 from homodistil.config.schema import PruningConfig
 from homodistil.engine.build import backward
-from homodistil.models.encoders import bert
+from homodistil.models.encoders.bert import BERT as bert
 from homodistil.models.resize_plan import ResizePlan
 from homodistil.pruning.importance import Importance
 from homodistil.pruning.pruner import Pruner

@@ -9,7 +9,6 @@ side_stream.py runs any of them beside the student's forward.
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import Protocol
 
 import torch
@@ -23,6 +22,7 @@ from homodistil.distill.runtime.side_stream import Pending, SideStream
 from homodistil.distill.torch_compile import require_compiler
 from homodistil.errors import UserError
 from homodistil.models.activations import Activations
+from homodistil.models.family import ModelFamily
 
 __all__ = ["SideStream", "Pending", "Runtime", "build_runtime", "check_teacher_runtime"]
 
@@ -53,7 +53,7 @@ def check_teacher_runtime(config: RunConfig, device: torch.device) -> None:
 
 
 def build_runtime(
-    model: nn.Module, family: ModuleType, config: TeacherConfig, device: torch.device, dtype: torch.dtype
+    model: nn.Module, family: ModelFamily, config: TeacherConfig, device: torch.device, dtype: torch.dtype
 ) -> Runtime:
     """The runtime of `config.runtime` around `model`, which is frozen, in evaluation mode and on `device` already.
 

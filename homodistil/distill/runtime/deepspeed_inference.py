@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from types import ModuleType
-
 import torch
 from torch import Tensor, nn
 
 from homodistil.models.activations import ActivationHooks, Activations
+from homodistil.models.family import ModelFamily
 
 
 class EngineRuntime(ActivationHooks):
     """A cast and a wrapper: the module computes as before."""
 
-    def __init__(self, model: nn.Module, family: ModuleType, dtype: torch.dtype) -> None:
+    def __init__(self, model: nn.Module, family: ModelFamily, dtype: torch.dtype) -> None:
         import deepspeed
 
         super().__init__(model, family)
