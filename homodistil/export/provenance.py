@@ -17,11 +17,11 @@ import yaml
 from huggingface_hub import hf_hub_download, metadata_load, try_to_load_from_cache
 
 from homodistil.config.schema import RunConfig
+from homodistil.config.shipped import ENGINES
 from homodistil.data.sources import assets
 from homodistil.data.sources.hub import hub_repository, is_hub_name
 from homodistil.data.sources.text_files import is_url, local_path
 
-_ROOT = Path(__file__).parents[2]
 _SCRIPT, _SHIPPED = "train.py", "ds_configs"
 _HUB_TIMEOUT_S = 5.0
 # Flags that take a file -> its placeholder, and what to put there.
@@ -138,7 +138,7 @@ def _replaced(token: str, places: list[tuple[str, str, str]], meant: dict[str, s
 
 def _shipped(path: str) -> str:
     """`ds_configs/zero2.json` for a file that is the same as one of this repository, else `path`."""
-    ours = _ROOT / _SHIPPED / Path(path).name
+    ours = ENGINES / Path(path).name
     try:
         is_ours = filecmp.cmp(Path(path).expanduser(), ours, shallow=False)
     except OSError:
