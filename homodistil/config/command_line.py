@@ -16,6 +16,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from homodistil.config import students
+from homodistil.config.one_line_parser import program
 from homodistil.config.schema import RunConfig
 from homodistil.config.shipped import DEFAULT_ENGINE, engine_names, engine_path, recipe_names, recipe_path
 from homodistil.config.values import check_value, entries, is_text, parse_value, read_yaml, text_of
@@ -102,6 +103,7 @@ def _section(make, parsed):
 
 def _build_parser(description: str, with_engine: bool) -> ArgumentParser:
     parser = ArgumentParser(
+        prog=program(),
         exit_on_error=False,
         description=f"{description} Fields may be written as section.field=value. "
         f"recipe=NAME starts from a shipped recipe ({', '.join(recipe_names())}); without one, without --config and "
