@@ -60,7 +60,7 @@ class Fp16Run(Run):
         check_supported(self.engine)
         pruner = make_pruner(bert.axis_table(self.model), case.get("events", True), self.device)
         # What the trainer asks of a student: the axes of today, and which of the teacher's dims are left.
-        self.model.axis_table, self.model.kept = lambda: bert.axis_table(self.model), {"hidden": torch.arange(36)}
+        self.model.axis_table, self.model.origins = lambda: bert.axis_table(self.model), {"hidden": torch.arange(36)}
         self.trainer = Trainer(
             config=None, engine=self.engine, prefetcher=None, step_log=None, evaluate=lambda: {}, pruner=pruner
         )
@@ -127,7 +127,7 @@ class Fp16Run(Run):
         self.resize(plan.keep)
         assert scaler_of(self.engine) == scaler, "the loss scale, or its counts, did not survive"
         self.trainer.pruner.after_resize(plan)
-        self.model.kept = {"hidden": torch.arange(plan.widths_after["hidden"])}
+        self.model.origins = {"hidden": torch.arange(plan.widths_after["hidden"])}
         self.resized_at.append(self.trainer.state.step)
 
 
