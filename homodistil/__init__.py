@@ -9,14 +9,8 @@ Importing this package imports neither torch nor anything else that takes time; 
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from homodistil.api import Distilled as Distilled
-    from homodistil.api import distill as distill
-    from homodistil.api import load_recipe as load_recipe
-    from homodistil.config.schema import RunConfig as RunConfig
-    from homodistil.errors import UserError as UserError
+import sys
+from types import ModuleType
 
 __version__ = "0.1.0"
 _PLACES = {
@@ -37,3 +31,18 @@ def __getattr__(name: str) -> object:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *_PLACES})
+
+
+class _Package(ModuleType):
+    """`homodistil.distill` is the function, also after a module of the subpackage with the same name is imported.
+
+    Import hands a subpackage to its parent as an attribute, which would hide the function. The modules in it are
+    imported by their full names (`from homodistil.distill.student import Student`), which needs no attribute.
+    """
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if not (name == "distill" and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

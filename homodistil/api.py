@@ -76,8 +76,8 @@ def distill(
 ) -> Distilled:
     """Distil a student from `teacher` in this process and return what came of it.
 
-    One rank, unless a launcher (torchrun, deepspeed, srun) has started this program on several. A size that is left open
-    is chosen: half of the teacher's width, or what goes in proportion with the sizes that are given.
+    One rank, unless a launcher (torchrun, deepspeed, srun) has started this program on several. A size that is left
+    open is chosen: half of the teacher's width, or what goes in proportion with the sizes that are given.
 
     Args:
         teacher: `teacher.name`: folder, hub name or packaged model. None: the recipe's.
@@ -135,9 +135,13 @@ def _with_size(job: Job, recipe: str | None, deepspeed: Place | None, fields: di
     sizes = {name: getattr(student, name) for name in _SIZES}
     if student.preset != "custom" or None not in sizes.values():
         return job
-    from homodistil.models.shapes import in_proportion
-    from homodistil.training.inputs import teacher_shape
+    from homodistil.distill.teacher import load_config
+    from homodistil.models import family_of
+    from homodistil.models.shapes import Shape, in_proportion
+    from homodistil.training.inputs import found_teacher
 
-    chosen = in_proportion(sizes, teacher_shape(job.config))
-    missing = {f"student.{name}": chosen[name] for name, size in sizes.items() if size is None}
+    teacher = load_config(found_teacher(job.config))
+    family_of(teacher.model_type)  # refuses an architecture that has no axis table
+    chosen = in_proportion(sizes, Shape(*(getattr(teacher, name) for name in Shape._fields)))
+    missing = {f"student.{name}": getattr(chosen, name) for name, size in sizes.items() if size is None}
     return _job(recipe, deepspeed, fields | missing)
