@@ -9,7 +9,9 @@ The scripts in launcher/ call `run` with the same names. Nothing here imports to
 from __future__ import annotations
 
 import importlib
+import os
 import sys
+from collections.abc import Callable
 from typing import NamedTuple, NoReturn
 
 from homodistil.distributed.graceful_stop import handle_signals
@@ -66,7 +68,19 @@ def run(name: str, arguments: list[str]) -> None:
             num_ranks, arguments = split_ranks(arguments)
         module, _, function = COMMANDS[name].place.partition(":")
         action = getattr(importlib.import_module(module), function)
-        action(arguments, num_ranks) if name in WITH_RANKS else action(arguments)
+        if name in WITH_RANKS:
+            action(arguments, num_ranks)
+        else:
+            _print_to_pipe(action, arguments)
+
+
+def _print_to_pipe(action: Callable[[list[str]], None], arguments: list[str]) -> None:
+    """`homodistil recipes | head` ends quietly: nobody reads on, and that is no error."""
+    try:
+        action(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what the interpreter flushes at its end
 
 
 def usage() -> str:
