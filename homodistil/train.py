@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,7 +12,7 @@ from homodistil.config.students import check_stage
 from homodistil.distill.runtime import check_teacher_runtime
 from homodistil.distill.student_compile import check_student_compile
 from homodistil.distill.teacher_sharding import num_parameters
-from homodistil.distributed import graceful_stop, groups, rank_log, ranks, watchdog
+from homodistil.distributed import graceful_stop, groups, invocation, rank_log, ranks, watchdog
 from homodistil.distributed.fault_injection import fault_point
 from homodistil.engine.build import init_ranks, load_engine_config, resolve_engine_config, teacher_dtype
 from homodistil.engine.optimizer import check_implementation
@@ -88,7 +86,7 @@ def _run(
         run_inputs, correction = corrected(config, engine_config, run_inputs, folder)
     if ranks.rank() == 0:
         print(report.line(ranks.world_size(), num_machines, engine_config), flush=True)
-    command = shlex.join([Path(sys.executable).name, *sys.argv])
+    command = invocation.own()
     if students:
         with doing("loading teacher and students"):
             runs = student_runs(students, own_folders, engine_config, run_inputs, command)

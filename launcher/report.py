@@ -1,55 +1,12 @@
-"""Write the HTML page of a run, or one page that compares many; prints its path. Works while runs go on.
+"""Write the HTML page of a run, or one that compares many. The same as `homodistil report`."""
 
-python launcher/report.py runs/quickstart                      # runs/quickstart/report.html
-python launcher/report.py runs/a runs/b --out comparison.html --figures figures
-python launcher/report.py benchmarks/results/quality_main_cpu_202611.json --out quality.html
-"""
-
-from __future__ import annotations
-
-import argparse
-import os
-from pathlib import Path
+import sys
 
 from homodistil.distributed.graceful_stop import handle_signals
 
 handle_signals()  # first of all: what follows takes seconds
 
-from homodistil.distributed.script_exit import exit_with_code  # noqa: E402
-from homodistil.errors import UserError  # noqa: E402
-
-
-def main() -> None:
-    with exit_with_code():
-        arguments = _parser().parse_args()
-        from homodistil.report import write_report
-        from homodistil.report.comparison import is_benchmark, write_run_comparison
-
-        inputs = _each_once(arguments.runs)
-        if len(inputs) == 1 and not is_benchmark(inputs[0]):
-            print(write_report(inputs[0], arguments.out, arguments.figures))
-        else:
-            print(write_run_comparison(inputs, arguments.out or Path("comparison.html"), arguments.figures))
-
-
-def _each_once(paths: list[Path]) -> list[Path]:
-    """A run named twice, through a link or a detour, is one run."""
-    return list({os.path.realpath(path): path for path in reversed(paths)}.values())[::-1]
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise UserError(f"{message.removeprefix('argument ')}; --help names the options")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(description=__doc__.splitlines()[0])
-    add = parser.add_argument
-    add("runs", metavar="RUN_DIR", type=Path, nargs="+", help="run folders, or JSON files of benchmarks/quality.py")
-    add("--out", type=Path, help="the page (one run: RUN_DIR/report.html, many: comparison.html)")
-    add("--figures", type=Path, metavar="DIR", help="export every figure as PNG and SVG into this folder")
-    return parser
-
+from homodistil.cli import run  # noqa: E402
 
 if __name__ == "__main__":
-    main()
+    run("report", sys.argv[1:])

@@ -1,70 +1,12 @@
-"""Fine-tune a checkpoint on SQuAD and write its table row, OUT/VERSION/squad.md and squad.json.
+"""Fine-tune a checkpoint on SQuAD. The same as `homodistil squad` (homodistil/evaluation/squad/command.py)."""
 
-    python launcher/squad.py --checkpoint runs/quickstart/export --data /data/squad --out runs/squad
-    python launcher/squad.py --checkpoint bert-base-uncased --data /data/squad --version v2.0 --lr 3e-5 5e-5 \
-        --seeds 0 1 2 --device cuda --precision bf16 --out runs/squad-bert
+import sys
 
---data holds train-v1.1.json and dev-v1.1.json, or v2.0. The same command goes on after an interruption: each finished
-run is a file in OUT, beside its answers in the form that the official evaluation script reads.
-"""
-
-from __future__ import annotations
-
-import argparse
-from pathlib import Path
-
-from homodistil.distributed.graceful_stop import handle_signals, on_signals
+from homodistil.distributed.graceful_stop import handle_signals
 
 handle_signals()  # first of all: what follows takes seconds
 
-from homodistil.distributed.script_exit import exit_with_code  # noqa: E402
-from homodistil.evaluation import progress  # noqa: E402
-from homodistil.evaluation.command_line import fine_tuning_parser, number  # noqa: E402
-
-
-def main() -> None:
-    with exit_with_code(), progress.watching("loading libraries, checkpoint and data"):
-        arguments = _parser().parse_args()
-        # After parsing, so that --help and mistakes need no heavy imports.
-        from homodistil.evaluation.squad.examples import load_squad
-
-        data = load_squad(arguments.data, arguments.version)
-        from homodistil.evaluation.glue.grid import Grid
-        from homodistil.evaluation.squad.fine_tuning import Settings
-        from homodistil.evaluation.squad.grid import run_grid, write_table
-
-        shared = Settings(
-            max_length=arguments.max_length,
-            stride=arguments.stride,
-            max_answer_tokens=arguments.max_answer_tokens,
-            null_threshold=arguments.null_threshold,
-            device=arguments.device,
-            precision=arguments.precision,
-        )
-        grid = Grid(
-            lrs=arguments.lr,
-            batch_sizes=arguments.batch_size,
-            epochs=arguments.epochs,
-            seeds=arguments.seeds,
-            shared=shared,
-        )
-        cache_dir = arguments.cache_dir.expanduser()
-        with on_signals():
-            records = run_grid(arguments.checkpoint, data, grid, arguments.out, cache_dir, progress.say)
-        print(f"\n{write_table(records, arguments.out)}\n{arguments.out / data.version / 'squad.md'}")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = fine_tuning_parser(__doc__.splitlines()[0], lr=(5e-5,), epochs=2, seeds=(0,), max_length=384)
-    add = parser.add_argument
-    add("--data", type=Path, required=True, help="folder with train-v*.json and dev-v*.json")
-    add("--version", choices=("v1.1", "v2.0"), help="needed where the folder holds both")
-    add("--stride", type=number(int, 0), default=128, help="tokens of context that neighbouring windows share")
-    add("--max-answer-tokens", type=number(int, 1), default=30, help="longest answer")
-    threshold = number(float, -1_000_000)
-    add("--null-threshold", type=threshold, default=0.0, help="v2.0: lead that `no answer` needs over the best answer")
-    return parser
-
+from homodistil.cli import run  # noqa: E402
 
 if __name__ == "__main__":
-    main()
+    run("squad", sys.argv[1:])

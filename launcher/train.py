@@ -1,4 +1,4 @@
-"""The main job: distil a student from a teacher under DeepSpeed.
+"""The main job: distil a student from a teacher under DeepSpeed. The same as `homodistil train`.
 
     deepspeed --num_accelerators 2 launcher/train.py --deepspeed ds_configs/zero2.json
     deepspeed launcher/train.py --deepspeed ds_configs/zero2.json recipe=homobert-small \
@@ -14,25 +14,7 @@ from homodistil.distributed.graceful_stop import handle_signals
 
 handle_signals()  # first of all: what follows takes seconds
 
-from homodistil.config.command_line import parse_job  # noqa: E402
-from homodistil.distributed.rank_log import tag_lines  # noqa: E402
-from homodistil.distributed.script_exit import exit_with_code  # noqa: E402
-from homodistil.metrics.progress import doing  # noqa: E402
-
-
-def main() -> None:
-    tag_lines()
-    with exit_with_code():
-        job = parse_job(sys.argv[1:], description="Distil a student, or several, from a teacher.")
-        with doing("loading torch, DeepSpeed and Transformers"):  # not needed for --help and config errors
-            if job.is_check:
-                from homodistil.preflight import check
-            else:
-                from homodistil.train import run
-        if job.is_check:
-            sys.exit(check(job.config, job.engine_config))
-        run(job.config, job.engine_config, job.students)
-
+from homodistil.cli import run  # noqa: E402
 
 if __name__ == "__main__":
-    main()
+    run("train", sys.argv[1:])

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from homodistil.config.command_line import RECIPES, parse, recipe_names
+from homodistil.config.command_line import parse
 from homodistil.config.schema import RunConfig
+from homodistil.config.shipped import RECIPES, recipe_names
 from homodistil.errors import UserError
 
 REPO = Path(__file__).parents[1]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import re
-import runpy
 import shlex
 from pathlib import Path
 
 import pytest
 
+from homodistil.cli import COMMANDS as COMMANDS_OF_CLI
 from homodistil.config.command_line import parse, parse_job
 from homodistil.data.prepare.filters import _INSTALLED_AS
 
@@ -60,7 +61,8 @@ def test_the_script_takes_these_arguments(command, tmp_path, monkeypatch):
 
         assert parse(split_task(arguments)[1])
     elif script.endswith(".py"):
-        assert runpy.run_path(str(ROOT / script))["_parser"]().parse_args(arguments)
+        place = COMMANDS_OF_CLI[Path(script).stem].place
+        assert importlib.import_module(place.partition(":")[0]).parser().parse_args(arguments)
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c[0] == "homodistil"], ids=" ".join)

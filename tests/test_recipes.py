@@ -11,7 +11,8 @@ import yaml
 from small import small_model
 from transformers import BertForMaskedLM, BertTokenizer
 
-from homodistil.config.command_line import RECIPES, parse, recipe_names
+from homodistil.config.command_line import parse
+from homodistil.config.shipped import RECIPES, recipe_names
 from homodistil.distill.objective import TERMS
 from homodistil.engine.build import init_ranks, resolve_engine_config
 from homodistil.models.shapes import PRESETS

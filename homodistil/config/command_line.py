@@ -16,7 +16,9 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from homodistil.config import students
+from homodistil.config.one_line_parser import program
 from homodistil.config.schema import RunConfig
+from homodistil.config.shipped import DEFAULT_ENGINE, engine_names, engine_path, recipe_names, recipe_path
 from homodistil.config.values import (
     REMOVED_FIELDS,
     check_value,
@@ -29,9 +31,6 @@ from homodistil.config.values import (
 )
 from homodistil.errors import UserError, nearest
 
-RECIPES = Path(__file__).parent / "recipes"
-_FLAGS = ("--help", "-h", "--print_config")
-
 
 def parse(argv: list[str], description: str = "", with_engine: bool = False) -> RunConfig:
     """The checked run config. See `parse_with_engine` for scripts that also take DeepSpeed's JSON."""
@@ -41,7 +40,7 @@ def parse(argv: list[str], description: str = "", with_engine: bool = False) -> 
 def parse_with_engine(argv: list[str], description: str = "") -> tuple[RunConfig, Path]:
     """(run config, path of DeepSpeed's JSON). Raises `UserError`; exits by itself for --help and --print_config."""
     config, namespace = _parse(argv, description, with_engine=True)
-    return config, _engine_config(namespace)
+    return config, engine_path(namespace.deepspeed)
 
 
 def _check_engine_file(arguments: list[str]) -> None:
@@ -50,15 +49,9 @@ def _check_engine_file(arguments: list[str]) -> None:
     names += [after for flag, after in itertools.pairwise(arguments) if flag == "--deepspeed"]
     for name in names:
         try:
-            json.loads(text_of(Path(name), "--deepspeed", "JSON"))
+            json.loads(text_of(engine_path(name), "--deepspeed", "JSON"))
         except (json.JSONDecodeError, RecursionError) as error:
             raise UserError(f"--deepspeed: {name!r} is not valid JSON ({str(error)[:200]}); correct it there") from None
-
-
-def _engine_config(namespace) -> Path:
-    if namespace.deepspeed is None:
-        raise UserError("--deepspeed: missing; give the engine's JSON, for example --deepspeed ds_configs/zero2.json")
-    return Path(namespace.deepspeed)
 
 
 class Job(NamedTuple):
@@ -76,7 +69,7 @@ class Job(NamedTuple):
 def parse_job(argv: list[str], description: str = "") -> Job:
     """The main job's arguments; see `parse_with_engine`."""
     config, namespace = _parse(argv, description, with_engine=True)
-    engine_config = _engine_config(namespace)
+    engine_config = engine_path(namespace.deepspeed)
     if namespace.teachers_once is None:
         return Job(config, engine_config, [], namespace.check)
     if namespace.check:
@@ -120,6 +113,7 @@ def _section(make, parsed):
 
 def _build_parser(description: str, with_engine: bool) -> ArgumentParser:
     parser = ArgumentParser(
+        prog=program(),
         exit_on_error=False,
         description=f"{description} Fields may be written as section.field=value. "
         f"recipe=NAME starts from a shipped recipe ({', '.join(recipe_names())}); without one, without --config and "
@@ -127,7 +121,12 @@ def _build_parser(description: str, with_engine: bool) -> ArgumentParser:
     )
     parser.add_argument("--config", action="config", help="YAML file with any of the fields below.")
     if with_engine:
-        parser.add_argument("--deepspeed", type=str, help="DeepSpeed's JSON (engine matters only), see ds_configs/.")
+        parser.add_argument(
+            "--deepspeed",
+            type=str,
+            help=f"DeepSpeed's JSON (engine matters only): a file, or one of {', '.join(engine_names())} (default: "
+            f"{DEFAULT_ENGINE}).",
+        )
         parser.add_argument(
             "--teachers-once",
             type=str,
@@ -140,11 +139,6 @@ def _build_parser(description: str, with_engine: bool) -> ArgumentParser:
     return parser
 
 
-def recipe_names() -> list[str]:
-    """Those in folders by folder and name: baselines/distilbert."""
-    return sorted(path.relative_to(RECIPES).with_suffix("").as_posix() for path in RECIPES.rglob("*.yaml"))
-
-
 def _normalise(argv: list[str]) -> list[str]:
     """`a.b=c` -> `--a.b=c`; `recipe=NAME` -> `--config FILE`; config files first, so that overrides win."""
     configs: list[str] = []
@@ -155,7 +149,7 @@ def _normalise(argv: list[str]) -> list[str]:
     tokens = iter(argv)
     for token in tokens:
         if token.removeprefix("--").startswith("recipe="):
-            configs.append(f"--config={_recipe_path(token.split('=', 1)[1])}")
+            configs.append(f"--config={recipe_path(token.split('=', 1)[1])}")
         elif token == "--config":
             if not (path := next(tokens, "")):
                 raise UserError("--config: names no file; give a YAML file, or recipe=NAME")
@@ -167,7 +161,7 @@ def _normalise(argv: list[str]) -> list[str]:
         else:
             others.append(token)
     if not configs and not _is_about_another_job(others):
-        configs.append(f"--config={_recipe_path('quickstart')}")
+        configs.append(f"--config={recipe_path('quickstart')}")
     return configs + others
 
 
@@ -175,15 +169,6 @@ def _is_about_another_job(arguments: list[str]) -> bool:
     """Whether the quickstart's values would be wrong: size, correction and rates there are those of its own teacher."""
     names = {argument.split("=", 1)[0] for argument in arguments}
     return bool(names & {"-h", "--help", "--teacher", "--teacher.name"})
-
-
-def _recipe_path(name: str) -> Path:
-    if name not in recipe_names():
-        raise UserError(
-            f"recipe: found {name!r}, allowed: {', '.join(recipe_names())}{nearest(name, recipe_names())}; "
-            f"for a file of your own use --config FILE"
-        )
-    return RECIPES / f"{name}.yaml"
 
 
 def _known_keys() -> dict[str, set[str]]:

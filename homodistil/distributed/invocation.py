@@ -12,13 +12,27 @@ import shutil
 import sys
 from pathlib import Path
 
+TYPED_VARIABLE = "HOMODISTIL_COMMAND"
+"""Environment variable by which `--ranks N` (start_ranks.py) tells the ranks what was typed."""
 _typed: list[str] | None = None
 
 
 def remember() -> None:
     """To be called at the start of a script: launchers may be gone when it ends."""
     global _typed
-    _typed = _shortened(_outermost())
+    handed_on = os.environ.get(TYPED_VARIABLE)
+    _typed = shlex.split(handed_on) if handed_on else _shortened(_outermost())
+
+
+def typed() -> list[str]:
+    """Words of the command; this process's own where no script of ours was started."""
+    return _typed if _typed is not None else [sys.executable, *sys.argv]
+
+
+def own() -> str:
+    """This process's command line; `python` alone where it runs no script of ours (a notebook, a user's program)."""
+    interpreter = Path(sys.executable).name
+    return shlex.join([interpreter, *sys.argv]) if _typed is not None else interpreter
 
 
 def resuming() -> str | None:
@@ -36,6 +50,8 @@ def resuming() -> str | None:
 
 def _outermost() -> list[str]:
     script, line = sys.argv[0], [sys.executable, *sys.argv]
+    if Path(script).name == "cli.py":  # python -m homodistil.cli
+        script, line = "homodistil.cli", [sys.executable, "-m", "homodistil.cli", *sys.argv[1:]]
     parent = os.getppid()
     while parent > 1:
         try:

@@ -22,6 +22,13 @@ def rank_before_joining() -> int:
     return int(text) if _is_number(text) else 0  # what is no number is refused before joining
 
 
+def is_under_launcher() -> bool:
+    """Whether a launcher has started this process as one of several ranks, or has set torch's variables for one."""
+    env = os.environ
+    num_ranks = env.get("OMPI_COMM_WORLD_SIZE", "1"), env.get("SLURM_NTASKS", "1") if "SLURM_PROCID" in env else "1"
+    return "RANK" in env or any(number != "1" for number in num_ranks)
+
+
 def check_rank_variables() -> None:
     """Raises `UserError` for a variable of torch's that is missing or cannot be. All of them are needed, see above."""
     world_size = _number("WORLD_SIZE", 1, 1 << 20)

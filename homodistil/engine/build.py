@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import datetime
 import os
 import socket
@@ -15,7 +16,7 @@ from torch import distributed, nn
 from homodistil.config.schema import RunConfig
 from homodistil.distributed.launcher_env import adopt_launcher_variables, check_rank_variables
 from homodistil.engine.ds_config_file import check_engine_json, read_engine_json
-from homodistil.engine.native_ops import load_op
+from homodistil.engine.native_ops import load_op, without_op
 from homodistil.engine.optimizer import build_optimizer, build_schedule
 from homodistil.errors import RankLost, UserError
 from homodistil.resize import check_config, check_supported
@@ -59,7 +60,8 @@ def init_ranks(rank_timeout_s: float = 1800) -> torch.device:
         if "OMP_NUM_THREADS" not in os.environ:
             local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", 1)))
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_ranks))
-        load_op("ShareMemCommBuilder")
+        if os.environ["WORLD_SIZE"] != "1":
+            load_op("ShareMemCommBuilder")
     if not distributed.is_initialized():
         _join(rank_timeout_s)
         atexit.register(_leave)
@@ -71,8 +73,11 @@ def init_ranks(rank_timeout_s: float = 1800) -> torch.device:
 def _join(rank_timeout_s: float) -> None:
     import deepspeed
 
+    # One rank has nobody to share memory with: it needs no op, and so no compiler.
+    ops = without_op("deepspeed_shm_comm") if os.environ["WORLD_SIZE"] == "1" else contextlib.nullcontext()
     try:
-        deepspeed.init_distributed(verbose=False, timeout=datetime.timedelta(seconds=rank_timeout_s))
+        with ops:
+            deepspeed.init_distributed(verbose=False, timeout=datetime.timedelta(seconds=rank_timeout_s))
     except (distributed.DistError, RuntimeError) as error:
         env = os.environ
         raise RankLost(

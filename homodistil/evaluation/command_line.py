@@ -1,4 +1,4 @@
-"""Options that launcher/glue.py and launcher/squad.py share. No heavy imports, so that --help is quick."""
+"""Options that `homodistil glue` and `homodistil squad` share. No heavy imports, so that --help is quick."""
 
 from __future__ import annotations
 
@@ -7,20 +7,15 @@ import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from homodistil.config.one_line_parser import OneLineParser
 from homodistil.config.schema import DataConfig
-from homodistil.errors import UserError
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise UserError(f"{message.removeprefix('argument ')}; --help names the options")
 
 
 def fine_tuning_parser(
     description: str, lr: Sequence[float], epochs: int, seeds: Sequence[int], max_length: int
 ) -> argparse.ArgumentParser:
     """A parser with checkpoint, grid, device and output; the other arguments are defaults. It raises `UserError`."""
-    parser = _Parser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = OneLineParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--checkpoint", required=True, help="folder or hub name of a Hugging Face encoder, or embedded:minilm-l6")
     add("--lr", type=number(float, above=0), nargs="+", default=list(lr), help="learning rates")

@@ -17,12 +17,12 @@ import yaml
 from huggingface_hub import hf_hub_download, metadata_load, try_to_load_from_cache
 
 from homodistil.config.schema import RunConfig
+from homodistil.config.shipped import ENGINES, engine_names
 from homodistil.data.sources import assets
 from homodistil.data.sources.hub import hub_repository, is_hub_name
 from homodistil.data.sources.text_files import is_url, local_path
 
-_ROOT = Path(__file__).parents[2]
-_SCRIPT, _SHIPPED = "train.py", "ds_configs"
+_SCRIPT, _COMMAND, _SHIPPED = "train.py", "homodistil", "ds_configs"
 _HUB_TIMEOUT_S = 5.0
 # Flags that take a file -> its placeholder, and what to put there.
 _FILES = {
@@ -74,21 +74,31 @@ def repeatable(command: str, config: RunConfig, num_ranks: int) -> tuple[str, di
     Returns:
         The command, and what stands for what: placeholder -> what to put there.
     """
-    words = shlex.split(command)
-    arguments = words[2:]
-    if len(words) < 2 or Path(words[1]).name != _SCRIPT:  # started from Python: the run's own files say it all
-        arguments = ["--config", "config.yaml", "--deepspeed", "ds_config.json"]
+    script, arguments = _script(shlex.split(command))
     places, meant, tokens = _places(config), {}, []
     for token in _split_flags(arguments):
         is_file = bool(tokens) and tokens[-1] in _FILES
-        if is_file and not (token := _shipped(token)).startswith(f"{_SHIPPED}/"):
+        if is_file and token not in engine_names() and not (token := _shipped(token)).startswith(f"{_SHIPPED}/"):
             placeholder, meaning = _FILES[tokens[-1]]
             meant[placeholder] = meaning
             tokens.append(placeholder)
         else:
             tokens.append(_replaced(token, places, meant))
-    start = f"deepspeed --num_accelerators {num_ranks}" if num_ranks > 1 else "python"
-    return f"{start} launcher/{_SCRIPT} {shlex.join(tokens)}".rstrip(), meant
+    if script != _SCRIPT:
+        start = f"{_COMMAND} train --ranks {num_ranks}" if num_ranks > 1 else f"{_COMMAND} train"
+    else:
+        start = f"deepspeed --num_accelerators {num_ranks}" if num_ranks > 1 else "python"
+        start += f" launcher/{_SCRIPT}"
+    return f"{start} {shlex.join(tokens)}".rstrip(), meant
+
+
+def _script(words: list[str]) -> tuple[str, list[str]]:
+    """(train.py or homodistil, arguments) of a command line; one started from Python has the run's own files."""
+    name = Path(words[1]).name if len(words) > 1 else ""
+    if name in (_COMMAND, "cli.py") and words[2:3] == ["train"]:
+        return _COMMAND, words[3:]
+    is_ours = name == _SCRIPT
+    return _SCRIPT, words[2:] if is_ours else ["--config", "config.yaml", "--deepspeed", "ds_config.json"]
 
 
 def _split_flags(arguments: list[str]) -> list[str]:
@@ -138,7 +148,7 @@ def _replaced(token: str, places: list[tuple[str, str, str]], meant: dict[str, s
 
 def _shipped(path: str) -> str:
     """`ds_configs/zero2.json` for a file that is the same as one of this repository, else `path`."""
-    ours = _ROOT / _SHIPPED / Path(path).name
+    ours = ENGINES / Path(path).name
     try:
         is_ours = filecmp.cmp(Path(path).expanduser(), ours, shallow=False)
     except OSError:

@@ -10,6 +10,9 @@ from typing import Any
 
 from homodistil.files import write_atomically
 
+METRICS_FILE = "metrics.jsonl"
+EVENTS_FILE = "events.jsonl"
+
 
 def parse_line(text: str | bytes) -> dict[str, Any] | None:
     """The object of a line, None where it is none with a step (an int)."""

@@ -16,6 +16,7 @@ import contextlib
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Protocol
 
@@ -59,7 +60,17 @@ class StepProgress(Protocol):
 
 
 def step_progress(total_steps: int, start_step: int) -> StepProgress:
-    return _Bar(total_steps, start_step) if sys.stderr.isatty() else _Lines(total_steps, start_step)
+    """A bar in a terminal and in a notebook, lines elsewhere."""
+    if sys.stderr.isatty():
+        return _Bar(total_steps, start_step)
+    return _NotebookBar(total_steps, start_step) if _in_notebook() else _Lines(total_steps, start_step)
+
+
+def _in_notebook() -> bool:
+    """Whether this process is a notebook's kernel (Jupyter's, or one that speaks its protocol)."""
+    interactive = sys.modules.get("IPython")
+    shell = interactive.get_ipython() if interactive is not None else None
+    return shell is not None and hasattr(shell, "kernel")
 
 
 class _Bar:
@@ -84,6 +95,27 @@ class _Bar:
 
     def close(self) -> None:
         sys.stdout, sys.stderr = self._streams
+        self._bar.close()
+
+
+class _NotebookBar:
+    """Progress below a cell: a widget where ipywidgets is installed, else one line of text that renews itself."""
+
+    def __init__(self, total_steps: int, start_step: int) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # without ipywidgets it says so
+            from tqdm.auto import tqdm
+
+        self._bar = tqdm(total=total_steps, initial=start_step, unit="step", miniters=1)
+
+    def advance(self, step: int) -> None:
+        self._bar.update(step - self._bar.n)
+
+    def show(self, step: int, values: Mapping[str, float]) -> None:
+        self._bar.set_postfix_str(_summary(values), refresh=False)
+        self.advance(step)
+
+    def close(self) -> None:
         self._bar.close()
 
 

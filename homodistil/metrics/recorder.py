@@ -27,12 +27,9 @@ import torch
 
 from homodistil.files import to_json, writing
 from homodistil.files import write_atomically as write_atomically
-from homodistil.metrics.log_files import go_on, parse_line
+from homodistil.metrics.log_files import EVENTS_FILE, METRICS_FILE, go_on, parse_line
 from homodistil.metrics.progress import step_progress
 from homodistil.metrics.tensorboard_layout import TENSORBOARD_FOLDER, board_folder, board_values
-
-METRICS_FILE = "metrics.jsonl"
-EVENTS_FILE = "events.jsonl"
 
 
 class Recorder:

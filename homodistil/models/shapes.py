@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from homodistil.config.schema import PruningConfig, StudentConfig
@@ -65,6 +66,29 @@ def half_of(teacher: Shape) -> Shape:
         hidden_size -= 1
     num_heads = min(heads, key=lambda count: abs(2 * count - teacher.num_attention_heads))
     return Shape(hidden_size, max(1, teacher.intermediate_size // 2), num_heads)
+
+
+def in_proportion(sizes: Mapping[str, int | None], teacher: Shape) -> Shape:
+    """`sizes` (a name of `Shape` -> size, None: open) with what is open filled in; all open: `half_of` the teacher.
+
+    The open ones shrink by as much as hidden_size does, or, where that is open, the number of heads or the neurons.
+    Whether the teacher can be cut to the result is for `target_widths` to say.
+    """
+    order = ("hidden_size", "num_attention_heads", "intermediate_size")
+    first = next((name for name in order if sizes[name] is not None), None)
+    if first is None:
+        return half_of(teacher)
+    ratio = sizes[first] / getattr(teacher, first)
+    heads, head_dim = sizes["num_attention_heads"], teacher.hidden_size // teacher.num_attention_heads
+    hidden_size, intermediate_size = sizes["hidden_size"], sizes["intermediate_size"]
+    if hidden_size is None:
+        heads = heads or max(1, round(ratio * teacher.num_attention_heads))
+        hidden_size = heads * min(head_dim, max(1, round(ratio * teacher.hidden_size / heads)))
+    if heads is None:
+        wanted = ratio * teacher.num_attention_heads
+        possible = _possible_heads(hidden_size, teacher.num_attention_heads, head_dim) or [max(1, round(wanted))]
+        heads = min(possible, key=lambda count: abs(count - wanted))
+    return Shape(hidden_size, intermediate_size or max(1, round(ratio * teacher.intermediate_size)), heads)
 
 
 def _possible_heads(hidden_size: int, most: int, head_dim: int) -> list[int]:

@@ -1,10 +1,13 @@
-"""The options of launcher/plan.py that launcher/train.py does not have."""
+"""The command `homodistil plan`, and its options that `homodistil train` does not have."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
+from homodistil.config.command_line import parse_with_engine
+from homodistil.config.one_line_parser import OneLineParser
+from homodistil.distributed.start_ranks import start_ranks
 from homodistil.errors import UserError
 from homodistil.planning.cluster import CPU, DEVICES, INTERCONNECTS
 
@@ -12,14 +15,36 @@ _MOST = 1_000_000
 """Machines, watts, dollars an hour: more is a slip of the finger."""
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise UserError(message)
+USAGE = """What a run will take, before it is started: memory of a rank part by part, time, energy, money.
+
+Takes the arguments of `homodistil train`, and the machines:
+
+    homodistil plan --device H100 --devices-per-node 8 --nodes 4 recipe=homobert-base
+    homodistil plan --measure --ranks 2 recipe=quickstart
+    homodistil plan --device cpu --devices-per-node 2 recipe=quickstart
+
+The second line takes some real steps on this machine and keeps what they say about it, for plans such as the third.
+"""
+
+
+def main(argv: list[str], num_ranks: int = 1) -> None:
+    """The command `homodistil plan`; --measure runs on `num_ranks` ranks. Raises `UserError`."""
+    options, arguments = split_options(argv, USAGE)
+    config, engine_config = parse_with_engine(arguments, "Plan a run.")
+    if num_ranks > 1:
+        if not options.measure:
+            raise UserError("--ranks: only with --measure; a plan's ranks are --devices-per-node times --nodes")
+        start_ranks(num_ranks)
+    from homodistil.planning.command import measure, show  # not needed for --help and mistakes
+
+    (measure if options.measure else show)(config, engine_config, options)
 
 
 def split_options(argv: list[str], description: str) -> tuple[argparse.Namespace, list[str]]:
     """(own options, everything else). Raises `UserError`; exits by itself for --help."""
-    parser = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = OneLineParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--device", default="cpu", help=f"one rank's: {', '.join(DEVICES)} or {CPU} (default)")
     parser.add_argument("--devices-per-node", type=int, default=1, help="ranks of a machine")
     parser.add_argument("--nodes", type=int, default=1, help="machines")

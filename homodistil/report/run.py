@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from homodistil.errors import UserError
-from homodistil.metrics.recorder import EVENTS_FILE, METRICS_FILE
+from homodistil.metrics.log_files import EVENTS_FILE, METRICS_FILE
 from homodistil.metrics.result_table import RESULT_FILE
 
 # File -> when it appears; said on the page while it is missing.

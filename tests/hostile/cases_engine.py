@@ -44,10 +44,6 @@ def _huge(w: Workspace) -> str:
     return str(w.folder / "huge.json")
 
 
-def _without_engine(w: Workspace) -> list[str]:
-    return [word for word in w.train() if word not in ("--deepspeed", str(w.engine))]
-
-
 ZERO = "zero_optimization"
 CASES = [
     entry("engine_unknown_entry", "zero_optimisation", {"stage": 2}, "did you mean 'zero_optimization'"),
@@ -119,7 +115,7 @@ CASES = [
     instead("engine_is_nowhere", lambda w: "/nowhere/ds.json", "cannot read '/nowhere/ds.json'"),
     instead("engine_is_huge", _huge, "bytes, allowed are"),
     instead("engine_name_of_5000_characters", lambda w: "/" + "n" * 5000, "cannot read"),
-    Case("engine_is_missing", _without_engine, says=["--deepspeed: missing"]),
+    instead("engine_name_is_misspelt", lambda w: "zero22", "found 'zero22'", "did you mean 'zero2'?"),
     Case(
         "print_config_with_a_broken_engine",
         lambda w: (w.engine.write_text("{"), w.train("--print_config"))[1],

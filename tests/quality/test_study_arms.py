@@ -50,7 +50,7 @@ def test_the_products_defaults_change_no_arm():
     import yaml
     from study.arms import BASE
 
-    from homodistil.config.command_line import RECIPES
+    from homodistil.config.shipped import RECIPES
 
     pinned = {override.split("=")[0] for override in BASE}
     quickstart = yaml.safe_load((RECIPES / "quickstart.yaml").read_text())

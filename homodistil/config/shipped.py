@@ -1,0 +1,77 @@
+"""Files that travel with the package: recipes (YAML) and DeepSpeed configs (JSON), by name.
+
+In a source checkout the DeepSpeed configs are in the folder ds_configs/ beside the package, in an installed package
+inside it.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from homodistil.errors import UserError, nearest
+
+RECIPES = Path(__file__).parent / "recipes"
+DEFAULT_ENGINE = "zero2"
+_PACKAGE = Path(__file__).parents[1]
+ENGINES = _PACKAGE / "ds_configs" if (_PACKAGE / "ds_configs").is_dir() else _PACKAGE.parent / "ds_configs"
+"""Folder of the DeepSpeed configs."""
+
+
+def recipe_names() -> list[str]:
+    """Sorted; a recipe in a subfolder has the folder in its name: baselines/distilbert."""
+    return sorted(path.relative_to(RECIPES).with_suffix("").as_posix() for path in RECIPES.rglob("*.yaml"))
+
+
+def recipe_path(name: str) -> Path:
+    """Raises `UserError` for a recipe that does not exist."""
+    if name not in recipe_names():
+        raise UserError(
+            f"recipe: found {name!r}, allowed: {', '.join(recipe_names())}{nearest(name, recipe_names())}; "
+            f"for a file of your own use --config FILE"
+        )
+    return RECIPES / f"{name}.yaml"
+
+
+def recipe_summary(name: str) -> str:
+    """The first sentence of the comment that a recipe begins with."""
+    lines = recipe_path(name).read_text(encoding="utf-8").splitlines()
+    comment = []
+    for line in lines:
+        if not line.startswith("#"):
+            break
+        comment.append(line.removeprefix("#").strip())
+    return re.split(r"(?<=\.)\s+(?=[A-Z])", " ".join(comment))[0].removesuffix(".")
+
+
+def engine_names() -> list[str]:
+    """Names of the DeepSpeed configs: zero2, zero3_offload, ..."""
+    return sorted(path.stem for path in ENGINES.glob("*.json"))
+
+
+def engine_path(given: str | None) -> Path:
+    """The DeepSpeed JSON that `--deepspeed` means.
+
+    Args:
+        given: a file; the name of a shipped one (zero2); ds_configs/NAME.json, which is the shipped one where the
+            working folder has no such file; or None: the default.
+
+    Raises:
+        UserError: neither a path nor a shipped name.
+    """
+    if given is None:
+        return ENGINES / f"{DEFAULT_ENGINE}.json"
+    path = Path(given)
+    if not _is_bare_name(given):
+        is_ours = str(path.parent) == "ds_configs" and path.suffix == ".json" and path.stem in engine_names()
+        return ENGINES / path.name if is_ours and not path.exists() else path
+    if given not in engine_names() and not path.exists():
+        raise UserError(
+            f"--deepspeed: found {given!r}, which is neither a file nor one of {', '.join(engine_names())}"
+            f"{nearest(given, engine_names())}; give the path of DeepSpeed's JSON, or one of these names"
+        )
+    return ENGINES / f"{given}.json" if given in engine_names() else path
+
+
+def _is_bare_name(text: str) -> bool:
+    return bool(re.fullmatch(r"\w{1,100}", text))

