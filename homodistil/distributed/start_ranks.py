@@ -47,7 +47,12 @@ def _number(flag: str, text: str) -> int:
 
 
 def start_ranks(num_ranks: int) -> NoReturn:
-    """Replace this process by a launcher that starts its script on `num_ranks` ranks, at a free port."""
+    """Replace this process by a launcher that starts its script on `num_ranks` ranks, at a free port.
+
+    Raises:
+        UserError: fewer GPUs than ranks.
+    """
+    _check_devices(num_ranks)
     os.environ[invocation.TYPED_VARIABLE] = shlex.join(invocation.typed())
     script = ["--module", "homodistil.cli"] if Path(sys.argv[0]).name == "cli.py" else [sys.argv[0]]
     options = ["--num_accelerators", str(num_ranks), "--master_port", str(free_port()), "--no_local_rank"]
@@ -55,6 +60,17 @@ def start_ranks(num_ranks: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os.execv(sys.executable, [*launcher, *script, *split_ranks(sys.argv[1:])[1]])
+
+
+def _check_devices(num_ranks: int) -> None:
+    import torch
+
+    on_gpus = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
+    if on_gpus and num_ranks > torch.cuda.device_count():
+        raise UserError(
+            f"--ranks: found {num_ranks}, this machine has {torch.cuda.device_count()} GPUs; start as many ranks as "
+            f"GPUs, or set DS_ACCELERATOR=cpu"
+        )
 
 
 def free_port() -> int:
