@@ -34,8 +34,7 @@ class GapProbe:
         if teacher.shows_attention:
             measured = dataclasses.replace(measured, attention=1.0)
         self.objective = Objective(measured)
-        no_others = dict.fromkeys(self.objective.weights, 0.0)
-        self.kl_alone = Objective(dataclasses.replace(measured, **no_others | {"kl": 1.0}))
+        self.kl_alone = Objective(measured.only(kl=1.0))
 
     def measure(self) -> dict[str, float]:
         """Term -> mean over the probe, the same on every rank; `total`: their sum with the run's own weights."""
