@@ -37,9 +37,8 @@ def backbone_flops(widths: Widths, tokens: float, seq_len: int) -> float:
 def _layer(widths: Widths, i: int, tokens: float, seq_len: int) -> float:
     layer = layer_widths(widths, i)
     qk, vo = layer.num_heads * layer.qk_dim, layer.num_heads * layer.vo_dim
-    weights = widths["hidden"] * (
-        2 * qk + 2 * vo + 2 * layer.intermediate_size
-    )  # query, key; value, output; the two of the feed-forward block
+    # Query, key; value, output; the two of the feed-forward block.
+    weights = widths["hidden"] * (2 * qk + 2 * vo + 2 * layer.intermediate_size)
     products = seq_len * (qk + vo)  # scores; weighted sum
     return 2 * tokens * (weights + products)
 
