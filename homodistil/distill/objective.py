@@ -126,7 +126,7 @@ class Comparison(ActivationVisitor):
         values |= {name: value.detach() for name, value in self._once.items()}
         # The order of these sums is part of a run's numbers.
         weighted = [end.total for end in ends]
-        weighted += [self._objective.weights[name] * value for name, value in self._once.items()]
+        weighted += [self._objective.weights.get(name, 0.0) * value for name, value in self._once.items()]
         return LossTerms(torch.stack(weighted).sum(), values)
 
     def _add(self, name: str, value: Tensor | None) -> None:
