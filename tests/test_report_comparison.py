@@ -249,6 +249,7 @@ def test_no_damage_gives_a_traceback(tmp_path):
         run_curves(entries)
         changed += bool(entries[0].notes)
     assert changed > 50
+    (folder / "config.yaml").write_bytes(whole["config.yaml"])  # a folder of which too little can be read is refused
     write_run_comparison([folder], tmp_path / "page.html")
 
 

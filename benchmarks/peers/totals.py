@@ -66,7 +66,7 @@ def arithmetic(variant: Variant, task: Task, files: Files) -> float:
 
     from homodistil.config.schema import LossConfig
     from homodistil.distill.cost import step_flops
-    from homodistil.models.encoders import bert
+    from homodistil.models.encoders.bert import BERT as bert
 
     batches = files.batches()
     masked = statistics.mean(int((batch["labels"] != -100).sum()) for batch in batches)

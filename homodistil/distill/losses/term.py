@@ -15,7 +15,6 @@ class as well, so that nothing outside has to know which terms there are.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from types import ModuleType
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
@@ -27,6 +26,7 @@ from homodistil.distill.layer_map import LayerMap
 from homodistil.distill.teacher_outputs import TeacherOutputs
 from homodistil.models.activations import LayerActivations
 from homodistil.models.axes import Widths, num_layers
+from homodistil.models.family import ModelFamily
 
 NEEDS = frozenset({"embedding", "hidden", "queries_keys", "values", "logits"})
 """What a term may read: the input of layer 0, outputs of layers, queries and keys of layers, values of one layer, and
@@ -37,7 +37,7 @@ class StudentSide(Protocol):
     """What a term may ask of the student (distill/student.py)."""
 
     model: nn.Module
-    family: ModuleType
+    family: ModelFamily
     projections: nn.ModuleDict
     """Learned modules of all terms, see `Term.module_name`."""
     layer_map: LayerMap
