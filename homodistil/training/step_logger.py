@@ -74,7 +74,7 @@ class StepLogger:
         self.config, self.recorder, self.student = config, recorder, student
         self.teacher_widths, self.device = teacher_widths, device
         self.peak = peak_flops(device, dtype)
-        self._balance = Balance(config.run.name, student.objective.weights)
+        self._balance = Balance(config.run.name, student.objective.weights, config.loss.extra)
         self.timer = StepTimer()
         self._micro_batches: list[dict[str, Tensor]] = []
         self._steps: list[_Step] = []
