@@ -1,12 +1,12 @@
-"""FLOPs of every part of a step, counted once, as `homodistil.models.flops` counts those of the whole step."""
+"""FLOPs of every part of a step, counted once, as `homodistil.distill.cost` counts those of the whole step."""
 
 from __future__ import annotations
 
 import dataclasses
 
 from homodistil.config.schema import LossConfig
+from homodistil.distill.cost import step_flops
 from homodistil.models.axes import Widths
-from homodistil.models.flops import step_flops
 
 
 def part_flops(student: Widths, teacher: Widths, loss: LossConfig, **batch: float) -> dict[str, float]:

@@ -48,7 +48,6 @@ POINTS = (
     Point("student forward", "trainer", "engine.forward"),
     Point("losses", "homodistil.distill.objective", "Comparison.embedding"),
     Point("losses", "homodistil.distill.objective", "Comparison.layer"),
-    Point("losses", "homodistil.distill.objective", "Comparison.finish"),
     Point("losses", "homodistil.distill.losses.vocabulary", "masked_lm_losses"),
     Point("losses", "homodistil.distill.losses.vocabulary", "linear_masked_lm_losses"),
     Point("backward", "homodistil.training.trainer", "backward"),

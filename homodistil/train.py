@@ -9,6 +9,7 @@ import torch
 
 from homodistil.config.schema import RunConfig
 from homodistil.config.students import check_stage
+from homodistil.distill.losses.active import active_terms
 from homodistil.distill.runtime import check_teacher_runtime
 from homodistil.distill.student_compile import check_student_compile
 from homodistil.distill.teacher_sharding import num_parameters
@@ -64,6 +65,7 @@ def _run(
         check_implementation(one.optimizer.implementation)
         check_teacher_runtime(one, device)
         check_student_compile(one, engine_config, device)
+        active_terms(one.loss)  # imports loss.plugins on this rank
     if students:
         check_stage(engine_config)
     folder, *own_folders = ranks.on_rank_zero(lambda: check_run_folders(config, students))

@@ -35,3 +35,9 @@ def test_the_proposed_weight_makes_a_term_half_of_all():
 def test_a_copy_that_has_only_its_mlm_loss_is_no_mistake():
     losses = {"loss/mlm": 2.0, "loss/kl": 1e-9, "loss/attention": 0.0}
     assert len(Balance("x", WEIGHTS).lines(1, losses, 128, is_cut=False)) == 1
+
+
+def test_the_weight_of_a_term_from_outside_is_proposed_where_it_stands():
+    balance = Balance("run", {"mlm": 1.0, "similarity": 2.0}, extra=["similarity"])
+    lines = balance.lines(10, {"loss/mlm": 1.0, "loss/similarity": 9.5}, 24, is_cut=True)
+    assert "loss.extra={similarity: 0.11} would make it" in lines[-1]

@@ -8,7 +8,7 @@ from transformers import BertConfig
 from homodistil.config.schema import RunConfig, StudentConfig
 from homodistil.distill.build_student import build_student
 from homodistil.distill.layer_map import check_student, compared_layers, copied_layers
-from homodistil.distill.losses.relations import check_relations
+from homodistil.distill.losses.active import check_terms
 from homodistil.distill.teacher import Teacher
 from homodistil.errors import UserError
 from homodistil.export.stock_model import stock_model
@@ -81,18 +81,18 @@ def test_relation_heads_share_all_dims_of_a_layer_equally(changes, ok):
     widths = bert.axis_table(small_model(**TEACHER)).widths
     initial, _ = student_widths(config.student, widths)
     if ok:
-        return check_relations(config.loss, widths, [initial])
+        return check_terms(config.loss, widths, [initial])
     with pytest.raises(UserError, match="loss.relation_(heads|layer)"):
-        check_relations(config.loss, widths, [initial])
+        check_terms(config.loss, widths, [initial])
 
 
 def test_widths_on_the_way_are_looked_at_too():
     config = config_of(loss__relations=1.0, student__hidden_size=12, student__num_attention_heads=4)
     widths = bert.axis_table(small_model(**TEACHER)).widths
     config.loss.relation_heads = 8
-    check_relations(config.loss, widths, [widths])  # 24 dims
+    check_terms(config.loss, widths, [widths])  # 24 dims
     with pytest.raises(UserError, match="8 relation heads cannot share the 20 dims"):
-        check_relations(config.loss, widths, [widths, {"layer.5.qk_dim": 5}])
+        check_terms(config.loss, widths, [widths, {"layer.5.qk_dim": 5}])
 
 
 def test_a_copy_of_some_layers_has_the_teachers_weights():

@@ -11,9 +11,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertConfig, BertForMaskedLM
 
 from homodistil.config.schema import LossConfig
+from homodistil.distill.cost import step_flops
 from homodistil.metrics.device_peak import PeakFlops, datasheet_flops, peak_flops
 from homodistil.models.encoders.bert import BERT as bert
-from homodistil.models.flops import StepFlops, step_flops
+from homodistil.models.flops import StepFlops
 
 VOCAB, LAYERS, SEQUENCES, SEQ_LEN, ROWS = 101, 3, 3, 13, 7
 NO_DISTILLATION = {"kl": 0.0, "hidden": 0.0, "attention": 0.0, "embedding": 0.0}
@@ -63,7 +64,7 @@ def logits_of_rows(model: BertForMaskedLM, rows: int) -> torch.Tensor:
 
 
 def flops(student: dict, teacher: dict, **loss) -> StepFlops:
-    shape = {"num_sequences": SEQUENCES, "seq_len": SEQ_LEN, "masked_rows": ROWS, "vocab_size": VOCAB}
+    shape = {"num_sequences": SEQUENCES, "seq_len": SEQ_LEN, "target_rows": ROWS, "vocab_size": VOCAB}
     return step_flops(student, teacher, LossConfig(**({"kl": 1.0} | loss)), **shape)
 
 

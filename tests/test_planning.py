@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from homodistil.config.command_line import parse
+from homodistil.distill.cost import step_flops
 from homodistil.engine.build import load_engine_config, resolve_engine_config
 from homodistil.errors import UserError
 from homodistil.metrics.result_table import write_result
-from homodistil.models.flops import step_flops
 from homodistil.models.memory import state_bytes
 from homodistil.models.shapes import student_widths
 from homodistil.planning.advice import HEADROOM, advise
@@ -62,7 +62,7 @@ def test_flops_of_a_run_are_those_of_its_steps(cache_dir):
     whole = 0.0
     for widths, count in ((s.widths, s.num_steps) for s in subject.stretches):
         rows = data.mask_probability * batch * (data.seq_len - 2)
-        sizes = {"num_sequences": batch, "seq_len": data.seq_len, "masked_rows": rows, "vocab_size": 30522}
+        sizes = {"num_sequences": batch, "seq_len": data.seq_len, "target_rows": rows, "vocab_size": 30522}
         whole += count * step_flops(widths, subject.teacher_widths, config.loss, **sizes).total
     assert sum(s.flops * s.num_steps for s in plan.stretches) == pytest.approx(whole, rel=1e-12)
     hours = sum(s.step.low * s.num_steps for s in plan.stretches) / 3600

@@ -35,7 +35,7 @@ class Page(HTMLParser):
     def __init__(self, html: str) -> None:
         super().__init__()
         self.text, self.tags, self.attributes, self._open = [], [], [], []
-        self.prefetcher(html)
+        self.feed(html)
         self.close()
         assert not self._open
 

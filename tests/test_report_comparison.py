@@ -244,7 +244,11 @@ def test_no_damage_gives_a_traceback(tmp_path):
                 damaged[draw.randrange(len(damaged))] = draw.choice(b'\xff\x00"{}[]:,3x \n')
             cut = draw.choice([len(damaged), draw.randrange(len(damaged))])
             (folder / name).write_bytes(damaged[:cut])
-        entries = read_entries([folder])
+        try:
+            entries = read_entries([folder])
+        except UserError:  # a folder of which nothing at all can be read
+            changed += 1
+            continue
         models(entries[0].rows)
         run_curves(entries)
         changed += bool(entries[0].notes)

@@ -8,13 +8,13 @@ from small import VOCABULARY, random_keep, small_model
 
 from homodistil.config.schema import LossConfig
 from homodistil.data.masked_lm import Batch, LossCounts
+from homodistil.distill.cost import sequence_bytes
 from homodistil.distill.student import Student
 from homodistil.distill.teacher import Teacher
 from homodistil.models.activations import show_values
 from homodistil.models.attention import keeps_probabilities
 from homodistil.models.axes import Widths
 from homodistil.models.encoders.bert import BERT as bert
-from homodistil.models.memory import sequence_bytes
 from homodistil.models.resize_plan import make_plan, slice_module
 
 ROWS, TOKENS, EVERY = 4, 16, 5

@@ -7,7 +7,7 @@ import torch
 from small import random_keep, small_batch, small_model
 
 from homodistil.config.schema import LossConfig
-from homodistil.distill.objective import Objective
+from homodistil.distill.losses.vocabulary import Vocabulary
 from homodistil.distill.student import Student
 from homodistil.distill.teacher import Teacher
 from homodistil.distill.teacher_outputs import Layerwise, WholePass
@@ -84,5 +84,5 @@ def test_a_frozen_projection_is_the_selection_that_it_was_cut_from(projection):
 
 
 def test_kl_on_all_tokens_is_taken_on_masked_rows_where_it_has_no_weight():
-    assert Objective(LossConfig(kl_positions="all")).positions == "all"
-    assert Objective(LossConfig(kl_positions="all", kl=0.0)).positions == "masked"
+    assert Vocabulary(LossConfig(kl_positions="all")).positions == "all"
+    assert Vocabulary(LossConfig(kl_positions="all", kl=0.0)).positions == "masked"

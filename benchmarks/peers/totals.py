@@ -65,8 +65,8 @@ def arithmetic(variant: Variant, task: Task, files: Files) -> float:
     from transformers import AutoConfig, BertForMaskedLM
 
     from homodistil.config.schema import LossConfig
+    from homodistil.distill.cost import step_flops
     from homodistil.models.encoders.bert import BERT as bert
-    from homodistil.models.flops import step_flops
 
     batches = files.batches()
     masked = statistics.mean(int((batch["labels"] != -100).sum()) for batch in batches)

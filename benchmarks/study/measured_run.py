@@ -15,9 +15,9 @@ from torch import Tensor
 from homodistil.config.schema import RunConfig
 from homodistil.data.masked_lm import Batch
 from homodistil.data.prepare.corpus import Rows
+from homodistil.distill.cost import step_flops
 from homodistil.evaluation.heldout import Predict, evaluate
 from homodistil.metrics.recorder import METRICS_FILE, read_lines
-from homodistil.models.flops import step_flops
 from homodistil.training.inputs import RunInputs
 from homodistil.training.run import DistillationRun
 

@@ -102,8 +102,9 @@ def check_rules(config: RunConfig) -> None:
     if not config.data.text_column.strip():
         raise UserError("data.text_column: found nothing, allowed is the name of a column; set data.text_column=text")
     _check_weights(config)
-    terms = ("mlm", "kl", "hidden", "attention", "embedding", "cosine", "relations")
-    if not any(getattr(config.loss, term) for term in terms):
+    for name, weight in config.loss.extra.items():
+        _check_range(f"loss.extra.{name}", weight, 0, _WEIGHT, "")
+    if not config.loss.weights:
         raise UserError("loss: every weight is 0; give at least one term a weight > 0")
     if 0 < config.train.lr_steps < config.train.steps:
         raise UserError(

@@ -201,6 +201,10 @@ class PruningConfig:
     """Keep Adam's moments of what survives an event; false: they start from 0 (for comparisons)."""
 
 
+_WEIGHTS = ("mlm", "kl", "hidden", "attention", "embedding", "cosine", "relations")
+"""Fields of LossConfig that are weights of terms."""
+
+
 @dataclass(kw_only=True)
 class LossConfig:
     """loss: weights and forms of the terms"""
@@ -236,6 +240,20 @@ class LossConfig:
     """Train W, or keep it the selection of the surviving dims."""
     kernels: Literal["auto", "torch", "triton"] = "auto"
     """What computes the terms: auto = Triton on a GPU where it is installed, torch elsewhere."""
+    extra: dict[str, float] = field(default_factory=dict)
+    """Weights (>= 0) of terms that are not part of the package, by name, as in {my_term: 0.5}; see loss.plugins."""
+    plugins: list[str] = field(default_factory=list)
+    """Python modules, or files (.py), that register further terms; imported on every rank, and run as your own code."""
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Term -> weight of those that are trained (> 0), in the order of fields, then of `extra`."""
+        named = {name: getattr(self, name) for name in _WEIGHTS} | self.extra
+        return {name: float(weight) for name, weight in named.items() if weight > 0}
+
+    def only(self, **weights: float) -> LossConfig:
+        """The same options with these weights alone; all others are 0."""
+        return dataclasses.replace(self, **dict.fromkeys(_WEIGHTS, 0.0) | {"extra": {}} | weights)
 
 
 @dataclass(kw_only=True)

@@ -15,7 +15,7 @@ from homodistil.errors import UserError
 
 STUDENTS_FOLDER = "students"
 
-_SHARED_LOSS = ("relations", "relation_heads", "relation_layer")
+_SHARED_LOSS = ("relations", "relation_heads", "relation_layer", "extra", "plugins")
 # Section -> fields that students share with the job; None: all of them.
 _SHARED: dict[str, tuple[str, ...] | None] = {
     "teacher": None,

@@ -207,6 +207,8 @@ def _check(name: str, kind: Any, node: yaml.Node | None, limits: str = "") -> No
             _check(name, options[0], node, limits)
     elif origin is list:
         _check_list(name, options[0], node, limits)
+    elif origin is dict:
+        _check_mapping(name, options[1], node)
     elif not isinstance(node, yaml.ScalarNode):
         raise _refusal(name, node, _allowed(kind, limits))
     elif origin is Literal:
@@ -228,6 +230,14 @@ def _check_list(name: str, inner: Any, node: yaml.Node | None, limits: str) -> N
     else:
         for item in node.value:
             _check(name, inner, item, limits)
+
+
+def _check_mapping(name: str, inner: Any, node: yaml.Node | None) -> None:
+    """Keys are texts that are not there twice (`_check_keys`)."""
+    if not isinstance(node, yaml.MappingNode):
+        raise _refusal(name, node, "a mapping such as {my_term: 0.5}")
+    for key, value in node.value:
+        _check(f"{name}.{_short(key.value)}", inner, value)
 
 
 _EXAMPLES = {str: "[/data/a,/data/b]", int: "[0,2,4]", float: "[0.75,0.5]"}

@@ -1,4 +1,4 @@
-"""The student as DeepSpeed trains it: Hugging Face's model, the distillation projections and the objective.
+"""The student as DeepSpeed trains it: Hugging Face's model, the modules that the terms learn, and the objective.
 
 `forward` is the training forward (loss terms); `predict` the inference one. The module knows where each of its
 entries came from in the teacher (`kept`), which is what a resize event narrows. Entries of an axis that has been mapped
@@ -16,9 +16,6 @@ from torch import Tensor, nn
 from homodistil.config.schema import LossConfig
 from homodistil.data.masked_lm import Batch
 from homodistil.distill.layer_map import LayerMap
-from homodistil.distill.losses.cosine import CosineProjection, cosine_distance
-from homodistil.distill.losses.projection import Projection
-from homodistil.distill.losses.vocabulary import vocabulary_terms
 from homodistil.distill.objective import Comparison, LossTerms, Objective
 from homodistil.distill.teacher import head_only_parameters
 from homodistil.distill.teacher_outputs import TeacherOutputs, wanted_rows
@@ -32,7 +29,7 @@ class Student(nn.Module):
     """Args:
     model: masked LM with tapped attention.
     config: weights and options of the terms.
-    distil: False trains MLM alone (teacher correction): no projections are made.
+    distil: False trains MLM alone (teacher correction): the terms' modules are not made.
     counterpart: the teacher's measures; None: `model` is a copy of the teacher, as it is.
     """
 
@@ -44,31 +41,30 @@ class Student(nn.Module):
         self.family = family_of(model.config.model_type)
         self.objective = Objective(config)
         self.layer_map = layer_map or _copied_from(model.config)
-        self.projections = self._make_projections(config) if distil else nn.ModuleDict()
+        self.projections = nn.ModuleDict(self._make_modules() if distil else {})
         self.origins = axes.whole(self.family.axis_table(model).widths)
         self._taps = ActivationHooks(model, self.family)
         self._pruned_heads: dict[int, Tensor | None] = {}
-        if "relations" in self.objective.weights:
+        needs = self.objective.needs
+        if "values" in needs:
             show_values(model, self.family, -1)
         # What no gradient reaches would only decay.
-        if not self.objective.needs_logits:
+        if "logits" not in needs:
             for parameter in head_only_parameters(model, self.family):
                 parameter.requires_grad_(False)
         if not self.objective.needs_last_layer:
             parts = self.family.layer_parts(model)[-1]
-            values = () if "relations" in self.objective.weights else (parts.value,)
+            values = () if "values" in needs else (parts.value,)
             for module in (*values, parts.attention_output, parts.ffn, parts.ffn_output):
                 module.requires_grad_(False)
 
-    def _make_projections(self, config: LossConfig) -> nn.ModuleDict:
-        names = ["embedding"] if config.embedding > 0 else []
-        if config.hidden > 0:
-            names += [f"layer_{i}" for i in range(self.num_layers)]
-        size, own, is_origin = self.layer_map.hidden_size, self.model.config.hidden_size, self.layer_map.is_origin
-        made = {name: Projection(size, config, None if is_origin else own) for name in names}
-        if config.cosine > 0 and not self.layer_map.keeps_width:
-            made["last"] = CosineProjection(size, own, config.projection_learned, is_origin)
-        return nn.ModuleDict(made)
+    def _make_modules(self) -> dict[str, nn.Module]:
+        """What the terms learn along with the student, in their order."""
+        made: dict[str, nn.Module] = {}
+        for term in self.objective.terms:
+            modules = term.modules(self.layer_map, self.model.config.hidden_size)
+            made |= {term.module_name(moment): module for moment, module in modules.items()}
+        return made
 
     @property
     def num_layers(self) -> int:
@@ -112,7 +108,7 @@ class Student(nn.Module):
         last = self._taps.visit(batch.input_ids, batch.padding_mask, comparison)
         if only_logits:
             return self.mlm_logits(wanted_rows(last, batch, "masked"))
-        return comparison.finish(vocabulary_terms(objective, self, last, batch, targets))
+        return comparison.finish(last)
 
     def compare(self, batch: Batch, targets: TeacherOutputs | None, objective: Objective) -> LossTerms:
         """The terms of `objective`, which may differ from the one that is trained (see evaluation/gap_probe.py)."""
@@ -123,15 +119,11 @@ class Student(nn.Module):
         """Logits (M, V) of the masked rows."""
         return self(batch, only_logits=True)
 
-    def pass_projection(self, name: str, hidden: Tensor) -> None:
+    def pass_modules(self, moment: str, hidden: Tensor) -> None:
         """Keep to the order of module calls where nothing is compared (see above)."""
-        if name in self.projections:
-            self.projections[name](hidden, None, None)
-
-    def cosine_to(self, teacher: Tensor, hidden: Tensor, attention_mask: Tensor) -> Tensor:
-        """Cosine distance of the last hidden states (B, T, D), summed over valid tokens."""
-        compare = self.projections["last"] if "last" in self.projections else cosine_distance
-        return compare(hidden, teacher, attention_mask)
+        for term in self.objective.terms:
+            if (name := term.module_name(moment)) in self.projections:
+                self.projections[name](hidden, None, None)
 
     def mlm_logits(self, rows: Tensor) -> Tensor:
         """(rows, D) of the last layer -> (rows, V)."""

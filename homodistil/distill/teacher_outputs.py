@@ -26,6 +26,8 @@ class TeacherOutputs(ABC):
         self.model, self.family, self.batch = model, family, batch
         self.scale = scale
         """What the teacher's softmax multiplies q.k with."""
+        self.num_last_readers = 1
+        """How often `take_last` will be called: what it gives is freed by the last one."""
 
     def run_embedding(self, args: tuple, kwargs: dict) -> None:
         """The student's embeddings are about to run, with these arguments."""
@@ -44,12 +46,17 @@ class TeacherOutputs(ABC):
         """Of layer `i`, in ascending order; layers between are passed over."""
 
     @abstractmethod
-    def take_relations(self) -> LayerActivations:
+    def take_values(self) -> LayerActivations:
         """Of the layer that shows its values, once it has run."""
 
-    @abstractmethod
     def take_last(self) -> Tensor:
         """Output of the last layer, (B, T, D)."""
+        self.num_last_readers -= 1
+        return self._last(is_done=self.num_last_readers <= 0)
+
+    @abstractmethod
+    def _last(self, is_done: bool) -> Tensor:
+        """See `take_last`. Held no longer once it `is_done`."""
 
     @torch.no_grad()
     def logits(self, positions: str) -> Tensor:
@@ -93,12 +100,13 @@ class WholePass(TeacherOutputs):
         self._num_taken = i + 1
         return tap
 
-    def take_relations(self) -> LayerActivations:
+    def take_values(self) -> LayerActivations:
         relations, self._tapped = self._seen().relations, self._seen()._replace(relations=None)
         return relations
 
-    def take_last(self) -> Tensor:
-        return self._seen().layers.pop()
+    def _last(self, is_done: bool) -> Tensor:
+        layers = self._seen().layers
+        return layers.pop() if is_done else layers[-1]
 
 
 def own_lists(tapped: Activations) -> Activations:
@@ -142,12 +150,14 @@ class Layerwise(TeacherOutputs, ActivationVisitor):
         tap, self._tap = self._tap, None
         return tap
 
-    def take_relations(self) -> LayerActivations:
+    def take_values(self) -> LayerActivations:
         relations, self._relations = self._relations, None
         return relations
 
-    def take_last(self) -> Tensor:
-        last, self._hidden = self._hidden, None
+    def _last(self, is_done: bool) -> Tensor:
+        last = self._hidden
+        if is_done:
+            self._hidden = None
         return last
 
 

@@ -32,8 +32,7 @@ class GapProbe:
         self.batches = [batch._replace(counts=counts).to(device) for batch in batches]
         measured = dataclasses.replace(student.objective.config, mlm=1.0, kl=1.0, kl_positions="masked", attention=1.0)
         self.objective = Objective(measured)
-        no_others = dict.fromkeys(self.objective.weights, 0.0)
-        self.kl_alone = Objective(dataclasses.replace(measured, **no_others | {"kl": 1.0}))
+        self.kl_alone = Objective(measured.only(kl=1.0))
 
     def measure(self) -> dict[str, float]:
         """Term -> mean over the probe, the same on every rank; `total`: their sum with the run's own weights."""

@@ -16,7 +16,6 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from homodistil import __version__
 from homodistil.config.schema import RunConfig
-from homodistil.distill.objective import TERMS
 from homodistil.export.provenance import Teacher, describe_sources, describe_teacher, hub_datasets, repeatable
 from homodistil.files import write_atomically, writing
 from homodistil.models.axes import Widths, layer_widths
@@ -190,7 +189,7 @@ def _settings(config: RunConfig) -> dict[str, object]:
         "peak learning rate": config.train.lr,
         "pruning": f"{config.pruning.schedule} until {config.pruning.end_fraction:g} of the steps, "
         f"importance {config.pruning.importance}",
-        "loss weights": ", ".join(f"{term} {getattr(loss, term):g}" for term in TERMS if getattr(loss, term)),
+        "loss weights": ", ".join(f"{term} {weight:g}" for term, weight in loss.weights.items()),
     }
 
 

@@ -1,5 +1,6 @@
 """Bytes that a rank holds during a training step, from shapes alone: what does not depend on the batch, and what each
-sequence adds. training/micro_batch.py compares the sums at two widths.
+sequence adds to it in the model. distill/cost.py adds what the terms of the objective save; training/micro_batch.py
+compares the sums at two widths.
 
 Counted at the moment where the backward pass begins, when everything saved for it is alive. Not counted, because it
 is short-lived: what one operation needs while it runs, and buckets and gathered parameters on their way between ranks.
@@ -12,9 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from homodistil.config.schema import LossConfig
-from homodistil.models.axes import Widths, num_layers
-from homodistil.models.flops import dims_of_last_layer
+from homodistil.models.axes import Widths, layer_widths, num_layers
 
 FP32_BYTES = 4
 INT64_BYTES = 8
@@ -66,104 +65,35 @@ class SequenceBytes:
         return max(self.student + self.losses, self.teacher)
 
 
-def sequence_bytes(
-    student: Widths,
-    teacher: Widths,
-    loss: LossConfig,
-    *,
-    seq_len: int,
-    target_rows: float,
-    vocab_size: int,
-    student_bytes: int,
-    teacher_bytes: int,
-    lock_step: bool = True,
-    keeps_probabilities: bool = False,
-) -> SequenceBytes:
-    """Activations of one sequence at the student's widths of today.
-
-    Dropout masks are left out: off by default, and a small share of what they are made for. So are the gradients of
-    decoder and projections that the losses make in their forward: they do not grow with the batch.
-
-    Args:
-        student, teacher: axis -> width (`models.axes`); the student may have fewer layers.
-        loss: a term of weight 0 saves nothing; without any distillation term the teacher does not run.
-        seq_len: tokens of a sequence, padding included.
-        masked_rows: rows to predict in a sequence (an expected value).
-        vocab_size: rows of the decoder.
-        student_bytes, teacher_bytes: bytes of an element of each model's activations.
-        lock_step: whether the teacher's layers run beside the student's (distill/teacher_outputs.py).
-        keeps_probabilities: whether the student's attention saves them (models/attention.py).
-    """
-    kl_rows = seq_len if loss.kl_positions == "all" else target_rows
-    head_rows = max(target_rows if loss.mlm else 0, kl_rows if loss.kl else 0)
-    distils = any((loss.kl, loss.hidden, loss.attention, loss.embedding, loss.cosine, loss.relations))
-    ours = _backbone(student, seq_len, student_bytes) + _mlm_head(student["hidden"], head_rows, student_bytes)
-    if keeps_probabilities:  # instead of a logarithm a row
-        num_heads = sum(student[f"layer.{i}.heads"] for i in range(num_layers(student)))
-        ours += num_heads * seq_len * (seq_len * student_bytes - FP32_BYTES)
-    terms = target_rows * vocab_size * _logit_bytes(loss, student_bytes, teacher_bytes)
-    terms += _score_terms(student, loss, seq_len, student_bytes) + _hidden_terms(student, loss, seq_len, student_bytes)
-    terms += _last_layer_terms(student, teacher, loss, seq_len, student_bytes)
-    theirs = 0 if lock_step or not distils else teacher_bytes * _taps(teacher, seq_len)
-    return SequenceBytes(ours, terms, theirs)
-
-
-def _backbone(widths: Widths, seq_len: int, element_bytes: int) -> float:
-    """Embeddings (ids, the sum before LayerNorm) and the layers."""
+def backbone_bytes(widths: Widths, seq_len: int, element_bytes: int) -> float:
+    """Saved for one sequence: embeddings (ids, the sum before LayerNorm) and the layers."""
     layers = sum(_layer(widths, i, seq_len, element_bytes) for i in range(num_layers(widths)))
     return layers + seq_len * (2 * INT64_BYTES + _LAYER_NORM_BYTES + widths["hidden"] * element_bytes)
 
 
 def _layer(widths: Widths, i: int, seq_len: int, element_bytes: int) -> float:
-    hidden, ffn, heads = widths["hidden"], widths[f"layer.{i}.ffn"], widths[f"layer.{i}.heads"]
-    qk, vo = heads * widths[f"layer.{i}.qk_dim"], heads * widths[f"layer.{i}.vo_dim"]
+    layer = layer_widths(widths, i)
+    qk, vo = layer.num_heads * layer.qk_dim, layer.num_heads * layer.vo_dim
     # The layer's input, both sums before a LayerNorm, what lies between the blocks; query and key, value and
     # attention output; the neurons before and after GELU.
-    elements = 4 * hidden + 2 * qk + 2 * vo + 2 * ffn
-    log_sum_exp = heads * FP32_BYTES  # of the fused attention, which saves no scores
+    elements = 4 * widths["hidden"] + 2 * qk + 2 * vo + 2 * layer.intermediate_size
+    log_sum_exp = layer.num_heads * FP32_BYTES  # of the fused attention, which saves no scores
     return seq_len * (elements * element_bytes + 2 * _LAYER_NORM_BYTES + log_sum_exp)
 
 
-def _mlm_head(hidden: int, rows: float, element_bytes: int) -> float:
-    """Input, before and after GELU, after LayerNorm."""
+def probability_bytes(widths: Widths, seq_len: int, element_bytes: int) -> float:
+    """More than `backbone_bytes` where attention saves its probabilities, instead of a logarithm for each row."""
+    num_heads = sum(layer_widths(widths, i).num_heads for i in range(num_layers(widths)))
+    return num_heads * seq_len * (seq_len * element_bytes - FP32_BYTES)
+
+
+def head_bytes(hidden: int, rows: float, element_bytes: int) -> float:
+    """Saved by the vocabulary head before its decoder: input, before and after GELU, after LayerNorm."""
     return rows * (4 * hidden * element_bytes + _LAYER_NORM_BYTES) if rows else 0
 
 
-def _logit_bytes(loss: LossConfig, student_bytes: int, teacher_bytes: int) -> int:
-    """Of one row and entry of the vocabulary: logits of both models, and the gradient with which the way back begins.
-
-    KL on all tokens keeps none of them: its gradients are made in the forward, chunk by chunk.
-    """
-    if not (loss.mlm or loss.kl) or (loss.kl and loss.kl_positions == "all"):
-        return 0
-    return 2 * student_bytes + (teacher_bytes if loss.kl else 0)
-
-
-def _hidden_terms(student: Widths, loss: LossConfig, seq_len: int, element_bytes: int) -> float:
-    """The gradient of each comparison, made in the forward."""
-    count = (1 if loss.embedding else 0) + (num_layers(student) if loss.hidden else 0)
-    return seq_len * count * student["hidden"] * element_bytes
-
-
-def _score_terms(student: Widths, loss: LossConfig, seq_len: int, element_bytes: int) -> float:
-    """The gradients of each layer's queries and keys, made in the forward; in fp32 where the model runs in fp16."""
-    if not loss.attention:
-        return 0
-    layers = range(num_layers(student))
-    return sum(2 * seq_len * student[f"layer.{i}.heads"] * student[f"layer.{i}.qk_dim"] for i in layers) * element_bytes
-
-
-def _last_layer_terms(student: Widths, teacher: Widths, loss: LossConfig, seq_len: int, element_bytes: int) -> float:
-    """Relations: gradients of queries, keys and values, twice, as either factor of A A^T. Cosine: what enters W, the
-    states behind it and the teacher's in fp32, their norms and the mask.
-    """
-    relations = 2 * dims_of_last_layer(student) * element_bytes if loss.relations else 0
-    row = student["hidden"] * element_bytes + 2 * teacher["hidden"] * FP32_BYTES + 2 * FP32_BYTES + INT64_BYTES
-    return seq_len * (relations + (row if loss.cosine else 0))
-
-
-def _taps(widths: Widths, seq_len: int) -> float:
-    """Elements of the embedding output, of every layer's output, and of its queries and keys."""
-    layers = range(num_layers(widths))
-    queries_and_keys = sum(2 * widths[f"layer.{i}.heads"] * widths[f"layer.{i}.qk_dim"] for i in layers)
+def compared_elements(widths: Widths, seq_len: int) -> float:
+    """Of one sequence's pass: elements of the embedding output, every layer's output, and its queries and keys."""
+    layers = [layer_widths(widths, i) for i in range(num_layers(widths))]
+    queries_and_keys = sum(2 * layer.num_heads * layer.qk_dim for layer in layers)
     return seq_len * ((1 + len(layers)) * widths["hidden"] + queries_and_keys)

@@ -3,6 +3,8 @@ short-lived or not the model's: buffers between ranks, products of the vocabular
 
 from __future__ import annotations
 
+from homodistil.distill.cost import logit_rows
+from homodistil.distill.losses.term import BatchSizes
 from homodistil.models.axes import Widths
 from homodistil.models.memory import state_bytes
 from homodistil.training.micro_batch import MicroBatchPolicy
@@ -37,11 +39,13 @@ def rank_memory(
     }
     parts["optimizer"] = state_bytes(trainable, frozen, layout) - parts["parameters"] - parts["gradients"]
     parts["teacher"] = _teacher_parameters(subject, layout.num_ranks) * policy.teacher_dtype.itemsize
-    rows = subject.config.data.mask_probability * subject.config.data.seq_len * micro_batch_size
-    loss = subject.config.loss
-    # KL on all tokens goes over the vocabulary chunk by chunk and keeps nothing of it.
-    keeps_logits = (loss.mlm or loss.kl) and not (loss.kl and loss.kl_positions == "all")
-    parts["logits"] = rows * subject.vocab_size * (2 * layout.dtype.itemsize + FP32_BYTES) if keeps_logits else 0.0
+    data, dtypes = subject.config.data, (layout.dtype.itemsize, policy.teacher_dtype.itemsize)
+    rows = data.mask_probability * data.seq_len * micro_batch_size
+    sizes = BatchSizes(
+        widths, subject.teacher_widths, micro_batch_size, data.seq_len, rows, subject.vocab_size, *dtypes
+    )
+    entry_bytes = 2 * layout.dtype.itemsize + FP32_BYTES
+    parts["logits"] = float(logit_rows(subject.config.loss, sizes) * subject.vocab_size * entry_bytes)
     parts["activations"] = max(micro_batch_size * sequence.total - parts["logits"], 0.0)
     parts["buffers"] = buffer_bytes(engine_config, trainable, layout.accumulation_dtype.itemsize)
     parts["process"] = process_bytes

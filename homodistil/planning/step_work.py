@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import astuple, dataclass, fields
 
+from homodistil.distill.cost import step_flops
 from homodistil.models.axes import Widths, num_layers
-from homodistil.models.flops import step_flops
 from homodistil.training.micro_batch import MicroBatchPolicy
 from homodistil.training.resolve import ResolvedRun
 

@@ -8,10 +8,11 @@ import psutil
 import torch
 
 from homodistil.config.schema import RunConfig
+from homodistil.distill.cost import sequence_bytes
 from homodistil.engine.build import student_dtype, teacher_dtype
 from homodistil.models.attention import keeps_probabilities
 from homodistil.models.axes import Widths
-from homodistil.models.memory import sequence_bytes, state_bytes
+from homodistil.models.memory import state_bytes
 from homodistil.preflight.findings import Findings
 from homodistil.training.micro_batch import state_layout
 

@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from homodistil.config.schema import RunConfig
+from homodistil.distill.losses.active import active_terms
 from homodistil.distill.runtime import check_teacher_runtime
 from homodistil.distill.student_compile import check_student_compile
 from homodistil.distill.teacher import load_config, load_tokenizer
@@ -39,6 +40,7 @@ def check_settings(findings: Findings, config: RunConfig, raw_engine_config: dic
     findings.attempt("config", lambda: teacher_dtype(config.teacher.dtype, engine or {}, device))
     findings.attempt("config", lambda: check_implementation(config.optimizer.implementation))
     findings.attempt("config", lambda: check_teacher_runtime(config, device))
+    findings.attempt("config", lambda: active_terms(config.loss))
     if engine is not None:
         findings.attempt("config", lambda: check_student_compile(config, engine, device))
     if len(findings) == before:

@@ -9,7 +9,7 @@ from typing import Any
 from homodistil.report.figures import MAX_POINTS, Line, Panel
 from homodistil.report.run import Points, Run, number
 
-TERMS = ("mlm", "kl", "hidden", "attention", "embedding")
+_PAPERS_TERMS = ("mlm", "kl", "hidden", "attention", "embedding")
 TEACHER_STYLE = 5
 """Grey: the same in all figures."""
 _LONGEST_LABEL = 24
@@ -53,20 +53,26 @@ def curve(title: str, caption: str, panels: list[Panel]) -> Curve:
     return Curve(title, caption, panels)
 
 
+def terms_of(*runs: Run) -> list[str]:
+    """Terms that may be drawn: the paper's, then all others that a run has logged, in that order."""
+    logged = [name.removeprefix("loss/") for run in runs for name in run.names("loss/")]
+    return list(dict.fromkeys([*_PAPERS_TERMS, *(name for name in logged if "/" not in name and name != "total")]))
+
+
 def _line(run: Run, name: str, label: str) -> list[Line]:
     points = run.points(name)
     return [Line(label, points)] if points else []
 
 
 def _losses(run: Run) -> list[Panel]:
-    terms = [line for term in TERMS for line in _line(run, f"loss/{term}", term)]
+    terms = [line for term in terms_of(run) for line in _line(run, f"loss/{term}", term)]
     total = Panel("total", _line(run, "loss/total", "total"), log_when_wide=True)
     return [total, Panel("terms", terms, log_when_wide=True)]
 
 
 def _layer_terms(run: Run) -> list[Panel]:
     panels = []
-    for term in TERMS:
+    for term in terms_of(run):
         names = run.names(f"loss/{term}/layer.")
         labels = [name.rsplit(".", 1)[1] for name in names]
         shades = [_shade(i, len(names)) for i in range(len(names))]
@@ -115,7 +121,7 @@ def mean_width(widths: dict[str, Any], family: str) -> float | None:
 
 def _gap(run: Run) -> list[Panel]:
     """Terms of the probe batch at every resize, KL first: it is what the homotopic path is meant to keep small."""
-    order = sorted(TERMS, key=lambda term: term != "kl")
+    order = sorted(terms_of(run), key=lambda term: term != "kl")
     return [Panel(f"{term}, probe batch", [Line(term, _pairs(run, term))], saw_tooth=True) for term in order]
 
 
@@ -142,7 +148,7 @@ def _heldout(run: Run) -> list[Panel]:
         for name in names
         if run.evaluation_points(name)
     ]
-    probe = [Line(term, run.evaluation_points(f"gap/{term}")) for term in TERMS]
+    probe = [Line(term, run.evaluation_points(f"gap/{term}")) for term in terms_of(run)]
     return [*panels, Panel("terms, probe batch", [line for line in probe if line.points], log_when_wide=True)]
 
 

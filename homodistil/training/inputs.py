@@ -17,7 +17,7 @@ from homodistil.data.prepare.corpus import Corpus, prepare_corpus
 from homodistil.data.prepare.integrity import BackgroundCheck
 from homodistil.data.sources.assets import teacher_folder
 from homodistil.distill.layer_map import check_student
-from homodistil.distill.losses.relations import check_relations
+from homodistil.distill.losses.active import active_terms, check_terms, field_of
 from homodistil.distill.teacher import check_stored, has_mlm_head, load_config, load_model, load_tokenizer
 from homodistil.distributed import groups, ranks, watchdog
 from homodistil.errors import UserError
@@ -145,7 +145,7 @@ def check_shape(config: RunConfig, shape) -> None:
     initial, target = student_widths(config.student, widths)
     schedule = width_schedule(config, widths, initial, target)
     on_the_way = [schedule.table[step] for step in sorted(getattr(schedule, "table", {}))]
-    check_relations(config.loss, widths, [initial, *on_the_way])
+    check_terms(config.loss, widths, [initial, *on_the_way])
     if config.data.seq_len > (max_tokens := family.shape(shape).max_tokens):
         raise UserError(
             f"data.seq_len: {config.data.seq_len} is above the {max_tokens} tokens that the teacher has positions for; "
@@ -161,10 +161,12 @@ def _check_head(config: RunConfig, has_head: bool, say: Callable[[str], None]) -
     if steps:
         say(f"teacher: {name} has no MLM head; teacher.correction_steps={steps} trains one")
         return
-    if config.loss.mlm > 0 or config.loss.kl > 0:
+    readers = [term for term in active_terms(config.loss) if "logits" in term.needs]
+    if readers:
+        fields = [field_of(config.loss, name) for term in readers for name in term.names]
         raise UserError(
-            f"teacher.name: {name!r} has no MLM head, so loss.mlm and loss.kl would teach noise; "
-            f"set teacher.correction_steps (1000, say) to train one, or loss.mlm=0 loss.kl=0"
+            f"teacher.name: {name!r} has no MLM head, so {' and '.join(fields)} would teach noise; "
+            f"set teacher.correction_steps (1000, say) to train one, or {'=0 '.join(fields)}=0"
         )
     if config.pruning.compensation == "full" and config.pruning.schedule != "none":
         raise UserError(

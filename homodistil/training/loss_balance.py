@@ -7,7 +7,7 @@ drowns the rest: the attention scores of a 12-layer teacher were 81 %.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 LIMIT = 0.8
 """Share of the total from which on a term is warned of."""
@@ -19,10 +19,11 @@ class Balance:
     """Args:
     name: of the run, for the lines.
     weights: of the terms that are trained.
+    extra: names of those whose weights stand in loss.extra.
     """
 
-    def __init__(self, name: str, weights: Mapping[str, float]) -> None:
-        self._name, self._weights = name, dict(weights)
+    def __init__(self, name: str, weights: Mapping[str, float], extra: Collection[str] = ()) -> None:
+        self._name, self._weights, self._extra = name, dict(weights), extra
         self._told: set[bool] = set()
 
     def shares(self, losses: Mapping[str, float]) -> dict[str, float]:
@@ -57,7 +58,8 @@ class Balance:
     def _warning(self, name: str, share: float, total: float) -> str:
         """The weight it proposes makes the term as large as all others together."""
         weight = self._weights[name] * (1 - share) / share
+        setting = f"loss.extra={{{name}: {weight:.2g}}}" if name in self._extra else f"loss.{name}={weight:.2g}"
         return (
             f"warning: the {name} term is {share:.0%} of the loss ({share * total:.3g} of {total:.3g}); "
-            f"loss.{name}={weight:.2g} would make it as large as all the others together"
+            f"{setting} would make it as large as all the others together"
         )

@@ -12,12 +12,13 @@ import torch
 
 from homodistil.config.schema import RunConfig
 from homodistil.data.prefetch import BatchPrefetcher
+from homodistil.distill.cost import sequence_bytes
 from homodistil.distill.student import Student
 from homodistil.engine.batch_size import set_micro_batch_size
 from homodistil.engine.build import student_dtype
 from homodistil.models.attention import keeps_probabilities
 from homodistil.models.axes import Widths
-from homodistil.models.memory import SequenceBytes, StateLayout, sequence_bytes, state_bytes
+from homodistil.models.memory import SequenceBytes, StateLayout, state_bytes
 
 _ACCUMULATION_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

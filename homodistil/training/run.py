@@ -17,6 +17,7 @@ from homodistil.config.schema import RunConfig
 from homodistil.data.prepare.integrity import json_object
 from homodistil.distill.build_student import build_student
 from homodistil.distill.losses.relations import relation_layer
+from homodistil.distill.objective import Objective
 from homodistil.distill.student import Student
 from homodistil.distill.student_compile import CompiledLayers
 from homodistil.distill.teacher import Teacher, build_teacher, load_config
@@ -145,7 +146,7 @@ class DistillationRun:
         config, model = self.config, teacher_copy(self.run_inputs, dtype)
         family = family_of(model.config.model_type)
         widths = family.axis_table(model).widths
-        if config.loss.relations > 0:
+        if "values" in Objective(config.loss).needs:
             show_values(model, family, relation_layer(config.loss, model.config.num_hidden_layers))
         return widths, build_teacher(model, config.teacher, device, dtype)
 

@@ -24,6 +24,7 @@ _FREE = {
     "teacher": {"dtype", "allow_pickle", "shard"},
     "data": {"cache_dir", "workers", "shard_bytes"},
     "train": {"micro_batch_size", "save_every_steps", "eval_every_steps", "eval_batch_size", "log_every_steps"},
+    "loss": {"plugins"},
     "optimizer": {"implementation"},
 }
 # Moved elsewhere they are the same, which the checkpoint's fingerprints tell (fingerprints.py).

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from homodistil.config.schema import RunConfig
 from homodistil.data.masked_lm import Batch, LossCounts
+from homodistil.distill.cost import step_flops
 from homodistil.distill.objective import LossTerms
 from homodistil.distill.student import Student
 from homodistil.distributed import ranks
@@ -26,7 +27,6 @@ from homodistil.errors import CheckFailed
 from homodistil.metrics.device_peak import peak_flops
 from homodistil.metrics.recorder import Recorder, StepTimer, memory_bytes
 from homodistil.models.axes import Widths
-from homodistil.models.flops import step_flops
 from homodistil.resize import step_applied
 from homodistil.training.loss_balance import Balance
 
@@ -74,7 +74,7 @@ class StepLogger:
         self.config, self.recorder, self.student = config, recorder, student
         self.teacher_widths, self.device = teacher_widths, device
         self.peak = peak_flops(device, dtype)
-        self._balance = Balance(config.run.name, student.objective.weights)
+        self._balance = Balance(config.run.name, student.objective.weights, config.loss.extra)
         self.timer = StepTimer()
         self._micro_batches: list[dict[str, Tensor]] = []
         self._steps: list[_Step] = []

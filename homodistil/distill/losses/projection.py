@@ -1,4 +1,5 @@
-"""W between the residual streams of student and teacher, and the distance that it is there for.
+"""W between the residual streams of student and teacher, and the distance that it is there for: what the terms hidden
+and embedding share.
 
 A module whose call gives the loss: under ZeRO-3 its weight exists only inside that call.
 """
@@ -9,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from homodistil.config.schema import LossConfig
+from homodistil.distill.layer_map import LayerMap
+from homodistil.distill.losses.term import BatchSizes
 from homodistil.kernels.hidden_mse import hidden_mse
 
 
@@ -54,3 +57,25 @@ class Projection(nn.Linear):
             self.out_features = len(kept)
         if self._selection is not None:  # a frozen W is nothing but the selection of these dims: gathering is cheaper
             self._selection = kept.to(self._selection.device)
+
+
+def make_projection(loss: LossConfig, layer_map: LayerMap, hidden_size: int) -> Projection:
+    """Between the teacher and a student that starts with `hidden_size`."""
+    return Projection(layer_map.hidden_size, loss, None if layer_map.is_origin else hidden_size)
+
+
+def projection_flops(loss: LossConfig, sizes: BatchSizes) -> float:
+    """H_s W or H_t W once, forward and backward."""
+    # The teacher's states need no gradient; a frozen W needs none either.
+    passes = 1 + (loss.projection == "student") + loss.projection_learned
+    return passes * one_product(sizes)
+
+
+def one_product(sizes: BatchSizes) -> float:
+    """FLOPs of (tokens, Ds) x (Ds, Dt)."""
+    return 2 * sizes.tokens * sizes.student["hidden"] * sizes.teacher["hidden"]
+
+
+def gradient_bytes(sizes: BatchSizes) -> float:
+    """Of one comparison's gradient, which is made in the forward."""
+    return sizes.tokens * sizes.student["hidden"] * sizes.student_bytes

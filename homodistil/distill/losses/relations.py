@@ -7,13 +7,54 @@ head)): what an attention map would be if A were queries and keys at once, and s
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from homodistil.config.schema import LossConfig
+from homodistil.distill.losses.term import BatchSizes, Step, Term
 from homodistil.errors import UserError
 from homodistil.kernels.attention_map import attention_map_loss
 from homodistil.models.activations import LayerActivations
-from homodistil.models.axes import Widths, num_layers
+from homodistil.models.axes import Widths, layer_widths, num_layers
+
+
+class Relations(Term):
+    """KL(teacher || student) of the student's last layer and of the teacher's loss.relation_layer, mean over tokens."""
+
+    names = ("relations",)
+    needs = frozenset({"queries_keys", "values"})
+
+    def on_last_layer(self, student: LayerActivations, teacher: LayerActivations, step: Step) -> Tensor:
+        num_heads = num_relation_heads(self.loss, step.student.layer_map.num_heads)
+        loss = relation_loss(student, teacher, step.batch.attention_mask, num_heads, self.loss.kernels)
+        return loss / step.batch.counts.tokens
+
+    def check(self, teacher: Widths, student: Sequence[Widths]) -> None:
+        """Relation layer and heads have to fit."""
+        relation_layer(self.loss, num_layers(teacher))
+        num_heads = num_relation_heads(self.loss, layer_widths(teacher, 0).num_heads)
+        last, current = num_layers(student[0]) - 1, {}
+        for widths in (teacher, *student):
+            current |= widths
+            layer = layer_widths(current, last)
+            for dims in (layer.qk_dim, layer.vo_dim):
+                _check_divides(layer.num_heads * dims, num_heads)
+
+    def flops(self, sizes: BatchSizes) -> float:
+        """A A^T of queries, keys and values of one layer: of the student (forward and backward) and of the teacher."""
+        student, teacher = (dims_of_last_layer(widths) for widths in (sizes.student, sizes.teacher))
+        return 2 * sizes.tokens * sizes.seq_len * (3 * student + teacher)
+
+    def saved_bytes(self, sizes: BatchSizes) -> float:
+        """Gradients of queries, keys and values, twice, as either factor of A A^T."""
+        return sizes.tokens * 2 * dims_of_last_layer(sizes.student) * sizes.student_bytes
+
+
+def dims_of_last_layer(widths: Widths) -> int:
+    """Of all heads, queries, keys and values together."""
+    layer = layer_widths(widths, num_layers(widths) - 1)
+    return layer.num_heads * (2 * layer.qk_dim + layer.vo_dim)
 
 
 def relation_loss(
@@ -74,22 +115,6 @@ def relation_layer(loss: LossConfig, count: int) -> int:
             f"{-count} .. {count - 1}"
         )
     return loss.relation_layer % count
-
-
-def check_relations(loss: LossConfig, teacher: Widths, student: list[Widths]) -> None:
-    """Raises `UserError` when relation layer or heads do not fit. `student`: its widths, first, on the way, and last.
-
-    Widths on the way may leave some axes out: those that have not changed.
-    """
-    if not loss.relations:
-        return
-    relation_layer(loss, num_layers(teacher))
-    num_heads = num_relation_heads(loss, teacher["layer.0.heads"])
-    last, current = num_layers(student[0]) - 1, {}
-    for widths in (teacher, *student):
-        current |= widths
-        for kind in ("qk_dim", "vo_dim"):
-            _check_divides(current[f"layer.{last}.heads"] * current[f"layer.{last}.{kind}"], num_heads)
 
 
 def _check_divides(dims: int, num_heads: int) -> None:

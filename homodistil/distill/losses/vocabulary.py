@@ -1,79 +1,88 @@
-"""The terms over the vocabulary: MLM and KL, on the masked rows alone or (KL) on every token."""
+"""The terms over the vocabulary: MLM and KL, on the masked rows alone or (KL) on every token (loss.mlm, loss.kl)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from homodistil.data.masked_lm import Batch
-from homodistil.distill.teacher_outputs import TeacherOutputs, wanted_rows
+from homodistil.distill.losses.term import BatchSizes, Step, Term, Weighted
+from homodistil.distill.teacher_outputs import wanted_rows
 from homodistil.kernels.masked_lm import linear_masked_lm_losses, masked_lm_losses
 
-if TYPE_CHECKING:
-    from homodistil.distill.objective import Objective
-    from homodistil.distill.student import Student
 
+class Vocabulary(Term):
+    """Cross-entropy to the text, and KL(teacher || student): one class, because one kernel makes both of the logits."""
 
-class VocabularyTerms(NamedTuple):
-    total: Tensor
-    """Weighted sum, with a graph."""
-    terms: dict[str, Tensor]
-    """Detached, unweighted: mlm, kl."""
+    names = ("mlm", "kl")
+    needs = frozenset({"logits"})
 
+    @property
+    def needs_teacher(self) -> bool:
+        return "kl" in self.weights
 
-def vocabulary_terms(
-    objective: Objective, student: Student, last: Tensor, batch: Batch, targets: TeacherOutputs | None
-) -> VocabularyTerms | None:
-    """`last`: output of the student's last layer (B, T, D). None when no term needs logits."""
-    if not objective.needs_logits:
-        return None
-    if targets is not None and objective.positions == "all":
-        return _on_all_tokens(objective, student, last, batch, targets)
-    return _on_masked_rows(objective, student, last, batch, targets)
+    @property
+    def positions(self) -> str:
+        """Rows on which the KL is taken: "masked", or "all"."""
+        return self.loss.kl_positions if "kl" in self.weights else "masked"
 
+    def at_end(self, last: Tensor, step: Step) -> Weighted:
+        if step.teacher is not None and self.positions == "all":
+            return self._on_all_tokens(last, step)
+        return self._on_masked_rows(last, step)
 
-def _on_masked_rows(objective: Objective, student: Student, last, batch: Batch, targets) -> VocabularyTerms:
-    weights, config, rows = objective.weights, objective.config, batch.counts.target_rows
-    logits = student.mlm_logits(wanted_rows(last, batch, "masked"))
-    theirs = targets.logits("masked") if targets is not None and "kl" in weights else None
-    # The logits are ours alone: backward may write their gradient over them.
-    ce, kl = masked_lm_losses(logits, theirs, batch.target_ids, config.kl_temperature, config.kernels, overwrite=True)
-    found = {"mlm": ce / rows} | ({"kl": kl / rows} if kl is not None else {})
-    found = {name: value for name, value in found.items() if name in weights}
-    total = torch.stack([weights[name] * value for name, value in found.items()]).sum()
-    return VocabularyTerms(total, {name: value.detach() for name, value in found.items()})
-
-
-def _on_all_tokens(
-    objective: Objective, student: Student, last, batch: Batch, targets: TeacherOutputs
-) -> VocabularyTerms:
-    """KL on every token, MLM on the labelled ones, chunk by chunk: all logits at once would take gigabytes."""
-    weights, config, counts = objective.weights, objective.config, batch.counts
-    ours = student.family.mlm_transform(student.model)(wanted_rows(last, batch, "all"))
-    theirs, their_decoder = targets.before_decoder("all")
-    factors = (weights.get("mlm", 0.0) / counts.target_rows, weights["kl"] / counts.tokens)
-
-    def losses(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return linear_masked_lm_losses(
-            rows,
-            decoder.weight,
-            decoder.bias,
-            theirs,
-            their_decoder.weight,
-            their_decoder.bias,
-            _labels(batch),
-            *(torch.as_tensor(factor, dtype=torch.float32, device=rows.device) for factor in factors),
-            temperature=config.kl_temperature,
-            implementation=config.kernels,
+    def _on_masked_rows(self, last: Tensor, step: Step) -> Weighted:
+        batch, rows = step.batch, step.batch.counts.target_rows
+        logits = step.student.mlm_logits(wanted_rows(last, batch, "masked"))
+        theirs = step.teacher.logits("masked") if step.teacher is not None and self.needs_teacher else None
+        # The logits are ours alone: backward may write their gradient over them.
+        ce, kl = masked_lm_losses(
+            logits, theirs, batch.target_ids, self.loss.kl_temperature, self.loss.kernels, overwrite=True
         )
+        return self.weighted({"mlm": ce / rows} | ({"kl": kl / rows} if kl is not None else {}))
 
-    decoder = student.family.decoder(student.model)
-    total, ce, kl = _called_as(decoder, losses, ours)
-    found = {"mlm": ce / counts.target_rows, "kl": kl / counts.tokens}
-    return VocabularyTerms(total, {name: value for name, value in found.items() if name in weights})
+    def _on_all_tokens(self, last: Tensor, step: Step) -> Weighted:
+        """KL on every token, MLM on the labelled ones, chunk by chunk: all logits at once would take gigabytes."""
+        student, batch, counts = step.student, step.batch, step.batch.counts
+        ours = student.family.mlm_transform(student.model)(wanted_rows(last, batch, "all"))
+        theirs, their_decoder = step.teacher.before_decoder("all")
+        factors = (self.weights.get("mlm", 0.0) / counts.target_rows, self.weights["kl"] / counts.tokens)
+
+        def losses(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            return linear_masked_lm_losses(
+                rows,
+                decoder.weight,
+                decoder.bias,
+                theirs,
+                their_decoder.weight,
+                their_decoder.bias,
+                _labels(batch),
+                *(torch.as_tensor(factor, dtype=torch.float32, device=rows.device) for factor in factors),
+                temperature=self.loss.kl_temperature,
+                implementation=self.loss.kernels,
+            )
+
+        decoder = student.family.decoder(student.model)
+        total, ce, kl = _called_as(decoder, losses, ours)
+        values = {"mlm": ce / counts.target_rows, "kl": kl / counts.tokens}
+        return Weighted(total, {name: value for name, value in values.items() if name in self.weights})
+
+    def head_rows(self, sizes: BatchSizes) -> tuple[float, float]:
+        kl_rows = 0
+        if "kl" in self.weights:
+            kl_rows = sizes.tokens if self.positions == "all" else sizes.target_rows
+        return max(sizes.target_rows if "mlm" in self.weights else 0, kl_rows), kl_rows
+
+    def logit_rows(self, sizes: BatchSizes) -> float:
+        """KL on all tokens keeps none of them: its gradients are made in the forward, chunk by chunk."""
+        return 0 if self.positions == "all" else sizes.target_rows
+
+    def saved_bytes(self, sizes: BatchSizes) -> float:
+        """Logits of both models, and the gradient with which the way back begins."""
+        entry = 2 * sizes.student_bytes + (sizes.teacher_bytes if self.needs_teacher else 0)
+        return self.logit_rows(sizes) * sizes.vocab_size * entry
 
 
 def _labels(batch: Batch) -> Tensor:

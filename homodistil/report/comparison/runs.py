@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from homodistil.metrics.result_table import ROW_FILE
-from homodistil.report.curves import TEACHER_STYLE, TERMS, Curve, curve, final_controls, gap, teacher_value
+from homodistil.report.curves import TEACHER_STYLE, Curve, curve, final_controls, gap, teacher_value, terms_of
 from homodistil.report.figures import Line, Panel
 from homodistil.report.run import Points, Run, check_size, clean, is_teacher, read_run
 
@@ -191,7 +191,10 @@ def run_curves(entries: Sequence[Entry]) -> list[Curve]:
     fixed = "On held-out rows with masks that never change; the teacher on all of them."
     first = "Lines of one kind are seeds of one setting."
     losses = Panel("total", lines(lambda run: run.points("loss/total")), log_when_wide=True)
-    terms = [Panel(term, lines(lambda run, t=term: run.points(f"loss/{t}")), log_when_wide=True) for term in TERMS]
+    terms = [
+        Panel(term, lines(lambda run, t=term: run.points(f"loss/{t}")), log_when_wide=True)
+        for term in terms_of(*(entry.run for entry in entries))
+    ]
     heldout = [Panel(title, compared(name)) for name, title in _HELDOUT.items()]
     distances = [
         Panel(f"{t}, probe batch", evaluated(f"gap/{t}"), log_when_wide=True) for t in ("kl", "hidden", "attention")
