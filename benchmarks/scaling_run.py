@@ -56,7 +56,7 @@ def run_job(args: argparse.Namespace, num_steps: int) -> dict:
         "micro_batches": config.train.global_batch_size // (config.train.micro_batch_size * num_ranks),
         "parameters": sum(full_numel(p) for p in trainer.student.parameters() if p.requires_grad),
         "weight_bytes": trainer.student.model.dtype.itemsize,
-        "stage": trainer.engine.zero_optimization_stage(),
+        "stage": trainer.engine.zero_stage,
         "collectives": calibrate(device) if num_ranks > 1 else None,
     }
 

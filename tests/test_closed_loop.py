@@ -16,9 +16,9 @@ from homodistil.models.encoders.bert import BERT as bert
 from homodistil.models.resize_plan import make_plan, slice_module
 from homodistil.pruning.calibration import drawn_label_loss
 from homodistil.pruning.importance import Importance
+from homodistil.training.gradient_scores import score_by_drawn_labels
 from homodistil.training.inputs import prepare_inputs
 from homodistil.training.run import DistillationRun
-from homodistil.training.trial_cuts import score_by_drawn_labels
 
 STEPS = 40
 
@@ -74,18 +74,18 @@ def closed_loop(request, parts, tmp_path_factory):
     folder, trials = tmp_path_factory.mktemp("closed_loop") / "run", []
     config = make_config(parts, schedule="gap", gap_bound=0.005, gap_recovery=0.2)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("homodistil.training.trial_cuts.GapLook.kl_after", remembering(trials))
+        patch.setattr("homodistil.training.trial_cuts.TrialCuts.kl_after", remembering(trials))
         run = distil(config, folder, request.param)
     return config, folder, run, trials, request.param
 
 
 def remembering(trials: list[float]):
-    from homodistil.training.trial_cuts import GapLook
+    from homodistil.training.trial_cuts import TrialCuts
 
-    kl_after = GapLook.kl_after
+    kl_after = TrialCuts.kl_after
 
-    def remember(self, keep) -> float:
-        trials.append(kl_after(self, keep))
+    def remember(self, due) -> float:
+        trials.append(kl_after(self, due))
         return trials[-1]
 
     return remember

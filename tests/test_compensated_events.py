@@ -15,8 +15,10 @@ from homodistil.distill.snapshot import duplicate
 from homodistil.distill.student import Student
 from homodistil.errors import UserError
 from homodistil.pruning.compensation import Options, compensate
-from homodistil.pruning.compensation.student import carry_out, propose, residual_map
-from homodistil.training.compensated_events import Compensation, calibration_config, stage_widths
+from homodistil.pruning.compensation.student import propose, residual_map
+from homodistil.pruning.schedule import stage_widths
+from homodistil.training.compensated_events import Compensation, calibration_config
+from homodistil.training.shrinkable import PlainStudent
 
 WIDTHS = {"hidden": 17, "layer.0.ffn": 31, "layer.1.heads": 3, "layer.1.qk_dim": 5, "layer.1.vo_dim": 5}
 BATCHES = [small_batch(seed, (11, 9, 16)) for seed in range(3)]
@@ -40,8 +42,7 @@ def test_full_event(side, fixed):
     proposal = propose(student, keep, BATCHES, options, fixed)
     assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())  # nothing applied yet
 
-    after = duplicate(student)
-    carry_out(after, proposal)
+    after = PlainStudent(duplicate(student)).after(proposal)
     assert {axis: after.widths[axis] for axis in WIDTHS} == WIDTHS
     table = student.family.axis_table(student.model)
     alone = compensate(student.model, student.family, table, keep, BATCHES, options, fixed)
@@ -66,8 +67,7 @@ def test_refit_event_selects_and_refits():
     proposal = propose(student, keep, BATCHES, Options(mode="refit"), NONE)
     assert not proposal.plan.maps
     assert all(torch.equal(index, proposal.plan.keep[axis]) for axis, index in keep.items())
-    after = duplicate(student)
-    carry_out(after, proposal)
+    after = PlainStudent(duplicate(student)).after(proposal)
     projection = student.projections["layer_2"].weight
     assert torch.equal(after.projections["layer_2"].weight, projection[:, keep["hidden"]])
 

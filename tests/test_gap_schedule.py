@@ -31,7 +31,7 @@ class World:
 
     def step(self, step: int, skipped: bool = False) -> None:
         self.kl *= 1 - self.recovery
-        if skipped or not self.schedule.looks(step, self.widths):
+        if skipped or not self.schedule.is_due(step, self.widths):
             return
         before, tried = self.kl, []
 

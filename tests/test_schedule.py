@@ -82,7 +82,7 @@ def _schedule(**changes):
 def test_schedule_walks_every_axis_to_its_own_target(kind):
     schedule, widths, target = _schedule(schedule=kind)
     for step in range(401):
-        due = schedule.due(step)
+        due = schedule.table.get(step, {})
         assert not due or step % 10 == 0
         assert due.get("layer.0.qk_dim") == due.get("layer.0.vo_dim")  # stock attention needs them equal at all times
         widths = widths | due
@@ -92,9 +92,9 @@ def test_schedule_walks_every_axis_to_its_own_target(kind):
 
 def test_one_shot_cuts_everything_at_step_0_and_none_nothing():
     schedule, _, target = _schedule(schedule="one_shot")
-    assert schedule.due(0) == target and not any(schedule.due(step) for step in range(1, 401))
+    assert schedule.table.get(0, {}) == target and not any(schedule.table.get(step, {}) for step in range(1, 401))
     schedule, _, _ = _schedule(schedule="none")
-    assert not any(schedule.due(step) for step in range(401))
+    assert not any(schedule.table.get(step, {}) for step in range(401))
 
 
 @pytest.mark.parametrize("kind", ["cubic", "linear"])
@@ -118,6 +118,6 @@ def test_reached_is_the_sum_of_all_events_so_far():
     schedule = WidthSchedule({"hidden": 64, "layer.0.ffn": 96}, {"hidden": 32, "layer.0.ffn": 40}, config, steps=30)
     widths: dict[str, int] = {}
     for step in range(31):
-        widths |= schedule.due(step)
+        widths |= schedule.table.get(step, {})
         assert schedule.reached(step) == widths
     assert widths == {"hidden": 32, "layer.0.ffn": 40}

@@ -67,9 +67,9 @@ class Peer:
             ms: of everything an event does; move_ms: of the engine's own part, without the probe of the gap.
         """
         student, pruner = self.run.student, self.run.pruner
-        plan = pruner.due(step, student.axis_table(), student.origins["hidden"])
+        keep = pruner.due(step, student.widths, student.origins["hidden"])
         start = time.perf_counter()
-        self.trainer.resize(plan)
+        self.trainer.resize(keep)
         found = {"ms": (time.perf_counter() - start) * 1e3}
         event = json.loads((self.folder / EVENTS_FILE).read_text().splitlines()[-1])
         return found | {"move_ms": event["milliseconds"], "hidden": student.widths["hidden"]}

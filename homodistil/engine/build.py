@@ -16,6 +16,7 @@ from torch import distributed, nn
 from homodistil.config.schema import RunConfig
 from homodistil.distributed.launcher_env import adopt_launcher_variables, check_rank_variables
 from homodistil.engine.ds_config_file import check_engine_json, read_engine_json
+from homodistil.engine.engine import TrainingEngine
 from homodistil.engine.native_ops import load_op, without_op
 from homodistil.engine.optimizer import build_optimizer, build_schedule
 from homodistil.errors import RankLost, UserError
@@ -212,8 +213,8 @@ def teacher_dtype(name: str, engine_config: dict, device: torch.device) -> torch
     return getattr(torch, name)
 
 
-def build_engine(module: nn.Module, config: RunConfig, engine_config: dict):
-    """A live DeepSpeed engine around `module`, its AdamW and its LR schedule.
+def build_engine(module: nn.Module, config: RunConfig, engine_config: dict) -> TrainingEngine:
+    """A live engine around `module`, its AdamW and its LR schedule.
 
     Args:
         module: the student (fp32, at today's widths).
@@ -227,15 +228,4 @@ def build_engine(module: nn.Module, config: RunConfig, engine_config: dict):
         model=module, optimizer=optimizer, lr_scheduler=schedule, config=engine_config, dist_init_required=False
     )
     check_supported(engine)
-    return engine
-
-
-def backward(engine, loss: torch.Tensor) -> None:
-    """`engine.backward`, with the loss scale of fp16 in it at every stage.
-
-    DeepSpeed 0.19 multiplies the loss in ZeRO's wrappers only. Those of stage 0 divide the gradients by the scale all
-    the same: steps would be as good as zero.
-    """
-    if engine.fp16_enabled() and not engine.zero_optimization():
-        loss = loss.float() * engine.optimizer.loss_scale
-    engine.backward(loss)
+    return TrainingEngine(engine)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import time
 from pathlib import Path
 
@@ -71,11 +72,11 @@ def try_step(
 
 def _first_cut(trainer: Trainer) -> str:
     """The first event of the schedule, gone through now. What the row says of it."""
-    student, table = trainer.student, getattr(trainer.pruner.schedule, "table", {})
+    student, table = trainer.student, trainer.shrinker.pruner.schedule.table
     widths = {axis: width for axis, width in table.get(min(table, default=0), {}).items()}
     due = {axis: width for axis, width in widths.items() if width < student.widths[axis]}
     if not due:
         return ""
-    plan = trainer.pruner.due(min(table), student.axis_table(), student.origins["hidden"])
-    trainer.resize(plan)
+    at_event = dataclasses.replace(trainer.state, step=min(table))
+    trainer.resize(trainer.shrinker.due(trainer.live, trainer.prefetcher, at_event))
     return f", cut to hidden {student.widths['hidden']}"

@@ -34,22 +34,13 @@ from homodistil.pruning.schedule import (
     walking_steps,
     widest_before,
 )
+from homodistil.pruning.schedule_protocol import Decision, Look
 
 NUM_TRIALS = 5
 """Cuts tried at one interval (one more where the deadline's own cut must be known)."""
 
 Trial = Callable[[dict[str, int]], float]
 """Axis -> new width for the axes that would change; gives the KL to the teacher after that cut (nats)."""
-
-
-@dataclass(frozen=True)
-class Decision:
-    """An event: axes that change, and why."""
-
-    widths: dict[str, int]
-    forced: bool
-    """The deadline asked for it: the pause or the bound would not have."""
-    num_trials: int
 
 
 @dataclass
@@ -72,11 +63,12 @@ class GapState:
 
 
 class GapSchedule:
-    """Args:
+    """The closed loop (a `schedule_protocol.Schedule`).
+
+    Args:
         initial, target: widths before and after; axes absent from `target` stay.
         config: bound, recovery, fractions, interval, multiples, largest event.
         steps: optimizer steps of the run.
-
         route: milestones, and how long each is held.
 
     Raises:
@@ -87,6 +79,7 @@ class GapSchedule:
         self, initial: Widths, target: Widths, config: PruningConfig, steps: int, route: Route | None = None
     ) -> None:
         self.config, self.target, self.route, self._num_steps = config, dict(target), route or Route(), steps
+        self.table: dict[int, dict[str, int]] = {}  # nothing is known beforehand
         start_step, self.steps = walking_steps(config, steps, self.route, target)
         self.milestones = self.route.on_the_way(target)
         self.end_step = self.steps[-1] + len(self.milestones) * self.route.settle_steps
@@ -102,16 +95,15 @@ class GapSchedule:
         """The most there can be."""
         return len(self.steps)
 
-    def due(self, step: int) -> dict[str, int]:
-        """What is known beforehand to change after update `step`: nothing."""
-        return {}
-
-    def looks(self, step: int, widths: Widths) -> bool:
-        """Whether `decide` is to be asked after update `step`. An interval that fell on skipped updates is made up."""
+    def is_due(self, step: int, widths: Widths) -> bool:
+        """Whether to look for an event after update `step`. An interval that fell on skipped updates is made up."""
         if all(widths[axis] <= width for axis, width in self.target.items()) or self._is_held(step):
             return False
         now = self._clock(step)
         return now >= self.steps[-1] or any(self.state.looked < at <= now for at in self.steps)
+
+    def choose(self, step: int, widths: Widths, look: Look) -> Decision | None:
+        return self.decide(step, widths, look.kl(), look.kl_after)
 
     def decide(self, step: int, widths: Widths, kl: float, trial: Trial) -> Decision | None:
         """The event after update `step`, or None.
@@ -157,6 +149,10 @@ class GapSchedule:
             f"closed loop: {self.state.num_events} events; {where}, kept the KL's rise within pruning.gap_bound = "
             f"{self.config.gap_bound:g}"
         )
+
+    def describe(self) -> str:
+        bound = self.config.gap_bound
+        return f"as fast as pruning.gap_bound={bound:g} allows, by step {self.end_step} at the latest"
 
     def state_dict(self) -> dict:
         return dataclasses.asdict(self.state)

@@ -1,38 +1,22 @@
-"""From "which width is due" to a resize plan: schedule, importance and selection put together.
-
-`due` is None nearly always; otherwise the plan that `resize/` applies and that everything numbered by neurons
-(scores, projections, head maps) follows.
-"""
+"""From "which width is due" to "which neurons stay": schedule, importance and selection put together."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from homodistil.config.schema import RunConfig
-from homodistil.models.axes import AxisTable, Keep, Widths
-from homodistil.models.resize_plan import ResizePlan, make_plan
+from homodistil.models.axes import Keep, Widths
+from homodistil.models.resize_plan import ResizePlan
 from homodistil.pruning.gap_schedule import GapSchedule
 from homodistil.pruning.importance import Importance
 from homodistil.pruning.milestones import Milestone, Route, plan_route
 from homodistil.pruning.schedule import WidthSchedule
+from homodistil.pruning.schedule_protocol import Look, Schedule
 from homodistil.pruning.selection import select
 
 
-class Look(Protocol):
-    """The gap at one moment, and what cuts would make of it. The same on all ranks; every rank asks the same."""
-
-    kl: float
-    """KL to the teacher on the probe today (nats)."""
-
-    def kl_after(self, keep: Keep) -> float:
-        """The same after a cut, which is only tried."""
-
-
-def width_schedule(config: RunConfig, teacher: Widths, initial: Widths, target: Widths) -> WidthSchedule | GapSchedule:
+def width_schedule(config: RunConfig, teacher: Widths, initial: Widths, target: Widths) -> Schedule:
     """The schedule of `config` from widths to others. Raises `UserError` when these, or milestones, are out of reach.
 
     Args:
@@ -44,18 +28,16 @@ def width_schedule(config: RunConfig, teacher: Widths, initial: Widths, target: 
 
 
 class Pruner:
-    """Args:
-    schedule: path of every axis.
-    importance: smoothed scores.
-    protected: residual dims of the teacher that never go, int64 (k,).
+    """Decides which neurons go, and when.
+
+    Args:
+        schedule: when widths fall.
+        importance: smoothed scores.
+        protected: residual dims of the teacher that never go, int64 (k,).
     """
 
-    def __init__(self, schedule: WidthSchedule | GapSchedule, importance: Importance, protected: Tensor) -> None:
+    def __init__(self, schedule: Schedule, importance: Importance, protected: Tensor) -> None:
         self.schedule, self.importance, self.protected = schedule, importance, protected
-        self.look: Callable[[], Look] | None = None
-        """The closed loop's eyes, there once an engine is."""
-        self.rescore: Callable[[int], None] | None = None
-        """Updates done -> fresh scores just before an event, for an importance that training gives no gradients for."""
         self.may_rotate = True
         """False: what compensation=full rotates would cost too much (training/compensated_events.py). A checkpoint
         remembers it."""
@@ -74,57 +56,38 @@ class Pruner:
         """One step's sums (Importance.measure), once the step has been applied."""
         self.importance.accept(sums)
 
-    def due(self, step: int, table: AxisTable, kept_hidden: Tensor) -> ResizePlan | None:
-        """The plan for after update `step`, or None. Not to be asked after an update that was skipped.
+    def is_due(self, step: int, widths: Widths) -> bool:
+        """Whether there may be an event after update `step`. Not to be asked after an update that was skipped.
 
         Args:
-            table: axes at their widths of today.
-            kept_hidden: teacher index of each residual dim of today, (hidden,).
+            widths: the student's current ones, by axis.
         """
-        keep = self.due_keep(step, table, kept_hidden)
-        return make_plan(table, keep) if keep else None
+        return self.schedule.is_due(step, widths)
 
-    def due_keep(self, step: int, table: AxisTable, kept_hidden: Tensor) -> Keep | None:
-        """What stays of the axes that are due. Args as in `due`."""
-        if isinstance(self.schedule, GapSchedule):
-            return self._found_by_looking(self.schedule, step, table, kept_hidden)
-        # An event that fell on skipped updates is still due: what counts is the width that the schedule has reached.
-        reached = self.schedule.reached(step, table.widths)
-        due = {axis: width for axis, width in reached.items() if width < table.widths[axis]}
-        if not due:
-            return None
-        self._rescore(step)
-        return self.keep_of(due, kept_hidden)
+    def due(self, step: int, widths: Widths, kept_hidden: Tensor, look: Look | None = None) -> Keep | None:
+        """What stays of the axes that are cut after update `step`; None: no event. Every rank asks.
 
-    def keep_of(self, due: Widths, kept_hidden: Tensor) -> Keep:
-        """What stays of axes that are cut to the widths `due`, by the scores of now. `kept_hidden`: as in `due`."""
-        protected = torch.isin(kept_hidden, self.protected).nonzero().squeeze(1)
-        return select(self.importance.scores(), due, protected)
-
-    def _found_by_looking(self, schedule: GapSchedule, step: int, table: AxisTable, kept_hidden: Tensor) -> Keep | None:
-        if not schedule.looks(step, table.widths):
-            return None
-        self._rescore(step)
-        look = self.look()
-        decision = schedule.decide(
-            step, table.widths, look.kl, lambda due: look.kl_after(self.keep_of(due, kept_hidden))
-        )
+        Args:
+            widths: the student's current ones, by axis.
+            kept_hidden: teacher index of each current residual dim, (hidden,).
+            look: asked only by a schedule that tries cuts.
+        """
+        decision = self.schedule.choose(step, widths, look)
         if decision is None:
             return None
         self._is_forced = decision.forced
         return self.keep_of(decision.widths, kept_hidden)
 
-    def _rescore(self, step: int) -> None:
-        if self.rescore and not self.importance.uses_training:
-            self.rescore(step)
+    def keep_of(self, due: Widths, kept_hidden: Tensor) -> Keep:
+        """What stays of axes that are cut to the widths `due`, by the current scores. `kept_hidden`: as in `due`."""
+        protected = torch.isin(kept_hidden, self.protected).nonzero().squeeze(1)
+        return select(self.importance.scores(), due, protected)
 
     def after_resize(self, plan: ResizePlan) -> None:
         self.importance.narrow(plan.keep)
 
     def after_event(self, step: int, kl_before: float, kl_after: float) -> dict[str, object]:
         """Once the gap has been measured anew. Returns what the event's line tells beside."""
-        if not isinstance(self.schedule, GapSchedule):
-            return {}
         return self.schedule.after_event(step, kl_before, kl_after, self._is_forced)
 
     def milestone_due(self, step: int, widths: Widths) -> Milestone | None:
@@ -139,12 +102,12 @@ class Pruner:
     def state_dict(self) -> dict:
         state = {"importance": self.importance.state_dict(), "protected": self.protected}
         state |= {} if self.may_rotate else {"may_rotate": False}
-        closed_loop = isinstance(self.schedule, GapSchedule)
-        return state | ({"schedule": self.schedule.state_dict()} if closed_loop else {})
+        schedule = self.schedule.state_dict()
+        return state | ({"schedule": schedule} if schedule else {})
 
     def load_state_dict(self, state: dict) -> None:
         self.importance.load_state_dict(state["importance"])
         self.protected = state["protected"]
         self.may_rotate = state.get("may_rotate", True)
-        if isinstance(self.schedule, GapSchedule):
+        if "schedule" in state:
             self.schedule.load_state_dict(state["schedule"])

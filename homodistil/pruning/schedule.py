@@ -7,12 +7,13 @@ walked, before step 1.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from homodistil.config.schema import PruningConfig
 from homodistil.errors import UserError
 from homodistil.models.axes import Widths, kind_of
 from homodistil.pruning.milestones import Milestone, Route
+from homodistil.pruning.schedule_protocol import Decision, Look
 
 
 def keep_ratio(kind: str, step: float, start_step: float, end_step: float, final_ratio: float) -> float:
@@ -74,7 +75,7 @@ def widest_before(width: int, multiple: int, max_event_fraction: float, initial:
 
 
 class WidthSchedule:
-    """The path of every axis: `due(step)` gives the axes that change after update `step`.
+    """The path of every axis, known before training (a `schedule_protocol.Schedule`).
 
     With milestones the way is walked in legs: each ends exactly on a milestone's widths, near where the curve would
     have passed them, and the widths are then held for `settle_steps`. The curve stands still meanwhile, and is walked
@@ -93,7 +94,7 @@ class WidthSchedule:
     def __init__(
         self, initial: Widths, target: Widths, config: PruningConfig, steps: int, route: Route | None = None
     ) -> None:
-        self.initial, self.target = dict(initial), dict(target)
+        self.config, self.initial, self.target = config, dict(initial), dict(target)
         self.route, self._num_steps = route or Route(), steps
         self.table: dict[int, dict[str, int]] = {}
         self.arrivals: dict[int, Milestone] = {}
@@ -139,10 +140,6 @@ class WidthSchedule:
                 self.table.setdefault(step + held * self.route.settle_steps, {})[axis] = width
             previous = width
 
-    def due(self, step: int) -> Mapping[str, int]:
-        """Axis -> new width for the axes that change after update `step`; empty nearly always."""
-        return self.table.get(step, {})
-
     def reached(self, step: int, widths: Widths | None = None) -> dict[str, int]:
         """Axis -> width after update `step`, for the axes that have changed by then.
 
@@ -158,6 +155,21 @@ class WidthSchedule:
                 break
         return found
 
+    def is_due(self, step: int, widths: Widths) -> bool:
+        return bool(self._left(step, widths))
+
+    def choose(self, step: int, widths: Widths, look: Look | None = None) -> Decision | None:
+        """Nothing has to be tried: `look` is not asked."""
+        due = self._left(step, widths)
+        return Decision(due) if due else None
+
+    def _left(self, step: int, widths: Widths) -> dict[str, int]:
+        """An event that fell on skipped updates is still due: what counts is the width that has been reached."""
+        return {axis: width for axis, width in self.reached(step, widths).items() if width < widths[axis]}
+
+    def after_event(self, step: int, kl_before: float, kl_after: float, forced: bool) -> dict[str, object]:
+        return {}
+
     def milestone_due(self, step: int, widths: Widths) -> Milestone | None:
         """The milestone that is to be exported after update `step` by a student of these widths."""
         for at, milestone in self.arrivals.items():
@@ -169,6 +181,40 @@ class WidthSchedule:
     @property
     def num_events(self) -> int:
         return len(self.table)
+
+    def describe(self) -> str:
+        stages = self.config.one_shot_stages
+        if self.config.schedule == "one_shot":
+            return "all before step 1" + (f", in {stages} stages" if stages > 1 else "")
+        return (
+            f"{self.num_events} events in steps {min(self.table)} to {max(self.table)}, "
+            f"{self.config.interval_steps} steps apart or more"
+        )
+
+    def summary(self) -> dict[str, object]:
+        return {}
+
+    def report(self) -> str:
+        return ""
+
+    def state_dict(self) -> dict:
+        return {}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Everything follows from the config."""
+
+
+def stage_widths(initial: Widths, target: Widths, num_stages: int) -> list[dict[str, int]]:
+    """Widths after each of `num_stages` cuts of (nearly) equal ratio; axes that a cut leaves alone are absent."""
+    stages, now = [], dict(initial)
+    for stage in range(1, num_stages + 1):
+        share = stage / num_stages
+        exact = {axis: initial[axis] ** (1 - share) * width**share for axis, width in target.items()}
+        wanted = {axis: max(target[axis], round(width)) for axis, width in exact.items()}
+        due = {axis: width for axis, width in wanted.items() if width < now[axis]}
+        now |= due
+        stages.append(due)
+    return [due for due in stages if due]
 
 
 def walking_steps(config: PruningConfig, steps: int, route: Route, target: Widths) -> tuple[int, list[int]]:

@@ -1,7 +1,6 @@
-"""Compensated events of a run: what they are calibrated on, whether the teacher bears a projection, and trials.
+"""Compensated events of a run: what they are calibrated on, and whether the teacher tolerates a projection.
 
-student.py turns a keep into a proposal; here it gets plain copies of the live student, training text of the
-moment and the run's settings. `Trainer.resize` brings the proposal to the engine.
+pruning/compensation/student.py turns a keep into an event; here it gets training text and the run's settings.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from homodistil.distill.student import Student
 from homodistil.distributed import ranks
 from homodistil.models.axes import Keep
 from homodistil.pruning.compensation import Options, rotation_only
-from homodistil.pruning.compensation.student import EventChange, carry_out, propose
+from homodistil.pruning.compensation.student import EventChange, propose
 from homodistil.training.inputs import RunInputs
 
 HeldOutLoss = Callable[[Student], float]
@@ -45,7 +44,7 @@ class Compensation:
         return [batch._replace(counts=counts).to(device) for batch in batches]
 
     def propose(self, student: Student, keep: Keep, consumed_samples: int, fixed: Tensor | None) -> EventChange:
-        """See `events.propose`.
+        """The compensated event that leaves `keep` of a plain fp32 student, which is not changed. Every rank calls it.
 
         Args:
             fixed: as dims of the teacher; None: nothing is rotated, whatever pruning.compensation says (`refit`).
@@ -62,13 +61,6 @@ class Compensation:
             "milliseconds_compensate": (time.perf_counter() - start_s) * 1e3,
         }
         return dataclasses.replace(found, report=report)
-
-    def cut(
-        self, student: Student, keep: Keep, consumed_samples: int, fixed: Tensor | None, dtype: torch.dtype
-    ) -> Student:
-        """What the event would leave of a plain fp32 student, computing in `dtype`. The student is used up."""
-        carry_out(student, self.propose(student, keep, consumed_samples, fixed))
-        return student.to(dtype)
 
     def allowed_fixed_dims(self, student: Student, protected: Tensor, loss: HeldOutLoss) -> Tensor | None:
         """The check before step 0 of compensation=full: dims that must stay coordinates, none or `protected`; None
@@ -133,16 +125,3 @@ def calibration_config(config: RunConfig, num_ranks: int) -> CalibrationConfig:
     num_sequences = -(-share // micro_batch) * micro_batch * num_ranks
     train = dataclasses.replace(config.train, global_batch_size=num_sequences, micro_batch_size=micro_batch)
     return CalibrationConfig(dataclasses.replace(config, train=train), num_sequences)
-
-
-def stage_widths(initial: dict[str, int], target: dict[str, int], num_stages: int) -> list[dict[str, int]]:
-    """Widths after each of `num_stages` cuts of (nearly) equal ratio; axes that a cut leaves alone are absent."""
-    stages, now = [], dict(initial)
-    for stage in range(1, num_stages + 1):
-        share = stage / num_stages
-        exact = {axis: initial[axis] ** (1 - share) * width**share for axis, width in target.items()}
-        wanted = {axis: max(target[axis], round(width)) for axis, width in exact.items()}
-        due = {axis: width for axis, width in wanted.items() if width < now[axis]}
-        now |= due
-        stages.append(due)
-    return [due for due in stages if due]

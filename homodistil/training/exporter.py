@@ -13,6 +13,7 @@ from homodistil.config.schema import RunConfig
 from homodistil.distill.student import Student
 from homodistil.distill.teacher import load_config
 from homodistil.distributed import ranks
+from homodistil.engine.engine import TrainingEngine
 from homodistil.export.inference_speed import inference_speed
 from homodistil.export.model_card import describe_widths, model_card
 from homodistil.export.stock_model import save_checkpoint, stock_model
@@ -33,7 +34,9 @@ class Exporter:
         self.config, self.run_inputs, self.student = config, run_inputs, student
         self.teacher_widths, self.command = teacher_widths, command
 
-    def export(self, engine, folder: Path, measured: dict, with_speed: bool = False) -> dict[str, float]:
+    def export(
+        self, engine: TrainingEngine, folder: Path, measured: dict, with_speed: bool = False
+    ) -> dict[str, float]:
         """Write the engine's student into `folder`. Every rank calls it.
 
         Args:
@@ -44,7 +47,7 @@ class Exporter:
             What has been timed (`inference_speed`), on every rank.
         """
         self.run_inputs.require_intact()
-        weights = master_weights(engine)
+        weights = master_weights(engine.deepspeed)
         return ranks.on_rank_zero(lambda: self._write(weights, folder, measured, with_speed))
 
     def _write(self, weights: dict[str, Tensor], folder: Path, measured: dict, with_speed: bool) -> dict[str, float]:

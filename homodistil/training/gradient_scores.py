@@ -1,19 +1,47 @@
-"""One step's importance: what the trainer calls at the accumulation boundary, between `backward` and `engine.step`."""
+"""One step's importance: from the gradients of a training step, or from labels drawn from the teacher."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+from homodistil.data.masked_lm import Batch
+from homodistil.distill.student import Student
+from homodistil.distill.teacher import Teacher
+from homodistil.distributed import ranks
+from homodistil.engine.engine import TrainingEngine
 from homodistil.models.axes import AxisTable, Keep
+from homodistil.pruning.calibration import calibrate, drawn_label_loss
 from homodistil.pruning.importance import Importance
 from homodistil.resize import gradient_fragments
 
 
-def measure_importance(engine, importance: Importance, table: AxisTable, shapes: dict[str, tuple[int, ...]]) -> Keep:
-    """Scores of this step by axis, alike on all ranks. Every rank calls it, there and only there: earlier the gradients
-    are not reduced yet, later they are clipped or freed. Nothing is taken in before `importance.accept`.
+def measure_importance(
+    engine: TrainingEngine, importance: Importance, table: AxisTable, shapes: dict[str, tuple[int, ...]]
+) -> Keep:
+    """Scores of this step by axis, alike on all ranks. Every rank calls it, between `accumulate` of the last
+    micro-batch and `update`, and only there: earlier the gradients are not reduced yet, later they are clipped or
+    freed. Nothing is taken in before `importance.accept`.
 
     Args:
-        table: axes at their widths of today.
-        shapes: of the parameters today.
+        table: axes at their current widths.
+        shapes: of the parameters now.
     """
     scored = {use.parameter for use in table.uses if use.scored}
-    return importance.measure(gradient_fragments(engine, scored), table, shapes)
+    return importance.measure(gradient_fragments(engine.deepspeed, scored), table, shapes)
+
+
+def score_by_drawn_labels(
+    importance: Importance,
+    student: Student,
+    teacher: Teacher,
+    steps: Iterator[list[Batch]],
+    seed: tuple[int, int],
+) -> None:
+    """`teacher_kl`: feed `importance` from a plain fp32 student, whose gradients are left cleared.
+
+    Args:
+        seed: of the run, and the updates done: a resumed run draws the same labels.
+    """
+    of_run, step = seed
+    loss = drawn_label_loss(student, teacher, (of_run * 1_000_003 + step) * 4096 + ranks.rank())
+    calibrate(importance, student, student.axis_table(), steps, loss)

@@ -144,7 +144,7 @@ def check_shape(config: RunConfig, shape) -> None:
     check_multiples(config.pruning, widths)
     initial, target = student_widths(config.student, widths)
     schedule = width_schedule(config, widths, initial, target)
-    on_the_way = [schedule.table[step] for step in sorted(getattr(schedule, "table", {}))]
+    on_the_way = [schedule.table[step] for step in sorted(schedule.table)]
     check_terms(config.loss, widths, [initial, *on_the_way])
     if config.data.seq_len > (max_tokens := family.shape(shape).max_tokens):
         raise UserError(

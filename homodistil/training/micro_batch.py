@@ -14,8 +14,8 @@ from homodistil.config.schema import RunConfig
 from homodistil.data.prefetch import BatchPrefetcher
 from homodistil.distill.cost import sequence_bytes
 from homodistil.distill.student import Student
-from homodistil.engine.batch_size import set_micro_batch_size
 from homodistil.engine.build import student_dtype
+from homodistil.engine.engine import TrainingEngine
 from homodistil.models.attention import keeps_probabilities
 from homodistil.models.axes import Widths
 from homodistil.models.memory import SequenceBytes, StateLayout, state_bytes
@@ -122,21 +122,21 @@ def with_micro_batch(engine_config: dict, micro_batch_size: int, num_ranks: int)
     }
 
 
-def fit_micro_batch(policy: MicroBatchPolicy, engine, prefetcher: BatchPrefetcher) -> dict[str, int]:
+def fit_micro_batch(policy: MicroBatchPolicy, engine: TrainingEngine, prefetcher: BatchPrefetcher) -> dict[str, int]:
     """After a resize: the micro-batch for today's widths, from the next step on. Returns what the event's line tells.
 
     Nothing to tell ({}) unless the run lets it grow.
     """
     if not policy.config.run.grow_micro_batch:
         return {}
-    before, steps_before = engine.train_micro_batch_size_per_gpu(), engine.gradient_accumulation_steps()
+    before, steps_before = engine.micro_batch_size, engine.accumulation_steps
     after = policy(engine.module.widths)
     if after != before:
-        set_micro_batch_size(engine, after)
+        engine.set_micro_batch_size(after)
         prefetcher.set_micro_batch_size(after)
     return {
         "micro_batch_size_before": before,
         "micro_batch_size_after": after,
         "gradient_accumulation_steps_before": steps_before,
-        "gradient_accumulation_steps_after": engine.gradient_accumulation_steps(),
+        "gradient_accumulation_steps_after": engine.accumulation_steps,
     }

@@ -17,13 +17,14 @@ from typing import Any
 from homodistil.config.schema import RunConfig
 from homodistil.distributed import ranks
 from homodistil.distributed.fault_injection import fault_point
+from homodistil.engine.engine import TrainingEngine
 from homodistil.errors import UserError
 from homodistil.files import to_json, write_atomically, writing
 from homodistil.metrics.recorder import METRICS_FILE, read_lines
 from homodistil.models.axes import Widths, layer_widths
 from homodistil.pruning.milestones import Milestone, milestone_name
 from homodistil.training.exporter import Exporter
-from homodistil.training.trainer import TrainState
+from homodistil.training.train_state import TrainState
 
 FAMILY_FILE = "family.json"
 
@@ -40,7 +41,7 @@ class Family:
         self._seen: set[float] = set()
         """Milestones that this process has dealt with: they stay due until the next event."""
 
-    def export(self, engine, milestone: Milestone, state: TrainState) -> None:
+    def export(self, engine: TrainingEngine, milestone: Milestone, state: TrainState) -> None:
         """Export and record the engine's student as `milestone`, unless that has been done. Every rank calls it."""
         if milestone.fraction in self._seen:
             return

@@ -119,10 +119,10 @@ class MultiStudentTrainer:
         batches = self.prefetcher.micro_batches(trainers[0].state.consumed_samples)
         for batch in batches:
             targets = self._targets(batch, [trainer.teacher is not None for trainer in trainers])
-            # The last one's measurement is the step's.
-            importance = [trainer.train_micro_batch(batch, targets.pop(0)) for trainer in trainers]
-        for trainer, found in zip(trainers, importance, strict=True):
-            trainer.end_step(batches, found)
+            for trainer in trainers:
+                trainer.train_micro_batch(batch, targets.pop(0))
+        for trainer in trainers:
+            trainer.end_step(batches)
         self.time.all_s += time.perf_counter() - start
 
     def _targets(self, batch: Batch, needed: Sequence[bool]) -> list[TeacherOutputs | None]:

@@ -100,7 +100,7 @@ def _stretches(config: RunConfig, teacher: Widths) -> tuple[list[WidthPhase], st
     initial, target = student_widths(config.student, teacher)
     schedule = width_schedule(config, teacher, initial, target)
     note = ""
-    table = getattr(schedule, "table", None)
+    table = schedule.table
     if config.pruning.schedule == "gap" and not table:
         table = {round(config.pruning.end_fraction * config.train.steps): target}
         note = "pruning.schedule=gap decides on the way: full width is assumed until pruning.end_fraction"

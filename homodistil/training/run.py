@@ -18,11 +18,13 @@ from homodistil.data.prepare.integrity import json_object
 from homodistil.distill.build_student import build_student
 from homodistil.distill.losses.relations import relation_layer
 from homodistil.distill.objective import Objective
+from homodistil.distill.snapshot import StudentSnapshots
 from homodistil.distill.student import Student
 from homodistil.distill.student_compile import CompiledLayers
 from homodistil.distill.teacher import Teacher, build_teacher, load_config
 from homodistil.distributed import ranks
 from homodistil.engine.build import build_engine, student_dtype, teacher_dtype
+from homodistil.engine.engine import TrainingEngine
 from homodistil.evaluation.gap_probe import PROBE_SEQUENCES, GapProbe
 from homodistil.evaluation.heldout import evaluate
 from homodistil.files import write_atomically, writing
@@ -35,11 +37,13 @@ from homodistil.resize import check_supported
 from homodistil.training.exporter import Exporter
 from homodistil.training.fingerprints import check_same
 from homodistil.training.inputs import PERIODIC_EVALUATION_SEQUENCES, RunInputs, teacher_copy
-from homodistil.training.micro_batch import MicroBatchPolicy, fit_micro_batch, with_micro_batch
+from homodistil.training.micro_batch import MicroBatchPolicy, with_micro_batch
 from homodistil.training.milestone_exports import Family
+from homodistil.training.shrinkable import LiveStudent
 from homodistil.training.shrinking import Shrinker
 from homodistil.training.step_logger import StepLogger, run_recorder, speeds
-from homodistil.training.trainer import Trainer, TrainState
+from homodistil.training.train_state import TrainState
+from homodistil.training.trainer import Trainer
 
 
 class DistillationRun:
@@ -74,7 +78,7 @@ class DistillationRun:
         self.micro_batch = MicroBatchPolicy(config, engine_config, self.student, dtype, ranks.world_size())
         self.gap = GapProbe(self.student, self.teacher, self._probe(), device)
         parts = (self.student, self.teacher, self.gap, self.teacher_widths)
-        self.shrinker = Shrinker(config, run_inputs, *parts, self._heldout_loss)
+        self.shrinker = Shrinker(config, run_inputs, *parts, self._heldout_loss, student_dtype(engine_config))
         self.pruner = self.shrinker.pruner
         self.exporter = Exporter(config, run_inputs, self.student, self.teacher_widths, command)
         self.family = Family(config, folder, self.exporter, self._row)
@@ -121,19 +125,16 @@ class DistillationRun:
         config = self.config
         micro_batch = self.micro_batch(self.student.widths)
         engine_config = with_micro_batch(self.engine_config, micro_batch, ranks.world_size())
-        copies = self.shrinker.plain_copies()
+        snapshots = self.shrinker.snapshots()
         with doing("building DeepSpeed's engine, and trying a resize of it"):
             engine = build_engine(self.student, config, engine_config)
         if config.student.compile:
             CompiledLayers(self.student.family.layers(self.student.model), self.pruner.schedule.num_events)
         if found:
             with doing(f"reading {found.folder}"):
-                self.checkpoints.restore(engine, found)
-                check_supported(engine)  # what was loaded is laid out as resizing expects
-        trainer = self._trainer(engine, recorder, start)
-        if copies:
-            self.shrinker.attach(trainer, copies, student_dtype(self.engine_config))
-        return trainer
+                self.checkpoints.restore(engine.deepspeed, found)
+                check_supported(engine.deepspeed)  # what was loaded is laid out as resizing expects
+        return self._trainer(engine, snapshots, recorder, start)
 
     # -- parts
 
@@ -154,7 +155,9 @@ class DistillationRun:
         batches = self.run_inputs.heldout(self.config, PERIODIC_EVALUATION_SEQUENCES)
         return evaluate(student.predict, None, batches, self.run_inputs.device)["mlm_loss"]
 
-    def _trainer(self, engine, recorder, start: TrainState) -> Trainer:
+    def _trainer(
+        self, engine: TrainingEngine, snapshots: StudentSnapshots | None, recorder: Recorder, start: TrainState
+    ) -> Trainer:
         config, run_inputs = self.config, self.run_inputs
         dtype = student_dtype(self.engine_config)
         with doing("measuring this machine's peak"):
@@ -162,18 +165,18 @@ class DistillationRun:
         if ranks.rank() == 0:
             print(f"MFU refers to {step_log.peak.flops_per_s / 1e9:,.0f} GFLOP/s a rank ({step_log.peak.source})")
         prefetcher = run_inputs.prefetcher(config, config.train.seed)
-        prefetcher.set_micro_batch_size(engine.train_micro_batch_size_per_gpu())
+        prefetcher.set_micro_batch_size(engine.micro_batch_size)
         return Trainer(
             config=config,
             engine=engine,
             teacher=self.teacher if self.student.objective.needs_teacher else None,
-            pruner=self.pruner,
             prefetcher=prefetcher,
             step_log=step_log,
             checkpoints=self.checkpoints,
             gap=self.gap,
+            shrinker=self.shrinker,
+            live=LiveStudent(engine, snapshots, config.pruning.carry_moments, self.micro_batch, prefetcher),
             evaluate=lambda: self.evaluate(PERIODIC_EVALUATION_SEQUENCES) | self._gap_values(),
-            fit_micro_batch=functools.partial(fit_micro_batch, self.micro_batch, engine, prefetcher),
             export_milestone=self.family.export if config.run.export_milestones else None,
             state=start,
         )

@@ -11,9 +11,8 @@ from homodistil.distill.teacher_sharding import num_parameters
 from homodistil.models import family_of
 from homodistil.models.axes import Widths, layer_widths
 from homodistil.models.shapes import student_widths
-from homodistil.pruning.gap_schedule import GapSchedule
 from homodistil.pruning.pruner import width_schedule
-from homodistil.pruning.schedule import WidthSchedule
+from homodistil.pruning.schedule_protocol import Schedule
 
 
 def run_summary(config: RunConfig, teacher: PretrainedConfig) -> dict[str, str]:
@@ -49,17 +48,8 @@ def run_summary(config: RunConfig, teacher: PretrainedConfig) -> dict[str, str]:
     }
 
 
-def _pruning(config: RunConfig, schedule: WidthSchedule | GapSchedule, initial: Widths, target: Widths) -> str:
+def _pruning(config: RunConfig, schedule: Schedule, initial: Widths, target: Widths) -> str:
     pruning, steps = config.pruning, config.train.steps
     if all(initial[axis] == width for axis, width in target.items()):
         return f"nothing is cut in {steps} steps"
-    if isinstance(schedule, GapSchedule):
-        when = f"as fast as pruning.gap_bound={pruning.gap_bound:g} allows, by step {schedule.end_step} at the latest"
-    elif pruning.schedule == "one_shot":
-        when = "all before step 1" + (f", in {pruning.one_shot_stages} stages" if pruning.one_shot_stages > 1 else "")
-    else:
-        when = (
-            f"{schedule.num_events} events in steps {min(schedule.table)} to {max(schedule.table)}, "
-            f"{pruning.interval_steps} steps apart or more"
-        )
-    return f"{pruning.schedule}, {when} (of {steps}); compensation {pruning.compensation}"
+    return f"{pruning.schedule}, {schedule.describe()} (of {steps}); compensation {pruning.compensation}"

@@ -1,7 +1,7 @@
-"""How the student of a run loses its neurons: importance, widths that are due, compensation, before step 0 and live.
+"""Pruning events of a run: decides which neurons go, compensates for them, and applies the change.
 
 The decisions are pruning/'s, the mathematics pruning/compensation's, the moving resize/'s; here they get what only a
-run has: its text, its teacher, its probe and (trial_cuts.py) plain copies of the student that the engine holds.
+run has: its text, its teacher and its probe. An event is the same for every `Shrinkable`: `Shrinker.shrink`.
 """
 
 from __future__ import annotations
@@ -17,29 +17,37 @@ from homodistil.distill.snapshot import StudentSnapshots
 from homodistil.distill.student import Student
 from homodistil.distill.teacher import Teacher
 from homodistil.distributed import ranks
+from homodistil.engine.engine import TrainingEngine
 from homodistil.evaluation.gap_probe import GapProbe
 from homodistil.metrics.recorder import Recorder
 from homodistil.models.axes import Keep, Widths, expand_to_teacher
-from homodistil.models.resize_plan import ResizePlan, make_plan, slice_module
+from homodistil.models.parameter_shape import full_shape
+from homodistil.models.resize_plan import ResizePlan, make_plan
 from homodistil.models.shapes import student_widths
 from homodistil.pruning.calibration import calibrate
-from homodistil.pruning.compensation.student import EventChange, write_parameters
-from homodistil.pruning.gap_schedule import GapSchedule
+from homodistil.pruning.compensation.student import EventChange
 from homodistil.pruning.importance import Importance
 from homodistil.pruning.protected_dims import protected_dims, variance_shares
 from homodistil.pruning.pruner import Pruner, width_schedule
-from homodistil.training.compensated_events import Compensation, stage_widths
+from homodistil.pruning.schedule import stage_widths
+from homodistil.training.compensated_events import Compensation
+from homodistil.training.gradient_scores import measure_importance, score_by_drawn_labels
 from homodistil.training.inputs import RunInputs
-from homodistil.training.trainer import Trainer, resize_event
-from homodistil.training.trial_cuts import GapLook, live_copy, score_by_drawn_labels
+from homodistil.training.shrinkable import PlainStudent, Shrinkable
+from homodistil.training.step_logger import require_finite
+from homodistil.training.train_state import TrainState
+from homodistil.training.trial_cuts import TrialCuts
 
 
 class Shrinker:
-    """Args:
-    student: at its initial widths, not yet in an engine.
-    gap: of that student and `teacher`.
-    teacher_widths: of the teacher.
-    heldout_loss: plain student -> held-out MLM loss (nats), the same on every rank.
+    """How the student of one run becomes small.
+
+    Args:
+        student: at its initial widths, not yet in an engine.
+        gap: of that student and `teacher`.
+        teacher_widths: of the teacher.
+        heldout_loss: plain student -> held-out MLM loss (nats), the same on every rank.
+        dtype: what the student computes in once an engine holds it.
     """
 
     def __init__(
@@ -51,12 +59,13 @@ class Shrinker:
         gap: GapProbe,
         teacher_widths: Widths,
         heldout_loss: Callable[[Student], float],
+        dtype: torch.dtype,
     ) -> None:
         self.config, self.run_inputs, self.student, self.teacher, self.gap = config, run_inputs, student, teacher, gap
-        self._heldout_loss, self._initial_widths = heldout_loss, student.widths
+        self._heldout_loss, self._initial_widths, self._dtype = heldout_loss, student.widths, dtype
         self.pruner = self._build_pruner(teacher_widths)
-        compensated = config.pruning.compensation != "none" and config.pruning.schedule != "none"
-        self.compensation = Compensation(config, run_inputs, teacher_widths["hidden"]) if compensated else None
+        compensates = config.pruning.compensation != "none" and config.pruning.schedule != "none"
+        self.compensation = Compensation(config, run_inputs, teacher_widths["hidden"]) if compensates else None
 
     def _build_pruner(self, teacher_widths: Widths) -> Pruner:
         config = self.config
@@ -69,24 +78,70 @@ class Shrinker:
         narrows = target["hidden"] < self._initial_widths["hidden"]
         protected = protected_dims(shares, config.pruning.protect_outliers if narrows else 0.0, target["hidden"])
         if len(protected) and ranks.rank() == 0:
-            found = ", ".join(f"{int(i)} ({float(shares[i]):.0%})" for i in protected)
-            print(f"protected residual dims (share of the variance at a LayerNorm): {found}", flush=True)
+            dims = ", ".join(f"{int(i)} ({float(shares[i]):.0%})" for i in protected)
+            print(f"protected residual dims (share of the variance at a LayerNorm): {dims}", flush=True)
         return Pruner(schedule, importance, protected)
 
-    # -- without an engine: resume, and the one_shot schedule before step 0
+    # -- the event
+
+    def shrink(self, target: Shrinkable, keep: Keep, done: TrainState, recorder: Recorder) -> None:
+        """One event: what goes is cut out, what stays makes up for it, everything numbered by neurons follows.
+
+        Args:
+            target: the student of this run, live or plain.
+            keep: what stays of the axes that are cut.
+            done: the updates before the event, 0 before training.
+        """
+        before = self._measure(done)
+        change = self._prepare(target.snapshot() if self.compensation else target.student, keep, done)
+        moved = self._cut(target, change.plan)
+        refit = self._refit(target, change)
+        settled = target.settle(self.pruner.settle_steps(change.plan.widths_after) * self.config.run.settle_cooldown)
+        after = self._measure(done)
+        outcome = self.pruner.after_event(done.step, before["kl"], after["kl"])
+        recorder.log_event(resize_event(done.step, change.plan, before, after) | outcome | refit | settled | moved)
+
+    def _measure(self, done: TrainState) -> dict[str, float]:
+        """The gap to the teacher. Raises `CheckFailed` when it is not finite."""
+        gap = self.gap.measure()
+        require_finite(gap, done.step, self.config)
+        return gap
+
+    def _prepare(self, student: Student, keep: Keep, done: TrainState) -> EventChange:
+        """The event that leaves `keep` of `student`, which is not changed: plain, if the event is compensated."""
+        if self.compensation is None:
+            return EventChange(make_plan(student.axis_table(), keep))
+        return self.compensation.propose(student, keep, done.consumed_samples, self.pruner.fixed)
+
+    def _cut(self, target: Shrinkable, plan: ResizePlan) -> dict[str, float]:
+        moved = target.resize(plan)
+        self.pruner.after_resize(plan)
+        return moved
+
+    def _refit(self, target: Shrinkable, change: EventChange) -> dict[str, float]:
+        """Give the target, which has been cut, its refitted weights. What the event's line tells of it."""
+        if not change.weights:
+            return {}
+        kl_after_cut = self.gap.measure()["kl"]
+        written = target.write(change.weights)
+        return change.report | {"kl_after_cut": kl_after_cut} | written
+
+    # -- before training: resume, and the one_shot schedule before step 0
 
     def restore(self, state: dict) -> None:
         """Cut the fresh student to the widths of a checkpoint's `state`; the engine's values are loaded later."""
-        self._shrink(make_plan(self.student.axis_table(), expand_to_teacher(state["kept"], self._initial_widths)))
+        keep = expand_to_teacher(state["kept"], self._initial_widths)
+        self._cut(PlainStudent(self.student), make_plan(self.student.axis_table(), keep))
         self.pruner.load_state_dict(state["pruner"])
 
     def before_training(self, recorder: Recorder) -> None:
         """Check that compensation may do what it is asked to; then what one_shot cuts, in its stages."""
         self._check_rotation()
-        due = self.pruner.schedule.due(0)
+        target, done = PlainStudent(self.student), TrainState()
+        due = self.pruner.schedule.table.get(0, {})
         for widths in stage_widths(self.student.widths, due, self.config.pruning.one_shot_stages):
-            self._calibrate()
-            self._cut(self.pruner.keep_of(widths, self.student.origins["hidden"]), recorder)
+            self._calibrate(target)
+            self.shrink(target, self.pruner.keep_of(widths, self.student.origins["hidden"]), done, recorder)
 
     def _check_rotation(self) -> None:
         """compensation=full: which residual dims must stay coordinates. A checkpoint remembers them."""
@@ -97,63 +152,54 @@ class Shrinker:
             if fixed is not None:
                 self.pruner.protected = fixed
 
-    def _calibrate(self) -> None:
+    def _calibrate(self, target: PlainStudent) -> None:
         """Importance from a few batches of the same data and losses, without an update."""
         prefetcher = self.run_inputs.prefetcher(self.config, self.config.train.seed)
         if not self.pruner.importance.uses_training:
-            return self._score_by_drawn_labels(self.student, prefetcher, 0)
+            return self._score_by_drawn_labels(target, prefetcher, 0)
         steps, table = self._calibration_steps(prefetcher, 0), self.student.axis_table()
         calibrate(self.pruner.importance, self.student, table, steps, lambda b: self.student(b, self.teacher(b)).total)
 
-    def _cut(self, keep: Keep, recorder: Recorder) -> None:
-        before, proposal = self.gap.measure(), self._propose(self.student, keep, 0)
-        self._shrink(proposal.plan)
-        event = resize_event(0, proposal.plan, before, self.gap.measure())
-        if proposal.weights:
-            event |= proposal.report | {"kl_after_cut": event["gap_after"]["kl"]}
-            write_parameters(self.student, proposal.weights)
-            event["gap_after"] = self.gap.measure()
-        recorder.log_event(event)
+    # -- in training
 
-    def _shrink(self, plan: ResizePlan) -> None:
-        slice_module(self.student, plan)
-        self.student.after_resize(plan.keep)
-        self.pruner.after_resize(plan)
-
-    # -- with an engine
-
-    def plain_copies(self) -> StudentSnapshots | None:
-        """For what is to be tried on a live engine's student; None where nothing is. Before an engine takes it."""
-        closed_loop = isinstance(self.pruner.schedule, GapSchedule)
-        is_asked = closed_loop or self.compensation or not self.pruner.importance.uses_training
+    def snapshots(self) -> StudentSnapshots | None:
+        """What `LiveStudent.snapshot` needs, to be made before an engine takes the student; None where nothing asks."""
+        tries_cuts = self.config.pruning.schedule == "gap"
+        is_asked = tries_cuts or self.compensation or not self.pruner.importance.uses_training
         return StudentSnapshots(self.student) if is_asked else None
 
-    def attach(self, trainer: Trainer, copies: StudentSnapshots, dtype: torch.dtype) -> None:
-        """Let `trainer` compensate its events, and the pruner try cuts. `dtype`: what the live student computes in."""
-        compensation = self.compensation
+    def measure(self, engine: TrainingEngine, step: int) -> Keep | None:
+        """Importance sums of update `step`, by axis; None where they decide nothing any more. Every rank calls it.
 
-        def plain(dtype: torch.dtype = torch.float32) -> Student:
-            return live_copy(trainer.engine, copies, dtype)
+        Between `accumulate` of the last micro-batch and `update`: only there are gradients reduced and unclipped.
+        """
+        if not self.pruner.wants_gradients(step):
+            return None
+        shapes = {name: full_shape(p) for name, p in self.student.named_parameters()}
+        return measure_importance(engine, self.pruner.importance, self.student.axis_table(), shapes)
 
-        def compensated_cut(student: Student, keep: Keep) -> Student:
-            return compensation.cut(student, keep, trainer.state.consumed_samples, self.pruner.fixed, dtype)
+    def accept(self, scores: Keep | None) -> None:
+        """Take in what `measure` returned, once the update has been applied: an fp16 overflow tells nothing."""
+        if scores is not None:
+            self.pruner.accept(scores)
 
-        if compensation:
-            self.pruner.look = lambda: GapLook(self.gap, plain, compensated_cut)
-            trainer.compensate = lambda keep: self._propose(plain(), keep, trainer.state.consumed_samples)
-        else:
-            self.pruner.look = lambda: GapLook(self.gap, lambda: plain(dtype))
-        self.pruner.rescore = lambda step: self._score_by_drawn_labels(plain(), trainer.prefetcher, step)
+    def due(self, target: Shrinkable, prefetcher: BatchPrefetcher, done: TrainState) -> Keep | None:
+        """What stays after the event behind the update just applied; None, nearly always: there is no event."""
+        if not self.pruner.is_due(done.step, self.student.widths):
+            return None
+        if not self.pruner.importance.uses_training:
+            self._score_by_drawn_labels(target, prefetcher, done.step)
+        kept_hidden = self.student.origins["hidden"]
 
-    def _propose(self, student: Student, keep: Keep, consumed_samples: int) -> EventChange:
-        """The event that leaves `keep` of a plain student."""
-        if self.compensation is None:
-            return EventChange(make_plan(student.axis_table(), keep))
-        return self.compensation.propose(student, keep, consumed_samples, self.pruner.fixed)
+        def prepare(student: Student, due: Widths) -> EventChange:
+            return self._prepare(student, self.pruner.keep_of(due, kept_hidden), done)
 
-    def _score_by_drawn_labels(self, student: Student, prefetcher: BatchPrefetcher, step: int) -> None:
+        trials = TrialCuts(self.gap, target, prepare, self._dtype)
+        return self.pruner.due(done.step, self.student.widths, kept_hidden, trials)
+
+    def _score_by_drawn_labels(self, target: Shrinkable, prefetcher: BatchPrefetcher, step: int) -> None:
         steps, seed = self._calibration_steps(prefetcher, step), (self.config.train.seed, step)
-        score_by_drawn_labels(self.pruner.importance, student, self.teacher, steps, seed)
+        score_by_drawn_labels(self.pruner.importance, target.snapshot(), self.teacher, steps, seed)
 
     def _calibration_steps(self, prefetcher: BatchPrefetcher, step: int) -> Iterator[list[Batch]]:
         """What is trained on after `step` updates."""
@@ -163,10 +209,22 @@ class Shrinker:
     # -- results
 
     def summary(self) -> dict[str, object]:
-        """What the closed loop adds to the row of the result table; told on rank 0, too."""
-        schedule = self.pruner.schedule
-        if not isinstance(schedule, GapSchedule):
-            return {}
-        if ranks.rank() == 0:
-            print(schedule.report(), flush=True)
-        return schedule.summary()
+        """What the schedule adds to the row of the result table; reported on rank 0, too."""
+        report = self.pruner.schedule.report()
+        if report and ranks.rank() == 0:
+            print(report, flush=True)
+        return self.pruner.schedule.summary()
+
+
+def resize_event(step: int, plan: ResizePlan, before: dict[str, float], after: dict[str, float]) -> dict:
+    """A line of events.jsonl: widths that changed, gap before and after, the keep's hash."""
+    changed = [axis for axis, width in plan.widths_after.items() if width != plan.widths_before[axis]]
+    return {
+        "step": step,
+        "hash": plan.hash,
+        "widths_before": plan.widths_before,
+        "widths_after": plan.widths_after,
+        "changed": changed,
+        "gap_before": before,
+        "gap_after": after,
+    }

@@ -23,11 +23,11 @@ from homodistil.distill.cost import step_flops
 from homodistil.distill.objective import LossTerms
 from homodistil.distill.student import Student
 from homodistil.distributed import ranks
+from homodistil.engine.engine import TrainingEngine
 from homodistil.errors import CheckFailed
 from homodistil.metrics.device_peak import peak_flops
 from homodistil.metrics.recorder import Recorder, StepTimer, memory_bytes
 from homodistil.models.axes import Widths
-from homodistil.resize import step_applied
 from homodistil.training.loss_balance import Balance
 
 
@@ -84,7 +84,7 @@ class StepLogger:
     def add(self, terms: LossTerms) -> None:
         self._micro_batches.append({"total": terms.total.detach(), **terms.terms})
 
-    def end_step(self, step: int, batches: list[Batch], engine, data_wait_s: float = 0.0) -> None:
+    def end_step(self, step: int, batches: list[Batch], engine: TrainingEngine, data_wait_s: float = 0.0) -> None:
         """Count the step; log it when it is due. Every rank calls it.
 
         Args:
@@ -104,11 +104,11 @@ class StepLogger:
             self._kept, self._widths = self.student.origins, self.student.widths
             self._num_parameters = self.student.num_parameters()
 
-    def _log(self, step: int, engine, data_wait_s: float) -> None:
-        read = self._read(engine.get_global_grad_norm(), data_wait_s - self._data_wait_s)
+    def _log(self, step: int, engine: TrainingEngine, data_wait_s: float) -> None:
+        read = self._read(engine.gradient_norm, data_wait_s - self._data_wait_s)
         self._data_wait_s = data_wait_s
         require_finite(read.losses, step, self.config)
-        values = {"optim/lr": engine.get_lr()[0], "train/micro_batch_size": engine.train_micro_batch_size_per_gpu()}
+        values = {"optim/lr": engine.learning_rate, "train/micro_batch_size": engine.micro_batch_size}
         values |= {} if read.grad_norm is None else {"optim/grad_norm": read.grad_norm}
         shares = {f"share/{name}": share for name, share in self._balance.shares(read.losses).items()}
         self.recorder.log_step(step, read.losses | shares | values | self._size() | self._speed(read))
@@ -183,16 +183,16 @@ def require_finite(terms: dict[str, float], step: int, config: RunConfig) -> Non
         )
 
 
-def require_applied(engine, step: int, config: RunConfig) -> None:
+def require_applied(engine: TrainingEngine, step: int, config: RunConfig) -> None:
     """Stop when DeepSpeed has left out a step because the gradient's norm is not finite: it does so without a word.
 
-    Call behind `engine.step()` at a boundary. The norm is the same on every rank, so all stop. Under fp16 with dynamic
+    Call right after `engine.update()`. The norm is the same on every rank, so all stop. Under fp16 with dynamic
     loss scaling a skipped step is how the scale finds its place, and DeepSpeed reports it.
 
     Raises:
         CheckFailed: the step was left out, and no loss scale could have been the reason.
     """
-    if step_applied(engine) or (engine.fp16_enabled() and engine.dynamic_loss_scale()):
+    if engine.is_applied or engine.has_dynamic_loss_scale:
         return
     raise CheckFailed(
         f"gradients are not finite at step {step}, so it was not applied; training stops, the last checkpoint is kept. "

@@ -21,11 +21,12 @@ from homodistil.distill.student import Student
 from homodistil.distill.teacher import load_config
 from homodistil.distributed import groups, ranks
 from homodistil.engine.build import build_engine, student_dtype
+from homodistil.engine.engine import TrainingEngine
 from homodistil.evaluation.heldout import evaluate
 from homodistil.export.stock_model import save_checkpoint, stock_model
 from homodistil.files import write_atomically
 from homodistil.metrics.progress import doing
-from homodistil.metrics.recorder import METRICS_FILE, read_lines
+from homodistil.metrics.recorder import METRICS_FILE, Recorder, read_lines
 from homodistil.resize import master_weights
 from homodistil.training.corrected_teacher import (
     FACTS_FILE,
@@ -125,11 +126,11 @@ class _Correction:
             self._trainer(engine, recorder).train()
         facts = {"before": before, "after": self._evaluate(), "steps": self.config.train.steps}
         self.run_inputs.require_intact()
-        weights = master_weights(engine)
+        weights = master_weights(engine.deepspeed)
         ranks.on_rank_zero(lambda: self._save(weights, facts))
         engine.destroy()
 
-    def _trainer(self, engine, recorder) -> Trainer:
+    def _trainer(self, engine: TrainingEngine, recorder: Recorder) -> Trainer:
         run_inputs, config = self.run_inputs, self.config
         dtype = student_dtype(self.engine_config)
         return Trainer(

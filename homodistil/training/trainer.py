@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -16,45 +15,33 @@ from homodistil.distill.teacher import Teacher
 from homodistil.distill.teacher_outputs import TeacherOutputs
 from homodistil.distributed import graceful_stop, watchdog
 from homodistil.distributed.fault_injection import fault_point
-from homodistil.engine.build import backward
-from homodistil.engine.optimizer import cool_down, rewarm
+from homodistil.engine.engine import TrainingEngine
 from homodistil.evaluation.gap_probe import GapProbe
 from homodistil.metrics.progress import doing
 from homodistil.models.axes import Keep
-from homodistil.models.parameter_shape import full_shape
-from homodistil.models.resize_plan import ResizePlan
-from homodistil.pruning.compensation.student import EventChange
 from homodistil.pruning.milestones import Milestone
-from homodistil.pruning.pruner import Pruner
-from homodistil.resize import reset_moments, resize, step_applied, write_weights
-from homodistil.training.gradient_scores import measure_importance
+from homodistil.training.shrinkable import LiveStudent
+from homodistil.training.shrinking import Shrinker
 from homodistil.training.step_logger import StepLogger, require_applied, require_finite
-
-
-@dataclass
-class TrainState:
-    step: int = 0
-    """Optimizer steps done."""
-    consumed_samples: int = 0
-    """Position in the data: sequences seen by all ranks together."""
+from homodistil.training.train_state import TrainState
 
 
 @dataclass(kw_only=True)
 class Trainer:
-    """Trains the engine's student to the last step. `teacher`, `pruner` and `gap` are None for plain MLM training."""
+    """Trains the engine's student to the last step. What only distillation needs is None for plain MLM training."""
 
     config: RunConfig
-    engine: object
+    engine: TrainingEngine
     prefetcher: BatchPrefetcher
     step_log: StepLogger
     evaluate: Callable[[], dict[str, float]]
     teacher: Teacher | None = None
-    pruner: Pruner | None = None
     gap: GapProbe | None = None
-    compensate: Callable[[Keep], EventChange] | None = None
+    shrinker: Shrinker | None = None
+    live: LiveStudent | None = None
+    """The engine's student, as `shrinker` changes it."""
     checkpoints: Checkpoints | None = None
-    fit_micro_batch: Callable[[], dict[str, int]] = dict
-    export_milestone: Callable[[object, Milestone, TrainState], None] | None = None
+    export_milestone: Callable[[TrainingEngine, Milestone, TrainState], None] | None = None
     state: TrainState = field(default_factory=TrainState)
 
     @property
@@ -81,81 +68,36 @@ class Trainer:
         return self.state.step >= self.config.train.steps
 
     def train_step(self) -> None:
+        """One optimizer step, and the pruning event behind it if one is due."""
         fault_point("train.step")
         batches = self.prefetcher.micro_batches(self.state.consumed_samples)
-        importance = None
         for batch in batches:
             targets = self.teacher(batch) if self.teacher else None  # no grad; in lock-step it runs with the student
-            importance = self.train_micro_batch(batch, targets)
-        self.end_step(batches, importance)
+            self.train_micro_batch(batch, targets)
+        self.end_step(batches)
 
-    def train_micro_batch(self, batch: Batch, targets: TeacherOutputs | None) -> Keep | None:
-        """Forward, backward, and at the end of a step the update; what that says about importance."""
-        terms = self.engine(batch, targets)
-        backward(self.engine, fault_point("train.backward", terms.total))
+    def train_micro_batch(self, batch: Batch, targets: TeacherOutputs | None) -> None:
+        terms = self.engine(batch, targets)  # the total and every named term
+        self.engine.accumulate(fault_point("train.backward", terms.total))
         self.step_log.add(terms)
-        importance = None
-        if self.engine.is_gradient_accumulation_boundary():
-            importance = self.measure_importance()  # reduced, unscaled gradients exist only here
-        self.engine.step()
-        return importance
 
-    def end_step(self, batches: list[Batch], importance: Keep | None) -> None:
-        """Count the step that has just been made of `batches`, and the event behind it."""
+    def end_step(self, batches: list[Batch]) -> None:
+        """Update the weights from what has been accumulated over `batches`; then the event, if one is due."""
+        scores = self.shrinker.measure(self.engine, self.state.step + 1) if self.shrinker else None
+        applied = self.engine.update()
         require_applied(self.engine, self.state.step + 1, self.config)
         self.state.step += 1
         self.state.consumed_samples += self.config.train.global_batch_size
         self.step_log.end_step(self.state.step, batches, self.engine, self.prefetcher.wait_s)
-        if importance is not None and step_applied(self.engine):  # an fp16 overflow tells nothing
-            self.pruner.accept(importance)
-        if plan := self.resize_due():  # None nearly always
-            self.resize(plan)
+        if self.shrinker and applied:  # after a skipped step an event waits for the next one
+            self.shrinker.accept(scores)
+            if keep := self.shrinker.due(self.live, self.prefetcher, self.state):  # None nearly always
+                self.resize(keep)
 
-    def measure_importance(self) -> Keep | None:
-        if self.pruner is None or not self.pruner.wants_gradients(self.state.step + 1):
-            return None
-        shapes = {name: full_shape(p) for name, p in self.student.named_parameters()}
-        return measure_importance(self.engine, self.pruner.importance, self.student.axis_table(), shapes)
-
-    def resize_due(self) -> ResizePlan | None:
-        """The event that is due; after a skipped step it waits for the next one."""
-        if self.pruner is None or not step_applied(self.engine):
-            return None
-        return self.pruner.due(self.state.step, self.student.axis_table(), self.student.origins["hidden"])
-
-    def resize(self, plan: ResizePlan) -> None:
-        """Shrink everything that is numbered by neurons, and record what it did to the gap."""
+    def resize(self, keep: Keep) -> None:
+        """The event that leaves `keep` of the axes that it names."""
         with self.step_log.timer.paused(), doing(f"resizing at step {self.state.step}"):
-            before = self.gap.measure()
-            require_finite(before, self.state.step, self.config)
-            proposal = self.compensate(plan.keep) if self.compensate else EventChange(plan)
-            plan = proposal.plan
-            if not self.config.pruning.carry_moments:
-                reset_moments(self.engine)
-            cost = resize(self.engine, plan)
-            self.student.after_resize(plan.keep)
-            self.pruner.after_resize(plan)
-            refit = self.refit(proposal)
-            micro_batch = self.fit_micro_batch()  # from the next step on
-            after = self.gap.measure()
-            require_finite(after, self.state.step, self.config)
-            rewarm(self.engine.lr_scheduler)
-            if steps := self.pruner.settle_steps(plan.widths_after) * self.config.run.settle_cooldown:
-                cool_down(self.engine.lr_scheduler, steps)
-            event = resize_event(self.state.step, plan, before, after)
-            event |= self.pruner.after_event(self.state.step, before["kl"], after["kl"]) | refit
-            self.step_log.recorder.log_event(
-                event | micro_batch | {"milliseconds": cost.milliseconds, "bytes_moved": cost.bytes_moved}
-            )
-
-    def refit(self, proposal: EventChange) -> dict[str, float]:
-        """Give the engine the refitted weights of an event that it has gone through; what the event's line tells."""
-        if not proposal.weights:
-            return {}
-        cut = self.gap.measure()["kl"]
-        start_s = time.perf_counter()
-        write_weights(self.engine, proposal.weights)
-        return proposal.report | {"kl_after_cut": cut, "milliseconds_write": (time.perf_counter() - start_s) * 1e3}
+            self.shrinker.shrink(self.live, keep, self.state, self.step_log.recorder)
 
     def between_steps(self) -> None:
         """Once in a while: milestone, held-out evaluation, checkpoint (which comes last: the others lie before it)."""
@@ -173,9 +115,9 @@ class Trainer:
                 self.save()
 
     def milestone_due(self) -> Milestone | None:
-        if self.export_milestone is None or self.pruner is None:
+        if self.export_milestone is None or self.shrinker is None:
             return None
-        return self.pruner.milestone_due(self.state.step, self.student.widths)
+        return self.shrinker.pruner.milestone_due(self.state.step, self.student.widths)
 
     def save(self) -> None:
         """A checkpoint, unless the weights have just become useless: the one before is then worth more."""
@@ -185,9 +127,9 @@ class Trainer:
             "consumed_samples": self.state.consumed_samples,
             "kept": self.student.origins,
             "num_lines": dict(self.step_log.recorder.num_lines),
-            "pruner": self.pruner.state_dict() if self.pruner else None,
+            "pruner": self.shrinker.pruner.state_dict() if self.shrinker else None,
         }
-        self.checkpoints.save(self.engine, self.state.step, state)
+        self.checkpoints.save(self.engine.deepspeed, self.state.step, state)
 
     def save_and_wait(self) -> None:
         """Everything that going on needs, on disk."""
@@ -206,17 +148,3 @@ class Trainer:
         raise graceful_stop.stopped(
             number, f"{text}; run.resume=auto goes on from its checkpoint{graceful_stop.go_on_with()}"
         )
-
-
-def resize_event(step: int, plan: ResizePlan, before: dict[str, float], after: dict[str, float]) -> dict:
-    """A line of events.jsonl: widths that changed, gap before and after, the keep's hash."""
-    changed = [axis for axis, width in plan.widths_after.items() if width != plan.widths_before[axis]]
-    return {
-        "step": step,
-        "hash": plan.hash,
-        "widths_before": plan.widths_before,
-        "widths_after": plan.widths_after,
-        "changed": changed,
-        "gap_before": before,
-        "gap_after": after,
-    }

@@ -22,14 +22,15 @@ from deepspeed.accelerator import get_accelerator
 from worker_trajectory import OPTIMIZERS, Run, distances
 
 from homodistil.config.schema import PruningConfig
-from homodistil.engine.build import backward
+from homodistil.engine.engine import TrainingEngine, backward
 from homodistil.models.encoders.bert import BERT as bert
-from homodistil.models.resize_plan import ResizePlan
+from homodistil.models.parameter_shape import full_shape
+from homodistil.models.resize_plan import make_plan
 from homodistil.pruning.importance import Importance
 from homodistil.pruning.pruner import Pruner
 from homodistil.pruning.schedule import WidthSchedule
 from homodistil.resize import check_supported, gradient_fragments, step_applied
-from homodistil.training.trainer import Trainer
+from homodistil.training.gradient_scores import measure_importance
 
 NUM_STEPS = 16
 INJECTED = {6: 0, 9: 1}
@@ -58,36 +59,43 @@ class Fp16Run(Run):
             },
         )
         check_supported(self.engine)
-        pruner = make_pruner(bert.axis_table(self.model), case.get("events", True), self.device)
-        # What the trainer asks of a student: the axes of today, and which of the teacher's dims are left.
-        self.model.axis_table, self.model.origins = lambda: bert.axis_table(self.model), {"hidden": torch.arange(36)}
-        self.trainer = Trainer(
-            config=None, engine=self.engine, prefetcher=None, step_log=None, evaluate=lambda: {}, pruner=pruner
-        )
+        self.pruner = make_pruner(bert.axis_table(self.model), case.get("events", True), self.device)
+        self.step = 0
+        self.kept_hidden = torch.arange(36)
         self.loss_scales: list[float | None] = []
         self.resized_at: list[int] = []
 
     def train(self) -> list[float]:
-        losses, trainer = [], self.trainer
+        losses = []
         for step in range(NUM_STEPS):
             loss, scale = self.backward(step), self.engine.optimizer.loss_scale
-            before, norm, sums = self.snapshot(), self.gradient_norm(), trainer.measure_importance()
+            before, norm, sums = self.snapshot(), self.gradient_norm(), self.measure()
             self.engine.step()
-            trainer.state.step += 1
+            self.step += 1
             applied = step_applied(self.engine)
             self.loss_scales.append(scale if applied else None)
             if applied:
                 losses.append(loss)
                 self.check_norm(norm)
                 if sums is not None:  # None once there is nothing left to decide
-                    trainer.pruner.accept(sums)
-                if plan := trainer.resize_due():
-                    self.resize_and_check(plan)
+                    self.pruner.accept(sums)
+                if keep := self.due():
+                    self.resize_and_check(keep)
             else:
                 assert sums is None or not all(value.isfinite().all() for value in sums.values())
-                assert trainer.resize_due() is None
                 assert same(self.snapshot(), before), "a skipped step changed something"
         return losses
+
+    def measure(self) -> dict | None:
+        if not self.pruner.wants_gradients(self.step + 1):
+            return None
+        shapes = {name: full_shape(p) for name, p in self.model.named_parameters()}
+        return measure_importance(
+            TrainingEngine(self.engine), self.pruner.importance, bert.axis_table(self.model), shapes
+        )
+
+    def due(self) -> dict | None:
+        return self.pruner.due(self.step, bert.axis_table(self.model).widths, self.kept_hidden)
 
     def gradient_norm(self) -> float:
         """Of all fragments of all ranks together."""
@@ -106,7 +114,7 @@ class Fp16Run(Run):
 
     def snapshot(self) -> dict:
         """Scores, weights, masters and moments; no moments before the first applied step."""
-        state = self.trainer.pruner.importance.state_dict()
+        state = self.pruner.importance.state_dict()
         scores = {(kind, axis): v.clone() for kind in ("average", "uncertainty") for axis, v in state[kind].items()}
         return scores | (self.everything() if any(self.loss_scales) else {})
 
@@ -121,14 +129,14 @@ class Fp16Run(Run):
         dist.all_reduce(total)
         return total.item() / world
 
-    def resize_and_check(self, plan: ResizePlan) -> None:
-        scaler = scaler_of(self.engine)
-        self.events[self.trainer.state.step] = plan.keep
-        self.resize(plan.keep)
+    def resize_and_check(self, keep: dict) -> None:
+        scaler, plan = scaler_of(self.engine), make_plan(bert.axis_table(self.model), keep)
+        self.events[self.step] = keep
+        self.resize(keep)
         assert scaler_of(self.engine) == scaler, "the loss scale, or its counts, did not survive"
-        self.trainer.pruner.after_resize(plan)
-        self.model.origins = {"hidden": torch.arange(plan.widths_after["hidden"])}
-        self.resized_at.append(self.trainer.state.step)
+        self.pruner.after_resize(plan)
+        self.kept_hidden = torch.arange(plan.widths_after["hidden"])
+        self.resized_at.append(self.step)
 
 
 def make_pruner(table, has_events: bool, device: torch.device) -> Pruner:

@@ -168,7 +168,7 @@ def main() -> None:
     found = {"steps": watched_steps(trainer)}
     peek(trainer.student)
     found["peeking"] = watched_steps(trainer)
-    assert trainer.pruner.wants_gradients(trainer.state.step), "importance was measured in every step"
+    assert trainer.shrinker.pruner.wants_gradients(trainer.state.step), "importance was measured in every step"
     print("FOUND", json.dumps(found), flush=True)
 
 

@@ -1,22 +1,21 @@
 """From "this is what stays" to a compensated event of the whole student: its plan, and the weights after it.
 
 compensation/ works on the stock model alone; here its result gets the student's names, and the distillation projections
-follow the residual stream. Nothing is applied: a proposal may be a trial. Knows plain students only; the live engine's
-copy comes from, and the result goes back through, homodistil/training/compensated_events.py.
+follow the residual stream. Nothing is applied: a change may be a trial. Knows plain students only;
+homodistil/training/shrinkable.py applies a change.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from homodistil.data.masked_lm import Batch
 from homodistil.distill.student import Student
 from homodistil.models.axes import Keep
-from homodistil.models.resize_plan import DimMaps, ResizePlan, make_plan, slice_module
+from homodistil.models.resize_plan import DimMaps, ResizePlan, make_plan
 from homodistil.pruning.compensation import Options, compensate
 
 
@@ -65,18 +64,3 @@ def residual_map(student: Student, plan: ResizePlan) -> Tensor | None:
         if use.axes == ("hidden",) and student.model.get_parameter(use.parameter).ndim == 2:
             return plan.maps.get(use.parameter, {}).get(use.dim)
     return None
-
-
-def carry_out(student: Student, proposal: EventChange) -> None:
-    """Make the event happen to a plain student."""
-    slice_module(student, proposal.plan)
-    student.after_resize(proposal.plan.keep)
-    write_parameters(student, proposal.weights)
-
-
-@torch.no_grad()
-def write_parameters(student: Student, weights: Mapping[str, Tensor]) -> None:
-    """Overwrite parameters of a plain student, by name."""
-    parameters = dict(student.named_parameters())
-    for name, weight in weights.items():
-        parameters[name].copy_(weight)
