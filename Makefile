@@ -32,7 +32,7 @@ train: setup
 
 # Within an hour on two cores; what was measured is kept, so after an interruption the same command goes on.
 quality: setup
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/quality.py main
+	OMP_NUM_THREADS=1 $(BIN)/python -m experiments.quality main
 
 test: setup lint $(VENV)/.optimizers slurm
 	OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu $(BIN)/python -m pytest

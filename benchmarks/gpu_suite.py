@@ -10,7 +10,7 @@ has a share of the time that is left and is ended when it is over; the next one 
 results folder is complete after every item:
 
     report.md          verdicts, hardware, versions, commit, and what each benchmark printed as Markdown
-    results.json       rows of all benchmarks (benchmarks/report.py), each with its item's name
+    results.json       rows of all benchmarks (benchmarks/harness/rows.py), each with its item's name
     environment.json   nvidia-smi, all package versions, commit, verdicts
     log.txt            output of everything
 
@@ -42,8 +42,8 @@ GRACE_S = 5
 @dataclass(frozen=True)
 class Item:
     name: str
-    script: str
-    """Relative to the repository; an item whose script is not there is passed over."""
+    target: str
+    """A module, or for the tests their folder; an item whose file is not there is passed over."""
     arguments: tuple[str, ...]
     share_s: int
     """Seconds if all items take their share; what one leaves goes to the later ones."""
@@ -51,21 +51,24 @@ class Item:
     def command(self, rows: Path) -> list[str]:
         if self.name == "tests":
             return [sys.executable, "-m", "pytest", *self.arguments, *gpu_tests()]
-        package = Path(self.script).parent
-        start = ["-m", ".".join(package.parts)] if self.script.endswith("__main__.py") else [self.script]
-        return [sys.executable, *start, *self.arguments, "--json", str(rows)]
+        return [sys.executable, "-m", self.target, *self.arguments, "--json", str(rows)]
+
+    @property
+    def is_there(self) -> bool:
+        path = ROOT / self.target.replace(".", "/")
+        return path.is_dir() or path.with_suffix(".py").is_file()
 
 
 _FRIENDLY = "pruning.width_multiple=64"
+_EVENTS = ("--ranks", "1", "--engines")
 ITEMS = [
     Item("tests", "tests/gpu", ("-m", "gpu and not full", "-q", "-rs", "-p", "no:cacheprovider"), 150),
-    Item("kernels", "benchmarks/kernels.py", (), 90),
-    Item("throughput", "benchmarks/throughput.py", ("--shapes", "homobert-base", "--set", _FRIENDLY), 120),
-    Item("head", "benchmarks/head.py", ("--quick",), 25),
-    Item("resize", "benchmarks/resize.py", ("--quick", "--ranks", "1", "--engines", "ZeRO-2 bf16"), 40),
-    Item("memory", "benchmarks/memory.py", ("--size", "tiny", "--ranks", "1", "--engines", "ZeRO-2 fp32"), 30),
-    Item("peers", "benchmarks/peers/__main__.py", ("--quick",), 50),
-    Item("scaling", "benchmarks/scaling.py", ("--quick",), 30),
+    Item("kernels", "benchmarks.speed.kernels", (), 115),
+    Item("throughput", "benchmarks.speed.throughput", ("--shapes", "homobert-base", "--set", _FRIENDLY), 120),
+    Item("resize", "benchmarks.speed.resize", ("--quick", *_EVENTS, "ZeRO-2 bf16"), 40),
+    Item("memory", "benchmarks.memory.resize_events", ("--size", "tiny", *_EVENTS, "ZeRO-2 fp32"), 30),
+    Item("peers", "benchmarks.peers", ("--quick",), 50),
+    Item("scaling", "benchmarks.speed.scaling", ("--quick",), 30),
 ]
 """In order of importance: the last ones lose if time runs out."""
 
@@ -164,8 +167,8 @@ class Suite:
             self.write()
 
     def run_item(self, item: Item, later: list[Item]) -> Outcome:
-        if not (ROOT / item.script).exists():
-            return Outcome(item.name, "not there", detail=item.script)
+        if not item.is_there:
+            return Outcome(item.name, "not there", detail=item.target)
         rows = self.scratch / f"{item.name}.json"
         limit = limit_s(item, later, self.deadline - time.monotonic() - GRACE_S)
         outcome, output = self.run_logged(item.name, item.command(rows), max(limit, 1.0))
@@ -247,7 +250,7 @@ def markdown_of(output: str) -> str:
 
 
 def environment(commit: str | None) -> dict:
-    from report import environment as machine_facts
+    from benchmarks.harness.environment import environment as machine_facts
 
     machine = machine_facts()
     if commit:
@@ -271,7 +274,7 @@ def print_plan(items: list[Item], args: argparse.Namespace) -> None:
     for number, item in enumerate(items):
         limit = limit_s(item, items[number + 1 :], left)
         left -= limit
-        there = "" if (ROOT / item.script).exists() else "  (not there: passed over)"
+        there = "" if item.is_there else "  (not there: passed over)"
         command = " ".join(item.command(Path(f"{item.name}.json"))[1:])
         print(f"{item.name:<11}{limit:4.0f} s  python {command}{there}")
     print(f"results in {args.out}")
@@ -299,4 +302,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    sys.path[0] = str(ROOT)  # instead of this folder
     sys.exit(main())

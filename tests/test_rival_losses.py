@@ -9,6 +9,7 @@ import torch
 from small import small_batch, small_model
 from torch import nn
 
+from benchmarks.peers.processes import PeerError, textbrewer_paths
 from homodistil.config.schema import LossConfig
 from homodistil.distill.layer_map import LayerMap
 from homodistil.distill.losses.cosine import CosineProjection, cosine_distance
@@ -17,9 +18,6 @@ from homodistil.distill.student import Student
 from homodistil.distill.teacher import Teacher
 from homodistil.models.activations import LayerActivations, show_values
 from homodistil.models.encoders.bert import BERT as bert
-
-sys.path.append(str(Path(__file__).resolve().parents[1]))
-from benchmarks.peers.processes import PeerError, textbrewer_paths  # noqa: E402
 
 NOTHING = dict.fromkeys(("mlm", "kl", "hidden", "attention", "embedding"), 0.0)
 # fp32 sums of a few hundred terms against float64.

@@ -19,35 +19,32 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
+from benchmarks.harness.environment import environment
+from benchmarks.harness.run import parser, publish
 from benchmarks.peers import measure, tables, totals
 from benchmarks.peers.measure import Place
 from benchmarks.peers.processes import PeerError, Variant, textbrewer_paths
-from benchmarks.peers.settings import SETTINGS
+from benchmarks.peers.stock_peer import SETTINGS
 from benchmarks.peers.workload import SIZES, as_dict, prepare
-from benchmarks.report import environment, result_path, write, write_json
 
-PARTS = ["steps", "memory", "schedule", "run"]
+PARTS = ["steps", "memory", "schedule"]
 OURS = "homodistil"
 MASKS, MASKS_GENEROUS = "(a) masks", "(a) masks, masked rows only"
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=list(SIZES), default="standard")
-    parser.add_argument("--quick", action="store_true", help="small, bf16, one setting a peer; leaves results/ alone")
-    parser.add_argument("--precision", nargs="+", choices=list(SETTINGS), default=["bf16", "fp32"])
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--widths", type=int, default=7, help="measured along the schedule")
-    parser.add_argument("--run-steps", type=int, default=20, help="of the real short run")
-    parser.add_argument("--kl-positions", choices=["masked", "all"], default="masked")
-    parser.add_argument("--threads", type=int, default=2, help="of every peer")
-    parser.add_argument("--ranks", type=int, default=1, help="that homodistil shares its threads between")
-    parser.add_argument("--clock", choices=["wall", "processor"], default="wall", help="processor: on a busy machine")
-    parser.add_argument("--one-setting", action="store_true", help="the last of each peer's settings only")
-    parser.add_argument("--textbrewer", type=Path, default=Path("~/.cache/homodistil/textbrewer").expanduser())
-    parser.add_argument("--json", type=Path, help="write rows here, and nothing under benchmarks/results/")
-    args = parser.parse_args()
+    made = parser(__doc__, quick="small, bf16, one setting per peer")
+    made.add_argument("--size", choices=list(SIZES), default="standard")
+    made.add_argument("--precision", nargs="+", choices=list(SETTINGS), default=["bf16", "fp32"])
+    made.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    made.add_argument("--rounds", type=int, default=7)
+    made.add_argument("--widths", type=int, default=7, help="measured along the schedule")
+    made.add_argument("--kl-positions", choices=["masked", "all"], default="masked")
+    made.add_argument("--threads", type=int, default=2, help="of every peer")
+    made.add_argument("--clock", choices=["wall", "processor"], default="wall", help="processor: on a busy machine")
+    made.add_argument("--one-setting", action="store_true", help="the last of each peer's settings only")
+    made.add_argument("--textbrewer", type=Path, default=Path("~/.cache/homodistil/textbrewer").expanduser())
+    args = made.parse_args()
     if args.quick:
         args.size, args.precision, args.parts, args.one_setting = "quick", ["bf16"], ["steps", "schedule"], True
         args.rounds, args.widths = 3, 4
@@ -56,7 +53,7 @@ def parse_args() -> argparse.Namespace:
 
 def all_variants(precision: str, args: argparse.Namespace) -> tuple[list[Variant], dict[str, str]]:
     """(ours first, then every peer in every setting; peer -> why it is left out)."""
-    found = [Variant(OURS, "ours", options={"widths": "final"}, num_ranks=args.ranks)]
+    found = [Variant(OURS, "ours", options={"widths": "final"})]
     settings, missing = SETTINGS[precision], {}
     if args.one_setting:
         settings = settings[-1:]
@@ -89,8 +86,6 @@ def run(precision: str, args: argparse.Namespace) -> dict:
         if "schedule" in args.parts:
             others = [masks, _faster(variants, MASKS_GENEROUS, found)]
             found["curve"] = measure.curve(ours, others, place, args.widths, max(2, args.rounds // 2))
-        if "run" in args.parts:
-            found["run"] = measure.short_run(ours, masks, place, args.run_steps)
     return found
 
 
@@ -109,13 +104,8 @@ def _faster(variants: list[Variant], name: str, found: dict) -> Variant:
 def main() -> None:
     args = parse_args()
     results = {precision: run(precision, args) for precision in args.precision}
-    text = tables.report(results, args)
-    print(text)
-    config = {"size": args.size, "threads": args.threads, "ranks": args.ranks, **environment()}
-    if args.json or not args.quick:
-        write_json(args.json or result_path("peers", ".json"), tables.rows(results, config))
-    if not args.json and not args.quick:
-        write(result_path("peers", ".md"), text)
+    config = {"device": "cpu", "size": args.size, "threads": args.threads, **environment()}
+    publish("peers", tables.report(results, args), tables.rows(results, config), args)
 
 
 if __name__ == "__main__":

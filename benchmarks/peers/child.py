@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.memory_counters import memory_in_use, peak_memory, start_peak
+from benchmarks.harness.memory_counters import memory_in_use, peak_memory, start_peak
 from benchmarks.peers.workload import Files, Task
 
 CPU = torch.device("cpu")

@@ -7,15 +7,12 @@ LayerNorm gathers the surviving dims, as CoFi's, but with a cheap backward.
 
 from __future__ import annotations
 
-import itertools
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import BertForMaskedLM, get_constant_schedule
+from transformers import BertForMaskedLM
 
-from benchmarks.peers import objective
-from benchmarks.peers.settings import computing_in, student_in, teacher_in
+from benchmarks.peers.stock_peer import StockPeer, load_model
 from benchmarks.peers.workload import Files, Task
 
 
@@ -47,56 +44,29 @@ class MaskedLayerNorm(nn.Module):
         return normed.new_zeros(x.shape).index_copy(-1, self.kept, normed)
 
 
-class Peer:
+class Peer(StockPeer):
     """Args: options: {"rows": "all"} computes logits on all positions, as those projects did; "masked" on the rows
     that the loss needs only, as nobody did."""
 
     def __init__(self, task: Task, files: Files, setting: str, options: dict) -> None:
-        self.task, self.setting, self.rows = task, setting, options["rows"]
-        eager = {"attn_implementation": "eager"}
-        self.teacher = teacher_in(setting, BertForMaskedLM.from_pretrained(files.teacher, **eager))
-        self.student = BertForMaskedLM.from_pretrained(files.teacher, **eager).train()
-        self.keep = files.keep()
-        mask_student(self.student, self.keep, task.dtype)
-        self.projections = objective.selections(task.layers + 1, self.keep["hidden"], task.hidden, task.hidden)
-        student_in(setting, self.student, self.projections)
-        self.optimizer = objective.adamw([self.student, self.projections])
-        self.schedule = get_constant_schedule(self.optimizer)
-        self.batches = itertools.cycle(files.batches())
-
-    def step(self) -> None:
-        batch = next(self.batches)
-        with computing_in(self.setting):
-            self.terms = self.losses(batch)
-            total = torch.stack(list(self.terms.values())).sum()
-        objective.update(total, self.optimizer, self.schedule)
+        self.all_rows = options["rows"] == "all"
+        student = load_model(files.teacher).train()
+        mask_student(student, files.keep(), task.dtype)
+        super().__init__(task, files, setting, student, task.hidden)
 
     def losses(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        mask, labels = batch["attention_mask"], batch["labels"]
-        rows = mask.bool() if self.task.kl_positions == "all" else labels != -100
         with torch.no_grad():
-            teacher, teacher_logits = self.run(self.teacher, batch, rows)
-        student, logits = self.run(self.student, batch, rows)
-        mlm, kl = objective.vocabulary_terms(logits, teacher_logits, labels[rows])
-        own, theirs, projections = student.hidden_states, teacher.hidden_states, self.projections
-        return {
-            "mlm": mlm,
-            "kl": kl,
-            "hidden": objective.hidden_term(own[1:], theirs[1:], projections[1:], mask),
-            "embedding": objective.hidden_term(own[:1], theirs[:1], projections[:1], mask),
-            "attention": objective.attention_term(*map(self.surviving, (student, teacher)), mask),
-        }
+            teacher, teacher_logits = self.run(self.teacher, batch)
+        student, logits = self.run(self.student, batch)
+        maps = [self.heads_kept(output.attentions) for output in (student, teacher)]
+        return self.compared(student, teacher, logits, teacher_logits, maps, batch)
 
-    def run(self, model: nn.Module, batch: dict[str, Tensor], rows: Tensor):
-        """(output of the encoder, logits of `rows`)."""
+    def run(self, model: nn.Module, batch: dict[str, Tensor]):
+        """(output of the encoder, logits of the rows that the loss needs)."""
         inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
         output = model.bert(**inputs, output_attentions=True, output_hidden_states=True)
-        last = output.last_hidden_state
-        return output, model.cls(last[rows]) if self.rows == "masked" else model.cls(last)[rows]
-
-    def surviving(self, output) -> list[Tensor]:
-        """Attention of the heads that are not pruned."""
-        return [layer[:, self.keep[f"layer.{i}.heads"]] for i, layer in enumerate(output.attentions)]
+        last, rows = output.last_hidden_state, self.rows(batch)
+        return output, model.cls(last)[rows] if self.all_rows else model.cls(last[rows])
 
 
 def mask_student(model: BertForMaskedLM, keep: dict[str, Tensor], dtype: torch.dtype) -> None:

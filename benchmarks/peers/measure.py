@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
-from benchmarks.memory_counters import STRICT_ALLOCATOR
+from benchmarks.harness.memory_counters import STRICT_ALLOCATOR
 from benchmarks.peers.processes import PeerError, Running, Variant
 from benchmarks.peers.workload import TERMS, Files, Task
 
@@ -42,8 +42,7 @@ def running(variants: Iterable[Variant], place: Place, environment: dict | None 
 
 
 def step_ms(one: Running, place: Place) -> float:
-    """The slowest rank's."""
-    return max(answer["ms"] for answer in one.ask("step", clock=place.clock))
+    return one.ask("step", clock=place.clock)["ms"]
 
 
 def same_loss(peers: list[Running], place: Place) -> dict[str, dict[str, float]]:
@@ -56,7 +55,7 @@ def same_loss(peers: list[Running], place: Place) -> dict[str, dict[str, float]]
     for one in peers:
         if one.variant.module != "ours":  # it has done its first step
             step_ms(one, place)
-        terms = one.ask("terms")[0]
+        terms = one.ask("terms")
         found[one.variant.label] = {name: terms[name] for name in TERMS}
     first, wanted = next(iter(found.items()))
     for label, terms in found.items():
@@ -81,7 +80,7 @@ def steps(peers: list[Running], place: Place, rounds: int) -> dict[str, list[flo
 def memory(variants: list[Variant], place: Place) -> dict[str, dict[str, float]]:
     """Label -> bytes: peak resident set during steps, and what libraries took before anything was built.
 
-    Fresh processes, one at a time, with an allocator that returns freed memory at once; ranks are added up.
+    Fresh processes, one at a time, with an allocator that returns freed memory at once.
     """
     found = {}
     for variant in variants:
@@ -90,8 +89,7 @@ def memory(variants: list[Variant], place: Place) -> dict[str, dict[str, float]]
             one.ask("start_peak")
             for _ in range(MEMORY_STEPS):
                 step_ms(one, place)
-            answers = one.ask("peak")
-        found[variant.label] = {key: sum(answer[key] for answer in answers) for key in ("peak", "libraries")}
+            found[variant.label] = one.ask("peak")
     return found
 
 
@@ -119,10 +117,10 @@ def curve(ours: Variant, others: list[Variant], place: Place, num_widths: int, r
     """Steps at widths along the recipe's schedule, `others` by turns with ours."""
     along = replace(ours, options={"widths": "full"})
     with running([along, *others], place) as [first, *rest]:
-        events = [tuple(event) for event in first.ask("schedule")[0]["events"]]
+        events = [tuple(event) for event in first.ask("schedule")["events"]]
         points = []
         for step, hidden in [(0, place.task.hidden), *_spread(events, place.task, num_widths - 1)]:
-            event = first.ask("narrow", step=step)[0] if step else None
+            event = first.ask("narrow", step=step) if step else None
             timed = steps([first, *rest], place, rounds)
             mine = timed.pop(along.label)
             points.append(Point(step, hidden, mine, timed, event))
@@ -135,25 +133,3 @@ def _spread(events: list[tuple[int, int]], task: Task, count: int) -> list[tuple
     wanted = [task.hidden - distance * (i + 1) for i in range(count - 1)]
     chosen = {min(events, key=lambda event: abs(event[1] - width)) for width in wanted}
     return sorted(chosen | {events[-1]})
-
-
-def short_run(ours: Variant, other: Variant, place: Place, num_steps: int) -> dict:
-    """A whole run of homodistil's schedule in `num_steps` steps, resize events and all, by turns with `other`.
-
-    Returns:
-        ours_ms, other_ms: of every step; hidden: width after it; move_ms: of the resize event behind it, else 0.
-    """
-    values = [f"train.steps={num_steps}", f"pruning.interval_steps={max(1, num_steps // 10)}"]
-    values += ["pruning.max_event_fraction=0.4"]
-    own = replace(ours, options={"widths": "full", "values": values})
-    with running([own, other], place) as [first, second]:
-        events = dict(first.ask("schedule")[0]["events"])
-        step_ms(second, place)
-        found = {"ours_ms": [], "other_ms": [], "hidden": []}
-        width = place.task.hidden
-        for step in range(2, num_steps + 1):  # the first one is done when a peer of ours is ready
-            found["ours_ms"].append(step_ms(first, place))
-            found["other_ms"].append(step_ms(second, place))
-            width = events.get(step, width)
-            found["hidden"].append(width)
-    return found | {"events": sorted(events)}

@@ -5,19 +5,17 @@ Importance is measured in every step, also at the final width, where a run has s
 
 from __future__ import annotations
 
-import json
 import os
 import time
 
 import deepspeed  # noqa: F401  (here, so that it counts among the libraries: see child.py)
 import torch
 
-from benchmarks.launch import ROOT
+from benchmarks.harness.environment import ROOT
 from benchmarks.peers.workload import Files, Task, arguments
 from homodistil.config.command_line import parse
-from homodistil.distributed import ranks
 from homodistil.engine.build import init_ranks, load_engine_config, resolve_engine_config
-from homodistil.metrics.recorder import EVENTS_FILE, METRICS_FILE
+from homodistil.metrics.recorder import EVENTS_FILE, METRICS_FILE, read_lines
 from homodistil.models.resize_plan import make_plan, slice_module
 from homodistil.training.inputs import prepare_inputs
 from homodistil.training.run import DistillationRun
@@ -29,15 +27,15 @@ ENGINES = {"bf16": "zero2.json", "fp32": "zero2_fp32.json"}
 
 class Peer:
     """Args: options: widths: "final" starts at the cut of workload.py and stays there, "full" at the teacher's and
-    follows a schedule; `values`: further dotted values of the run config."""
+    follows a schedule."""
 
     def __init__(self, task: Task, files: Files, setting: str, options: dict) -> None:
         device = init_ranks()
-        self.folder = files.folder / f"run-{os.environ['MASTER_PORT']}"  # the same for all ranks, another every start
-        config = parse(arguments(task, files, self.folder) + options.get("values", []))
-        config.train.micro_batch_size = task.sequences // ranks.world_size()
+        self.folder = files.folder / f"run-{os.environ['MASTER_PORT']}"  # another every start
+        config = parse(arguments(task, files, self.folder))
+        config.train.micro_batch_size = task.sequences
         engine_config = load_engine_config(ROOT / "ds_configs" / ENGINES[task.precision])
-        engine_config = resolve_engine_config(engine_config, config, ranks.world_size())
+        engine_config = resolve_engine_config(engine_config, config, 1)
         self.run = DistillationRun(config, engine_config, prepare_inputs(config, device), self.folder, "benchmark")
         if options["widths"] == "final":
             _stay_at(self.run, files.keep())
@@ -52,10 +50,7 @@ class Peer:
         self.trainer.train_step()
 
     def _logged(self) -> dict[str, torch.Tensor]:
-        path = self.folder / METRICS_FILE
-        if not path.is_file():  # another rank than the first
-            return {}
-        first = next(line for line in map(json.loads, path.read_text().splitlines()) if line.get("kind") == "train")
+        first = next(line for line in read_lines(self.folder / METRICS_FILE) if line["kind"] == "train")
         return {k.removeprefix("loss/"): torch.tensor(v) for k, v in first.items() if k.startswith("loss/")}
 
     # -- along the schedule
@@ -71,7 +66,7 @@ class Peer:
         start = time.perf_counter()
         self.trainer.resize(keep)
         found = {"ms": (time.perf_counter() - start) * 1e3}
-        event = json.loads((self.folder / EVENTS_FILE).read_text().splitlines()[-1])
+        event = read_lines(self.folder / EVENTS_FILE)[-1]
         return found | {"move_ms": event["milliseconds"], "hidden": student.widths["hidden"]}
 
     def schedule(self) -> list[tuple[int, int]]:

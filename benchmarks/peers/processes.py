@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from benchmarks.launch import ROOT
+from benchmarks.harness.environment import ROOT
+from benchmarks.harness.launch import free_port
 from benchmarks.peers.workload import Files, Task, as_dict
 
 
@@ -23,7 +23,6 @@ class Variant:
     module: str
     setting: str = ""
     options: dict = field(default_factory=dict)
-    num_ranks: int = 1
     paths: tuple[str, ...] = ()
     """Folders of packages that it needs beside ours."""
 
@@ -37,11 +36,10 @@ class PeerError(RuntimeError):
 
 
 class Running:
-    """The process (or ranks) of a variant.
+    """The process of a variant.
 
     Args:
-        threads: over all its ranks.
-        environment: beside the own one.
+        environment: beside what all peers get.
     """
 
     def __init__(self, variant: Variant, task: Task, files: Files, threads: int, environment: dict | None = None):
@@ -49,60 +47,48 @@ class Running:
         self._log = tempfile.TemporaryFile("w+")
         options, sizes = json.dumps(variant.options), json.dumps(as_dict(task))
         command = [sys.executable, "-m", "benchmarks.peers.child", variant.module, variant.setting, options, sizes]
-        shared = _environment(variant, threads) | (environment or {})
-        self._ranks = [
-            subprocess.Popen(
-                [*command, str(files.folder)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=self._log,
-                env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-                cwd=ROOT,
-                text=True,
-            )
-            for rank in range(variant.num_ranks)
-        ]
+        self._process = subprocess.Popen(
+            [*command, str(files.folder)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            env=os.environ | _environment(variant, threads) | (environment or {}),
+            cwd=ROOT,
+            text=True,
+        )
 
     def wait_until_ready(self) -> Running:
-        for rank in self._ranks:
-            self._answer(rank)
+        self._answer()
         return self
 
-    def ask(self, do: str, **values) -> list[dict]:
-        """The answers of all ranks, the first rank's first."""
-        for rank in self._ranks:
-            print(json.dumps({"do": do} | values), file=rank.stdin, flush=True)
-        return [self._answer(rank) for rank in self._ranks]
+    def ask(self, do: str, **values) -> dict:
+        print(json.dumps({"do": do} | values), file=self._process.stdin, flush=True)
+        return self._answer()
 
-    def _answer(self, rank: subprocess.Popen) -> dict:
-        line = rank.stdout.readline()
+    def _answer(self) -> dict:
+        line = self._process.stdout.readline()
         if not line:
             self._log.seek(0)
             raise PeerError(f"{self.variant.label} ended:\n{self._log.read()[-3000:]}")
         return json.loads(line)
 
     def close(self) -> None:
-        for rank in self._ranks:
-            rank.kill()
-            rank.wait()
-            rank.stdin.close()
-            rank.stdout.close()
-        self._log.close()
+        self._process.kill()
+        self._process.wait()
+        for stream in (self._process.stdin, self._process.stdout, self._log):
+            stream.close()
 
 
 def _environment(variant: Variant, threads: int) -> dict[str, str]:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
     paths = [str(ROOT), *variant.paths, os.environ.get("PYTHONPATH", "")]
-    return {
+    single_rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+    return single_rank | {
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-        "OMP_NUM_THREADS": str(threads // variant.num_ranks),
-        "WORLD_SIZE": str(variant.num_ranks),
-        "LOCAL_WORLD_SIZE": str(variant.num_ranks),
+        "OMP_NUM_THREADS": str(threads),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
+        "MASTER_PORT": str(free_port()),
         "DS_ACCELERATOR": "cpu",
+        "CUDA_VISIBLE_DEVICES": "",  # all peers compute on the CPU, whatever the machine has
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_VERBOSITY": "error",

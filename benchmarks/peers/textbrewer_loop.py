@@ -17,10 +17,9 @@ from collections.abc import Iterator
 import torch
 from textbrewer import DistillationConfig, GeneralDistiller, TrainingConfig
 from torch import Tensor
-from transformers import BertForMaskedLM
 
 from benchmarks.peers import objective
-from benchmarks.peers.settings import computing_in, student_in, teacher_in
+from benchmarks.peers.stock_peer import computing_in, load_model, student_in, teacher_in
 from benchmarks.peers.workload import CLIPPING, Files, Task
 
 FOREVER = 10**9
@@ -75,14 +74,13 @@ class _Distiller(GeneralDistiller):
 
 
 class Peer:
-    """Args: setting: one of settings.SETTINGS."""
+    """Args: setting: one of stock_peer.SETTINGS."""
 
     def __init__(self, task: Task, files: Files, setting: str, options: dict) -> None:
         self.task, self.setting, self.turns = task, setting, Turns(files.batches())
         logging.getLogger("Distillation").setLevel(logging.ERROR)
-        eager = {"attn_implementation": "eager"}
-        self.teacher = teacher_in(setting, BertForMaskedLM.from_pretrained(files.teacher, **eager))
-        self.student = BertForMaskedLM.from_pretrained(files.student, **eager).train()
+        self.teacher = teacher_in(setting, load_model(files.teacher))
+        self.student = load_model(files.student).train()
         keep = files.keep()
         self.heads = [keep[f"layer.{i}.heads"] for i in range(task.layers)]
         self.distiller = _Distiller(

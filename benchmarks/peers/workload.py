@@ -25,7 +25,6 @@ from torch import Tensor
 TERMS = ("mlm", "kl", "hidden", "embedding", "attention")
 NUM_BATCHES = 8
 LEARNING_RATE, BETAS, EPSILON, WEIGHT_DECAY, CLIPPING = 1e-4, (0.9, 0.999), 1e-6, 0.01, 1.0
-_SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 _PROBE_SHARE = 0.4
 """Held-out share of the text: enough for the whole probe of homodistil/evaluation/gap_probe.py."""
 
@@ -130,7 +129,10 @@ def prepare(task: Task, folder: Path) -> Files:
 
 
 def _write_teacher(task: Task, files: Files):
-    from transformers import BertConfig, BertForMaskedLM, BertTokenizer
+    from transformers import BertConfig, BertForMaskedLM
+
+    # In functions, here and below: what a peer's process imports counts as its memory.
+    from benchmarks.harness.product import word_tokenizer
 
     torch.manual_seed(0)
     config = BertConfig(
@@ -150,21 +152,18 @@ def _write_teacher(task: Task, files: Files):
             if name.endswith("bias"):
                 parameter.normal_(std=0.1)  # fresh biases are zeros, which would hide a bias that is cut wrongly
     teacher.save_pretrained(files.teacher)
-    words = {token: i for i, token in enumerate([*_SPECIAL, *map(_word, range(task.vocabulary - len(_SPECIAL)))])}
-    BertTokenizer(vocab=words, model_max_length=max(task.tokens, 64)).save_pretrained(files.teacher)
+    word_tokenizer(task.vocabulary).save_pretrained(files.teacher)
     return teacher
 
 
-def _word(number: int) -> str:
-    return f"w{number}"
-
-
 def _write_text(task: Task, files: Files) -> None:
-    """One document a block, some of them shorter: padding is part of the check."""
+    """One document per block, some of them shorter: padding is part of the check."""
+    from benchmarks.harness.product import SPECIAL
+
     draw, documents = random.Random(0), []
     for block in range(task.blocks):
         num_words = task.tokens - 2 if block % 4 else task.tokens // 2
-        words = (_word(draw.randrange(task.vocabulary - len(_SPECIAL))) for _ in range(num_words))
+        words = (f"w{draw.randrange(task.vocabulary - len(SPECIAL))}" for _ in range(num_words))
         documents.append(" ".join(words))
     files.text.write_text("\n\n".join(documents) + "\n", encoding="utf-8")
 
@@ -193,6 +192,7 @@ def _write_student(task: Task, files: Files, teacher) -> None:
     """Cuts the teacher, then folds the teacher's softmax scale, which training keeps, into the queries."""
     from transformers import BertForMaskedLM
 
+    from benchmarks.harness.workload import narrower
     from homodistil.config.schema import StudentConfig
     from homodistil.models.encoders.bert import BERT as bert
     from homodistil.models.resize_plan import make_plan, slice_module
@@ -205,7 +205,7 @@ def _write_student(task: Task, files: Files, teacher) -> None:
         num_attention_heads=task.student_heads,
     )
     widths = target_widths(target_shape(shape, table.widths), table.widths)
-    keep = _random_keep(table.widths, widths)
+    keep = narrower(table, widths, seed=0)
     torch.save(keep, files.folder / "keep.pt")
     slice_module(teacher, make_plan(table, keep))
     student = BertForMaskedLM(bert.student_config(teacher.config, widths))
@@ -216,21 +216,6 @@ def _write_student(task: Task, files: Files, teacher) -> None:
             attention.query.weight.mul_(ratio)
             attention.query.bias.mul_(ratio)
     student.save_pretrained(files.student)
-
-
-def _random_keep(widths: dict[str, int], target: dict[str, int]) -> dict[str, Tensor]:
-    """Random survivors of every axis; each head its own dims."""
-    from homodistil.models.axes import head_axes
-
-    generator, heads_of = torch.Generator().manual_seed(0), head_axes(widths)
-
-    def pick(axis: str) -> Tensor:
-        return torch.randperm(widths[axis], generator=generator)[: target[axis]].sort().values
-
-    return {
-        axis: torch.stack([pick(axis) for _ in range(widths[heads_of[axis]])]) if axis in heads_of else pick(axis)
-        for axis in target
-    }
 
 
 def as_dict(task: Task) -> dict:

@@ -1,10 +1,15 @@
-"""The loop. `train_step` is the whole method on one screen; everything it names is a file of its own."""
+"""The loop. `train_step` is the whole method on one screen; everything it names is a file of its own.
+
+`record_function("step.NAME")` marks the parts of a step for torch.profiler (benchmarks/harness/step_parts.py).
+"""
 
 from __future__ import annotations
 
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass, field
+
+from torch.profiler import record_function
 
 from homodistil.checkpoint import Checkpoints
 from homodistil.config.schema import RunConfig
@@ -70,29 +75,38 @@ class Trainer:
     def train_step(self) -> None:
         """One optimizer step, and the pruning event behind it if one is due."""
         fault_point("train.step")
-        batches = self.prefetcher.micro_batches(self.state.consumed_samples)
+        with record_function("step.data"):
+            batches = self.prefetcher.micro_batches(self.state.consumed_samples)
         for batch in batches:
-            targets = self.teacher(batch) if self.teacher else None  # no grad; in lock-step it runs with the student
+            with record_function("step.teacher"):  # no gradient; layer by layer it runs inside the student's forward
+                targets = self.teacher(batch) if self.teacher else None
             self.train_micro_batch(batch, targets)
         self.end_step(batches)
 
     def train_micro_batch(self, batch: Batch, targets: TeacherOutputs | None) -> None:
-        terms = self.engine(batch, targets)  # the total and every named term
-        self.engine.accumulate(fault_point("train.backward", terms.total))
-        self.step_log.add(terms)
+        with record_function("step.student"):
+            terms = self.engine(batch, targets)  # the total and every named term
+        with record_function("step.backward"):
+            self.engine.accumulate(fault_point("train.backward", terms.total))
+        with record_function("step.log"):
+            self.step_log.add(terms)
 
     def end_step(self, batches: list[Batch]) -> None:
         """Update the weights from what has been accumulated over `batches`; then the event, if one is due."""
-        scores = self.shrinker.measure(self.engine, self.state.step + 1) if self.shrinker else None
-        applied = self.engine.update()
+        with record_function("step.measure"):  # reduced, unclipped gradients exist only here
+            scores = self.shrinker.measure(self.engine, self.state.step + 1) if self.shrinker else None
+        with record_function("step.update"):
+            applied = self.engine.update()
         require_applied(self.engine, self.state.step + 1, self.config)
         self.state.step += 1
         self.state.consumed_samples += self.config.train.global_batch_size
-        self.step_log.end_step(self.state.step, batches, self.engine, self.prefetcher.wait_s)
+        with record_function("step.log"):
+            self.step_log.end_step(self.state.step, batches, self.engine, self.prefetcher.wait_s)
         if self.shrinker and applied:  # after a skipped step an event waits for the next one
             self.shrinker.accept(scores)
             if keep := self.shrinker.due(self.live, self.prefetcher, self.state):  # None nearly always
-                self.resize(keep)
+                with record_function("step.resize"):
+                    self.resize(keep)
 
     def resize(self, keep: Keep) -> None:
         """The event that leaves `keep` of the axes that it names."""

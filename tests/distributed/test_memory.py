@@ -1,4 +1,4 @@
-"""60 consecutive resize events leave nothing behind: benchmarks/memory.py, as a user runs it, on a tiny model."""
+"""60 consecutive resize events leave nothing behind: benchmarks.memory.resize_events on a tiny model."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ FIRST = 10
 
 def check(engines: list[str], folder) -> None:
     result = folder / "memory.json"
-    command = [sys.executable, ROOT / "benchmarks" / "memory.py", "--size", "tiny", "--events", str(NUM_EVENTS)]
-    subprocess.run([*command, "--engines", *engines, "--json", result], check=True, timeout=300, cwd=folder)
+    command = [sys.executable, "-m", "benchmarks.memory.resize_events", "--size", "tiny", "--events", str(NUM_EVENTS)]
+    subprocess.run([*command, "--engines", *engines, "--json", result], check=True, timeout=300, cwd=ROOT)
     numbers = {(r["variant"], r["metric"], r["x"]): r["value"] for r in json.loads(result.read_text())}
     for engine in engines:
         first, last = ({m: numbers[engine, m, x] for m in ("accounted", "live")} for x in (FIRST, NUM_EVENTS))

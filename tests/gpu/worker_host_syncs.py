@@ -19,11 +19,10 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path.insert(0, str(ROOT))
 
-from product import build_trainer, run_config  # noqa: E402
-from shapes import SHAPES, Plan  # noqa: E402
-
+from benchmarks.harness.product import build_trainer, run_config  # noqa: E402
+from benchmarks.harness.shapes import SHAPES, Plan  # noqa: E402
 from homodistil.engine.build import init_ranks  # noqa: E402
 
 WARM_UP_STEPS, MEASURED_STEPS = 4, 4

@@ -1,0 +1,1 @@
+"""Benchmarks: `python -m benchmarks.speed.throughput`, and so on; README.md lists every command."""

@@ -1,0 +1,1 @@
+"""Studies of quality; speed and memory are measured in benchmarks/."""

@@ -1,0 +1,143 @@
+"""The study `main`: every method at its own best learning rate, at two target sizes, with three seeds.
+
+Rates are chosen by the MLM loss on the VALIDATION half, on the first seed; what is reported is the TEST half.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass, field
+
+from experiments.quality import fine_tuning
+from experiments.quality.arms import ARMS, BASE, SHAPES, Arm
+from experiments.quality.jobs import EvaluateTeacher, Keep, Train
+from experiments.quality.options import Options
+from experiments.quality.pool import Pool
+from experiments.quality.specs import RunSpec
+from experiments.quality.statistics import best_rate, extension
+
+OWN_SHAPE = "own"
+EXTENDED_SHARE = 0.5
+"""Of the methods, roughly: whose grid gets a further rate. For the estimate of the time alone."""
+
+
+@dataclass
+class Entry:
+    """One method at one width."""
+
+    arm: Arm
+    width: str
+    validation: dict[float, float | None] = field(default_factory=dict)
+    """Learning rate -> validation MLM loss of the first seed (None: failed)."""
+    rate: float | None = None
+    """The chosen one."""
+    extended: float | None = None
+    """The rate that was tried beyond the grid."""
+    runs: dict[int, dict] = field(default_factory=dict)
+    """Seed -> what `MeasuredRun.measured` gives, at the chosen rate."""
+    tasks: dict[str, list[float]] = field(default_factory=dict)
+    """Fine-tuning task -> score a seed."""
+
+    @property
+    def label(self) -> str:
+        return f"{self.arm.name}/{self.width}"
+
+
+@dataclass
+class Comparison:
+    """All that the tables of the main comparison are made of."""
+
+    entries: list[Entry]
+    teacher: dict
+    teacher_tasks: dict[str, list[float]] = field(default_factory=dict)
+
+
+def run(pool: Pool, options: Options) -> Comparison:
+    entries = [Entry(ARMS[name], width) for name in options.arms for width in _widths(ARMS[name], options)]
+    try_rates(pool, options, entries)
+    run_seeds(pool, options, entries)
+    some_rate = options.rates[0]
+    teacher = EvaluateTeacher(spec(options, entries[0], some_rate, options.seeds[0]), options.eval_blocks)
+    comparison = Comparison(entries, pool.run("teacher", [teacher])[0] or {})
+    if options.tune:
+        _fine_tune(pool, options, comparison, teacher)
+    _forget_others(pool, options, entries)
+    return comparison
+
+
+def _widths(arm: Arm, options: Options) -> tuple[str, ...]:
+    return (OWN_SHAPE,) if arm.own_shape else options.widths
+
+
+def spec(options: Options, entry: Entry, rate: float, seed: int) -> RunSpec:
+    shape = () if entry.arm.own_shape else SHAPES[entry.width].overrides
+    parts = (BASE, shape, entry.arm.overrides, options.set)
+    return RunSpec.of(entry.label, *parts, steps=options.steps, lr=rate, seed=seed)
+
+
+def job(options: Options, entry: Entry, rate: float, seed: int, keep: Keep = Keep.NO) -> Train:
+    return Train(spec(options, entry, rate, seed), keep, options.eval_blocks)
+
+
+def try_rates(pool: Pool, options: Options, entries: list[Entry]) -> None:
+    """The grid on the first seed, then the one further rate where the best is at its end."""
+    others = len(options.seeds) - 1
+    later = {"Train": round(len(entries) * (others + EXTENDED_SHARE))} | _tuning(options, entries)
+    cells = [(entry, rate) for entry in entries for rate in options.grid(entry.arm, entry.width)]
+    cells.sort(key=lambda cell: cell[1])
+    _validate(pool, options, "learning rates", cells, later)
+    cells = []
+    for entry in entries:
+        entry.extended = extension(entry.validation)
+        if entry.extended is not None:
+            cells.append((entry, entry.extended))
+    _validate(pool, options, "further rates", cells, {"Train": len(entries) * others} | _tuning(options, entries))
+    for entry in entries:
+        entry.rate = best_rate(entry.validation)
+
+
+def _validate(pool: Pool, options: Options, phase: str, cells: list[tuple[Entry, float]], later: dict) -> None:
+    keep = Keep.IF_NEW if options.tune else Keep.NO
+    jobs = [job(options, entry, rate, options.seeds[0], keep) for entry, rate in cells]
+    for (entry, rate), found in zip(cells, pool.run(phase, jobs, later), strict=True):
+        entry.validation[rate] = found["validation"]["mlm_loss"] if found else None
+
+
+def run_seeds(pool: Pool, options: Options, entries: list[Entry]) -> None:
+    """All seeds at the chosen rate; a method that failed at every rate has none."""
+    cells = [(entry, seed) for seed in options.seeds for entry in entries if entry.rate is not None]
+    keep = Keep.YES if options.tune else Keep.NO
+    jobs = [job(options, entry, entry.rate, seed, keep) for entry, seed in cells]
+    for (entry, seed), found in zip(cells, pool.run("seeds", jobs, _tuning(options, entries)), strict=True):
+        if found:
+            entry.runs[seed] = found
+
+
+def _tuning(options: Options, entries: list[Entry]) -> dict[str, int]:
+    """How many fine-tunings will come."""
+    return {"FineTune": len(entries) * len(options.seeds) * len(fine_tuning.TASKS)} if options.tune else {}
+
+
+def _forget_others(pool: Pool, options: Options, entries: list[Entry]) -> None:
+    """Delete the students at rates that were not chosen; what was measured of them stays."""
+    for entry in entries:
+        for rate in entry.validation:
+            if rate != entry.rate:
+                shutil.rmtree(job(options, entry, rate, options.seeds[0]).export(pool.work), ignore_errors=True)
+
+
+def _fine_tune(pool: Pool, options: Options, comparison: Comparison, teacher: EvaluateTeacher) -> None:
+    cells, jobs = [], []
+    for entry in comparison.entries:
+        for seed in entry.runs:
+            for task in fine_tuning.TASKS:
+                trained = job(options, entry, entry.rate, seed, Keep.YES)
+                cells.append((entry.tasks, task))
+                jobs.append(fine_tuning.FineTune(trained, task, seed, options.quick))
+    for seed in options.seeds:
+        for task in fine_tuning.TASKS:
+            cells.append((comparison.teacher_tasks, task))
+            jobs.append(fine_tuning.FineTune(teacher, task, seed, options.quick))
+    for (tasks, task), found in zip(cells, pool.run("fine-tuning", jobs), strict=True):
+        if found:
+            tasks.setdefault(task, []).append(found["score"])
