@@ -37,7 +37,7 @@ from benchmarks.harness.workload import (
     stage_of,
     train_step,
 )
-from homodistil.models.encoders import bert
+from homodistil.models.encoders.bert import BERT as bert
 from homodistil.models.parameter_shape import full_numel
 from homodistil.models.resize_plan import make_plan, slice_module
 from homodistil.resize import check_supported, resize

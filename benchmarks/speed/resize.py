@@ -38,7 +38,7 @@ from benchmarks.harness.workload import (
 )
 from benchmarks.speed.reinitialize import ReinitializedRun
 from benchmarks.speed.resize_report import report, rows
-from homodistil.models.encoders import bert
+from homodistil.models.encoders.bert import BERT as bert
 from homodistil.models.parameter_shape import full_numel
 from homodistil.models.resize_plan import make_plan
 from homodistil.resize import check_supported, owned_state, resize

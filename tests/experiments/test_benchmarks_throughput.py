@@ -17,7 +17,7 @@ from benchmarks.speed.communication import Job, Network, fit_line, predict
 from benchmarks.speed.scaling_report import calibrated_network
 from benchmarks.speed.throughput_report import interpolated_ms
 from homodistil.config.schema import LossConfig
-from homodistil.models.flops import step_flops
+from homodistil.distill.cost import step_flops
 
 ROOT = Path(__file__).resolve().parents[2]
 ROW_FIELDS = {"name", "variant", "metric", "unit", "x", "value", "p20", "p80", "config"}

@@ -13,7 +13,7 @@ from experiments.quality.arms import ARMS, BASE, SHAPES
 from experiments.quality.measured_run import Part, halves
 from experiments.quality.specs import RunSpec
 from homodistil.config import command_line
-from homodistil.config.command_line import RECIPES
+from homodistil.config.shipped import RECIPES
 from homodistil.training.inputs import RunInputs
 
 
