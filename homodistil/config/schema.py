@@ -1,7 +1,7 @@
 """The typed config of a run: one YAML file plus dotted overrides. Field docstrings are the `--help` text.
 
 DeepSpeed's JSON holds engine matters only (ZeRO stage, precision, buckets); everything a model depends on is here.
-The defaults of methods are the best that we have measured (README, "Quality"); the paper's form is a recipe.
+The defaults of methods are the best that we have measured (docs/results.md); the paper's form is a recipe.
 Parsing lives in `command_line.py`; the rules that cross fields are in `rules.py`.
 """
 
@@ -32,8 +32,6 @@ class TeacherConfig:
     """Accept a teacher that has no .safetensors, only pickled weights; they are still read with weights_only."""
     runtime: Literal["torch", "compile", "deepspeed"] = "torch"
     """How the frozen teacher runs: as it is, under torch.compile, or under deepspeed.init_inference."""
-    kernel_inject: bool = False
-    """With runtime=deepspeed: DeepSpeed's own kernels (GPU), if they agree with the plain teacher at start."""
     lock_step: bool = True
     """With runtime=torch: each teacher layer runs just before the student's, and is freed once compared: less memory,
     the same numbers. false: the whole teacher first."""
@@ -244,9 +242,8 @@ class LossConfig:
 class OptimizerConfig:
     """optimizer: AdamW"""
 
-    implementation: Literal["torch_fused", "deepspeed_fused", "apex_fused", "homodistil_fused"] = "torch_fused"
-    """AdamW from torch (fused), DeepSpeed's ops (built on first use), NVIDIA apex (recognised by its files), or ours:
-    torch's AdamW and the importance of every neuron in one pass."""
+    implementation: Literal["torch_fused", "deepspeed_fused", "apex_fused"] = "torch_fused"
+    """AdamW from torch (fused), DeepSpeed's ops (built on first use) or NVIDIA apex (recognised by its files)."""
     beta1: float = 0.9
     """Adam's beta1, in [0, 1)."""
     beta2: float = 0.999

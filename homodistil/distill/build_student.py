@@ -47,7 +47,7 @@ def fresh_model(config: RunConfig, teacher_config) -> nn.Module:
         teacher_widths = family.axis_table(family.empty_model(teacher_config)).widths
     _, target = student_widths(config.student, teacher_widths)
     shape = family.student_config(teacher_config, target)
-    shape.hidden_dropout_prob = shape.attention_probs_dropout_prob = config.student.dropout
+    family.set_dropout(shape, config.student.dropout)
     model = family.empty_model(shape)
     model.set_attn_implementation(ATTENTION)
     return model

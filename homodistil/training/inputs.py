@@ -146,10 +146,10 @@ def check_shape(config: RunConfig, shape) -> None:
     schedule = width_schedule(config, widths, initial, target)
     on_the_way = [schedule.table[step] for step in sorted(getattr(schedule, "table", {}))]
     check_relations(config.loss, widths, [initial, *on_the_way])
-    if config.data.seq_len > shape.max_position_embeddings:
+    if config.data.seq_len > (max_tokens := family.shape(shape).max_tokens):
         raise UserError(
-            f"data.seq_len: {config.data.seq_len} is above the teacher's max_position_embeddings "
-            f"{shape.max_position_embeddings}; choose 3 .. {shape.max_position_embeddings}"
+            f"data.seq_len: {config.data.seq_len} is above the {max_tokens} tokens that the teacher has positions for; "
+            f"choose 3 .. {max_tokens}"
         )
 
 

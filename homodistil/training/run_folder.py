@@ -13,6 +13,7 @@ import yaml
 
 from homodistil.checkpoint import candidates, saved_fingerprints
 from homodistil.config.schema import RunConfig
+from homodistil.config.values import REMOVED_FIELDS
 from homodistil.errors import UserError
 from homodistil.files import write_atomically
 
@@ -85,6 +86,7 @@ def _check_same_run(folder: Path, config: RunConfig) -> None:
     before = _config_of_run(folder)
     if before is None:
         raise UserError(f"run.dir: {str(folder)!r} is not empty and not a run folder; choose another run.dir")
+    _check_removed(folder, before)
     by_content = _BY_CONTENT if saved_fingerprints(folder / "checkpoints") else {}
     for section, fields in config.to_dict().items():
         for name, value in fields.items():
@@ -96,6 +98,18 @@ def _check_same_run(folder: Path, config: RunConfig) -> None:
                     f"{section}.{name}: the run in {str(folder)!r} has {old}, this config {value}; "
                     f"go on with the same value, or choose another run.dir"
                 )
+
+
+def _check_removed(folder: Path, before: dict) -> None:
+    """Refuse to go on with a run that used a field which is gone, whatever this config says."""
+    for name, removed in REMOVED_FIELDS.items():
+        section, field = name.split(".")
+        value = before[section].get(field, removed.harmless)
+        if str(value).lower() != removed.harmless:
+            raise UserError(
+                f"{name}: the run in {str(folder)!r} has {value}, but the field was removed because {removed.why}; "
+                f"choose another run.dir, or go on with the version that began it"
+            )
 
 
 def _of_before(before: dict, section: str, name: str, value: object) -> object:

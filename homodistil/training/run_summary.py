@@ -10,7 +10,7 @@ from homodistil.distill.layer_map import num_student_layers
 from homodistil.distill.objective import Objective
 from homodistil.distill.teacher_sharding import num_parameters
 from homodistil.models import family_of
-from homodistil.models.axes import Widths
+from homodistil.models.axes import Widths, layer_widths
 from homodistil.models.shapes import student_widths
 from homodistil.pruning.gap_schedule import GapSchedule
 from homodistil.pruning.pruner import width_schedule
@@ -40,10 +40,11 @@ def run_summary(config: RunConfig, teacher: PretrainedConfig) -> dict[str, str]:
     start = "fresh weights" if config.student.init == "random" else f"from a copy of {config.teacher.name}"
     before, after = num_parameters(model), num_parameters(student)
     weights = Objective(config.loss).weights
+    width = layer_widths(target, 0)
     depth = f"{layers} layer{'s' if layers > 1 else ''}"
     return {
-        "student": f"{depth}, hidden {target['hidden']}, ffn {target['layer.0.ffn']}, "
-        f"{target['layer.0.heads']} heads of {target['layer.0.qk_dim']}; {start}",
+        "student": f"{depth}, hidden {target['hidden']}, ffn {width.intermediate_size}, "
+        f"{width.num_heads} heads of {width.qk_dim}; {start}",
         "parameters": f"{before:,} (teacher) -> {after:,} ({after / before:.0%})",
         "losses": ", ".join(f"{name} x {weight:g}" for name, weight in weights.items()),
         "pruning": _pruning(config, schedule, initial, target),

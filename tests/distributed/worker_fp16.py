@@ -23,7 +23,7 @@ from worker_trajectory import OPTIMIZERS, Run, distances
 
 from homodistil.config.schema import PruningConfig
 from homodistil.engine.build import backward
-from homodistil.models.encoders import bert
+from homodistil.models.encoders.bert import BERT as bert
 from homodistil.models.resize_plan import ResizePlan
 from homodistil.pruning.importance import Importance
 from homodistil.pruning.pruner import Pruner
@@ -80,11 +80,11 @@ class Fp16Run(Run):
                 losses.append(loss)
                 self.check_norm(norm)
                 if sums is not None:  # None once there is nothing left to decide
-                    trainer.pruner.accept(sums())
+                    trainer.pruner.accept(sums)
                 if plan := trainer.resize_due():
                     self.resize_and_check(plan)
             else:
-                assert sums is None or not all(value.isfinite().all() for value in sums().values())
+                assert sums is None or not all(value.isfinite().all() for value in sums.values())
                 assert trainer.resize_due() is None
                 assert same(self.snapshot(), before), "a skipped step changed something"
         return losses
