@@ -16,7 +16,7 @@ from homodistil.evaluation.glue.fine_tuning import Settings
 from homodistil.evaluation.glue.grid import Grid, run_grid
 from homodistil.evaluation.glue.tasks import TASKS
 
-LAUNCHERS = Path(__file__).parents[1] / "launcher"
+ROOT = Path(__file__).parents[1]
 SLOW = """
 import time
 from homodistil.evaluation import progress
@@ -63,7 +63,7 @@ def test_every_run_says_where_it_is(tmp_path, tokenizer, monkeypatch, patience):
 
 
 @pytest.mark.parametrize("name", ["glue", "squad"])
-def test_the_launchers_watch_the_silence_from_their_start(name):
+def test_the_commands_watch_the_silence_from_their_start(name):
     """Before anything heavy is imported."""
-    source = (LAUNCHERS / f"{name}.py").read_text()
+    source = (ROOT / "homodistil" / "evaluation" / name / "command.py").read_text()
     assert source.index("progress.watching(") < source.index("import Settings") < source.index("progress.say")

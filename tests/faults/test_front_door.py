@@ -13,7 +13,7 @@ import pytest
 from small_job import make_materials
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCES = ("homodistil", "ds_configs", "setup.py", "pyproject.toml", "README.md")
+SOURCES = ("homodistil", "ds_configs", "setup.py", "pyproject.toml", "README.md", "LICENSE")
 TIMEOUT_S = 300
 # Of the quickstart, what makes it last seconds.
 TINY = (
