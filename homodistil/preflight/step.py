@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from homodistil.config.derive import small_config
 from homodistil.config.schema import RunConfig
 from homodistil.data.prepare.corpus import Corpus
 from homodistil.distributed import ranks
@@ -21,19 +21,6 @@ from homodistil.training.run import DistillationRun
 from homodistil.training.trainer import Trainer, TrainState
 
 _BATCH_ENTRIES = ("train_batch_size", "gradient_accumulation_steps")
-
-
-def small_config(config: RunConfig, num_ranks: int) -> RunConfig:
-    """The run with one micro-batch a rank and step: what a step holds in memory stays the same."""
-    small = copy.deepcopy(config)
-    num_sequences = config.train.micro_batch_size * num_ranks
-    small.train.global_batch_size = num_sequences
-    small.train.log_every_steps = 1
-    small.run.export_milestones, small.run.settle_steps = [], 0
-    small.run.compare, small.run.resume = [], "never"
-    small.pruning.compensation_sequences = num_sequences
-    small.pruning.calibration_batches, small.pruning.one_shot_stages = 1, 1
-    return small
 
 
 def try_step(
