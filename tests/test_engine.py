@@ -8,7 +8,8 @@ import torch
 from small import small_pair
 
 from homodistil.config.schema import RunConfig
-from homodistil.engine.build import resolve_engine_config, student_dtype, teacher_dtype
+from homodistil.engine.build import resolve_engine_config
+from homodistil.engine.ds_config import student_dtype, teacher_dtype
 from homodistil.engine.optimizer import build_optimizer, build_schedule, is_nvidia_apex, rewarm
 from homodistil.errors import UserError
 

@@ -8,7 +8,7 @@ from small import small_batch, small_model
 from torch import nn
 from torch._dynamo.utils import counters
 
-from homodistil.config.schema import RunConfig, TeacherConfig
+from homodistil.config.schema import LossConfig, RunConfig, TeacherConfig
 from homodistil.distill.runtime import (
     SideStream,
     build_runtime,
@@ -223,18 +223,18 @@ def test_settings_that_cannot_work_are_refused(teacher, attention, expected):
     config = RunConfig(teacher=TeacherConfig(**teacher))
     config.loss.attention = attention
     with pytest.raises(UserError, match=expected):
-        check_teacher_runtime(config, CPU)
+        check_teacher_runtime(config.teacher, config.loss, CPU)
 
 
 def test_settings_that_can_work_are_not_refused():
     for teacher in ({}, {"runtime": "compile"}, {"runtime": "deepspeed"}):
-        check_teacher_runtime(RunConfig(teacher=TeacherConfig(**teacher)), CPU)
+        check_teacher_runtime(TeacherConfig(**teacher), LossConfig(), CPU)
 
 
 def test_no_compiler_is_said_by_name(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(UserError, match="^teacher.runtime: .*'no-such-compiler' is not on the PATH"):
-        check_teacher_runtime(RunConfig(teacher=TeacherConfig(runtime="compile")), CPU)
+        check_teacher_runtime(TeacherConfig(runtime="compile"), LossConfig(), CPU)
 
 
 def test_a_stream_of_its_own_needs_a_gpu():

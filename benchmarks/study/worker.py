@@ -19,7 +19,8 @@ from filelock import FileLock
 from homodistil.config.schema import RunConfig
 from homodistil.distill.teacher import build_teacher
 from homodistil.distributed import graceful_stop
-from homodistil.engine.build import init_ranks, load_engine_config, resolve_engine_config, teacher_dtype
+from homodistil.engine.build import init_ranks, load_engine_config, resolve_engine_config
+from homodistil.engine.ds_config import teacher_dtype
 from homodistil.errors import StopRequested
 from homodistil.evaluation.heldout import evaluate
 from homodistil.training.inputs import RunInputs, check_teacher, prepare_inputs, teacher_copy

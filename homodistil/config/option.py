@@ -101,7 +101,7 @@ class Option:
     """The facts about one field."""
 
     limits: Limits | None
-    """Of a number, or of each entry of a list of numbers."""
+    """Of a number, or of each number in a list or mapping."""
     limited_by: str
     """Where no interval is given: what decides which values are allowed."""
     resume: Literal["fixed", "free", "content"]
@@ -127,15 +127,15 @@ def option(
     """A field of a config dataclass. What it means stands in the docstring below it, which is the help text.
 
     Args:
-        default: a list is copied for every config.
+        default: a list or mapping is copied for every config.
         low, high, exclude: smallest and largest number, and which of these ends are not allowed.
         limited_by: for a field that is neither a choice, nor true or false, nor limited by `low` and `high`.
         resume, students, derived: see `Option`. `derived=SAME`: no derived run has another value.
     """
     limits = None if low is None or high is None else Limits(low, high, exclude)
     metadata = {"option": Option(limits, limited_by, resume, students, dict(derived))}
-    if isinstance(default, list):
-        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    if isinstance(default, (list, dict)):
+        return dataclasses.field(default_factory=default.copy, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
 
 

@@ -98,7 +98,11 @@ def _check_compensation(config: RunConfig) -> None:
         )
 
 
-def _check_range(name: str, value: float | list[float], limits: Limits) -> None:
+def _check_range(name: str, value: float | list[float] | dict[str, float], limits: Limits) -> None:
+    if isinstance(value, dict):
+        for key, number in value.items():
+            _check_range(f"{name}.{key}", number, limits)
+        return
     for number in value if isinstance(value, list) else [value]:
         if not limits.contain(number):
             raise UserError(f"{name}: found {number}, allowed {limits}; set a value in this range")

@@ -76,9 +76,9 @@ def _check_shared(config: RunConfig, student: RunConfig, name: str) -> None:
             )
 
 
-def check_stage(engine_config: Mapping[str, Any]) -> None:
+def check_stage(zero_stage: int) -> None:
     """Raise `UserError` where several engines cannot live in one job."""
-    if engine_config.get("zero_optimization", {}).get("stage", 0) == 3:
+    if zero_stage == 3:
         raise UserError(
             "--teachers-once: zero_optimization.stage 3 in the DeepSpeed JSON has not been tried with several engines; "
             "use stage 0, 1 or 2 (ds_configs/zero2.json)"

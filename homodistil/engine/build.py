@@ -14,6 +14,7 @@ from torch import distributed, nn
 
 from homodistil.config.schema import RunConfig
 from homodistil.distributed.launcher_env import adopt_launcher_variables, check_rank_variables
+from homodistil.engine.ds_config import is_enabled
 from homodistil.engine.ds_config_file import check_engine_json, read_engine_json
 from homodistil.engine.native_ops import load_op
 from homodistil.engine.optimizer import build_optimizer, build_schedule
@@ -185,26 +186,6 @@ def _check_precision(engine_config: dict) -> None:
         raise UserError("fp16.enabled: true in the DeepSpeed JSON needs a GPU; on CPU use bf16 (ds_configs/zero2.json)")
     if is_enabled(engine_config, "fp16") and is_enabled(engine_config, "bf16"):
         raise UserError("fp16.enabled and bf16.enabled are both true in the DeepSpeed JSON; switch one off")
-
-
-def is_enabled(engine_config: dict, section: str) -> bool:
-    return bool(engine_config.get(section, {}).get("enabled", False))
-
-
-def student_dtype(engine_config: dict) -> torch.dtype:
-    """Precision the engine trains in."""
-    if is_enabled(engine_config, "bf16"):
-        return torch.bfloat16
-    return torch.float16 if is_enabled(engine_config, "fp16") else torch.float32
-
-
-def teacher_dtype(name: str, engine_config: dict, device: torch.device) -> torch.dtype:
-    """`teacher.dtype` as a torch dtype. auto: float16 on GPU, the student's precision on CPU."""
-    if name == "auto":
-        return torch.float16 if device.type == "cuda" else student_dtype(engine_config)
-    if name == "float16" and device.type == "cpu":
-        raise UserError("teacher.dtype: float16 needs a GPU; on CPU use bfloat16, float32 or auto")
-    return getattr(torch, name)
 
 
 def build_engine(module: nn.Module, config: RunConfig, engine_config: dict):

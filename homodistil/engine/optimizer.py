@@ -12,9 +12,9 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from homodistil.config.schema import RunConfig, TrainConfig
 from homodistil.engine.counting_adamw import CountingAdamW
+from homodistil.engine.ds_config import offloads_optimizer, zero_stage
 from homodistil.engine.native_ops import load_op
 from homodistil.errors import UserError
-from homodistil.resize.ds_config_rules import offloads_optimizer
 
 
 def build_optimizer(module: nn.Module, config: RunConfig, engine_config: dict) -> Optimizer:
@@ -105,9 +105,8 @@ def _torch_fused(groups: list[dict], **options) -> Optimizer:
 
 def _deepspeed_fused(groups: list[dict], options: dict, engine_config: dict) -> Optimizer:
     """FusedAdam, or DeepSpeedCPUAdam where masters and states are partitions in host memory."""
-    stage = engine_config.get("zero_optimization", {}).get("stage", 0)
     on_host = offloads_optimizer(engine_config) or not torch.cuda.is_available()
-    if stage > 0 and on_host:
+    if zero_stage(engine_config) > 0 and on_host:
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
         load_op("CPUAdamBuilder")

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from homodistil.config.schema import RunConfig
 from homodistil.distributed import ranks
-from homodistil.engine.build import load_engine_config, student_dtype
+from homodistil.engine.build import load_engine_config
+from homodistil.engine.ds_config import student_dtype
 from homodistil.errors import UserError
 from homodistil.files import write_atomically, writing
 from homodistil.metrics.device_peak import peak_flops

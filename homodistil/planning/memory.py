@@ -3,6 +3,7 @@ short-lived or not the model's: buffers between ranks, products of the vocabular
 
 from __future__ import annotations
 
+from homodistil.engine.ds_config import zero_section, zero_stage
 from homodistil.models.axes import Widths
 from homodistil.models.memory import state_bytes
 from homodistil.training.micro_batch import MicroBatchPolicy
@@ -59,8 +60,7 @@ def _teacher_parameters(subject: ResolvedRun, num_ranks: int) -> float:
 def buffer_bytes(engine_config: dict, num_trainable: float, element_bytes: int) -> float:
     """Of ZeRO: gradients on their way, at most a bucket, twice where communication overlaps; stage 3: parameters that
     are gathered ahead."""
-    zero = engine_config.get("zero_optimization", {})
-    stage = zero.get("stage", 0)
+    zero, stage = zero_section(engine_config), zero_stage(engine_config)
     if stage == 0:
         return num_trainable * element_bytes  # of the all-reduce, flattened
     bucket = min(zero.get("reduce_bucket_size", DEFAULT_BUCKET_ELEMENTS), num_trainable)

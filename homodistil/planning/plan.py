@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass, field
 import torch
 
 from homodistil.config.schema import RunConfig
-from homodistil.engine.build import resolve_engine_config, student_dtype
+from homodistil.engine.build import resolve_engine_config
+from homodistil.engine.ds_config import student_dtype, zero_section, zero_stage
 from homodistil.planning.advice import Advice, advise
 from homodistil.planning.cluster import POWER_OVERHEAD, Cluster
 from homodistil.planning.machine_calibration import Calibration
@@ -100,7 +101,7 @@ def make_plan(
     return Plan(
         teacher=config.teacher.name,
         cluster=cluster,
-        zero_stage=engine_config.get("zero_optimization", {}).get("stage", 0),
+        zero_stage=zero_stage(engine_config),
         micro_batch_size=config.train.micro_batch_size,
         global_batch_size=config.train.global_batch_size,
         stretches=stretches,
@@ -155,7 +156,7 @@ def _calibrated(memory: dict[str, float], calibration: Calibration | None) -> di
 
 def _bytes_at_start(subject, raw_engine_config, cluster, calibration, stage: int, micro_batch_size: int) -> float:
     """Of a rank at the widest widths, under another stage or micro-batch than the config's."""
-    zero = raw_engine_config.get("zero_optimization", {}) | {"stage": stage}
+    zero = {**zero_section(raw_engine_config), "stage": stage}
     engine_config = raw_engine_config | {"zero_optimization": zero}
     parts = rank_memory(
         subject,

@@ -8,7 +8,7 @@ import psutil
 import torch
 
 from homodistil.config.schema import RunConfig
-from homodistil.engine.build import student_dtype, teacher_dtype
+from homodistil.engine.ds_config import student_dtype, teacher_dtype
 from homodistil.models.attention import keeps_probabilities
 from homodistil.models.axes import Widths
 from homodistil.models.memory import sequence_bytes, state_bytes

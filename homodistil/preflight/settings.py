@@ -12,7 +12,8 @@ from homodistil.config.schema import RunConfig
 from homodistil.distill.runtime import check_teacher_runtime
 from homodistil.distill.student_compile import check_student_compile
 from homodistil.distill.teacher import load_config, load_tokenizer
-from homodistil.engine.build import resolve_engine_config, teacher_dtype
+from homodistil.engine.build import resolve_engine_config
+from homodistil.engine.ds_config import teacher_dtype, zero_stage
 from homodistil.engine.optimizer import check_implementation
 from homodistil.models import family_of
 from homodistil.models.axes import Widths
@@ -38,12 +39,11 @@ def check_settings(findings: Findings, config: RunConfig, raw_engine_config: dic
     engine = findings.attempt("config", lambda: resolve_engine_config(raw_engine_config, config, num_ranks))
     findings.attempt("config", lambda: teacher_dtype(config.teacher.dtype, engine or {}, device))
     findings.attempt("config", lambda: check_implementation(config.optimizer.implementation))
-    findings.attempt("config", lambda: check_teacher_runtime(config, device))
+    findings.attempt("config", lambda: check_teacher_runtime(config.teacher, config.loss, device))
     if engine is not None:
-        findings.attempt("config", lambda: check_student_compile(config, engine, device))
+        findings.attempt("config", lambda: check_student_compile(config.student, zero_stage(engine), device))
     if len(findings) == before:
-        stage = engine.get("zero_optimization", {}).get("stage", 0)
-        found = f"ZeRO-{stage}, {num_ranks} ranks, {config.train.global_batch_size} sequences a step"
+        found = f"ZeRO-{zero_stage(engine)}, {num_ranks} ranks, {config.train.global_batch_size} sequences a step"
         findings.note("config", f"{found}, accumulated over {engine['gradient_accumulation_steps']}")
     return engine if len(findings) == before + 1 and findings[-1].is_good else None
 

@@ -21,7 +21,8 @@ from homodistil.distill.student import Student
 from homodistil.distill.student_compile import CompiledLayers
 from homodistil.distill.teacher import Teacher, build_teacher, load_config
 from homodistil.distributed import ranks
-from homodistil.engine.build import build_engine, student_dtype, teacher_dtype
+from homodistil.engine.build import build_engine
+from homodistil.engine.ds_config import student_dtype, teacher_dtype, zero_stage
 from homodistil.evaluation.gap_probe import PROBE_SEQUENCES, GapProbe
 from homodistil.evaluation.heldout import evaluate
 from homodistil.files import write_atomically, writing
@@ -77,7 +78,7 @@ class DistillationRun:
         self.pruner = self.shrinker.pruner
         self.exporter = Exporter(config, run_inputs, self.student, self.teacher_widths, command)
         self.family = Family(config, folder, self.exporter, self._row)
-        layout = {"ranks": ranks.world_size(), "zero_optimization.stage": _stage(engine_config)}
+        layout = {"ranks": ranks.world_size(), "zero_optimization.stage": zero_stage(engine_config)}
         layout["precision"] = str(student_dtype(engine_config))
         inputs = run_inputs.fingerprints, run_inputs.require_intact
         self.checkpoints = Checkpoints(folder / "checkpoints", config, layout, *inputs)
@@ -247,7 +248,3 @@ def _read_row(path: Path) -> dict | None:
 def _num_lines(found: Found | None) -> dict[str, int] | None:
     """Lines of each log, as the checkpoint knows them; checkpoints of before did not."""
     return found.state.get("num_lines") if found else None
-
-
-def _stage(engine_config: dict) -> int:
-    return engine_config.get("zero_optimization", {}).get("stage", 0)

@@ -20,7 +20,8 @@ from homodistil.config.schema import RunConfig
 from homodistil.distill.student import Student
 from homodistil.distill.teacher import load_config
 from homodistil.distributed import groups, ranks
-from homodistil.engine.build import build_engine, student_dtype
+from homodistil.engine.build import build_engine
+from homodistil.engine.ds_config import student_dtype
 from homodistil.evaluation.heldout import evaluate
 from homodistil.export.stock_model import save_checkpoint, stock_model
 from homodistil.files import write_atomically

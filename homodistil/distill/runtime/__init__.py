@@ -1,6 +1,6 @@
 """How the frozen teacher's backbone runs: as it is, under torch.compile, or under deepspeed.init_inference.
 
-    check_teacher_runtime(config, device)                      # at start, before anything is made
+    check_teacher_runtime(config.teacher, config.loss, device) # at start, before anything is made
     runtime = build_runtime(model, family, config.teacher, device, dtype)
     tapped = runtime(input_ids, attention_mask)                # never builds a graph
 
@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from homodistil.config.schema import RunConfig, TeacherConfig
+from homodistil.config.schema import LossConfig, TeacherConfig
 from homodistil.distill.runtime.compiled import CompiledRuntime
 from homodistil.distill.runtime.deepspeed_inference import EngineRuntime, InjectedRuntime
 from homodistil.distill.runtime.plain import PlainRuntime
@@ -37,9 +37,8 @@ class Runtime(Protocol):
         """input_ids, attention_mask: int64, (B, T); mask 1 = token, 0 = padding, None: none. No tensor has a graph."""
 
 
-def check_teacher_runtime(config: RunConfig, device: torch.device) -> None:
+def check_teacher_runtime(teacher: TeacherConfig, loss: LossConfig, device: torch.device) -> None:
     """Raises `UserError` for settings of `teacher` that cannot work together or on this device."""
-    teacher = config.teacher
     if teacher.runtime == "compile":
         require_compiler("teacher.runtime", device)
     if teacher.own_stream and device.type != "cuda":
@@ -58,7 +57,7 @@ def check_teacher_runtime(config: RunConfig, device: torch.device) -> None:
             f"teacher.kernel_inject=false"
         )
     for term in ("attention", "relations"):
-        if teacher.kernel_inject and (weight := getattr(config.loss, term)) > 0:
+        if teacher.kernel_inject and (weight := getattr(loss, term)) > 0:
             raise UserError(
                 f"teacher.kernel_inject: DeepSpeed's kernels show no queries and keys, which loss.{term}="
                 f"{weight:g} compares; set loss.{term}=0 or teacher.kernel_inject=false"
