@@ -21,7 +21,7 @@ from homodistil.planning.plan import make_plan
 from homodistil.planning.save_plan import calibration_path
 from homodistil.planning.speed import expected_seconds
 from homodistil.planning.table import format_plan
-from homodistil.training.resolve import check_plannable
+from homodistil.training.inputs import check_plannable
 
 
 def show(config: RunConfig, engine_config: Path, options: argparse.Namespace) -> None:

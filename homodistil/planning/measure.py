@@ -108,16 +108,16 @@ def samples_of(
     config: RunConfig, raw_engine_config: dict, cluster: Cluster, measured: list[MeasuredWidth]
 ) -> list[Sample]:
     """What was measured beside what is counted of the same widths."""
-    subject = resolve_run(compressed_schedule(config))
-    engine_config = resolve_engine_config(raw_engine_config, subject.config, cluster.num_ranks)
-    policy, size = policy_of(subject, engine_config, cluster), config.train.micro_batch_size
+    resolved = resolve_run(compressed_schedule(config))
+    engine_config = resolve_engine_config(raw_engine_config, resolved.config, cluster.num_ranks)
+    policy, size = policy_of(resolved, engine_config, cluster), config.train.micro_batch_size
     return [
         Sample(
-            work=step_work(subject, policy, m.widths, size),
+            work=step_work(resolved, policy, m.widths, size),
             wall_s=m.wall_s,
             cpu_s=m.cpu_s,
             peak_bytes=m.peak_bytes,
-            counted_bytes=sum(rank_memory(subject, policy, engine_config, m.widths, size, 0.0).values()),
+            counted_bytes=sum(rank_memory(resolved, policy, engine_config, m.widths, size, 0.0).values()),
         )
         for m in measured
     ]

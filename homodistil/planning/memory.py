@@ -17,7 +17,7 @@ PROCESS_BYTES = 1.0e9
 
 
 def rank_memory(
-    subject: ResolvedRun,
+    resolved: ResolvedRun,
     policy: MicroBatchPolicy,
     engine_config: dict,
     widths: Widths,
@@ -37,24 +37,24 @@ def rank_memory(
         "gradients": layout.accumulation_dtype.itemsize * trainable * split[2],
     }
     parts["optimizer"] = state_bytes(trainable, frozen, layout) - parts["parameters"] - parts["gradients"]
-    parts["teacher"] = _teacher_parameters(subject, layout.num_ranks) * policy.teacher_dtype.itemsize
-    rows = subject.config.data.mask_probability * subject.config.data.seq_len * micro_batch_size
-    loss = subject.config.loss
+    parts["teacher"] = _teacher_parameters(resolved, layout.num_ranks) * policy.teacher_dtype.itemsize
+    rows = resolved.config.data.mask_probability * resolved.config.data.seq_len * micro_batch_size
+    loss = resolved.config.loss
     # KL on all tokens goes over the vocabulary chunk by chunk and keeps nothing of it.
     keeps_logits = (loss.mlm or loss.kl) and not (loss.kl and loss.kl_positions == "all")
-    parts["logits"] = rows * subject.vocab_size * (2 * layout.dtype.itemsize + FP32_BYTES) if keeps_logits else 0.0
+    parts["logits"] = rows * resolved.vocab_size * (2 * layout.dtype.itemsize + FP32_BYTES) if keeps_logits else 0.0
     parts["activations"] = max(micro_batch_size * sequence.total - parts["logits"], 0.0)
     parts["buffers"] = buffer_bytes(engine_config, trainable, layout.accumulation_dtype.itemsize)
     parts["process"] = process_bytes
     return parts
 
 
-def _teacher_parameters(subject: ResolvedRun, num_ranks: int) -> float:
+def _teacher_parameters(resolved: ResolvedRun, num_ranks: int) -> float:
     """That a rank holds at once (distill/teacher_sharding.py)."""
-    if not subject.config.teacher.shard:
-        return subject.teacher_parameters
-    layers = subject.teacher_layers
-    return subject.teacher_parameters - sum(layers) + sum(layers) / num_ranks + max(layers)
+    if not resolved.config.teacher.shard:
+        return resolved.teacher_parameters
+    layers = resolved.teacher_layers
+    return resolved.teacher_parameters - sum(layers) + sum(layers) / num_ranks + max(layers)
 
 
 def buffer_bytes(engine_config: dict, num_trainable: float, element_bytes: int) -> float:

@@ -15,10 +15,9 @@ from homodistil.distill.teacher import load_config, load_tokenizer
 from homodistil.engine.build import resolve_engine_config
 from homodistil.engine.ds_config import teacher_dtype, zero_stage
 from homodistil.engine.optimizer import check_implementation
-from homodistil.models import family_of
-from homodistil.models.axes import Widths
 from homodistil.preflight.findings import Findings
 from homodistil.training.inputs import check_teacher
+from homodistil.training.resolve import ResolvedRun, resolve_run
 from homodistil.training.run_summary import run_summary
 
 
@@ -27,9 +26,7 @@ class TeacherFacts(NamedTuple):
 
     folder: str
     tokenizer: PreTrainedTokenizerBase
-    widths: Widths
-    num_parameters: int
-    vocab_size: int
+    resolved: ResolvedRun
 
 
 def check_settings(findings: Findings, config: RunConfig, raw_engine_config: dict, device: torch.device) -> dict | None:
@@ -57,12 +54,9 @@ def check_model(findings: Findings, config: RunConfig) -> TeacherFacts | None:
     tokenizer = findings.attempt("model", lambda: load_tokenizer(folder, shape.vocab_size))
     if tokenizer is None:
         return None
-    family = family_of(shape.model_type)
-    with torch.device("meta"):
-        model = family.empty_model(shape)
-    count = sum(p.numel() for p in model.parameters())
-    widths = family.axis_table(model).widths
-    findings.note("model", f"{config.teacher.name}: {count / 1e6:.1f} M parameters, hidden {widths['hidden']}")
-    for subject, text in run_summary(config, shape).items():
+    resolved = resolve_run(config, shape)
+    count, hidden = resolved.teacher_parameters, resolved.teacher_widths["hidden"]
+    findings.note("model", f"{config.teacher.name}: {count / 1e6:.1f} M parameters, hidden {hidden}")
+    for subject, text in run_summary(resolved).items():
         findings.note(subject, text)
-    return TeacherFacts(folder, tokenizer, widths, count, shape.vocab_size)
+    return TeacherFacts(folder, tokenizer, resolved)

@@ -15,7 +15,6 @@ from homodistil.checkpoint import Checkpoints
 from homodistil.checkpoint.checkpoints import Found
 from homodistil.config.schema import RunConfig
 from homodistil.data.prepare.integrity import json_object
-from homodistil.distill.build_student import build_student
 from homodistil.distill.losses.relations import relation_layer
 from homodistil.distill.student import Student
 from homodistil.distill.student_compile import CompiledLayers
@@ -29,7 +28,6 @@ from homodistil.files import write_atomically, writing
 from homodistil.metrics.progress import doing
 from homodistil.metrics.recorder import METRICS_FILE, Recorder, read_lines
 from homodistil.metrics.result_table import ROW_FILE
-from homodistil.models import family_of
 from homodistil.models.activations import show_values
 from homodistil.resize import check_supported
 from homodistil.training.exporter import Exporter
@@ -37,6 +35,7 @@ from homodistil.training.fingerprints import check_same
 from homodistil.training.inputs import PERIODIC_EVALUATION_SEQUENCES, RunInputs, teacher_copy
 from homodistil.training.micro_batch import MicroBatchPolicy, fit_micro_batch, with_micro_batch
 from homodistil.training.milestone_exports import Family
+from homodistil.training.resolve import resolve_run
 from homodistil.training.shrinking import Shrinker
 from homodistil.training.step_logger import StepLogger, run_recorder, speeds
 from homodistil.training.trainer import Trainer, TrainState
@@ -64,17 +63,16 @@ class DistillationRun:
         self.config, self.engine_config, self.run_inputs = config, engine_config, run_inputs
         self.folder = folder
         device, dtype = run_inputs.device, teacher_dtype(config.teacher.dtype, engine_config, run_inputs.device)
-        if teacher_of is not None:
-            self.teacher_widths, self.teacher = teacher_of.teacher_widths, teacher_of.teacher
-        else:
-            self.teacher_widths, self.teacher = self._build_teacher(device, dtype)
+        self.resolved = resolve_run(config, load_config(run_inputs.teacher))
+        self.teacher_widths = self.resolved.teacher_widths
+        self.teacher = teacher_of.teacher if teacher_of else self._build_teacher(device, dtype)
         load = functools.partial(teacher_copy, run_inputs, torch.float32, config.student.dropout)
-        self.student = build_student(config, load_config(run_inputs.teacher), load).to(device)
+        self.student = self.resolved.build_student(load).to(device)
         self.initial_widths = self.student.widths
         self.micro_batch = MicroBatchPolicy(config, engine_config, self.student, dtype, ranks.world_size())
         self.gap = GapProbe(self.student, self.teacher, self._probe(), device)
-        parts = (self.student, self.teacher, self.gap, self.teacher_widths)
-        self.shrinker = Shrinker(config, run_inputs, *parts, self._heldout_loss)
+        parts = (self.student, self.teacher, self.gap)
+        self.shrinker = Shrinker(self.resolved, run_inputs, *parts, self._heldout_loss)
         self.pruner = self.shrinker.pruner
         self.exporter = Exporter(config, run_inputs, self.student, self.teacher_widths, command)
         self.family = Family(config, folder, self.exporter, self._row)
@@ -141,14 +139,11 @@ class DistillationRun:
         share = -(-PROBE_SEQUENCES // ranks.world_size())
         return list(self.run_inputs.heldout(self.config, PROBE_SEQUENCES, batch_size=share))
 
-    def _build_teacher(self, device: torch.device, dtype: torch.dtype) -> tuple[dict[str, int], Teacher]:
-        """Its widths, and the teacher: a runtime may replace the layers that widths are read from."""
+    def _build_teacher(self, device: torch.device, dtype: torch.dtype) -> Teacher:
         config, model = self.config, teacher_copy(self.run_inputs, dtype)
-        family = family_of(model.config.model_type)
-        widths = family.axis_table(model).widths
         if config.loss.relations > 0:
-            show_values(model, family, relation_layer(config.loss, model.config.num_hidden_layers))
-        return widths, build_teacher(model, config.teacher, device, dtype)
+            show_values(model, self.resolved.family, relation_layer(config.loss, model.config.num_hidden_layers))
+        return build_teacher(model, config.teacher, device, dtype)
 
     def _heldout_loss(self, student: Student) -> float:
         batches = self.run_inputs.heldout(self.config, PERIODIC_EVALUATION_SEQUENCES)
