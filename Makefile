@@ -13,7 +13,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 FREE_PORT = $(shell $(BIN)/python -c "import socket; s = socket.socket(); s.bind(('', 0)); print(s.getsockname()[1])")
 
-.PHONY: setup train quality test test-full lint slurm clean
+.PHONY: setup train quality test test-full lint docs slurm clean
 
 setup: $(VENV)/.ready
 
@@ -54,5 +54,14 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-cache
 
+# The site of docs/ in site/. It needs no torch: the config reference is committed, and a test says when it is stale.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict --clean
+
+$(VENV)/.docs: requirements-docs.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-docs.txt
+	touch $@
+
 clean:
-	rm -rf $(VENV) .torch_extensions build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .torch_extensions build site *.egg-info .pytest_cache .ruff_cache .hypothesis

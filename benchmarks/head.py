@@ -26,7 +26,7 @@ from torch.nn import functional
 from transformers import BertConfig, BertForMaskedLM
 
 from homodistil.kernels.masked_lm import linear_masked_lm_losses, masked_lm_losses
-from homodistil.models.encoders import bert
+from homodistil.models.encoders.bert import BERT as bert
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TOKENS, MASKED_SHARE = 128, 0.15

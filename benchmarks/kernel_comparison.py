@@ -21,7 +21,6 @@ import statistics
 from pathlib import Path
 
 import torch
-from kernel_adam import adam_problems
 from kernel_problems import Inputs, Problem, problems
 from kernel_timing import copy_bytes_per_s, interleaved_ms, peak_bytes, strict_allocator
 from report import environment, environment_text, result_path, row, write, write_json
@@ -60,8 +59,6 @@ def measure_times(problem: Problem, inputs: Inputs, device: torch.device, budget
 
 def step(variant, problem: Problem, inputs: Inputs) -> tuple[torch.Tensor, ...]:
     loss = variant(inputs)
-    if not problem.leaves:
-        return (loss,)
     return loss.detach(), *torch.autograd.grad(loss, [inputs[name] for name in problem.leaves])
 
 
@@ -86,9 +83,7 @@ def differences(problem: Problem, inputs: Inputs) -> dict[str, float]:
 def measure(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> list[dict]:
     """One entry a problem and variant. Memory last, because a strict allocator slows everything down."""
     size = "quick" if args.quick else "standard"
-    chosen = [
-        problem for problem in problems(device, size) + adam_problems(device, size) if args.only in problem.operation
-    ]
+    chosen = [problem for problem in problems(device, size) if args.only in problem.operation]
     entries = []
     for problem in chosen:
         inputs = make_inputs(problem, device, dtype)
@@ -113,7 +108,7 @@ def rates(entry: dict, bytes_per_element: int) -> tuple[float, float]:
     """GB/s and TFLOP/s of forward with backward."""
     seconds = statistics.median(entry["forward and backward"]) / 1e3
     problem = entry["problem"]
-    return problem.elements * (problem.itemsize or bytes_per_element) / seconds / 1e9, problem.flops / seconds / 1e12
+    return problem.elements * bytes_per_element / seconds / 1e9, problem.flops / seconds / 1e12
 
 
 def table(entries: list[dict], bytes_per_element: int) -> str:

@@ -29,14 +29,12 @@ class Problem:
     shape: str
     make: Callable[[torch.device, torch.dtype], Inputs]
     leaves: tuple[str, ...]
-    """Inputs that get a gradient; none: there is no backward."""
+    """Inputs that get a gradient."""
     variants: dict[str, Variant]
     flops: float
     elements: float
     """Least numbers to move, in units of the dtype."""
     notes: dict[str, str] = field(default_factory=dict)
-    itemsize: int | None = None
-    """Bytes of such a number, where it does not depend on the dtype."""
 
 
 def implementations(device: torch.device) -> list[str]:

@@ -77,7 +77,7 @@ def run(name: str, size_name: str, num_events: int, device: torch.device) -> dic
 
 
 def run_engine(engine_name: str, size_name: str, num_events: int, device: torch.device) -> dict:
-    from homodistil.models.encoders import bert
+    from homodistil.models.encoders.bert import BERT as bert
     from homodistil.models.resize_plan import make_plan
     from homodistil.resize import check_supported, resize
 
@@ -107,7 +107,7 @@ def run_engine(engine_name: str, size_name: str, num_events: int, device: torch.
 
 def run_control(size_name: str, num_events: int, device: torch.device) -> dict:
     """The same widths and tokens in a plain loop, without engine, optimizer or homodistil.resize's mover."""
-    from homodistil.models.encoders import bert
+    from homodistil.models.encoders.bert import BERT as bert
     from homodistil.models.resize_plan import make_plan
 
     size, readings = SIZES[size_name], []
@@ -152,7 +152,7 @@ def read(module, engine_name: str, device: torch.device, live_before: int) -> di
 
 def fresh_live_bytes(engine_name: str, size: Size, widths: dict[str, int], device: torch.device) -> int:
     """Live bytes of a new engine that had `widths` from the start, after two steps."""
-    from homodistil.models.encoders import bert
+    from homodistil.models.encoders.bert import BERT as bert
     from homodistil.models.resize_plan import make_plan, slice_module
 
     gc.collect()

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from homodistil.models.encoders import bert
+from homodistil.models.encoders.bert import BERT as bert
 from homodistil.models.parameter_shape import full_numel, full_shape
 from homodistil.models.resize_plan import ResizePlan
 from homodistil.resize import engine_state, load_engine_state, load_state, owned_state, state_scalars

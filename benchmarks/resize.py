@@ -76,7 +76,7 @@ def run_engine(engine_name: str, args: argparse.Namespace, device: torch.device)
     """Milliseconds of steps, and one entry an event with the costs of both ways."""
     from reinitialize import ReinitializedRun
 
-    from homodistil.models.encoders import bert
+    from homodistil.models.encoders.bert import BERT as bert
     from homodistil.models.resize_plan import make_plan
     from homodistil.resize import check_supported
 
@@ -114,7 +114,7 @@ def run_event(engine, other, plan, number: int, device: torch.device) -> dict:
     """Costs of both ways, the worst of the ranks; who goes first alternates."""
     import torch.distributed as dist
 
-    from homodistil.models.encoders import bert
+    from homodistil.models.encoders.bert import BERT as bert
     from homodistil.models.parameter_shape import full_numel
     from homodistil.resize import resize
 

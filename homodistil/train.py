@@ -65,7 +65,7 @@ def _run(
     teacher_dtype(config.teacher.dtype, engine_config, device)
     for one in (config, *students):
         check_implementation(one.optimizer.implementation)
-        check_teacher_runtime(one.teacher, one.loss, device)
+        check_teacher_runtime(one.teacher, device)
         check_student_compile(one.student, zero_stage(engine_config), device)
     if students:
         check_stage(zero_stage(engine_config))

@@ -8,10 +8,11 @@ import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 from small import small_model
 from transformers import BertTokenizerFast, GPT2Config
 
-from homodistil.config.command_line import parse
+from homodistil.config.command_line import parse, parse_job
 from homodistil.errors import UserError
 from homodistil.train import run
 from homodistil.training.run_folder import check_run_folder, claim_run_folder
@@ -127,7 +128,7 @@ def test_hidden_not_divisible_by_heads(attempt):
 
 
 def test_seq_len_above_the_positions(attempt):
-    assert "data.seq_len: 17 is above the teacher's max_position_embeddings 16" in attempt("data.seq_len=17")
+    assert "data.seq_len: 17 is above the 16 tokens that the teacher has positions for" in attempt("data.seq_len=17")
 
 
 def test_engine_file_missing_or_broken(attempt, tmp_path):
@@ -247,3 +248,62 @@ def test_a_run_of_before_the_corrections_own_seed_keeps_its_teacher(tmp_path):
     with pytest.raises(UserError, match=r"teacher.correction_seed: the run in '.*' has 3, this config 0; go on with"):
         check_run_folder(parse([*fields, "run.resume=auto"]))
     check_run_folder(parse([*fields, "run.resume=auto", "teacher.correction_seed=3"]))
+
+
+REMOVED = "teacher.kernel_inject: .*the field was removed because .*teacher.runtime=compile"
+
+
+def run_of_before(folder: Path, section: str, field: str, value: object) -> Path:
+    """config.yaml of a quickstart run in `folder` by a version that had this field or value."""
+    config = parse(["recipe=quickstart", f"run.dir={folder}"])
+    claim_run_folder(check_run_folder(config), config, {})
+    content = config.to_dict()
+    content[section][field] = value
+    (folder / "config.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    return folder / "config.yaml"
+
+
+def test_a_run_goes_on_that_had_a_removed_field_at_its_default(tmp_path):
+    file = run_of_before(tmp_path / "run", "teacher", "kernel_inject", False)
+    fields = ["run.resume=auto", f"run.dir={tmp_path / 'run'}"]
+    for source in ("recipe=quickstart", f"--config={file}"):
+        config = parse([source, *fields])
+        assert config == parse(["recipe=quickstart", *fields]) and check_run_folder(config) == tmp_path / "run"
+    engine = ["--deepspeed", str(ENGINE), "recipe=quickstart", f"run.dir={tmp_path / 'job'}"]
+    assert len(parse_job([*engine, "--teachers-once", str(_students_file(tmp_path))]).students) == 1
+
+
+def _students_file(folder: Path) -> Path:
+    (folder / "small.yaml").write_text("teacher: {kernel_inject: false}\n")
+    return folder / "small.yaml"
+
+
+@pytest.mark.parametrize("argument", ["teacher.kernel_inject=false", "teacher={kernel_inject: true}"])
+def test_a_removed_field_says_what_to_use_instead(argument):
+    with pytest.raises(UserError, match=REMOVED) as refused:
+        parse([argument])
+    assert "\n" not in str(refused.value)
+
+
+def test_a_run_that_used_a_removed_field_is_refused(tmp_path):
+    file = run_of_before(tmp_path / "run", "teacher", "kernel_inject", True)
+    fields = ["run.resume=auto", f"run.dir={tmp_path / 'run'}"]
+    with pytest.raises(UserError, match=REMOVED):
+        parse([f"--config={file}", *fields])
+    with pytest.raises(UserError, match="^teacher.kernel_inject: the run in .* has True, but .*another run.dir"):
+        check_run_folder(parse(["recipe=quickstart", *fields]))
+
+
+def test_a_removed_implementation_names_those_that_are_left(tmp_path):
+    """A run that had it goes on with another: the optimizer's state is the same."""
+    file = run_of_before(tmp_path / "run", "optimizer", "implementation", "homodistil_fused")
+    fields = ["run.resume=auto", f"run.dir={tmp_path / 'run'}"]
+    for arguments in (["optimizer.implementation=homodistil_fused"], [f"--config={file}", *fields]):
+        with pytest.raises(UserError) as refused:
+            parse(arguments)
+        assert str(refused.value) == (
+            "optimizer.implementation: found 'homodistil_fused', which was removed because it showed no gain (79 ms "
+            "against 80 ms on the CPU), allowed: torch_fused, deepspeed_fused, apex_fused; set "
+            "optimizer.implementation to an allowed value"
+        )
+    assert check_run_folder(parse(["recipe=quickstart", *fields])) == tmp_path / "run"

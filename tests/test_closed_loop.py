@@ -13,7 +13,7 @@ from homodistil.config.rules import check
 from homodistil.config.schema import PruningConfig, RunConfig
 from homodistil.distill.snapshot import StudentSnapshots, duplicate
 from homodistil.engine.build import init_ranks, resolve_engine_config
-from homodistil.models.encoders import bert
+from homodistil.models.encoders.bert import BERT as bert
 from homodistil.models.resize_plan import make_plan, slice_module
 from homodistil.pruning.calibration import drawn_label_loss
 from homodistil.pruning.importance import Importance

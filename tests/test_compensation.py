@@ -19,7 +19,7 @@ from compensation_reference import (
 from small import random_keep, small_batch, small_model
 from torch import Tensor
 
-from homodistil.models.encoders import bert
+from homodistil.models.encoders.bert import BERT as bert
 from homodistil.models.resize_plan import make_plan, slice_module
 from homodistil.pruning.compensation import Options, compensate, rotation_only
 from homodistil.pruning.compensation.projection import _mix, residual_projection

@@ -11,7 +11,7 @@ from small import random_keep, small_batch, small_model
 from thread_ranks import on_every_rank
 
 from homodistil.distributed import ranks
-from homodistil.models.encoders import bert
+from homodistil.models.encoders.bert import BERT as bert
 from homodistil.pruning.compensation import Options, compensate
 
 BATCHES = [small_batch(seed, lengths) for seed, lengths in enumerate([(16, 11, 5), (13, 9), (16, 16, 3), (4, 16)])]

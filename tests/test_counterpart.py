@@ -11,7 +11,7 @@ from homodistil.distill.losses.relations import check_relations
 from homodistil.distill.teacher import Teacher
 from homodistil.errors import UserError
 from homodistil.export.stock_model import stock_model
-from homodistil.models.encoders import bert
+from homodistil.models.encoders.bert import BERT as bert
 from homodistil.models.shapes import student_widths
 from homodistil.training.resolve import resolve_run
 

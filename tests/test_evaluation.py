@@ -10,7 +10,7 @@ from homodistil.distill.student import Student
 from homodistil.distill.teacher import Teacher
 from homodistil.evaluation.gap_probe import GapProbe
 from homodistil.evaluation.heldout import evaluate
-from homodistil.models.encoders import bert
+from homodistil.models.encoders.bert import BERT as bert
 from homodistil.pruning.calibration import calibrate
 from homodistil.pruning.importance import Importance
 from homodistil.pruning.protected_dims import protected_dims, variance_shares

@@ -15,7 +15,8 @@ from transformers import BertConfig, BertTokenizerFast
 
 from homodistil.config.schema import RunConfig
 from homodistil.export.model_card import complete_cards, describe_widths, model_card
-from homodistil.export.stock_model import save_checkpoint, stock_head_dim, stock_model
+from homodistil.export.stock_model import save_checkpoint, stock_model
+from homodistil.models.encoders.bert import BERT
 from homodistil.models.resize_plan import make_plan, slice_module
 
 TEACHER_CONFIG = BertConfig(**{**small_model().config.to_dict(), "hidden_dropout_prob": 0.1})
@@ -56,11 +57,11 @@ def test_stock_model_gives_the_students_logits(hidden, heads, head_dim, ffn):
 
 def test_widths_that_no_stock_config_can_hold_are_recognised():
     student, weights = _pruned(21, 4, 5, 33)  # 21 is not divisible by 4 heads
-    assert stock_head_dim(student.widths) is None
+    assert BERT.stock_head_dim(student.widths) is None
     with pytest.raises(ValueError, match="no stock configuration"):
         stock_model(weights, student, TEACHER_CONFIG)
     wide, _ = _pruned(20, 4, 6, 33)  # 4 heads of 6 are wider than the residual stream
-    assert stock_head_dim(wide.widths) is None
+    assert BERT.stock_head_dim(wide.widths) is None
 
 
 def test_an_interpreter_without_homodistil_loads_it(tmp_path):
@@ -69,7 +70,7 @@ def test_an_interpreter_without_homodistil_loads_it(tmp_path):
     folder.mkdir()
     (folder / "milestone-0.9").mkdir()
     facts = {"parameters": 1234, "hidden_size": 20, "folder": "export", "data": "a corpus", "mlm_loss": 1.5}
-    card = model_card(RunConfig(), facts, "python launcher/train.py a=b")
+    card = model_card(RunConfig(), BERT, facts, "python launcher/train.py a=b")
     save_checkpoint(stock_model(weights, student, TEACHER_CONFIG), _tokenizer(tmp_path), card, folder)
     batch = small_batch()
     program = """
@@ -99,8 +100,8 @@ print(json.dumps([logits.tolist(), sum(p.numel() for p in model.parameters()), s
 
 
 def test_the_card_says_what_became_narrower():
-    before = {"hidden": 128, "layer.0.ffn": 512, "layer.0.heads": 4, "layer.0.qk_dim": 32}
-    after = {"hidden": 64, "layer.0.ffn": 256, "layer.0.heads": 2, "layer.0.qk_dim": 30}
+    before = {"hidden": 128, "layer.0.ffn": 512, "layer.0.heads": 4, "layer.0.qk_dim": 32, "layer.0.vo_dim": 32}
+    after = {"hidden": 64, "layer.0.ffn": 256, "layer.0.heads": 2, "layer.0.qk_dim": 30, "layer.0.vo_dim": 30}
     assert describe_widths(before, after) == "hidden 128 -> 64, feed-forward 512 -> 256, heads 4 x 32 -> 2 x 30"
 
 
@@ -133,7 +134,7 @@ def test_no_folder_of_this_machine_is_in_the_card(tmp_path):
     config = _foreign_run(tmp_path)
     shutil.copy(REPOSITORY / "ds_configs" / "zero2_fp32.json", tmp_path)
     more = ["--deepspeed", f"{tmp_path}/zero2_fp32.json", f"--config={tmp_path}/my.yaml", "run.note=/srv/x y", "a=../b"]
-    card = model_card(config, FACTS | RESULTS, _typed(config, *more), num_ranks=2)
+    card = model_card(config, BERT, FACTS | RESULTS, _typed(config, *more), num_ranks=2)
     for gone in (str(tmp_path), str(Path.home()), str(REPOSITORY), "/usr", "/srv", "~", "../", "local_rank"):
         assert gone not in card, gone
     command = card[card.index("```\ndeepspeed") + 4 :].split("\n```")[0]
@@ -158,10 +159,10 @@ def test_the_command_is_what_was_typed_where_that_means_something_elsewhere():
     typed = (
         "python launcher/train.py --local_rank=1 --deepspeed ds_configs/zero2.json recipe=quickstart data.seq_len=32"
     )
-    card = model_card(RunConfig(), FACTS, typed, num_ranks=1)
+    card = model_card(RunConfig(), BERT, FACTS, typed, num_ranks=1)
     assert "\npython launcher/train.py --deepspeed ds_configs/zero2.json recipe=quickstart data.seq_len=32\n" in card
     assert "For `" not in card
-    card = model_card(RunConfig(), FACTS, "python /opt/ipykernel_launcher.py -f /root/kernel.json", num_ranks=1)
+    card = model_card(RunConfig(), BERT, FACTS, "python /opt/ipykernel_launcher.py -f /root/kernel.json", num_ranks=1)
     assert "\npython launcher/train.py --config CONFIG --deepspeed DEEPSPEED_JSON\n" in card and "kernel" not in card
 
 
@@ -182,7 +183,7 @@ def test_the_command_is_what_was_typed_where_that_means_something_elsewhere():
 )
 def test_licence_and_base_model_are_the_teachers_own(tmp_path, teacher_card, licence, base_model):
     config = _foreign_run(tmp_path, teacher_card)
-    (tmp_path / "README.md").write_text(model_card(config, FACTS | RESULTS, _typed(config)))
+    (tmp_path / "README.md").write_text(model_card(config, BERT, FACTS | RESULTS, _typed(config)))
     data = ModelCard.load(tmp_path / "README.md").data
     assert (data.license, data.base_model) == (licence, base_model)
     assert ("is not known here" in (tmp_path / "README.md").read_text()) == (licence is None)
@@ -192,7 +193,7 @@ def test_packaged_and_hub_names_stay(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     config = RunConfig()
     config.teacher.name, config.data.sources = "embedded:minilm-l6", ["wikipedia", "owner/set:part", "embedded:bible"]
-    (tmp_path / "README.md").write_text(model_card(config, FACTS | RESULTS, "python launcher/train.py"))
+    (tmp_path / "README.md").write_text(model_card(config, BERT, FACTS | RESULTS, "python launcher/train.py"))
     head = metadata_load(tmp_path / "README.md")
     assert head["license"] == "apache-2.0" and head["base_model"] == "sentence-transformers/all-MiniLM-L6-v2"
     assert head["datasets"] == ["wikimedia/wikipedia", "owner/set"]
@@ -200,7 +201,7 @@ def test_packaged_and_hub_names_stay(tmp_path, monkeypatch):
 
 def test_the_hub_reads_the_results(tmp_path):
     config = _foreign_run(tmp_path)
-    (tmp_path / "README.md").write_text(model_card(config, FACTS | RESULTS, _typed(config)))
+    (tmp_path / "README.md").write_text(model_card(config, BERT, FACTS | RESULTS, _typed(config)))
     card = ModelCard.load(tmp_path / "README.md")
     assert [(r.metric_type, r.metric_value) for r in card.data.eval_results] == [
         ("loss", 2.5),
@@ -210,7 +211,7 @@ def test_the_hub_reads_the_results(tmp_path):
     assert card.data.model_name == "mine" and card.data.pipeline_tag == "fill-mask"
     assert {r.dataset_name for r in card.data.eval_results} == {"held-out documents of news, mail.jsonl"}
     # A value that was not measured, or is none, is no result.
-    (tmp_path / "README.md").write_text(model_card(config, FACTS | {"masked_top1": float("nan")}, _typed(config)))
+    (tmp_path / "README.md").write_text(model_card(config, BERT, FACTS | {"masked_top1": float("nan")}, _typed(config)))
     assert ModelCard.load(tmp_path / "README.md").data.eval_results is None
 
 
@@ -219,7 +220,7 @@ def test_the_teachers_results_are_put_beside_the_students(tmp_path):
     config = RunConfig()
     for card in cards:
         card.parent.mkdir(parents=True, exist_ok=True)
-        card.write_text(model_card(config, FACTS | RESULTS, "python launcher/train.py"))
+        card.write_text(model_card(config, BERT, FACTS | RESULTS, "python launcher/train.py"))
     before = cards[0].read_text()
     assert "| held-out MLM loss, nats (lower is better) | 2.5000 | - |" in before
     teacher = {"name": "teacher", "heldout_mlm_loss": 2.25, "masked_top1": None, "kl_to_teacher": 0.0}

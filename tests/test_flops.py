@@ -12,7 +12,7 @@ from transformers import BertConfig, BertForMaskedLM
 
 from homodistil.config.schema import LossConfig
 from homodistil.metrics.device_peak import PeakFlops, datasheet_flops, peak_flops
-from homodistil.models.encoders import bert
+from homodistil.models.encoders.bert import BERT as bert
 from homodistil.models.flops import StepFlops, step_flops
 
 VOCAB, LAYERS, SEQUENCES, SEQ_LEN, ROWS = 101, 3, 3, 13, 7

@@ -8,14 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from homodistil.config.schema import PruningConfig
-from homodistil.engine.counting_adamw import Count, CountingAdamW
 from homodistil.kernels.score_sums import add_score_sums
 from homodistil.models.axes import AxisTable, AxisUse
 from homodistil.pruning.importance import Importance
 from homodistil.pruning.pruner import Pruner
 from homodistil.pruning.schedule import WidthSchedule
 from homodistil.pruning.selection import select
-from homodistil.resize import MasterSlice
 
 
 @dataclasses.dataclass
@@ -170,25 +168,3 @@ def test_an_event_waits_until_a_step_is_applied():
     assert pruner.due(1, TABLE, torch.arange(3)) is None
     # Updates 2 to 4 were skipped, so nobody asked: update 5 finds both events.
     assert pruner.due(5, TABLE, torch.arange(3)).widths_after["hidden"] == 1
-
-
-def test_a_skipped_step_counts_nothing_and_the_next_one_only_itself():
-    torch.manual_seed(0)
-    query, projection = (torch.nn.Parameter(torch.randn(SHAPES[name])) for name in ("query", "projection"))
-    optimizer = CountingAdamW([{"params": [query, projection]}], lr=1e-2)
-    held = [(query, MasterSlice("query", 0, 0, 12)), (projection, MasterSlice("projection", 0, 0, 3))]
-    count = Count.plan(TABLE, SHAPES, held)
-    optimizer.count(count)  # and no step: an overflow
-    optimizer.count(count)
-    query.grad, projection.grad = torch.randn(4, 3), torch.ones(3)
-    scores = (query.detach() * query.grad).abs()
-    optimizer.step()
-    offsets = count.layout.target("query", SHAPES["query"])
-    rows, columns = count.sums[offsets.rows_at :][:4], count.sums[offsets.columns_at :][:3]
-    torch.testing.assert_close(rows, scores.sum(1))
-    torch.testing.assert_close(columns, scores.sum(0))
-    assert [norm.item() for norm in count.norms] == [3.0]
-    counted = count.sums.clone()
-    optimizer.step()  # nobody asked
-    assert torch.equal(count.sums, counted) and len(count.norms) == 1
-    assert optimizer.state[query]["step"] == 2

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from homodistil.config.command_line import parse
 from homodistil.config.schema import PruningConfig, RunConfig, RunFolderConfig, StudentConfig, TrainConfig
 from homodistil.errors import UserError
-from homodistil.export.stock_model import stock_head_dim
+from homodistil.models.encoders.bert import BERT
 from homodistil.models.shapes import Shape, student_widths
 from homodistil.pruning.gap_schedule import GapSchedule
 from homodistil.pruning.milestones import Route, plan_route
@@ -119,7 +119,7 @@ def test_every_milestone_is_passed_exactly_and_held(
         if milestone := schedule.milestone_due(step, now):
             exported += [] if milestone in exported else [milestone]
         if due and on_the_way and now == on_the_way[0].widths:
-            assert stock_head_dim(now) == now["layer.0.qk_dim"], "padded"
+            assert BERT.stock_head_dim(now) == now["layer.0.qk_dim"], "padded"
             on_the_way.pop(0)
             held_until = step + settle + 1
     assert not on_the_way and now == target and tuple(exported) == schedule.route.milestones

@@ -1,4 +1,4 @@
-"""The README's commands as typed: launchers are told how many ranks, and scripts take every argument."""
+"""Commands of README and docs/ as typed: launchers are told how many ranks, and scripts take every argument."""
 
 from __future__ import annotations
 
@@ -13,14 +13,17 @@ from homodistil.config.command_line import parse, parse_job
 from homodistil.data.prepare.filters import _INSTALLED_AS
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = [ROOT / "README.md", ROOT / "launcher" / "plan.md"]
-PROGRAMS = ("deepspeed", "python", "sbatch", "torchrun")
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PROGRAMS = ("deepspeed", "homodistil", "python", "sbatch", "torchrun")
+SUBCOMMANDS = {"train", "check", "plan", "prepare-data", "glue", "squad", "report", "recipes", "axes"}
 
 
 def _commands(path: Path) -> list[list[str]]:
     """Words of every command in the document's code blocks; continued lines are one, comments are left out."""
-    blocks = re.findall(r"^```\w*\n(.*?)^```", path.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
-    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    text = path.read_text(encoding="utf-8")
+    blocks = re.findall(r"^```\w*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    fields = re.search(r"`FIELDS` stands for `(.*)`", text)
+    lines = "\n".join(blocks).replace("\\\n", " ").replace("FIELDS", fields[1] if fields else "").splitlines()
     return [shlex.split(line, comments=True) for line in lines if line.startswith(PROGRAMS)]
 
 
@@ -58,6 +61,13 @@ def test_the_script_takes_these_arguments(command, tmp_path, monkeypatch):
         assert parse(split_task(arguments)[1])
     elif script.endswith(".py"):
         assert runpy.run_path(str(ROOT / script))["_parser"]().parse_args(arguments)
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c[0] == "homodistil"], ids=" ".join)
+def test_the_command_takes_these_fields(command):
+    assert command[1] in SUBCOMMANDS
+    if command[1] in {"train", "check"}:
+        assert parse(command[2:], with_engine=True)
 
 
 def _students(arguments: list[str]) -> list[str]:

@@ -10,7 +10,7 @@ from small import random_keep, small_batch, small_model
 from homodistil.config.schema import LossConfig
 from homodistil.distill.student import Student
 from homodistil.models.axes import AxisTable, AxisUse
-from homodistil.models.encoders import bert
+from homodistil.models.encoders.bert import BERT as bert
 from homodistil.models.resize_plan import make_plan, slice_module, transform
 
 TABLE = AxisTable(

@@ -12,7 +12,7 @@ import torch
 import torch_pruning as tp
 from transformers import BertConfig, BertForMaskedLM
 
-from homodistil.models.encoders import bert
+from homodistil.models.encoders.bert import BERT as bert
 from homodistil.models.resize_plan import make_plan, slice_module
 
 NUM_HEADS, HEAD_DIM, FFN, TOKENS = 4, 9, 55, 11

@@ -16,7 +16,7 @@ from homodistil.distill.losses.relations import regrouped, relation_loss
 from homodistil.distill.student import Student
 from homodistil.distill.teacher import Teacher
 from homodistil.models.activations import LayerActivations, show_values
-from homodistil.models.encoders import bert
+from homodistil.models.encoders.bert import BERT as bert
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 from benchmarks.peers.processes import PeerError, textbrewer_paths  # noqa: E402

@@ -13,7 +13,7 @@ from homodistil.distill.teacher import Teacher
 from homodistil.models.activations import show_values
 from homodistil.models.attention import keeps_probabilities
 from homodistil.models.axes import Widths
-from homodistil.models.encoders import bert
+from homodistil.models.encoders.bert import BERT as bert
 from homodistil.models.memory import sequence_bytes
 from homodistil.models.resize_plan import make_plan, slice_module
 

@@ -22,7 +22,7 @@ from homodistil.engine.build import init_ranks
 from homodistil.errors import UserError
 from homodistil.models.activations import ATTENTION, ActivationHooks, ActivationVisitor, LayerActivations
 from homodistil.models.axes import widths_after
-from homodistil.models.encoders import bert
+from homodistil.models.encoders.bert import BERT as bert
 from homodistil.models.resize_plan import make_plan
 from homodistil.resize import resize
 

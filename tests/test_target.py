@@ -6,7 +6,7 @@ from transformers import BertConfig, BertForMaskedLM
 
 from homodistil.config.schema import StudentConfig
 from homodistil.errors import UserError
-from homodistil.models.encoders import bert
+from homodistil.models.encoders.bert import BERT as bert
 from homodistil.models.shapes import PRESETS, Shape, half_of, target_shape, target_widths
 
 BERT_BASE = BertConfig()  # Hugging Face's defaults are bert-base-uncased

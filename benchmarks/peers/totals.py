@@ -65,7 +65,7 @@ def arithmetic(variant: Variant, task: Task, files: Files) -> float:
     from transformers import AutoConfig, BertForMaskedLM
 
     from homodistil.config.schema import LossConfig
-    from homodistil.models.encoders import bert
+    from homodistil.models.encoders.bert import BERT as bert
     from homodistil.models.flops import step_flops
 
     batches = files.batches()

@@ -194,7 +194,7 @@ def _write_student(task: Task, files: Files, teacher) -> None:
     from transformers import BertForMaskedLM
 
     from homodistil.config.schema import StudentConfig
-    from homodistil.models.encoders import bert
+    from homodistil.models.encoders.bert import BERT as bert
     from homodistil.models.resize_plan import make_plan, slice_module
     from homodistil.models.shapes import target_shape, target_widths
 

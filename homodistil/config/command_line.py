@@ -17,7 +17,16 @@ from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from homodistil.config import rules, students
 from homodistil.config.schema import SECTIONS, RunConfig
-from homodistil.config.values import check_value, entries, is_text, parse_value, read_yaml, text_of
+from homodistil.config.values import (
+    REMOVED_FIELDS,
+    check_value,
+    entries,
+    is_text,
+    parse_value,
+    read_yaml,
+    take_out_harmless,
+    text_of,
+)
 from homodistil.errors import UserError, nearest
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -82,7 +91,8 @@ def parse_job(argv: list[str], description: str = "") -> Job:
 
 def _student(argv: list[str], description: str, path: Path) -> RunConfig:
     """The job's config with a student's own fields on top, also of what the command line says."""
-    content = _check_file(path, "--teachers-once")
+    text = _check_file(path, "--teachers-once") or path.read_text(encoding="utf-8")
+    content = yaml.safe_load(text) or {}
     return _parse([*argv, *students.as_overrides(content)], description, with_engine=True)[0]
 
 
@@ -90,7 +100,7 @@ def _parse(argv: list[str], description: str, with_engine: bool):
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = _build_parser(description, with_engine)
     arguments = _normalise(argv)
-    _check_arguments(arguments)
+    arguments = _checked(arguments)
     if "--print_config" in arguments:
         _check_engine_file(arguments)
     try:
@@ -179,18 +189,25 @@ def _known_keys() -> dict[str, set[str]]:
     return {name: {field.name for field in dataclasses.fields(section)} for name, section in SECTIONS.items()}
 
 
-def _check_arguments(arguments: list[str]) -> None:
-    """Refuse unknown names and values of the wrong kind before parsing.
+def _checked(arguments: list[str]) -> list[str]:
+    """`arguments` for the parser: the content of a config file in place of its name where a removed field left it.
 
-    The parser alone would take `teacher.nam` for an abbreviation, and would say what is wrong in Python's words.
+    Refuses unknown names and values of the wrong kind before parsing: the parser alone would take `teacher.nam` for an
+    abbreviation, and would say what is wrong in Python's words.
     """
+    checked: list[str] = []
     tokens = iter(arguments)
     for token in tokens:
         key, equals, text = token.removeprefix("--").partition("=")
         if token.startswith("--config="):
-            _check_file(Path(text))
-        elif token.startswith("--") and (key.partition(".")[0] in _known_keys() or "." in key):
-            _check_argument(key, text if equals else next(tokens, ""))
+            checked.append(f"--config={_check_file(Path(text)) or text}")
+            continue
+        checked.append(token)
+        if token.startswith("--") and (key.partition(".")[0] in _known_keys() or "." in key):
+            values = [] if equals else [*itertools.islice(tokens, 1)]
+            _check_argument(key, text if equals else "".join(values))
+            checked += values
+    return checked
 
 
 def _check_argument(key: str, text: str) -> None:
@@ -204,13 +221,14 @@ def _check_argument(key: str, text: str) -> None:
         check_value(section, name, parse_value(text, key))
 
 
-def _check_file(path: Path, flag: str = "--config") -> dict:
-    """Its content, once all names and values in it are known to be good."""
+def _check_file(path: Path, flag: str = "--config") -> str | None:
+    """All names and values in it are good: its YAML without removed fields, None when it has none of these."""
     node = read_yaml(path, flag)
+    has_removed = take_out_harmless(node)
     for section, fields in entries(node, f"{flag}: {str(path)!r}").items():
         _check_key(section, None, where=str(path))
         _check_section(section, fields, where=str(path))
-    return yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    return yaml.serialize(node) if has_removed else None
 
 
 def _check_section(section: str, node: yaml.Node | None, where: str) -> None:
@@ -223,6 +241,10 @@ def _check_key(section: str, name: str | None, where: str) -> None:
     known = _known_keys()
     if section not in known:
         raise UserError(f"{section}: unknown section in {where}{nearest(section, known)}; allowed: {', '.join(known)}")
+    if removed := REMOVED_FIELDS.get(f"{section}.{name}"):
+        raise UserError(
+            f"{section}.{name}: found in {where}, but the field was removed because {removed.why}; {removed.instead}"
+        )
     if name is not None and name not in known[section]:
         raise UserError(
             f"{section}.{name}: unknown field in {where}{nearest(name, known[section])}; "

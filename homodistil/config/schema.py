@@ -1,7 +1,7 @@
 """The typed config of a run: one YAML file plus dotted overrides. Field docstrings are the `--help` text.
 
 DeepSpeed's JSON holds engine matters only (ZeRO stage, precision, buckets); everything a model depends on is here.
-The defaults of methods are the best that we have measured (README, "Quality"); the paper's form is a recipe.
+The defaults of methods are the best that we have measured (docs/results.md); the paper's form is a recipe.
 A field says all of itself where it stands (`option.py`): its range, whether it may change on resume, whether the
 students of one job share it, and its value in runs that are derived from this one. Parsing lives in `command_line.py`;
 the rules that cross fields are in `rules.py`.

@@ -49,8 +49,6 @@ class TeacherConfig:
     """Accept a teacher that has no .safetensors, only pickled weights; they are still read with weights_only."""
     runtime: Literal["torch", "compile", "deepspeed"] = option("torch", resume="fixed", students="shared", derived=SAME)
     """How the frozen teacher runs: as it is, under torch.compile, or under deepspeed.init_inference."""
-    kernel_inject: bool = option(False, resume="fixed", students="shared", derived=SAME)
-    """With runtime=deepspeed: DeepSpeed's own kernels (GPU), if they agree with the plain teacher at start."""
     lock_step: bool = option(True, resume="fixed", students="shared", derived={STUDENT: False, SHARED_JOB: False})
     """With runtime=torch: each teacher layer runs just before the student's, and is freed once compared: less memory,
     the same numbers. false: the whole teacher first."""

@@ -220,11 +220,10 @@ class LossConfig:
 class OptimizerConfig:
     """optimizer: AdamW"""
 
-    implementation: Literal["torch_fused", "deepspeed_fused", "apex_fused", "homodistil_fused"] = option(
+    implementation: Literal["torch_fused", "deepspeed_fused", "apex_fused"] = option(
         "torch_fused", resume="free", students="own", derived={CORRECTION: KEY}
     )
-    """AdamW from torch (fused), DeepSpeed's ops (built on first use), NVIDIA apex (recognised by its files), or ours:
-    torch's AdamW and the importance of every neuron in one pass."""
+    """AdamW from torch (fused), DeepSpeed's ops (built on first use) or NVIDIA apex (recognised by its files)."""
     beta1: float = option(0.9, low=0, high=1, exclude="high", resume="fixed", students="own", derived={CORRECTION: KEY})
     """Adam's beta1, in [0, 1)."""
     beta2: float = option(

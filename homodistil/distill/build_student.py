@@ -51,7 +51,7 @@ def fresh_model(teacher_config, target: Widths, dropout: float) -> nn.Module:
     """A stock model of the target size, initialised as Hugging Face does; its softmax scale is its own."""
     family = family_of(teacher_config.model_type)
     shape = family.student_config(teacher_config, target)
-    shape.hidden_dropout_prob = shape.attention_probs_dropout_prob = dropout
+    family.set_dropout(shape, dropout)
     model = family.empty_model(shape)
     model.set_attn_implementation(ATTENTION)
     return model

@@ -36,6 +36,6 @@ class StudentSnapshots:
         made = duplicate(self._mould)
         for name, parameter in made.named_parameters():
             parameter.data = weights[name].to(dtype)
-        made.kept = dict(self._student.kept)
+        made.origins = dict(self._student.origins)
         made.after_resize({})  # nothing goes: the modules learn today's sizes
         return made

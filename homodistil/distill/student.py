@@ -85,7 +85,7 @@ class Student(nn.Module):
     @property
     def head_maps(self) -> list[Tensor]:
         """Per layer the teacher head of each student head, int64 (N_student,), on the CPU."""
-        return [self.origins[f"layer.{i}.heads"] for i in range(self.num_layers)]
+        return [self.origins[axes.heads_axis(i)] for i in range(self.num_layers)]
 
     def pruned_heads(self, i: int, device: torch.device) -> Tensor | None:
         """The head map of layer `i` on `device`; None while it has all heads of the teacher's."""
@@ -164,4 +164,5 @@ class Student(nn.Module):
 
 def _copied_from(config) -> LayerMap:
     """The counterpart of a copy of the whole teacher."""
-    return LayerMap(config.hidden_size, config.num_attention_heads, tuple(range(config.num_hidden_layers)))
+    shape = family_of(config.model_type).shape(config)
+    return LayerMap(shape.hidden_size, shape.num_attention_heads, tuple(range(shape.num_hidden_layers)))

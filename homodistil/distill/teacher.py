@@ -6,7 +6,6 @@ import functools
 import re
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 
 import torch
 from huggingface_hub import list_repo_files
@@ -25,6 +24,7 @@ from homodistil.models import family_of
 from homodistil.models.activations import ATTENTION, ActivationHooks, Activations
 from homodistil.models.checkpoint_files import first_line, local_folder
 from homodistil.models.config_file import read_config
+from homodistil.models.family import ModelFamily
 from homodistil.models.weights import (
     Difference,
     check_finite,
@@ -61,8 +61,6 @@ class Teacher(nn.Module):
         self._stream = stream
         self.scale = runtime.scale if runtime else self._taps.scale
         """What the softmax multiplies q.k with."""
-        self.shows_attention = runtime is None or runtime.shows_attention
-        """Whether its targets have queries and keys."""
 
     def train(self, mode: bool = True) -> Teacher:
         """Never in training mode: its dropout would be noise in every target."""
@@ -103,11 +101,7 @@ class Teacher(nn.Module):
 
 
 def build_teacher(model: nn.Module, config: TeacherConfig, device: torch.device, dtype: torch.dtype) -> Teacher:
-    """`model`, moved to `device` as a whole or (teacher.shard) in this rank's part, in the runtime of `config`.
-
-    Raises:
-        UserError: that runtime does not compute what the model does.
-    """
+    """`model`, moved to `device` as a whole or (teacher.shard) in this rank's part, in the runtime of `config`."""
     model, family = model.eval().requires_grad_(False), family_of(model.config.model_type)
     if config.shard:
         shard_layers(family.layers(model), dtype)
@@ -133,9 +127,9 @@ def load_model(
         UserError: nothing there, unreadable, pickled, or an architecture without a table of axes.
     """
     config = load_config(folder)
-    family_of(config.model_type)
+    family = family_of(config.model_type)
     if dropout is not None:
-        config.hidden_dropout_prob = config.attention_probs_dropout_prob = dropout
+        family.set_dropout(config, dropout)
     return _from_pretrained(folder, allow_pickle, config=config, dtype=dtype, attn_implementation=ATTENTION)
 
 
@@ -236,7 +230,7 @@ def load_tokenizer(folder: str, vocab_size: int) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def head_only_parameters(model: nn.Module, family: ModuleType) -> list[nn.Parameter]:
+def head_only_parameters(model: nn.Module, family: ModelFamily) -> list[nn.Parameter]:
     """Parameters of the MLM head that nothing else uses (the tied word embeddings are not among them)."""
     shared = {id(p) for p in family.backbone(model).parameters()}
     return [p for p in family.mlm_head(model).parameters() if id(p) not in shared]

@@ -10,19 +10,19 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from types import ModuleType
 
 import torch
 from torch import Tensor, nn
 
 from homodistil.data.masked_lm import Batch
 from homodistil.models.activations import ActivationHooks, Activations, ActivationVisitor, LayerActivations
+from homodistil.models.family import ModelFamily
 
 
 class TeacherOutputs(ABC):
     """What the objective compares the student with. `model` and `family`: the teacher's."""
 
-    def __init__(self, model: nn.Module, family: ModuleType, batch: Batch, scale: float) -> None:
+    def __init__(self, model: nn.Module, family: ModelFamily, batch: Batch, scale: float) -> None:
         self.model, self.family, self.batch = model, family, batch
         self.scale = scale
         """What the teacher's softmax multiplies q.k with."""
@@ -69,7 +69,7 @@ class WholePass(TeacherOutputs):
     """
 
     def __init__(
-        self, model: nn.Module, family: ModuleType, batch: Batch, scale: float, tapped: Callable[[], Activations]
+        self, model: nn.Module, family: ModelFamily, batch: Batch, scale: float, tapped: Callable[[], Activations]
     ) -> None:
         super().__init__(model, family, batch, scale)
         self._wait, self._tapped = tapped, None
@@ -109,7 +109,7 @@ def own_lists(tapped: Activations) -> Activations:
 class Layerwise(TeacherOutputs, ActivationVisitor):
     """Driven by the student's forward pass, whose masks and ids it takes: one family, one batch."""
 
-    def __init__(self, model: nn.Module, family: ModuleType, batch: Batch, taps: ActivationHooks) -> None:
+    def __init__(self, model: nn.Module, family: ModelFamily, batch: Batch, taps: ActivationHooks) -> None:
         super().__init__(model, family, batch, taps.scale)
         self._embeddings, self._layers = family.embeddings(model), family.layers(model)
         self._taps = taps

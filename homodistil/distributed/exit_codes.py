@@ -1,4 +1,4 @@
-"""What the exit code of a job says to whoever started it. Launchers hand it on, see "Stopping a job" in the README."""
+"""Exit codes of a job, and what each of them means. Launchers pass them on: docs/reliability.md, "Stopping a job"."""
 
 from __future__ import annotations
 

@@ -11,7 +11,6 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from homodistil.config.schema import RunConfig, TrainConfig
-from homodistil.engine.counting_adamw import CountingAdamW
 from homodistil.engine.ds_config import offloads_optimizer, zero_stage
 from homodistil.engine.native_ops import load_op
 from homodistil.errors import UserError
@@ -31,7 +30,7 @@ def build_optimizer(module: nn.Module, config: RunConfig, engine_config: dict) -
     groups = parameter_groups(module, config.train.weight_decay)
     if config.optimizer.implementation == "deepspeed_fused":
         return _deepspeed_fused(groups, options, engine_config)
-    build = {"torch_fused": _torch_fused, "apex_fused": _apex_fused, "homodistil_fused": CountingAdamW}
+    build = {"torch_fused": _torch_fused, "apex_fused": _apex_fused}
     return build[config.optimizer.implementation](groups, **options)
 
 

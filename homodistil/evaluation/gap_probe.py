@@ -30,9 +30,7 @@ class GapProbe:
         batches = list(batches)
         counts = mean_counts(batches, device)
         self.batches = [batch._replace(counts=counts).to(device) for batch in batches]
-        measured = dataclasses.replace(student.objective.config, mlm=1.0, kl=1.0, kl_positions="masked")
-        if teacher.shows_attention:
-            measured = dataclasses.replace(measured, attention=1.0)
+        measured = dataclasses.replace(student.objective.config, mlm=1.0, kl=1.0, kl_positions="masked", attention=1.0)
         self.objective = Objective(measured)
         no_others = dict.fromkeys(self.objective.weights, 0.0)
         self.kl_alone = Objective(dataclasses.replace(measured, **no_others | {"kl": 1.0}))

@@ -19,7 +19,8 @@ from homodistil.config.schema import RunConfig
 from homodistil.distill.objective import TERMS
 from homodistil.export.provenance import Teacher, describe_sources, describe_teacher, hub_datasets, repeatable
 from homodistil.files import write_atomically, writing
-from homodistil.models.axes import Widths
+from homodistil.models.axes import Widths, layer_widths
+from homodistil.models.family import ModelFamily
 
 CARD_FILE = "README.md"
 NOT_YET = "-"
@@ -47,8 +48,8 @@ _TEMPLATE = """---
 distillation: Liang et al., HomoDistil, ICLR 2023): {how}.
 
 ```python
-from transformers import AutoModelForMaskedLM, AutoTokenizer
-model = AutoModelForMaskedLM.from_pretrained("{folder}")
+from transformers import {auto_class}, AutoTokenizer
+model = {auto_class}.from_pretrained("{folder}")
 tokenizer = AutoTokenizer.from_pretrained("{folder}")
 ```
 
@@ -78,10 +79,13 @@ The command, with {num_ranks}:
 {placeholders}"""
 
 
-def model_card(config: RunConfig, facts: Mapping[str, object], command: str, num_ranks: int = 1) -> str:
+def model_card(
+    config: RunConfig, family: ModelFamily, facts: Mapping[str, object], command: str, num_ranks: int = 1
+) -> str:
     """Markdown with a YAML head. No path of this machine is in it.
 
     Args:
+        family: of the exported model.
         facts: parameters, hidden_size, folder, data (the corpus in one line), columns of `METRICS`, and any value to
             list.
         command: the command line of the run.
@@ -91,7 +95,8 @@ def model_card(config: RunConfig, facts: Mapping[str, object], command: str, num
     not_listed = ("parameters", "folder", "data", *METRICS)
     listed = _settings(config) | {name: value for name, value in facts.items() if name not in not_listed}
     return _TEMPLATE.format(
-        metadata=_metadata(config, facts, teacher),
+        metadata=_metadata(config, family, facts, teacher),
+        auto_class=family.auto_class,
         name=config.run.name,
         parameters=facts["parameters"],
         hidden_size=facts["hidden_size"],
@@ -149,12 +154,12 @@ def _metric_line(name: str, value: object) -> str:
     return f"| {metric.label} | {shown} | {NOT_YET} |"
 
 
-def _metadata(config: RunConfig, facts: Mapping[str, object], teacher: Teacher) -> str:
+def _metadata(config: RunConfig, family: ModelFamily, facts: Mapping[str, object], teacher: Teacher) -> str:
     """The head's YAML, as the hub's own client writes it."""
     held_out = f"held-out documents of {', '.join(describe_sources(config.data.sources))}"
     results = [
         EvalResult(
-            task_type="fill-mask",
+            task_type=family.pipeline_tag,
             dataset_type=(hub_datasets(config.data.sources) or ["text"])[0],
             dataset_name=held_out,
             metric_type=metric.hub_type,
@@ -166,8 +171,8 @@ def _metadata(config: RunConfig, facts: Mapping[str, object], teacher: Teacher) 
     ]
     data = ModelCardData(
         library_name="transformers",
-        pipeline_tag="fill-mask",
-        tags=["homodistil", "distillation", "pruning", "bert"],
+        pipeline_tag=family.pipeline_tag,
+        tags=["homodistil", "distillation", "pruning", family.name],
         license=teacher.licence,
         base_model=teacher.base_model,
         datasets=hub_datasets(config.data.sources) or None,
@@ -219,6 +224,7 @@ def _text(value: object) -> str:
 def describe_widths(before: Widths, after: Widths) -> str:
     """`hidden 128 -> 64, feed-forward 512 -> 256, heads 2 x 64 -> 2 x 32` (of layer 0; all layers are alike)."""
     parts = [f"hidden {before['hidden']} -> {after['hidden']}"]
-    parts += [f"feed-forward {before['layer.0.ffn']} -> {after['layer.0.ffn']}"]
-    heads = [f"{widths['layer.0.heads']} x {widths['layer.0.qk_dim']}" for widths in (before, after)]
+    old, new = (layer_widths(widths, 0) for widths in (before, after))
+    parts += [f"feed-forward {old.intermediate_size} -> {new.intermediate_size}"]
+    heads = [f"{layer.num_heads} x {layer.qk_dim}" for layer in (old, new)]
     return ", ".join([*parts, f"heads {heads[0]} -> {heads[1]}"])

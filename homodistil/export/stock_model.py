@@ -12,7 +12,6 @@ import os
 import shutil
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedTokenizerBase
@@ -20,21 +19,6 @@ from transformers import PreTrainedTokenizerBase
 from homodistil.distill.student import Student
 from homodistil.files import writing
 from homodistil.models.axes import AxisTable
-
-
-def stock_head_dim(widths: dict[str, int]) -> int | None:
-    """Head size of the stock config that can hold these widths, None when none can.
-
-    Stock BERT has hidden_size = heads x head size in every layer, and one size for all layers.
-    """
-    sizes = {
-        kind: {w for axis, w in widths.items() if axis.endswith(f".{kind}")} for kind in ("ffn", "heads", "qk_dim")
-    }
-    if any(len(found) > 1 for found in sizes.values()):
-        return None
-    heads, head_dim = min(sizes["heads"]), min(sizes["qk_dim"])
-    fits = widths["hidden"] % heads == 0 and widths["hidden"] // heads >= head_dim
-    return widths["hidden"] // heads if fits else None
 
 
 def stock_model(weights: dict[str, Tensor], student: Student, teacher_config) -> nn.Module:
@@ -45,21 +29,21 @@ def stock_model(weights: dict[str, Tensor], student: Student, teacher_config) ->
         teacher_config: the teacher's configuration; dropout and everything but the widths come from it.
 
     Raises:
-        ValueError: no stock configuration has these widths (`stock_head_dim`).
+        ValueError: no stock configuration has these widths (`ModelFamily.stock_head_dim`).
     """
     table = student.family.axis_table(student.model)
-    head_dim = stock_head_dim(table.widths)
+    head_dim = student.family.stock_head_dim(table.widths)
     if head_dim is None:
         raise ValueError(f"no stock configuration has the widths {table.widths}")
     config = student.family.student_config(teacher_config, table.widths)
-    model = type(student.model)(config)
+    model = student.family.empty_model(config)
     own = {name.removeprefix("model."): w.cpu() for name, w in weights.items() if name.startswith("model.")}
     missing, unexpected = model.load_state_dict(_pad_heads(own, table, head_dim), strict=False)
     tied = set(missing) - set(dict(model.named_parameters()))
     if unexpected or set(missing) - tied:
         raise ValueError(f"export: weights do not fit: missing {set(missing) - tied}, unexpected {unexpected}")
     model.tie_weights()
-    _fold_softmax_scale(model, student, student.softmax_scale * math.sqrt(head_dim))
+    student.family.fold_softmax_scale(model, student.softmax_scale * math.sqrt(head_dim))
     return model.eval()
 
 
@@ -71,13 +55,6 @@ def _pad_heads(weights: dict[str, Tensor], table: AxisTable, head_dim: int) -> d
             split = padded[use.parameter].movedim(use.dim, -1).unflatten(-1, (heads, dims))
             padded[use.parameter] = functional.pad(split, (0, missing)).flatten(-2).movedim(-1, use.dim).contiguous()
     return padded
-
-
-@torch.no_grad()
-def _fold_softmax_scale(model: nn.Module, student: Student, ratio: float) -> None:
-    for attention in student.family.attentions(model):
-        attention.query.weight.mul_(ratio)
-        attention.query.bias.mul_(ratio)
 
 
 def save_checkpoint(model: nn.Module, tokenizer: PreTrainedTokenizerBase, card: str, folder: Path) -> None:

@@ -1,8 +1,7 @@
 """Importance of a stretch of a weight: |weight * gradient| summed per row and per column, by plain torch.
 
 The arithmetic is nothing, the traffic is all: products go block by block through one small buffer, so that only weight
-and gradient come from memory (a fresh buffer of the size of a vocabulary matrix costs more than everything else). Used
-by pruning/importance.py before a step and, within it, by adam_importance.py.
+and gradient come from memory (a fresh buffer of the size of a vocabulary matrix costs more than everything else).
 """
 
 from __future__ import annotations
@@ -34,18 +33,18 @@ def add_score_sums(
         row_sums: fp32 (rows,), changed in place; None where nobody asks for them.
         column_sums: fp32 (columns,), likewise.
     """
-    for begin, end in stretches(start, len(weight), columns, block_numel(weight)):
+    for begin, end in _stretches(start, len(weight), columns, _block_numel(weight)):
         part = None if gradient is None else gradient[begin:end]
-        scores = block_scores(weight[begin:end], part)
-        add_block_sums(scores, start + begin, columns, row_sums, column_sums)
+        scores = _block_scores(weight[begin:end], part)
+        _add_block_sums(scores, start + begin, columns, row_sums, column_sums)
 
 
-def block_numel(tensor: Tensor) -> int:
+def _block_numel(tensor: Tensor) -> int:
     """Elements to take at a time: everything on a GPU, where a call costs more than its traffic."""
     return BLOCK_NUMEL if tensor.device.type == "cpu" else max(1, tensor.numel())
 
 
-def stretches(start: int, numel: int, columns: int, at_most: int) -> Iterator[tuple[int, int]]:
+def _stretches(start: int, numel: int, columns: int, at_most: int) -> Iterator[tuple[int, int]]:
     """Cut `numel` elements that begin at element `start` of a matrix: ends of cut rows alone, whole rows together."""
     rows_numel = max(1, at_most // columns) * columns
     begin = 0
@@ -60,7 +59,7 @@ def stretches(start: int, numel: int, columns: int, at_most: int) -> Iterator[tu
         begin = end
 
 
-def block_scores(weight: Tensor, gradient: Tensor | None) -> Tensor:
+def _block_scores(weight: Tensor, gradient: Tensor | None) -> Tensor:
     """|weight * gradient| (n,), in a buffer that the next call writes to."""
     buffer = _buffer(weight.device, len(weight))
     if gradient is None:
@@ -68,10 +67,10 @@ def block_scores(weight: Tensor, gradient: Tensor | None) -> Tensor:
     return torch.mul(weight, gradient, out=buffer).abs_()
 
 
-def add_block_sums(
+def _add_block_sums(
     scores: Tensor, start: int, columns: int, row_sums: Tensor | None, column_sums: Tensor | None
 ) -> None:
-    """`scores`: one of `stretches`, which begins at element `start` of the matrix."""
+    """`scores`: one of `_stretches`, which begins at element `start` of the matrix."""
     row, column = divmod(start, columns)
     if column or len(scores) < columns:  # a part of one row
         if row_sums is not None:

@@ -1,21 +1,21 @@
-"""Model families: one file a family, looked up by Hugging Face's `model_type`."""
+"""Model families, looked up by Hugging Face's `model_type`."""
 
 from __future__ import annotations
 
-from types import ModuleType
-
 from homodistil.errors import UserError
-from homodistil.models.encoders import bert
+from homodistil.models.encoders import ENCODERS
+from homodistil.models.family import ModelFamily
 
-FAMILIES: dict[str, ModuleType] = {bert.MODEL_TYPE: bert}
+FAMILIES: dict[str, ModelFamily] = {model_type: family for family in ENCODERS for model_type in family.model_types}
+"""`model_type` of a configuration -> its family."""
 
 
-def family_of(model_type: str) -> ModuleType:
-    """The family module for `config.model_type`. Raises `UserError` for an architecture without a table."""
+def family_of(model_type: str) -> ModelFamily:
+    """The family of `config.model_type`. Raises `UserError` for an architecture that none describes."""
     if model_type not in FAMILIES:
         allowed = ", ".join(sorted(FAMILIES))
         raise UserError(
             f"teacher.name: architecture {model_type!r} is not supported; supported: {allowed}. "
-            f"A new family needs one table beside homodistil/models/encoders/bert.py"
+            f"A new family is one file in homodistil/models/ (docs/add-a-family.md)"
         )
     return FAMILIES[model_type]

@@ -13,7 +13,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import ModuleType
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -21,6 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
 from homodistil.models.attention import attend
+from homodistil.models.family import ModelFamily
 
 ATTENTION = "homodistil_sdpa"
 """Value for `attn_implementation`: SDPA that shows its queries and keys to the taps, and values where wanted."""
@@ -76,7 +76,7 @@ class ActivationVisitor:
         """Layer `i` is done."""
 
 
-def show_values(model: nn.Module, family: ModuleType, i: int) -> None:
+def show_values(model: nn.Module, family: ModelFamily, i: int) -> None:
     """From now on taps on `model`, those of copies too, also see the values of layer `i` (negative: from the last)."""
     family.attentions(model)[i].homodistil_shows_values = True
 
@@ -87,7 +87,7 @@ class ActivationHooks:
     `scale` is what the model's softmax multiplies q.k with.
     """
 
-    def __init__(self, model: nn.Module, family: ModuleType) -> None:
+    def __init__(self, model: nn.Module, family: ModelFamily) -> None:
         self._backbone = family.backbone(model)
         self._visitor: ActivationVisitor | None = None
         self._queries: Tensor | None = None

@@ -146,3 +146,24 @@ class LayerWidths(NamedTuple):
 def layer_widths(widths: Widths, layer: int) -> LayerWidths:
     """Widths of layer `layer` (0-based)."""
     return LayerWidths(*(widths[f"layer.{layer}.{name}"] for name in ("ffn", "heads", "qk_dim", "vo_dim")))
+
+
+def uniform_layer_widths(widths: Widths) -> LayerWidths | None:
+    """Widths of every layer where all layers are alike (the dims of values aside), None where they differ."""
+    layers = [layer_widths(widths, i) for i in range(num_layers(widths))]
+    return layers[0] if len({layer._replace(vo_dim=0) for layer in layers}) == 1 else None
+
+
+def kind_of(axis: str) -> str:
+    """`layer.3.ffn` -> `ffn`; `hidden` -> `hidden`."""
+    return axis.rsplit(".", 1)[-1]
+
+
+def layer_of(axis: str) -> int | None:
+    """`layer.3.ffn` -> 3; None for an axis of the whole model."""
+    return int(axis.split(".")[1]) if axis.startswith("layer.") else None
+
+
+def heads_axis(layer: int) -> str:
+    """The axis of the attention heads of layer `layer`."""
+    return f"layer.{layer}.heads"

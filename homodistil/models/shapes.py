@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from homodistil.config.schema import PruningConfig, StudentConfig
 from homodistil.errors import UserError
-from homodistil.models.axes import Widths
+from homodistil.models.axes import Widths, kind_of, layer_of, layer_widths, num_layers
 
 
 class Shape(NamedTuple):
@@ -30,12 +30,12 @@ NAMES = ("teacher", *PRESETS)
 
 def target_shape(student: StudentConfig, teacher: Widths) -> Shape:
     """Preset with the fields that are set on top. Raises `UserError` when a custom shape is incomplete."""
-    preset = _shape_of(teacher) if student.preset == "teacher" else PRESETS.get(student.preset)
+    preset = shape_of(teacher) if student.preset == "teacher" else PRESETS.get(student.preset)
     values = [getattr(student, name) for name in Shape._fields]
     if preset is not None:
         return Shape(*(base if value is None else value for base, value in zip(preset, values, strict=True)))
     if None in values:
-        raise _incomplete(student, _shape_of(teacher))
+        raise _incomplete(student, shape_of(teacher))
     return Shape(*values)
 
 
@@ -71,8 +71,9 @@ def _possible_heads(hidden_size: int, most: int, head_dim: int) -> list[int]:
     return [n for n in range(1, most + 1) if hidden_size % n == 0 and hidden_size // n <= head_dim]
 
 
-def _shape_of(widths: Widths) -> Shape:
-    return Shape(widths["hidden"], widths["layer.0.ffn"], widths["layer.0.heads"])
+def shape_of(widths: Widths) -> Shape:
+    layer = layer_widths(widths, 0)
+    return Shape(widths["hidden"], layer.intermediate_size, layer.num_heads)
 
 
 def student_widths(student: StudentConfig, teacher: Widths) -> tuple[dict[str, int], dict[str, int]]:
@@ -87,14 +88,10 @@ def student_widths(student: StudentConfig, teacher: Widths) -> tuple[dict[str, i
     Raises:
         UserError: as `target_shape` and `target_widths`.
     """
-    layers = student.num_hidden_layers or sum(axis.endswith(".ffn") for axis in teacher)
-    own = {axis: width for axis, width in teacher.items() if axis == "hidden" or _layer(axis) < layers}
+    layers = student.num_hidden_layers or num_layers(teacher)
+    own = {axis: width for axis, width in teacher.items() if (layer_of(axis) or 0) < layers}
     target = target_widths(target_shape(student, teacher), own)
     return (target if student.init == "random" else own), target
-
-
-def _layer(axis: str) -> int:
-    return int(axis.split(".")[1])
 
 
 def target_widths(shape: Shape, teacher: Widths) -> dict[str, int]:
@@ -112,11 +109,11 @@ def target_widths(shape: Shape, teacher: Widths) -> dict[str, int]:
         "qk_dim": head_dim,
         "vo_dim": head_dim,
     }
-    return {axis: of_kind[axis.rsplit(".", 1)[-1]] for axis in teacher}
+    return {axis: of_kind[kind_of(axis)] for axis in teacher}
 
 
 def _check(shape: Shape, teacher: Widths) -> None:
-    for name, wanted, limit in zip(Shape._fields, shape, _shape_of(teacher), strict=True):
+    for name, wanted, limit in zip(Shape._fields, shape, shape_of(teacher), strict=True):
         if not 1 <= wanted <= limit:
             raise UserError(
                 f"student.{name}: found {wanted}, the teacher has {limit}; allowed 1 .. {limit} "
@@ -127,7 +124,7 @@ def _check(shape: Shape, teacher: Widths) -> None:
             f"student.hidden_size: {shape.hidden_size} is not divisible by student.num_attention_heads "
             f"{shape.num_attention_heads}; stock configurations need hidden_size = heads x head size"
         )
-    head_dim, limit = shape.hidden_size // shape.num_attention_heads, teacher["layer.0.qk_dim"]
+    head_dim, limit = shape.hidden_size // shape.num_attention_heads, layer_widths(teacher, 0).qk_dim
     if head_dim > limit:
         raise UserError(
             f"student.num_attention_heads: {shape.num_attention_heads} heads of hidden_size {shape.hidden_size} are "
@@ -138,14 +135,13 @@ def _check(shape: Shape, teacher: Widths) -> None:
 def check_multiples(pruning: PruningConfig, widths: Widths) -> None:
     """Raise `UserError` for a multiple above the teacher's own width, of which no width on the way could be one."""
     limits = {
-        "width_multiple": ("hidden", "hidden size"),
-        "ffn_multiple": ("layer.0.ffn", "feed-forward width"),
-        "head_dim_multiple": ("layer.0.qk_dim", "head size"),
+        "width_multiple": (widths["hidden"], "hidden size"),
+        "ffn_multiple": (layer_widths(widths, 0).intermediate_size, "feed-forward width"),
+        "head_dim_multiple": (layer_widths(widths, 0).qk_dim, "head size"),
     }
-    for name, (axis, what) in limits.items():
+    for name, (width, what) in limits.items():
         multiple = getattr(pruning, name)
-        if pruning.schedule not in ("none", "one_shot") and multiple > widths[axis]:
+        if pruning.schedule not in ("none", "one_shot") and multiple > width:
             raise UserError(
-                f"pruning.{name}: found {multiple}, allowed are 1 .. {widths[axis]} (the teacher's {what}); set a "
-                f"smaller one"
+                f"pruning.{name}: found {multiple}, allowed are 1 .. {width} (the teacher's {what}); set a smaller one"
             )

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -20,6 +19,7 @@ from torch import nn
 
 from homodistil.errors import UserError
 from homodistil.models.checkpoint_files import first_line, read_json
+from homodistil.models.family import ModelFamily
 
 SAFETENSORS, INDEX, PICKLED = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
 _FLOATS = ("F64", "F32", "F16", "BF16", "float64", "float32", "float16", "bfloat16")
@@ -115,7 +115,7 @@ def _check_types(stored: Mapping[str, Stored], folder: Path, field: str) -> None
         )
 
 
-def difference(stored: Mapping[str, Stored], model: nn.Module, family: ModuleType) -> Difference:
+def difference(stored: Mapping[str, Stored], model: nn.Module, family: ModelFamily) -> Difference:
     """`stored` against the parameters of `model` (of any device; only names and shapes count)."""
     by_name = {family.tensor_name(name): tensor for name, tensor in stored.items()}
     names_of: dict[int, list[str]] = {}  # tied parameters have several
@@ -132,12 +132,12 @@ def difference(stored: Mapping[str, Stored], model: nn.Module, family: ModuleTyp
     return Difference(missing, sorted(unexpected), mismatched)
 
 
-def check_layers(stored: Mapping[str, Stored], num_layers: int, family: ModuleType, where: str) -> None:
+def check_layers(stored: Mapping[str, Stored], num_layers: int, family: ModelFamily, where: str) -> None:
     """Refuse a config with more layers than the files have: to be called before a model of it is built."""
     there = family.num_stored_layers(stored)
     if stored and not there:
         raise UserError(
-            f"{where}: the weights have no layer of a {family.MODEL_TYPE}, which config.json says they are (found "
+            f"{where}: the weights have no layer of a {family.name}, which config.json says they are (found "
             f"{some(stored)}); give config.json and weights of the same model"
         )
     if stored and num_layers > there:
@@ -147,7 +147,7 @@ def check_layers(stored: Mapping[str, Stored], num_layers: int, family: ModuleTy
         )
 
 
-def check_whole(found: Difference, model: nn.Module, family: ModuleType, where: str) -> bool:
+def check_whole(found: Difference, model: nn.Module, family: ModelFamily, where: str) -> bool:
     """Whether the checkpoint brings an MLM head. Everything else has to be there.
 
     A head that is there in part is refused too: nobody can tell whether it is damaged or was never trained.

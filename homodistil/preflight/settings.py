@@ -36,7 +36,7 @@ def check_settings(findings: Findings, config: RunConfig, raw_engine_config: dic
     engine = findings.attempt("config", lambda: resolve_engine_config(raw_engine_config, config, num_ranks))
     findings.attempt("config", lambda: teacher_dtype(config.teacher.dtype, engine or {}, device))
     findings.attempt("config", lambda: check_implementation(config.optimizer.implementation))
-    findings.attempt("config", lambda: check_teacher_runtime(config.teacher, config.loss, device))
+    findings.attempt("config", lambda: check_teacher_runtime(config.teacher, device))
     if engine is not None:
         findings.attempt("config", lambda: check_student_compile(config.student, zero_stage(engine), device))
     if len(findings) == before:

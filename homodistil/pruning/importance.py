@@ -53,7 +53,7 @@ class Importance:
         return {} if self.config.importance == "random" else self._sums(pieces, table, shapes)
 
     @property
-    def needs_gradients(self) -> bool:
+    def _needs_gradients(self) -> bool:
         return self.config.importance in ("sensitivity", "platon", "teacher_kl")
 
     @property
@@ -79,34 +79,25 @@ class Importance:
             if sums is None:  # where the pieces lie: in host memory, with an offloaded optimizer
                 sums = torch.zeros(layout.numel, device=piece.weight.device)
             self._add(piece, target, sums)
-        return self.over_ranks(layout, torch.zeros(layout.numel) if sums is None else sums)
+        return self._over_ranks(layout, torch.zeros(layout.numel) if sums is None else sums)
 
     def _add(self, piece: Piece, target: Target, sums: Tensor) -> None:
         columns, rows_at, columns_at = target
         add_score_sums(
             piece.weight.detach(),
-            piece.gradient if self.needs_gradients else None,
+            piece.gradient if self._needs_gradients else None,
             piece.start,
             columns,
             sums[rows_at:] if rows_at >= 0 else None,
             sums[columns_at : columns_at + columns] if columns_at >= 0 else None,
         )
 
-    def over_ranks(self, layout: ScoreLayout, sums: Tensor, probes: Tensor | None = None) -> Keep:
-        """This rank's share of the sums -> the sums of all, by axis. Every rank calls it.
-
-        Args:
-            sums: (layout.numel,).
-            probes: (2,), a norm of the gradients that importance is meant for, and of those that `sums` was taken from:
-                the sums are brought to the former.
-        """
-        together = sums.to(self.device) if probes is None else torch.cat([sums, probes]).to(self.device)
+    def _over_ranks(self, layout: ScoreLayout, sums: Tensor) -> Keep:
+        """This rank's share of the sums, (layout.numel,) -> the sums of all, by axis. Every rank calls it."""
+        total = sums.to(self.device)
         if distributed.is_initialized() and distributed.get_world_size() > 1:
-            distributed.all_reduce(together)
-        sums, found = together.split([layout.numel, len(together) - layout.numel])
-        if probes is not None:
-            sums = sums * torch.where(found[1] > 0, found[0] / found[1], 1.0)
-        return layout.per_axis(sums)
+            distributed.all_reduce(total)
+        return layout.per_axis(total)
 
     def _smooth(self, fresh: Keep) -> None:
         beta, beta_uncertainty = self.config.ema_beta, self.config.uncertainty_beta

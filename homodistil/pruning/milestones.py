@@ -14,7 +14,7 @@ from typing import NamedTuple
 from homodistil.config.schema import PruningConfig, RunConfig
 from homodistil.errors import UserError
 from homodistil.models.axes import Widths
-from homodistil.models.shapes import Shape, target_widths
+from homodistil.models.shapes import Shape, shape_of, target_widths
 
 _SAME_AS_FINAL = 0.02
 """How far below the student's final hidden size, as a share of it, a milestone may ask for and mean that size."""
@@ -53,9 +53,9 @@ def plan_route(config: RunConfig, teacher: Widths, initial: Widths, target: Widt
         UserError: a milestone is not on the way from `initial` to `target`, or is another one too.
     """
     found: list[Milestone] = []
-    before = _shape_of(initial)
+    before = shape_of(initial)
     for fraction in sorted(config.run.export_milestones, reverse=True):
-        shape = milestone_shape(fraction, teacher["hidden"], (before, _shape_of(target)), initial, config.pruning)
+        shape = milestone_shape(fraction, teacher["hidden"], (before, shape_of(target)), initial, config.pruning)
         if found and shape.hidden_size == before.hidden_size:
             raise UserError(
                 f"run.export_milestones: {found[-1].fraction:g} and {fraction:g} of the teacher's {teacher['hidden']} "
@@ -97,7 +97,7 @@ def milestone_shape(
 
 def _nearest(wanted: float, before: Shape, final: Shape, initial: Widths, pruning: PruningConfig) -> Shape | None:
     """The final shape, or the stock shape nearest to `wanted`; of equally near ones the heads most in proportion."""
-    start = _shape_of(initial)
+    start = shape_of(initial)
     widest = min(before.hidden_size, start.hidden_size - 1)
     between = [_filled(h, n, start, final, before, pruning) for h, n in _stock(widest, before, final, pruning)]
 
@@ -139,10 +139,6 @@ def _between(first: int, last: int, left: float) -> float:
 
 def _head_dim(shape: Shape) -> int:
     return shape.hidden_size // shape.num_attention_heads
-
-
-def _shape_of(widths: Widths) -> Shape:
-    return Shape(widths["hidden"], widths["layer.0.ffn"], widths["layer.0.heads"])
 
 
 def milestone_name(fraction: float) -> str:

@@ -7,16 +7,16 @@ Every BERT has one or two. Sensitivity ranks them low, and without them LayerNor
 from __future__ import annotations
 
 from collections.abc import Iterable
-from types import ModuleType
 
 import torch
 from torch import Tensor, nn
 
 from homodistil.data.masked_lm import Batch
+from homodistil.models.family import ModelFamily
 
 
 @torch.no_grad()
-def variance_shares(model: nn.Module, family: ModuleType, batches: Iterable[Batch]) -> Tensor:
+def variance_shares(model: nn.Module, family: ModelFamily, batches: Iterable[Batch]) -> Tensor:
     """Largest share of the variance that each residual dim carries at any LayerNorm's input, fp32 (hidden,),
     on the model's device.
 

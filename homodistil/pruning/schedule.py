@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 
 from homodistil.config.schema import PruningConfig
 from homodistil.errors import UserError
-from homodistil.models.axes import Widths
+from homodistil.models.axes import Widths, kind_of
 from homodistil.pruning.milestones import Milestone, Route
 
 
@@ -238,6 +238,6 @@ def multiple_of(axis: str, config: PruningConfig) -> int:
     """What widths of `axis` are multiples of on the way."""
     if axis == "hidden":
         return config.width_multiple
-    if axis.endswith(".ffn"):
+    if kind_of(axis) == "ffn":
         return config.ffn_multiple
-    return 1 if axis.endswith(".heads") else config.head_dim_multiple
+    return 1 if kind_of(axis) == "heads" else config.head_dim_multiple

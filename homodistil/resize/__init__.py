@@ -22,7 +22,7 @@ from torch import Tensor
 
 from homodistil.distributed.fault_injection import fault_point
 from homodistil.models.resize_plan import ResizePlan, make_plan, slice_module, transform
-from homodistil.resize.adapters.adapter import Adapter, GradientSlice, MasterSlice, ReadState, StateSlice
+from homodistil.resize.adapters.adapter import Adapter, GradientSlice, ReadState, StateSlice
 from homodistil.resize.engine_state import engine_state, load_engine_state, state_scalars
 from homodistil.resize.rewrite import apply_maps, overwrite_weights, reset_states
 from homodistil.resize.support import adapter_of, check_config, check_supported
@@ -30,17 +30,14 @@ from homodistil.resize.verify import shapes_after, verify_resize
 
 __all__ = [
     "Fragment",
-    "Held",
     "ReadState",
     "ResizeCost",
     "ResizePlan",
     "StateSlice",
-    "base_optimizer",
     "check_config",
     "check_supported",
     "engine_state",
     "gradient_fragments",
-    "held_masters",
     "load_engine_state",
     "load_state",
     "make_plan",
@@ -133,20 +130,6 @@ def gradient_fragments(engine, names: Container[str] | None = None) -> Iterator[
         names: parameters that are wanted; None: all.
     """
     yield from adapter_of(engine).gradient_fragments(names)
-
-
-def held_masters(engine) -> Iterator[tuple[Tensor, MasterSlice]]:
-    """This rank's share of the trainable parameters: the tensor that the optimizer updates, and what lies where in it.
-
-    The same elements as in `gradient_fragments`; the tensors are those in the optimizer's `param_groups`, now and for
-    as long as the engine lives, the places change with every resize.
-    """
-    yield from adapter_of(engine).held_masters()
-
-
-def base_optimizer(engine) -> torch.optim.Optimizer:
-    """The torch optimizer inside the engine's wrapper."""
-    return adapter_of(engine).torch_optimizer()
 
 
 @torch.no_grad()

@@ -52,7 +52,9 @@ class Exporter:
         with _own_random_state(device):  # a fresh model draws its weights first
             model = stock_model(weights, self.student, load_config(self.run_inputs.teacher))
             speed = inference_speed(model, self.config.data.seq_len, device) if with_speed else {}
-        card = model_card(self.config, self._facts(folder, measured | speed), self.command, ranks.world_size())
+        card = model_card(
+            self.config, self.student.family, self._facts(folder, measured | speed), self.command, ranks.world_size()
+        )
         save_checkpoint(model.cpu(), self.run_inputs.tokenizer, card, folder)
         return speed
 

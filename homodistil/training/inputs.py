@@ -151,13 +151,13 @@ def check_shape(resolved: ResolvedRun) -> None:
     Raises:
         UserError: heads that cannot be regrouped into relation heads, or too few positions.
     """
-    config, shape = resolved.config, resolved.teacher_config
+    config = resolved.config
     on_the_way = [resolved.table[step] for step in sorted(resolved.table)]
     check_relations(config.loss, resolved.teacher_widths, [resolved.initial, *on_the_way])
-    if config.data.seq_len > shape.max_position_embeddings:
+    if config.data.seq_len > (max_tokens := resolved.family.shape(resolved.teacher_config).max_tokens):
         raise UserError(
-            f"data.seq_len: {config.data.seq_len} is above the teacher's max_position_embeddings "
-            f"{shape.max_position_embeddings}; choose 3 .. {shape.max_position_embeddings}"
+            f"data.seq_len: {config.data.seq_len} is above the {max_tokens} tokens that the teacher has positions for; "
+            f"choose 3 .. {max_tokens}"
         )
 
 

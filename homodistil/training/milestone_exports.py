@@ -20,7 +20,7 @@ from homodistil.distributed.fault_injection import fault_point
 from homodistil.errors import UserError
 from homodistil.files import to_json, write_atomically, writing
 from homodistil.metrics.recorder import METRICS_FILE, read_lines
-from homodistil.models.axes import Widths
+from homodistil.models.axes import Widths, layer_widths
 from homodistil.pruning.milestones import Milestone, milestone_name
 from homodistil.training.exporter import Exporter
 from homodistil.training.trainer import TrainState
@@ -65,8 +65,8 @@ class Family:
             "settle_steps": self.config.run.settle_steps,
             "training_tokens": tokens,
             "tokens_per_s_training": speed,
-            "intermediate_size": widths["layer.0.ffn"],
-            "num_attention_heads": widths["layer.0.heads"],
+            "intermediate_size": layer_widths(widths, 0).intermediate_size,
+            "num_attention_heads": layer_widths(widths, 0).num_heads,
         }
 
     def _record(self, folder: Path, found: Mapping[str, Any]) -> None:

@@ -14,7 +14,6 @@ import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 
 import torch
 from torch import nn
@@ -30,6 +29,7 @@ from homodistil.distill.teacher_sharding import num_parameters
 from homodistil.models import family_of
 from homodistil.models.activations import ATTENTION
 from homodistil.models.axes import Widths
+from homodistil.models.family import ModelFamily
 from homodistil.models.shapes import check_multiples, student_widths
 from homodistil.pruning.gap_schedule import GapSchedule
 from homodistil.pruning.pruner import width_schedule
@@ -51,7 +51,7 @@ class WidthPhase:
 @dataclass(frozen=True)
 class ResolvedRun:
     config: RunConfig
-    family: ModuleType
+    family: ModelFamily
     """Of teacher and student (models/)."""
     teacher_config: PretrainedConfig
     """The teacher's Hugging Face configuration. Not to be changed: copy it."""

@@ -13,6 +13,7 @@ import yaml
 from homodistil.checkpoint import candidates, saved_fingerprints
 from homodistil.config.derive import job_folder_config
 from homodistil.config.schema import OPTIONS, SECTIONS, RunConfig, value_of
+from homodistil.config.values import REMOVED_FIELDS
 from homodistil.errors import UserError
 from homodistil.files import write_atomically
 
@@ -74,6 +75,7 @@ def _check_same_run(folder: Path, config: RunConfig) -> None:
     before = _config_of_run(folder)
     if before is None:
         raise UserError(f"run.dir: {str(folder)!r} is not empty and not a run folder; choose another run.dir")
+    _check_removed(folder, before)
     # Moved elsewhere it is the same, which the checkpoint's fingerprints tell (fingerprints.py).
     free = ("free", "content") if saved_fingerprints(folder / "checkpoints") else ("free",)
     for field, facts in OPTIONS.items():
@@ -86,6 +88,18 @@ def _check_same_run(folder: Path, config: RunConfig) -> None:
             raise UserError(
                 f"{field}: the run in {str(folder)!r} has {old}, this config {value}; "
                 f"go on with the same value, or choose another run.dir"
+            )
+
+
+def _check_removed(folder: Path, before: dict) -> None:
+    """Refuse to go on with a run that used a field which is gone, whatever this config says."""
+    for name, removed in REMOVED_FIELDS.items():
+        section, field = name.split(".")
+        value = before[section].get(field, removed.harmless)
+        if str(value).lower() != removed.harmless:
+            raise UserError(
+                f"{name}: the run in {str(folder)!r} has {value}, but the field was removed because {removed.why}; "
+                f"choose another run.dir, or go on with the version that began it"
             )
 
 

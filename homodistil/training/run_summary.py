@@ -7,7 +7,7 @@ import torch
 from homodistil.config.schema import RunConfig
 from homodistil.distill.objective import Objective
 from homodistil.distill.teacher_sharding import num_parameters
-from homodistil.models.axes import Widths
+from homodistil.models.axes import Widths, layer_widths
 from homodistil.pruning.gap_schedule import GapSchedule
 from homodistil.pruning.schedule import WidthSchedule
 from homodistil.training.resolve import ResolvedRun
@@ -24,10 +24,11 @@ def run_summary(resolved: ResolvedRun) -> dict[str, str]:
     start = "fresh weights" if config.student.init == "random" else f"from a copy of {config.teacher.name}"
     before, after = resolved.teacher_parameters, num_parameters(student)
     weights = Objective(config.loss).weights
+    width = layer_widths(target, 0)
     depth = f"{layers} layer{'s' if layers > 1 else ''}"
     return {
-        "student": f"{depth}, hidden {target['hidden']}, ffn {target['layer.0.ffn']}, "
-        f"{target['layer.0.heads']} heads of {target['layer.0.qk_dim']}; {start}",
+        "student": f"{depth}, hidden {target['hidden']}, ffn {width.intermediate_size}, "
+        f"{width.num_heads} heads of {width.qk_dim}; {start}",
         "parameters": f"{before:,} (teacher) -> {after:,} ({after / before:.0%})",
         "losses": ", ".join(f"{name} x {weight:g}" for name, weight in weights.items()),
         "pruning": _pruning(config, resolved.make_schedule(), resolved.initial, target),

@@ -27,7 +27,7 @@ from homodistil.pruning.compensation.student import EventChange
 from homodistil.pruning.milestones import Milestone
 from homodistil.pruning.pruner import Pruner
 from homodistil.resize import reset_moments, resize, step_applied, write_weights
-from homodistil.training.gradient_scores import Measurement, measure_importance
+from homodistil.training.gradient_scores import measure_importance
 from homodistil.training.step_logger import StepLogger, require_applied, require_finite
 
 
@@ -89,7 +89,7 @@ class Trainer:
             importance = self.train_micro_batch(batch, targets)
         self.end_step(batches, importance)
 
-    def train_micro_batch(self, batch: Batch, targets: TeacherOutputs | None) -> Measurement | None:
+    def train_micro_batch(self, batch: Batch, targets: TeacherOutputs | None) -> Keep | None:
         """Forward, backward, and at the end of a step the update; what that says about importance."""
         terms = self.engine(batch, targets)
         backward(self.engine, fault_point("train.backward", terms.total))
@@ -100,18 +100,18 @@ class Trainer:
         self.engine.step()
         return importance
 
-    def end_step(self, batches: list[Batch], importance: Measurement | None) -> None:
+    def end_step(self, batches: list[Batch], importance: Keep | None) -> None:
         """Count the step that has just been made of `batches`, and the event behind it."""
         require_applied(self.engine, self.state.step + 1, self.config)
         self.state.step += 1
         self.state.consumed_samples += self.config.train.global_batch_size
         self.step_log.end_step(self.state.step, batches, self.engine, self.prefetcher.wait_s)
         if importance is not None and step_applied(self.engine):  # an fp16 overflow tells nothing
-            self.pruner.accept(importance())
+            self.pruner.accept(importance)
         if plan := self.resize_due():  # None nearly always
             self.resize(plan)
 
-    def measure_importance(self) -> Measurement | None:
+    def measure_importance(self) -> Keep | None:
         if self.pruner is None or not self.pruner.wants_gradients(self.state.step + 1):
             return None
         shapes = {name: full_shape(p) for name, p in self.student.named_parameters()}

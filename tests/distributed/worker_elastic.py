@@ -29,7 +29,7 @@ from torch import Tensor
 from homodistil.checkpoint import Checkpoints
 from homodistil.config.schema import RunConfig
 from homodistil.errors import UserError
-from homodistil.models.encoders import bert
+from homodistil.models.encoders.bert import BERT as bert
 from homodistil.models.resize_plan import make_plan
 from homodistil.resize import check_supported, master_weights, owned_state, resize
 

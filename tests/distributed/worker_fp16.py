@@ -23,7 +23,7 @@ from worker_trajectory import OPTIMIZERS, Run, distances
 
 from homodistil.config.schema import PruningConfig
 from homodistil.engine.build import backward
-from homodistil.models.encoders import bert
+from homodistil.models.encoders.bert import BERT as bert
 from homodistil.models.resize_plan import ResizePlan
 from homodistil.pruning.importance import Importance
 from homodistil.pruning.pruner import Pruner
@@ -60,7 +60,7 @@ class Fp16Run(Run):
         check_supported(self.engine)
         pruner = make_pruner(bert.axis_table(self.model), case.get("events", True), self.device)
         # What the trainer asks of a student: the axes of today, and which of the teacher's dims are left.
-        self.model.axis_table, self.model.kept = lambda: bert.axis_table(self.model), {"hidden": torch.arange(36)}
+        self.model.axis_table, self.model.origins = lambda: bert.axis_table(self.model), {"hidden": torch.arange(36)}
         self.trainer = Trainer(
             config=None, engine=self.engine, prefetcher=None, step_log=None, evaluate=lambda: {}, pruner=pruner
         )
@@ -80,11 +80,11 @@ class Fp16Run(Run):
                 losses.append(loss)
                 self.check_norm(norm)
                 if sums is not None:  # None once there is nothing left to decide
-                    trainer.pruner.accept(sums())
+                    trainer.pruner.accept(sums)
                 if plan := trainer.resize_due():
                     self.resize_and_check(plan)
             else:
-                assert sums is None or not all(value.isfinite().all() for value in sums().values())
+                assert sums is None or not all(value.isfinite().all() for value in sums.values())
                 assert trainer.resize_due() is None
                 assert same(self.snapshot(), before), "a skipped step changed something"
         return losses
@@ -127,7 +127,7 @@ class Fp16Run(Run):
         self.resize(plan.keep)
         assert scaler_of(self.engine) == scaler, "the loss scale, or its counts, did not survive"
         self.trainer.pruner.after_resize(plan)
-        self.model.kept = {"hidden": torch.arange(plan.widths_after["hidden"])}
+        self.model.origins = {"hidden": torch.arange(plan.widths_after["hidden"])}
         self.resized_at.append(self.trainer.state.step)
 
 

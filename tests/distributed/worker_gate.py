@@ -17,7 +17,7 @@ import torch.distributed as dist
 from reference import ROWS
 
 from homodistil.errors import CheckFailed
-from homodistil.models.encoders import bert
+from homodistil.models.encoders.bert import BERT as bert
 from homodistil.models.resize_plan import make_plan
 from homodistil.resize import check_supported, resize
 from homodistil.resize.adapters.zero import ZeroAdapter

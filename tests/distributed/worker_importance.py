@@ -18,7 +18,7 @@ import torch.distributed as dist
 from reference import ROWS
 from torch import Tensor, nn
 
-from homodistil.models.encoders import bert
+from homodistil.models.encoders.bert import BERT as bert
 from homodistil.models.resize_plan import make_plan
 from homodistil.resize import check_supported, gradient_fragments, master_weights, resize
 

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from mapped import Event
 from worker_trajectory import NUM_STEPS, Run, distances
 
-from homodistil.models.encoders import bert
+from homodistil.models.encoders.bert import BERT as bert
 from homodistil.models.resize_plan import make_plan
 from homodistil.resize import check_supported, master_weights, reset_moments, resize, write_weights
 

@@ -22,7 +22,7 @@ from homodistil.config.schema import RunConfig
 from homodistil.distributed import ranks
 from homodistil.engine.batch_size import set_micro_batch_size
 from homodistil.engine.build import init_ranks, resolve_engine_config
-from homodistil.models.encoders import bert
+from homodistil.models.encoders.bert import BERT as bert
 from homodistil.models.memory import state_bytes
 from homodistil.models.resize_plan import make_plan
 from homodistil.resize import check_supported, master_weights, resize

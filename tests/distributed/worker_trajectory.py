@@ -22,7 +22,7 @@ from deepspeed.accelerator import get_accelerator
 from reference import ROWS
 from torch import Tensor
 
-from homodistil.models.encoders import bert
+from homodistil.models.encoders.bert import BERT as bert
 from homodistil.models.resize_plan import ResizePlan, make_plan
 from homodistil.resize import check_supported, master_weights, resize
 

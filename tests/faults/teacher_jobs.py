@@ -10,7 +10,7 @@ from homodistil.config.schema import TeacherConfig
 from homodistil.distill.teacher import Teacher, build_teacher
 from homodistil.distill.teacher_sharding import num_parameters
 from homodistil.engine.build import init_ranks
-from homodistil.models.encoders import bert
+from homodistil.models.encoders.bert import BERT as bert
 
 
 def compare_with_a_whole_teacher() -> None:

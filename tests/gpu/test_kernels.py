@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import pytest
-import test_adam_importance as adam
 import test_attention_map as attention
 import test_hidden_mse as hidden
 import test_masked_lm as vocabulary
@@ -14,7 +13,6 @@ import torch
 from test_masked_lm import expect_near
 from torch import Tensor
 
-from homodistil.kernels.adam_importance import adamw_with_sums_
 from homodistil.kernels.attention_map import TARGETS
 from homodistil.kernels.hidden_mse import hidden_mse
 from homodistil.kernels.masked_lm import linear_masked_lm_losses, masked_lm_losses
@@ -149,42 +147,3 @@ def test_hidden_mse_of_a_selection(device, side):
     selection = hidden.selection(kept, side).to(device)
     expected = hidden.reference(student, teacher, mask, selection, side)
     expect_near(found, expected, TOLERANCE[torch.bfloat16])
-
-
-# -- optimizer
-
-
-@pytest.mark.parametrize(("matrices", "gap"), [(adam.MATRICES, 3), (adam.ALIGNED_MATRICES, 4)], ids=["odd", "aligned"])
-def test_adamw_with_sums(device, matrices, gap):
-    flat = adam.Flat(matrices, gap)
-    reference = leaf(flat.weight.double(), device)
-    settings = adam.SETTINGS
-    betas = (settings.beta1, settings.beta2)
-    optimizer = torch.optim.AdamW(
-        [reference], lr=settings.lr, betas=betas, eps=settings.eps, weight_decay=settings.weight_decay
-    )
-    weight, table = flat.weight.to(device, copy=True), flat.table(0, flat.numel)
-    moments = [torch.zeros_like(weight) for _ in range(2)]
-    for step, gradient in enumerate(flat.gradients, 1):
-        expected = flat.expected_sums(weight.cpu(), gradient).to(device)
-        sums, count = torch.zeros(flat.num_sums, device=device), torch.tensor(float(step), device=device)
-        adamw_with_sums_(weight, gradient.to(device), *moments, count, settings, table, sums)
-        expect_near(sums, expected, 1e-6)
-        reference.grad = gradient.double().to(device)
-        optimizer.step()
-    # fp32 weights of about 1, rounded at each of three updates of lr 1e-2.
-    torch.testing.assert_close(weight.double(), reference.detach(), rtol=0, atol=1e-6)
-    for key, moment in zip(("exp_avg", "exp_avg_sq"), moments, strict=True):
-        expect_near(moment, optimizer.state[reference][key], 1e-6)
-
-
-@pytest.mark.parametrize("matrices", [adam.MATRICES, adam.ALIGNED_MATRICES], ids=["odd", "aligned"])
-def test_adamw_sums_are_the_same_bit_by_bit(device, matrices):
-    flat, found = adam.Flat(matrices, 4), []
-    for _ in range(2):
-        weight, sums = flat.weight.to(device, copy=True), torch.zeros(flat.num_sums, device=device)
-        moments = [torch.zeros_like(weight) for _ in range(2)]
-        count, table = torch.tensor(1.0, device=device), flat.table(0, flat.numel)
-        adamw_with_sums_(weight, flat.gradients[0].to(device), *moments, count, adam.SETTINGS, table, sums)
-        found.append(sums)
-    assert torch.equal(*found)

@@ -13,7 +13,6 @@ from homodistil.config.schema import LossConfig, TeacherConfig
 from homodistil.data.masked_lm import Batch
 from homodistil.distill.student import Student
 from homodistil.distill.teacher import build_teacher
-from homodistil.errors import UserError
 from homodistil.kernels.triton_support import triton_installed
 
 CPU = torch.device("cpu")
@@ -80,20 +79,6 @@ def test_runtimes(device, expected, runtime):
 @pytest.mark.parametrize("runtime", ON_A_GPU)
 def test_runtimes_beside_the_student(gpu, expected, runtime):
     assert_same(terms_and_gradients(gpu, ON_A_GPU[runtime], LOSSES[0]), expected[0])
-
-
-def test_injected_kernels_are_right_or_refused(gpu):
-    """The self-check at start decides: what it lets through gives the plain teacher's terms."""
-    loss = {"attention": 0.0}
-    wanted = terms_and_gradients(CPU, {"lock_step": False}, loss)
-    try:
-        found = terms_and_gradients(gpu, {"runtime": "deepspeed", "kernel_inject": True}, loss)
-    except UserError as error:
-        assert str(error).startswith("teacher.kernel_inject: ")
-        return
-    for name in ("mlm", "kl", "hidden", "embedding"):
-        # What the self-check allows: another GELU and other roundings, hundredths of a standard deviation.
-        torch.testing.assert_close(found[name], wanted[name], rtol=0.05, atol=1e-3)
 
 
 @pytest.mark.skipif(not triton_installed(), reason="triton is not installed")

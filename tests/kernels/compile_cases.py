@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from homodistil.kernels.adam_importance import AdamSettings, Segment, SegmentTable, adamw_with_sums_
 from homodistil.kernels.attention_map import TARGETS, attention_map_loss
 from homodistil.kernels.masked_lm import linear_masked_lm_losses, masked_lm_losses
 
@@ -113,20 +112,4 @@ def vocabulary_cases() -> list[Case]:
     return found + [Case(f"CE {dtype}", lambda d=dtype: rows_without_teacher(d), dtype == "bf16") for dtype in DTYPES]
 
 
-# -- optimizer
-
-
-def adam(columns: int) -> None:
-    """A whole matrix and the end of another one, as a ZeRO partition has them."""
-    segments = [Segment(0, 10 * columns, 0, columns, 0, 10), Segment(10 * columns, 40, 8, columns, 10 + columns)]
-    numel = 10 * columns + 64
-    tensors, sums = [torch.zeros(numel) for _ in range(4)], torch.zeros(200 + 2 * columns)
-    settings = AdamSettings(1e-3, 0.9, 0.999, 1e-8, 0.01)
-    adamw_with_sums_(*tensors, torch.ones(()), settings, SegmentTable(segments, numel), sums, "triton")
-
-
-def optimizer_cases() -> list[Case]:
-    return [Case(f"AdamW, rows of {columns}", lambda c=columns: adam(c), True) for columns in (768, 575)]
-
-
-CASES = attention_cases() + vocabulary_cases() + optimizer_cases()
+CASES = attention_cases() + vocabulary_cases()

@@ -1,4 +1,4 @@
-"""Every launcher of launcher/hostfile.md, run for real on this machine: the export of each is bitwise the same.
+"""Every launcher of docs/launchers.md, run for real on this machine: the export of each is bitwise the same.
 
 Two nodes are two launchers, each with one rank, as on two machines; only `deepspeed --num_accelerators 2` has both.
 """

@@ -1,28 +1,28 @@
 """How the frozen teacher's backbone runs: as it is, under torch.compile, or under deepspeed.init_inference.
 
-    check_teacher_runtime(config.teacher, config.loss, device) # at start, before anything is made
+    check_teacher_runtime(config.teacher, device)              # at start, before anything is made
     runtime = build_runtime(model, family, config.teacher, device, dtype)
     tapped = runtime(input_ids, attention_mask)                # never builds a graph
 
-side_stream.py runs any of them beside the student's forward; self_check.py decides whether injected kernels are right.
+side_stream.py runs any of them beside the student's forward.
 """
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from homodistil.config.schema import LossConfig, TeacherConfig
+from homodistil.config.schema import TeacherConfig
 from homodistil.distill.runtime.compiled import CompiledRuntime
-from homodistil.distill.runtime.deepspeed_inference import EngineRuntime, InjectedRuntime
+from homodistil.distill.runtime.deepspeed_inference import EngineRuntime
 from homodistil.distill.runtime.plain import PlainRuntime
 from homodistil.distill.runtime.side_stream import Pending, SideStream
 from homodistil.distill.torch_compile import require_compiler
 from homodistil.errors import UserError
 from homodistil.models.activations import Activations
+from homodistil.models.family import ModelFamily
 
 __all__ = ["SideStream", "Pending", "Runtime", "build_runtime", "check_teacher_runtime"]
 
@@ -30,14 +30,12 @@ __all__ = ["SideStream", "Pending", "Runtime", "build_runtime", "check_teacher_r
 class Runtime(Protocol):
     scale: float
     """What the teacher's softmax multiplies q.k with."""
-    shows_attention: bool
-    """False: `Activations.queries` and `Activations.keys` hold None (injected kernels)."""
 
     def __call__(self, input_ids: Tensor, attention_mask: Tensor | None) -> Activations:
         """input_ids, attention_mask: int64, (B, T); mask 1 = token, 0 = padding, None: none. No tensor has a graph."""
 
 
-def check_teacher_runtime(teacher: TeacherConfig, loss: LossConfig, device: torch.device) -> None:
+def check_teacher_runtime(teacher: TeacherConfig, device: torch.device) -> None:
     """Raises `UserError` for settings of `teacher` that cannot work together or on this device."""
     if teacher.runtime == "compile":
         require_compiler("teacher.runtime", device)
@@ -51,33 +49,17 @@ def check_teacher_runtime(teacher: TeacherConfig, loss: LossConfig, device: torc
             f"teacher.own_stream=false, found {teacher.runtime} and {str(teacher.own_stream).lower()}; set these, or "
             f"teacher.shard=false"
         )
-    if teacher.kernel_inject and teacher.runtime != "deepspeed":
-        raise UserError(
-            f"teacher.kernel_inject: true needs teacher.runtime=deepspeed, found {teacher.runtime}; set that, or "
-            f"teacher.kernel_inject=false"
-        )
-    for term in ("attention", "relations"):
-        if teacher.kernel_inject and (weight := getattr(loss, term)) > 0:
-            raise UserError(
-                f"teacher.kernel_inject: DeepSpeed's kernels show no queries and keys, which loss.{term}="
-                f"{weight:g} compares; set loss.{term}=0 or teacher.kernel_inject=false"
-            )
 
 
 def build_runtime(
-    model: nn.Module, family: ModuleType, config: TeacherConfig, device: torch.device, dtype: torch.dtype
+    model: nn.Module, family: ModelFamily, config: TeacherConfig, device: torch.device, dtype: torch.dtype
 ) -> Runtime:
     """The runtime of `config.runtime` around `model`, which is frozen, in evaluation mode and on `device` already.
 
     It listens to the model through taps of its own: those that were made before see nothing of attention any more.
-    Injected kernels replace layers of `model`: look into its modules before.
-
-    Raises:
-        UserError: DeepSpeed's kernels cannot be injected, or give something else than the plain model.
     """
     if config.runtime == "compile":
         return CompiledRuntime(model, family, device)
     if config.runtime == "deepspeed":
-        make = InjectedRuntime if config.kernel_inject else EngineRuntime
-        return make(model, family, device, dtype)
+        return EngineRuntime(model, family, dtype)
     return PlainRuntime(model, family)

@@ -5,13 +5,12 @@ The taps' hooks are traced along: what passes by becomes outputs of the graph, i
 
 from __future__ import annotations
 
-from types import ModuleType
-
 import torch
 from torch import Tensor, nn
 
 from homodistil.distill import torch_compile
 from homodistil.models.activations import ActivationHooks, Activations
+from homodistil.models.family import ModelFamily
 
 MAX_SHAPES = 8
 """Different (B, T) that are compiled: micro-batches, the probe, evaluation and their last parts. Others run plainly."""
@@ -21,9 +20,7 @@ class CompiledRuntime:
     """On a GPU the tensors of an `Activations` live until the next call, which replays the graph over the same
     memory."""
 
-    shows_attention = True
-
-    def __init__(self, model: nn.Module, family: ModuleType, device: torch.device) -> None:
+    def __init__(self, model: nn.Module, family: ModelFamily, device: torch.device) -> None:
         self._taps = ActivationHooks(model, family)
         self.scale = self._taps.scale
         self._shapes: set[torch.Size] = set()

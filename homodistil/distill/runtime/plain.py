@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from types import ModuleType
-
 import torch
 from torch import Tensor, nn
 
 from homodistil.models.activations import ActivationHooks, Activations
+from homodistil.models.family import ModelFamily
 
 
 class PlainRuntime:
-    shows_attention = True
-
-    def __init__(self, model: nn.Module, family: ModuleType) -> None:
+    def __init__(self, model: nn.Module, family: ModelFamily) -> None:
         self._taps = ActivationHooks(model, family)
         self.scale = self._taps.scale
 

@@ -66,7 +66,7 @@ def load_tokenizer(folder: str, max_length: int, num_texts: int = 1) -> PreTrain
     check_words(tokenizer, where)
     if tokenizer.pad_token_id is None:
         raise UserError(f"{where} has no pad_token, which batches need; set one in tokenizer_config.json")
-    allowed = getattr(config, "max_position_embeddings", max_length)
+    allowed = _max_tokens(config, max_length)
     num_special = tokenizer.num_special_tokens_to_add(pair=num_texts > 1)
     if max_length < num_special + num_texts:
         raise UserError(
@@ -76,6 +76,13 @@ def load_tokenizer(folder: str, max_length: int, num_texts: int = 1) -> PreTrain
     if max_length > allowed:
         raise UserError(f"--max-length: found {max_length}, {folder!r} allows {allowed}; lower --max-length")
     return tokenizer
+
+
+def _max_tokens(config, otherwise: int) -> int:
+    """Longest sequence of a model with this configuration."""
+    if config.model_type in FAMILIES:
+        return FAMILIES[config.model_type].shape(config).max_tokens
+    return getattr(config, "max_position_embeddings", otherwise)
 
 
 def load_classifier(folder: str, task: Task) -> nn.Module:

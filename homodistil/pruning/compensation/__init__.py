@@ -14,7 +14,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Literal, NamedTuple
 
 import torch
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from homodistil.data.masked_lm import Batch
 from homodistil.distributed import ranks
 from homodistil.models.axes import AxisTable, Keep
+from homodistil.models.family import ModelFamily
 from homodistil.models.resize_plan import ResizePlan, make_plan, slice_module
 from homodistil.pruning.compensation.axis_maps import AxisMaps, is_mapped, layer_of, leading
 from homodistil.pruning.compensation.head import is_straight, refit_head, straighten_head
@@ -53,7 +53,7 @@ class Compensated(NamedTuple):
 
 def compensate(
     model: nn.Module,
-    family: ModuleType,
+    family: ModelFamily,
     table: AxisTable,
     keep: Keep,
     batches: Sequence[Batch],
@@ -87,7 +87,7 @@ def compensate(
 
 def rotation_only(
     model: nn.Module,
-    family: ModuleType,
+    family: ModelFamily,
     table: AxisTable,
     batches: Sequence[Batch],
     options: Options,
@@ -116,7 +116,7 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 
 def _plan(
     model: nn.Module,
-    family: ModuleType,
+    family: ModelFamily,
     table: AxisTable,
     keep: Keep,
     batches: Sequence[Batch],

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from types import ModuleType
-
 import torch
 from torch import Tensor, nn
 
 from homodistil.distributed import ranks
-from homodistil.models.axes import AxisTable, Keep
+from homodistil.models.axes import AxisTable, Keep, head_axes, heads_axis, kind_of, layer_of
+from homodistil.models.family import ModelFamily
 from homodistil.pruning.compensation.rotation import head_map, query_key_maps, value_output_maps
 from homodistil.pruning.compensation.statistics import HeadMoments
 
@@ -20,7 +19,7 @@ class AxisMaps:
         keep: of the event; of mapped axes only the widths count.
     """
 
-    def __init__(self, model: nn.Module, family: ModuleType, table: AxisTable, keep: Keep) -> None:
+    def __init__(self, model: nn.Module, family: ModelFamily, table: AxisTable, keep: Keep) -> None:
         self._model, self._family, self._table, self._keep = model, family, table, keep
         self._names = {id(parameter): name for name, parameter in model.named_parameters()}
         self.by_parameter: dict[str, dict[int, Tensor]] = {}
@@ -37,13 +36,13 @@ class AxisMaps:
     def rotate(self, axis: str, heads: HeadMoments) -> None:
         """Rotate the dims of every head of `axis` (`layer.3.qk_dim`), keep the leading ones of the heads that stay."""
         parts = self._family.layer_parts(self._model)[layer_of(axis)]
-        if axis.endswith(".qk_dim"):
+        if kind_of(axis) == "qk_dim":
             matrices = query_key_maps(heads)
             places = [(parts.query.weight, 0), (parts.query.bias, 0)], [(parts.key.weight, 0), (parts.key.bias, 0)]
         else:
             matrices = value_output_maps(heads, parts.attention_linear.weight)
             places = [(parts.value.weight, 0), (parts.value.bias, 0)], [(parts.attention_linear.weight, 1)]
-        kept_heads, width = self._keep.get(axis.rsplit(".", 1)[0] + ".heads"), self._keep[axis].shape[-1]
+        kept_heads, width = self._keep.get(heads_axis(layer_of(axis))), self._keep[axis].shape[-1]
         for matrix, of_matrix in zip(matrices, places, strict=True):
             whole = ranks.from_first(head_map(matrix, kept_heads, width))
             for parameter, dim in of_matrix:
@@ -53,13 +52,9 @@ class AxisMaps:
         self.by_parameter.setdefault(parameter, {})[dim] = matrix.cpu()
 
 
-def layer_of(axis: str) -> int:
-    return int(axis.split(".")[1])
-
-
 def is_mapped(axis: str) -> bool:
     """Whether an axis is rotated or projected; entries of the others are selected."""
-    return axis == "hidden" or axis.endswith((".qk_dim", ".vo_dim"))
+    return kind_of(axis) in ("hidden", "qk_dim", "vo_dim")
 
 
 def leading(table: AxisTable, keep: Keep, axis: str) -> Tensor:
@@ -67,4 +62,4 @@ def leading(table: AxisTable, keep: Keep, axis: str) -> Tensor:
     width = keep[axis].shape[-1]
     if axis == "hidden":
         return torch.arange(width)
-    return torch.arange(width).repeat(table.widths[axis.rsplit(".", 1)[0] + ".heads"], 1)
+    return torch.arange(width).repeat(table.widths[head_axes(table.widths)[axis]], 1)

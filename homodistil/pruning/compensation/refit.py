@@ -11,13 +11,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from homodistil.data.masked_lm import Batch
+from homodistil.models.family import ModelFamily
 from homodistil.models.resize_plan import ResizePlan, transform
 from homodistil.pruning.compensation.least_squares import TINY, fit_linear, fit_norm, sum_over_rows
 
@@ -99,7 +99,7 @@ class Refit:
         self,
         old: nn.Module,
         new: nn.Module,
-        family: ModuleType,
+        family: ModelFamily,
         plan: ResizePlan,
         batches: Sequence[Batch],
         ridge: float,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from functools import partial
-from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -17,6 +16,7 @@ from torch.nn import functional
 
 from homodistil.data.masked_lm import Batch
 from homodistil.distributed import ranks
+from homodistil.models.family import ModelFamily
 from homodistil.pruning.compensation.least_squares import TINY
 
 
@@ -67,7 +67,7 @@ class Statistics(NamedTuple):
 
 def collect(
     model: nn.Module,
-    family: ModuleType,
+    family: ModelFamily,
     batches: Sequence[Batch],
     head_layers: Collection[int],
     with_residual: bool,
@@ -92,7 +92,7 @@ def collect(
 
 
 class _Collector:
-    def __init__(self, model: nn.Module, family: ModuleType, head_layers: list[int], with_residual: bool) -> None:
+    def __init__(self, model: nn.Module, family: ModelFamily, head_layers: list[int], with_residual: bool) -> None:
         self.model, self.family, self.head_layers = model, family, head_layers
         self._sums: dict[str, Tensor] = {}
         self._batch: Batch | None = None

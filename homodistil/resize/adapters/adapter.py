@@ -155,11 +155,6 @@ class Adapter(ABC):
             assert gradient.numel() == held.numel, "gradients do not follow the layout"
             yield from _unscaled(held, held_part(group.master, held), gradient, scale)
 
-    def held_masters(self) -> Iterator[tuple[Tensor, MasterSlice]]:
-        """See `homodistil.resize.held_masters`."""
-        for group, held in self._shares(self.groups()):
-            yield group.master, held
-
     def _shares(self, groups: list[StateGroup]) -> Iterator[tuple[StateGroup, MasterSlice]]:
         """What this rank reports of `groups`: partitions whole, and its turn of what every rank has."""
         turn, rank, world_size = itertools.count(), dist.get_rank(), dist.get_world_size()
