@@ -61,7 +61,7 @@ def _run(
     students: Sequence[RunConfig],
     report: StartReport,
 ) -> list[dict]:
-    engine_config = resolve_engine_config(raw_engine_config, config, ranks.world_size())
+    engine_config = resolve_engine_config(raw_engine_config, config.train, ranks.world_size())
     teacher_dtype(config.teacher.dtype, engine_config, device)
     for one in (config, *students):
         check_implementation(one.optimizer.implementation)

@@ -56,7 +56,7 @@ def distil(config: RunConfig, folder: Path, stage: int) -> DistillationRun:
     device = init_ranks()
     engine = {"zero_optimization": {"stage": stage}, "bf16": {"enabled": True}}
     run = DistillationRun(
-        config, resolve_engine_config(engine, config, 1), prepare_inputs(config, device), folder, "test"
+        config, resolve_engine_config(engine, config.train, 1), prepare_inputs(config, device), folder, "test"
     )
     run.row = run.run()
     return run

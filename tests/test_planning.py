@@ -74,7 +74,7 @@ def test_state_is_split_as_zero_splits_it(stage):
     """state_bytes itself is held against live engines in tests/distributed/test_memory.py and test_step_memory.py."""
     config = parse(["recipe=homobert-base-paper", "teacher.name=bert-base-uncased"])
     plan, subject = make_plan(config, ENGINES[stage], A100S), resolve_run(config)
-    policy = policy_of(subject, resolve_engine_config(ENGINES[stage], config, 8), A100S)
+    policy = policy_of(subject, resolve_engine_config(ENGINES[stage], config.train, 8), A100S)
     memory, widths = plan.stretches[0].memory, subject.phases[0].widths
     total = memory["parameters"] + memory["gradients"] + memory["optimizer"]
     assert total == pytest.approx(state_bytes(*policy.parameter_counts(widths), policy.layout))

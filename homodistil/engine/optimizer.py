@@ -10,28 +10,28 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from homodistil.config.schema import RunConfig, TrainConfig
+from homodistil.config.schema import OptimizerConfig, TrainConfig
 from homodistil.engine.ds_config import offloads_optimizer, zero_stage
 from homodistil.engine.native_ops import load_op
 from homodistil.errors import UserError
 
 
-def build_optimizer(module: nn.Module, config: RunConfig, engine_config: dict) -> Optimizer:
+def build_optimizer(module: nn.Module, train: TrainConfig, config: OptimizerConfig, engine_config: dict) -> Optimizer:
     """AdamW over the trainable parameters of `module`, in two groups: with and without weight decay.
 
     Args:
         engine_config: DeepSpeed's JSON: its stage and offload decide which of DeepSpeed's kernels fits.
     """
     options = {
-        "lr": config.train.lr,
-        "betas": (config.optimizer.beta1, config.optimizer.beta2),
-        "eps": config.optimizer.eps,
+        "lr": train.lr,
+        "betas": (config.beta1, config.beta2),
+        "eps": config.eps,
     }
-    groups = parameter_groups(module, config.train.weight_decay)
-    if config.optimizer.implementation == "deepspeed_fused":
+    groups = parameter_groups(module, train.weight_decay)
+    if config.implementation == "deepspeed_fused":
         return _deepspeed_fused(groups, options, engine_config)
     build = {"torch_fused": _torch_fused, "apex_fused": _apex_fused}
-    return build[config.optimizer.implementation](groups, **options)
+    return build[config.implementation](groups, **options)
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict]:

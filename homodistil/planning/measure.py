@@ -48,7 +48,7 @@ def measure_here(config: RunConfig, raw_engine_config: dict) -> list[MeasuredWid
     """Every rank calls it, in a job of its own. Nothing is written but the cache of data and packaged teachers."""
     device = init_ranks(config.run.rank_timeout_s)
     short = compressed_schedule(config)
-    engine_config = resolve_engine_config(raw_engine_config, short, ranks.world_size())
+    engine_config = resolve_engine_config(raw_engine_config, short.train, ranks.world_size())
     run_inputs = prepare_inputs(measurement_inputs(short), device)
     with tempfile.TemporaryDirectory() as folder:
         run = DistillationRun(short, engine_config, run_inputs, Path(folder), command="")
@@ -109,7 +109,7 @@ def samples_of(
 ) -> list[Sample]:
     """What was measured beside what is counted of the same widths."""
     resolved = resolve_run(compressed_schedule(config))
-    engine_config = resolve_engine_config(raw_engine_config, resolved.config, cluster.num_ranks)
+    engine_config = resolve_engine_config(raw_engine_config, resolved.config.train, cluster.num_ranks)
     policy, size = policy_of(resolved, engine_config, cluster), config.train.micro_batch_size
     return [
         Sample(

@@ -122,7 +122,7 @@ def _resolved(raw_engine_config: dict, config: RunConfig, cluster: Cluster) -> d
     """As a rank of the cluster resolves it: fp16 is refused where there is no GPU, which is here, not there."""
     fp16 = {name: raw_engine_config[name] for name in ("fp16",) if name in raw_engine_config and not cluster.is_cpu}
     others = {name: value for name, value in raw_engine_config.items() if name not in fp16}
-    return resolve_engine_config(others, config, cluster.num_ranks) | fp16
+    return resolve_engine_config(others, config.train, cluster.num_ranks) | fp16
 
 
 def policy_of(resolved: ResolvedRun, engine_config: dict, cluster: Cluster) -> MicroBatchPolicy:

@@ -33,7 +33,7 @@ def check_settings(findings: Findings, config: RunConfig, raw_engine_config: dic
     """The resolved engine config, None where it cannot be resolved."""
     before = len(findings)
     num_ranks = int(os.environ.get("WORLD_SIZE", 1))
-    engine = findings.attempt("config", lambda: resolve_engine_config(raw_engine_config, config, num_ranks))
+    engine = findings.attempt("config", lambda: resolve_engine_config(raw_engine_config, config.train, num_ranks))
     findings.attempt("config", lambda: teacher_dtype(config.teacher.dtype, engine or {}, device))
     findings.attempt("config", lambda: check_implementation(config.optimizer.implementation))
     findings.attempt("config", lambda: check_teacher_runtime(config.teacher, device))

@@ -43,7 +43,7 @@ def try_step(
     raw = {name: value for name, value in raw_engine_config.items() if name not in _BATCH_ENTRIES}
     corpus = Corpus(rows, rows, "preflight", "a sample")
     run_inputs = RunInputs(teacher, tokenizer, corpus, device, config.teacher.allow_pickle)
-    engine_config = resolve_engine_config(raw, small, ranks.world_size())
+    engine_config = resolve_engine_config(raw, small.train, ranks.world_size())
     run = DistillationRun(small, engine_config, run_inputs, Path(config.run_dir), command="")
     with Recorder(run.folder, small.train.steps, 0, enabled=False) as recorder:
         run.shrinker.before_training(recorder)

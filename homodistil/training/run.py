@@ -121,7 +121,7 @@ class DistillationRun:
         engine_config = with_micro_batch(self.engine_config, micro_batch, ranks.world_size())
         copies = self.shrinker.plain_copies()
         with doing("building DeepSpeed's engine, and trying a resize of it"):
-            engine = build_engine(self.student, config, engine_config)
+            engine = build_engine(self.student, config.train, config.optimizer, engine_config)
         if config.student.compile:
             CompiledLayers(self.student.family.layers(self.student.model), self.pruner.schedule.num_events)
         if found:

@@ -119,7 +119,8 @@ class _Correction:
             print(f"correcting the teacher: {self.config.train.steps} steps of MLM on the corpus", flush=True)
         before = self._evaluate()
         with doing("building DeepSpeed's engine, and trying a resize of it"):
-            engine = build_engine(self.student, self.config, self.engine_config)
+            config = self.config
+            engine = build_engine(self.student, config.train, config.optimizer, self.engine_config)
         with run_recorder(self.work / "run", self.config, 0) as recorder:
             self._trainer(engine, recorder).train()
         facts = {"before": before, "after": self._evaluate(), "steps": self.config.train.steps}
