@@ -45,7 +45,7 @@ def run_config(shape: Shape, plan: Plan, work: Path, quick: bool, num_ranks: int
 def build_trainer(shape: Shape, config: RunConfig, engine_json: Path, work: Path, device: torch.device) -> Trainer:
     """As `job.run` builds it. Every rank calls it."""
     ranks.on_rank_zero(lambda: write_inputs(shape, config, work))
-    engine_config = resolve_engine_config(load_engine_config(engine_json), config, ranks.world_size())
+    engine_config = resolve_engine_config(load_engine_config(engine_json), config.train, ranks.world_size())
     found = inputs.prepare_inputs(config, device)
     # A run's probe of the gap at every event would take longer than all steps of so short a schedule.
     training_run.PROBE_SEQUENCES = probe_sequences(config, ranks.world_size())

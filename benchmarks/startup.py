@@ -52,7 +52,9 @@ def measure(cache: Path, num_machines: int) -> dict:
     phases["process group"] = time.perf_counter() - START_S
     fields = ["recipe=quickstart", f"data.cache_dir={cache / str(machine)}", "train.micro_batch_size=8"]
     config = parse([*fields, "pruning.compensation=none", "teacher.correction_steps=0"])
-    engine = resolve_engine_config(load_engine_config(launch.ROOT / "ds_configs" / "zero2.json"), config, num_ranks)
+    engine = resolve_engine_config(
+        load_engine_config(launch.ROOT / "ds_configs" / "zero2.json"), config.train, num_ranks
+    )
     run_inputs = prepare_inputs(config, device)
     phases["data"] = time.perf_counter() - START_S
     run = DistillationRun(config, engine, run_inputs, cache / "run", "benchmark")

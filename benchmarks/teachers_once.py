@@ -74,7 +74,9 @@ def measure(shape: Shape, num_turns: int, work: Path) -> dict[str, list[float]]:
     device = init_ranks()
     configs = [student_config(shape, part, work) for part in PARTS]
     write_inputs(shape, configs[0], work)
-    engine_config = resolve_engine_config(load_engine_config(ROOT / "ds_configs" / "zero2_fp32.json"), configs[0], 1)
+    engine_config = resolve_engine_config(
+        load_engine_config(ROOT / "ds_configs" / "zero2_fp32.json"), configs[0].train, 1
+    )
     folders = [work / "run" / config.run.name for config in configs]
     runs = student_runs(configs, folders, engine_config, prepare_inputs(configs[0], device), "benchmark")
     teacher = runs[0].teacher

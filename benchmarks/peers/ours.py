@@ -37,7 +37,7 @@ class Peer:
         config = parse(arguments(task, files, self.folder) + options.get("values", []))
         config.train.micro_batch_size = task.sequences // ranks.world_size()
         engine_config = load_engine_config(ROOT / "ds_configs" / ENGINES[task.precision])
-        engine_config = resolve_engine_config(engine_config, config, ranks.world_size())
+        engine_config = resolve_engine_config(engine_config, config.train, ranks.world_size())
         self.run = DistillationRun(config, engine_config, prepare_inputs(config, device), self.folder, "benchmark")
         if options["widths"] == "final":
             _stay_at(self.run, files.keep())

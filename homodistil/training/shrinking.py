@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from homodistil.config.schema import RunConfig
 from homodistil.data.masked_lm import Batch
 from homodistil.data.prefetch import BatchPrefetcher
 from homodistil.distill.snapshot import StudentSnapshots
@@ -19,17 +18,17 @@ from homodistil.distill.teacher import Teacher
 from homodistil.distributed import ranks
 from homodistil.evaluation.gap_probe import GapProbe
 from homodistil.metrics.recorder import Recorder
-from homodistil.models.axes import Keep, Widths, expand_to_teacher
+from homodistil.models.axes import Keep, expand_to_teacher
 from homodistil.models.resize_plan import ResizePlan, make_plan, slice_module
-from homodistil.models.shapes import student_widths
 from homodistil.pruning.calibration import calibrate
 from homodistil.pruning.compensation.student import EventChange, write_parameters
 from homodistil.pruning.gap_schedule import GapSchedule
 from homodistil.pruning.importance import Importance
 from homodistil.pruning.protected_dims import protected_dims, variance_shares
-from homodistil.pruning.pruner import Pruner, width_schedule
+from homodistil.pruning.pruner import Pruner
 from homodistil.training.compensated_events import Compensation, stage_widths
 from homodistil.training.inputs import RunInputs
+from homodistil.training.resolve import ResolvedRun
 from homodistil.training.trainer import Trainer, resize_event
 from homodistil.training.trial_cuts import GapLook, live_copy, score_by_drawn_labels
 
@@ -38,30 +37,27 @@ class Shrinker:
     """Args:
     student: at its initial widths, not yet in an engine.
     gap: of that student and `teacher`.
-    teacher_widths: of the teacher.
     heldout_loss: plain student -> held-out MLM loss (nats), the same on every rank.
     """
 
     def __init__(
         self,
-        config: RunConfig,
+        resolved: ResolvedRun,
         run_inputs: RunInputs,
         student: Student,
         teacher: Teacher,
         gap: GapProbe,
-        teacher_widths: Widths,
         heldout_loss: Callable[[Student], float],
     ) -> None:
-        self.config, self.run_inputs, self.student, self.teacher, self.gap = config, run_inputs, student, teacher, gap
+        self.config = config = resolved.config
+        self.run_inputs, self.student, self.teacher, self.gap = run_inputs, student, teacher, gap
         self._heldout_loss, self._initial_widths = heldout_loss, student.widths
-        self.pruner = self._build_pruner(teacher_widths)
+        self.pruner = self._build_pruner(resolved)
         compensated = config.pruning.compensation != "none" and config.pruning.schedule != "none"
-        self.compensation = Compensation(config, run_inputs, teacher_widths["hidden"]) if compensated else None
+        self.compensation = Compensation(config, run_inputs, resolved.teacher_widths["hidden"]) if compensated else None
 
-    def _build_pruner(self, teacher_widths: Widths) -> Pruner:
-        config = self.config
-        _, target = student_widths(config.student, teacher_widths)
-        schedule = width_schedule(config, teacher_widths, self._initial_widths, target)
+    def _build_pruner(self, resolved: ResolvedRun) -> Pruner:
+        config, schedule, target = self.config, resolved.make_schedule(), resolved.target
         importance = Importance(
             self.student.axis_table(), config.pruning, config.train.seed, device=self.run_inputs.device
         )
