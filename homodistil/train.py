@@ -15,7 +15,8 @@ from homodistil.distill.student_compile import check_student_compile
 from homodistil.distill.teacher_sharding import num_parameters
 from homodistil.distributed import graceful_stop, groups, invocation, rank_log, ranks, watchdog
 from homodistil.distributed.fault_injection import fault_point
-from homodistil.engine.build import init_ranks, load_engine_config, resolve_engine_config, teacher_dtype
+from homodistil.engine.build import init_ranks, load_engine_config, resolve_engine_config
+from homodistil.engine.ds_config import teacher_dtype, zero_stage
 from homodistil.engine.optimizer import check_implementation
 from homodistil.export.model_card import complete_cards
 from homodistil.metrics.progress import doing
@@ -59,15 +60,15 @@ def _run(
     students: Sequence[RunConfig],
     report: StartReport,
 ) -> list[dict]:
-    engine_config = resolve_engine_config(raw_engine_config, config, ranks.world_size())
+    engine_config = resolve_engine_config(raw_engine_config, config.train, ranks.world_size())
     teacher_dtype(config.teacher.dtype, engine_config, device)
     for one in (config, *students):
         check_implementation(one.optimizer.implementation)
-        check_teacher_runtime(one, device)
-        check_student_compile(one, engine_config, device)
+        check_teacher_runtime(one.teacher, device)
+        check_student_compile(one.student, zero_stage(engine_config), device)
         active_terms(one.loss)  # imports loss.plugins on this rank
     if students:
-        check_stage(engine_config)
+        check_stage(zero_stage(engine_config))
     folder, *own_folders = ranks.on_rank_zero(lambda: check_run_folders(config, students))
     what = "preparing teacher and data"
     with watchdog.long_phase(what), report.part("teacher and data"), doing(what):

@@ -34,8 +34,8 @@ def make_engine(stage: int = 2):
     config = RunConfig()
     config.train.steps, config.train.global_batch_size, config.train.micro_batch_size = 10, 3, 3
     student, teacher = small_pair()
-    resolved = resolve_engine_config({"zero_optimization": {"stage": stage}}, config, 1)
-    return build_engine(student, config, resolved).deepspeed, teacher
+    resolved = resolve_engine_config({"zero_optimization": {"stage": stage}}, config.train, 1)
+    return build_engine(student, config.train, config.optimizer, resolved).deepspeed, teacher
 
 
 def train_step(engine, teacher, seed: int) -> float:
@@ -160,8 +160,8 @@ def test_a_checkpoint_of_another_model_is_refused(three):
     config = RunConfig()
     config.train.global_batch_size = config.train.micro_batch_size = 3
     student, _ = small_pair(hidden=0)  # without most projections
-    resolved = resolve_engine_config({"zero_optimization": {"stage": 1}}, config, 1)
-    engine = build_engine(student, config, resolved).deepspeed
+    resolved = resolve_engine_config({"zero_optimization": {"stage": 1}}, config.train, 1)
+    engine = build_engine(student, config.train, config.optimizer, resolved).deepspeed
     with pytest.raises(UserError, match=r"holds 576 elements of projections.layer_0.weight, this model has 0"):
         three.restore(engine, found)
     engine.destroy()

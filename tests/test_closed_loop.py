@@ -9,6 +9,7 @@ import pytest
 import torch
 from small import plain_run, small_batch, small_model, small_pair
 
+from homodistil.config.rules import check
 from homodistil.config.schema import PruningConfig, RunConfig
 from homodistil.distill.snapshot import StudentSnapshots, duplicate
 from homodistil.engine.build import init_ranks, resolve_engine_config
@@ -47,7 +48,7 @@ def make_config(parts: Path, **pruning) -> RunConfig:
     values = {"end_fraction": 0.8, "interval_steps": 2, "ffn_multiple": 4, "calibration_batches": 2} | pruning
     for name, value in values.items():
         setattr(config.pruning, name, value)
-    config.check()
+    check(config)
     return config
 
 
@@ -55,7 +56,7 @@ def distil(config: RunConfig, folder: Path, stage: int) -> DistillationRun:
     device = init_ranks()
     engine = {"zero_optimization": {"stage": stage}, "bf16": {"enabled": True}}
     run = DistillationRun(
-        config, resolve_engine_config(engine, config, 1), prepare_inputs(config, device), folder, "test"
+        config, resolve_engine_config(engine, config.train, 1), prepare_inputs(config, device), folder, "test"
     )
     run.row = run.run()
     return run

@@ -9,6 +9,7 @@ import pytest
 import torch
 from small import random_keep, small_batch, small_pair
 
+from homodistil.config.rules import check
 from homodistil.config.schema import RunConfig
 from homodistil.data.masked_lm import Batch
 from homodistil.distill.snapshot import duplicate
@@ -106,7 +107,7 @@ def test_settings_that_do_not_go_together(pruning, loss, text):
     config.pruning = dataclasses.replace(config.pruning, **pruning)
     config.loss = dataclasses.replace(config.loss, **loss)
     with pytest.raises(UserError, match=text):
-        config.check()
+        check(config)
 
 
 def test_compensation_is_without_effect_where_nothing_is_cut():
@@ -114,7 +115,7 @@ def test_compensation_is_without_effect_where_nothing_is_cut():
     config = RunConfig()
     config.student.init, config.pruning.schedule, config.loss.projection_learned = "random", "none", False
     assert config.pruning.compensation == "full"
-    config.check()
+    check(config)
 
 
 class FixedBatches(Compensation):

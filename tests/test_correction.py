@@ -7,16 +7,15 @@ import json
 import pytest
 
 from homodistil.config.command_line import parse
+from homodistil.config.derive import SEED_OFFSET, correction_config
 from homodistil.data.prepare.corpus import Corpus
 from homodistil.engine.build import init_ranks
 from homodistil.training.inputs import RunInputs
 from homodistil.training.teacher_correction import (
     FACTS_FILE,
-    SEED_OFFSET,
     TEACHER_FILE,
     _begun_with,
     _key,
-    correction_config,
 )
 
 

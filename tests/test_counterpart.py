@@ -6,7 +6,6 @@ from small import VOCABULARY, plain_run, small_batch, small_model
 from transformers import BertConfig
 
 from homodistil.config.schema import RunConfig, StudentConfig
-from homodistil.distill.build_student import build_student
 from homodistil.distill.layer_map import check_student, compared_layers, copied_layers
 from homodistil.distill.losses.active import check_terms
 from homodistil.distill.teacher import Teacher
@@ -14,6 +13,7 @@ from homodistil.errors import UserError
 from homodistil.export.stock_model import stock_model
 from homodistil.models.encoders.bert import BERT as bert
 from homodistil.models.shapes import student_widths
+from homodistil.training.resolve import resolve_run
 
 TEACHER = {"num_hidden_layers": 6}
 
@@ -31,7 +31,7 @@ def config_of(**changes) -> RunConfig:
 
 def student_of(config: RunConfig):
     teacher = small_model(**TEACHER)
-    return build_student(config, teacher.config, lambda: small_model(**TEACHER)), teacher
+    return resolve_run(config, teacher.config).build_student(lambda: small_model(**TEACHER)), teacher
 
 
 RANDOM = {"student__init": "random", "pruning__schedule": "none"}
@@ -62,7 +62,8 @@ def test_layers_are_compared_uniformly():
 )
 def test_impossible_starts_name_the_field(changes, message):
     with pytest.raises(UserError, match=message) as caught:
-        check_student(config_of(**changes), 6)
+        config = config_of(**changes)
+        check_student(config.student, config.pruning, config.loss, 6)
     assert "\n" not in str(caught.value)
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from homodistil.config.rules import check
 from homodistil.config.schema import DataConfig, RunConfig
 from homodistil.data.prepare import near_duplicates
 from homodistil.data.prepare.corpus import prepare_corpus, prepare_share
@@ -128,4 +129,4 @@ def test_weights_that_do_not_fit():
         config = RunConfig()
         config.data.sources, config.data.weights = ["a.txt", "b.txt"], weights
         with pytest.raises(UserError, match=pattern):
-            config.check()
+            check(config)

@@ -7,8 +7,9 @@ import pytest
 import torch
 from small import small_pair
 
-from homodistil.config.schema import RunConfig
-from homodistil.engine.build import resolve_engine_config, student_dtype, teacher_dtype
+from homodistil.config.schema import OptimizerConfig, RunConfig, TrainConfig
+from homodistil.engine.build import resolve_engine_config
+from homodistil.engine.ds_config import student_dtype, teacher_dtype
 from homodistil.engine.optimizer import build_optimizer, build_schedule, is_nvidia_apex, rewarm
 from homodistil.errors import UserError
 
@@ -20,9 +21,9 @@ CONFIGS = sorted((Path(__file__).parents[1] / "ds_configs").glob("*.json"))
 def test_shipped_configs_are_filled_without_auto(path):
     if "fp16" in path.stem and not torch.cuda.is_available():
         with pytest.raises(UserError, match="fp16.enabled: true in the DeepSpeed JSON needs a GPU"):
-            resolve_engine_config(json.loads(path.read_text()), RunConfig(), num_ranks=2)
+            resolve_engine_config(json.loads(path.read_text()), RunConfig().train, num_ranks=2)
         return
-    resolved = resolve_engine_config(json.loads(path.read_text()), RunConfig(), num_ranks=2)
+    resolved = resolve_engine_config(json.loads(path.read_text()), RunConfig().train, num_ranks=2)
     assert "auto" not in json.dumps(resolved)
     assert resolved["zero_force_ds_cpu_optimizer"] is False  # torch's AdamW is welcome in host memory
     assert resolved["train_batch_size"] == 32 and resolved["gradient_accumulation_steps"] == 1
@@ -33,18 +34,18 @@ def test_shipped_configs_are_filled_without_auto(path):
 def test_accumulation_follows_from_batch_and_ranks():
     config = RunConfig()
     config.train.global_batch_size, config.train.micro_batch_size = 96, 8
-    assert resolve_engine_config({}, config, num_ranks=4)["gradient_accumulation_steps"] == 3
+    assert resolve_engine_config({}, config.train, num_ranks=4)["gradient_accumulation_steps"] == 3
 
 
 def test_equal_values_in_both_places_are_fine_and_different_ones_name_both():
-    assert resolve_engine_config({"gradient_clipping": 1.0}, RunConfig(), 1)["gradient_clipping"] == 1.0
+    assert resolve_engine_config({"gradient_clipping": 1.0}, RunConfig().train, 1)["gradient_clipping"] == 1.0
     with pytest.raises(UserError, match="gradient_clipping: the DeepSpeed JSON says 0.5, the run config says 1.0"):
-        resolve_engine_config({"gradient_clipping": 0.5}, RunConfig(), 1)
+        resolve_engine_config({"gradient_clipping": 0.5}, RunConfig().train, 1)
 
 
 def test_auto_that_nobody_fills_is_named():
     with pytest.raises(UserError, match='zero_optimization.reduce_bucket_size: "auto"'):
-        resolve_engine_config({"zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"}}, RunConfig(), 1)
+        resolve_engine_config({"zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"}}, RunConfig().train, 1)
 
 
 def test_teacher_precision_follows_the_student_on_cpu():
@@ -57,7 +58,7 @@ def test_teacher_precision_follows_the_student_on_cpu():
 def test_vectors_and_projections_do_not_decay():
     student, _ = small_pair()
     names = {id(p): name for name, p in student.named_parameters()}
-    decay, rest = build_optimizer(student, RunConfig(), {}).param_groups
+    decay, rest = build_optimizer(student, TrainConfig(), OptimizerConfig(), {}).param_groups
     assert decay["weight_decay"] == 0.01 and rest["weight_decay"] == 0.0
     assert all(p.ndim == 2 for p in decay["params"])
     assert not any(names[id(p)].startswith("projections.") for p in decay["params"])
@@ -66,14 +67,18 @@ def test_vectors_and_projections_do_not_decay():
 
 def test_frozen_projections_are_not_trained():
     student, _ = small_pair(projection_learned=False)
-    trained = {id(p) for group in build_optimizer(student, RunConfig(), {}).param_groups for p in group["params"]}
+    trained = {
+        id(p)
+        for group in build_optimizer(student, TrainConfig(), OptimizerConfig(), {}).param_groups
+        for p in group["params"]
+    }
     assert not any(id(p) in trained for p in student.projections.parameters())
 
 
 def test_learning_rate_rises_and_falls_linearly():
     config = RunConfig()
     config.train.steps, config.train.warmup_fraction, config.train.lr = 20, 0.25, 1.0
-    optimizer = build_optimizer(small_pair()[0], config, {})
+    optimizer = build_optimizer(small_pair()[0], config.train, config.optimizer, {})
     schedule = build_schedule(optimizer, config.train)
     rates = []
     for _ in range(20):
@@ -101,7 +106,7 @@ def _schedule(rewarm_steps: int):
     config = RunConfig()
     config.train.steps, config.train.warmup_fraction, config.train.lr = 20, 0.25, 1.0
     config.train.rewarm_steps = rewarm_steps
-    return build_schedule(build_optimizer(small_pair()[0], config, {}), config.train)
+    return build_schedule(build_optimizer(small_pair()[0], config.train, config.optimizer, {}), config.train)
 
 
 def test_learning_rate_climbs_back_after_an_event_to_where_it_would_have_been():
@@ -143,5 +148,5 @@ def test_deepspeeds_own_optimizer_follows_stage_and_offload(stage, offload, expe
     config = RunConfig()
     config.optimizer.implementation = "deepspeed_fused"
     zero = {"stage": stage} | ({"offload_optimizer": {"device": "cpu"}} if offload else {})
-    optimizer = build_optimizer(small_pair()[0], config, {"zero_optimization": zero})
+    optimizer = build_optimizer(small_pair()[0], config.train, config.optimizer, {"zero_optimization": zero})
     assert type(optimizer).__name__ == expected

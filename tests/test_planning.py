@@ -50,9 +50,9 @@ def test_stretches_are_the_schedule_step_by_step(cache_dir):
     subject = resolve_run(config)
     initial, target = student_widths(config.student, subject.teacher_widths)
     schedule = width_schedule(config, subject.teacher_widths, initial, target)
-    by_step = [stretch.widths for stretch in subject.stretches for _ in range(stretch.num_steps)]
+    by_step = [stretch.widths for stretch in subject.phases for _ in range(stretch.num_steps)]
     assert by_step == [initial | schedule.reached(step) for step in range(config.train.steps)]
-    assert all(a.first_step + a.num_steps == b.first_step for a, b in itertools.pairwise(subject.stretches))
+    assert all(a.first_step + a.num_steps == b.first_step for a, b in itertools.pairwise(subject.phases))
 
 
 def test_flops_of_a_run_are_those_of_its_steps(cache_dir):
@@ -60,7 +60,7 @@ def test_flops_of_a_run_are_those_of_its_steps(cache_dir):
     plan, subject = make_plan(config, ENGINES[2], find_cluster("H100", 2)), resolve_run(config)
     data, batch = config.data, config.train.global_batch_size
     whole = 0.0
-    for widths, count in ((s.widths, s.num_steps) for s in subject.stretches):
+    for widths, count in ((s.widths, s.num_steps) for s in subject.phases):
         rows = data.mask_probability * batch * (data.seq_len - 2)
         sizes = {"num_sequences": batch, "seq_len": data.seq_len, "target_rows": rows, "vocab_size": 30522}
         whole += count * step_flops(widths, subject.teacher_widths, config.loss, **sizes).total
@@ -74,8 +74,8 @@ def test_state_is_split_as_zero_splits_it(stage):
     """state_bytes itself is held against live engines in tests/distributed/test_memory.py and test_step_memory.py."""
     config = parse(["recipe=homobert-base-paper", "teacher.name=bert-base-uncased"])
     plan, subject = make_plan(config, ENGINES[stage], A100S), resolve_run(config)
-    policy = policy_of(subject, resolve_engine_config(ENGINES[stage], config, 8), A100S)
-    memory, widths = plan.stretches[0].memory, subject.stretches[0].widths
+    policy = policy_of(subject, resolve_engine_config(ENGINES[stage], config.train, 8), A100S)
+    memory, widths = plan.stretches[0].memory, subject.phases[0].widths
     total = memory["parameters"] + memory["gradients"] + memory["optimizer"]
     assert total == pytest.approx(state_bytes(*policy.parameter_counts(widths), policy.layout))
     assert memory["teacher"] == 2 * subject.teacher_parameters == 2 * 109_514_298

@@ -88,7 +88,7 @@ def two_steps(parts, name: str, *overrides: str):
 
 def distil(config, folder, stage: int = 2) -> DistillationRun:
     device = init_ranks()
-    engine_config = resolve_engine_config({"zero_optimization": {"stage": stage}}, config, 1)
+    engine_config = resolve_engine_config({"zero_optimization": {"stage": stage}}, config.train, 1)
     run = DistillationRun(config, engine_config, prepare_inputs(config, device), folder, "a test")
     run.row = run.run()
     return run

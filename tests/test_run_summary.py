@@ -8,6 +8,7 @@ from transformers import BertConfig, BertForMaskedLM
 
 from homodistil.config.command_line import parse
 from homodistil.errors import UserError
+from homodistil.training.resolve import resolve_run
 from homodistil.training.run_summary import run_summary
 
 BASE = BertConfig()
@@ -24,7 +25,7 @@ def parameters(layers: int, hidden: int, ffn: int, heads: int) -> int:
 
 
 def test_the_quickstart_in_numbers():
-    assert run_summary(parse([]), TINY) == {
+    assert run_summary(resolve_run(parse([]), TINY)) == {
         "student": "2 layers, hidden 64, ffn 256, 2 heads of 32; from a copy of embedded:bert-tiny",
         "parameters": f"{parameters(2, 128, 512, 2):,} (teacher) -> {parameters(2, 64, 256, 2):,} (48%)",
         "losses": "mlm x 1, kl x 4, hidden x 1, attention x 1, embedding x 1",
@@ -34,7 +35,7 @@ def test_the_quickstart_in_numbers():
 
 
 def test_the_papers_base_in_numbers():
-    told = run_summary(parse(["recipe=homobert-base-paper"]), BASE)
+    told = run_summary(resolve_run(parse(["recipe=homobert-base-paper"]), BASE))
     assert told["student"].startswith("12 layers, hidden 576, ffn 2304, 12 heads of 48; from a copy of bert-base")
     assert told["parameters"].startswith(f"109,514,298 (teacher) -> {parameters(12, 576, 2304, 12):,} (60%)")
     assert "kl x 1," in told["losses"] and "compensation none" in told["pruning"]
@@ -59,9 +60,9 @@ def test_the_papers_base_in_numbers():
     ],
 )
 def test_other_forms(recipe, overrides, subject, text):
-    assert text in run_summary(parse([f"recipe={recipe}", *overrides]), TINY)[subject]
+    assert text in run_summary(resolve_run(parse([f"recipe={recipe}", *overrides]), TINY))[subject]
 
 
 def test_no_target_proposes_half_of_this_teacher():
     with pytest.raises(UserError, match=r"^student: no target size; for half .* student.hidden_size=384 student.inter"):
-        run_summary(parse(["teacher.name=/models/mine"]), BASE)
+        run_summary(resolve_run(parse(["teacher.name=/models/mine"]), BASE))

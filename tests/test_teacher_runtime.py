@@ -8,7 +8,7 @@ from small import small_batch, small_model
 from torch import nn
 from torch._dynamo.utils import counters
 
-from homodistil.config.schema import RunConfig, TeacherConfig
+from homodistil.config.schema import TeacherConfig
 from homodistil.distill.runtime import SideStream, build_runtime, check_teacher_runtime, compiled
 from homodistil.errors import UserError
 from homodistil.models.encoders.bert import BERT as bert
@@ -78,18 +78,18 @@ def test_every_shape_is_compiled_once(dtype):
 
 def test_a_stream_of_its_own_is_refused_on_the_cpu():
     with pytest.raises(UserError, match="teacher.own_stream: .*GPU.* cpu"):
-        check_teacher_runtime(RunConfig(teacher=TeacherConfig(own_stream=True)), CPU)
+        check_teacher_runtime(TeacherConfig(own_stream=True), CPU)
 
 
 def test_settings_that_can_work_are_not_refused():
     for teacher in ({}, {"runtime": "compile"}, {"runtime": "deepspeed"}):
-        check_teacher_runtime(RunConfig(teacher=TeacherConfig(**teacher)), CPU)
+        check_teacher_runtime(TeacherConfig(**teacher), CPU)
 
 
 def test_no_compiler_is_said_by_name(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(UserError, match="^teacher.runtime: .*'no-such-compiler' is not on the PATH"):
-        check_teacher_runtime(RunConfig(teacher=TeacherConfig(runtime="compile")), CPU)
+        check_teacher_runtime(TeacherConfig(runtime="compile"), CPU)
 
 
 def test_a_stream_of_its_own_needs_a_gpu():

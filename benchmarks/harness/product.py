@@ -49,7 +49,7 @@ def run_config(shape: Shape, plan: Plan, work: Path, quick: bool, num_ranks: int
 def build_trainer(shape: Shape, config: RunConfig, engine_json: Path, work: Path, device: torch.device) -> Trainer:
     """As a run of homodistil builds it. Every rank calls it."""
     ranks.on_rank_zero(lambda: write_inputs(shape, config, work))
-    engine_config = resolve_engine_config(load_engine_config(engine_json), config, ranks.world_size())
+    engine_config = resolve_engine_config(load_engine_config(engine_json), config.train, ranks.world_size())
     run = DistillationRun(config, engine_config, prepare_inputs(config, device), work / "run", "benchmark")
     return run.build_trainer(run_recorder(work / "run", config, 0), TrainState())
 

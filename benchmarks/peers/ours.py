@@ -35,7 +35,7 @@ class Peer:
         config = parse(arguments(task, files, self.folder))
         config.train.micro_batch_size = task.sequences
         engine_config = load_engine_config(ROOT / "ds_configs" / ENGINES[task.precision])
-        engine_config = resolve_engine_config(engine_config, config, 1)
+        engine_config = resolve_engine_config(engine_config, config.train, 1)
         self.run = DistillationRun(config, engine_config, prepare_inputs(config, device), self.folder, "benchmark")
         if options["widths"] == "final":
             _stay_at(self.run, files.keep())

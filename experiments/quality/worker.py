@@ -22,7 +22,8 @@ from experiments.quality.specs import content_hash
 from homodistil.config.schema import RunConfig
 from homodistil.distill.teacher import build_teacher
 from homodistil.distributed import graceful_stop
-from homodistil.engine.build import init_ranks, load_engine_config, resolve_engine_config, teacher_dtype
+from homodistil.engine.build import init_ranks, load_engine_config, resolve_engine_config
+from homodistil.engine.ds_config import teacher_dtype
 from homodistil.errors import StopRequested
 from homodistil.evaluation.heldout import evaluate
 from homodistil.training.inputs import RunInputs, check_teacher, prepare_inputs, teacher_copy
@@ -42,7 +43,7 @@ class Context:
 
     def train(self, config: RunConfig, folder: Path, eval_blocks: int | None) -> dict:
         """One run of the product, measured."""
-        engine_config = resolve_engine_config(copy.deepcopy(self._engine_config), config, 1)
+        engine_config = resolve_engine_config(copy.deepcopy(self._engine_config), config.train, 1)
         teacher_dtype(config.teacher.dtype, engine_config, self.device)
         check_teacher(config)
         both = halves(self.run_inputs(config), eval_blocks)
@@ -65,7 +66,7 @@ class Context:
         sections = [dataclasses.asdict(part) for part in (config.teacher, config.data)]
         key = content_hash([*sections, config.train.global_batch_size])
         if key not in self._materials:
-            engine_config = resolve_engine_config(copy.deepcopy(self._engine_config), config, 1)
+            engine_config = resolve_engine_config(copy.deepcopy(self._engine_config), config.train, 1)
             folder = self.work / "corrections" / key
             folder.mkdir(parents=True, exist_ok=True)
             with FileLock(folder / "lock"):  # the other worker waits, and finds it done
@@ -74,7 +75,7 @@ class Context:
         return self._materials[key]
 
     def evaluate_teacher(self, config: RunConfig, eval_blocks: int | None) -> dict:
-        engine_config = resolve_engine_config(copy.deepcopy(self._engine_config), config, 1)
+        engine_config = resolve_engine_config(copy.deepcopy(self._engine_config), config.train, 1)
         run_inputs = self.run_inputs(config)
         dtype = teacher_dtype(config.teacher.dtype, engine_config, self.device)
         teacher = build_teacher(teacher_copy(run_inputs, dtype), config.teacher, self.device, dtype)

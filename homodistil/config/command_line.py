@@ -15,9 +15,9 @@ from typing import NamedTuple
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
-from homodistil.config import students
+from homodistil.config import rules, students
 from homodistil.config.one_line_parser import program
-from homodistil.config.schema import RunConfig
+from homodistil.config.schema import SECTIONS, RunConfig
 from homodistil.config.shipped import DEFAULT_ENGINE, engine_names, engine_path, recipe_names, recipe_path
 from homodistil.config.values import (
     REMOVED_FIELDS,
@@ -78,8 +78,8 @@ def parse_job(argv: list[str], description: str = "") -> Job:
         )
     paths = students.file_names(namespace.teachers_once)
     found = [_student(argv, description, path) for path in paths]
-    students.finalize_students(config, found, [path.stem for path in paths])
-    return Job(config, engine_config, found)
+    job, found = students.finalize_students(config, found, [path.stem for path in paths])
+    return Job(job, engine_config, found)
 
 
 def _student(argv: list[str], description: str, path: Path) -> RunConfig:
@@ -100,9 +100,8 @@ def _parse(argv: list[str], description: str, with_engine: bool):
         namespace = parser.parse_args(arguments)
     except ArgumentError as error:
         raise UserError(_one_line(error)) from None
-    sections = {f.name: f.default_factory for f in dataclasses.fields(RunConfig)}
-    config = RunConfig(**{name: _section(make, getattr(namespace, name)) for name, make in sections.items()})
-    config.check()
+    config = RunConfig(**{name: _section(make, getattr(namespace, name)) for name, make in SECTIONS.items()})
+    rules.check(config)
     return config, namespace
 
 
@@ -172,8 +171,7 @@ def _is_about_another_job(arguments: list[str]) -> bool:
 
 
 def _known_keys() -> dict[str, set[str]]:
-    sections = dataclasses.fields(RunConfig)
-    return {s.name: {f.name for f in dataclasses.fields(s.default_factory)} for s in sections}
+    return {name: {field.name for field in dataclasses.fields(section)} for name, section in SECTIONS.items()}
 
 
 def _checked(arguments: list[str]) -> list[str]:

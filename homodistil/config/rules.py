@@ -1,97 +1,29 @@
-"""Rules on the values of a run config that need no model, data or ranks: ranges, and what fields must say together."""
+"""Rules on a run config that need no model, data or ranks: the ranges that its fields declare, and what fields must
+say together."""
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
+from homodistil.config.option import Limits
+from homodistil.config.schema import OPTIONS, RunConfig, value_of
 from homodistil.errors import UserError
 
-if TYPE_CHECKING:
-    from homodistil.config.schema import RunConfig
-
-# Upper bounds are far above what makes sense, and below what overflows, runs for ever or fills a machine's memory.
-_STEPS = 10**9
-"""A step a millisecond would take 11 days; tables of schedules are as long as events, not as steps."""
-_COUNT = 10**7
-"""Sequences, batches, neurons: more fit no machine."""
-_WEIGHT = 10**6
-"""Of a loss term: fp32 still adds a term a million times smaller to about one."""
-_SECONDS = 10**7
-"""115 days, and below what waiting in a thread takes."""
 MAX_EVENTS = 100_000
 """Steps at which a width may be due: each has an entry in a table. No model has so many widths to pass."""
-# (field, smallest, largest, which ends are excluded: "", "low", "high", "both")
-_INF = float("inf")
-_RANGES = [
-    ("teacher.correction_steps", 0, _STEPS, ""),
-    ("teacher.correction_lr", 0, 10, "low"),
-    ("teacher.correction_seed", 0, 2**31 - 1, ""),
-    ("student.dropout", 0, 1, "high"),
-    ("data.seq_len", 3, 2**20, ""),
-    ("data.heldout_fraction", 0, 1, "both"),
-    ("data.mask_probability", 1e-4, 1, "high"),
-    ("data.workers", 0, 4096, ""),
-    ("data.shard_bytes", 1, 2**50, ""),
-    ("train.steps", 1, _STEPS, ""),
-    ("train.global_batch_size", 1, _COUNT, ""),
-    ("train.micro_batch_size", 1, _COUNT, ""),
-    ("train.lr", 0, 10, "low"),
-    ("train.lr_steps", 0, _STEPS, ""),
-    ("train.cool_steps", 0, _STEPS, ""),
-    ("train.rewarm_steps", 0, _STEPS, ""),
-    ("train.warmup_fraction", 0, 1, ""),
-    ("train.weight_decay", 0, 100, ""),
-    ("train.gradient_clipping", 0, _WEIGHT, ""),
-    ("train.seed", 0, 2**31 - 1, ""),
-    ("train.save_every_steps", 0, _STEPS, ""),
-    ("train.eval_every_steps", 0, _STEPS, ""),
-    ("train.eval_batch_size", 1, _COUNT, ""),
-    ("train.log_every_steps", 1, _STEPS, ""),
-    ("pruning.start_fraction", 0, 1, ""),
-    ("pruning.end_fraction", 0, 1, ""),
-    ("pruning.interval_steps", 1, _STEPS, ""),
-    ("pruning.width_multiple", 1, _COUNT, ""),
-    ("pruning.ffn_multiple", 1, _COUNT, ""),
-    ("pruning.head_dim_multiple", 1, _COUNT, ""),
-    ("pruning.max_event_fraction", 0, 1, "low"),
-    ("pruning.ema_beta", 0, 1, "high"),
-    ("pruning.uncertainty_beta", 0, 1, "high"),
-    ("pruning.calibration_batches", 1, _COUNT, ""),
-    ("pruning.protect_outliers", 0, 1, ""),
-    ("pruning.gap_bound", 0, 1000, "low"),
-    ("pruning.gap_recovery", 0, 1, ""),
-    ("pruning.compensation_sequences", 1, _COUNT, ""),
-    ("pruning.compensation_ridge", 0, _WEIGHT, "low"),
-    ("pruning.compensation_limit", 0, 1000, ""),
-    ("pruning.one_shot_stages", 1, 1000, ""),
-    ("loss.mlm", 0, _WEIGHT, ""),
-    ("loss.kl", 0, _WEIGHT, ""),
-    ("loss.hidden", 0, _WEIGHT, ""),
-    ("loss.attention", 0, _WEIGHT, ""),
-    ("loss.embedding", 0, _WEIGHT, ""),
-    ("loss.cosine", 0, _WEIGHT, ""),
-    ("loss.relations", 0, _WEIGHT, ""),
-    ("loss.relation_heads", 0, _COUNT, ""),
-    ("loss.kl_temperature", 0, 1000, "low"),
-    ("optimizer.beta1", 0, 1, "high"),
-    ("optimizer.beta2", 0, 1, "high"),
-    ("optimizer.eps", 0, 1, "low"),
-    ("run.settle_steps", 0, _STEPS, ""),
-    ("run.keep_checkpoints", 1, _COUNT, ""),
-    ("run.rank_timeout_s", 0, _SECONDS, "low"),
-]
 
 
 def range_text(name: str) -> str:
     """Which values a number of this field may have, such as "in (0, 10]"; "" where nothing is said."""
-    return next((f"in {_interval(*limits)}" for field, *limits in _RANGES if field == name), "")
+    limits = OPTIONS[name].limits
+    return f"in {limits}" if limits else ""
 
 
-def check_rules(config: RunConfig) -> None:
+def check(config: RunConfig) -> None:
     """Raises `UserError` at the first rule that `config` breaks."""
-    for name, low, high, open_ends in _RANGES:
-        _check_range(name, _get(config, name), low, high, open_ends)
+    for name, facts in OPTIONS.items():
+        if facts.limits:
+            _check_range(name, value_of(config, name), facts.limits)
     if config.pruning.end_fraction < config.pruning.start_fraction:
         raise UserError(
             f"pruning.end_fraction: {config.pruning.end_fraction} is before pruning.start_fraction "
@@ -102,8 +34,6 @@ def check_rules(config: RunConfig) -> None:
     if not config.data.text_column.strip():
         raise UserError("data.text_column: found nothing, allowed is the name of a column; set data.text_column=text")
     _check_weights(config)
-    for name, weight in config.loss.extra.items():
-        _check_range(f"loss.extra.{name}", weight, 0, _WEIGHT, "")
     if not config.loss.weights:
         raise UserError("loss: every weight is 0; give at least one term a weight > 0")
     if 0 < config.train.lr_steps < config.train.steps:
@@ -133,14 +63,10 @@ def _check_weights(config: RunConfig) -> None:
         raise UserError(
             f"data.weights: found {len(weights)} for {len(sources)} data.sources; give one for each source, or none"
         )
-    for weight in weights:
-        _check_range("data.weights", weight, 0, 1000, "low")
 
 
 def _check_milestones(config: RunConfig) -> None:
     run, schedule = config.run, config.pruning.schedule
-    for fraction in run.export_milestones:
-        _check_range("run.export_milestones", fraction, 0, 1, "both")
     if run.export_milestones and schedule in ("one_shot", "none"):
         raise UserError(
             f"run.export_milestones: found {run.export_milestones}, but with pruning.schedule={schedule} the width "
@@ -171,19 +97,11 @@ def _check_compensation(config: RunConfig) -> None:
         )
 
 
-def _get(config: RunConfig, dotted: str):
-    section, name = dotted.split(".")
-    return getattr(getattr(config, section), name)
-
-
-def _check_range(name: str, value: float, low: float, high: float, open_ends: str) -> None:
-    above = value > low if open_ends in ("low", "both") else value >= low
-    below = value < high if open_ends in ("high", "both") else value <= high
-    if not (above and below):
-        raise UserError(f"{name}: found {value}, allowed {_interval(low, high, open_ends)}; set a value in this range")
-
-
-def _interval(low: float, high: float, open_ends: str) -> str:
-    left = "(" if open_ends in ("low", "both") else "["
-    right = ")" if open_ends in ("high", "both") or high == _INF else "]"
-    return f"{left}{low:.10g}, {high:.10g}{right}"
+def _check_range(name: str, value: float | list[float] | dict[str, float], limits: Limits) -> None:
+    if isinstance(value, dict):
+        for key, number in value.items():
+            _check_range(f"{name}.{key}", number, limits)
+        return
+    for number in value if isinstance(value, list) else [value]:
+        if not limits.contain(number):
+            raise UserError(f"{name}: found {number}, allowed {limits}; set a value in this range")

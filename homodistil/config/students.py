@@ -1,6 +1,7 @@
 """Several students in one job (`--teachers-once`): their configs, from the job's own and a file of differences each.
 
-Teacher, text and batches are the job's; what a student may choose is what it is and how it is pruned and optimised.
+Teacher, text and batches are the job's; what a student may choose is what it is and how it is pruned and optimised
+(`students` of each field, schema.py).
 """
 
 from __future__ import annotations
@@ -10,29 +11,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from homodistil.config.schema import RunConfig
+from homodistil.config.derive import shared_job_config, student_config
+from homodistil.config.schema import OPTIONS, RunConfig, value_of
 from homodistil.errors import UserError
-
-STUDENTS_FOLDER = "students"
-
-_SHARED_LOSS = ("relations", "relation_heads", "relation_layer", "extra", "plugins")
-# Section -> fields that students share with the job; None: all of them.
-_SHARED: dict[str, tuple[str, ...] | None] = {
-    "teacher": None,
-    "data": None,
-    "train": (
-        "global_batch_size",
-        "micro_batch_size",
-        "seed",
-        "save_every_steps",
-        "eval_every_steps",
-        "eval_batch_size",
-        "log_every_steps",
-    ),
-    "loss": _SHARED_LOSS,
-    "student": ("dropout",),
-    "run": ("resume", "keep_checkpoints", "async_checkpoints", "grow_micro_batch", "rank_timeout_s"),
-}
 
 
 def file_names(text: str) -> list[Path]:
@@ -57,8 +38,10 @@ def as_overrides(content: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def finalize_students(config: RunConfig, students: Sequence[RunConfig], names: Sequence[str]) -> None:
-    """Give the students their folders, and all of them the teacher's whole passes; then check that they fit together.
+def finalize_students(
+    config: RunConfig, students: Sequence[RunConfig], names: Sequence[str]
+) -> tuple[RunConfig, list[RunConfig]]:
+    """The job and its students, in their folders and with the teacher's whole passes, once they fit together.
 
     Raises:
         UserError: a field differs that they share, or one that cannot be shared is set.
@@ -66,9 +49,8 @@ def finalize_students(config: RunConfig, students: Sequence[RunConfig], names: S
     _check_together(config)
     for student, name in zip(students, names, strict=True):
         _check_shared(config, student, name)
-        student.run.name, student.run.dir = name, str(Path(config.run_dir) / STUDENTS_FOLDER / name)
-        student.teacher.lock_step = False
-    config.teacher.lock_step = False
+    finished = [student_config(config, student, name) for student, name in zip(students, names, strict=True)]
+    return shared_job_config(config), finished
 
 
 def _check_together(config: RunConfig) -> None:
@@ -85,19 +67,18 @@ def _check_together(config: RunConfig) -> None:
 
 
 def _check_shared(config: RunConfig, student: RunConfig, name: str) -> None:
-    jobs, own = config.to_dict(), student.to_dict()
-    for section, fields in _SHARED.items():
-        for field in fields or jobs[section]:
-            if jobs[section][field] != own[section][field]:
-                raise UserError(
-                    f"{section}.{field}: {own[section][field]} in {name}.yaml (--teachers-once), and the job has "
-                    f"{jobs[section][field]}; students of one job share it: set it for the job alone"
-                )
+    for field, facts in OPTIONS.items():
+        job_value, value = value_of(config, field), value_of(student, field)
+        if facts.students == "shared" and job_value != value:
+            raise UserError(
+                f"{field}: {value} in {name}.yaml (--teachers-once), and the job has {job_value}; students of one job "
+                f"share it: set it for the job alone"
+            )
 
 
-def check_stage(engine_config: Mapping[str, Any]) -> None:
+def check_stage(zero_stage: int) -> None:
     """Raise `UserError` where several engines cannot live in one job."""
-    if engine_config.get("zero_optimization", {}).get("stage", 0) == 3:
+    if zero_stage == 3:
         raise UserError(
             "--teachers-once: zero_optimization.stage 3 in the DeepSpeed JSON has not been tried with several engines; "
             "use stage 0, 1 or 2 (ds_configs/zero2.json)"

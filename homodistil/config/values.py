@@ -9,7 +9,6 @@ YAML takes `0x10`, `6_0` and `1:30` for numbers; here a number is written in dec
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import os
 import re
@@ -22,7 +21,7 @@ from typing import Any, Literal, NamedTuple
 import yaml
 
 from homodistil.config.rules import range_text
-from homodistil.config.schema import RunConfig
+from homodistil.config.schema import SECTIONS
 from homodistil.errors import UserError, nearest
 
 MAX_FILE_BYTES = 1 << 20
@@ -125,8 +124,7 @@ def _range_of(name: str) -> str:
 
 @functools.cache
 def _types(section: str) -> dict[str, Any]:
-    sections = {f.name: f.default_factory for f in dataclasses.fields(RunConfig)}
-    return typing.get_type_hints(sections[section])
+    return typing.get_type_hints(SECTIONS[section])
 
 
 # -- reading

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from homodistil.config.schema import RunConfig, StudentConfig
+from homodistil.config.schema import LossConfig, PruningConfig, StudentConfig
 from homodistil.errors import UserError
 
 
@@ -25,15 +25,15 @@ class LayerMap(NamedTuple):
     """Both residual streams are equally wide for the whole run, and made of the same dims."""
 
 
-def layer_map_of(config: RunConfig, teacher) -> LayerMap:
+def layer_map_of(student: StudentConfig, pruning: PruningConfig, teacher) -> LayerMap:
     """The counterpart of the run's student. `teacher`: its Hugging Face configuration. Raises as `check_student`."""
-    is_origin = config.student.init == "teacher"
+    is_origin = student.init == "teacher"
     return LayerMap(
         teacher.hidden_size,
         teacher.num_attention_heads,
-        compared_layers(config.student, teacher.num_hidden_layers),
+        compared_layers(student, teacher.num_hidden_layers),
         is_origin,
-        keeps_width=is_origin and config.pruning.schedule == "none",
+        keeps_width=is_origin and pruning.schedule == "none",
     )
 
 
@@ -79,23 +79,23 @@ def copied_layers(student: StudentConfig, num_teacher_layers: int) -> tuple[int,
     return tuple(found)
 
 
-def check_student(config: RunConfig, num_teacher_layers: int) -> None:
-    """Raises `UserError` when the student cannot start as `config` says."""
-    compared_layers(config.student, num_teacher_layers)
-    copied_layers(config.student, num_teacher_layers)
-    if config.student.init == "teacher":
+def check_student(student: StudentConfig, pruning: PruningConfig, loss: LossConfig, num_teacher_layers: int) -> None:
+    """Raises `UserError` when the student cannot start as the config says."""
+    compared_layers(student, num_teacher_layers)
+    copied_layers(student, num_teacher_layers)
+    if student.init == "teacher":
         return
-    if config.pruning.schedule != "none":
+    if pruning.schedule != "none":
         raise UserError(
-            f"pruning.schedule: found {config.pruning.schedule}; a student of student.init=random has its target size "
+            f"pruning.schedule: found {pruning.schedule}; a student of student.init=random has its target size "
             f"from the start, so set pruning.schedule=none (or student.init=teacher)"
         )
-    if config.student.init_layers:
+    if student.init_layers:
         raise UserError(
-            f"student.init_layers: found {config.student.init_layers}, but student.init=random copies no layers; "
+            f"student.init_layers: found {student.init_layers}, but student.init=random copies no layers; "
             f"leave it empty, or set student.init=teacher"
         )
-    if not config.loss.projection_learned:
+    if not loss.projection_learned:
         raise UserError(
             "loss.projection_learned: false keeps W the selection of surviving dims, and a student of "
             "student.init=random has none of the teacher's; set loss.projection_learned=true"

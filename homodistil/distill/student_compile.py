@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import nn
 
-from homodistil.config.schema import RunConfig
+from homodistil.config.schema import StudentConfig
 from homodistil.distill import torch_compile
 from homodistil.errors import UserError
 
@@ -20,11 +20,11 @@ SPARE_COMPILATIONS = 4
 """Beyond one a width: importance measured in another precision before the engine is there, a control run."""
 
 
-def check_student_compile(config: RunConfig, engine_config: dict, device: torch.device) -> None:
-    """Raises `UserError` when student.compile is set and cannot work. `engine_config`: DeepSpeed's JSON."""
-    if not config.student.compile:
+def check_student_compile(student: StudentConfig, zero_stage: int, device: torch.device) -> None:
+    """Raises `UserError` when student.compile is set and cannot work."""
+    if not student.compile:
         return
-    if engine_config.get("zero_optimization", {}).get("stage", 0) == 3:
+    if zero_stage == 3:
         raise UserError(
             "student.compile: true does not go with ZeRO stage 3, whose parameters are empty between uses; use stage "
             "0, 1 or 2 in the DeepSpeed JSON, or student.compile=false"

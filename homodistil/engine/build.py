@@ -13,8 +13,9 @@ from pathlib import Path
 import torch
 from torch import distributed, nn
 
-from homodistil.config.schema import RunConfig
+from homodistil.config.schema import OptimizerConfig, TrainConfig
 from homodistil.distributed.launcher_env import adopt_launcher_variables, check_rank_variables
+from homodistil.engine.ds_config import is_enabled
 from homodistil.engine.ds_config_file import check_engine_json, read_engine_json
 from homodistil.engine.engine import TrainingEngine
 from homodistil.engine.native_ops import load_op, without_op
@@ -127,8 +128,8 @@ def load_engine_config(path: Path) -> dict:
     return content
 
 
-def resolve_engine_config(engine_config: dict, config: RunConfig, num_ranks: int) -> dict:
-    """DeepSpeed's JSON with "auto" and missing values filled from the run config.
+def resolve_engine_config(engine_config: dict, train: TrainConfig, num_ranks: int) -> dict:
+    """DeepSpeed's JSON with "auto" and missing values filled from the run config, whose section `train` has them.
 
     Raises:
         UserError: a value is set differently in both places, the batch does not divide, or the precision cannot run.
@@ -138,7 +139,7 @@ def resolve_engine_config(engine_config: dict, config: RunConfig, num_ranks: int
             raise UserError(
                 f"{section!r} in the DeepSpeed JSON is not read; remove it and set {fields} in the run config"
             )
-    values = _values_from_config(config, num_ranks)
+    values = _values_from_config(train, num_ranks)
     resolved = dict(engine_config)
     for name, value in values.items():
         found = engine_config.get(name, "auto")
@@ -158,8 +159,7 @@ def resolve_engine_config(engine_config: dict, config: RunConfig, num_ranks: int
     return resolved
 
 
-def _values_from_config(config: RunConfig, num_ranks: int) -> dict:
-    train = config.train
+def _values_from_config(train: TrainConfig, num_ranks: int) -> dict:
     together = train.micro_batch_size * num_ranks
     if train.global_batch_size % together:
         raise UserError(
@@ -193,27 +193,9 @@ def _check_precision(engine_config: dict) -> None:
         raise UserError("fp16.enabled and bf16.enabled are both true in the DeepSpeed JSON; switch one off")
 
 
-def is_enabled(engine_config: dict, section: str) -> bool:
-    return bool(engine_config.get(section, {}).get("enabled", False))
-
-
-def student_dtype(engine_config: dict) -> torch.dtype:
-    """Precision the engine trains in."""
-    if is_enabled(engine_config, "bf16"):
-        return torch.bfloat16
-    return torch.float16 if is_enabled(engine_config, "fp16") else torch.float32
-
-
-def teacher_dtype(name: str, engine_config: dict, device: torch.device) -> torch.dtype:
-    """`teacher.dtype` as a torch dtype. auto: float16 on GPU, the student's precision on CPU."""
-    if name == "auto":
-        return torch.float16 if device.type == "cuda" else student_dtype(engine_config)
-    if name == "float16" and device.type == "cpu":
-        raise UserError("teacher.dtype: float16 needs a GPU; on CPU use bfloat16, float32 or auto")
-    return getattr(torch, name)
-
-
-def build_engine(module: nn.Module, config: RunConfig, engine_config: dict) -> TrainingEngine:
+def build_engine(
+    module: nn.Module, train: TrainConfig, optimizer: OptimizerConfig, engine_config: dict
+) -> TrainingEngine:
     """A live engine around `module`, its AdamW and its LR schedule.
 
     Args:
@@ -222,10 +204,10 @@ def build_engine(module: nn.Module, config: RunConfig, engine_config: dict) -> T
     """
     import deepspeed
 
-    optimizer = build_optimizer(module, config, engine_config)
-    schedule = build_schedule(optimizer, config.train)
+    adamw = build_optimizer(module, train, optimizer, engine_config)
+    schedule = build_schedule(adamw, train)
     engine, *_ = deepspeed.initialize(
-        model=module, optimizer=optimizer, lr_scheduler=schedule, config=engine_config, dist_init_required=False
+        model=module, optimizer=adamw, lr_scheduler=schedule, config=engine_config, dist_init_required=False
     )
     check_supported(engine)
     return TrainingEngine(engine)

@@ -10,28 +10,28 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from homodistil.config.schema import RunConfig, TrainConfig
+from homodistil.config.schema import OptimizerConfig, TrainConfig
+from homodistil.engine.ds_config import offloads_optimizer, zero_stage
 from homodistil.engine.native_ops import load_op
 from homodistil.errors import UserError
-from homodistil.resize.ds_config_rules import offloads_optimizer
 
 
-def build_optimizer(module: nn.Module, config: RunConfig, engine_config: dict) -> Optimizer:
+def build_optimizer(module: nn.Module, train: TrainConfig, config: OptimizerConfig, engine_config: dict) -> Optimizer:
     """AdamW over the trainable parameters of `module`, in two groups: with and without weight decay.
 
     Args:
         engine_config: DeepSpeed's JSON: its stage and offload decide which of DeepSpeed's kernels fits.
     """
     options = {
-        "lr": config.train.lr,
-        "betas": (config.optimizer.beta1, config.optimizer.beta2),
-        "eps": config.optimizer.eps,
+        "lr": train.lr,
+        "betas": (config.beta1, config.beta2),
+        "eps": config.eps,
     }
-    groups = parameter_groups(module, config.train.weight_decay)
-    if config.optimizer.implementation == "deepspeed_fused":
+    groups = parameter_groups(module, train.weight_decay)
+    if config.implementation == "deepspeed_fused":
         return _deepspeed_fused(groups, options, engine_config)
     build = {"torch_fused": _torch_fused, "apex_fused": _apex_fused}
-    return build[config.optimizer.implementation](groups, **options)
+    return build[config.implementation](groups, **options)
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict]:
@@ -104,9 +104,8 @@ def _torch_fused(groups: list[dict], **options) -> Optimizer:
 
 def _deepspeed_fused(groups: list[dict], options: dict, engine_config: dict) -> Optimizer:
     """FusedAdam, or DeepSpeedCPUAdam where masters and states are partitions in host memory."""
-    stage = engine_config.get("zero_optimization", {}).get("stage", 0)
     on_host = offloads_optimizer(engine_config) or not torch.cuda.is_available()
-    if stage > 0 and on_host:
+    if zero_stage(engine_config) > 0 and on_host:
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
         load_op("CPUAdamBuilder")

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from homodistil.config.schema import RunConfig
 from homodistil.distributed import ranks
-from homodistil.engine.build import load_engine_config, student_dtype
+from homodistil.engine.build import load_engine_config
+from homodistil.engine.ds_config import student_dtype
 from homodistil.errors import UserError
 from homodistil.files import write_atomically, writing
 from homodistil.metrics.device_peak import peak_flops
@@ -20,7 +21,7 @@ from homodistil.planning.plan import make_plan
 from homodistil.planning.save_plan import calibration_path
 from homodistil.planning.speed import expected_seconds
 from homodistil.planning.table import format_plan
-from homodistil.training.resolve import check_plannable
+from homodistil.training.inputs import check_plannable
 
 
 def show(config: RunConfig, engine_config: Path, options: argparse.Namespace) -> None:

@@ -5,7 +5,6 @@ deepspeed --num_accelerators 2 launcher/plan.py --measure --deepspeed ds_configs
 
 from __future__ import annotations
 
-import copy
 import statistics
 import tempfile
 import time
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from homodistil.config.derive import compressed_schedule, measurement_inputs
 from homodistil.config.schema import RunConfig
 from homodistil.distributed import ranks
 from homodistil.engine.build import init_ranks, resolve_engine_config
@@ -29,8 +29,6 @@ from homodistil.training.resolve import resolve_run
 from homodistil.training.run import DistillationRun
 from homodistil.training.trainer import Trainer, TrainState
 
-NUM_EVENTS = 3
-STEPS_A_WIDTH = 6
 _WARM_UP_STEPS = 2
 """The first ones at a width make what is then kept for its shapes."""
 
@@ -46,32 +44,12 @@ class MeasuredWidth:
     """Of this rank, events left out."""
 
 
-def compressed_schedule(config: RunConfig) -> RunConfig:
-    """The same run in a few steps: its widths lie on the way to the same target."""
-    short = copy.deepcopy(config)
-    short.train.steps = STEPS_A_WIDTH * (NUM_EVENTS + 1)
-    short.train.save_every_steps = short.train.eval_every_steps = 0
-    short.train.log_every_steps = short.train.steps + 1
-    short.train.lr_steps, short.train.cool_from = 0, []
-    short.teacher.correction_steps = 0
-    short.loss = copy.copy(config.loss)
-    short.pruning.schedule = "none" if config.pruning.schedule == "none" else "linear"
-    short.pruning.start_fraction, short.pruning.interval_steps = 0.0, STEPS_A_WIDTH
-    short.pruning.end_fraction = NUM_EVENTS / (NUM_EVENTS + 1)
-    short.pruning.max_event_fraction, short.pruning.compensation = 1.0, "none"
-    short.run.export_milestones, short.run.settle_steps, short.run.compare = [], 0, []
-    return short
-
-
 def measure_here(config: RunConfig, raw_engine_config: dict) -> list[MeasuredWidth]:
     """Every rank calls it, in a job of its own. Nothing is written but the cache of data and packaged teachers."""
     device = init_ranks(config.run.rank_timeout_s)
     short = compressed_schedule(config)
-    engine_config = resolve_engine_config(raw_engine_config, short, ranks.world_size())
-    # What a step costs does not depend on what the teacher knows: one without an MLM head will do.
-    headless = copy.deepcopy(short)
-    headless.teacher.correction_steps = 1
-    run_inputs = prepare_inputs(headless, device)
+    engine_config = resolve_engine_config(raw_engine_config, short.train, ranks.world_size())
+    run_inputs = prepare_inputs(measurement_inputs(short), device)
     with tempfile.TemporaryDirectory() as folder:
         run = DistillationRun(short, engine_config, run_inputs, Path(folder), command="")
         with Recorder(run.folder, short.train.steps, 0, enabled=False) as recorder:
@@ -130,16 +108,16 @@ def samples_of(
     config: RunConfig, raw_engine_config: dict, cluster: Cluster, measured: list[MeasuredWidth]
 ) -> list[Sample]:
     """What was measured beside what is counted of the same widths."""
-    subject = resolve_run(compressed_schedule(config))
-    engine_config = resolve_engine_config(raw_engine_config, subject.config, cluster.num_ranks)
-    policy, size = policy_of(subject, engine_config, cluster), config.train.micro_batch_size
+    resolved = resolve_run(compressed_schedule(config))
+    engine_config = resolve_engine_config(raw_engine_config, resolved.config.train, cluster.num_ranks)
+    policy, size = policy_of(resolved, engine_config, cluster), config.train.micro_batch_size
     return [
         Sample(
-            work=step_work(subject, policy, m.widths, size),
+            work=step_work(resolved, policy, m.widths, size),
             wall_s=m.wall_s,
             cpu_s=m.cpu_s,
             peak_bytes=m.peak_bytes,
-            counted_bytes=sum(rank_memory(subject, policy, engine_config, m.widths, size, 0.0).values()),
+            counted_bytes=sum(rank_memory(resolved, policy, engine_config, m.widths, size, 0.0).values()),
         )
         for m in measured
     ]

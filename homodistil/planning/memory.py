@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from homodistil.distill.cost import logit_rows
 from homodistil.distill.losses.term import BatchSizes
+from homodistil.engine.ds_config import zero_section, zero_stage
 from homodistil.models.axes import Widths
 from homodistil.models.memory import state_bytes
 from homodistil.training.micro_batch import MicroBatchPolicy
@@ -18,7 +19,7 @@ PROCESS_BYTES = 1.0e9
 
 
 def rank_memory(
-    subject: ResolvedRun,
+    resolved: ResolvedRun,
     policy: MicroBatchPolicy,
     engine_config: dict,
     widths: Widths,
@@ -38,33 +39,32 @@ def rank_memory(
         "gradients": layout.accumulation_dtype.itemsize * trainable * split[2],
     }
     parts["optimizer"] = state_bytes(trainable, frozen, layout) - parts["parameters"] - parts["gradients"]
-    parts["teacher"] = _teacher_parameters(subject, layout.num_ranks) * policy.teacher_dtype.itemsize
-    data, dtypes = subject.config.data, (layout.dtype.itemsize, policy.teacher_dtype.itemsize)
+    parts["teacher"] = _teacher_parameters(resolved, layout.num_ranks) * policy.teacher_dtype.itemsize
+    data, dtypes = resolved.config.data, (layout.dtype.itemsize, policy.teacher_dtype.itemsize)
     rows = data.mask_probability * data.seq_len * micro_batch_size
     sizes = BatchSizes(
-        widths, subject.teacher_widths, micro_batch_size, data.seq_len, rows, subject.vocab_size, *dtypes
+        widths, resolved.teacher_widths, micro_batch_size, data.seq_len, rows, resolved.vocab_size, *dtypes
     )
     entry_bytes = 2 * layout.dtype.itemsize + FP32_BYTES
-    parts["logits"] = float(logit_rows(subject.config.loss, sizes) * subject.vocab_size * entry_bytes)
+    parts["logits"] = float(logit_rows(resolved.config.loss, sizes) * resolved.vocab_size * entry_bytes)
     parts["activations"] = max(micro_batch_size * sequence.total - parts["logits"], 0.0)
     parts["buffers"] = buffer_bytes(engine_config, trainable, layout.accumulation_dtype.itemsize)
     parts["process"] = process_bytes
     return parts
 
 
-def _teacher_parameters(subject: ResolvedRun, num_ranks: int) -> float:
+def _teacher_parameters(resolved: ResolvedRun, num_ranks: int) -> float:
     """That a rank holds at once (distill/teacher_sharding.py)."""
-    if not subject.config.teacher.shard:
-        return subject.teacher_parameters
-    layers = subject.teacher_layers
-    return subject.teacher_parameters - sum(layers) + sum(layers) / num_ranks + max(layers)
+    if not resolved.config.teacher.shard:
+        return resolved.teacher_parameters
+    layers = resolved.teacher_layers
+    return resolved.teacher_parameters - sum(layers) + sum(layers) / num_ranks + max(layers)
 
 
 def buffer_bytes(engine_config: dict, num_trainable: float, element_bytes: int) -> float:
     """Of ZeRO: gradients on their way, at most a bucket, twice where communication overlaps; stage 3: parameters that
     are gathered ahead."""
-    zero = engine_config.get("zero_optimization", {})
-    stage = zero.get("stage", 0)
+    zero, stage = zero_section(engine_config), zero_stage(engine_config)
     if stage == 0:
         return num_trainable * element_bytes  # of the all-reduce, flattened
     bucket = min(zero.get("reduce_bucket_size", DEFAULT_BUCKET_ELEMENTS), num_trainable)

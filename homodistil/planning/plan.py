@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass, field
 import torch
 
 from homodistil.config.schema import RunConfig
-from homodistil.engine.build import resolve_engine_config, student_dtype
+from homodistil.engine.build import resolve_engine_config
+from homodistil.engine.ds_config import student_dtype, zero_section, zero_stage
 from homodistil.planning.advice import Advice, advise
 from homodistil.planning.cluster import POWER_OVERHEAD, Cluster
 from homodistil.planning.machine_calibration import Calibration
@@ -88,11 +89,11 @@ def make_plan(
     Raises:
         UserError: what a run would refuse as well, or a machine about which nothing is known.
     """
-    subject = resolve_run(config)
+    resolved = resolve_run(config)
     engine_config = _resolved(raw_engine_config, config, cluster)
     stretches = [
-        _stretch(subject, policy_of(subject, engine_config, cluster), engine_config, cluster, calibration, stretch)
-        for stretch in subject.stretches
+        _stretch(resolved, policy_of(resolved, engine_config, cluster), engine_config, cluster, calibration, stretch)
+        for stretch in resolved.phases
     ]
     hours = Seconds(*(sum(getattr(s.step, end) * s.num_steps for s in stretches) / 3600 for end in ("low", "high")))
     kw = (watts or cluster.device.watts) * cluster.num_ranks / 1000
@@ -100,7 +101,7 @@ def make_plan(
     return Plan(
         teacher=config.teacher.name,
         cluster=cluster,
-        zero_stage=engine_config.get("zero_optimization", {}).get("stage", 0),
+        zero_stage=zero_stage(engine_config),
         micro_batch_size=config.train.micro_batch_size,
         global_batch_size=config.train.global_batch_size,
         stretches=stretches,
@@ -108,12 +109,12 @@ def make_plan(
         kwh=(hours.low * kw, hours.high * kw * POWER_OVERHEAD),
         usd=(hours.low * cluster.num_ranks * low, hours.high * cluster.num_ranks * high),
         advice=advise(
-            lambda stage, size: _bytes_at_start(subject, raw_engine_config, cluster, calibration, stage, size),
+            lambda stage, size: _bytes_at_start(resolved, raw_engine_config, cluster, calibration, stage, size),
             cluster.device.memory_bytes,
             config.train.global_batch_size // cluster.num_ranks,
         ),
         basis=_basis(calibration, cluster),
-        notes=[subject.note] if subject.note else [],
+        notes=[resolved.note] if resolved.note else [],
     )
 
 
@@ -121,28 +122,28 @@ def _resolved(raw_engine_config: dict, config: RunConfig, cluster: Cluster) -> d
     """As a rank of the cluster resolves it: fp16 is refused where there is no GPU, which is here, not there."""
     fp16 = {name: raw_engine_config[name] for name in ("fp16",) if name in raw_engine_config and not cluster.is_cpu}
     others = {name: value for name, value in raw_engine_config.items() if name not in fp16}
-    return resolve_engine_config(others, config, cluster.num_ranks) | fp16
+    return resolve_engine_config(others, config.train, cluster.num_ranks) | fp16
 
 
-def policy_of(subject: ResolvedRun, engine_config: dict, cluster: Cluster) -> MicroBatchPolicy:
+def policy_of(resolved: ResolvedRun, engine_config: dict, cluster: Cluster) -> MicroBatchPolicy:
     """Counts of parameters and bytes for ranks of this cluster."""
-    config, device_type = subject.config, "cpu" if cluster.is_cpu else "cuda"
+    config, device_type = resolved.config, "cpu" if cluster.is_cpu else "cuda"
     auto = torch.float16 if device_type == "cuda" else student_dtype(engine_config)
     teacher = auto if config.teacher.dtype == "auto" else getattr(torch, config.teacher.dtype)
-    return MicroBatchPolicy(config, engine_config, subject.student, teacher, cluster.num_ranks, device_type)
+    return MicroBatchPolicy(config, engine_config, resolved.student, teacher, cluster.num_ranks, device_type)
 
 
-def _stretch(subject, policy, engine_config, cluster, calibration, stretch) -> StretchPlan:
+def _stretch(resolved, policy, engine_config, cluster, calibration, stretch) -> StretchPlan:
     micro_batch_size = policy(stretch.widths)
-    work = step_work(subject, policy, stretch.widths, micro_batch_size)
+    work = step_work(resolved, policy, stretch.widths, micro_batch_size)
     seconds = step_seconds(work, cluster, policy.layout.dtype, calibration)
-    config = subject.config
+    config = resolved.config
     return StretchPlan(
         hidden_size=stretch.widths["hidden"],
         parameters=policy.parameter_counts(stretch.widths)[0],
         first_step=stretch.first_step,
         num_steps=stretch.num_steps,
-        memory=_calibrated(rank_memory(subject, policy, engine_config, stretch.widths, micro_batch_size), calibration),
+        memory=_calibrated(rank_memory(resolved, policy, engine_config, stretch.widths, micro_batch_size), calibration),
         flops=work.flops * cluster.num_ranks,
         step=seconds,
         tokens_per_s=config.train.global_batch_size * config.data.seq_len / seconds.middle,
@@ -153,15 +154,15 @@ def _calibrated(memory: dict[str, float], calibration: Calibration | None) -> di
     return memory | ({"process": calibration.process_bytes} if calibration else {})
 
 
-def _bytes_at_start(subject, raw_engine_config, cluster, calibration, stage: int, micro_batch_size: int) -> float:
+def _bytes_at_start(resolved, raw_engine_config, cluster, calibration, stage: int, micro_batch_size: int) -> float:
     """Of a rank at the widest widths, under another stage or micro-batch than the config's."""
-    zero = raw_engine_config.get("zero_optimization", {}) | {"stage": stage}
+    zero = {**zero_section(raw_engine_config), "stage": stage}
     engine_config = raw_engine_config | {"zero_optimization": zero}
     parts = rank_memory(
-        subject,
-        policy_of(subject, engine_config, cluster),
+        resolved,
+        policy_of(resolved, engine_config, cluster),
         engine_config,
-        subject.stretches[0].widths,
+        resolved.phases[0].widths,
         micro_batch_size,
         PROCESS_BYTES,
     )

@@ -37,35 +37,35 @@ def as_row(work: StepWork) -> tuple[float, ...]:
     return astuple(work)
 
 
-def step_work(subject: ResolvedRun, policy: MicroBatchPolicy, widths: Widths, micro_batch_size: int) -> StepWork:
+def step_work(resolved: ResolvedRun, policy: MicroBatchPolicy, widths: Widths, micro_batch_size: int) -> StepWork:
     """At widths of the student; ZeRO (Rajbhandari et al. 2020, section 7) says what is sent."""
-    config, layout = subject.config, policy.layout
+    config, layout = resolved.config, policy.layout
     num_ranks, sequences = layout.num_ranks, config.train.global_batch_size
     num_micro_batches = sequences // (num_ranks * micro_batch_size)
     flops = step_flops(
         widths,
-        subject.teacher_widths,
+        resolved.teacher_widths,
         config.loss,
         num_sequences=sequences,
         seq_len=config.data.seq_len,
         target_rows=config.data.mask_probability * sequences * (config.data.seq_len - 2),
-        vocab_size=subject.vocab_size,
+        vocab_size=resolved.vocab_size,
     )
     trainable, _ = policy.parameter_counts(widths)
-    own = policy.sequence_bytes(widths).total + policy.sequence_bytes(subject.teacher_widths).student / 3
+    own = policy.sequence_bytes(widths).total + policy.sequence_bytes(resolved.teacher_widths).student / 3
     shares = 1 if layout.stage == 0 else num_ranks
-    gathers = 2.0 * sum(1 for _ in subject.student.parameters()) if layout.stage == 3 else 0.0
+    gathers = 2.0 * sum(1 for _ in resolved.student.parameters()) if layout.stage == 3 else 0.0
     sent = _sent_bytes(trainable, layout, num_micro_batches)
     if config.teacher.shard:
-        gathers += subject.teacher_tensors
-        part = (num_ranks - 1) / num_ranks * sum(subject.teacher_layers)
+        gathers += resolved.teacher_tensors
+        part = (num_ranks - 1) / num_ranks * sum(resolved.teacher_layers)
         sent += part * policy.teacher_dtype.itemsize * num_micro_batches
     return StepWork(
         flops=flops.total / num_ranks,
         activation_bytes=own * sequences / num_ranks,
         optimizer_bytes=_ADAM_BYTES * trainable / shares,
         communicated_bytes=sent,
-        layers=num_micro_batches * (3 * num_layers(widths) + num_layers(subject.teacher_widths)),
+        layers=num_micro_batches * (3 * num_layers(widths) + num_layers(resolved.teacher_widths)),
         gathers=gathers * num_micro_batches,
     )
 

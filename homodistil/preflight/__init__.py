@@ -84,12 +84,11 @@ def _look(
     engine_config = check_settings(findings, config, raw_engine_config, device)
     facts = check_model(findings, config)
     if facts and engine_config:
-        sizes = (facts.widths, facts.num_parameters, facts.vocab_size)
-        check_memory(findings, step_bytes(config, engine_config, *sizes, device), device)
+        check_memory(findings, step_bytes(facts.resolved, engine_config, device), device)
     if int(os.environ.get("LOCAL_RANK", 0)):
         return facts, None
     sample = check_text(findings, config.data, facts.tokenizer) if facts else None
-    size = facts.num_parameters if facts else 0
+    size = facts.resolved.teacher_parameters if facts else 0
     check_folders(findings, config, size, sample.num_bytes if sample else 0, ranks.rank() == 0)
     return facts, sample
 

@@ -7,25 +7,23 @@ import os
 import psutil
 import torch
 
-from homodistil.config.schema import RunConfig
 from homodistil.distill.cost import sequence_bytes
-from homodistil.engine.build import student_dtype, teacher_dtype
+from homodistil.engine.ds_config import student_dtype, teacher_dtype
 from homodistil.models.attention import keeps_probabilities
-from homodistil.models.axes import Widths
 from homodistil.models.memory import state_bytes
 from homodistil.preflight.findings import Findings
 from homodistil.training.micro_batch import state_layout
+from homodistil.training.resolve import ResolvedRun
 
 
-def step_bytes(
-    config: RunConfig, engine_config: dict, widths: Widths, num_parameters: int, vocab_size: int, device: torch.device
-) -> float:
+def step_bytes(resolved: ResolvedRun, engine_config: dict, device: torch.device) -> float:
     """Predicted bytes of one rank before the first cut: student, engine state, activations, and the frozen teacher.
 
     Args:
+        resolved: the student counts as the copy of the teacher that it starts as; projections are left out.
         engine_config: from `resolve_engine_config`.
-        widths, num_parameters, vocab_size: of the teacher, whose copy the student is; projections are left out.
     """
+    config, widths, num_parameters = resolved.config, resolved.teacher_widths, resolved.teacher_parameters
     num_ranks = int(os.environ.get("WORLD_SIZE", 1))
     student, teacher = student_dtype(engine_config), teacher_dtype(config.teacher.dtype, engine_config, device)
     activations = sequence_bytes(
@@ -34,7 +32,7 @@ def step_bytes(
         config.loss,
         seq_len=config.data.seq_len,
         target_rows=config.data.mask_probability * config.data.seq_len,
-        vocab_size=vocab_size,
+        vocab_size=resolved.vocab_size,
         student_bytes=student.itemsize,
         teacher_bytes=teacher.itemsize,
         lock_step=config.teacher.in_lock_step,

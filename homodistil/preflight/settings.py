@@ -13,12 +13,12 @@ from homodistil.distill.losses.active import active_terms
 from homodistil.distill.runtime import check_teacher_runtime
 from homodistil.distill.student_compile import check_student_compile
 from homodistil.distill.teacher import load_config, load_tokenizer
-from homodistil.engine.build import resolve_engine_config, teacher_dtype
+from homodistil.engine.build import resolve_engine_config
+from homodistil.engine.ds_config import teacher_dtype, zero_stage
 from homodistil.engine.optimizer import check_implementation
-from homodistil.models import family_of
-from homodistil.models.axes import Widths
 from homodistil.preflight.findings import Findings
 from homodistil.training.inputs import check_teacher
+from homodistil.training.resolve import ResolvedRun, resolve_run
 from homodistil.training.run_summary import run_summary
 
 
@@ -27,25 +27,22 @@ class TeacherFacts(NamedTuple):
 
     folder: str
     tokenizer: PreTrainedTokenizerBase
-    widths: Widths
-    num_parameters: int
-    vocab_size: int
+    resolved: ResolvedRun
 
 
 def check_settings(findings: Findings, config: RunConfig, raw_engine_config: dict, device: torch.device) -> dict | None:
     """The resolved engine config, None where it cannot be resolved."""
     before = len(findings)
     num_ranks = int(os.environ.get("WORLD_SIZE", 1))
-    engine = findings.attempt("config", lambda: resolve_engine_config(raw_engine_config, config, num_ranks))
+    engine = findings.attempt("config", lambda: resolve_engine_config(raw_engine_config, config.train, num_ranks))
     findings.attempt("config", lambda: teacher_dtype(config.teacher.dtype, engine or {}, device))
     findings.attempt("config", lambda: check_implementation(config.optimizer.implementation))
-    findings.attempt("config", lambda: check_teacher_runtime(config, device))
+    findings.attempt("config", lambda: check_teacher_runtime(config.teacher, device))
     findings.attempt("config", lambda: active_terms(config.loss))
     if engine is not None:
-        findings.attempt("config", lambda: check_student_compile(config, engine, device))
+        findings.attempt("config", lambda: check_student_compile(config.student, zero_stage(engine), device))
     if len(findings) == before:
-        stage = engine.get("zero_optimization", {}).get("stage", 0)
-        found = f"ZeRO-{stage}, {num_ranks} ranks, {config.train.global_batch_size} sequences a step"
+        found = f"ZeRO-{zero_stage(engine)}, {num_ranks} ranks, {config.train.global_batch_size} sequences a step"
         findings.note("config", f"{found}, accumulated over {engine['gradient_accumulation_steps']}")
     return engine if len(findings) == before + 1 and findings[-1].is_good else None
 
@@ -59,12 +56,9 @@ def check_model(findings: Findings, config: RunConfig) -> TeacherFacts | None:
     tokenizer = findings.attempt("model", lambda: load_tokenizer(folder, shape.vocab_size))
     if tokenizer is None:
         return None
-    family = family_of(shape.model_type)
-    with torch.device("meta"):
-        model = family.empty_model(shape)
-    count = sum(p.numel() for p in model.parameters())
-    widths = family.axis_table(model).widths
-    findings.note("model", f"{config.teacher.name}: {count / 1e6:.1f} M parameters, hidden {widths['hidden']}")
-    for subject, text in run_summary(config, shape).items():
+    resolved = resolve_run(config, shape)
+    count, hidden = resolved.teacher_parameters, resolved.teacher_widths["hidden"]
+    findings.note("model", f"{config.teacher.name}: {count / 1e6:.1f} M parameters, hidden {hidden}")
+    for subject, text in run_summary(resolved).items():
         findings.note(subject, text)
-    return TeacherFacts(folder, tokenizer, widths, count, shape.vocab_size)
+    return TeacherFacts(folder, tokenizer, resolved)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import time
 from pathlib import Path
@@ -11,6 +10,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from homodistil.config.derive import small_config
 from homodistil.config.schema import RunConfig
 from homodistil.data.prepare.corpus import Corpus
 from homodistil.distributed import ranks
@@ -22,19 +22,6 @@ from homodistil.training.run import DistillationRun
 from homodistil.training.trainer import Trainer, TrainState
 
 _BATCH_ENTRIES = ("train_batch_size", "gradient_accumulation_steps")
-
-
-def small_config(config: RunConfig, num_ranks: int) -> RunConfig:
-    """The run with one micro-batch a rank and step: what a step holds in memory stays the same."""
-    small = copy.deepcopy(config)
-    num_sequences = config.train.micro_batch_size * num_ranks
-    small.train.global_batch_size = num_sequences
-    small.train.log_every_steps = 1
-    small.run.export_milestones, small.run.settle_steps = [], 0
-    small.run.compare, small.run.resume = [], "never"
-    small.pruning.compensation_sequences = num_sequences
-    small.pruning.calibration_batches, small.pruning.one_shot_stages = 1, 1
-    return small
 
 
 def try_step(
@@ -57,7 +44,7 @@ def try_step(
     raw = {name: value for name, value in raw_engine_config.items() if name not in _BATCH_ENTRIES}
     corpus = Corpus(rows, rows, "preflight", "a sample")
     run_inputs = RunInputs(teacher, tokenizer, corpus, device, config.teacher.allow_pickle)
-    engine_config = resolve_engine_config(raw, small, ranks.world_size())
+    engine_config = resolve_engine_config(raw, small.train, ranks.world_size())
     run = DistillationRun(small, engine_config, run_inputs, Path(config.run_dir), command="")
     with Recorder(run.folder, small.train.steps, 0, enabled=False) as recorder:
         run.shrinker.before_training(recorder)

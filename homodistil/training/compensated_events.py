@@ -8,11 +8,11 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from homodistil.config.derive import calibration_config
 from homodistil.config.schema import RunConfig
 from homodistil.data.masked_lm import Batch
 from homodistil.data.prefetch import mean_counts
@@ -111,17 +111,3 @@ def _outcome(fixed: Tensor | None) -> str:
             "the same, raise pruning.compensation_limit, or lower pruning.protect_outliers: more dims then stay)"
         )
     return f"; with residual dims {', '.join(map(str, fixed.tolist()))} kept as they are" if len(fixed) else ""
-
-
-class CalibrationConfig(NamedTuple):
-    config: RunConfig
-    num_sequences: int
-
-
-def calibration_config(config: RunConfig, num_ranks: int) -> CalibrationConfig:
-    """The run's config with steps of `pruning.compensation_sequences`, rounded up so that ranks share them evenly."""
-    share = -(-config.pruning.compensation_sequences // num_ranks)
-    micro_batch = min(share, config.train.micro_batch_size)
-    num_sequences = -(-share // micro_batch) * micro_batch * num_ranks
-    train = dataclasses.replace(config.train, global_batch_size=num_sequences, micro_batch_size=micro_batch)
-    return CalibrationConfig(dataclasses.replace(config, train=train), num_sequences)

@@ -9,14 +9,12 @@ same training.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+from homodistil.config.derive import control_config, milestone_control_config, with_rates_of
 from homodistil.config.schema import RunConfig
 from homodistil.pruning.milestones import milestone_name
-
-PLAIN = "plain_one_shot"
 
 
 class Control(NamedTuple):
@@ -45,42 +43,11 @@ def _at_milestone(config: RunConfig, name: str, record: Mapping[str, Any], so_fa
     fraction = milestone_name(record["milestone"])
     for rates, suffix in (("own", ""), ("run", ", the run's rates")):
         folder = f"{name}-{fraction}" + ("-same-rates" if rates == "run" else "")
-        control = milestone_control_config(config, name, record)
-        control.run.name = folder
+        control = milestone_control_config(config, name, folder, record)
         if rates == "run":
-            _same_rates(control, config, so_far)
+            control = with_rates_of(control, config, so_far)
         yield Control(folder, f"{name} @ {fraction}{suffix}", control, _facts(record, rates))
 
 
 def _facts(record: Mapping[str, Any], rates: str) -> dict[str, Any]:
     return {"milestone": record["milestone"], "step": record["step"], "rates": rates}
-
-
-def control_config(config: RunConfig, name: str) -> RunConfig:
-    """The same run cut at once, before step 0; `plain_one_shot`: by a mere selection of neurons as well."""
-    control = copy.deepcopy(config)
-    control.run.name, control.run.export_milestones, control.run.settle_steps = name, [], 0
-    control.pruning.schedule = "one_shot"
-    if name == PLAIN:
-        control.pruning.compensation, control.pruning.one_shot_stages = "none", 1
-    return control
-
-
-def milestone_control_config(config: RunConfig, name: str, record: Mapping[str, Any]) -> RunConfig:
-    """`control_config` at a milestone's widths, for its steps, over which the learning rate falls to 0."""
-    control = control_config(config, name)
-    control.train.steps, control.train.lr_steps, control.train.cool_from = record["step"], 0, []
-    student = control.student
-    student.preset, student.hidden_size = "custom", record["hidden_size"]
-    student.intermediate_size = record["intermediate_size"]
-    student.num_attention_heads = record["num_attention_heads"]
-    return control
-
-
-def _same_rates(control: RunConfig, config: RunConfig, so_far: list[Mapping[str, Any]]) -> None:
-    """The learning rates of the run's first steps instead, with the cool-downs of its milestones."""
-    train = config.train
-    control.train.lr_steps, control.train.cool_from = train.lr_steps or train.steps, list(train.cool_from)
-    if config.run.settle_cooldown and config.run.settle_steps:
-        control.train.cool_from += [record["step"] - config.run.settle_steps for record in so_far]
-        control.train.cool_steps = config.run.settle_steps

@@ -16,15 +16,12 @@ from homodistil.data.prefetch import BatchPrefetcher
 from homodistil.data.prepare.corpus import Corpus, prepare_corpus
 from homodistil.data.prepare.integrity import BackgroundCheck
 from homodistil.data.sources.assets import teacher_folder
-from homodistil.distill.layer_map import check_student
 from homodistil.distill.losses.active import active_terms, check_terms, field_of
 from homodistil.distill.teacher import check_stored, has_mlm_head, load_config, load_model, load_tokenizer
 from homodistil.distributed import groups, ranks, watchdog
 from homodistil.errors import UserError
-from homodistil.models import family_of
 from homodistil.models.checkpoint_files import local_folder
-from homodistil.models.shapes import check_multiples, student_widths
-from homodistil.pruning.pruner import width_schedule
+from homodistil.models.weights import has_weights
 from homodistil.training.fingerprints import (
     CORPUS,
     TEACHER,
@@ -35,6 +32,7 @@ from homodistil.training.fingerprints import (
     teacher_fingerprint,
     tokenizer_fingerprint,
 )
+from homodistil.training.resolve import ResolvedRun, named_teacher_config, resolve_run
 from homodistil.training.run_summary import run_summary
 
 # Held-out masks are the same for every run and seed, so that results can be compared.
@@ -116,9 +114,9 @@ def check_teacher(config: RunConfig, say: Callable[[str], None] = lambda line: N
         UserError: missing, unsupported, damaged, a target it cannot be cut to, too few positions, no MLM head.
     """
     folder = found_teacher(config)
-    shape = load_config(folder)
-    check_stored(folder, shape, config.teacher.allow_pickle)
-    check_shape(config, shape)
+    teacher_config = load_config(folder)
+    check_stored(folder, teacher_config, config.teacher.allow_pickle)
+    check_shape(resolve_run(config, teacher_config))
     _check_head(config, has_mlm_head(folder, config.teacher.allow_pickle, say), say)
     return folder
 
@@ -131,22 +129,32 @@ def found_teacher(config: RunConfig) -> str:
     return str(local_folder(name, "teacher.name") or name)
 
 
-def check_shape(config: RunConfig, shape) -> None:
-    """What `config` wants of a teacher whose Hugging Face configuration is `shape`, without its weights.
+def check_plannable(config: RunConfig) -> None:
+    """Refuse what a run would refuse of this teacher: its weights and tokenizer where they lie in a folder.
+
+    A folder with a config.json and no weights, and a hub name, are judged by their configuration.
 
     Raises:
-        UserError: a target it cannot be cut to, or too few positions.
+        UserError: as `check_teacher` and `load_tokenizer`.
     """
-    family = family_of(shape.model_type)
-    with torch.device("meta"):
-        widths = family.axis_table(family.empty_model(shape)).widths
-    check_student(config, shape.num_hidden_layers)
-    check_multiples(config.pruning, widths)
-    initial, target = student_widths(config.student, widths)
-    schedule = width_schedule(config, widths, initial, target)
-    on_the_way = [schedule.table[step] for step in sorted(schedule.table)]
-    check_terms(config.loss, widths, [initial, *on_the_way])
-    if config.data.seq_len > (max_tokens := family.shape(shape).max_tokens):
+    teacher_config, folder = named_teacher_config(config), Path(found_teacher(config))
+    if folder.is_dir() and has_weights(folder):
+        check_teacher(config)
+        load_tokenizer(str(folder), teacher_config.vocab_size)
+    else:
+        check_shape(resolve_run(config, teacher_config))
+
+
+def check_shape(resolved: ResolvedRun) -> None:
+    """What losses and data want of the teacher and the widths on the way, without weights.
+
+    Raises:
+        UserError: heads that cannot be regrouped into relation heads, or too few positions.
+    """
+    config = resolved.config
+    on_the_way = [resolved.table[step] for step in sorted(resolved.table)]
+    check_terms(config.loss, resolved.teacher_widths, [resolved.initial, *on_the_way])
+    if config.data.seq_len > (max_tokens := resolved.family.shape(resolved.teacher_config).max_tokens):
         raise UserError(
             f"data.seq_len: {config.data.seq_len} is above the {max_tokens} tokens that the teacher has positions for; "
             f"choose 3 .. {max_tokens}"
@@ -212,9 +220,10 @@ def prepare_inputs(
     readers = leaders if _is_cached_here(config) else groups.machine_groups()
     wanted = students or [config]
     folder = groups.once(readers, lambda: check_teacher(wanted[0], _say_on_first_rank))
-    tokenizer = load_tokenizer(folder, load_config(folder).vocab_size)
+    teacher_config = load_config(folder)
+    tokenizer = load_tokenizer(folder, teacher_config.vocab_size)
     for one in wanted:
-        for subject, text in run_summary(one, load_config(folder)).items():
+        for subject, text in run_summary(resolve_run(one, teacher_config)).items():
             _say_on_first_rank(f"{subject}: {text}" if len(wanted) == 1 else f"{one.run.name}: {subject}: {text}")
     # What the others get of the corpus are the names of the files, which they map for themselves.
     fingerprints = groups.once(leaders, lambda: accept(**_of_teacher(config, folder, tokenizer)))

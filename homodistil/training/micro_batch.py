@@ -14,13 +14,11 @@ from homodistil.config.schema import RunConfig
 from homodistil.data.prefetch import BatchPrefetcher
 from homodistil.distill.cost import sequence_bytes
 from homodistil.distill.student import Student
-from homodistil.engine.build import student_dtype
+from homodistil.engine.ds_config import accumulation_dtype, offloads_optimizer, student_dtype, zero_stage
 from homodistil.engine.engine import TrainingEngine
 from homodistil.models.attention import keeps_probabilities
 from homodistil.models.axes import Widths
 from homodistil.models.memory import SequenceBytes, StateLayout, state_bytes
-
-_ACCUMULATION_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class MicroBatchPolicy:
@@ -106,11 +104,12 @@ def micro_batch_sizes(start: int, accumulation_steps: int) -> list[int]:
 
 
 def state_layout(engine_config: dict, num_ranks: int) -> StateLayout:
-    zero, dtype = engine_config.get("zero_optimization", {}), student_dtype(engine_config)
-    accumulation = (engine_config.get("data_types") or {}).get("grad_accum_dtype")
-    offload = (zero.get("offload_optimizer") or {}).get("device", "none")
     return StateLayout(
-        zero.get("stage", 0), num_ranks, dtype, _ACCUMULATION_DTYPES.get(accumulation, dtype), offload != "none"
+        zero_stage(engine_config),
+        num_ranks,
+        student_dtype(engine_config),
+        accumulation_dtype(engine_config),
+        offloads_optimizer(engine_config),
     )
 
 

@@ -1,27 +1,39 @@
-"""What is trained, at every width it will have: the student on the meta device, and the schedule; without weights."""
+"""What follows from a run config and its teacher's configuration, worked out once: family, widths, schedule, layers.
+
+    resolved = resolve_run(config, load_config(folder))      # no weights are read
+    resolved.teacher_widths, resolved.initial, resolved.target, resolved.make_schedule()
+
+Start-up checks, the summary, the run itself, its plan and the check before it read it from here.
+"""
 
 from __future__ import annotations
 
+import copy
+import functools
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import BertConfig
+from torch import nn
+from transformers import BertConfig, PretrainedConfig
 
 from homodistil.config.schema import RunConfig
 from homodistil.data.sources import assets
 from homodistil.distill.build_student import build_student
+from homodistil.distill.layer_map import LayerMap, check_student, layer_map_of
 from homodistil.distill.student import Student
-from homodistil.distill.teacher import load_config, load_tokenizer
+from homodistil.distill.teacher import load_config
 from homodistil.distill.teacher_sharding import num_parameters
 from homodistil.models import family_of
 from homodistil.models.activations import ATTENTION
 from homodistil.models.axes import Widths
-from homodistil.models.shapes import student_widths
-from homodistil.models.weights import has_weights
+from homodistil.models.family import ModelFamily
+from homodistil.models.shapes import check_multiples, student_widths
+from homodistil.pruning.gap_schedule import GapSchedule
 from homodistil.pruning.pruner import width_schedule
-from homodistil.training.inputs import check_shape, check_teacher, found_teacher
+from homodistil.pruning.schedule import WidthSchedule
 
 # Hugging Face's `BertConfig()` is bert-base-uncased. A hub that cannot be reached takes its time to say so.
 _KNOWN = {"bert-base-uncased", "google-bert/bert-base-uncased"}
@@ -39,73 +51,113 @@ class WidthPhase:
 @dataclass(frozen=True)
 class ResolvedRun:
     config: RunConfig
-    student: Student
-    """On the meta device, at its first widths."""
+    family: ModelFamily
+    """Of teacher and student (models/)."""
+    teacher_config: PretrainedConfig
+    """The teacher's Hugging Face configuration. Not to be changed: copy it."""
+    teacher: nn.Module
+    """Without weights, on the meta device."""
     teacher_widths: Widths
-    teacher_parameters: int
-    teacher_layers: list[int]
-    """Parameters of each of its layers."""
-    teacher_tensors: int
-    """Number of parameter tensors in all its layers."""
-    vocab_size: int
-    stretches: list[WidthPhase]
-    note: str
-    """What was assumed, empty if nothing was."""
+    layer_map: LayerMap
+    """Which teacher layer each layer of the student is compared with."""
+    initial: Widths
+    """Of the student before the first event."""
+    target: Widths
+    """Of the student in the end."""
+    table: dict[int, Widths]
+    """Step -> widths that are due there, where the schedule knows it beforehand. Axes that do not change are absent."""
+
+    def make_schedule(self) -> WidthSchedule | GapSchedule:
+        """A new one: the closed loop's has a state."""
+        return width_schedule(self.config, self.teacher_widths, self.initial, self.target)
+
+    def build_student(self, load_teacher: Callable[[], nn.Module]) -> Student:
+        """The student at its first widths. `load_teacher`: as in `distill.build_student`."""
+        config = self.config
+        sections = config.student, config.loss, config.train.seed
+        return build_student(*sections, self.teacher_config, self.layer_map, self.target, load_teacher)
+
+    @functools.cached_property
+    def student(self) -> Student:
+        """On the meta device, at its first widths."""
+        shape = copy.deepcopy(self.teacher_config)
+        shape._attn_implementation = ATTENTION
+        with torch.device("meta"):
+            return self.build_student(lambda: self.family.empty_model(shape))
+
+    @functools.cached_property
+    def teacher_parameters(self) -> int:
+        return num_parameters(self.teacher)
+
+    @functools.cached_property
+    def teacher_layers(self) -> list[int]:
+        """Parameters of each of its layers."""
+        return [num_parameters(layer) for layer in self.family.layers(self.teacher)]
+
+    @property
+    def teacher_tensors(self) -> int:
+        """Number of parameter tensors in all its layers."""
+        return sum(1 for layer in self.family.layers(self.teacher) for _ in layer.parameters())
+
+    @property
+    def vocab_size(self) -> int:
+        return self.teacher_config.vocab_size
+
+    @functools.cached_property
+    def phases(self) -> list[WidthPhase]:
+        """The widths over all steps. Where the closed loop decides on the way, full width until its end (`note`)."""
+        config, table = self.config, self.table
+        if self.note:
+            table = {round(config.pruning.end_fraction * config.train.steps): self.target}
+        steps, widths, phases = config.train.steps, dict(self.initial), []
+        for start, end in itertools.pairwise(sorted({0, steps, *(step for step in table if step < steps)})):
+            widths = widths | dict(table.get(start, {}))
+            phases.append(WidthPhase(dict(widths), start, end - start))
+        return phases
+
+    @property
+    def note(self) -> str:
+        """What `phases` assumes, empty if nothing."""
+        if self.config.pruning.schedule == "gap" and not self.table:
+            return "pruning.schedule=gap decides on the way: full width is assumed until pruning.end_fraction"
+        return ""
 
 
-def resolve_run(config: RunConfig) -> ResolvedRun:
-    """Raises `UserError`: no such teacher, or a target or schedule that it cannot be cut by."""
-    shape = _teacher_shape(config)
+def resolve_run(config: RunConfig, teacher_config: PretrainedConfig | None = None) -> ResolvedRun:
+    """What `config` makes of a teacher. No weights are read.
+
+    Args:
+        teacher_config: of the teacher, where it has been found; None: of the one that `config` names.
+
+    Raises:
+        UserError: no such teacher, or a start, target or schedule that it cannot be cut by.
+    """
+    shape = teacher_config or named_teacher_config(config)
     family = family_of(shape.model_type)
-    shape._attn_implementation = ATTENTION
     with torch.device("meta"):
         teacher = family.empty_model(shape)
-        student = build_student(config, shape, lambda: family.empty_model(shape))
     widths = family.axis_table(teacher).widths
-    stretches, note = _stretches(config, widths)
-    layers = family.layers(teacher)
-    sizes = [num_parameters(layer) for layer in layers]
-    num_tensors = sum(1 for layer in layers for _ in layer.parameters())
+    check_student(config.student, config.pruning, config.loss, shape.num_hidden_layers)
+    check_multiples(config.pruning, widths)
+    initial, target = student_widths(config.student, widths)
+    schedule = width_schedule(config, widths, initial, target)
     return ResolvedRun(
-        config, student, widths, num_parameters(teacher), sizes, num_tensors, shape.vocab_size, stretches, note
+        config=config,
+        family=family,
+        teacher_config=shape,
+        teacher=teacher,
+        teacher_widths=widths,
+        layer_map=layer_map_of(config.student, config.pruning, shape),
+        initial=initial,
+        target=target,
+        table=dict(getattr(schedule, "table", None) or {}),
     )
 
 
-def check_plannable(config: RunConfig) -> None:
-    """Refuse what a run would refuse of this teacher: its weights and tokenizer where they lie in a folder.
-
-    A folder with a config.json and no weights, and a hub name, are judged by their configuration.
-
-    Raises:
-        UserError: as `run_inputs.check_teacher` and `load_tokenizer`.
-    """
-    shape, folder = _teacher_shape(config), Path(found_teacher(config))
-    if folder.is_dir() and has_weights(folder):
-        check_teacher(config)
-        load_tokenizer(str(folder), shape.vocab_size)
-    else:
-        check_shape(config, shape)
-
-
-def _teacher_shape(config: RunConfig):
-    """Its configuration."""
+def named_teacher_config(config: RunConfig) -> PretrainedConfig:
+    """Configuration of `teacher.name`, without its weights; of one that everybody knows without asking the hub."""
     name = config.teacher.name
     if assets.is_embedded(name):
         assets.check_teacher(name)
         return load_config(str(assets.teacher_folder(name, Path(config.data.cache_dir).expanduser())))
     return BertConfig() if name in _KNOWN else load_config(name)
-
-
-def _stretches(config: RunConfig, teacher: Widths) -> tuple[list[WidthPhase], str]:
-    initial, target = student_widths(config.student, teacher)
-    schedule = width_schedule(config, teacher, initial, target)
-    note = ""
-    table = schedule.table
-    if config.pruning.schedule == "gap" and not table:
-        table = {round(config.pruning.end_fraction * config.train.steps): target}
-        note = "pruning.schedule=gap decides on the way: full width is assumed until pruning.end_fraction"
-    steps, widths, found = config.train.steps, dict(initial), []
-    for start, end in itertools.pairwise(sorted({0, steps, *(step for step in table if step < steps)})):
-        widths = widths | dict(table.get(start, {}))
-        found.append(WidthPhase(dict(widths), start, end - start))
-    return found, note

@@ -15,7 +15,6 @@ from homodistil.checkpoint import Checkpoints
 from homodistil.checkpoint.checkpoints import Found
 from homodistil.config.schema import RunConfig
 from homodistil.data.prepare.integrity import json_object
-from homodistil.distill.build_student import build_student
 from homodistil.distill.losses.relations import relation_layer
 from homodistil.distill.objective import Objective
 from homodistil.distill.snapshot import StudentSnapshots
@@ -23,7 +22,8 @@ from homodistil.distill.student import Student
 from homodistil.distill.student_compile import CompiledLayers
 from homodistil.distill.teacher import Teacher, build_teacher, load_config
 from homodistil.distributed import ranks
-from homodistil.engine.build import build_engine, student_dtype, teacher_dtype
+from homodistil.engine.build import build_engine
+from homodistil.engine.ds_config import student_dtype, teacher_dtype, zero_stage
 from homodistil.engine.engine import TrainingEngine
 from homodistil.evaluation.gap_probe import PROBE_SEQUENCES, GapProbe
 from homodistil.evaluation.heldout import evaluate
@@ -31,7 +31,6 @@ from homodistil.files import write_atomically, writing
 from homodistil.metrics.progress import doing
 from homodistil.metrics.recorder import METRICS_FILE, Recorder, read_lines
 from homodistil.metrics.result_table import ROW_FILE
-from homodistil.models import family_of
 from homodistil.models.activations import show_values
 from homodistil.resize import check_supported
 from homodistil.training.exporter import Exporter
@@ -39,6 +38,7 @@ from homodistil.training.fingerprints import check_same
 from homodistil.training.inputs import PERIODIC_EVALUATION_SEQUENCES, RunInputs, teacher_copy
 from homodistil.training.micro_batch import MicroBatchPolicy, with_micro_batch
 from homodistil.training.milestone_exports import Family
+from homodistil.training.resolve import resolve_run
 from homodistil.training.shrinkable import LiveStudent
 from homodistil.training.shrinking import Shrinker
 from homodistil.training.step_logger import StepLogger, run_recorder, speeds
@@ -68,21 +68,20 @@ class DistillationRun:
         self.config, self.engine_config, self.run_inputs = config, engine_config, run_inputs
         self.folder = folder
         device, dtype = run_inputs.device, teacher_dtype(config.teacher.dtype, engine_config, run_inputs.device)
-        if teacher_of is not None:
-            self.teacher_widths, self.teacher = teacher_of.teacher_widths, teacher_of.teacher
-        else:
-            self.teacher_widths, self.teacher = self._build_teacher(device, dtype)
+        self.resolved = resolve_run(config, load_config(run_inputs.teacher))
+        self.teacher_widths = self.resolved.teacher_widths
+        self.teacher = teacher_of.teacher if teacher_of else self._build_teacher(device, dtype)
         load = functools.partial(teacher_copy, run_inputs, torch.float32, config.student.dropout)
-        self.student = build_student(config, load_config(run_inputs.teacher), load).to(device)
+        self.student = self.resolved.build_student(load).to(device)
         self.initial_widths = self.student.widths
         self.micro_batch = MicroBatchPolicy(config, engine_config, self.student, dtype, ranks.world_size())
         self.gap = GapProbe(self.student, self.teacher, self._probe(), device)
-        parts = (self.student, self.teacher, self.gap, self.teacher_widths)
-        self.shrinker = Shrinker(config, run_inputs, *parts, self._heldout_loss, student_dtype(engine_config))
+        parts = (self.student, self.teacher, self.gap)
+        self.shrinker = Shrinker(self.resolved, run_inputs, *parts, self._heldout_loss, student_dtype(engine_config))
         self.pruner = self.shrinker.pruner
         self.exporter = Exporter(config, run_inputs, self.student, self.teacher_widths, command)
         self.family = Family(config, folder, self.exporter, self._row)
-        layout = {"ranks": ranks.world_size(), "zero_optimization.stage": _stage(engine_config)}
+        layout = {"ranks": ranks.world_size(), "zero_optimization.stage": zero_stage(engine_config)}
         layout["precision"] = str(student_dtype(engine_config))
         inputs = run_inputs.fingerprints, run_inputs.require_intact
         self.checkpoints = Checkpoints(folder / "checkpoints", config, layout, *inputs)
@@ -127,7 +126,7 @@ class DistillationRun:
         engine_config = with_micro_batch(self.engine_config, micro_batch, ranks.world_size())
         snapshots = self.shrinker.snapshots()
         with doing("building DeepSpeed's engine, and trying a resize of it"):
-            engine = build_engine(self.student, config, engine_config)
+            engine = build_engine(self.student, config.train, config.optimizer, engine_config)
         if config.student.compile:
             CompiledLayers(self.student.family.layers(self.student.model), self.pruner.schedule.num_events)
         if found:
@@ -142,14 +141,11 @@ class DistillationRun:
         share = -(-PROBE_SEQUENCES // ranks.world_size())
         return list(self.run_inputs.heldout(self.config, PROBE_SEQUENCES, batch_size=share))
 
-    def _build_teacher(self, device: torch.device, dtype: torch.dtype) -> tuple[dict[str, int], Teacher]:
-        """Its widths, and the teacher: a runtime may replace the layers that widths are read from."""
+    def _build_teacher(self, device: torch.device, dtype: torch.dtype) -> Teacher:
         config, model = self.config, teacher_copy(self.run_inputs, dtype)
-        family = family_of(model.config.model_type)
-        widths = family.axis_table(model).widths
         if "values" in Objective(config.loss).needs:
-            show_values(model, family, relation_layer(config.loss, model.config.num_hidden_layers))
-        return widths, build_teacher(model, config.teacher, device, dtype)
+            show_values(model, self.resolved.family, relation_layer(config.loss, model.config.num_hidden_layers))
+        return build_teacher(model, config.teacher, device, dtype)
 
     def _heldout_loss(self, student: Student) -> float:
         batches = self.run_inputs.heldout(self.config, PERIODIC_EVALUATION_SEQUENCES)
@@ -251,7 +247,3 @@ def _read_row(path: Path) -> dict | None:
 def _num_lines(found: Found | None) -> dict[str, int] | None:
     """Lines of each log, as the checkpoint knows them; checkpoints of before did not."""
     return found.state.get("num_lines") if found else None
-
-
-def _stage(engine_config: dict) -> int:
-    return engine_config.get("zero_optimization", {}).get("stage", 0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import json
 import shutil
@@ -12,31 +11,20 @@ from pathlib import Path
 import yaml
 
 from homodistil.checkpoint import candidates, saved_fingerprints
-from homodistil.config.schema import RunConfig
+from homodistil.config.derive import job_folder_config
+from homodistil.config.schema import OPTIONS, SECTIONS, RunConfig, value_of
 from homodistil.config.values import REMOVED_FIELDS
 from homodistil.errors import UserError
 from homodistil.files import write_atomically
 
 CONFIG_FILE = "config.yaml"
 ENGINE_FILE = "ds_config.json"
-# What may change when a run is gone on with: it moves neither the data's order nor, beyond rounding, the student.
-_FREE = {
-    "teacher": {"dtype", "allow_pickle", "shard"},
-    "data": {"cache_dir", "workers", "shard_bytes"},
-    "train": {"micro_batch_size", "save_every_steps", "eval_every_steps", "eval_batch_size", "log_every_steps"},
-    "loss": {"plugins"},
-    "optimizer": {"implementation"},
-}
-# Moved elsewhere they are the same, which the checkpoint's fingerprints tell (fingerprints.py).
-_BY_CONTENT = {"teacher": {"name"}, "data": {"sources"}}
-# Of `run`, which else may change: where the widths pass.
-_FIXED_OF_RUN = ("export_milestones", "settle_steps", "settle_cooldown")
 
 
 def check_run_folders(config: RunConfig, students: Sequence[RunConfig] = ()) -> list[Path]:
     """`check_run_folder` of a job and of its students (students.py), whose checkpoints are in their own folders."""
     if students and config.run.resume == "must":
-        config = dataclasses.replace(config, run=dataclasses.replace(config.run, resume="auto"))
+        config = job_folder_config(config)
     return [check_run_folder(one) for one in (config, *students)]
 
 
@@ -88,17 +76,19 @@ def _check_same_run(folder: Path, config: RunConfig) -> None:
     if before is None:
         raise UserError(f"run.dir: {str(folder)!r} is not empty and not a run folder; choose another run.dir")
     _check_removed(folder, before)
-    by_content = _BY_CONTENT if saved_fingerprints(folder / "checkpoints") else {}
-    for section, fields in config.to_dict().items():
-        for name, value in fields.items():
-            if section == "run" and name not in _FIXED_OF_RUN:
-                continue
-            old = before.get(section, {}).get(name, _of_before(before, section, name, value))
-            if old != value and name not in _FREE.get(section, set()) | by_content.get(section, set()):
-                raise UserError(
-                    f"{section}.{name}: the run in {str(folder)!r} has {old}, this config {value}; "
-                    f"go on with the same value, or choose another run.dir"
-                )
+    # Moved elsewhere it is the same, which the checkpoint's fingerprints tell (fingerprints.py).
+    free = ("free", "content") if saved_fingerprints(folder / "checkpoints") else ("free",)
+    for field, facts in OPTIONS.items():
+        if facts.resume in free:
+            continue
+        section, _, name = field.partition(".")
+        value = value_of(config, field)
+        old = before[section].get(name, _of_before(before, section, name, value))
+        if old != value:
+            raise UserError(
+                f"{field}: the run in {str(folder)!r} has {old}, this config {value}; "
+                f"go on with the same value, or choose another run.dir"
+            )
 
 
 def _check_removed(folder: Path, before: dict) -> None:
@@ -126,6 +116,5 @@ def _config_of_run(folder: Path) -> dict | None:
         found = yaml.safe_load((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
         return None
-    sections = RunConfig().to_dict().keys()
-    is_ours = isinstance(found, dict) and all(isinstance(found.get(section), dict) for section in sections)
+    is_ours = isinstance(found, dict) and all(isinstance(found.get(section), dict) for section in SECTIONS)
     return found if is_ours and (folder / ENGINE_FILE).is_file() else None

@@ -3,40 +3,24 @@
 from __future__ import annotations
 
 import torch
-from transformers import PretrainedConfig
 
 from homodistil.config.schema import RunConfig
-from homodistil.distill.layer_map import num_student_layers
 from homodistil.distill.teacher_sharding import num_parameters
-from homodistil.models import family_of
 from homodistil.models.axes import Widths, layer_widths
-from homodistil.models.shapes import student_widths
-from homodistil.pruning.pruner import width_schedule
 from homodistil.pruning.schedule_protocol import Schedule
+from homodistil.training.resolve import ResolvedRun
 
 
-def run_summary(config: RunConfig, teacher: PretrainedConfig) -> dict[str, str]:
-    """Subject -> what is known of it: student, parameters, losses, pruning.
-
-    Args:
-        teacher: its configuration.
-
-    Raises:
-        UserError: no target, or one that cannot be cut from this teacher in the steps there are.
-    """
-    family = family_of(teacher.model_type)
-    with torch.device("meta"):
-        model = family.empty_model(teacher)
-    widths = family.axis_table(model).widths
-    initial, target = student_widths(config.student, widths)
-    schedule = width_schedule(config, widths, initial, target)
+def run_summary(resolved: ResolvedRun) -> dict[str, str]:
+    """Subject -> what is known of it: student, parameters, losses, pruning."""
+    config, family, target = resolved.config, resolved.family, resolved.target
     if config.pruning.schedule == "none":
-        target = initial
-    layers = num_student_layers(config.student, teacher.num_hidden_layers)
+        target = resolved.initial
+    layers = len(resolved.layer_map.layers)
     with torch.device("meta"):
-        student = family.empty_model(family.student_config(teacher, target))
+        student = family.empty_model(family.student_config(resolved.teacher_config, target))
     start = "fresh weights" if config.student.init == "random" else f"from a copy of {config.teacher.name}"
-    before, after = num_parameters(model), num_parameters(student)
+    before, after = resolved.teacher_parameters, num_parameters(student)
     width = layer_widths(target, 0)
     depth = f"{layers} layer{'s' if layers > 1 else ''}"
     return {
@@ -44,7 +28,7 @@ def run_summary(config: RunConfig, teacher: PretrainedConfig) -> dict[str, str]:
         f"{width.num_heads} heads of {width.qk_dim}; {start}",
         "parameters": f"{before:,} (teacher) -> {after:,} ({after / before:.0%})",
         "losses": ", ".join(f"{name} x {weight:g}" for name, weight in config.loss.weights.items()),
-        "pruning": _pruning(config, schedule, initial, target),
+        "pruning": _pruning(config, resolved.make_schedule(), resolved.initial, target),
     }
 
 

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from homodistil.config.schema import RunConfig
 from homodistil.data.masked_lm import Batch
 from homodistil.data.prefetch import BatchPrefetcher
 from homodistil.distill.snapshot import StudentSnapshots
@@ -23,16 +22,16 @@ from homodistil.metrics.recorder import Recorder
 from homodistil.models.axes import Keep, Widths, expand_to_teacher
 from homodistil.models.parameter_shape import full_shape
 from homodistil.models.resize_plan import ResizePlan, make_plan
-from homodistil.models.shapes import student_widths
 from homodistil.pruning.calibration import calibrate
 from homodistil.pruning.compensation.student import EventChange
 from homodistil.pruning.importance import Importance
 from homodistil.pruning.protected_dims import protected_dims, variance_shares
-from homodistil.pruning.pruner import Pruner, width_schedule
+from homodistil.pruning.pruner import Pruner
 from homodistil.pruning.schedule import stage_widths
 from homodistil.training.compensated_events import Compensation
 from homodistil.training.gradient_scores import measure_importance, score_by_drawn_labels
 from homodistil.training.inputs import RunInputs
+from homodistil.training.resolve import ResolvedRun
 from homodistil.training.shrinkable import PlainStudent, Shrinkable
 from homodistil.training.step_logger import require_finite
 from homodistil.training.train_state import TrainState
@@ -45,32 +44,29 @@ class Shrinker:
     Args:
         student: at its initial widths, not yet in an engine.
         gap: of that student and `teacher`.
-        teacher_widths: of the teacher.
         heldout_loss: plain student -> held-out MLM loss (nats), the same on every rank.
         dtype: what the student computes in once an engine holds it.
     """
 
     def __init__(
         self,
-        config: RunConfig,
+        resolved: ResolvedRun,
         run_inputs: RunInputs,
         student: Student,
         teacher: Teacher,
         gap: GapProbe,
-        teacher_widths: Widths,
         heldout_loss: Callable[[Student], float],
         dtype: torch.dtype,
     ) -> None:
-        self.config, self.run_inputs, self.student, self.teacher, self.gap = config, run_inputs, student, teacher, gap
+        self.config = config = resolved.config
+        self.run_inputs, self.student, self.teacher, self.gap = run_inputs, student, teacher, gap
         self._heldout_loss, self._initial_widths, self._dtype = heldout_loss, student.widths, dtype
-        self.pruner = self._build_pruner(teacher_widths)
+        self.pruner = self._build_pruner(resolved)
         compensates = config.pruning.compensation != "none" and config.pruning.schedule != "none"
-        self.compensation = Compensation(config, run_inputs, teacher_widths["hidden"]) if compensates else None
+        self.compensation = Compensation(config, run_inputs, resolved.teacher_widths["hidden"]) if compensates else None
 
-    def _build_pruner(self, teacher_widths: Widths) -> Pruner:
-        config = self.config
-        _, target = student_widths(config.student, teacher_widths)
-        schedule = width_schedule(config, teacher_widths, self._initial_widths, target)
+    def _build_pruner(self, resolved: ResolvedRun) -> Pruner:
+        config, schedule, target = self.config, resolved.make_schedule(), resolved.target
         importance = Importance(
             self.student.axis_table(), config.pruning, config.train.seed, device=self.run_inputs.device
         )

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from homodistil.engine.ds_config import zero_stage
+
 
 class StartReport:
     """Seconds of the parts of a start, in their order. The first one, up to here, is Python's and the libraries'."""
@@ -23,10 +25,10 @@ class StartReport:
 
     def line(self, num_ranks: int, num_machines: int, engine_config: dict) -> str:
         """Args: engine_config: from `resolve_engine_config`."""
-        stage = engine_config.get("zero_optimization", {}).get("stage", 0)
         parts = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self._parts_s.items())
         ranks, machines = _counted(num_ranks, "rank"), _counted(num_machines, "machine")
-        return f"start: {ranks} on {machines}, ZeRO-{stage}; {parts}; {sum(self._parts_s.values()):.1f} s in all"
+        layout = f"{ranks} on {machines}, ZeRO-{zero_stage(engine_config)}"
+        return f"start: {layout}; {parts}; {sum(self._parts_s.values()):.1f} s in all"
 
 
 def _age_s() -> float:

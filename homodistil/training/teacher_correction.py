@@ -5,7 +5,6 @@ The same loop as distillation, with no teacher and no pruning. An encoder withou
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import functools
 import hashlib
@@ -16,11 +15,13 @@ from pathlib import Path
 
 import torch
 
-from homodistil.config.schema import LossConfig, RunConfig
+from homodistil.config.derive import correction_config, correction_key
+from homodistil.config.schema import RunConfig
 from homodistil.distill.student import Student
 from homodistil.distill.teacher import load_config
 from homodistil.distributed import groups, ranks
-from homodistil.engine.build import build_engine, student_dtype
+from homodistil.engine.build import build_engine
+from homodistil.engine.ds_config import student_dtype
 from homodistil.engine.engine import TrainingEngine
 from homodistil.evaluation.heldout import evaluate
 from homodistil.export.stock_model import save_checkpoint, stock_model
@@ -41,8 +42,6 @@ from homodistil.training.step_logger import StepLogger, run_recorder, speeds
 from homodistil.training.trainer import Trainer
 
 TEACHER_FILE = "teacher.json"
-# The teacher must not have seen the student's batches with the student's masks (research: seed reuse costs .05).
-SEED_OFFSET = 7919
 
 
 def corrected(
@@ -121,7 +120,8 @@ class _Correction:
             print(f"correcting the teacher: {self.config.train.steps} steps of MLM on the corpus", flush=True)
         before = self._evaluate()
         with doing("building DeepSpeed's engine, and trying a resize of it"):
-            engine = build_engine(self.student, self.config, self.engine_config)
+            config = self.config
+            engine = build_engine(self.student, config.train, config.optimizer, self.engine_config)
         with run_recorder(self.work / "run", self.config, 0) as recorder:
             self._trainer(engine, recorder).train()
         facts = {"before": before, "after": self._evaluate(), "steps": self.config.train.steps}
@@ -156,17 +156,6 @@ class _Correction:
         write_checksums(self.work)
 
 
-def correction_config(config: RunConfig) -> RunConfig:
-    """The run config of the correction: same data and batches, MLM alone, its own steps, rate and seed."""
-    correction = copy.deepcopy(config)
-    correction.loss = LossConfig(mlm=1.0, kl=0.0, hidden=0.0, attention=0.0, embedding=0.0)
-    correction.train.steps = config.teacher.correction_steps
-    correction.train.lr = config.teacher.correction_lr
-    correction.train.seed = config.teacher.correction_seed + SEED_OFFSET
-    correction.train.save_every_steps = correction.train.eval_every_steps = 0
-    return correction
-
-
 def _publish(work: Path, final: Path) -> None:
     if final.exists():  # another job was faster; its result is the same
         shutil.rmtree(work)
@@ -176,11 +165,7 @@ def _publish(work: Path, final: Path) -> None:
 
 def _key(config: RunConfig, engine_config: dict, run_inputs: RunInputs) -> str:
     """Content of everything the corrected weights depend on."""
-    correction = correction_config(config)
-    train = dataclasses.asdict(correction.train)
-    settings = {name: train[name] for name in ("steps", "global_batch_size", "lr", "warmup_fraction", "weight_decay")}
-    settings |= {name: train[name] for name in ("gradient_clipping", "seed")}
-    settings |= {"optimizer": dataclasses.asdict(config.optimizer), "mask_probability": config.data.mask_probability}
+    settings = correction_key(config)
     settings |= {"dtype": str(student_dtype(engine_config)), "corpus": run_inputs.corpus.fingerprint}
     settings["teacher"] = ranks.on_rank_zero(lambda: _content(run_inputs.teacher))
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:20]

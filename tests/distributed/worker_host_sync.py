@@ -127,7 +127,7 @@ def build_trainer(options: dict, cache_dir: Path, folder: Path) -> Trainer:
     config.pruning.compensation, config.pruning.end_fraction, config.loss.kl = "none", 0.3, 1.0
     device = init_ranks()
     engine_config = {"bf16": {"enabled": options["bf16"]}, "zero_optimization": {"stage": 2}}
-    engine_config = resolve_engine_config(engine_config, config, num_ranks=1)
+    engine_config = resolve_engine_config(engine_config, config.train, num_ranks=1)
     teacher = teacher_folder("embedded:bert-tiny", cache_dir)
     run_inputs = RunInputs(str(teacher), AutoTokenizer.from_pretrained(teacher), _corpus(folder), device)
     job = DistillationRun(config, engine_config, run_inputs, folder / "run", "a test")

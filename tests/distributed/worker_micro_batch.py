@@ -147,7 +147,7 @@ def distil(folder: Path, cache_dir: str, grow: bool, workers: int = 0) -> None:
     config.train.lr, config.pruning.interval_steps, config.pruning.end_fraction = 1e-3, 2, 1.0
     config.pruning.compensation, config.loss.kl = "none", 1.0
     config.pruning.max_event_fraction, config.run.grow_micro_batch = 0.5, grow
-    engine_config = resolve_engine_config({"zero_optimization": {"stage": 2}}, config, ranks.world_size())
+    engine_config = resolve_engine_config({"zero_optimization": {"stage": 2}}, config.train, ranks.world_size())
     run_inputs = prepare_inputs(config, torch.device("cpu"))
     DistillationRun(config, engine_config, run_inputs, folder, "").run()
 

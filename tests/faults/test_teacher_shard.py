@@ -43,7 +43,7 @@ def test_a_run_with_a_student_under_zero3_is_bitwise_the_same(server, run_inputs
 def test_what_cannot_be_sharded_is_refused(other):
     config = parse(["recipe=quickstart", "teacher.shard=true", f"teacher.{other}"])
     with pytest.raises(UserError, match=r"teacher\.shard: true gathers layers .* set these, or teacher\.shard=false"):
-        check_teacher_runtime(config, torch.device("cuda" if "stream" in other else "cpu"))
+        check_teacher_runtime(config.teacher, torch.device("cuda" if "stream" in other else "cpu"))
 
 
 def test_the_plan_counts_a_ranks_part():

@@ -1,6 +1,6 @@
 """How the frozen teacher's backbone runs: as it is, under torch.compile, or under deepspeed.init_inference.
 
-    check_teacher_runtime(config, device)                      # at start, before anything is made
+    check_teacher_runtime(config.teacher, device)              # at start, before anything is made
     runtime = build_runtime(model, family, config.teacher, device, dtype)
     tapped = runtime(input_ids, attention_mask)                # never builds a graph
 
@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from homodistil.config.schema import RunConfig, TeacherConfig
+from homodistil.config.schema import TeacherConfig
 from homodistil.distill.runtime.compiled import CompiledRuntime
 from homodistil.distill.runtime.deepspeed_inference import EngineRuntime
 from homodistil.distill.runtime.plain import PlainRuntime
@@ -35,9 +35,8 @@ class Runtime(Protocol):
         """input_ids, attention_mask: int64, (B, T); mask 1 = token, 0 = padding, None: none. No tensor has a graph."""
 
 
-def check_teacher_runtime(config: RunConfig, device: torch.device) -> None:
+def check_teacher_runtime(teacher: TeacherConfig, device: torch.device) -> None:
     """Raises `UserError` for settings of `teacher` that cannot work together or on this device."""
-    teacher = config.teacher
     if teacher.runtime == "compile":
         require_compiler("teacher.runtime", device)
     if teacher.own_stream and device.type != "cuda":
