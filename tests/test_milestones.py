@@ -42,7 +42,12 @@ def _config(fractions, steps=400, settle=0, final=HALF, **pruning) -> RunConfig:
 
 def _route(config: RunConfig, teacher: Shape) -> Route:
     widths = _widths(teacher)
-    return plan_route(config, widths, *student_widths(config.student, widths))
+    return plan_route(config.run, config.pruning, widths, *student_widths(config.student, widths))
+
+
+def schedule_of(config, teacher, initial, target):
+    route = plan_route(config.run, config.pruning, teacher, initial, target)
+    return width_schedule(config.pruning, config.train.steps, initial, target, route)
 
 
 def _shapes(config: RunConfig, teacher: Shape) -> list[Shape]:
@@ -99,7 +104,7 @@ def test_every_milestone_is_passed_exactly_and_held(
     config, widths = _config(fractions, settle=settle, final=final, **pruning), _widths(teacher)
     initial, target = student_widths(config.student, widths)
     try:
-        schedule = width_schedule(config, widths, initial, target)
+        schedule = schedule_of(config, widths, initial, target)
     except UserError as error:
         assume("both mean" not in str(error) and "allowed: fractions" not in str(error))
         # Only what cannot be: too few events for cuts of this size, multiples without a shape.
@@ -128,7 +133,7 @@ def test_every_milestone_is_passed_exactly_and_held(
 
 def test_the_shipped_recipe_passes_its_three_widths():
     config, widths = parse(["recipe=family"]), _widths(TINY)
-    schedule = width_schedule(config, widths, *student_widths(config.student, widths))
+    schedule = schedule_of(config, widths, *student_widths(config.student, widths))
     assert [milestone.widths["hidden"] for milestone in schedule.route.milestones] == [96, 64, 42]
     assert schedule.table[max(schedule.table)]["hidden"] == 42 and max(schedule.table) <= 0.6 * config.train.steps
 
@@ -136,7 +141,7 @@ def test_the_shipped_recipe_passes_its_three_widths():
 def test_without_milestones_nothing_moves():
     config, widths = _config([], end_fraction=0.3, max_event_fraction=0.25), _widths(TINY)
     ends = student_widths(config.student, widths)
-    ours, plain = width_schedule(config, widths, *ends), WidthSchedule(*ends, config.pruning, 400)
+    ours, plain = schedule_of(config, widths, *ends), WidthSchedule(*ends, config.pruning, 400)
     assert ours.table == plain.table and ours.end_step == plain.end_step == 120
     assert not any(ours.milestone_due(step, ends[1]) for step in range(401))
 
@@ -144,7 +149,7 @@ def test_without_milestones_nothing_moves():
 def test_a_milestone_that_skipped_updates_have_made_late_is_not_passed_by():
     config, widths = _config([0.75]), _widths(TINY)
     initial, target = student_widths(config.student, widths)
-    schedule = width_schedule(config, widths, initial, target)
+    schedule = schedule_of(config, widths, initial, target)
     (arrival,) = schedule.arrivals
     late = arrival + 40
     assert schedule.reached(late)["hidden"] < 96
@@ -157,13 +162,13 @@ def test_a_milestone_that_skipped_updates_have_made_late_is_not_passed_by():
 def test_holding_longer_than_pruning_lasts_is_refused():
     with pytest.raises(UserError, match=r"run.settle_steps: 100 for each of 2 milestones is 200 steps.* has 200"):
         config, widths = _config([0.9, 0.75], settle=100), _widths(TINY)
-        width_schedule(config, widths, *student_widths(config.student, widths))
+        schedule_of(config, widths, *student_widths(config.student, widths))
 
 
 def test_too_few_events_for_the_milestones_are_refused():
     with pytest.raises(UserError, match="run.export_milestones: passing all of them takes . events .* there are 2"):
         config, widths = _config([0.9, 0.75], interval_steps=100), _widths(TINY)
-        width_schedule(config, widths, *student_widths(config.student, widths))
+        schedule_of(config, widths, *student_widths(config.student, widths))
 
 
 @settings(max_examples=60)
@@ -178,7 +183,7 @@ def test_the_closed_loop_stops_at_milestones_too(fractions, settle, cost, recove
     config = _config(fractions, settle=settle, schedule="gap", max_event_fraction=0.25)
     widths = _widths(TINY)
     initial, target = student_widths(config.student, widths)
-    schedule = width_schedule(config, widths, initial, target)
+    schedule = schedule_of(config, widths, initial, target)
     assert isinstance(schedule, GapSchedule)
     now, kl, seen, held_until, exported, last = dict(initial), 0.0, [], 0, [], 0
 

@@ -49,7 +49,7 @@ def test_stretches_are_the_schedule_step_by_step(cache_dir):
     config = _quickstart(f"data.cache_dir={cache_dir}", "pruning.start_fraction=0.05")
     subject = resolve_run(config)
     initial, target = student_widths(config.student, subject.teacher_widths)
-    schedule = width_schedule(config, subject.teacher_widths, initial, target)
+    schedule = width_schedule(config.pruning, config.train.steps, initial, target)
     by_step = [stretch.widths for stretch in subject.phases for _ in range(stretch.num_steps)]
     assert by_step == [initial | schedule.reached(step) for step in range(config.train.steps)]
     assert all(a.first_step + a.num_steps == b.first_step for a, b in itertools.pairwise(subject.phases))

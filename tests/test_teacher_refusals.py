@@ -24,8 +24,7 @@ from homodistil.errors import UserError
 from homodistil.evaluation.glue.checkpoint import load_encoder
 from homodistil.preflight.findings import Findings
 from homodistil.preflight.settings import check_model
-from homodistil.training.inputs import check_teacher
-from homodistil.training.resolve import check_plannable
+from homodistil.training.inputs import check_plannable, check_teacher
 
 QUERY = "bert.encoder.layer.1.attention.self.query.weight"
 HEAD = "cls.predictions."

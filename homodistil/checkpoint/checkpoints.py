@@ -26,7 +26,7 @@ from homodistil.checkpoint.folder import (
 from homodistil.checkpoint.random_state import random_state, restore_random_state
 from homodistil.checkpoint.reader import WEIGHT, StateReader, key_of
 from homodistil.checkpoint.writer import Snapshot, Writer, random_file
-from homodistil.config.schema import RunConfig
+from homodistil.config.schema import RunFolderConfig
 from homodistil.distributed import ranks
 from homodistil.errors import UserError
 from homodistil.models.parameter_shape import full_numel
@@ -52,8 +52,9 @@ class Found(NamedTuple):
 class Checkpoints:
     """Args:
     folder: `checkpoints` of the run folder; all ranks see the same.
-    config: of the run: how many are kept, whether training waits for the disk.
-    layout: number of ranks, ZeRO stage, precision: written down for people, read by nobody.
+    run: how many are kept, whether training waits for the disk.
+    seed: of the run (train.seed), for ranks that the checkpoint knows no random state of.
+    notes: the config, and the layout it was trained in: written down for people, read by nobody.
     fingerprints: of what the run learns from (training/fingerprints.py).
     before_save: called on every rank before anything is written; may raise.
     """
@@ -61,12 +62,13 @@ class Checkpoints:
     def __init__(
         self,
         folder: Path,
-        config: RunConfig,
-        layout: dict[str, object],
+        run: RunFolderConfig,
+        seed: int,
+        notes: dict[str, object],
         fingerprints: Mapping[str, str] | None = None,
         before_save: Callable[[], None] = lambda: None,
     ) -> None:
-        self.folder, self.config, self.layout = folder, config, layout
+        self.folder, self.run, self._seed, self._notes = folder, run, seed, dict(notes)
         self._fingerprints, self._before_save = dict(fingerprints or {}), before_save
         self._writer: Writer | None = None
         self._last_step: int | None = None
@@ -89,9 +91,9 @@ class Checkpoints:
             return
         self._before_save()
         ranks.on_rank_zero(lambda: start_part(self.folder, step))
-        self._writer = Writer(self.folder, self._snapshot(engine, step, state), self.config.run.keep_checkpoints)
+        self._writer = Writer(self.folder, self._snapshot(engine, step, state), self.run.keep_checkpoints)
         self._last_step = step
-        if not self.config.run.async_checkpoints:
+        if not self.run.async_checkpoints:
             self.wait()
 
     def wait(self) -> None:
@@ -107,8 +109,8 @@ class Checkpoints:
 
     def _snapshot(self, engine, step: int, state: dict) -> Snapshot:
         plain, tensors = split_tensors(state)
-        run = {"format": FORMAT, "state": plain, "engine": engine_state(engine), "layout": self.layout}
-        run |= {"versions": _versions(), "config": self.config.to_dict(), "fingerprints": self._fingerprints}
+        run = {"format": FORMAT, "state": plain, "engine": engine_state(engine), **self._notes}
+        run |= {"versions": _versions(), "fingerprints": self._fingerprints}
         first = ranks.rank() == 0
         copies = {name: _copy(tensor) for name, tensor in tensors.items()} if first else None
         return Snapshot(step, _own_state(engine), random_state(), run if first else None, copies)
@@ -162,7 +164,7 @@ class Checkpoints:
             load_state(engine, reader.state_names, state_scalars(engine, saved), reader)
         load_engine_state(engine, saved)
         step, rank = found.state["step"], ranks.rank()
-        restore_random_state(found.folder / random_file(rank), self.config.train.seed, rank, step)
+        restore_random_state(found.folder / random_file(rank), self._seed, rank, step)
         self._last_step = step
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from homodistil.config.schema import PruningConfig, RunConfig
+from homodistil.config.schema import PruningConfig, RunFolderConfig
 from homodistil.errors import UserError
 from homodistil.models.axes import Widths
 from homodistil.models.shapes import Shape, shape_of, target_widths
@@ -43,8 +43,11 @@ class Route(NamedTuple):
         return next((m for m in self.milestones if m.widths["hidden"] == target["hidden"]), None)
 
 
-def plan_route(config: RunConfig, teacher: Widths, initial: Widths, target: Widths) -> Route:
-    """The route of a run.
+NO_MILESTONES = Route()
+
+
+def plan_route(run: RunFolderConfig, pruning: PruningConfig, teacher: Widths, initial: Widths, target: Widths) -> Route:
+    """The route of a run; empty where nothing is exported on the way.
 
     Args:
         teacher, initial, target: widths of the teacher, and of the student before and after.
@@ -52,10 +55,12 @@ def plan_route(config: RunConfig, teacher: Widths, initial: Widths, target: Widt
     Raises:
         UserError: a milestone is not on the way from `initial` to `target`, or is another one too.
     """
+    if not run.export_milestones:
+        return NO_MILESTONES
     found: list[Milestone] = []
     before = shape_of(initial)
-    for fraction in sorted(config.run.export_milestones, reverse=True):
-        shape = milestone_shape(fraction, teacher["hidden"], (before, shape_of(target)), initial, config.pruning)
+    for fraction in sorted(run.export_milestones, reverse=True):
+        shape = milestone_shape(fraction, teacher["hidden"], (before, shape_of(target)), initial, pruning)
         if found and shape.hidden_size == before.hidden_size:
             raise UserError(
                 f"run.export_milestones: {found[-1].fraction:g} and {fraction:g} of the teacher's {teacher['hidden']} "
@@ -63,7 +68,7 @@ def plan_route(config: RunConfig, teacher: Widths, initial: Widths, target: Widt
             )
         found.append(Milestone(fraction, target_widths(shape, initial)))
         before = shape
-    return Route(tuple(found), config.run.settle_steps)
+    return Route(tuple(found), run.settle_steps)
 
 
 def milestone_shape(

@@ -5,26 +5,27 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from homodistil.config.schema import RunConfig
+from homodistil.config.schema import PruningConfig
 from homodistil.models.axes import Keep, Widths
 from homodistil.models.resize_plan import ResizePlan
 from homodistil.pruning.gap_schedule import GapSchedule
 from homodistil.pruning.importance import Importance
-from homodistil.pruning.milestones import Milestone, Route, plan_route
+from homodistil.pruning.milestones import NO_MILESTONES, Milestone, Route
 from homodistil.pruning.schedule import WidthSchedule
 from homodistil.pruning.schedule_protocol import Look, Schedule
 from homodistil.pruning.selection import select
 
 
-def width_schedule(config: RunConfig, teacher: Widths, initial: Widths, target: Widths) -> Schedule:
-    """The schedule of `config` from widths to others. Raises `UserError` when these, or milestones, are out of reach.
+def width_schedule(
+    pruning: PruningConfig, num_steps: int, initial: Widths, target: Widths, route: Route = NO_MILESTONES
+) -> Schedule:
+    """The schedule of a run of `num_steps` optimizer steps. Raises `UserError` when the widths are out of reach.
 
     Args:
-        teacher: widths that milestones are fractions of.
+        route: milestones that it passes (`plan_route`).
     """
-    kind = GapSchedule if config.pruning.schedule == "gap" else WidthSchedule
-    route = plan_route(config, teacher, initial, target) if config.run.export_milestones else Route()
-    return kind(initial, target, config.pruning, config.train.steps, route)
+    kind = GapSchedule if pruning.schedule == "gap" else WidthSchedule
+    return kind(initial, target, pruning, num_steps, route)
 
 
 class Pruner:

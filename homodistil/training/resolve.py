@@ -31,9 +31,9 @@ from homodistil.models.activations import ATTENTION
 from homodistil.models.axes import Widths
 from homodistil.models.family import ModelFamily
 from homodistil.models.shapes import check_multiples, student_widths
-from homodistil.pruning.gap_schedule import GapSchedule
+from homodistil.pruning.milestones import Route, plan_route
 from homodistil.pruning.pruner import width_schedule
-from homodistil.pruning.schedule import WidthSchedule
+from homodistil.pruning.schedule_protocol import Schedule
 
 # Hugging Face's `BertConfig()` is bert-base-uncased. A hub that cannot be reached takes its time to say so.
 _KNOWN = {"bert-base-uncased", "google-bert/bert-base-uncased"}
@@ -64,12 +64,15 @@ class ResolvedRun:
     """Of the student before the first event."""
     target: Widths
     """Of the student in the end."""
+    route: Route
+    """Milestones on the way."""
     table: dict[int, Widths]
     """Step -> widths that are due there, where the schedule knows it beforehand. Axes that do not change are absent."""
 
-    def make_schedule(self) -> WidthSchedule | GapSchedule:
+    def make_schedule(self) -> Schedule:
         """A new one: the closed loop's has a state."""
-        return width_schedule(self.config, self.teacher_widths, self.initial, self.target)
+        config = self.config
+        return width_schedule(config.pruning, config.train.steps, self.initial, self.target, self.route)
 
     def build_student(self, load_teacher: Callable[[], nn.Module]) -> Student:
         """The student at its first widths. `load_teacher`: as in `distill.build_student`."""
@@ -140,7 +143,8 @@ def resolve_run(config: RunConfig, teacher_config: PretrainedConfig | None = Non
     check_student(config.student, config.pruning, config.loss, shape.num_hidden_layers)
     check_multiples(config.pruning, widths)
     initial, target = student_widths(config.student, widths)
-    schedule = width_schedule(config, widths, initial, target)
+    route = plan_route(config.run, config.pruning, widths, initial, target)
+    schedule = width_schedule(config.pruning, config.train.steps, initial, target, route)
     return ResolvedRun(
         config=config,
         family=family,
@@ -150,7 +154,8 @@ def resolve_run(config: RunConfig, teacher_config: PretrainedConfig | None = Non
         layer_map=layer_map_of(config.student, config.pruning, shape),
         initial=initial,
         target=target,
-        table=dict(getattr(schedule, "table", None) or {}),
+        route=route,
+        table=dict(schedule.table),
     )
 
 

@@ -84,7 +84,8 @@ class DistillationRun:
         layout = {"ranks": ranks.world_size(), "zero_optimization.stage": zero_stage(engine_config)}
         layout["precision"] = str(student_dtype(engine_config))
         inputs = run_inputs.fingerprints, run_inputs.require_intact
-        self.checkpoints = Checkpoints(folder / "checkpoints", config, layout, *inputs)
+        notes = {"layout": layout, "config": config.to_dict()}
+        self.checkpoints = Checkpoints(folder / "checkpoints", config.run, config.train.seed, notes, *inputs)
 
     def run(self) -> dict:
         """Train to the end (from the last checkpoint if there is one), export and evaluate. Returns the row."""

@@ -69,7 +69,8 @@ class Run:
         check_supported(self.engine)
         config = RunConfig()
         config.run.async_checkpoints, config.run.keep_checkpoints = case.get("async", False), NUM_STEPS
-        self.checkpoints = Checkpoints(folder / "checkpoints", config, {"stage": case["stage"], "ranks": world})
+        notes = {"layout": {"stage": case["stage"], "ranks": world}}
+        self.checkpoints = Checkpoints(folder / "checkpoints", config.run, config.train.seed, notes)
 
     def step(self) -> float:
         if self.done in tiny_bert.events():
