@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -51,7 +52,7 @@ def test_a_step_gets_what_its_position_says_whatever_was_prepared(rows, tokenize
         found, expected = prefetcher.micro_batches(consumed), plain.micro_batches(consumed)
         assert len(found) == len(expected) == 2
         assert all(same(f._replace(counts=None), e._replace(counts=None)) for f, e in zip(found, expected, strict=True))
-        for name in ("masked_rows", "tokens", "pairs"):
+        for name in ("target_rows", "tokens", "pairs"):
             mean = sum(getattr(batch.counts, name) for batch in expected) / 2
             value = getattr(found[0].counts, name)
             assert value.shape == () and value.dtype == torch.float32 and value == mean
@@ -109,6 +110,7 @@ def test_the_thread_ends_with_the_feed(rows, tokenizer):
     prefetcher.micro_batches(0)
     (thread,) = set(threading.enumerate()) - before
     del prefetcher
+    gc.collect()  # whatever else a failed test before may hold
     thread.join(timeout=10)
     assert not thread.is_alive()
 
@@ -116,9 +118,9 @@ def test_the_thread_ends_with_the_feed(rows, tokenizer):
 FAILING_STEP = """
 import sys, torch
 from transformers import AutoTokenizer
-from homodistil.data.prefetch import Feed
+from homodistil.data.prefetch import BatchPrefetcher
 from test_data_loader import Rows, loader
-feed = Feed(loader(Rows(sys.argv[1]), AutoTokenizer.from_pretrained(sys.argv[2]), workers=1), torch.device("cpu"))
+feed = BatchPrefetcher(loader(Rows(sys.argv[1]), AutoTokenizer.from_pretrained(sys.argv[2]), workers=1), torch.device("cpu"))
 feed.itself = feed  # as in a run: part of a cycle, which only interpreter exit would free
 feed.micro_batches(0)
 raise SystemExit("the step failed")
