@@ -13,12 +13,11 @@ import math
 import sys
 
 import deepspeed
-import reference
-import tiny_bert
 import torch
 import torch.distributed as dist
 import worker_importance
-from reference import ROWS
+from support import reference, tiny_bert
+from support.reference import ROWS
 from torch import Tensor
 
 from homodistil.config.schema import PruningConfig
