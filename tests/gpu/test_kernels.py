@@ -1,4 +1,4 @@
-"""Every operation on the GPU in its Triton form against the float64 references of tests/unit/kernels, which run there too.
+"""Every operation on the GPU in its Triton form against the float64 references of tests/unit/kernels, run there too.
 
 "auto" takes Triton on a GPU (test_step_terms.py asserts it). Shapes are odd, padded, or those of real models.
 """
