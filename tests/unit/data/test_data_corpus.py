@@ -191,6 +191,7 @@ def start(tokenizer, cache: Path, source: str) -> subprocess.Popen:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
 
+@pytest.mark.process
 def test_ranks_prepare_once_and_agree(tokenizer, tmp_path):
     source = write_jsonl(tmp_path / "a.jsonl", make_texts(200))
     processes = [start(tokenizer, tmp_path / "cache", source) for _ in range(3)]
@@ -200,6 +201,7 @@ def test_ranks_prepare_once_and_agree(tokenizer, tmp_path):
     assert len([p for p in (tmp_path / "cache" / "corpora").iterdir() if p.is_dir()]) == 1
 
 
+@pytest.mark.process
 def test_kill_leaves_no_half_corpus(tokenizer, tmp_path):
     source = write_jsonl(tmp_path / "a.jsonl", make_texts(3000))
     cache = tmp_path / "cache"
@@ -221,6 +223,7 @@ def test_kill_leaves_no_half_corpus(tokenizer, tmp_path):
     assert not list(corpora.glob(".*.tmp")) and not list(cache.glob("parts/[!.]*")), "no scratch is left"
 
 
+@pytest.mark.process
 def test_prepare_data_script_leaves_a_corpus_that_training_finds(tmp_path, cache_dir, tokenizer):
     for i in range(3):
         (tmp_path / f"{i}.txt").write_text(f"Document {i} of a small folder. " * 30)

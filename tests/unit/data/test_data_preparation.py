@@ -25,6 +25,8 @@ from homodistil.data.sources.text_files import TextFile
 from homodistil.distributed.exit_codes import STOPPED, USER_ERROR
 from homodistil.errors import UserError
 
+pytestmark = pytest.mark.process
+
 SCRIPT = Path(__file__).parents[3] / "launcher" / "prepare_data.py"
 WORDS = "The whale, unbelievably große – swims: past Nantucket's islands again! naïve 1851 tokenization".split()
 SHARD_BYTES = 40_000

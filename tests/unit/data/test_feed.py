@@ -125,6 +125,7 @@ raise SystemExit("the step failed")
 """
 
 
+@pytest.mark.process
 def test_a_process_whose_step_fails_ends(tmp_path, tokenizer):
     make_rows(tmp_path, 31)
     command = [sys.executable, "-c", FAILING_STEP, str(tmp_path / "31.npy"), tokenizer.name_or_path]

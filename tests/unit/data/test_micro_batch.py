@@ -149,6 +149,7 @@ print(len(kept.micro_batches(8)))
 """
 
 
+@pytest.mark.process
 def test_a_process_ends_with_its_workers(tmp_path, tokenizer):
     make_rows(tmp_path, 31)
     command = [sys.executable, "-c", LEFT_ALONE, str(tmp_path / "31.npy"), tokenizer.name_or_path]

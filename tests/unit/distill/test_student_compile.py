@@ -25,6 +25,8 @@ from homodistil.models.encoders import bert
 from homodistil.models.resize_plan import make_plan
 from homodistil.resize import resize
 
+pytestmark = pytest.mark.process
+
 CPU = torch.device("cpu")
 NUM_STEPS = 9
 

@@ -51,6 +51,7 @@ def test_the_log_has_the_last_state_of_a_bar_and_is_bounded_before_there_is_a_fi
     assert lines[:2] == ["30%", "next"] and lines[-1] == "later" and "lost" not in lines
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("rank", [0, 3])
 def test_a_process_tags_its_streams_and_keeps_what_it_said(rank, tmp_path):
     env = {"RANK": str(rank), "PYTHONPATH": ":".join(sys.path)}

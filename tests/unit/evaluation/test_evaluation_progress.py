@@ -33,6 +33,7 @@ time.sleep(0.5)
 """
 
 
+@pytest.mark.process
 def test_a_silence_is_broken_with_what_is_being_done():
     start = time.monotonic()
     done = subprocess.run([sys.executable, "-c", SLOW], capture_output=True, text=True, check=True)
@@ -62,6 +63,7 @@ def test_every_run_says_where_it_is(tmp_path, tokenizer, monkeypatch, patience):
     assert evaluated == [f"after step {i}: evaluating, batch 1 of 1" for i in after]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("name", ["glue", "squad"])
 def test_the_launchers_watch_the_silence_from_their_start(name):
     """Before anything heavy is imported."""

@@ -26,6 +26,8 @@ from homodistil.evaluation.glue.sources import TaskData
 from homodistil.evaluation.glue.tasks import TASKS
 from homodistil.evaluation.glue.tsv import Split
 
+pytestmark = pytest.mark.process
+
 LAUNCHER = Path(__file__).parents[3] / "launcher" / "glue.py"
 SHARED = Settings(max_length=32, device="cpu")
 ONE_RUN = Grid(lrs=[1e-3], batch_sizes=[4], epochs=[1], seeds=[0], shared=SHARED)

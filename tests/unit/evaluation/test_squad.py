@@ -283,6 +283,7 @@ def test_launcher(tmp_path, checkpoint, monkeypatch, capsys):
     assert said.splitlines()[-1] == str(tmp_path / "out" / "v2.0" / "squad.md")
 
 
+@pytest.mark.process
 def test_launcher_refuses_in_one_line(tmp_path, checkpoint):
     write_files(tmp_path, "v1.1", "v2.0")
     environment = {**os.environ, "PYTHONPATH": str(LAUNCHER.parents[1])}

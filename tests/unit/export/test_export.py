@@ -63,6 +63,7 @@ def test_widths_that_no_stock_config_can_hold_are_recognised():
     assert stock_head_dim(wide.widths) is None
 
 
+@pytest.mark.process
 def test_an_interpreter_without_homodistil_loads_it(tmp_path):
     student, weights = _pruned(20, 4, 5, 33)
     folder = tmp_path / "export"

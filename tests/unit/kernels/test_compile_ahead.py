@@ -26,7 +26,7 @@ MOST_REGISTERS = 255
 REGISTERS = 65536
 """Of a multiprocessor: a program whose threads want more cannot be launched at all."""
 
-pytestmark = pytest.mark.skipif(not triton_installed(), reason="triton is not installed")
+pytestmark = [pytest.mark.process, pytest.mark.skipif(not triton_installed(), reason="triton is not installed")]
 
 
 def compile_all(cache: Path, *flags: str) -> list[dict]:

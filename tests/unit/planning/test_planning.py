@@ -204,6 +204,7 @@ def measured(tmp_path_factory):
     return folder, fields, done.stdout
 
 
+@pytest.mark.process
 def test_real_steps_calibrate_plans_of_this_machine(measured, tmp_path):
     folder, fields, printed = measured
     assert printed.count(" s a step, ") == 4 and not (folder / "run").exists()
@@ -215,6 +216,7 @@ def test_real_steps_calibrate_plans_of_this_machine(measured, tmp_path):
     assert 0 < plan["hours"]["low"] < plan["hours"]["high"] and set(plan["advice"]) >= {"zero_stage", "reason"}
 
 
+@pytest.mark.process
 def test_the_report_shows_the_plan_beside_the_run(measured):
     folder, fields, _ = measured
     command = [sys.executable, ROOT / "launcher" / "train.py", *fields]

@@ -472,12 +472,14 @@ def launch(folder: Path) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
 
 
+@pytest.mark.process
 def test_launcher(run_dir):
     done = launch(run_dir)
     assert (done.returncode, done.stdout) == (0, f"{run_dir / 'report.html'}\n")
     Page((run_dir / "report.html").read_text())
 
 
+@pytest.mark.process
 def test_launcher_refuses_in_one_line(tmp_path):
     done = launch(tmp_path / "no")
     assert (done.returncode, done.stdout) == (2, "")
