@@ -1,5 +1,6 @@
 # Two commands do everything on a fresh machine: `make train` (the main job) and `make test`.
-# `make test-full` also runs the long matrices (every ZeRO option, every change of layout on resume).
+# `make test-fast` runs the unit tests that start no process; `make test-full` also runs the long matrices (every ZeRO
+# option, every change of layout on resume) and what tests/only_in_full.txt names.
 
 PYTHON ?= python3
 RANKS ?= 2
@@ -13,7 +14,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 FREE_PORT = $(shell $(BIN)/python -c "import socket; s = socket.socket(); s.bind(('', 0)); print(s.getsockname()[1])")
 
-.PHONY: setup train quality test test-full lint docs slurm clean
+.PHONY: setup train quality test test-fast test-full lint docs slurm clean prepared
 
 setup: $(VENV)/.ready
 
@@ -34,11 +35,25 @@ train: setup
 quality: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m experiments.quality main
 
-test: setup lint $(VENV)/.optimizers slurm
-	OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu $(BIN)/python -m pytest
+# Two lanes on two cores, a file in one of them; what is marked `serial` has the machine for itself afterwards.
+LANES ?= 2
+PYTEST = OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu $(BIN)/python -m pytest -q --durations=30 --durations-min=1
+IN_LANES = -n $(LANES) --dist loadfile
 
-test-full: setup lint $(VENV)/.optimizers slurm
-	OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu $(BIN)/python -m pytest -m "full or not full"
+test-fast: setup
+	$(PYTEST) $(IN_LANES) tests/unit -m "not full and not process"
+
+test: prepared
+	$(PYTEST) $(IN_LANES) -m "not full and not serial"
+	$(PYTEST) -m "not full and serial"
+
+test-full: prepared
+	$(PYTEST) $(IN_LANES) -m "not serial"
+	$(PYTEST) -m serial
+
+# All that waits for a compiler or a mirror, at the same time.
+prepared: setup
+	@$(MAKE) --no-print-directory -j 3 lint $(VENV)/.optimizers slurm
 
 # DeepSpeed's own optimizers for the CPU: `make train` does without them.
 $(VENV)/.optimizers: $(VENV)/.ready

@@ -1,11 +1,13 @@
 """Build DeepSpeed's shared-memory op once (about a minute), so that no job has to.
 
-python launcher/build_ops.py [--optimizers]     # also DeepSpeedCPUAdam and FusedAdam: one more minute each
+python launcher/build_ops.py [--optimizers]     # also DeepSpeedCPUAdam and FusedAdam, all at the same time
 """
 
 import os
 import shutil
 import sys
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 
 OPTIMIZERS = ("CPUAdamBuilder", "FusedAdamBuilder")
 
@@ -15,11 +17,20 @@ def main() -> int:
         print("error: no C++ compiler found (g++); install one, for example `apt-get install g++`", file=sys.stderr)
         return 2
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    builders = ("ShareMemCommBuilder", *(OPTIMIZERS if "--optimizers" in sys.argv[1:] else ()))
+    if len(builders) == 1:
+        build(*builders)
+        return 0
+    with ProcessPoolExecutor(len(builders), get_context("spawn")) as pool:
+        list(pool.map(build, builders))
+    return 0
+
+
+def build(builder: str) -> None:
+    """One op, in this process: an op that is built already is only loaded."""
     from homodistil.engine.native_ops import load_op
 
-    for builder in ("ShareMemCommBuilder", *(OPTIMIZERS if "--optimizers" in sys.argv[1:] else ())):
-        load_op(builder)
-    return 0
+    load_op(builder)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,27 @@ from hypothesis import settings
 settings.register_profile("no_deadline", deadline=None)
 settings.load_profile("no_deadline")
 
+ONLY_IN_FULL = [
+    line
+    for line in Path(__file__).with_name("only_in_full.txt").read_text(encoding="utf-8").splitlines()
+    if line and not line.startswith("#")
+]
+
+SERIAL = ("hostile/", "slurm/", "faults/test_interrupt.py", "faults/test_kills.py", "faults/test_watch.py")
+"""Judged by the clock, or starting as many jobs as the machine bears: not beside other tests."""
+
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest selects by marker
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what only_in_full.txt names, and what runs alone."""
+    for item in items:
+        if item.path.relative_to(Path(__file__).parent).as_posix().startswith(SERIAL):
+            item.add_marker(pytest.mark.serial)
+        name = f"{item.path.name}::{item.nodeid.partition('::')[2]}"
+        if name.startswith(tuple(ONLY_IN_FULL)):
+            item.add_marker(pytest.mark.full)
 
 
 @pytest.fixture(autouse=True, scope="module")

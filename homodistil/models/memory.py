@@ -4,7 +4,7 @@ compares the sums at two widths.
 
 Counted at the moment where the backward pass begins, when everything saved for it is alive. Not counted, because it
 is short-lived: what one operation needs while it runs, and buckets and gathered parameters on their way between ranks.
-tests/test_step_memory.py holds the counts against what autograd really saves.
+tests/unit/models/test_step_memory.py holds the counts against what autograd really saves.
 """
 
 from __future__ import annotations

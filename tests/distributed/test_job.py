@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from launch import ROOT, free_port, run_ranks
 from safetensors.torch import load_file
+from support.launch import ROOT, free_port, run_ranks
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoTokenizer, BertForMaskedLM
 

@@ -11,7 +11,7 @@ import math
 from pathlib import Path
 
 import pytest
-from launch import run_ranks
+from support.launch import run_ranks
 
 WORKER = Path(__file__).with_name("worker_fp16.py")
 

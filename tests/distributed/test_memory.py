@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from launch import ROOT
+from support.launch import ROOT
 
 NUM_EVENTS = 60
 LIVE_TOLERANCE_BYTES = 2048

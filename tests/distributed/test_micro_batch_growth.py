@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from launch import run_ranks
 from safetensors.torch import load_file
+from support.launch import run_ranks
 
 WORKER = Path(__file__).with_name("worker_micro_batch.py")
 

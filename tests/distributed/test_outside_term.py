@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from fork_server import ROOT, ForkServer
+from support.fork_server import ROOT, ForkServer
 
 sys.path.append(str(ROOT / "tests" / "faults"))
-from small_job import TRAIN, arguments, make_materials  # noqa: E402
+from support.small_job import TRAIN, arguments, make_materials  # noqa: E402
 
 from homodistil.config.schema import LossConfig  # noqa: E402
 from homodistil.distill.cost import sequence_bytes, step_flops  # noqa: E402

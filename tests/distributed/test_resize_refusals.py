@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from launch import run_ranks
+from support.launch import run_ranks
 
 WORKER = Path(__file__).with_name("worker_refusals.py")
 

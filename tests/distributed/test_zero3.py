@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from launch import ROOT, run_ranks
+from support.launch import ROOT, run_ranks
 from test_job import TRAIN, _arguments
 from test_trajectory import OFFLOAD, assert_close_to_its_control, assert_equals_reference, run_cases
 

@@ -19,11 +19,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import deepspeed
-import tiny_bert
 import torch
 import torch.distributed as dist
-from reference import CLIP, make_optimizer
 from safetensors.torch import load_file, save_file
+from support import tiny_bert
+from support.reference import CLIP, make_optimizer
 from torch import Tensor
 
 from homodistil.checkpoint import Checkpoints

@@ -14,11 +14,10 @@ import math
 import sys
 
 import deepspeed
-import reference
-import tiny_bert
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from support import reference, tiny_bert
 from worker_trajectory import OPTIMIZERS, Run, distances
 
 from homodistil.config.schema import PruningConfig

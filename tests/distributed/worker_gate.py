@@ -10,11 +10,10 @@ from __future__ import annotations
 import json
 
 import deepspeed
-import reference
-import tiny_bert
 import torch
 import torch.distributed as dist
-from reference import ROWS
+from support import reference, tiny_bert
+from support.reference import ROWS
 
 from homodistil.errors import CheckFailed
 from homodistil.models.encoders.bert import BERT as bert

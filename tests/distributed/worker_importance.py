@@ -11,11 +11,10 @@ import json
 import sys
 
 import deepspeed
-import reference
-import tiny_bert
 import torch
 import torch.distributed as dist
-from reference import ROWS
+from support import reference, tiny_bert
+from support.reference import ROWS
 from torch import Tensor, nn
 
 from homodistil.models.encoders.bert import BERT as bert

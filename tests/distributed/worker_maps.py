@@ -12,11 +12,10 @@ import json
 import sys
 
 import deepspeed
-import mapped
-import reference
 import torch
 import torch.distributed as dist
-from mapped import Event
+from support import mapped, reference
+from support.mapped import Event
 from worker_trajectory import NUM_STEPS, Run, distances
 
 from homodistil.models.encoders.bert import BERT as bert

@@ -13,10 +13,9 @@ import sys
 from pathlib import Path
 
 import deepspeed
-import reference
-import tiny_bert
 import torch
 import torch.distributed as dist
+from support import reference, tiny_bert
 
 from homodistil.config.schema import RunConfig
 from homodistil.distributed import ranks

@@ -11,11 +11,10 @@ import json
 import warnings
 
 import deepspeed
-import reference
-import tiny_bert
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from support import reference, tiny_bert
 
 from homodistil.errors import UserError
 from homodistil.resize import check_supported

@@ -13,13 +13,11 @@ import json
 import sys
 
 import deepspeed
-import reference
-import tiny_bert
 import torch
 import torch.distributed as dist
-import zero3_walk
 from deepspeed.accelerator import get_accelerator
-from reference import ROWS
+from support import reference, tiny_bert, zero3_walk
+from support.reference import ROWS
 from torch import Tensor
 
 from homodistil.models.encoders.bert import BERT as bert

@@ -10,14 +10,11 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import deepspeed
 import torch
 import torch.distributed as dist
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from small import random_keep, small_batch, small_pair
+from support.small import random_keep, small_batch, small_pair
 
 from homodistil.distill.student import Student
 from homodistil.distill.teacher import Teacher

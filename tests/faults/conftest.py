@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
-
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "distributed")]
-
-from fork_server import ForkServer  # noqa: E402
-from small_job import make_materials  # noqa: E402
+from support.fork_server import ForkServer
+from support.small_job import make_materials
 
 
 @pytest.fixture(scope="session")
@@ -30,7 +24,7 @@ def run_inputs(tmp_path_factory):
 @pytest.fixture(scope="session")
 def reference(server, run_inputs, tmp_path_factory):
     """Run folder of the job that nothing happened to."""
-    from small_job import TRAIN, arguments
+    from support.small_job import TRAIN, arguments
 
     folder = tmp_path_factory.mktemp("reference") / "run"
     job = server.start(TRAIN, arguments(run_inputs, folder))

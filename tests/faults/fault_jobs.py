@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import torch
-from small_job import TRAIN, VOCABULARY
+from support.small_job import TRAIN, VOCABULARY
 from torch import distributed
 
 from homodistil.config.schema import DataConfig

@@ -7,7 +7,7 @@ import runpy
 import sys
 import time
 
-from small_job import TRAIN
+from support.small_job import TRAIN
 
 from homodistil.config.command_line import parse_job
 

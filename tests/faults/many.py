@@ -23,10 +23,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "distributed")]
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from fork_server import ForkServer, Job  # noqa: E402
-from small_job import STEPS, TRAIN, arguments, differences, make_materials, result  # noqa: E402
+from support.fork_server import ForkServer, Job  # noqa: E402
+from support.small_job import STEPS, TRAIN, arguments, differences, make_materials, result  # noqa: E402
 
 from homodistil.distributed.exit_codes import RANK_LOST  # noqa: E402
 from homodistil.distributed.fault_injection import POINTS, VARIABLE  # noqa: E402

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from small import small_batch, small_model
+from support.small import small_batch, small_model
 
 from homodistil.config.schema import TeacherConfig
 from homodistil.distill.teacher import Teacher, build_teacher

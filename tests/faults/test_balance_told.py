@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 
 import pytest
-from fork_server import ROOT
-from small_job import TRAIN, arguments
+from support.fork_server import ROOT
+from support.small_job import TRAIN, arguments
 
 FIELDS = ("train.steps=5", "train.save_every_steps=0", "train.eval_every_steps=0", "pruning.end_fraction=0.6")
 

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from small_job import TRAIN, arguments
+from support.small_job import TRAIN, arguments
 
 from homodistil.distributed.exit_codes import FAILED
 

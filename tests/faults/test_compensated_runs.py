@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from fork_server import ROOT
 from safetensors.torch import load_file, save_file
-from small_job import STEPS, TRAIN, arguments, differences, result
+from support.fork_server import ROOT
+from support.small_job import STEPS, TRAIN, arguments, differences, result
 
 FULL = ["pruning.compensation=full", "pruning.compensation_sequences=24", "pruning.interval_steps=4"]
 ONE_SHOT = ["pruning.schedule=one_shot", "pruning.one_shot_stages=2", "pruning.calibration_batches=2"]

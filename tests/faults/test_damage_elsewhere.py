@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from small_job import STEPS, TRAIN, arguments, differences, result
+from support.small_job import STEPS, TRAIN, arguments, differences, result
 
 from homodistil.distributed.exit_codes import USER_ERROR
 

@@ -10,7 +10,7 @@ import time
 import numpy as np
 import psutil
 import pytest
-from small_job import TRAIN, VOCABULARY, arguments, differences, result
+from support.small_job import TRAIN, VOCABULARY, arguments, differences, result
 
 from homodistil.config.schema import DataConfig
 from homodistil.data.prepare.corpus import Rows, prepare_corpus

@@ -8,9 +8,9 @@ import time
 
 import pytest
 import torch
-from fork_server import ROOT
-from small import small_model
-from small_job import TRAIN, VOCABULARY, arguments, differences, result
+from support.fork_server import ROOT
+from support.small import small_model
+from support.small_job import TRAIN, VOCABULARY, arguments, differences, result
 from transformers import BertTokenizerFast
 
 from homodistil.distributed.exit_codes import USER_ERROR

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file
-from small_job import SAVE_EVERY, TRAIN, arguments, differences, result
+from support.small_job import SAVE_EVERY, TRAIN, arguments, differences, result
 from transformers import BertForMaskedLM
 
 from homodistil.distributed.exit_codes import STOPPED, USER_ERROR

@@ -3,8 +3,8 @@
 import ast
 
 import pytest
-from fork_server import ROOT
-from small_job import TRAIN, arguments, differences, result
+from support.fork_server import ROOT
+from support.small_job import TRAIN, arguments, differences, result
 
 from homodistil.distributed import fault_injection
 from homodistil.distributed.exit_codes import CHECK_FAILED, USER_ERROR

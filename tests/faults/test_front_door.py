@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from small_job import make_materials
+from support.small_job import make_materials
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ("homodistil", "ds_configs", "setup.py", "pyproject.toml", "README.md", "LICENSE")

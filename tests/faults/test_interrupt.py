@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from small_job import TRAIN, arguments, differences, result
+from support.small_job import TRAIN, arguments, differences, result
 
 from homodistil.distributed.exit_codes import STOPPED, of_signal
 

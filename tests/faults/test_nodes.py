@@ -1,7 +1,7 @@
 """Several machines, played on one: caches that they share or do not, and rank-0-only work that takes long."""
 
 import pytest
-from small_job import TRAIN, arguments
+from support.small_job import TRAIN, arguments
 
 from homodistil.distributed.exit_codes import USER_ERROR
 from homodistil.distributed.groups import MACHINE

@@ -6,7 +6,7 @@ import random
 import socket
 
 import pytest
-from small_job import TRAIN, VOCABULARY, arguments
+from support.small_job import TRAIN, VOCABULARY, arguments
 
 from homodistil.config.schema import DataConfig
 from homodistil.distill.teacher import load_tokenizer

@@ -1,7 +1,7 @@
 """`homodistil.train.run` twice in one process, as in a notebook: the second run is the first one, bit by bit."""
 
 import pytest
-from small_job import arguments, differences, result
+from support.small_job import arguments, differences, result
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2])

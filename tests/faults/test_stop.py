@@ -5,7 +5,7 @@ import signal
 import time
 
 import psutil
-from small_job import TRAIN, arguments, differences, result
+from support.small_job import TRAIN, arguments, differences, result
 
 from homodistil.distributed.exit_codes import STOPPED, of_signal
 

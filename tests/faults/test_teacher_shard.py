@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from small_job import TRAIN, arguments, differences, result
+from support.small_job import TRAIN, arguments, differences, result
 
 from homodistil.config.command_line import parse
 from homodistil.distill.runtime import check_teacher_runtime

@@ -4,7 +4,7 @@ import json
 import re
 
 import pytest
-from small_job import SAVE_EVERY, STEPS, TRAIN, arguments, differences, result
+from support.small_job import SAVE_EVERY, STEPS, TRAIN, arguments, differences, result
 
 from homodistil.distributed.exit_codes import STOPPED, USER_ERROR
 

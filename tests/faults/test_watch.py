@@ -5,7 +5,7 @@ import signal
 import time
 
 import pytest
-from small_job import TRAIN, arguments
+from support.small_job import TRAIN, arguments
 
 from homodistil.distributed.exit_codes import RANK_LOST, USER_ERROR
 from homodistil.distributed.watchdog.failure_detector import SILENT_S, FailureDetector

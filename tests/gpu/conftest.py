@@ -6,16 +6,11 @@ HOMODISTIL_REHEARSE_GPU_TESTS=1 runs on the CPU what of them can run there, to f
 from __future__ import annotations
 
 import os
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 REHEARSAL = "HOMODISTIL_REHEARSE_GPU_TESTS"
-TESTS = Path(__file__).resolve().parents[1]
-# References and launchers of the other tests, by import.
-sys.path[:0] = [str(TESTS / "kernels"), str(TESTS / "distributed")]
 
 
 @pytest.fixture(scope="session")

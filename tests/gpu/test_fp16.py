@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from pathlib import Path
 
 import pytest
@@ -22,8 +21,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 @pytest.fixture(scope="module")
 def runs() -> list[dict]:
-    sys.path.insert(0, str(DISTRIBUTED))
-    from launch import run_ranks
+    from support.launch import run_ranks
 
     worker = DISTRIBUTED / "worker_fp16.py"
     output = run_ranks(worker, [json.dumps(CASES)], num_ranks=1, timeout_s=500, env={"DS_ACCELERATOR": "cuda"})

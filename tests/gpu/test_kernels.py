@@ -1,4 +1,4 @@
-"""Every operation on the GPU, in its Triton form, against the float64 references of tests/kernels, which run there too.
+"""Every operation on the GPU in its Triton form against the float64 references of tests/unit/kernels, run there too.
 
 "auto" takes Triton on a GPU (test_step_terms.py asserts it). Shapes are odd, padded, or those of real models.
 """
@@ -6,12 +6,12 @@
 from __future__ import annotations
 
 import pytest
-import test_attention_map as attention
-import test_hidden_mse as hidden
-import test_masked_lm as vocabulary
 import torch
-from test_masked_lm import expect_near
+import unit.kernels.test_attention_map as attention
+import unit.kernels.test_hidden_mse as hidden
+import unit.kernels.test_masked_lm as vocabulary
 from torch import Tensor
+from unit.kernels.test_masked_lm import expect_near
 
 from homodistil.kernels.attention_map import TARGETS
 from homodistil.kernels.hidden_mse import hidden_mse

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from small import small_batch, small_model
+from support.small import small_batch, small_model
 from torch import Tensor
 
 from homodistil.config.schema import LossConfig, TeacherConfig

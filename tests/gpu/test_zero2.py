@@ -8,8 +8,8 @@ from __future__ import annotations
 import json
 
 import pytest
-from launch import run_ranks
-from test_trajectory import WORKER
+from distributed.test_trajectory import WORKER
+from support.launch import run_ranks
 
 pytestmark = pytest.mark.gpu
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import psutil
 from case import Case, Workspace
-from fork_server import ROOT, ForkServer, Job
+from support.fork_server import ROOT, ForkServer, Job
 
 AHEAD = 4
 """Jobs that are started before the one whose end is waited for."""

@@ -17,9 +17,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fork_server import ROOT
 from safetensors.torch import load_file, save_file
-from small_job import arguments
+from support.fork_server import ROOT
+from support.small_job import arguments
 from torch import Tensor
 
 USER_ERROR = 2

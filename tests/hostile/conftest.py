@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
-
-TESTS = Path(__file__).parents[1]
-sys.path[:0] = [str(TESTS / "hostile"), str(TESTS / "distributed"), str(TESTS / "faults")]
-
-from attempts import Attempts  # noqa: E402
-from fork_server import ForkServer  # noqa: E402
-from small_job import make_materials  # noqa: E402
+from attempts import Attempts
+from support.fork_server import ForkServer
+from support.small_job import make_materials
 
 
 @pytest.fixture(scope="session")

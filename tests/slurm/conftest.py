@@ -7,13 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-
-sys.path[:0] = [
-    str(Path(__file__).parent),
-    *(str(Path(__file__).parents[1] / name) for name in ("faults", "distributed")),
-]
-
-from slurm_cluster import Cluster, why_not  # noqa: E402
+from slurm_cluster import Cluster, why_not
 
 
 @pytest.fixture(scope="session")
@@ -32,7 +26,7 @@ def cluster(slurm_folder):
 @pytest.fixture(scope="session")
 def slurm_materials(tmp_path_factory):
     """Folder with the small teacher, its text and the cache, as tests/faults has it."""
-    from small_job import make_materials
+    from support.small_job import make_materials
 
     folder = tmp_path_factory.mktemp("slurm-materials")
     make_materials(folder)

@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from launch import ROOT, free_port
-from small_job import TRAIN, arguments
+from support.launch import ROOT, free_port
+from support.small_job import TRAIN, arguments
 
 from homodistil.distributed.exit_codes import USER_ERROR
 

@@ -3,9 +3,9 @@
 import json
 
 import pytest
-from glue_files import write_checkpoint, write_glue
 from slurm_cluster import ROOT
-from small_job import VOCABULARY, arguments
+from support.glue_files import write_checkpoint, write_glue
+from support.small_job import VOCABULARY, arguments
 from transformers import BertTokenizerFast
 
 SCRIPTS = ROOT / "launcher" / "slurm"

@@ -9,7 +9,7 @@ import time
 
 import pytest
 from slurm_cluster import ROOT
-from small_job import arguments, differences, result
+from support.small_job import arguments, differences, result
 
 from homodistil.distributed.exit_codes import USER_ERROR
 

@@ -1,0 +1,108 @@
+"""Every kernel, as the product would launch it, compiles for both architectures without a GPU, and without spills.
+
+A100 is sm_80, H100 and H200 are sm_90. What is compiled: compile_cases.py; how: compile_worker.py, one child process an
+architecture, with a compilation cache that lives as long as the test. `python -m pytest -s` shows the table.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from homodistil.kernels.triton_support import triton_installed
+
+ROOT = Path(__file__).resolve().parents[3]
+WORKER = Path(__file__).with_name("compile_worker.py")
+SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024}
+"""Shared memory that one program may have (CUDA C++ Programming Guide, technical specifications per capability)."""
+MOST_REGISTERS = 255
+"""Of a thread."""
+REGISTERS = 65536
+"""Of a multiprocessor: a program whose threads want more cannot be launched at all."""
+
+pytestmark = [pytest.mark.process, pytest.mark.skipif(not triton_installed(), reason="triton is not installed")]
+
+
+def compile_all(cache: Path, *flags: str) -> list[dict]:
+    """One entry a binary, of both architectures side by side."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(cache), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    workers = [
+        subprocess.Popen(
+            [sys.executable, str(WORKER), str(capability), *flags],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for capability in SHARED_BYTES
+    ]
+    results = [worker.communicate() for worker in workers]
+    for worker, (output, errors) in zip(workers, results, strict=True):
+        assert worker.returncode == 0, output[-2000:] + errors[-4000:]
+    lines = [line for output, _ in results for line in output.splitlines()]
+    found = [json.loads(line.removeprefix("KERNEL ")) for line in lines if line.startswith("KERNEL ")]
+    print(table(found))
+    return found
+
+
+def table(found: list[dict]) -> str:
+    columns = ["kernel", "case", "capability", "warps", "stages", "registers", "spill_bytes", "shared_bytes"]
+    rows = [columns, *[[str(entry[name]) for name in columns] for entry in found]]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory) -> list[dict]:
+    return compile_all(tmp_path_factory.mktemp("cache"), "--spilling")
+
+
+def check(found: list[dict]) -> None:
+    for entry in found:
+        assert entry["cubin_bytes"] > 0, entry
+        assert entry["spill_bytes"] == 0 and entry["stack_bytes"] == 0, f"spills: {entry}"
+        assert entry["shared_bytes"] <= SHARED_BYTES[entry["capability"]], entry
+        assert entry["registers"] <= MOST_REGISTERS, entry
+        assert entry["registers"] * 32 * entry["warps"] <= REGISTERS, entry
+
+
+def test_no_kernel_spills_or_asks_for_too_much(compiled):
+    check([entry for entry in compiled if entry["case"] != "spilling"])
+
+
+def test_a_spilling_kernel_would_be_noticed(compiled):
+    spilling = [entry for entry in compiled if entry["case"] == "spilling"]
+    assert {entry["capability"] for entry in spilling} == set(SHARED_BYTES)
+    for entry in spilling:
+        with pytest.raises(AssertionError, match="spills"):
+            check([entry])
+
+
+def test_no_kernel_is_left_out(compiled):
+    for capability in SHARED_BYTES:
+        names = {entry["kernel"] for entry in compiled if entry["capability"] == capability}
+        assert kernels() <= names
+
+
+def kernels() -> set[str]:
+    """Functions under `@triton.jit`; those with an underscore are parts of others."""
+    found = set()
+    for path in (ROOT / "homodistil" / "kernels").glob("*.py"):
+        for node in ast.parse(path.read_text()).body:
+            decorators = [ast.unparse(d) for d in getattr(node, "decorator_list", [])]
+            if "triton.jit" in decorators and not node.name.startswith("_"):
+                found.add(f"{path.stem}.{node.name}")
+    assert len(found) >= 3
+    return found
+
+
+@pytest.mark.full
+def test_the_whole_matrix(tmp_path):
+    check(compile_all(tmp_path, "--full"))

@@ -1,0 +1,163 @@
+"""Compensated events of the whole student: the model's part is the compensated model, W follows the residual stream."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+from support.small import random_keep, small_batch, small_pair
+
+from homodistil.config.rules import check
+from homodistil.config.schema import RunConfig
+from homodistil.data.masked_lm import Batch
+from homodistil.distill.snapshot import duplicate
+from homodistil.distill.student import Student
+from homodistil.errors import UserError
+from homodistil.pruning.compensation import Options, compensate
+from homodistil.pruning.compensation.student import propose, residual_map
+from homodistil.pruning.schedule import stage_widths
+from homodistil.training.compensated_events import Compensation, calibration_config
+from homodistil.training.shrinkable import PlainStudent
+
+WIDTHS = {"hidden": 17, "layer.0.ffn": 31, "layer.1.heads": 3, "layer.1.qk_dim": 5, "layer.1.vo_dim": 5}
+BATCHES = [small_batch(seed, (11, 9, 16)) for seed in range(3)]
+NONE = torch.empty(0, dtype=torch.int64)
+
+
+def student_of(side: str) -> Student:
+    student, _ = small_pair(projection=side)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for projection in student.projections.values():  # trained by now
+            projection.weight.add_(torch.randn(projection.weight.shape, generator=generator), alpha=0.1)
+    return student.eval()
+
+
+@pytest.mark.parametrize("side", ["student", "teacher"])
+@pytest.mark.parametrize("fixed", [NONE, torch.tensor([3, 20])])
+def test_full_event(side, fixed):
+    student, options = student_of(side), Options(mode="full")
+    before, keep = copy.deepcopy(student.state_dict()), random_keep(student.axis_table(), WIDTHS)
+    proposal = propose(student, keep, BATCHES, options, fixed)
+    assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())  # nothing applied yet
+
+    after = PlainStudent(duplicate(student)).after(proposal)
+    assert {axis: after.widths[axis] for axis in WIDTHS} == WIDTHS
+    table = student.family.axis_table(student.model)
+    alone = compensate(student.model, student.family, table, keep, BATCHES, options, fixed)
+    expected = Student(alone.model, student.objective.config, distil=False).predict(BATCHES[0])
+    torch.testing.assert_close(after.predict(BATCHES[0]), expected, rtol=0, atol=1e-6)  # the same fp32 weights
+
+    p = residual_map(student, alone.plan)
+    for name, projection in student.projections.items():
+        weight = projection.weight.detach().double().numpy()
+        expected = weight @ p.numpy() if side == "student" else p.numpy().T @ weight
+        # fp32 roundings of 24 products of entries up to 1.4
+        torch.testing.assert_close(
+            after.projections[name].weight.detach().double().numpy(), expected, rtol=0, atol=3e-6
+        )
+    if len(fixed):
+        assert p[:, :2].nonzero().tolist() == [[3, 0], [20, 1]]
+
+
+def test_refit_event_selects_and_refits():
+    student = student_of("student")
+    keep = random_keep(student.axis_table(), WIDTHS)
+    proposal = propose(student, keep, BATCHES, Options(mode="refit"), NONE)
+    assert not proposal.plan.maps
+    assert all(torch.equal(index, proposal.plan.keep[axis]) for axis, index in keep.items())
+    after = PlainStudent(duplicate(student)).after(proposal)
+    projection = student.projections["layer_2"].weight
+    assert torch.equal(after.projections["layer_2"].weight, projection[:, keep["hidden"]])
+
+
+def test_stages_have_equal_ratios_and_end_on_the_target():
+    initial, target = {"hidden": 128, "layer.0.ffn": 512, "layer.0.heads": 2}, {"hidden": 32, "layer.0.ffn": 128}
+    assert stage_widths(initial, target, 1) == [target]
+    assert stage_widths(initial, target, 2) == [{"hidden": 64, "layer.0.ffn": 256}, target]
+    assert stage_widths(initial, {}, 3) == []
+    narrow = stage_widths({"layer.0.heads": 3}, {"layer.0.heads": 2}, 5)
+    assert narrow == [{"layer.0.heads": 2}]  # 2.77, 2.55, 2.35, ...: one head goes, in the stage that is nearest
+
+
+@pytest.mark.parametrize(
+    ("wanted", "ranks", "micro_batch", "found"), [(128, 1, 32, 128), (128, 3, 32, 192), (5, 4, 8, 8)]
+)
+def test_calibration_is_shared_evenly(wanted, ranks, micro_batch, found):
+    config = RunConfig()
+    config.pruning.compensation_sequences, config.train.micro_batch_size = wanted, micro_batch
+    calibration, num_sequences = calibration_config(config, ranks)
+    assert num_sequences == calibration.train.global_batch_size == found
+    assert num_sequences % (calibration.train.micro_batch_size * ranks) == 0
+    assert config.train == dataclasses.replace(RunConfig().train, micro_batch_size=micro_batch)
+
+
+@pytest.mark.parametrize(
+    ("pruning", "loss", "text"),
+    [
+        ({"one_shot_stages": 2, "compensation": "full"}, {}, "pruning.one_shot_stages: found 2"),
+        ({"one_shot_stages": 2, "schedule": "one_shot", "compensation": "none"}, {}, "one_shot_stages: found 2"),
+        ({"compensation": "full"}, {"projection_learned": False}, "loss.projection_learned: found false"),
+    ],
+)
+def test_settings_that_do_not_go_together(pruning, loss, text):
+    config = RunConfig()
+    config.pruning = dataclasses.replace(config.pruning, **pruning)
+    config.loss = dataclasses.replace(config.loss, **loss)
+    with pytest.raises(UserError, match=text):
+        check(config)
+
+
+def test_compensation_is_without_effect_where_nothing_is_cut():
+    """Our default must not be in the way of a student that has its size from the start."""
+    config = RunConfig()
+    config.student.init, config.pruning.schedule, config.loss.projection_learned = "random", "none", False
+    assert config.pruning.compensation == "full"
+    check(config)
+
+
+class FixedBatches(Compensation):
+    """On batches of the small model's."""
+
+    def __init__(self, limit: float) -> None:
+        self.config = RunConfig()
+        self.config.pruning.compensation, self.config.pruning.compensation_limit = "full", limit
+
+    def batches(self, consumed_samples: int) -> list[Batch]:
+        return BATCHES
+
+
+@pytest.mark.parametrize(
+    ("losses", "fixed"),
+    [
+        ([4.0, 4.2], []),
+        ([4.0, 3.9], []),
+        ([4.0, 4.4, 4.2], [5]),
+        ([4.0, 4.4, 4.3], None),
+        ([4.0, float("nan"), 4.1], [5]),
+    ],
+)
+def test_dims_that_cost_too_much_to_rotate_stay(losses, fixed, capsys):
+    """Losses: before, rotated, rotated but for the protected dim; the limit is 0.25."""
+    student, _ = small_pair()
+    given, expected, weights = iter(losses), losses[-1], copy.deepcopy(student.state_dict())
+
+    def loss(rotated: Student) -> float:
+        assert rotated.widths == student.widths
+        return next(given)
+
+    compensation = FixedBatches(0.25)
+    if fixed is None:
+        assert compensation.allowed_fixed_dims(student, torch.tensor([5]), loss) is None
+        printed = capsys.readouterr().out
+        assert printed.count("\n") == 1 and "+0.400, then +0.300 (limit 0.25); too much" in printed
+        assert "as with pruning.compensation=refit" in printed
+    else:
+        assert compensation.allowed_fixed_dims(student, torch.tensor([5]), loss).tolist() == fixed
+        printed = capsys.readouterr().out
+        assert printed.count("\n") == 1 and f"{expected - losses[0]:+.3f} (limit 0.25)" in printed
+        assert ("dims 5 kept" in printed) == bool(fixed)
+    assert next(given, None) is None
+    assert all(torch.equal(value, weights[name]) for name, value in student.state_dict().items())

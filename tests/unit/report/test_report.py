@@ -1,0 +1,486 @@
+"""The report page: real values on it, everything escaped, runs in any state, and the launcher's exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import yaml
+from matplotlib.text import Text
+
+from homodistil.config.schema import RunConfig
+from homodistil.errors import UserError
+from homodistil.metrics.recorder import Recorder
+from homodistil.metrics.result_table import write_result
+from homodistil.report import write_report
+from homodistil.report.comparison import write_run_comparison
+from homodistil.report.curves import curves, width_history
+from homodistil.report.figures import MAX_POINTS, MAX_TICKS, compose, log_ticks, spread, thinned, within
+from homodistil.report.run import read_run
+from homodistil.report.speed import memory_sentences, speed_sentences
+
+VOID = {"meta", "br", "link", "img", "hr", "input"}
+LAUNCHER = Path(__file__).parents[3] / "launcher" / "report.py"
+
+
+class Page(HTMLParser):
+    """Text, tags and attributes of a page; an unbalanced tag fails."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.text, self.tags, self.attributes, self._open = [], [], [], []
+        self.feed(html)
+        self.close()
+        assert not self._open
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+        if tag not in VOID:
+            self._open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+
+    def handle_endtag(self, tag):
+        assert self._open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data.strip())
+
+    def handle_decl(self, decl):
+        assert decl == "doctype html"
+
+
+def widths(hidden: int, ffn: tuple[int, int], head_dim: int) -> dict[str, int]:
+    found = {"hidden": hidden}
+    for i, size in enumerate(ffn):
+        found |= {f"layer.{i}.ffn": size, f"layer.{i}.heads": 3}
+        found |= {f"layer.{i}.qk_dim": head_dim, f"layer.{i}.vo_dim": head_dim}
+    return found
+
+
+EVENTS = [
+    {
+        "step": 20,
+        "hash": "0123456789abcdef",
+        "widths_before": widths(31, (40, 40), 9),
+        "widths_after": widths(29, (36, 32), 9),
+        "gap_before": {"kl": 0.51234, "hidden": 0.1, "hidden/layer.0": 0.1},
+        "gap_after": {"kl": 0.76543, "hidden": 0.2, "hidden/layer.0": 0.2},
+        "milliseconds": 7.53,
+        "bytes_moved": 2048,
+    },
+    {
+        "step": 40,
+        "hash": "fedcba9876543210",
+        "widths_before": widths(29, (36, 32), 9),
+        "widths_after": widths(23, (36, 32), 7),
+        "gap_before": {"kl": None, "hidden": 0.05},
+        "gap_after": {"kl": None, "hidden": 0.15},
+        "milliseconds": 8.0,
+        "bytes_moved": 3 * 2**20,
+    },
+]
+ROWS = [
+    {"name": "teacher", "parameters": 4416698, "hidden_size": 31, "heldout_mlm_loss": 2.3456, "masked_top1": 0.5432},
+    {
+        "name": "student",
+        "parameters": 1104174,
+        "hidden_size": 23,
+        "heldout_mlm_loss": 2.5,
+        "masked_top1": None,
+        "kl_to_teacher": 0.3217,
+        "tokens_per_s_first": 1000.0,
+        "tokens_per_s_last": 2500.0,
+    },
+]
+
+
+def log_run(folder: Path, steps: range, start_step: int = 0) -> None:
+    with Recorder(folder, total_steps=60, start_step=start_step, enabled=True) as recorder:
+        for step in steps:
+            values = {
+                "loss/total": 9 - step / 10,
+                "loss/mlm": 5 - step / 20,
+                "loss/hidden/layer.0": 0.1,
+                "optim/lr": 1e-3,
+            }
+            recorder.log_step(step, values | {"speed/tokens_per_s": 1000.0 + step, "speed/mfu": 0.25})
+            for event in (e for e in EVENTS if e["step"] == step):
+                recorder.log_event(event)
+            if step % 30 == 0:
+                recorder.log_evaluation(step, {"mlm_loss": 3 - step / 60, "masked_rows": 77.0})
+
+
+def write_configs(folder: Path, name: str = "quick") -> None:
+    config = RunConfig()
+    config.run.name, config.train.steps = name, 60
+    (folder / "config.yaml").write_text(yaml.safe_dump(config.to_dict()))
+    (folder / "ds_config.json").write_text(json.dumps({"zero_optimization": {"stage": 2}}, indent=2))
+
+
+@pytest.fixture
+def run_dir(tmp_path) -> Path:
+    log_run(tmp_path, range(10, 70, 10))
+    write_configs(tmp_path)
+    write_result(tmp_path, ROWS)
+    return tmp_path
+
+
+def test_page_shows_the_values_of_the_run(run_dir):
+    before = sorted(p.name for p in run_dir.iterdir())
+    path = write_report(run_dir)
+    assert path == run_dir / "report.html"
+    assert sorted(p.name for p in run_dir.iterdir()) == sorted([*before, "report.html"])
+
+    page = Page(path.read_text())
+    text = " ".join(" ".join(page.text).split())
+    for expected in (
+        "quick Step 60 of 60.",
+        "teacher 4,416,698 31 2.346 54.3% - - -",
+        "student 1,104,174 23 2.500 - 0.322 1,000 2,500",
+        "student: 1,104,174 of the teacher's 4,416,698 parameters (25.0%, 4.00x smaller); held-out MLM loss 2.500 "
+        "against the teacher's 2.346 (+0.154).",
+        "20 31 \u2192 29 40 \u2192 32-36 3 9 0.5123 0.7654 7.5 2.0 KiB 01234567",
+        "40 29 \u2192 23 32-36 3 9 \u2192 7 - - 8.0 3.0 MiB fedcba98",
+        "hidden 31 to 23",  # label at the end of a curve
+        "heldout_fraction: 0.05",
+    ):
+        assert expected in text
+    assert page.tags.count("svg") == 7 and page.tags.count("details") == 3
+    assert "mlm loss" in text and "masked rows" not in text  # a constant count is no curve
+    assert "missing" not in text and "Not recorded" not in text
+
+
+def test_page_needs_nothing_from_outside(run_dir):
+    html = write_report(run_dir).read_text()
+    page = Page(html)
+    assert not {"script", "link", "img", "iframe", "image"} & set(page.tags)
+    targets = [value for _, name, value in page.attributes if name in ("href", "xlink:href", "src")]
+    assert targets and all(value.startswith("#") for value in targets)
+    assert all(target.startswith("#") for target in re.findall(r"url\(([^)]*)\)", html)) and "@import" not in html
+    ids = [value for _, name, value in page.attributes if name == "id"]
+    assert len(ids) == len(set(ids)) and {value[1:] for value in targets} <= set(ids)
+
+
+def test_curves_pass_through_the_logged_values(run_dir):
+    """The drawn loss falls in a straight line, as the logged one does."""
+    html = write_report(run_dir).read_text()
+    figure = html[html.index("<h2>Losses") : html.index("<h2>Terms by layer")]
+    paths = [re.findall(r"[ML] ([\d.]+) ([\d.]+)", path) for path in re.findall(r'<path d="([^"]*)"', figure)]
+    total = next(path for path in paths if len(path) == 6)  # six logged steps
+    x, y = ([float(point[axis]) for point in total] for axis in (0, 1))
+    rights, downs = ([b - a for a, b in zip(v, v[1:], strict=False)] for v in (x, y))
+    assert min(rights) > 0 and min(downs) > 0  # SVG's y grows downwards
+    assert max(downs) - min(downs) < 1e-3 and max(rights) - min(rights) < 1e-3  # six decimals in the file
+
+
+def test_gap_is_a_saw_tooth_through_both_values_of_every_event(run_dir):
+    html = write_report(run_dir).read_text()
+    figure = html[html.index("<h2>Jump at a resize") : html.index("<h2>Held-out")]
+    paths = [re.findall(r"[ML] ([\d.]+) ([\d.]+)", path) for path in re.findall(r'<path d="([^"]*)"', figure)]
+    # Four corners: the line of two events starts upwards, the frames around it start sideways.
+    line = next(path for path in paths if len(path) == 4 and path[0][0] == path[1][0])
+    (x0, before), (x1, after), (x2, next_before), (x3, next_after) = [(float(x), float(y)) for x, y in line]
+    assert x0 == x1 < x2 == x3
+    # Logged 0.1 -> 0.2, then 0.05 -> 0.15; SVG's y grows downwards, six decimals in the file.
+    jump = before - after
+    assert jump > 0
+    assert next_before - next_after == pytest.approx(jump, abs=1e-3)
+    assert next_before - before == pytest.approx(jump / 2, abs=1e-3)
+    assert "kl, probe batch" in figure and "hidden, probe batch" in figure and "attention" not in figure
+
+
+def test_everything_from_the_folder_is_escaped(tmp_path):
+    evil = '<script>alert("x")</script>&amp;\'$\\frac$'
+    write_configs(tmp_path, name=evil)
+    write_result(tmp_path, [{**ROWS[0], "name": evil}])
+    with Recorder(tmp_path, total_steps=60, start_step=0, enabled=True) as recorder:
+        recorder.log_event({**EVENTS[0], "hash": "<b>12345"})
+        recorder.log_evaluation(10, {evil: 1.0, "mlm_loss": 2.0})
+    page = Page(write_report(tmp_path).read_text())
+    assert "script" not in page.tags and "b" not in page.tags
+    assert page.text.count(evil) >= 3  # heading, result table, panel title: whole and as text
+    assert any(evil in text for text in page.text if "heldout_fraction" in text)  # config.yaml
+    assert "<b>12345" in page.text
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "ds_config.json", "metrics.jsonl", "events.jsonl", "result.json"])
+def test_a_missing_file_is_named(run_dir, name):
+    (run_dir / name).unlink()
+    page = Page(write_report(run_dir).read_text())
+    assert [text for text in page.text if "is missing" in text][0].startswith(f"{name} is missing: written ")
+    if name == "metrics.jsonl":
+        assert "Not recorded in this run so far." in page.text
+        assert "Step 40 of 60." in page.text  # the last event
+
+
+def test_a_run_that_has_only_started(tmp_path):
+    write_configs(tmp_path)
+    page = Page(write_report(tmp_path).read_text())
+    assert {"No step logged yet.", "No results yet.", "No resize so far."} <= set(page.text)
+    assert "svg" not in page.tags
+
+
+def test_a_run_being_written_and_non_finite_values(run_dir):
+    with open(run_dir / "metrics.jsonl", "a") as file:
+        file.write('{"kind": "train", "step": 70, "loss/total": null, "loss/mlm": null, "optim/grad_norm": null}\n')
+        file.write('{"kind": "train", "step": 80, "loss/to')
+    page = Page(write_report(run_dir).read_text())
+    assert "Step 70 of 60." in page.text and page.tags.count("svg") == 7
+
+
+def test_resumed_run_gives_the_same_page(run_dir, tmp_path_factory):
+    resumed = tmp_path_factory.mktemp("resumed")
+    log_run(resumed, range(10, 50, 10))
+    log_run(resumed, range(30, 70, 10), start_step=20)
+    write_configs(resumed)
+    write_result(resumed, ROWS)
+    assert write_report(resumed).read_bytes() == write_report(run_dir).read_bytes()
+
+
+def test_a_step_evaluated_twice_counts_once(run_dir):
+    with Recorder(run_dir, total_steps=60, start_step=60, enabled=True) as recorder:
+        recorder.log_evaluation(60, {"mlm_loss": 1.5})
+    assert read_run(run_dir).evaluation_points("mlm_loss") == [(30, 2.5), (60, 1.5)]
+
+
+def test_widths_come_from_events_and_otherwise_from_the_log(run_dir, tmp_path_factory):
+    history = [(step, w["hidden"]) for step, w in width_history(read_run(run_dir))]
+    assert history == [(0, 31), (20, 29), (40, 23), (60, 23)]
+    plain = tmp_path_factory.mktemp("plain")
+    with Recorder(plain, total_steps=60, start_step=0, enabled=True) as recorder:
+        recorder.log_step(10, {"loss/total": 1.0, "widths/hidden": 31, "widths/layer.0.ffn": 17})
+    assert width_history(read_run(plain)) == [(10, {"hidden": 31, "layer.0.ffn": 17})]
+
+
+@pytest.mark.parametrize("count", [0, 1, MAX_POINTS, MAX_POINTS + 1, 7 * MAX_POINTS + 3])
+def test_thinning_keeps_the_ends(count):
+    points = [(i, float(i)) for i in range(count)]
+    kept = thinned(points)
+    assert len(kept) <= MAX_POINTS and kept[:1] == points[:1] and kept[-1:] == points[-1:]
+    assert len(kept) > min(count, MAX_POINTS) / 2 or count == 0
+    assert kept == sorted(set(kept))
+
+
+@pytest.mark.parametrize("heights", [[0.5], [0.1, 0.9], [0.5, 0.5, 0.5], [0.9, 0.2, 0.21, 0.25, 0.89], [0.1] * 9])
+def test_labels_are_moved_apart_in_order(heights):
+    placed = spread(heights, gap=0.1)
+    order = sorted(range(len(heights)), key=lambda i: heights[i])
+    gaps = [placed[b] - placed[a] for a, b in zip(order, order[1:], strict=False)]
+    assert all(gap > 0.1 - 1e-9 for gap in gaps)
+    assert sum(placed) == pytest.approx(sum(heights))  # blocks stay centred: nothing drifts up or down
+    if len(heights) == 2:
+        assert placed == heights
+
+
+@pytest.mark.parametrize("low, high", [(0.09, 6), (1.4e-5, 30), (1e-9, 1e9), (0.3, 7), (3.0, 70), (1e-300, 1e3)])
+def test_numbers_of_a_logarithmic_axis_do_not_touch(low, high):
+    ticks = log_ticks(low, high)
+    assert 1 < len(ticks) <= MAX_TICKS and all(low <= tick <= high for tick in ticks)
+    steps = [b / a for a, b in zip(ticks, ticks[1:], strict=False)]
+    assert min(steps) > (high / low) ** (0.5 / MAX_TICKS)  # no two are much nearer than at equal distances
+
+
+@pytest.mark.parametrize("num_layers", [2, 12, 24])
+@pytest.mark.parametrize("slope", [0.002, 0.3])
+def test_layer_numbers_stand_at_the_ends_of_their_lines(tmp_path, num_layers, slope):
+    """Each inside the axes' height and apart from the others; where it had to move, a thin line leads to its end."""
+    with Recorder(tmp_path, total_steps=60, start_step=0, enabled=True) as recorder:
+        for step in range(10, 70, 10):
+            values = {f"loss/hidden/layer.{i}": (1 + slope * i) * 2 ** (-step / 10) for i in range(num_layers)}
+            recorder.log_step(step, values)
+    curve = next(c for c in curves(read_run(tmp_path)) if c.title == "Terms by layer")
+    figure = compose(curve.panels)
+    figure.draw_without_rendering()
+    (axes,) = figure.axes
+    heights = [text.xyann[1] for text in axes.texts]
+    assert [text.get_text() for text in axes.texts] == [str(i) for i in range(num_layers)]
+    assert heights == sorted(heights) and min(heights) >= -1e-9 and max(heights) <= 1 + 1e-9
+    boxes = [Text.get_window_extent(text) for text in axes.texts]  # without the lines
+    assert all(below.y1 <= above.y0 + 1 for below, above in zip(boxes, boxes[1:], strict=False))
+    for text, line in zip(axes.texts, axes.get_lines(), strict=True):
+        end = (line.get_xdata()[-1], line.get_ydata()[-1])
+        assert text.xy == end
+        is_moved = abs((axes.transData + axes.transAxes.inverted()).transform(end)[1] - text.xyann[1]) > 0.01
+        assert (text.arrow_patch is not None) == is_moved
+
+
+def test_labels_are_kept_inside():
+    assert within([0.98, 1.06, 1.14], 0.08) == pytest.approx([0.84, 0.92, 1.0])
+    assert within([-0.1, -0.02, 0.9], 0.08) == pytest.approx([0, 0.08, 0.9])
+
+
+def log_speeds(folder: Path, speeds: dict[int, list[float]], memory: dict[int, float]) -> None:
+    """A run of 384 tokens a step: hidden size -> tokens/s of its intervals, and MiB."""
+    config = RunConfig()
+    config.train.steps, config.train.global_batch_size, config.data.seq_len = 60, 6, 64
+    folder.mkdir(exist_ok=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump(config.to_dict()))
+    with Recorder(folder, total_steps=60, start_step=0, enabled=True) as recorder:
+        step = 0
+        for hidden, rates in speeds.items():
+            for rate in rates:
+                step += 1
+                size = {"widths/hidden": hidden, "model/parameters": hidden * 100}
+                recorder.log_step(
+                    step, {"speed/tokens_per_s": rate, "memory/rss_bytes": memory[hidden] * 2**20, **size}
+                )
+
+
+def test_speed_is_told_at_the_first_and_the_last_width(tmp_path):
+    log_speeds(
+        tmp_path, {64: [1.0, 768, 384, 1536], 48: [7.0] * 5, 32: [9.0, *[1536] * 9]}, {64: 100, 48: 100, 32: 100}
+    )
+    run = read_run(tmp_path)
+    assert speed_sentences(run) == [
+        "Training speed: 2 steps/s (768 tokens/s) at hidden size 64 (median of 3 logged intervals), and 4 steps/s "
+        "(1,536 tokens/s) at hidden size 32 (median of 9 logged intervals)."
+    ]
+    assert memory_sentences(run) == []
+    text = " ".join(Page(write_report(tmp_path).read_text()).text)
+    assert "Training speed: 2 steps/s" in text and "slower" not in text and "faster" not in text
+
+
+def test_a_busy_machine_and_growing_memory_are_said(tmp_path):
+    rates = [1000 + 200 * (i % 5) for i in range(21)]
+    log_speeds(tmp_path, {64: [2000.0], 32: rates}, {64: 1000, 32: 1400})
+    run = read_run(tmp_path)
+    assert speed_sentences(run)[1].startswith(
+        "The machine was busy with something else as well: at hidden size 32 the middle half of the intervals, all "
+        "with the same work, went from 1,"
+    )
+    assert memory_sentences(run) == [
+        "Resident memory of the first rank rose from 1,000 MiB (step 1, hidden size 64) to 1,400 MiB (step 2, hidden "
+        "size 32), although the student became narrower."
+    ]
+    quiet = tmp_path / "quiet"
+    log_speeds(quiet, {64: [2000.0], 32: [1000 + i for i in range(21)]}, {64: 1000, 32: 1010})
+    assert len(speed_sentences(read_run(quiet))) == 1 and memory_sentences(read_run(quiet)) == []
+
+
+def test_held_out_curves_have_the_teacher_and_the_controls(run_dir):
+    log_run(run_dir / "compare" / "one_shot", range(10, 70, 10))
+    log_run(run_dir / "compare" / "one_shot-0.75", range(10, 70, 10))
+    config = yaml.safe_load((run_dir / "config.yaml").read_text())
+    config["run"]["compare"] = ["one_shot"]
+    (run_dir / "config.yaml").write_text(yaml.safe_dump(config))
+    panel = next(c for c in curves(read_run(run_dir)) if c.title == "Held-out values").panels[0]
+    assert [(line.label, line.points) for line in panel.lines] == [
+        ("quick", [(30, 2.5), (60, 2.0)]),
+        ("one_shot", [(30, 2.5), (60, 2.0)]),
+        ("teacher", [(30, 2.3456), (60, 2.3456)]),
+    ]
+    html = write_report(run_dir).read_text()
+    figure = html[html.index("<h2>Held-out") : html.index("<h2>Speed")]
+    assert ">teacher<" in figure and ">one_shot<" in figure
+
+
+DAMAGE = {
+    "config.yaml": ["train: [", "[1]", "a: 1", "run: {name: [1]}\ntrain: 3", "x: &a [*a]", "\x00", "\udcff"],
+    "ds_config.json": ["{", "[" * 5000],
+    "metrics.jsonl": [
+        '{"kind": "train", "step": 1e400}\n{"kind": "train", "step": 3, "loss/mlm": Infinity, "widths/hidden": "x"}\n',
+        '{"kind": "train", "step": 5, "loss/total": ' + "9" * 400 + "}\n" + "[" * 100_000 + "\n",
+        '{"kind": "evaluation", "step": true}\n{"kind": "evaluation", "step": 4, "\\ud800": 1, "mlm_loss": NaN}\n',
+        '{"kind": "train", "step": ' + "9" * 5000 + "}\n",
+        '{"kind": ["train"], "step": 3}\nnull\n3\n"step"\n',
+    ],
+    "events.jsonl": [
+        '{"step": 3}\n{"step": 4, "widths_before": {}, "widths_after": {"hidden": 0}, "gap_before": {"kl": "x"}}\n',
+        '{"step": 3, "widths_before": {"hidden": 0}, "widths_after": {"hidden": 0}, "hash": 3, "milliseconds": "x"}\n',
+        '{"step": 3, "gap_before": {"kl": [1]}, "gap_after": {"kl": true}, "bytes_moved": {}, "hash": null}\n',
+    ],
+    "result.json": [
+        "[{",
+        "{}",
+        "3",
+        "[1, null, [2]]",
+        '[{"name": null, "parameters": true, "milestone": "x", "weights_bytes": "y"}]',
+        '[{"name": "teacher", "parameters": "1"}, {"name": ["x"], "parameters": 1e999, "heldout_mlm_loss": "z"}]',
+        '[{"milestone": 0.5, "heldout_mlm_loss": 1}, {"milestone": 0.5, "rates": "own", "heldout_mlm_loss": 2}]',
+        "[" + "9" * 5000 + "]",
+    ],
+    "plan.json": ["{", "[]", '{"stretches": 3}', '{"stretches": [{"first_step": 0, "num_steps": 99}], "basis": 1}'],
+    "row.json": ["[", "3", '{"parameters": 1e400}'],
+    "teacher.json": ["{", '{"corrected": [1]}'],
+    "glue/glue.json": ["[", '{"tasks": {"rte": {"best": {"score": "x"}}}}'],
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_file_gives_a_page_and_a_note(run_dir, tmp_path_factory, monkeypatch, name):
+    """Alone and beside another run; what could not be read is said wherever something was lost."""
+    other = tmp_path_factory.mktemp("other")
+    log_run(other, range(10, 30, 10))
+    monkeypatch.setattr("homodistil.report.page.draw", lambda panels, *_names: compose(panels) and "<svg></svg>")
+    (run_dir / name).parent.mkdir(exist_ok=True)
+    for content in DAMAGE[name]:
+        (run_dir / name).write_text(content, encoding="utf-8", errors="surrogateescape")
+        page = Page(write_report(run_dir).read_text())
+        assert "Result" in page.text
+        write_run_comparison([run_dir, other], other / "both.html")
+    # The last one of each of these cannot be used at all.
+    if name in ("result.json", "plan.json", "metrics.jsonl"):
+        assert any(text.startswith(f"{name}: ") and "cannot be read" in text for text in page.text)
+
+
+def test_pages_replace_pages_alone(run_dir, tmp_path_factory):
+    place = tmp_path_factory.mktemp("place")
+    (place / "notes.txt").write_text("mine")
+    for out, figures, message in (
+        (place, None, r"--out: .* is a folder"),
+        (place / "notes.txt", None, r"--out: .*notes\.txt exists and is no HTML page"),
+        (run_dir / "metrics.jsonl", None, r"--out: .*metrics\.jsonl exists and is no HTML page"),
+        (place / "notes.txt" / "page.html", None, r"--out: .*notes\.txt is no folder"),
+        (None, place / "notes.txt", r"--figures: .*notes\.txt is no folder"),
+        (place / ("x" * 300), None, r"--out: .* cannot be used \(File name too long\)"),
+    ):
+        with pytest.raises(UserError, match=message) as caught:
+            write_report(run_dir, out, figures)
+        assert "\n" not in str(caught.value)
+    assert (place / "notes.txt").read_text() == "mine" and not (run_dir / "report.html").exists()
+    page = write_report(run_dir, place / "new" / "page.html", place / "figures")
+    assert write_report(run_dir, page) == page
+
+
+def test_folders_that_are_no_run_are_refused(tmp_path):
+    with pytest.raises(UserError, match="no such folder"):
+        write_report(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="found a file"):
+        write_report(LAUNCHER)
+    (tmp_path / "notes.txt").write_text("hello")
+    with pytest.raises(UserError, match="not a run folder"):
+        write_report(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
+    (tmp_path / "result.json").write_text("[{")
+    with pytest.raises(UserError, match=r"result\.json: cannot be read"):
+        write_report(tmp_path)
+
+
+def launch(folder: Path) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "PYTHONPATH": str(LAUNCHER.parents[1])}
+    command = [sys.executable, LAUNCHER, folder]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+
+
+@pytest.mark.process
+def test_launcher(run_dir):
+    done = launch(run_dir)
+    assert (done.returncode, done.stdout) == (0, f"{run_dir / 'report.html'}\n")
+    Page((run_dir / "report.html").read_text())
+
+
+@pytest.mark.process
+def test_launcher_refuses_in_one_line(tmp_path):
+    done = launch(tmp_path / "no")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: run folder") and len(done.stderr.splitlines()) == 1
