@@ -12,7 +12,7 @@ import importlib
 import sys
 from types import ModuleType
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 _PLACES = {
     "distill": "homodistil.api",
     "Distilled": "homodistil.api",

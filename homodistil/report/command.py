@@ -35,7 +35,7 @@ def parser() -> argparse.ArgumentParser:
     """Its options."""
     options = OneLineParser(description=__doc__.splitlines()[0])
     add = options.add_argument
-    add("runs", metavar="RUN_DIR", type=Path, nargs="+", help="run folders, or JSON files of benchmarks/quality.py")
+    add("runs", metavar="RUN_DIR", type=Path, nargs="+", help="run folders, or JSON files of experiments/quality")
     add("--out", type=Path, help="the page (one run: RUN_DIR/report.html, many: comparison.html)")
     add("--figures", type=Path, metavar="DIR", help="export every figure as PNG and SVG into this folder")
     return options

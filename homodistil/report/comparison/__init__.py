@@ -25,7 +25,7 @@ def write_run_comparison(inputs: Sequence[Path], path: Path, figures: Path | Non
     """The page of several run folders, finished or not, and JSON files of the quality benchmark.
 
     Args:
-        inputs: folders are runs, files are what `benchmarks/quality.py` wrote.
+        inputs: folders are runs, files are what `experiments/quality` wrote.
         path: of the page, replaced atomically.
         figures: folder for every figure as PNG and SVG; None: none are exported.
 

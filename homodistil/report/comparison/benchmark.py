@@ -1,4 +1,4 @@
-"""Rows of `benchmarks/quality.py` (one a method, width and metric) -> rows of the comparison (one a model)."""
+"""Rows of `experiments/quality` (one a method, width and metric) -> rows of the comparison (one a model)."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def read_benchmark(file: Path) -> list[dict[str, Any]]:
             found[_COLUMNS.get(row["metric"], row["metric"])] = row.get("values", [row["value"]])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(
-            f"{file}: found no rows of benchmarks/quality.py ({type(error).__name__}: {str(error)[:200]}); give its "
+            f"{file}: found no rows of experiments/quality ({type(error).__name__}: {str(error)[:200]}); give its "
             f"JSON file, or run folders"
         ) from None
     return list(models.values())
