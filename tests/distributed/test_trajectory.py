@@ -125,17 +125,25 @@ def test_wrappers_are_as_close_as_without_events(wrapped):
         assert_close_to_its_control(case, control)
 
 
+def assert_settings_equal_plain_training(settings: list[dict]) -> None:
+    for case in run_cases(settings, 2):
+        assert_equals_reference(case)
+
+
+def assert_settings_are_as_close_as_without_events(settings: list[dict]) -> None:
+    cases = run_cases(settings + [case | {"events": False} for case in settings], 2)
+    for case, control in zip(cases[: len(settings)], cases[len(settings) :], strict=True):
+        assert_close_to_its_control(case, control)
+
+
 @pytest.mark.full
 def test_more_settings_equal_plain_training():
-    for case in run_cases(MORE_FP32, 2):
-        assert_equals_reference(case)
+    assert_settings_equal_plain_training(MORE_FP32)
 
 
 @pytest.mark.full
 def test_more_bf16_settings_are_as_close_as_without_events():
-    cases = run_cases(MORE_BF16 + [case | {"events": False} for case in MORE_BF16], 2)
-    for case, control in zip(cases[: len(MORE_BF16)], cases[len(MORE_BF16) :], strict=True):
-        assert_close_to_its_control(case, control)
+    assert_settings_are_as_close_as_without_events(MORE_BF16)
 
 
 @pytest.mark.full

@@ -8,7 +8,14 @@ from pathlib import Path
 import pytest
 from support.launch import ROOT, run_ranks
 from test_job import TRAIN, _arguments
-from test_trajectory import OFFLOAD, assert_close_to_its_control, assert_equals_reference, run_cases
+from test_trajectory import (
+    OFFLOAD,
+    assert_close_to_its_control,
+    assert_equals_reference,
+    assert_settings_are_as_close_as_without_events,
+    assert_settings_equal_plain_training,
+    run_cases,
+)
 
 FOLDER = Path(__file__).parent
 
@@ -81,15 +88,12 @@ def test_importance_sums_equal_one_process():
 
 @pytest.mark.full
 def test_more_settings_equal_plain_training():
-    for case in run_cases(MORE_FP32, 2):
-        assert_equals_reference(case)
+    assert_settings_equal_plain_training(MORE_FP32)
 
 
 @pytest.mark.full
 def test_more_bf16_settings_are_as_close_as_without_events():
-    cases = run_cases(MORE_BF16 + [case | {"events": False} for case in MORE_BF16], 2)
-    for case, control in zip(cases[: len(MORE_BF16)], cases[len(MORE_BF16) :], strict=True):
-        assert_close_to_its_control(case, control)
+    assert_settings_are_as_close_as_without_events(MORE_BF16)
 
 
 @pytest.mark.full
