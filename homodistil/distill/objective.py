@@ -7,6 +7,7 @@ Every layer of the student is compared with its layer of the teacher (layer_map.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import NamedTuple, Protocol
 
 import torch
@@ -53,8 +54,8 @@ class Objective:
 class ComparedStudent(StudentSide, Protocol):
     num_layers: int
 
-    def pass_modules(self, moment: str, hidden: Tensor) -> None:
-        """Call the terms' modules of `moment` where nothing is compared, for the sake of the order of calls."""
+    def pass_modules(self, moment: str, hidden: Tensor, compared: Collection[str]) -> None:
+        """Call the modules of `moment` of all trained terms but the `compared` ones, to keep to the order of calls."""
 
 
 class Comparison(ActivationVisitor):
@@ -72,6 +73,7 @@ class Comparison(ActivationVisitor):
     ) -> None:
         self._objective, self._student, self._targets = objective, student, targets
         self._step = Step(student, targets, batch)
+        self._compared = {term.name for term in objective.terms} if targets else set()
         self._once: dict[str, Tensor] = {}
         self._by_layer: dict[str, list[Tensor]] = {}
         if targets:
@@ -82,9 +84,8 @@ class Comparison(ActivationVisitor):
             self._targets.run_embedding(args, kwargs)
 
     def embedding(self, output: Tensor) -> None:
-        if not self._targets:
-            self._student.pass_modules("embedding", output)
-        elif "embedding" in self._objective.needs:
+        self._student.pass_modules("embedding", output, self._compared)
+        if self._targets and "embedding" in self._objective.needs:
             target = self._targets.take_embedding()
             for term in self._objective.terms:
                 if "embedding" in term.needs:
@@ -96,10 +97,10 @@ class Comparison(ActivationVisitor):
 
     def layer(self, i: int, tap: LayerActivations) -> None:
         is_last = i + 1 == self._student.num_layers
+        self._student.pass_modules(f"layer_{i}", tap.hidden, self._compared)
+        if is_last:
+            self._student.pass_modules("last", tap.hidden, self._compared)
         if not self._targets:
-            self._student.pass_modules(f"layer_{i}", tap.hidden)
-            if is_last:
-                self._student.pass_modules("last", tap.hidden)
             return
         target = self._targets.take_layer(self._student.layer_map.layers[i])
         for term in self._objective.terms:

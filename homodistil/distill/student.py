@@ -10,6 +10,8 @@ in hooks on module calls, and fetches them ahead of need only while calls follow
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor, nn
 
@@ -119,10 +121,11 @@ class Student(nn.Module):
         """Logits (M, V) of the masked rows."""
         return self(batch, only_logits=True)
 
-    def pass_modules(self, moment: str, hidden: Tensor) -> None:
-        """Keep to the order of module calls where nothing is compared (see above)."""
+    def pass_modules(self, moment: str, hidden: Tensor, compared: Collection[str]) -> None:
+        """Keep to the order of module calls where only the terms named `compared` are measured (see above)."""
         for term in self.objective.terms:
-            if (name := term.module_name(moment)) in self.projections:
+            name = term.module_name(moment)
+            if name in self.projections and term.name not in compared:
                 self.projections[name](hidden, None, None)
 
     def mlm_logits(self, rows: Tensor) -> Tensor:

@@ -103,9 +103,9 @@ class Trainer:
         with record_function("step.log"):
             self.step_log.end_step(self.state.step, batches, self.engine, self.prefetcher.wait_s)
         if self.shrinker and applied:  # after a skipped step an event waits for the next one
-            self.shrinker.accept(scores)
-            if keep := self.shrinker.due(self.live, self.prefetcher, self.state):  # None nearly always
-                with record_function("step.resize"):
+            with record_function("step.resize"):
+                self.shrinker.accept(scores)
+                if keep := self.shrinker.due(self.live, self.prefetcher, self.state):  # None nearly always
                     self.resize(keep)
 
     def resize(self, keep: Keep) -> None:

@@ -172,7 +172,7 @@ def faults(case: dict, folder: Path) -> dict:
     run.checkpoints.wait()
     before = sorted(path.name for path in run.checkpoints.folder.iterdir())
     for is_async in (False, True):
-        run.checkpoints.config.run.async_checkpoints = is_async
+        run.checkpoints.run.async_checkpoints = is_async
         run.step()
         with full_disk(on_rank=dist.get_world_size() - 1):
             try:

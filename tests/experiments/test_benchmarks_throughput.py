@@ -87,7 +87,7 @@ def test_flops_of_the_parts_add_up_to_those_of_the_step():
         layer = {"ffn": ffn, "heads": heads, "qk_dim": dim, "vo_dim": dim}
         return {"hidden": hidden} | {f"layer.{i}.{name}": size for i in range(2) for name, size in layer.items()}
 
-    batch = {"num_sequences": 3, "seq_len": 16, "masked_rows": 7.0, "vocab_size": 101}
+    batch = {"num_sequences": 3, "seq_len": 16, "target_rows": 7.0, "vocab_size": 101}
     student, teacher = widths(10, 20, 2, 4), widths(24, 48, 4, 6)
     for loss in (LossConfig(), LossConfig(projection="teacher", projection_learned=False), LossConfig(attention=0.0)):
         found = part_flops(student, teacher, loss, **batch)

@@ -24,7 +24,7 @@ def test_an_unforeseen_error_in_the_start_phase(server, run_inputs, tmp_path, ra
     (path,) = re.findall(r"the traceback is in (\S+\.txt) on ", lines[0])
     content = Path(path).read_text()
     Path(path).unlink()
-    assert "Traceback" in content and "job.py" in content and "launcher/train.py" in content
+    assert "Traceback" in content and "homodistil/train.py" in content and "launcher/train.py" in content
     assert not (tmp_path / "run").exists()
 
 
