@@ -43,6 +43,8 @@ class Student(nn.Module):
         self.family = family_of(model.config.model_type)
         self.objective = Objective(config)
         self.layer_map = layer_map or _copied_from(model.config)
+        self._passed: dict[tuple[str, str], str] = {}
+        """(moment, term) -> name of the module that the term calls then."""
         self.projections = nn.ModuleDict(self._make_modules() if distil else {})
         self.origins = axes.whole(self.family.axis_table(model).widths)
         self._taps = ActivationHooks(model, self.family)
@@ -66,6 +68,7 @@ class Student(nn.Module):
         for term in self.objective.terms:
             modules = term.modules(self.layer_map, self.model.config.hidden_size)
             made |= {term.module_name(moment): module for moment, module in modules.items()}
+            self._passed |= {(moment, term.name): term.module_name(moment) for moment in modules}
         return made
 
     @property
@@ -123,9 +126,8 @@ class Student(nn.Module):
 
     def pass_modules(self, moment: str, hidden: Tensor, compared: Collection[str]) -> None:
         """Keep to the order of module calls where only the terms named `compared` are measured (see above)."""
-        for term in self.objective.terms:
-            name = term.module_name(moment)
-            if name in self.projections and term.name not in compared:
+        for (called_at, term), name in self._passed.items():
+            if called_at == moment and term not in compared:
                 self.projections[name](hidden, None, None)
 
     def mlm_logits(self, rows: Tensor) -> Tensor:
