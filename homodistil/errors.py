@@ -21,7 +21,7 @@ class UserError(_Ending, ValueError):
 
 
 class CheckFailed(_Ending, RuntimeError):
-    """A check inside a running job failed: going on would spoil the model. The last checkpoint is intact.
+    """A check inside a running job failed: resuming would spoil the model. The last checkpoint is intact.
 
     The text is one line that names the check and the rank. The same on every rank.
     """

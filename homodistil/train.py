@@ -108,7 +108,7 @@ def _train_one(run: DistillationRun, correction: dict) -> list[dict]:
 
 
 def _train_students(runs: Sequence[DistillationRun], folder: Path, correction: dict) -> list[dict]:
-    """Of one job. Each gets its own table and report beside the job's (in `folder`)."""
+    """Train the students of one job. Each gets its own table and report beside the job's (in `folder`)."""
     found = train_together(runs, folder)
     teacher, rows = _teacher_row(runs[0], correction), []
     for run, row in zip(runs, found, strict=True):
@@ -120,7 +120,7 @@ def _train_students(runs: Sequence[DistillationRun], folder: Path, correction: d
 
 
 def _student_rows(run: DistillationRun, row: dict) -> list[dict]:
-    """Of a student that is trained, of its family, and of its controls, which are trained now."""
+    """Rows of a student that is trained, of its family, and of its controls, which are trained now."""
     members = ranks.on_rank_zero(lambda: read_family(run.folder))
     rows = family_rows(row, members, run.config.train.steps)
     for control in controls(run.config, members):

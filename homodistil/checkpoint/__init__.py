@@ -9,7 +9,7 @@
     checkpoints/.step-000200.part          being written
 
 Which rank holds which elements is of no account when reading: any number of ranks, ZeRO stage, wrapper and precision
-goes on from any checkpoint. `checkpoints.py` is the door; `writer.py` writes, `folder.py` publishes and verifies,
+resumes from any checkpoint. `checkpoints.py` is the door; `writer.py` writes, `folder.py` publishes and verifies,
 `reader.py` finds elements in the shards.
 """
 

@@ -1,4 +1,4 @@
-"""Saving and going on: what the trainer and the distillation see of checkpoints."""
+"""Saving and resuming: what the trainer and the distillation see of checkpoints."""
 
 from __future__ import annotations
 
@@ -50,13 +50,15 @@ class Found(NamedTuple):
 
 
 class Checkpoints:
-    """Args:
-    folder: `checkpoints` of the run folder; all ranks see the same.
-    run: how many are kept, whether training waits for the disk.
-    seed: of the run (train.seed), for ranks that the checkpoint knows no random state of.
-    notes: the config, and the layout it was trained in: written down for people, read by nobody.
-    fingerprints: of what the run learns from (training/fingerprints.py).
-    before_save: called on every rank before anything is written; may raise.
+    """Saves and loads the checkpoints of one run. Every rank makes one.
+
+    Args:
+        folder: `checkpoints` of the run folder; all ranks see the same.
+        run: how many are kept, whether training waits for the disk.
+        seed: of the run (train.seed), for ranks that the checkpoint knows no random state of.
+        notes: the config, and the layout it was trained in: written down for people, read by nobody.
+        fingerprints: of what the run learns from (training/fingerprints.py).
+        before_save: called on every rank before anything is written; may raise.
     """
 
     def __init__(
@@ -115,7 +117,7 @@ class Checkpoints:
         copies = {name: _copy(tensor) for name, tensor in tensors.items()} if first else None
         return Snapshot(step, _own_state(engine), random_state(), run if first else None, copies)
 
-    # -- going on
+    # -- resuming
 
     def load(self) -> Found | None:
         """The newest checkpoint that is whole; None when there is none at all. Every rank calls it.

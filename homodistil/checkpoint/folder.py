@@ -1,4 +1,4 @@
-"""The folder of checkpoints: names, manifest, publishing, which ones to go on from, and what is wrong with one.
+"""The folder of checkpoints: names, manifest, publishing, which ones to resume from, and what is wrong with one.
 
 A checkpoint is published by one rename, after its manifest and before `latest`: whatever moment the machine stops at,
 `latest` names a whole checkpoint, or the step folders beside it do.

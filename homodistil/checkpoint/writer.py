@@ -1,7 +1,7 @@
 """Writes one checkpoint in a thread of its own, on every rank; rank 0's publishes it once all ranks have reported.
 
 Ranks report through small files in the part folder, so that no thread ever talks over the process group: training may
-go on meanwhile. `finish` is where the ranks meet again and learn of anybody's failure.
+continue meanwhile. `finish` is where the ranks meet again and learn of anybody's failure.
 """
 
 from __future__ import annotations

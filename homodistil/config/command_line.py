@@ -61,7 +61,7 @@ class Job(NamedTuple):
     engine_config: Path
     """DeepSpeed's JSON."""
     students: list[RunConfig]
-    """Of `--teachers-once`; empty: `config` has the only student."""
+    """Configs of the students of `--teachers-once`; empty: `config` has the only student."""
     is_check: bool = False
     """Whether the job is only to be checked (preflight/)."""
 

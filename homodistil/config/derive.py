@@ -87,7 +87,8 @@ def correction_key(config: RunConfig) -> dict[str, Any]:
 
 
 def control_config(config: RunConfig, name: str) -> RunConfig:
-    """The same run cut at once, before step 0; `plain_one_shot`: by a mere selection of neurons as well."""
+    """The config of a run that is cut at once, before step 0; `plain_one_shot`: by a mere selection of neurons as
+    well."""
     control = derive(config, CONTROL, {"run.name": name})
     return derive(control, PLAIN_CONTROL) if name == "plain_one_shot" else control
 
@@ -125,7 +126,7 @@ def with_rates_of(control: RunConfig, config: RunConfig, so_far: Sequence[Mappin
 
 
 def compressed_schedule(config: RunConfig) -> RunConfig:
-    """The same run in a few steps: its widths lie on the way to the same target."""
+    """The config of a short run for measurements: its widths lie on the way to the same target."""
     steps = STEPS_A_WIDTH * (NUM_EVENTS + 1)
     computed = {
         "train.steps": steps,

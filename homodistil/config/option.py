@@ -31,7 +31,7 @@ SEED = 2**31 - 1
 CORRECTION = "correction"
 """The correction of the teacher on the corpus."""
 CONTROL = "control"
-"""The same run, cut at once before step 0."""
+"""A control: the run cut at once before step 0."""
 PLAIN_CONTROL = "plain_control"
 """Further values of a control that cuts without any compensation."""
 MILESTONE = "milestone"
@@ -101,7 +101,7 @@ class Option:
     """The facts about one field."""
 
     limits: Limits | None
-    """Of a number, or of each number in a list or mapping."""
+    """Limits of a number, or of each number in a list or mapping."""
     limited_by: str
     """Where no interval is given: what decides which values are allowed."""
     resume: Literal["fixed", "free", "content"]

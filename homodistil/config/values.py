@@ -26,11 +26,11 @@ from homodistil.errors import UserError, nearest
 
 MAX_FILE_BYTES = 1 << 20
 MAX_VALUE_CHARS = 100_000
-"""Of one value on the command line: a list of many files is long."""
+"""Longest value on the command line: a list of many files is long."""
 MAX_TEXT_CHARS = 4096
-"""Of one text. No path of Linux is longer."""
+"""Longest text. No path of Linux is longer."""
 MAX_NAME_BYTES = 255
-"""Of one part of a path, on every common file system."""
+"""Longest part of a path, on every common file system."""
 MAX_DEPTH = 8
 _SHOWN_CHARS = 60
 _WHOLE = re.compile(r"[-+]?[0-9]{1,30}")

@@ -102,7 +102,8 @@ class BatchLoader:
             raise UserError(str(error).rstrip().rsplit("UserError: ", 1)[-1]) from None
 
     def __getitem__(self, consumed_samples: int) -> list[Batch]:
-        """The same, made in this process. Micro-batch m of rank r starts at consumed + (m * world_size + r) * micro."""
+        """The micro-batches of this rank, made in this process. Micro-batch m of rank r starts at consumed + (m *
+        world_size + r) * micro."""
         starts = range(
             consumed_samples + self._rank * self._micro,
             consumed_samples + self.global_batch_size,

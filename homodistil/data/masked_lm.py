@@ -52,7 +52,7 @@ class Batch(NamedTuple):
         return self[:-1]
 
     def pinned(self) -> Batch:
-        """A copy in page-locked memory, out of which a GPU copies while the host goes on."""
+        """A copy in page-locked memory, out of which a GPU copies while the host continues."""
         return Batch(*(tensor.pin_memory() for tensor in self.tensors), self.counts)
 
     def to(self, device: torch.device | str) -> Batch:

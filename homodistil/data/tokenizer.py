@@ -1,4 +1,4 @@
-"""A checkpoint's tokenizer, refused where the library would make up for what is missing without a word.
+"""A checkpoint's tokenizer, refused where the library would make up for what is missing silently.
 
 It builds an empty one for a folder without any, adds [MASK] to a vocabulary that lacks it, and reads a tokenizer.json
 of another kind as if it were its class's own: text then becomes unknown tokens, or ids that no embedding was trained

@@ -23,7 +23,7 @@ def step_flops(
     target_rows: float,
     vocab_size: int,
 ) -> StepFlops:
-    """FLOPs of one optimizer step at the student's widths of today.
+    """FLOPs of one optimizer step at the student's current widths.
 
     Args:
         student, teacher: axis -> width (`models.axes`); the student may have fewer layers.
@@ -60,7 +60,7 @@ def sequence_bytes(
     lock_step: bool = True,
     keeps_probabilities: bool = False,
 ) -> SequenceBytes:
-    """Activations of one sequence at the student's widths of today.
+    """Activations of one sequence at the student's current widths.
 
     Dropout masks are left out: off by default, and a small share of what they are made for. So are the gradients of
     decoder and projections that the losses make in their forward: they do not grow with the batch.

@@ -16,7 +16,7 @@ class LayerMap(NamedTuple):
 
     hidden_size: int
     num_heads: int
-    """Of every layer. Head i of a student that was not cut out of the teacher is compared with head i."""
+    """Heads of every layer. Head i of a student that was not cut out of the teacher is compared with head i."""
     layers: tuple[int, ...]
     """Teacher layer that each layer of the student is compared with, ascending; the last one is the teacher's last."""
     is_origin: bool = True

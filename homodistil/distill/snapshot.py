@@ -16,8 +16,10 @@ def duplicate(student: Student) -> Student:
 
 
 class StudentSnapshots:
-    """Args:
-    student: before an engine takes it: hooks and partitioned parameters of an engine cannot be copied.
+    """Makes plain copies of a student that an engine holds.
+
+    Args:
+        student: before an engine takes it: hooks and partitioned parameters of an engine cannot be copied.
     """
 
     def __init__(self, student: Student) -> None:
@@ -27,15 +29,15 @@ class StudentSnapshots:
             parameter.data = torch.empty(0)  # the shapes will be others anyway
 
     def make(self, weights: dict[str, Tensor], dtype: torch.dtype) -> Student:
-        """The student of today with these values.
+        """The current student with these values.
 
         Args:
-            weights: by the student's parameter names, full, at today's widths (`resize.master_weights`).
+            weights: by the student's parameter names, full, at the current widths (`resize.master_weights`).
             dtype: of the copy.
         """
         made = duplicate(self._mould)
         for name, parameter in made.named_parameters():
             parameter.data = weights[name].to(dtype)
         made.origins = dict(self._student.origins)
-        made.after_resize({})  # nothing goes: the modules learn today's sizes
+        made.after_resize({})  # nothing goes: the modules learn the current sizes
         return made

@@ -28,11 +28,13 @@ from homodistil.models.parameter_shape import full_numel
 
 
 class Student(nn.Module):
-    """Args:
-    model: masked LM with tapped attention.
-    config: weights and options of the terms.
-    distil: False trains MLM alone (teacher correction): the terms' modules are not made.
-    counterpart: the teacher's measures; None: `model` is a copy of the teacher, as it is.
+    """A stock model with the modules that the terms learn, as the engine trains it.
+
+    Args:
+        model: masked LM with tapped attention.
+        config: weights and options of the terms.
+        distil: False trains MLM alone (teacher correction): the terms' modules are not made.
+        layer_map: the teacher's measures; None: `model` is a copy of the teacher, as it is.
     """
 
     def __init__(
@@ -146,7 +148,7 @@ class Student(nn.Module):
 
     @property
     def widths(self) -> dict[str, int]:
-        """Axis -> width of today."""
+        """Axis -> current width."""
         return {axis: index.shape[-1] for axis, index in self.origins.items()}
 
     @property

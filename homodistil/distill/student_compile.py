@@ -17,7 +17,7 @@ from homodistil.distill import torch_compile
 from homodistil.errors import UserError
 
 SPARE_COMPILATIONS = 4
-"""Beyond one a width: importance measured in another precision before the engine is there, a control run."""
+"""Beyond one per width: importance measured in another precision before the engine is there, a control run."""
 
 
 def check_student_compile(student: StudentConfig, zero_stage: int, device: torch.device) -> None:

@@ -43,11 +43,11 @@ class TeacherOutputs(ABC):
 
     @abstractmethod
     def take_layer(self, i: int) -> LayerActivations:
-        """Of layer `i`, in ascending order; layers between are passed over."""
+        """Activations of layer `i`; called in ascending order; layers between are passed over."""
 
     @abstractmethod
     def take_values(self) -> LayerActivations:
-        """Of the layer that shows its values, once it has run."""
+        """Activations of the layer that shows its values, once it has run."""
 
     def take_last(self) -> Tensor:
         """Output of the last layer, (B, T, D)."""
@@ -71,8 +71,10 @@ class TeacherOutputs(ABC):
 
 
 class WholePass(TeacherOutputs):
-    """Args:
-    tapped: gives the finished pass; called once, when the student has got as far as to need it.
+    """Outputs of a teacher that has run as a whole.
+
+    Args:
+        tapped: gives the finished pass; called once, when the student has got as far as to need it.
     """
 
     def __init__(
@@ -110,7 +112,7 @@ class WholePass(TeacherOutputs):
 
 
 def own_lists(tapped: Activations) -> Activations:
-    """The same pass for one of several readers, each of which drops what it has compared."""
+    """A copy of the lists of a pass for one of several readers, each of which drops what it has compared."""
     return tapped._replace(layers=[*tapped.layers], queries=[*tapped.queries], keys=[*tapped.keys])
 
 

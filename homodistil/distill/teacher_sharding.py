@@ -33,7 +33,7 @@ def shard_layers(layers: Sequence[nn.Module], dtype: torch.dtype) -> None:
 
 
 def num_parameters(model: nn.Module) -> int:
-    """Of the whole model, whether or not this rank has it all."""
+    """Parameters of the whole model, whether or not this rank has it all."""
     return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
 
 

@@ -17,7 +17,7 @@ from homodistil.errors import UserError
 from homodistil.kernels.triton_support import triton_installed
 
 MAX_COMPILE_THREADS = 4
-"""Worker processes a rank at most, each with a torch of its own in memory: the graphs here hold few kernels."""
+"""Worker processes per rank at most, each with a torch of its own in memory: the graphs here hold few kernels."""
 
 
 def require_compiler(field: str, device: torch.device) -> None:

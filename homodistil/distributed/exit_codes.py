@@ -7,9 +7,10 @@ from homodistil.errors import CheckFailed, RankLost, StopRequested, UserError
 USER_ERROR = 2
 """Bad input, or a disk or folder that cannot be written: one line says what to fix."""
 STOPPED = 75
-"""Stopped on request (Ctrl-C, SIGTERM, SIGUSR1) behind a checkpoint: the same command with run.resume=auto goes on."""
+"""Stopped on request (Ctrl-C, SIGTERM, SIGUSR1) behind a checkpoint: the same command with run.resume=auto
+continues."""
 RANK_LOST = 76
-"""A rank died or hung, one line names it; run.resume=auto goes on from the last checkpoint."""
+"""A rank died or hung, one line names it; run.resume=auto resumes from the last checkpoint."""
 CHECK_FAILED = 77
 """A check inside the run failed (resize gate, values that are not finite); the last checkpoint is intact."""
 

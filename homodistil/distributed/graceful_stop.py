@@ -62,7 +62,7 @@ class _Requests:
     def __init__(self, mode: _Mode, how_to_go_on: str) -> None:
         self.pid = os.getpid()
         self.number = 0
-        """Of the first signal; 0: none yet."""
+        """Number of the first signal; 0: none yet."""
         self.mode, self.how_to_go_on = mode, how_to_go_on
         self._ours, self._wakes = socket.socketpair()
         self._wakes.setblocking(False)
@@ -232,7 +232,7 @@ def _outside_training(number: int) -> StopRequested:
 
 
 def go_on_with() -> str:
-    """ ": COMMAND" for the end of a line: what to type to go on. Nothing where no script was started."""
+    """ ": COMMAND" for the end of a line: what to type to continue. Nothing where no script was started."""
     command = invocation.resuming()
     return f": {command}" if command else ""
 

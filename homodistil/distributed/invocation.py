@@ -1,4 +1,4 @@
-"""What the user has typed: the command that started this script, through whatever launcher, and the one that goes on.
+"""What the user has typed: the command that started this script, through whatever launcher, and the one that continues.
 
 A rank's own command line is what its launcher made of it. The outermost process above it that was given the same script
 has the line as it was typed. Reads /proc; elsewhere, and under launchers that run on other machines, it is the rank's.
@@ -36,7 +36,7 @@ def own() -> str:
 
 
 def resuming() -> str | None:
-    """The command that goes on with this run; None where no script of ours was started."""
+    """The command that continues with this run; None where no script of ours was started."""
     if _typed is None:
         return None
     arguments, is_value = [], False

@@ -1,4 +1,4 @@
-"""Whose line is this? Each line of a rank other than 0 begins with its number and machine. Also: a log file a rank.
+"""Whose line is this? Each line of a rank other than 0 begins with its number and machine. Also: a log file per rank.
 
     tag_lines()                 # launcher/train.py, before any library keeps hold of sys.stdout
     keep_in(folder / "logs")    # run.rank_logs: from here on, and what was said before
@@ -80,7 +80,7 @@ class RankLog:
             self._held_chars += len(line)
 
     def _write(self, line: str) -> None:
-        """A log that cannot be written any more must not end a run that can go on."""
+        """A log that cannot be written any more must not end a run that can continue."""
         try:
             self._file.write(line)
         except OSError as error:

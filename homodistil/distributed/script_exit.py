@@ -25,7 +25,7 @@ from homodistil.errors import CheckFailed, RankLost, StopRequested, UserError
 # Long enough for a launcher to end the other ranks once rank 0 has reported the same mistake.
 OTHER_RANKS_WAIT_S = 5.0
 MESSAGE_CHARS = 300
-"""Of an error that nobody foresaw; its file has the whole text."""
+"""Longest message of an unforeseen error; its file has the whole text."""
 
 
 @contextlib.contextmanager

@@ -97,7 +97,7 @@ def _leave() -> None:
 
 
 def _unlink_shared_buffers() -> None:
-    """DeepSpeed's CPU backend leaves 66 MiB a rank in /dev/shm when the job ends.
+    """DeepSpeed's CPU backend leaves 66 MiB per rank in /dev/shm when the job ends.
 
     Behind the barrier every rank has mapped them all, so the names can go now; the memory follows with the last
     process, however it ends.
@@ -199,7 +199,7 @@ def build_engine(
     """A live engine around `module`, its AdamW and its LR schedule.
 
     Args:
-        module: the student (fp32, at today's widths).
+        module: the student (fp32, at the current widths).
         engine_config: from `resolve_engine_config`.
     """
     import deepspeed

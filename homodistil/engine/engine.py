@@ -82,7 +82,7 @@ class TrainingEngine:
 
     @property
     def learning_rate(self) -> float:
-        """Of the next update."""
+        """Learning rate of the next update."""
         return self.deepspeed.get_lr()[0]
 
     @property

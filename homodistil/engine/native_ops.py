@@ -98,7 +98,7 @@ def _said(name: str, is_there: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _alone(root: Path) -> Iterator[None]:
-    """One process a machine at a time. A folder that cannot be written to has nothing to wait for either."""
+    """One process per machine at a time. A folder that cannot be written to has nothing to wait for either."""
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError):
             root.mkdir(parents=True, exist_ok=True)

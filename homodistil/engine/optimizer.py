@@ -49,7 +49,7 @@ class LearningRateShare:
     """Share of `train.lr` by updates done: linear warm-up, then linear decay to 0; lowered for a while by `rewarm` and
     by cool-downs.
 
-    torch's LambdaLR keeps the attributes of such an object in its state: a resumed run goes on with them.
+    torch's LambdaLR keeps the attributes of such an object in its state: a resumed run continues with them.
     """
 
     def __init__(self, train: TrainConfig) -> None:

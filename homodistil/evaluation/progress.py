@@ -21,7 +21,7 @@ _LOOK_S = 0.5
 
 
 class _State:
-    """Of the process: `parts` is what it does, from the whole to the part."""
+    """State of the process: `parts` is what it does, from the whole to the part."""
 
     def __init__(self) -> None:
         self.parts: list[str] = []

@@ -44,7 +44,8 @@ class Teacher(NamedTuple):
 
 
 def describe_teacher(name: str) -> Teacher:
-    """Of `teacher.name`. Asks the hub for a hub model's card where it is not cached, and does without if it cannot."""
+    """What is known of `teacher.name`. Asks the hub for a hub model's card where it is not cached, and does without
+    if it cannot."""
     if assets.is_embedded(name):
         packaged = assets.TEACHERS[name]
         return Teacher(name, packaged.licence, packaged.base_model)

@@ -1,6 +1,6 @@
 """Difference of the attention maps of student and teacher, from queries and keys: no (B, N, T, T) tensor is kept.
 
-SDPA goes on computing what attention puts out; this operation returns only the loss. Its forward also computes the
+SDPA continues computing what attention puts out; this operation returns only the loss. Its forward also computes the
 gradients of the student's queries and keys (the loss is a scalar: backward merely scales them), so that the maps of a
 chunk live for a moment, and the teacher's queries and keys may be freed as soon as it returns.
 

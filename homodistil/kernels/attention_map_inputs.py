@@ -45,4 +45,4 @@ class Maps(NamedTuple):
 
 
 Gradients = tuple[Tensor, Tensor]
-"""Of the sum over heads, w.r.t. the student's queries and keys."""
+"""Gradients of the sum over heads with respect to the student's queries and keys."""

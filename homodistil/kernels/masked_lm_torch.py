@@ -11,7 +11,7 @@ from torch import Tensor
 _CACHED_ELEMENTS = 1 << 20
 """Elements of a block of rows on a CPU: its three fp32 buffers (12 MB) stay in the last cache level between passes."""
 _LAUNCH_ELEMENTS = 1 << 26
-"""The same on other devices, where a block costs launches: 256 MB a buffer."""
+"""Elements of a block on other devices, where a block costs launches: 256 MB per buffer."""
 
 
 def arithmetic(dtype: torch.dtype) -> torch.dtype:

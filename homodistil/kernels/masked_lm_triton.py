@@ -1,7 +1,7 @@
 """Row kernel of masked_lm.py: CE, KL and their gradient in two passes over the logits, one program a row.
 
 First pass: running maximum and running sums of both models' softmax, and the KL's mean difference. Second pass: the
-gradient, from the logits again and five numbers a row. The passes run in one launch where the factors of the two sums
+gradient, from the logits again and five numbers per row. The passes run in one launch where the factors of the two sums
 are known (the linear form, whose second pass then finds its row in the cache), in two where they come with backward:
 that is 4 reads and 1 write of a matrix of logits, while holding a gradient for each sum would take 4 reads and 3
 writes. Factors are read from device memory: the host never waits for them.
@@ -193,7 +193,7 @@ def losses_and_gradient(
 
 
 def _outputs(student: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """CE and KL (views of one allocation, in this order) and normalisers, a number a row each."""
+    """CE and KL (views of one allocation, in this order) and normalisers, a number per row each."""
     rows = student.new_zeros(2 + NUM_NORMALISERS, len(student), dtype=torch.float32)
     return rows[0], rows[1], rows[2:]
 

@@ -1,4 +1,4 @@
-"""Files of JSON lines that a run goes on with: what is kept of them, and what is wrong with them."""
+"""Files of JSON lines that a run continues with: what is kept of them, and what is wrong with them."""
 
 from __future__ import annotations
 

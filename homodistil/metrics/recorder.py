@@ -130,7 +130,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def parse_lines(text: str) -> list[dict[str, Any]]:
-    """As `read_lines`, of the file's text."""
+    """Objects with a step in the text of a .jsonl file, as `read_lines` returns them."""
     return _objects(text.split("\n"))
 
 

@@ -67,7 +67,7 @@ def format_table(rows: Sequence[Row]) -> str:
 
 
 def aligned(lines: Sequence[Sequence[str]]) -> str:
-    """The same for any lines of as many cells; the first is the headings."""
+    """Lines of equally many cells as text in aligned columns; the first line is the headings."""
     lines = [list(line) for line in lines]
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     lines.insert(1, ["-" * width for width in widths])

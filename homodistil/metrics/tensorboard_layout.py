@@ -35,7 +35,7 @@ def board_folder(run_dir: Path) -> Path:
     if run_dir.parent.name == _COMPARE_FOLDER:
         return run_dir.parent.parent / TENSORBOARD_FOLDER / _COMPARE_FOLDER / run_dir.name
     folder = run_dir / TENSORBOARD_FOLDER
-    # A run that was begun by an earlier version goes on in its own file.
+    # A run that was begun by an earlier version continues in its own file.
     is_older = folder.is_dir() and any(folder.glob("events.out.tfevents.*"))
     return folder if is_older else folder / (run_dir.name or "run")
 

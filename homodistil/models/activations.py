@@ -47,13 +47,13 @@ class Activations(NamedTuple):
     layers: list[Tensor]
     """Output of every layer, (B, T, D)."""
     queries: list[Tensor]
-    """(B, N, T, H) a layer."""
+    """(B, N, T, H) per layer."""
     keys: list[Tensor]
-    """(B, N, T, H) a layer."""
+    """(B, N, T, H) per layer."""
     scale: float
     """What the softmax multiplies q.k with."""
     relations: LayerActivations | None = None
-    """Of the layer that shows its values."""
+    """Activations of the layer that shows its values."""
 
     @property
     def last(self) -> Tensor:
@@ -125,7 +125,7 @@ class ActivationHooks:
             self._visitor = self._queries = self._keys = self._values = None
 
     def run(self, input_ids: Tensor, padding_mask: Tensor | None) -> Activations:
-        """The same, collected."""
+        """The backbone's forward pass with all activations collected."""
         collector = _Collector()
         self.visit(input_ids, padding_mask, collector)
         hidden, queries, keys, _values = (list(part) for part in zip(*collector.layers, strict=True))

@@ -23,7 +23,7 @@ Widths = Mapping[str, int]
 """Axis name -> number of entries. For `qk_dim` and `vo_dim`: entries of ONE head."""
 
 Keep = Mapping[str, Tensor]
-"""Axis name -> int64 indices (in today's numbering) that stay, ascending; an absent axis stays whole.
+"""Axis name -> int64 indices (in the current numbering) that stay, ascending; an absent axis stays whole.
 
 Shape (k,); for `qk_dim` and `vo_dim` (heads today, k): every head chooses its own k dims. The row of a head that
 goes in the same event is ignored.
@@ -43,13 +43,13 @@ class AxisUse:
 
 @dataclass(frozen=True)
 class AxisTable:
-    """Every axis of a model with its width of today, and every use of it."""
+    """Every axis of a model with its current width, and every use of it."""
 
     widths: dict[str, int]
     uses: tuple[AxisUse, ...]
 
     def prefixed(self, prefix: str) -> AxisTable:
-        """The same table for the model as a submodule called `prefix` (without the dot)."""
+        """The table of the model as a submodule called `prefix` (without the dot)."""
         return replace(self, uses=tuple(replace(u, parameter=f"{prefix}.{u.parameter}") for u in self.uses))
 
     def with_uses(self, extra: Iterable[AxisUse]) -> AxisTable:
@@ -78,10 +78,11 @@ def widths_after(widths: Widths, keep: Keep) -> dict[str, int]:
 
 
 def compose(kept: Keep, keep: Keep, head_axis_of: Mapping[str, str]) -> dict[str, Tensor]:
-    """Where today's entries came from: `kept` (indices into the teacher) narrowed by `keep` (today's numbering).
+    """Where the current entries came from: `kept` (indices into the teacher) narrowed by `keep` (the current
+    numbering).
 
     Args:
-        kept: axis -> teacher indices of today's entries, shape (width,) or (heads, width).
+        kept: axis -> teacher indices of the current entries, shape (width,) or (heads, width).
         keep: the event about to be applied.
         head_axis_of: per-head axis -> its heads axis (`layer.0.qk_dim` -> `layer.0.heads`).
     """
@@ -113,7 +114,7 @@ def whole(widths: Widths) -> dict[str, Tensor]:
 
 
 def expand_to_teacher(kept: dict[str, Tensor], teacher_widths: dict[str, int]) -> dict[str, Tensor]:
-    """`kept` (origins of today's entries) as a keep in the teacher's numbering.
+    """`kept` (origins of the current entries) as a keep in the teacher's numbering.
 
     The dims of heads get a row for every teacher head; rows of heads that are gone do not matter.
     """

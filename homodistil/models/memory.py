@@ -27,9 +27,9 @@ class StateLayout:
     stage: int
     num_ranks: int
     dtype: torch.dtype
-    """Of the model's weights."""
+    """Type of the model's weights."""
     accumulation_dtype: torch.dtype
-    """Of the gradients while they are accumulated."""
+    """Type of the gradients while they are accumulated."""
     offloads_optimizer: bool
     """Masters and moments live in the host's memory, which a micro-batch does not compete for."""
 
@@ -93,7 +93,8 @@ def head_bytes(hidden: int, rows: float, element_bytes: int) -> float:
 
 
 def compared_elements(widths: Widths, seq_len: int) -> float:
-    """Of one sequence's pass: elements of the embedding output, every layer's output, and its queries and keys."""
+    """Elements that one sequence's pass leaves: the embedding output, every layer's output, and its queries and
+    keys."""
     layers = [layer_widths(widths, i) for i in range(num_layers(widths))]
     queries_and_keys = sum(2 * layer.num_heads * layer.qk_dim for layer in layers)
     return seq_len * ((1 + len(layers)) * widths["hidden"] + queries_and_keys)

@@ -46,7 +46,7 @@ class ResizePlan:
     """Parameter name -> dimension -> its map, fp32 or fp64. A dimension has an index or a map, not both."""
 
     def as_selection(self) -> ResizePlan:
-        """The same event for values that a map has already brought into the leading entries of each mapped dim."""
+        """The event for values that a map has already brought into the leading entries of each mapped dim."""
         index = {name: dict(dims) for name, dims in self.index.items()}
         for name, dims in self.maps.items():
             for dim, matrix in dims.items():

@@ -20,13 +20,15 @@ class Target(NamedTuple):
 
     columns: int
     rows_at: int
-    """Offset of the sums over columns, one a row; -1: no use of that dimension is scored."""
+    """Offset of the sums over columns, one per row; -1: no use of that dimension is scored."""
     columns_at: int
 
 
 class ScoreLayout:
-    """Args:
-    table: axes at their widths of today.
+    """Where the sums of every scored use lie in one buffer.
+
+    Args:
+        table: axes at their current widths.
     """
 
     def __init__(self, table: AxisTable) -> None:
@@ -43,7 +45,8 @@ class ScoreLayout:
                 self.numel += table.dim_size(use)
 
     def target(self, name: str, shape: tuple[int, ...]) -> Target | None:
-        """Of parameter `name` at its shape of today, one or two dims; None when no use of it is scored."""
+        """Where the sums of parameter `name` lie at its current shape, one or two dims; None when no use of it is
+        scored."""
         offsets = [self._offset.get((name, dim), -1) for dim in range(len(shape))]
         if max(offsets) < 0:
             return None

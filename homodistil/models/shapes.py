@@ -26,7 +26,7 @@ PRESETS = {
 }
 
 NAMES = ("teacher", *PRESETS)
-"""Of all sizes that need no further field."""
+"""Names of all sizes that need no further field."""
 
 
 def target_shape(student: StudentConfig, teacher: Widths) -> Shape:

@@ -4,7 +4,7 @@
     has_head = check_whole(difference(stored, model), model, ...)      # `model`: on the meta device
     check_finite(loaded, ...)                                          # the values, once they are in memory
 
-Weights that are missing would be drawn at random by the library, without a word.
+Weights that are missing would be drawn at random by the library, silently.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Stored(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """What is wrong with a checkpoint, by today's names of the tensors."""
+    """What is wrong with a checkpoint, by the current names of the tensors."""
 
     missing: list[str]
     unexpected: list[str]

@@ -15,13 +15,13 @@ class Device:
 
     name: str
     driver_name: str
-    """As `flops.datasheet_flops` knows it; empty: no datasheet, only measurements tell its speed."""
+    """Name in `datasheet_flops`; empty: no datasheet, the speed is known from measurements alone."""
     memory_bytes: float
     memory_bytes_per_s: float
     link_bytes_per_s: float
     """To the other devices of its machine, one direction."""
     watts: float
-    """Of the device at full load, without its share of the machine."""
+    """Power of the device at full load, without its share of the machine."""
     usd_per_h: tuple[float, float]
     """Usual range of renting one, November 2026, ours; replace it by --price."""
 
@@ -62,10 +62,10 @@ POWER_OVERHEAD = 1.5
 class Cluster:
     device: Device
     num_devices: int
-    """Of one machine: its ranks."""
+    """Devices, and so ranks, per machine."""
     num_nodes: int = 1
     interconnect: str = "none"
-    """Between machines; one adapter a device."""
+    """Between machines; one adapter per device."""
 
     @property
     def num_ranks(self) -> int:
@@ -77,7 +77,7 @@ class Cluster:
 
     @property
     def link_bytes_per_s(self) -> float:
-        """Of the slowest hop between two ranks."""
+        """Bandwidth of the slowest hop between two ranks."""
         if self.num_nodes == 1:
             return self.device.link_bytes_per_s
         return min(self.device.link_bytes_per_s, INTERCONNECTS[self.interconnect])

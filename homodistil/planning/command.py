@@ -57,7 +57,7 @@ def measure(config: RunConfig, engine_config: Path, options: argparse.Namespace)
 
 
 def machine_name() -> str:
-    """Of this machine, as a plan cites it."""
+    """Name of this machine, as a plan cites it."""
     return f"{platform.node()} ({os.cpu_count()} processors, {platform.machine()})"
 
 

@@ -27,22 +27,24 @@ class Sample:
 
     work: StepWork
     wall_s: float
-    """Of a step, the median of several."""
+    """Seconds per step, the median of several."""
     cpu_s: float
     """Processor time of a step, of this rank."""
     peak_bytes: float
-    """Of the rank, at its fullest moment."""
+    """Peak memory of the rank."""
     counted_bytes: float
-    """The same as `memory.py` predicts it, without the process's own."""
+    """Peak memory as `memory.py` predicts it, without the process's own."""
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Args:
-    wall, cpu: seconds a unit of each field of `StepWork`.
-    process_bytes: what a rank holds beside what is counted: libraries, their caches and workspaces.
-    error: largest relative error of wall time on the samples themselves, at least 5 %.
-    machine: where it was measured.
+    """How fast and how large steps are on this machine, fitted to measurements.
+
+    Args:
+        wall, cpu: seconds a unit of each field of `StepWork`.
+        process_bytes: what a rank holds beside what is counted: libraries, their caches and workspaces.
+        error: largest relative error of wall time on the samples themselves, at least 5 %.
+        machine: where it was measured.
     """
 
     wall: dict[str, float]
@@ -52,7 +54,7 @@ class Calibration:
     machine: str
 
     def wall_s(self, work: StepWork) -> float:
-        """Of a step."""
+        """Predicted seconds of a step."""
         return _dot(self.wall, work)
 
     def cpu_s(self, work: StepWork) -> float:

@@ -37,11 +37,11 @@ _WARM_UP_STEPS = 2
 class MeasuredWidth:
     widths: Widths
     wall_s: float
-    """Of a step, the median."""
+    """Seconds per step, the median."""
     cpu_s: float
     """Processor time of this rank, likewise."""
     peak_bytes: float
-    """Of this rank, events left out."""
+    """Peak memory of this rank, events left out."""
 
 
 def measure_here(config: RunConfig, raw_engine_config: dict) -> list[MeasuredWidth]:

@@ -62,7 +62,8 @@ def _teacher_parameters(resolved: ResolvedRun, num_ranks: int) -> float:
 
 
 def buffer_bytes(engine_config: dict, num_trainable: float, element_bytes: int) -> float:
-    """Of ZeRO: gradients on their way, at most a bucket, twice where communication overlaps; stage 3: parameters that
+    """Bytes of the buffers of ZeRO: gradients on their way, at most a bucket, twice where communication overlaps;
+    stage 3: parameters that
     are gathered ahead."""
     zero, stage = zero_section(engine_config), zero_stage(engine_config)
     if stage == 0:

@@ -30,10 +30,10 @@ class StretchPlan:
     memory: dict[str, float]
     """Part -> bytes of one rank."""
     flops: float
-    """Of a step, all ranks together."""
+    """FLOPs per step, all ranks together."""
     step: Seconds
     tokens_per_s: float
-    """Of the whole job, at the middle of the range."""
+    """Throughput of the whole job, at the middle of the range."""
 
     @property
     def total_bytes(self) -> float:
@@ -119,7 +119,8 @@ def make_plan(
 
 
 def _resolved(raw_engine_config: dict, config: RunConfig, cluster: Cluster) -> dict:
-    """As a rank of the cluster resolves it: fp16 is refused where there is no GPU, which is here, not there."""
+    """DeepSpeed's JSON as a rank of the cluster resolves it: fp16 is refused where there is no GPU, which is here,
+    not there."""
     fp16 = {name: raw_engine_config[name] for name in ("fp16",) if name in raw_engine_config and not cluster.is_cpu}
     others = {name: value for name, value in raw_engine_config.items() if name not in fp16}
     return resolve_engine_config(others, config.train, cluster.num_ranks) | fp16
@@ -155,7 +156,7 @@ def _calibrated(memory: dict[str, float], calibration: Calibration | None) -> di
 
 
 def _bytes_at_start(resolved, raw_engine_config, cluster, calibration, stage: int, micro_batch_size: int) -> float:
-    """Of a rank at the widest widths, under another stage or micro-batch than the config's."""
+    """Bytes of a rank at the widest widths, under another stage or micro-batch than the config's."""
     zero = {**zero_section(raw_engine_config), "stage": stage}
     engine_config = raw_engine_config | {"zero_optimization": zero}
     parts = rank_memory(

@@ -23,7 +23,7 @@ _S_PER_LAYER = (2.0e-4, 1.0e-4)
 
 @dataclass(frozen=True)
 class Seconds:
-    """Of one step: the fast and the slow end of what is to be expected."""
+    """Time of one step: the fast and the slow end of what is to be expected."""
 
     low: float
     high: float

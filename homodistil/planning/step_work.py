@@ -14,7 +14,7 @@ _ADAM_BYTES = 28  # of one fp32 element: master, gradient and two moments read, 
 
 @dataclass(frozen=True)
 class StepWork:
-    """Of one rank and optimizer step."""
+    """Work of one rank in one optimizer step."""
 
     flops: float
     """Matrix products of teacher, student and losses."""

@@ -73,7 +73,7 @@ def _check_all(config: RunConfig, raw_engine_config: dict, device: torch.device)
 
 
 def _merged(own: Findings) -> Findings:
-    """Of all ranks."""
+    """The findings of all ranks."""
     return merged([[Finding(*row) for row in rows] for rows in ranks.gather([dataclasses.astuple(f) for f in own])])
 
 

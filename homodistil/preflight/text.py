@@ -19,21 +19,21 @@ from homodistil.preflight.findings import Findings
 
 SAMPLE_DOCUMENTS = 20
 SAMPLE_PIECES = 20
-"""Of one document, each of at most 16 K characters."""
+"""Pieces that are read of one document, each of at most 16 K characters."""
 FILES_LOOKED_INTO = 20
 
 
 class Sample(NamedTuple):
-    """Of all sources together."""
+    """What was read of all sources together."""
 
     tokens: np.ndarray
     """(N,) int64, without special tokens."""
     num_bytes: int
-    """Of all files of all sources, as they lie on the disk."""
+    """Size on disk of all files of all sources."""
 
 
 def check_text(findings: Findings, config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Sample | None:
-    """A row a source. The sample, where all of them could be read."""
+    """A row per source. The sample, where all of them could be read."""
     if findings.attempt("data", lambda: check_tokenizer(config, tokenizer)) is None:
         return None
     backend, _ = check_tokenizer(config, tokenizer)
@@ -58,7 +58,7 @@ def _measure(source: Source, size: int) -> str:
 
 
 def _tokens_of(source: Source, backend: Tokenizer, unknown: int | None) -> list[int]:
-    """Of the first documents of up to FILES_LOOKED_INTO files, spread evenly over the source."""
+    """Tokens of the first documents of up to FILES_LOOKED_INTO files, spread evenly over the source."""
     step = -(-len(source.files) // FILES_LOOKED_INTO) or 1
     spans = [start_of(source, index) for index in range(0, max(1, len(source.files)), step)]
     share = max(1, SAMPLE_DOCUMENTS // len(spans))

@@ -52,7 +52,7 @@ class GapState:
     size: int = 0
     """Stops to try first; 0: none tried yet."""
     rise: float = 0.0
-    """Of the KL at the last event (nats)."""
+    """Rise of the KL at the last event (nats)."""
     kl_after: float = 0.0
     """KL right after the last event."""
     num_events: int = 0

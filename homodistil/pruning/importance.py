@@ -47,7 +47,7 @@ class Importance:
 
         Args:
             pieces: what this rank holds.
-            table: axes at their widths of today.
+            table: axes at their current widths.
             shapes: of the parameters today.
         """
         return {} if self.config.importance == "random" else self._sums(pieces, table, shapes)

@@ -22,7 +22,7 @@ _SAME_AS_FINAL = 0.02
 
 class Milestone(NamedTuple):
     fraction: float
-    """Of the teacher's hidden size, as in run.export_milestones."""
+    """Share of the teacher's hidden size, as in run.export_milestones."""
     widths: dict[str, int]
     """Axis -> width, every axis of the student."""
 

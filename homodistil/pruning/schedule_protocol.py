@@ -28,7 +28,7 @@ class Look(Protocol):
         """KL to the teacher on the probe now (nats)."""
 
     def kl_after(self, due: Widths) -> float:
-        """The same after axes have been cut to the widths `due`, which is only tried."""
+        """The KL after axes have been cut to the widths `due`, which is only tried."""
 
 
 class Schedule(Protocol):

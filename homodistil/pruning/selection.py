@@ -16,7 +16,7 @@ def select(scores: Mapping[str, Tensor], due: Mapping[str, int], protected: Tens
     Args:
         scores: axis -> (width,), or (heads, width) for the dims of heads: each head chooses its own.
         due: axis -> number of entries that stay.
-        protected: hidden entries (today's numbering) that stay whatever their score.
+        protected: hidden entries (the current numbering) that stay whatever their score.
     """
     keep: dict[str, Tensor] = {}
     for axis, count in due.items():

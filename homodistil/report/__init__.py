@@ -23,7 +23,7 @@ REPORT_FILE = "report.html"
 def write_report(run_dir: Path, path: Path | None = None, figures: Path | None = None) -> Path:
     """Write the page of one run (atomically; nothing else in its folder changes) and return its path.
 
-    Works while the run goes on: what is not there yet is named on the page.
+    Works while the run continues: what is not there yet is named on the page.
 
     Args:
         path: of the page; None: report.html in the run folder.

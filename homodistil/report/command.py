@@ -1,4 +1,4 @@
-"""Write the HTML page of a run, or one page that compares many; prints its path. Works while runs go on.
+"""Write the HTML page of a run, or one page that compares many; prints its path. Works while runs continue.
 
 homodistil report runs/quickstart                      # runs/quickstart/report.html
 homodistil report runs/a runs/b --out comparison.html --figures figures

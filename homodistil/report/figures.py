@@ -205,7 +205,7 @@ def _label_ends(axes: Axes, curves: Sequence[tuple[str, Line2D]]) -> None:
         finite = [(x, y) for x, y in zip(curve.get_xdata(), curve.get_ydata(), strict=True) if math.isfinite(y)]
         if finite:
             ends.append((finite[-1], label, curve.get_color()))
-    axes.set_ylim(axes.get_ylim())  # freeze: the positions below are fractions of today's range
+    axes.set_ylim(axes.get_ylim())  # freeze: the positions below are fractions of the current range
     to_fraction = axes.transData + axes.transAxes.inverted()
     heights = [to_fraction.transform(point)[1] for point, _, _ in ends]
     # Many labels are smaller, so that they stay nearer to their lines.

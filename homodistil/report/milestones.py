@@ -97,7 +97,7 @@ def _members(rows: Sequence[Row]) -> list[Row]:
 
 
 def _controls(rows: Sequence[Row], member: Row) -> list[Row]:
-    """Of the same student, where a job has several."""
+    """Controls of the same student, where a job has several."""
     own = [row for row in rows if "rates" in row and row.get("student") == member.get("student")]
     return [row for row in own if row.get("milestone") == member["milestone"]]
 

@@ -36,7 +36,7 @@ def planned_section(run: Run) -> PlannedSection | None:
 
 
 def _some(stretches: list[dict[str, Any]], run: Run) -> list[dict[str, Any]]:
-    """Those with logged steps; the longest where there are many."""
+    """Phases with logged steps; the longest where there are many."""
     seen = [stretch for stretch in stretches if _lines(stretch, run.train)]
     longest = sorted(seen, key=lambda stretch: -stretch["num_steps"])[:_MOST_ROWS]
     return sorted(longest, key=lambda stretch: stretch["first_step"])

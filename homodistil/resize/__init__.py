@@ -101,7 +101,7 @@ def write_weights(engine, weights: Mapping[str, Tensor]) -> None:
     Only when a resize would be allowed.
 
     Args:
-        weights: full, by parameter name, at today's widths, alike on every rank; those that are absent stay.
+        weights: full, by parameter name, at the current widths, alike on every rank; those that are absent stay.
 
     Raises:
         RuntimeError: gradients wait for a step.

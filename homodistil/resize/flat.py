@@ -1,4 +1,4 @@
-"""Arithmetic of flat buffers: many parameters laid end to end and cut into equal partitions, one a rank.
+"""Arithmetic of flat buffers: many parameters laid end to end and cut into equal partitions, one per rank.
 
 `Layout` says where every parameter lies; `FlatMove` says how an event maps one layout to a smaller one. Pure integer
 arithmetic, evaluated identically on every rank: nobody has to tell anybody what will be sent.

@@ -46,9 +46,9 @@ def move_partitions(
     """Fill `new` from `old`, this rank's partitions of parameters that lie in a buffer each. Collective over `group`.
 
     Args:
-        old: flat, one a parameter; overwritten.
-        new: flat, one a parameter, zero; of the dtype of `old`.
-        moves: one a parameter, of layouts that hold this parameter alone.
+        old: flat, one per parameter; overwritten.
+        new: flat, one per parameter, zero; of the dtype of `old`.
+        moves: one per parameter, of layouts that hold this parameter alone.
         device: where ranks can exchange (the tensors themselves may lie in host memory).
         least_numel: see `exchange_rounds`.
     """

@@ -83,7 +83,8 @@ def _shares_by_name(adapter: Adapter) -> dict[str, list[Share]]:
 
 
 def _state_kinds(adapter: Adapter) -> list[str]:
-    """The same on every rank, also where a rank holds nothing of a parameter: every rank has every group."""
+    """Names of the optimizer states: equal on every rank, also where a rank holds nothing of a parameter: every rank
+    has every group."""
     return sorted({kind for group in adapter.groups() for kind in group.per_element()})
 
 

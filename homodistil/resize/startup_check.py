@@ -1,7 +1,7 @@
 """Trust at start: a resize that keeps everything, on the run's own live engine, must leave every bit as it was.
 
-It goes through the same compaction, exchange and rebuilding as a real event, so a DeepSpeed that keeps other books than
-the ones known to `resize/` is found before the first step instead of after the first event.
+It goes through the same compaction, exchange and rebuilding as a real event, so a DeepSpeed that is laid out
+differently than the ones known to `resize/` is found before the first step instead of after the first event.
 """
 
 from __future__ import annotations

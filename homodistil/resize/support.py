@@ -26,7 +26,7 @@ from homodistil.resize.startup_check import try_resize
 
 DEEPSPEED_TESTED = "0.19.8"
 
-# Exact classes: a subclass (ZenFlow, SuperOffload, pipeline, hybrid engine) keeps other books.
+# Exact classes: a subclass (ZenFlow, SuperOffload, pipeline, hybrid engine) is laid out differently.
 ENGINE_CLASS = "deepspeed.runtime.engine.DeepSpeedEngine"
 ADAPTERS: dict[str, type[Adapter]] = {
     "deepspeed.runtime.fp16.unfused_optimizer.FP16_UnfusedOptimizer": UnfusedAdapter,

@@ -28,8 +28,10 @@ HeldOutLoss = Callable[[Student], float]
 
 
 class Compensation:
-    """Args:
-    hidden: residual dims of the teacher.
+    """Prepares compensated events: calibration text, options and the rotation check.
+
+    Args:
+        hidden: residual dims of the teacher.
     """
 
     def __init__(self, config: RunConfig, run_inputs: RunInputs, hidden: int) -> None:

@@ -19,7 +19,7 @@ from homodistil.pruning.milestones import milestone_name
 
 class Control(NamedTuple):
     name: str
-    """Of its folder in `compare`."""
+    """Name of its folder in `compare`."""
     label: str
     """In tables."""
     config: RunConfig

@@ -23,7 +23,7 @@ FACTS_FILE, CHECKSUMS_FILE = "correction.json", "checksums.json"
 
 
 def write_checksums(folder: Path) -> None:
-    """Of all files of `folder`; the logs of the correction, in a folder of their own, are left out."""
+    """Write checksums of all files of `folder`; the logs of the correction, in a folder of their own, are left out."""
     files = sorted(path for path in folder.iterdir() if path.is_file() and path.name != CHECKSUMS_FILE)
     sums = {path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in files}
     write_atomically(folder / CHECKSUMS_FILE, json.dumps(sums, indent=1) + "\n")

@@ -23,9 +23,11 @@ from homodistil.training.inputs import RunInputs
 
 
 class Exporter:
-    """Args:
-    student: at its widths of the moment whenever something is exported.
-    command: the command line of the run, for the card.
+    """Exports the student of a run as a stock checkpoint with a model card.
+
+    Args:
+        student: at its widths of the moment whenever something is exported.
+        command: the command line of the run, for the card.
     """
 
     def __init__(
@@ -62,7 +64,7 @@ class Exporter:
         return speed
 
     def teacher_speed(self) -> dict[str, float]:
-        """The same of a stock model of the teacher's shape (rank 0 alone): its weights do not matter for it."""
+        """Speed of a stock model of the teacher's shape (rank 0 alone): its weights do not matter for it."""
         config, device = load_config(self.run_inputs.teacher), self.run_inputs.device
         with _own_random_state(device):
             model = self.student.family.empty_model(config).eval()
@@ -77,6 +79,6 @@ class Exporter:
 
 @contextmanager
 def _own_random_state(device: torch.device) -> Iterator[None]:
-    """A run goes on as if nothing had been drawn inside: one that does not export here again draws the same."""
+    """A run continues as if nothing had been drawn inside: one that does not export here again draws the same."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         yield

@@ -1,4 +1,4 @@
-"""What a run learns from, by content: corpus, tokenizer, teacher. A checkpoint knows them; going on needs the same.
+"""What a run learns from, by content: corpus, tokenizer, teacher. A checkpoint knows them; resuming needs the same.
 
 Paths do not count: the same text in another folder is the same text.
 """
@@ -43,7 +43,7 @@ _NOT_CONTENT = ("_name_or_path", "transformers_version")
 def begun_with(run_folders: Sequence[Path]) -> dict[str, str] | None:
     """What the checkpoints of these runs know of theirs; None where there is no checkpoint (rank 0 only).
 
-    One that was written before checkpoints knew is told in one line, and goes on with what there is ({}).
+    One that was written before checkpoints knew is told in one line, and continues with what there is ({}).
     """
     known = [saved_fingerprints(Path(folder) / "checkpoints") for folder in run_folders]
     known = [saved for saved in known if saved is not None]
@@ -58,7 +58,7 @@ def begun_with(run_folders: Sequence[Path]) -> dict[str, str] | None:
 
 
 def check_same(run_folder: Path, before: Fingerprints | None, now: Fingerprints) -> None:
-    """Raise `UserError` where a run would go on with something else than it began with.
+    """Raise `UserError` where a run would continue with something else than it began with.
 
     Args:
         before: of the run's checkpoint; None: there is none.
@@ -75,13 +75,13 @@ def check_same(run_folder: Path, before: Fingerprints | None, now: Fingerprints)
 
 
 def tokenizer_fingerprint(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Of everything about the tokenizer that batches depend on. Raises `UserError` as `check_tokenizer`."""
+    """Fingerprint of everything about the tokenizer that batches depend on. Raises `UserError` as `check_tokenizer`."""
     backend, special_ids = check_tokenizer(config, tokenizer)
     return _digest(json.dumps([backend.to_str(), special_ids, tokenizer.mask_token_id]))
 
 
 def teacher_fingerprint(teacher: str) -> str:
-    """Of the weights and the config of a folder; for a hub name the commit that it resolves to."""
+    """Fingerprint of the weights and the config of a folder; for a hub name the commit that it resolves to."""
     folder = Path(teacher).expanduser()
     if not folder.is_dir():
         return _digest(f"{teacher}@{load_config(teacher)._commit_hash}")

@@ -52,11 +52,11 @@ class RunInputs:
     allow_pickle: bool = False
     """Whether the teacher's weights may be a pickle."""
     fingerprints: Fingerprints = field(default_factory=dict)
-    """Of all of it; checkpoints keep them."""
+    """Fingerprints of all inputs; checkpoints keep them."""
     begun_with: Fingerprints | None = None
-    """What the checkpoint to go on from says of its own; None: there is none."""
+    """What the checkpoint to resume from says of its own; None: there is none."""
     corpus_check: BackgroundCheck | None = None
-    """Of a large corpus; None: nothing is being checked."""
+    """Check of a large corpus in the background; None: nothing is being checked."""
 
     def require_intact(self) -> None:
         """Wait until the corpus is known to be what was prepared. Every rank calls it before it keeps what it trained.
@@ -206,7 +206,7 @@ def prepare_inputs(
     """Teacher folder, tokenizer and corpus: fetched and prepared on first use, by one rank a cache.
 
     Args:
-        run_folders: a run that goes on from a checkpoint in one of them must have what it began with.
+        run_folders: a run that resumes from a checkpoint in one of them must have what it began with.
         students: those to be made of the teacher, instead of the one of `config` (config/students.py).
     """
     before = ranks.on_rank_zero(lambda: begun_with(run_folders))

@@ -16,10 +16,12 @@ _NEVER_WARNED_OF = ("mlm",)
 
 
 class Balance:
-    """Args:
-    name: of the run, for the lines.
-    weights: of the terms that are trained.
-    extra: names of those whose weights stand in loss.extra.
+    """Reports the share of each term in the total loss.
+
+    Args:
+        name: of the run, for the lines.
+        weights: of the terms that are trained.
+        extra: names of those whose weights stand in loss.extra.
     """
 
     def __init__(self, name: str, weights: Mapping[str, float], extra: Collection[str] = ()) -> None:

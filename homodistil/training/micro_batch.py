@@ -54,7 +54,7 @@ class MicroBatchPolicy:
         self.budget_bytes = self.rank_bytes(self.start_widths, start)
 
     def __call__(self, widths: Widths) -> int:
-        """The largest of `sizes` within the budget at today's widths."""
+        """The largest of `sizes` within the budget at the current widths."""
         fitting = [size for size in self.sizes if self.rank_bytes(widths, size) <= self.budget_bytes]
         return max(fitting, default=self.sizes[0])
 
@@ -122,7 +122,8 @@ def with_micro_batch(engine_config: dict, micro_batch_size: int, num_ranks: int)
 
 
 def fit_micro_batch(policy: MicroBatchPolicy, engine: TrainingEngine, prefetcher: BatchPrefetcher) -> dict[str, int]:
-    """After a resize: the micro-batch for today's widths, from the next step on. Returns what the event's line tells.
+    """After a resize: the micro-batch for the current widths, from the next step on. Returns what the event's line
+    tells.
 
     Nothing to tell ({}) unless the run lets it grow.
     """

@@ -30,8 +30,10 @@ FAMILY_FILE = "family.json"
 
 
 class Family:
-    """Args:
-    evaluate: the student's scores on all held-out text, as a result row has them.
+    """Exports and records the milestones of a run.
+
+    Args:
+        evaluate: the student's scores on all held-out text, as a result row has them.
     """
 
     def __init__(

@@ -79,10 +79,12 @@ class SharedTime:
 
 
 class MultiStudentTrainer:
-    """Args:
-    trainers: of students with the same data, batches and number of steps.
-    teacher: of all of them; None: none of them needs one.
-    feed: gives the batches.
+    """Trains several students on one teacher pass per micro-batch.
+
+    Args:
+        trainers: of students with the same data, batches and number of steps.
+        teacher: of all of them; None: none of them needs one.
+        feed: gives the batches.
     """
 
     def __init__(self, trainers: Sequence[Trainer], teacher: Teacher | None, prefetcher: BatchPrefetcher) -> None:
@@ -107,7 +109,7 @@ class MultiStudentTrainer:
             trainer.checkpoints.wait()
 
     def _behind(self) -> list[Trainer]:
-        """Those with the fewest steps done; none once all are done."""
+        """Trainers with the fewest steps done; none once all are done."""
         left = [trainer for trainer in self.trainers if not trainer.is_done]
         first = min((trainer.state.step for trainer in left), default=0)
         return [trainer for trainer in left if trainer.state.step == first]
@@ -136,7 +138,7 @@ class MultiStudentTrainer:
         return [found.pop() if is_needed else None for is_needed in needed]
 
     def leave(self, number: int) -> None:
-        """Stop on request (signal `number`), with everything on disk that going on needs."""
+        """Stop on request (signal `number`), with everything on disk that resuming needs."""
         for trainer in self.trainers:
             trainer.save_and_wait()
         steps = ", ".join(f"{t.config.run.name} {t.state.step} of {t.config.train.steps}" for t in self.trainers)

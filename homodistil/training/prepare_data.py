@@ -4,7 +4,7 @@
     homodistil prepare-data --task 3 --tasks 8 ...     # one of eight array tasks that share the work
 
 Training with the same settings then finds everything in data.cache_dir. Killed or stopped (Ctrl-C, SIGTERM, SIGUSR1:
-exit code 75), the same command goes on with the shards that are finished. The array task that finishes last merges
+exit code 75), the same command continues with the shards that are finished. The array task that finishes last merges
 them; so does a later call without --task.
 """
 

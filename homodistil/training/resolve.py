@@ -52,7 +52,7 @@ class WidthPhase:
 class ResolvedRun:
     config: RunConfig
     family: ModelFamily
-    """Of teacher and student (models/)."""
+    """Family of teacher and student (models/)."""
     teacher_config: PretrainedConfig
     """The teacher's Hugging Face configuration. Not to be changed: copy it."""
     teacher: nn.Module
@@ -61,9 +61,9 @@ class ResolvedRun:
     layer_map: LayerMap
     """Which teacher layer each layer of the student is compared with."""
     initial: Widths
-    """Of the student before the first event."""
+    """Widths of the student before the first event."""
     target: Widths
-    """Of the student in the end."""
+    """Final widths of the student."""
     route: Route
     """Milestones on the way."""
     table: dict[int, Widths]

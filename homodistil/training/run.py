@@ -51,7 +51,7 @@ class DistillationRun:
 
     Args:
         engine_config: from `resolve_engine_config`.
-        folder: run folder; a checkpoint found in it is gone on from.
+        folder: run folder; a checkpoint found in it is resumed from.
         command: for the model card.
         teacher_of: another student's run, whose teacher this one learns from as well.
     """
@@ -102,7 +102,7 @@ class DistillationRun:
 
     @contextlib.contextmanager
     def training(self) -> Iterator[Trainer]:
-        """A trainer that goes on from the last checkpoint if there is one; inside, its recorder is open."""
+        """A trainer that resumes from the last checkpoint if there is one; inside, its recorder is open."""
         with doing("looking through the checkpoints"):
             found = self.checkpoints.load()
         check_same(self.folder, found.run.get("fingerprints") if found else None, self.run_inputs.fingerprints)
@@ -190,7 +190,7 @@ class DistillationRun:
         return evaluate(self.student.predict, self.teacher.predict, batches, self.run_inputs.device)
 
     def evaluate_teacher(self) -> dict[str, float]:
-        """The same for the teacher itself, all blocks."""
+        """Held-out scores of the teacher itself, over all blocks."""
         with doing("evaluating the teacher on held-out text"):
             found = evaluate(self.teacher.predict, None, self.run_inputs.heldout(self.config), self.run_inputs.device)
         return found | {"kl_to_teacher": 0.0}

@@ -1,4 +1,4 @@
-"""The run folder: made, claimed or gone on with, before anything is trained; never overwritten."""
+"""The run folder: made, claimed or resumed, before anything is trained; never overwritten."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def _check_same_run(folder: Path, config: RunConfig) -> None:
 
 
 def _check_removed(folder: Path, before: dict) -> None:
-    """Refuse to go on with a run that used a field which is gone, whatever this config says."""
+    """Refuse to resume a run that used a field which is gone, whatever this config says."""
     for name, removed in REMOVED_FIELDS.items():
         section, field = name.split(".")
         value = before[section].get(field, removed.harmless)

@@ -37,7 +37,7 @@ class _Step(NamedTuple):
     num_batches: int
     """Micro-batches over all ranks."""
     counts: LossCounts
-    """Of a micro-batch, on the device."""
+    """Counts of a micro-batch, on the device."""
     widths: Widths
 
 
@@ -152,7 +152,8 @@ class StepLogger:
         return values | {name: float(value) for name, value in memory_bytes().items()}
 
     def _flops(self, target_rows: list[float]) -> float:
-        """Of all steps since the last logged one. At the same widths they are linear in the rows: looked up once."""
+        """FLOPs of all steps since the last logged one. At the same widths they are linear in the rows: looked up
+        once."""
         total = 0.0
         for _, same in groupby(zip(self._steps, target_rows, strict=True), key=lambda pair: id(pair[0].widths)):
             steps, rows = zip(*same, strict=True)
@@ -184,7 +185,7 @@ def require_finite(terms: dict[str, float], step: int, config: RunConfig) -> Non
 
 
 def require_applied(engine: TrainingEngine, step: int, config: RunConfig) -> None:
-    """Stop when DeepSpeed has left out a step because the gradient's norm is not finite: it does so without a word.
+    """Stop when DeepSpeed has left out a step because the gradient's norm is not finite: it does so silently.
 
     Call right after `engine.update()`. The norm is the same on every rank, so all stop. Under fp16 with dynamic
     loss scaling a skipped step is how the scale finds its place, and DeepSpeed reports it.
@@ -217,5 +218,5 @@ def speeds(metrics: list[dict]) -> dict[str, float | None]:
 def run_recorder(
     folder: Path, config: RunConfig, start_step: int, num_lines: Mapping[str, int] | None = None
 ) -> Recorder:
-    """The recorder of this rank. `num_lines`: those that the checkpoint to go on from knows of."""
+    """The recorder of this rank. `num_lines`: those that the checkpoint to resume from knows of."""
     return Recorder(folder, config.train.steps, start_step, ranks.rank() == 0, num_lines)

@@ -50,7 +50,7 @@ def corrected(
     """RunInputs with the corrected teacher, and what is known of the correction ({} without one).
 
     The facts: before and after (held-out results), tokens_per_s_first and _last, steps. The run folder remembers which
-    teacher its run began with: going on in another precision must not change it.
+    teacher its run began with: resuming in another precision must not change it.
     """
     if not config.teacher.correction_steps:
         return run_inputs, {}

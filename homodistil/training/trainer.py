@@ -146,13 +146,13 @@ class Trainer:
         self.checkpoints.save(self.engine.deepspeed, self.state.step, state)
 
     def save_and_wait(self) -> None:
-        """Everything that going on needs, on disk."""
+        """Everything that resuming needs, on disk."""
         with self.step_log.timer.paused(), doing(f"stopping: writing the checkpoint of step {self.state.step}"):
             self.save()
             self.checkpoints.wait()
 
     def leave(self, number: int) -> None:
-        """Stop on request (signal `number`), with everything on disk that going on needs."""
+        """Stop on request (signal `number`), with everything on disk that resuming needs."""
         name, step = signal.Signals(number).name, self.state.step
         if self.checkpoints is None:
             text = f"stopped by {name} while correcting the teacher, which the next run starts anew"

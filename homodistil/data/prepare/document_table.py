@@ -1,4 +1,4 @@
-"""What is known of every document of a corpus, read from its finished shards; some 30 bytes a document in memory."""
+"""What is known of every document of a corpus, read from its finished shards; some 30 bytes per document in memory."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ class Filters:
 
 
 def versions(config: DataConfig) -> dict[str, str]:
-    """Of the libraries that decide what stays; part of the corpus's fingerprint."""
+    """Versions of the libraries that decide what stays; part of the corpus's fingerprint."""
     wanted = {"datatrove": config.boilerplate_filter != "none", "datasketch": config.near_duplicates != "none"}
     found = {}
     for name in (name for name, is_wanted in wanted.items() if is_wanted):

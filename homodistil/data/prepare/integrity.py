@@ -19,7 +19,7 @@ from homodistil.data.prepare.merge import MANIFEST_FILE, SUMMARY_FILE
 from homodistil.files import file_sha256
 
 CHECKED_AT_ONCE_BYTES = 1 << 30
-"""Of blocks; hashing so much takes a second or two."""
+"""Largest file of blocks that is hashed at start; that takes a second or two."""
 _SPLITS = ("train", "heldout")
 _COUNTS = ("documents", "tokens", "blocks")
 

@@ -138,7 +138,8 @@ def _check_every_source_has_text(table: DocumentTable, recipe: Recipe) -> None:
 
 
 def _check_training_text(table: DocumentTable, config: DataConfig) -> None:
-    """Of each source at least one document stays for training; a fraction that means all of them is a mistake."""
+    """Raise `UserError` unless of each source at least one document stays for training; a fraction that means all of
+    them is a mistake."""
     num_documents = int(table.is_kept.sum())
     if num_documents > 1 and round(config.heldout_fraction * num_documents) >= num_documents:
         raise UserError(

@@ -23,7 +23,7 @@ class Rows(NamedTuple):
     """Some documents, or pieces of a long one, in order."""
 
     documents: np.ndarray  # (rows,) int64
-    lengths: np.ndarray  # (rows,) int64, tokens a row
+    lengths: np.ndarray  # (rows,) int64, tokens per row
     values: np.ndarray  # (sum of lengths,) token ids
 
 

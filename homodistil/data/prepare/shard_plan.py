@@ -35,7 +35,7 @@ class Shard(NamedTuple):
 class Plan:
     shards: list[Shard]
     hash: str
-    """Of everything a finished shard depends on, and of what becomes of it."""
+    """sha256 of everything that a finished shard depends on, and of what becomes of it."""
 
 
 def make_plan(sources: list[Source], shard_bytes: int, fingerprint: str) -> Plan:

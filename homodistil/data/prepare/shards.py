@@ -28,7 +28,7 @@ from homodistil.files import file_sha256
 
 TOKENS, DOCUMENTS, SIGNATURES, SUMMARY = "tokens.bin", "documents.npy", "signatures.bin", "summary.json"
 DOCUMENT = np.dtype([("hash", "<u8"), ("num_tokens", "<i8"), ("num_bytes", "<i8"), ("dropped_by", "u1")])
-# The tokenizer's own objects need some 100 bytes a token.
+# The tokenizer's own objects need some 100 bytes per token.
 _BATCH_PIECES, _BATCH_CHARS = 4096, 1 << 20
 
 

@@ -83,7 +83,7 @@ class _Teacher(NamedTuple):
     package: Package
     folder: str
     licence: str
-    """Of the weights, as the package says: a hub identifier."""
+    """Licence of the weights, as the package states it: a hub identifier."""
     base_model: str | None = None
     """Hub id of the model, where the package says which one it is."""
 

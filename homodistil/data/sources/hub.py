@@ -39,7 +39,7 @@ class HubText:
 
     @property
     def num_bytes(self) -> int:
-        """Of all columns, about."""
+        """Bytes of all columns, approximately."""
         return self._rows.data.nbytes
 
     def texts(self, column: str, start: int = 0, end: int | None = None) -> Iterator[str]:

@@ -44,7 +44,7 @@ class TextFile:
 
     @property
     def compression(self) -> str | None:
-        """As fsspec calls it."""
+        """Name of the compression in fsspec, None for plain text."""
         return COMPRESSIONS.get(self._last)
 
     @property
@@ -58,7 +58,7 @@ class TextFile:
         return last if last in KINDS and not is_packed_parquet else None
 
     def num_bytes(self) -> int | None:
-        """As it lies there; None where a server does not say. Raises `UserError`."""
+        """Size of the stored file; None where a server does not say. Raises `UserError`."""
         with self._errors():
             if not self.is_remote:
                 return os.stat(self.location).st_size
@@ -74,7 +74,8 @@ class TextFile:
             return bool(filesystem.info(path).get("partial"))
 
     def identity(self) -> str:
-        """Of a remote file: changes when its store says that the content did. Raises `UserError`."""
+        """What identifies the content of a remote file: it changes when the store reports a change. Raises
+        `UserError`."""
         with self._errors():
             filesystem, path = _filesystem(self.location)
             info = filesystem.info(path)

@@ -39,7 +39,7 @@ def check_terms(loss: LossConfig, teacher: Widths, student: Sequence[Widths]) ->
 
 
 def field_of(loss: LossConfig, name: str) -> str:
-    """Of the config, that holds a term's weight: loss.kl, loss.extra.gram."""
+    """Name of the config field that holds the weight of a term: loss.kl, loss.extra.gram."""
     return f"loss.extra.{name}" if name in loss.extra else f"loss.{name}"
 
 

@@ -77,5 +77,5 @@ def one_product(sizes: BatchSizes) -> float:
 
 
 def gradient_bytes(sizes: BatchSizes) -> float:
-    """Of one comparison's gradient, which is made in the forward."""
+    """Bytes of the gradient of one comparison, which is made in the forward pass."""
     return sizes.tokens * sizes.student["hidden"] * sizes.student_bytes

@@ -52,7 +52,7 @@ class Relations(Term):
 
 
 def dims_of_last_layer(widths: Widths) -> int:
-    """Of all heads, queries, keys and values together."""
+    """Dims of queries, keys and values of all heads of the last layer together."""
     layer = layer_widths(widths, num_layers(widths) - 1)
     return layer.num_heads * (2 * layer.qk_dim + layer.vo_dim)
 

@@ -73,7 +73,7 @@ class BatchSizes(NamedTuple):
     """What FLOPs and bytes depend on."""
 
     student: Widths
-    """Axis -> width of today; it may have fewer layers than the teacher."""
+    """Axis -> current width; it may have fewer layers than the teacher."""
     teacher: Widths
     num_sequences: int
     seq_len: int
@@ -82,12 +82,12 @@ class BatchSizes(NamedTuple):
     """Rows to predict, over all sequences (an expected value)."""
     vocab_size: int
     student_bytes: int = 4
-    """Of an element of the student's activations."""
+    """Bytes of an element of the student's activations."""
     teacher_bytes: int = 4
 
     @property
     def tokens(self) -> int:
-        """Of all sequences, padding included."""
+        """Tokens of all sequences, padding included."""
         return self.num_sequences * self.seq_len
 
     @property
@@ -103,7 +103,7 @@ class Term:
     """
 
     names: ClassVar[tuple[str, ...]]
-    """Of its weights in the config, and of its values in the log (`loss/NAME`). Nearly always one."""
+    """Names of its weights in the config, and of its values in the log (`loss/NAME`). Nearly always one."""
     needs: frozenset[str] = frozenset()
     """Which of NEEDS it reads. Nothing else is computed, shown or kept on its account."""
     module_prefix: ClassVar[str | None] = None
@@ -200,7 +200,8 @@ class Term:
     # -- what it costs
 
     def flops(self, sizes: BatchSizes) -> float:
-        """Of its own matrix products, forward and backward; a multiply-add is 2. Those of the head are `head_rows`."""
+        """FLOPs of its own matrix products, forward and backward; a multiply-add is 2. Those of the head are
+        `head_rows`."""
         return 0
 
     def head_rows(self, sizes: BatchSizes) -> tuple[float, float]:
@@ -238,7 +239,7 @@ def register(term: type[Term]) -> type[Term]:
 
 
 def _identity(term: type[Term]) -> tuple[Any, ...]:
-    """The same for a class whose module has been imported again."""
+    """What identifies a class, also after its module has been imported again."""
     return term.__module__, term.__qualname__
 
 

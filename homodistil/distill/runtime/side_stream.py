@@ -38,9 +38,11 @@ class Pending:
 
 
 class SideStream:
-    """Args:
-    call: any runtime.
-    device: a CUDA device.
+    """Runs a teacher runtime on a CUDA stream of its own.
+
+    Args:
+        call: any runtime.
+        device: a CUDA device.
     """
 
     def __init__(self, call: Call, device: torch.device) -> None:

@@ -5,7 +5,7 @@
         for batch in each("evaluating", batches):    # one report a batch
         with long_phase("preparing data"):           # however long it takes
 
-Every second a rank publishes a sign of life (heartbeat.py): how many reports it has made (reports.py), the last one,
+Every second a rank publishes a heartbeat (heartbeat.py): how many reports it has made (reports.py), the last one,
 how long ago that was, and the line of ours that its main thread is in. Rank 0 reads all signs and judges
 (failure_detector.py); the others read rank 0's and judge rank 0 (watchdog.py).
 """

@@ -1,8 +1,8 @@
-"""Who is to blame: from the signs of life that a rank has seen, and when it saw them change, to a sentence.
+"""Who is to blame: from the heartbeats that a rank has seen, and when it saw them change, to a sentence.
 
 No two clocks are compared: the age of a sign is measured by the one who sees that it does not change.
 
-* Gone: its process does not exist any more (where that can be looked up), or no sign of life for SILENT_S.
+* Gone: its process does not exist any more (where that can be looked up), or no heartbeat for SILENT_S.
 * Stuck: no report for `rank_timeout_s`, and nobody is in a long phase. Of the ranks that have reported least, those
   that are not in a collective are to blame: all others wait for them.
 """
@@ -19,9 +19,11 @@ SILENT_S = 15.0
 
 
 class FailureDetector:
-    """Args:
-    own_rank: never called gone.
-    rank_timeout_s: after which a rank without a report is stuck.
+    """Decides from the heartbeats of the other ranks which of them is lost or stuck.
+
+    Args:
+        own_rank: never called gone.
+        rank_timeout_s: after which a rank without a report is stuck.
     """
 
     def __init__(self, own_rank: int, rank_timeout_s: float) -> None:

@@ -1,4 +1,4 @@
-"""The sign of life that a rank publishes every second, and how it is described to people."""
+"""The heartbeat that a rank publishes every second, and how it is described to people."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Heartbeat(NamedTuple):
     beat: int
     host: str
     namespace: int
-    """Of process numbers: a number means the same process only where host and namespace are the same."""
+    """The namespace of process numbers: a number means the same process only where host and namespace are the same."""
     pid: int
     count: int
     step: int

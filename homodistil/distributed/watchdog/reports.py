@@ -37,7 +37,7 @@ def progress(step: int, phase: str) -> None:
 
 
 def has_trained() -> bool:
-    """Whether this process has finished a training step, so that there may be something to go on from."""
+    """Whether this process has finished a training step, so that there may be something to resume from."""
     return _has_trained
 
 

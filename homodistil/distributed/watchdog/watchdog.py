@@ -148,7 +148,7 @@ class _Watcher:
         if code == RANK_LOST:
             self._leave_process(code, reason)
         elif time.monotonic() - self._followed_s > FOLLOW_AFTER_S:
-            # Before there is anything to go on from, one rank's failure is the whole job's.
+            # Before there is anything to resume from, one rank's failure is the whole job's.
             if code == FAILED and reports.has_trained():
                 self._end_process(f"rank {rank} failed: {reason}; {ADVICE}")
             self._leave_process(code, reason)

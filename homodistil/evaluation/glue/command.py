@@ -4,7 +4,7 @@
     homodistil glue --checkpoint bert-base-uncased --data /data/glue_data --lr 2e-5 3e-5 5e-5 \
         --seeds 0 1 2 3 4 --device cuda --precision bf16 --out runs/glue-bert
 
-The same command goes on after an interruption: each finished run is a file in OUT.
+The same command continues after an interruption: each finished run is a file in OUT.
 """
 
 from __future__ import annotations

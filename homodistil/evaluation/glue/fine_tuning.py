@@ -80,7 +80,7 @@ def encode(checkpoint: str | Path, task: Task, data: TaskData, max_length: int) 
 
 
 def train(checkpoint: str | Path, task: Task, data: Encoded, settings: Settings) -> dict[str, float]:
-    """As `fine_tune`, on examples that are encoded already."""
+    """Fine-tune and score as `fine_tune` does, on examples that are encoded already."""
     start = time.perf_counter()
     with alone(), quiet(), tempfile.TemporaryDirectory() as folder:
         set_seed(settings.seed)

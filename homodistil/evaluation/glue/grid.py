@@ -1,6 +1,6 @@
 """All runs of a command: tasks x learning rates x batch sizes x epochs x seeds, one JSON file a finished run.
 
-An interrupted command goes on where it stopped: what has a file is not run again. A file of another checkpoint, other
+An interrupted command continues where it stopped: what has a file is not run again. A file of another checkpoint, other
 data or other settings is a mistake, never overwritten.
 """
 

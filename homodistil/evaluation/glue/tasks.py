@@ -17,9 +17,9 @@ class Task:
     """One task. Layout: https://gluebenchmark.com (glue_data/TITLE/*.tsv); hub: nyu-mll/glue."""
 
     name: str
-    """As on the command line and in the hub's repository."""
+    """Name on the command line and in the hub's repository."""
     title: str
-    """As in the papers; also the folder."""
+    """Name in the papers, and of the folder."""
     texts: tuple[str, ...]
     """Columns of the sentence or of both sentences."""
     label: str = "label"

@@ -4,7 +4,7 @@
     homodistil squad --checkpoint bert-base-uncased --data /data/squad --version v2.0 --lr 3e-5 5e-5 \
         --seeds 0 1 2 --device cuda --precision bf16 --out runs/squad-bert
 
---data holds train-v1.1.json and dev-v1.1.json, or v2.0. The same command goes on after an interruption: each finished
+--data holds train-v1.1.json and dev-v1.1.json, or v2.0. The same command continues after an interruption: each finished
 run is a file in OUT, beside its answers in the form that the official evaluation script reads.
 """
 

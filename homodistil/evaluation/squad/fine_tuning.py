@@ -77,7 +77,7 @@ def encode(checkpoint: str | Path, data: SquadData, settings: Settings) -> Encod
 
 
 def train(checkpoint: str | Path, encoded: Encoded, settings: Settings) -> tuple[dict[str, float], dict[str, str]]:
-    """As `fine_tune`, on examples that are encoded already."""
+    """Fine-tune and score as `fine_tune` does, on examples that are encoded already."""
     start = time.perf_counter()
     with alone(), quiet(), tempfile.TemporaryDirectory() as folder:
         set_seed(settings.seed)

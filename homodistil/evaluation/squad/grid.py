@@ -1,4 +1,4 @@
-"""All SQuAD runs of a command, one JSON file a finished run, and their table. An interrupted command goes on."""
+"""All SQuAD runs of a command, one JSON file a finished run, and their table. An interrupted command continues."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ def exact_match(prediction: str, truth: str) -> float:
 
 
 def f1(prediction: str, truth: str) -> float:
-    """Of the bags of words; where one side is empty, 1 if both are."""
+    """F1 of the bags of words; where one side is empty, 1 if both are."""
     predicted, true = normalised(prediction).split(), normalised(truth).split()
     if not predicted or not true:
         return float(predicted == true)

@@ -35,7 +35,7 @@ from homodistil.pruning.compensation.statistics import Statistics, collect
 class Options:
     mode: Literal["refit", "full"] = "full"
     ridge: float = 1e-2
-    """Of the refit, as a share of the mean variance of a linear's inputs (> 0)."""
+    """Ridge of the refit, as a share of the mean variance of a linear's inputs (> 0)."""
     basis: Literal["fisher", "pca"] = "fisher"
     """full: what the residual stream's subspace is chosen by (projection.py)."""
     seed: int = 0
@@ -63,9 +63,9 @@ def compensate(
     """One event, compensated. Every rank calls it and gets the same bits.
 
     Args:
-        model: the network of today, a plain fp32 masked LM with tapped attention; not changed.
+        model: the current network, a plain fp32 masked LM with tapped attention; not changed.
         family: its table of names.
-        table: axes at the widths of today, by the names of `model.named_parameters()`.
+        table: axes at the current widths, by the names of `model.named_parameters()`.
         keep: selection by importance for the axes that are due. full: of `hidden`, `qk_dim` and `vo_dim` only the
             widths count.
         batches: this rank's calibration micro-batches on the model's device, one at least.

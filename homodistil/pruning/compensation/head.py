@@ -18,7 +18,7 @@ from homodistil.pruning.compensation.least_squares import TINY, fit_linear, fit_
 from homodistil.pruning.compensation.refit import Refit, captured, inputs_of
 
 OFFSET = 3.0
-"""Of standardised targets: gelu(3 - 2) = 0.84 is still nearly straight."""
+"""Offset of standardised targets: gelu(3 - 2) = 0.84 is still nearly straight."""
 
 
 def is_straight(activation) -> bool:

@@ -13,7 +13,7 @@ from homodistil.pruning.compensation.least_squares import TINY
 from homodistil.pruning.compensation.statistics import Statistics
 
 IDENTITY_SHARE = 0.5
-"""Of the identity in the weights, beside the gradients' and the decoder rows' (0.1 to 2 are alike in the study)."""
+"""Share of the identity in the weights, added to the gradients' and the decoder rows' (0.1 to 2 give the same)."""
 
 
 def residual_projection(statistics: Statistics, width: int, fixed: Tensor, basis: str, seed: int) -> Tensor:
@@ -67,7 +67,7 @@ def _leading(spread: Tensor, weights: Tensor, width: int) -> Tensor:
 
 
 def _mix(basis: Tensor, seed: int) -> Tensor:
-    """The same subspace in coordinates that suit a LayerNorm.
+    """The subspace in coordinates that suit a LayerNorm.
 
     It removes the mean over dims: the least important direction is put there (a Householder reflection swaps it with
     the mean direction). The others are mixed at random, so that no coordinate dominates: random vectors projected onto

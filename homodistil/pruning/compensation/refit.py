@@ -83,7 +83,7 @@ class LayerTargets(NamedTuple):
     """Before the activation."""
     ffn_sum: Tensor
     output: Tensor
-    """Of the layer."""
+    """Output of the layer."""
 
 
 class Refit:

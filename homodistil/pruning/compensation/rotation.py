@@ -15,9 +15,9 @@ from homodistil.pruning.compensation.least_squares import TINY
 from homodistil.pruning.compensation.statistics import HeadMoments
 
 _JITTER = 1e-6
-"""Of a moment matrix' mean diagonal: keeps directions without activations invertible."""
+"""Share of a moment matrix's mean diagonal that is added: keeps directions without activations invertible."""
 _FLOOR = 1e-6
-"""Of singular values, as a share of the largest."""
+"""Smallest singular value, as a share of the largest."""
 
 
 def query_key_maps(heads: HeadMoments) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,7 @@ from homodistil.pruning.compensation.least_squares import TINY
 
 
 class Moments(NamedTuple):
-    """Of rows with a one appended: sums of products, fp64, (..., K + 1, K + 1)."""
+    """Moments of rows with a one appended: sums of products, fp64, (..., K + 1, K + 1)."""
 
     sums: Tensor
 
@@ -44,7 +44,7 @@ class Moments(NamedTuple):
 
 
 class HeadMoments(NamedTuple):
-    """Of the heads of one layer, each (N, H + 1, H + 1)."""
+    """Moments of the heads of one layer, each (N, H + 1, H + 1)."""
 
     query: Moments
     key: Moments
@@ -56,11 +56,11 @@ class Statistics(NamedTuple):
     heads: dict[int, HeadMoments]
     """By layer."""
     residual: list[Moments] | None = None
-    """Of the residual stream behind each LayerNorm; None, like what follows, when it was not looked at."""
+    """Moments of the residual stream behind each LayerNorm; None, like what follows, when not measured."""
     gradient: Tensor | None = None
     """(D, D): E[g g'] of the log-likelihood of labels drawn from the model itself, summed over these places."""
     head_rows: Moments | None = None
-    """Of what enters the decoder at masked positions, (D + 1, D + 1)."""
+    """Moments of what enters the decoder at masked positions, (D + 1, D + 1)."""
     decoder: Tensor | None = None
     """(D, D): `decoder_gram` by the mean predicted probabilities there."""
 
@@ -166,7 +166,8 @@ class _Collector:
 
 
 def uniform_numbers(batch: Batch, first_sequence: int, seed: int) -> Tensor:
-    """Of [0, 1), fp32, one for each masked row of `batch`: the same however sequences are dealt out to micro-batches.
+    """Random numbers in [0, 1), fp32, one for each masked row of `batch`: the same however sequences are dealt out to
+    micro-batches.
 
     Args:
         first_sequence: place of the batch's first sequence among those of all ranks.

@@ -38,7 +38,7 @@ def propose(student: Student, keep: Keep, batches: Sequence[Batch], options: Opt
         student: plain, fp32; not changed.
         keep: selection by importance for the axes that are due; of axes that get a map only the width counts.
         batches: this rank's calibration micro-batches, on the student's device.
-        fixed: residual dims (today's numbering) that stay coordinates, int64 (k,), ascending.
+        fixed: residual dims (the current numbering) that stay coordinates, int64 (k,), ascending.
     """
     table = student.family.axis_table(student.model)
     found = compensate(student.model, student.family, table, keep, batches, options, fixed)

@@ -55,7 +55,7 @@ def write_comparison(
 
     Args:
         rows: name, parameters, hidden_size, heldout_mlm_loss, masked_top1, kl_to_teacher, tokens_per_s, glue, seed, ...
-            (see `groups.models`): a row a seed, or lists with a number a seed.
+            (see `groups.models`): a row per seed, or lists with a number per seed.
         curves: further figures, see `curves.curve`; may be empty.
         sources: see `page.render`.
 

@@ -1,4 +1,4 @@
-"""Rows of `experiments/quality` (one a method, width and metric) -> rows of the comparison (one a model)."""
+"""Rows of `experiments/quality` (one per method, width and metric) -> rows of the comparison (one per model)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def is_benchmark(path: Path) -> bool:
 
 
 def read_benchmark(file: Path) -> list[dict[str, Any]]:
-    """Rows for `write_comparison`, lists of a number a seed. Raises `UserError` for any other file."""
+    """Rows for `write_comparison`, lists of a number per seed. Raises `UserError` for any other file."""
     try:
         content = clean(json.loads(file.read_text(encoding="utf-8")))
         models: dict[tuple[str, str], dict[str, Any]] = {}

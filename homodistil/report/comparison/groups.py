@@ -31,7 +31,7 @@ Values = dict[str, list[float]]
 class Spread(NamedTuple):
     mean: float
     deviation: float | None
-    """Of the sample (n - 1); None for one value."""
+    """Standard deviation of the sample (n - 1); None for one value."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Model:
 
     name: str
     values: Mapping[str, Sequence[float]]
-    """Column -> a value a seed; a column that no seed measured is absent."""
+    """Column -> a value per seed; a column that no seed measured is absent."""
     num_seeds: int
 
     def spread(self, column: str) -> Spread | None:
@@ -58,7 +58,7 @@ class Model:
 def models(rows: Iterable[Mapping[str, Any]]) -> list[Model]:
     """Rows with the same name, parameter count and hidden size are seeds of one model.
 
-    A value may be a number or a list of numbers, one a seed. What is no finite number (None, text) is not measured.
+    A value may be a number or a list of numbers, one per seed. What is no finite number (None, text) is not measured.
     Rows that name the same `seed` are one measurement, taken more than once: their mean counts. Rows without one that
     are equal in everything count once.
     """

@@ -102,7 +102,7 @@ def render(
 
 
 def _table(models: Sequence[Model]) -> tuple[list[str], list[list[str]]]:
-    """Headings and lines: a line a model, or a column a model where that is narrower and lines would not fit."""
+    """Headings and lines: a line per model, or a column a model where that is narrower and lines would not fit."""
     shown = columns(models)
     headings = ["model", "seeds", *(heading for heading, _ in shown.values())]
     lines = [[m.name, str(m.num_seeds), *(cell(m, c, form) for c, (_, form) in shown.items())] for m in models]

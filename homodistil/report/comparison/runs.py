@@ -28,13 +28,13 @@ class Entry:
 
     run: Run
     setting: str
-    """The same for runs that differ in seed, name and folder only."""
+    """Identifies the setting: equal for runs that differ in seed, name and folder only."""
     label: str = ""
-    """Of the setting; the same for all its seeds."""
+    """Label of the setting, shared by all its seeds."""
     found: list[dict[str, Any]] = field(default_factory=list)
     """Rows as they stand in the folder."""
     rows: list[dict[str, Any]] = field(default_factory=list)
-    """The same under names that tell the runs apart."""
+    """The rows under names that tell the runs apart."""
     notes: list[str] = field(default_factory=list)
 
 
@@ -120,7 +120,7 @@ def _is_on_the_way(row: Mapping[str, Any]) -> bool:
 
 
 def _seed(run: Run) -> str:
-    """The same for runs that began alike; a run that does not tell its seed is counted as one of its own."""
+    """Identifies the seed: equal for runs that began alike; a run without a known seed counts as a seed of its own."""
     train = run.config.get("train")
     seed = train.get("seed") if isinstance(train, dict) else None
     return str(run.folder.resolve()) if seed is None else f"seed {seed}"
@@ -222,7 +222,7 @@ def run_curves(entries: Sequence[Entry]) -> list[Curve]:
 
 
 def _control_lines(entries: Sequence[Entry], name: str, first_style: int) -> list[Line]:
-    """Of every setting's first run; none where they would hide the runs themselves."""
+    """Lines of the first run of every setting; none where they would hide the runs themselves."""
     firsts = [entry for i, entry in enumerate(entries) if entry.setting not in {e.setting for e in entries[:i]}]
     pairs = [(entry, control) for entry in firsts for control in final_controls(entry.run)]
     if len(pairs) > _MOST_CONTROL_LINES:

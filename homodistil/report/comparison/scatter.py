@@ -1,4 +1,5 @@
-"""Size, quality and speed of all models as scatter plots. Readable in black and white: a shape and a label a model."""
+"""Size, quality and speed of all models as scatter plots. Readable in black and white: a shape and a label per
+model."""
 
 from __future__ import annotations
 
@@ -102,7 +103,7 @@ def _short(value: float) -> str:
 
 def _labels(axes: Axes, points: Sequence[tuple[int, str, float, float]]) -> None:
     """Names right of the axes at their point's height, moved apart, with a thin line to the point."""
-    axes.set_xlim(axes.get_xlim())  # freeze: the heights below are fractions of today's range
+    axes.set_xlim(axes.get_xlim())  # freeze: the heights below are fractions of the current range
     axes.set_ylim(axes.get_ylim())
     to_fraction = axes.transData + axes.transAxes.inverted()
     heights = [to_fraction.transform((x, y))[1] for _, _, x, y in points]

@@ -1,4 +1,4 @@
-"""One adapter a DeepSpeed optimizer wrapper: the only code that knows DeepSpeed's private books.
+"""One adapter a DeepSpeed optimizer wrapper: the only code that knows DeepSpeed's private bookkeeping.
 
     adapter.py        what everybody else sees: groups of fp32 masters with their state, and which elements lie where
     plain.py          stage 0, fp32 (torch's optimizer itself) and FP16_UnfusedOptimizer (bf16, fp16)

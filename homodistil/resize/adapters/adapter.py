@@ -1,7 +1,7 @@
 """What `resize/` asks of each kind of DeepSpeed optimizer wrapper, and the bookkeeping they share.
 
-One subclass a wrapper class, found by `support.adapter_of`. Private fields of DeepSpeed are touched in those subclasses
-only; each lists the ones it relies on, and `support.check_supported` verifies them at start.
+One subclass per wrapper class, found by `support.adapter_of`. Private fields of DeepSpeed are touched in those
+subclasses only; each lists the ones it relies on, and `support.check_supported` verifies them at start.
 
 To everything that only reads or writes state (importance, checkpoints, export) a wrapper is a list of `StateGroup`:
 an fp32 tensor that the torch optimizer updates, its optimizer state, and which elements of which parameters lie in it.
@@ -113,7 +113,7 @@ class Adapter(ABC):
 
     @abstractmethod
     def weights_from_masters(self) -> None:
-        """Make the model compute with today's masters, after these or their states were written to. Collective."""
+        """Make the model compute with the current masters, after these or their states were written to. Collective."""
 
     def rebuild_maps(self) -> None:
         """Derive anew what the wrapper keeps about groups and their states. Nothing in wrappers without such books."""

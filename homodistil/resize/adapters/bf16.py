@@ -1,6 +1,6 @@
 """ZeRO-1 in bf16 with gradients accumulated in fp32: BF16_Optimizer (DeepSpeed 0.19, runtime/bf16_optimizer.py).
 
-As in ZeRO-1/2, a parameter group is one flat buffer of bf16 weights and one fp32 partition a rank of masters and
+As in ZeRO-1/2, a parameter group is one flat buffer of bf16 weights and one fp32 partition per rank of masters and
 states. Beside them every rank holds the gradients of the whole group in fp32, in one buffer with many views; between
 steps it is all zero. So it is let go of before an event and made anew afterwards: the event then needs no memory that
 training has not needed before.

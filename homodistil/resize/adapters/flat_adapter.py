@@ -1,4 +1,4 @@
-"""Wrappers that lay parameter groups end to end in flat buffers and cut these into one partition a rank.
+"""Wrappers that lay parameter groups end to end in flat buffers and cut these into one partition per rank.
 
 What they share: where parameters lie (`Layout`), how masters and optimizer states move (`move_states`), how the weights
 that the model computes with follow from the masters (`spread_weights`), and the checks of all that. Subclasses say

@@ -17,9 +17,11 @@ def drop_fragments(params: Iterable[nn.Parameter]) -> None:
 
 
 def link_fragments(wrapper, masters: list[Tensor]) -> None:
-    """Args:
-    wrapper: DeepSpeedZeroOptimizer or BF16_Optimizer.
-    masters: its fp32 partitions, one a parameter group.
+    """Set the views of masters, states and gradients that DeepSpeed's safe_get_* functions read.
+
+    Args:
+        wrapper: DeepSpeedZeroOptimizer or BF16_Optimizer.
+        masters: its fp32 partitions, one per parameter group.
     """
     wrapper._link_all_hp_params()
     wrapper._hp_optimizer_states_linked = False

@@ -66,7 +66,7 @@ class PlainAdapter(Adapter):
 
 
 class UnfusedAdapter(PlainAdapter):
-    """Stage 0 in bf16 or fp16 with a torch optimizer: FP16_UnfusedOptimizer, one fp32 master a parameter."""
+    """Stage 0 in bf16 or fp16 with a torch optimizer: FP16_UnfusedOptimizer, one fp32 master per parameter."""
 
     fields = {"fp16_groups": list, "fp32_groups": list, "optimizer": torch.optim.Optimizer}
 

@@ -1,6 +1,6 @@
 """ZeRO stages 1 and 2: DeepSpeedZeroOptimizer, fp32 or bf16 (DeepSpeed 0.19, runtime/zero/stage_1_and_2.py).
 
-Each parameter group is one flat buffer of model weights, replicated, and one partition a rank of the fp32 masters and
+Each parameter group is one flat buffer of model weights, replicated, and one partition per rank of the fp32 masters and
 of every optimizer state. The tensor object of the master partition is the key of `optimizer.state` and stands in
 `param_groups`: it stays, only its data changes. Everything DeepSpeed derives from shapes is derived again, by its own
 methods where it has one.

@@ -145,7 +145,8 @@ class Zero3Adapter(Adapter):
         self.optimizer.parameter_offload.partition_all_parameters()
 
     def _gather_persistent(self) -> int:
-        """As after a step: parameters below DeepSpeed's threshold stay gathered. Returns bytes sent over all ranks."""
+        """Gather what is gathered after a step: parameters below DeepSpeed's threshold stay gathered. Returns bytes
+        sent over all ranks."""
         params = self.optimizer.persistent_parameters
         if not params:
             return 0
