@@ -1,4 +1,4 @@
-"""The teacher as the student's parts are measured by it: which layer is compared with which, how wide W has to be.
+"""Layer map between teacher and student, and the size of the projections between them.
 
 From configurations alone, so that what does not fit is refused before weights are loaded.
 """

@@ -3,7 +3,7 @@
     HOMODISTIL_FAULT="train.step:rank=1:hit=20:action=kill" deepspeed launcher/train.py ...
 
 Several, separated by commas: POINT[:rank=R][:hit=N][:action=A]. POINT is a place in the code (`POINTS`), `rank` whose
-process (default: every rank), `hit` at which visit of the place (1: the first) (default 1), `action` what happens:
+process (default: every rank), `hit` at which visit of the place (default 1: the first), `action` what happens:
 
     kill   SIGKILL (default)          stop   SIGSTOP, as a machine that hangs       term   SIGTERM, a request to stop
     raise  an exception               hang   sleep for ever, still alive            nan    the value there becomes NaN

@@ -36,7 +36,7 @@ _calls = itertools.count()
 
 
 def machine() -> str:
-    """Names this machine among those of the job. Containers of one host may share its name, not both with the boot."""
+    """Names this machine among those of the job: host name and boot id, since containers may share either of them."""
     if name := os.environ.get(MACHINE):
         return name
     boot = Path("/proc/sys/kernel/random/boot_id")

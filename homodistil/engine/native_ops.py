@@ -2,7 +2,7 @@
 
 torch builds and loads an op behind a lock file that stays when its holder is killed, and waits for it without end or
 word. Here ranks of a machine load one after the other behind a lock of the kernel's, which ends with its holder; a lock
-file that is there nevertheless, and that nobody on this machine holds, is left by a process that is no more.
+file that exists although no process on this machine holds it was left by a process that has died.
 
 What `make setup` has built is found by who types the command by hand, too: without TORCH_EXTENSIONS_DIR, and with an
 environment that is not activated.

@@ -2,16 +2,16 @@
 
 All axes move together over "stops", the widths that a straight line from the first to the target widths passes. At
 every interval the controller looks for the furthest stop whose cut, tried on a copy of the student, raises the KL to
-the teacher by no more than the bound. While it is ahead of a straight line to the target, it waits until training has
-won back its share of the last rise (behind it, it does not: early on the KL rises by training alone, and never falls
-to where the first event was).
+the teacher by no more than the bound. While the widths are ahead of a straight line to the target, the next event waits
+until training has recovered its share of the last rise. Behind that line it does not wait: early in training the KL
+rises by training alone and never returns to its value at the first event.
 
 Milestones are stops that no event passes by. While one is held, the controller's clock stands still: everything below
 that counts steps counts those of the clock, so that the end is where it would be without.
 
 A deadline stands behind it: the student must not be wider than one from which the events that are left still reach the
-target, nor, from half time on, fall behind a straight line from there. The former alone would end in a few cuts of the
-largest size allowed, which tear the student apart.
+target, and from half time on must not fall behind a straight line from there. The first condition alone would end in a
+few cuts of the largest size allowed, which damage the student.
 
 Pure logic: what it measures comes in as numbers and as a function, the same on all ranks; so are its decisions.
 """

@@ -5,9 +5,9 @@
 
 Engine, optimizer, scheduler, hooks and step counts stay the same objects and values. models/resize_plan.py translates
 axes into indices and maps; rewrite.py changes values in place, by maps too; flat.py, move.py and move_partitions.py
-do the arithmetic and the moving; adapters/ knows DeepSpeed's books; support.py says which engines are accepted,
-startup_check.py tries a resize at start, verify.py looks at every event. The other functions read or fill that state by
-parameter name, whatever the layout.
+do the arithmetic and the moving; adapters/ knows DeepSpeed's private fields; support.py says which engines are
+accepted, startup_check.py tries a resize at start, verify.py looks at every event. The other functions read or fill
+that state by parameter name, whatever the layout.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a run starts from: teacher folder, tokenizer and corpus, found and checked before anything is trained."""
+"""Inputs of a run: teacher, tokenizer and corpus, found and validated before training."""
 
 from __future__ import annotations
 

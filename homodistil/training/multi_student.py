@@ -3,8 +3,8 @@
 Every student keeps its own engine, schedule, optimizer, recorder and checkpoints (trainer.py), and ends bitwise where a
 job of its own with teacher.lock_step=false would have: what they share is the batch and the teacher's pass over it.
 
-A killed job may leave them at different steps. The ones behind then train alone until all are level; a student that was
-done stays out.
+A killed job may leave them at different steps. The students with fewer steps then train alone until all have
+done the same number; a finished student takes no part.
 """
 
 from __future__ import annotations

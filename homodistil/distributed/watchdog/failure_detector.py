@@ -1,6 +1,6 @@
-"""Who is to blame: from the heartbeats that a rank has seen, and when it saw them change, to a sentence.
+"""Finds the rank that is lost or stuck from heartbeats and the times at which they changed, and names it in a sentence.
 
-No two clocks are compared: the age of a sign is measured by the one who sees that it does not change.
+No two clocks are compared: the age of a heartbeat is measured by the rank that sees that it does not change.
 
 * Gone: its process does not exist any more (where that can be looked up), or no heartbeat for SILENT_S.
 * Stuck: no report for `rank_timeout_s`, and nobody is in a long phase. Of the ranks that have reported least, those
