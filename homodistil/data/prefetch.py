@@ -115,5 +115,6 @@ def _own_counts(batches: list[Batch]) -> Tensor:
 
 def _means(own: Tensor, num_batches: int) -> LossCounts:
     counts = ranks.mean(own)
+    # Every rank has equally many micro-batches, so the mean of their losses over these means is the global mean.
     counts[0].clamp_(min=1.0 / (num_batches * ranks.world_size()))
     return LossCounts(*counts.float().unbind())

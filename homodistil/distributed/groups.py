@@ -59,6 +59,7 @@ def cache_leaders(folder: Path) -> Leaders:
     is_leader = of_machine[rank] == rank
     with _marker(folder / f".seen-{token}-{rank}") if is_leader else contextlib.nullcontext() as trouble:
         raise_any(trouble)  # also a barrier: all markers are there
+        # The lowest rank whose marker is visible leads everybody who sees it.
         seen = min(int(path.name.rpartition("-")[2]) for path in folder.glob(f".seen-{token}-*")) if is_leader else None
         leader_of = ranks.gather(seen)  # and all have been looked for
     return [leader_of[leader] for leader in of_machine]

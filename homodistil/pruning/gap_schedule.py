@@ -244,6 +244,8 @@ class GapSchedule:
         The rise need not grow with the cut: only a stop that has itself been tried is returned.
         """
         high = max(low, high)
+        # For example here = 10, size 4: try 14; it fits: 18; it does not: halves between 14 and 18, that is 16, then
+        # 17.
         size = self.state.size or -(-(len(self.stops) - 1) // len(self.steps))
         best, limit, guess = None, high, min(max(low, here + size), high)
         while low <= high and len(tried.rises) < NUM_TRIALS:

@@ -62,6 +62,7 @@ def width_path(ratios: list[float], initial: int, target: int, multiple: int, ma
 
 def narrowest_after(width: int, target: int, multiple: int, max_event_fraction: float) -> int:
     """Narrowest axis that one event may leave of `width`."""
+    # The small numbers keep 1e-16 of rounding from costing a whole entry, as in ceil(10 * (1 - 0.7)) = 4.
     by_fraction = math.ceil(width * (1 - max_event_fraction) - 1e-9)
     rounded_up = -(-by_fraction // multiple) * multiple
     return max(target, min(by_fraction if by_fraction <= target else rounded_up, (width - 1) // multiple * multiple))
@@ -70,6 +71,7 @@ def narrowest_after(width: int, target: int, multiple: int, max_event_fraction: 
 def widest_before(width: int, multiple: int, max_event_fraction: float, initial: int) -> int:
     """Widest axis, a multiple or `initial`, that one event may bring down to `width`."""
     by_fraction = initial if max_event_fraction >= 1 else math.floor(width / (1 - max_event_fraction) + 1e-9)
+    # One step of the multiple is always allowed, however small the fraction: width 10, multiple 8: 16 may become 10.
     widest = max(by_fraction, (width // multiple + 1) * multiple)
     return initial if initial <= widest else max(width, widest // multiple * multiple)
 

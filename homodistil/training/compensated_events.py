@@ -102,6 +102,7 @@ class Compensation:
 
     def _options(self, consumed_samples: int) -> Options:
         pruning, train = self.config.pruning, self.config.train
+        # A prime above the number of steps: runs of neighbouring seeds share no draw.
         seed = train.seed * 1_000_003 + consumed_samples // train.global_batch_size
         return Options(mode=pruning.compensation, ridge=pruning.compensation_ridge, seed=seed)
 

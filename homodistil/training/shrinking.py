@@ -92,6 +92,7 @@ class Shrinker:
         change = self._prepare(target.snapshot() if self.compensation else target.student, keep, done)
         moved = self._cut(target, change.plan)
         refit = self._refit(target, change)
+        # 0 steps where milestones do not cool down (a bool as a factor).
         settled = target.settle(self.pruner.settle_steps(change.plan.widths_after) * self.config.run.settle_cooldown)
         after = self._measure(done)
         outcome = self.pruner.after_event(done.step, before["kl"], after["kl"])

@@ -125,12 +125,14 @@ class StepLogger:
 
     def _read(self, grad_norm: float | Tensor | None, data_wait_s: float) -> _Read:
         """Each term: mean over micro-batches and ranks, which is the mean over the global batch (see prefetch.py)."""
+        # One vector and one reduction for everything: [terms, (rows, tokens) per step, norm, wait].
         names = list(self._micro_batches[0])
         terms = torch.stack([terms[name] for terms in self._micro_batches for name in names])
         counts = [count for step in self._steps for count in (step.counts.target_rows, step.counts.tokens)]
         others = [torch.as_tensor(v, dtype=torch.float64, device=self.device) for v in (grad_norm or 0.0, data_wait_s)]
         found = [terms.double().view(-1, len(names)).mean(0), torch.stack(counts).double(), torch.stack(others)]
         *values, norm, wait_s = ranks.mean(torch.cat(found)).tolist()
+        # Behind the terms, rows and tokens alternate.
         rows, tokens = values[len(names) :: 2], values[len(names) + 1 :: 2]
         return _Read(
             {f"loss/{name}": value for name, value in zip(names, values[: len(names)], strict=True)},
