@@ -139,7 +139,7 @@ def test_the_quality_benchmarks_rows(tmp_path):
     assert re.search(r"homodistil, half\s+2\s+2,121,210\s+4\.250 \u00b1 0\.177\s+0\.625 \u00b1 0\.1768", text)
     assert re.search(r"teacher\s+1\s+2,121,210\s+4\.100\s+-", text)
     file.write_text('{"rows": 3}')
-    with pytest.raises(UserError, match=r"quality_main\.json: found no rows of benchmarks/quality\.py"):
+    with pytest.raises(UserError, match=r"quality_main\.json: found no rows of experiments/quality"):
         write_run_comparison([file], tmp_path / "page.html")
 
 
