@@ -56,6 +56,8 @@ def _say(error: BaseException, text: str | None = None) -> None:
         time.sleep(OTHER_RANKS_WAIT_S)
     if not is_said:
         kind, text = "" if isinstance(error, StopRequested) else "error: ", text or str(error)
+        with contextlib.suppress(OSError, ValueError):  # a reader that has gone must not cost the line
+            sys.stdout.flush()  # what was printed before must not come out behind the error
         print(f"{kind}{text}" if rank == 0 else f"{kind}rank {rank}: {text}", file=sys.stderr, flush=True)
 
 
