@@ -109,13 +109,16 @@ def _train_one(run: DistillationRun, correction: dict) -> list[dict]:
 
 def _train_students(runs: Sequence[DistillationRun], folder: Path, correction: dict) -> list[dict]:
     """Train the students of one job. Each gets its own table and report beside the job's (in `folder`)."""
-    found = train_together(runs, folder)
+    finished = train_together(runs, folder)
     teacher, rows = _teacher_row(runs[0], correction), []
-    for run, row in zip(runs, found, strict=True):
-        own = _student_rows(run, row)
-        ranks.on_rank_zero(lambda run=run, own=own: _store(run.folder, [teacher, *own]))
+    for run, row in zip(runs, finished, strict=True):
+        student_rows = _student_rows(run, row)
+        ranks.on_rank_zero(lambda run=run, rows=student_rows: _store(run.folder, [teacher, *rows]))
         name = run.config.run.name
-        rows += [r | {"student": name, "name": r["name"] if name in r["name"] else f"{name}: {r['name']}"} for r in own]
+        rows += [
+            r | {"student": name, "name": r["name"] if name in r["name"] else f"{name}: {r['name']}"}
+            for r in student_rows
+        ]
     return [teacher, *rows]
 
 
@@ -125,8 +128,10 @@ def _student_rows(run: DistillationRun, row: dict) -> list[dict]:
     rows = family_rows(row, members, run.config.train.steps)
     for control in controls(run.config, members):
         folder = run.folder / "compare" / control.name
-        found = DistillationRun(control.config, run.engine_config, run.run_inputs, folder, run.exporter.command).run()
-        rows.append(found | {"name": control.label} | control.facts)
+        control_row = DistillationRun(
+            control.config, run.engine_config, run.run_inputs, folder, run.exporter.command
+        ).run()
+        rows.append(control_row | {"name": control.label} | control.facts)
     return rows
 
 

@@ -130,12 +130,12 @@ class Checkpoints:
         names = ranks.on_rank_zero(lambda: candidates(self.folder))
         reasons = []
         for name in names:
-            found = self._look_through(self.folder / name)
-            if isinstance(found, Found):
-                return found
-            reasons.append(f"{name}: {found}")
+            checkpoint = self._look_through(self.folder / name)
+            if isinstance(checkpoint, Found):
+                return checkpoint
+            reasons.append(f"{name}: {checkpoint}")
             if ranks.rank() == 0:
-                print(f"warning: {self.folder / name} is passed over: {found}", file=sys.stderr, flush=True)
+                print(f"warning: {self.folder / name} is passed over: {checkpoint}", file=sys.stderr, flush=True)
         if reasons:
             raise UserError(
                 f"{self.folder}: no whole checkpoint ({'; '.join(reasons)}); restore one from a copy, or choose "
@@ -150,23 +150,23 @@ class Checkpoints:
             return problem
         files = {name: FileRecord(*record) for name, record in files.items()}
         by_size = sorted(files, key=lambda name: (files[name].num_bytes, name))
-        own = {name: files[name] for name in by_size[ranks.rank() :: ranks.world_size()]}
-        found = [problem for part in ranks.gather(list(problems(folder, own))) for problem in part]
-        if found:
-            return "; ".join(found)
+        my_files = {name: files[name] for name in by_size[ranks.rank() :: ranks.world_size()]}
+        problems_of_all = [problem for part in ranks.gather(list(problems(folder, my_files))) for problem in part]
+        if problems_of_all:
+            return "; ".join(problems_of_all)
         run = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
         join_tensors(run["state"], load_file(folder / RUN_TENSORS_FILE))
         return Found(folder, sorted(name for name in files if name.startswith("state-")), run)
 
-    def restore(self, engine, found: Found) -> None:
+    def restore(self, engine, checkpoint: Found) -> None:
         """Weights, optimizer, LR schedule, loss scale and random state; the engine has the checkpoint's widths."""
-        with StateReader(found.folder, found.shards) as reader:
+        with StateReader(checkpoint.folder, checkpoint.shards) as reader:
             reader.check_model({name: full_numel(param) for name, param in engine.module.named_parameters()})
-            saved = found.run["engine"]
+            saved = checkpoint.run["engine"]
             load_state(engine, reader.state_names, state_scalars(engine, saved), reader)
         load_engine_state(engine, saved)
-        step, rank = found.state["step"], ranks.rank()
-        restore_random_state(found.folder / random_file(rank), self._seed, rank, step)
+        step, rank = checkpoint.state["step"], ranks.rank()
+        restore_random_state(checkpoint.folder / random_file(rank), self._seed, rank, step)
         self._last_step = step
 
 

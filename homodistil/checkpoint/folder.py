@@ -99,8 +99,8 @@ def candidates(folder: Path) -> list[str]:
 
 def _published(folder: Path) -> list[str]:
     """Names of the step folders, newest first."""
-    found = [path.name for path in folder.glob("step-*") if _STEP.fullmatch(path.name) and path.is_dir()]
-    return sorted(found, key=_number, reverse=True)
+    names = [path.name for path in folder.glob("step-*") if _STEP.fullmatch(path.name) and path.is_dir()]
+    return sorted(names, key=_number, reverse=True)
 
 
 def _latest(folder: Path) -> str | None:
@@ -132,7 +132,7 @@ def read_manifest(folder: Path) -> dict[str, FileRecord]:
         raise ValueError("no such folder")
     try:
         content = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
-        found = {name: FileRecord(int(r["bytes"]), str(r["sha256"])) for name, r in content["files"].items()}
+        records = {name: FileRecord(int(r["bytes"]), str(r["sha256"])) for name, r in content["files"].items()}
         version = content["format"]
     except FileNotFoundError:
         raise ValueError(f"{MANIFEST_FILE} is missing") from None
@@ -140,9 +140,9 @@ def read_manifest(folder: Path) -> dict[str, FileRecord]:
         raise ValueError(f"{MANIFEST_FILE} is damaged ({type(error).__name__})") from None
     if version != FORMAT:
         raise ValueError(f"{MANIFEST_FILE} says format {version}, this version reads {FORMAT}")
-    if not {RUN_FILE, RUN_TENSORS_FILE} <= found.keys() or any("/" in name for name in found):
+    if not {RUN_FILE, RUN_TENSORS_FILE} <= records.keys() or any("/" in name for name in records):
         raise ValueError(f"{MANIFEST_FILE} is damaged (its list of files)")
-    return found
+    return records
 
 
 def saved_fingerprints(folder: Path) -> dict[str, str] | None:

@@ -72,12 +72,12 @@ class StateReader:
         parts = self._parts.get((kind, name), [])
         if not parts and kind != WEIGHT:
             return torch.zeros(stop - start)
-        found = []
+        pieces = []
         for part in parts:
             first, last = max(start, part.start), min(stop, part.start + part.numel)
             if first < last:
-                found.append(self._shards[part.shard].get_slice(part.key)[first - part.start : last - part.start])
-        whole = torch.cat(found) if found else torch.zeros(0)
+                pieces.append(self._shards[part.shard].get_slice(part.key)[first - part.start : last - part.start])
+        whole = torch.cat(pieces) if pieces else torch.zeros(0)
         if len(whole) != stop - start:
             raise UserError(f"{self.folder}: elements of {kind} {name} in [{start}, {stop}) are in no shard")
         return whole

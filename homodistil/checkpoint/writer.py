@@ -91,16 +91,16 @@ class Writer:
 
     def _files_of_all(self) -> dict[str, FileRecord] | None:
         """Everybody's files, once they have all reported; None if that is no longer to be hoped for."""
-        found: dict[str, FileRecord] = {}
+        records: dict[str, FileRecord] = {}
         for rank in range(self.num_ranks):
             report = self._report(rank)
             while not report.is_file():
                 if self._given_up.wait(_POLL_S):
                     return None
-            own = json.loads(report.read_text(encoding="utf-8"))
-            found |= {name: FileRecord(*record) for name, record in own.items()}
+            reported = json.loads(report.read_text(encoding="utf-8"))
+            records |= {name: FileRecord(*record) for name, record in reported.items()}
             report.unlink()
-        return found
+        return records
 
     def settle(self, timeout_s: float) -> None:
         """Give this rank's writing some time to end well, whatever has become of the other ranks."""

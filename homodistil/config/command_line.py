@@ -77,9 +77,9 @@ def parse_job(argv: list[str], description: str = "") -> Job:
             "--check: looks at one student, found --teachers-once; check each with its fields on the command line"
         )
     paths = students.file_names(namespace.teachers_once)
-    found = [_student(argv, description, path) for path in paths]
-    job, found = students.finalize_students(config, found, [path.stem for path in paths])
-    return Job(job, engine_config, found)
+    configs = [_student(argv, description, path) for path in paths]
+    job, configs = students.finalize_students(config, configs, [path.stem for path in paths])
+    return Job(job, engine_config, configs)
 
 
 def _student(argv: list[str], description: str, path: Path) -> RunConfig:
@@ -141,7 +141,7 @@ def _build_parser(description: str, with_engine: bool) -> ArgumentParser:
 def _normalise(argv: list[str]) -> list[str]:
     """`a.b=c` -> `--a.b=c`; `recipe=NAME` -> `--config FILE`; config files first, so that overrides win."""
     configs: list[str] = []
-    others: list[str] = []
+    overrides: list[str] = []
     recipes = [token for token in argv if token.removeprefix("--").startswith("recipe=")]
     if len(recipes) > 1:
         raise UserError(f"recipe: found {' and '.join(recipes)}, allowed is one; set single fields behind it")
@@ -156,12 +156,12 @@ def _normalise(argv: list[str]) -> list[str]:
         elif token.startswith("--config="):
             configs.append(token)
         elif not token.startswith("-") and "=" in token:
-            others.append(f"--{token}")
+            overrides.append(f"--{token}")
         else:
-            others.append(token)
-    if not configs and not _is_about_another_job(others):
+            overrides.append(token)
+    if not configs and not _is_about_another_job(overrides):
         configs.append(f"--config={recipe_path('quickstart')}")
-    return configs + others
+    return configs + overrides
 
 
 def _is_about_another_job(arguments: list[str]) -> bool:

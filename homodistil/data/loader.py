@@ -127,9 +127,9 @@ class BatchLoader:
 
     def _start_workers(self, consumed_samples: int) -> None:
         self._stop_workers()
-        others = multiprocessing.active_children()
+        before = multiprocessing.active_children()
         self._ahead = iter(self._prefetch(consumed_samples))
-        self._processes = [child for child in multiprocessing.active_children() if child not in others]
+        self._processes = [child for child in multiprocessing.active_children() if child not in before]
         # Before torch and multiprocessing, which would wait at exit for processes that ignore SIGTERM.
         atexit.register(_end, weakref.ref(self), self._processes)
 

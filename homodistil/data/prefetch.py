@@ -113,8 +113,8 @@ def _own_counts(batches: list[Batch]) -> Tensor:
     return torch.tensor([batch.counts for batch in batches], dtype=torch.float64).mean(0)
 
 
-def _means(own: Tensor, num_batches: int) -> LossCounts:
-    counts = ranks.mean(own)
+def _means(local: Tensor, num_batches: int) -> LossCounts:
+    counts = ranks.mean(local)
     # Every rank has equally many micro-batches, so the mean of their losses over these means is the global mean.
     counts[0].clamp_(min=1.0 / (num_batches * ranks.world_size()))
     return LossCounts(*counts.float().unbind())

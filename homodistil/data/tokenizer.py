@@ -105,7 +105,7 @@ def check_special_tokens(tokenizer: PreTrainedTokenizerBase, where: str) -> None
     if missing := [name for name in SPECIAL_TOKENS if ids[name] is None]:
         raise UserError(f"{where} has no {', '.join(missing)}; use the tokenizer of a masked language model")
     for name in ("mask_token", "pad_token"):
-        if same := [other for other, found in ids.items() if other != name and found == ids[name]]:
+        if same := [other for other, token_id in ids.items() if other != name and token_id == ids[name]]:
             raise UserError(
                 f"{where} has one token, {getattr(tokenizer, name)!r}, as {name} and as {same[0]}; give each a token "
                 f"of its own in {_SETTINGS}, those that the model was trained with"
@@ -120,9 +120,9 @@ def check_words(tokenizer: PreTrainedTokenizerBase, where: str) -> None:
     sample = [word.removeprefix("##").strip("▁Ġ") for word in sorted(words)[::step]]
     ids = tokenizer(" ".join(sample), add_special_tokens=False, verbose=False)["input_ids"] if sample else []
     if not ids or unknown_share(ids, tokenizer.unk_token_id) > MAX_UNKNOWN:
-        found = f"reads {len(sample)} words of its own vocabulary as unknown" if sample else "knows no words"
+        result = f"reads {len(sample)} words of its own vocabulary as unknown" if sample else "knows no words"
         raise UserError(
-            f"{where} {found}: all text would become {tokenizer.unk_token!r}; use the tokenizer that the model was "
+            f"{where} {result}: all text would become {tokenizer.unk_token!r}; use the tokenizer that the model was "
             f"trained with"
         )
 

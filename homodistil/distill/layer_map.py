@@ -69,14 +69,14 @@ def copied_layers(student: StudentConfig, num_teacher_layers: int) -> tuple[int,
     num_layers = num_student_layers(student, num_teacher_layers)
     if not student.init_layers:
         return tuple(m * (num_teacher_layers // num_layers) for m in range(num_layers))
-    found = student.init_layers
-    ascending = all(low < high for low, high in zip(found, found[1:], strict=False))
-    if len(found) != num_layers or not ascending or found[0] < 0 or found[-1] >= num_teacher_layers:
+    layers = student.init_layers
+    ascending = all(low < high for low, high in zip(layers, layers[1:], strict=False))
+    if len(layers) != num_layers or not ascending or layers[0] < 0 or layers[-1] >= num_teacher_layers:
         raise UserError(
-            f"student.init_layers: found {found}; give {num_layers} (student.num_hidden_layers) different layers in "
+            f"student.init_layers: found {layers}; give {num_layers} (student.num_hidden_layers) different layers in "
             f"ascending order, each of 0 .. {num_teacher_layers - 1}"
         )
-    return tuple(found)
+    return tuple(layers)
 
 
 def check_student(student: StudentConfig, pruning: PruningConfig, loss: LossConfig, num_teacher_layers: int) -> None:

@@ -134,10 +134,10 @@ class Layerwise(TeacherOutputs, ActivationVisitor):
 
     @torch.no_grad()
     def run_layer(self, i: int, args: tuple, kwargs: dict) -> None:
-        _students_hidden, *others = args
+        _students_hidden, *rest = args
         with self._taps.shown_to(self):
             for layer in self._layers[self._num_run : i + 1]:
-                layer(self._hidden, *others, **kwargs)
+                layer(self._hidden, *rest, **kwargs)
         self._num_run = i + 1
 
     def layer(self, _i: int, tap: LayerActivations) -> None:

@@ -84,10 +84,10 @@ def _marker(path: Path) -> Iterator[str | None]:
             path.unlink()
 
 
-def raise_any(own: str | None) -> None:
+def raise_any(problem: str | None) -> None:
     """A `UserError` on every rank when any has met one; the lowest rank's text. Every rank calls it."""
-    if found := [text for text in ranks.gather(own) if text is not None]:
-        raise UserError(found[0])
+    if texts := [text for text in ranks.gather(problem) if text is not None]:
+        raise UserError(texts[0])
 
 
 def once(leaders: Leaders, action: Callable[[], T]) -> T:

@@ -106,13 +106,13 @@ def _bytes(values: Tensor) -> bytes:
     return values.cpu().numpy().tobytes()
 
 
-def failures(own: str | None) -> list[str]:
+def failures(problem: str | None) -> list[str]:
     """What went wrong on any rank, as "rank 1: ..."; the same list on every rank. Every rank calls it.
 
     Args:
-        own: what went wrong here, None if nothing did.
+        problem: what went wrong here, None if nothing did.
     """
-    return [f"rank {number}: {text}" for number, text in enumerate(gather(own)) if text is not None]
+    return [f"rank {number}: {text}" for number, text in enumerate(gather(problem)) if text is not None]
 
 
 def mean(values: Tensor) -> Tensor:

@@ -28,16 +28,16 @@ def split_ranks(argv: list[str]) -> tuple[int, list[str]]:
     Raises:
         UserError: not a number from 1 to `MOST_RANKS`, or a launcher has already started the ranks.
     """
-    num_ranks, others, tokens = None, [], iter(argv)
+    num_ranks, rest, tokens = None, [], iter(argv)
     for token in tokens:
         flag, equals, text = token.partition("=")
         if flag not in FLAGS:
-            others.append(token)
+            rest.append(token)
         else:
             num_ranks = _number(flag, text if equals else next(tokens, ""))
     if num_ranks is not None and is_under_launcher():
         raise UserError("--ranks: this process is one of a launcher's ranks already; leave --ranks out")
-    return num_ranks or 1, others
+    return num_ranks or 1, rest
 
 
 def _number(flag: str, text: str) -> int:

@@ -18,8 +18,8 @@ class Agreement:
         own: number of the signal that this rank has received, 0 for none.
     """
 
-    def __init__(self, device: torch.device, own: Callable[[], int]) -> None:
-        self._own = own
+    def __init__(self, device: torch.device, local_signal: Callable[[], int]) -> None:
+        self._own = local_signal
         self._device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._pending: Callable[[], int] | None = None
@@ -37,12 +37,16 @@ class Agreement:
     def _start(self) -> Callable[[], int]:
         if ranks.world_size() == 1:
             return self._own
-        own = self._own()
-        return _start_on_gpu(own, self._device, self._stream) if self._stream else _start_on_cpu(own, self._device)
+        signal_number = self._own()
+        return (
+            _start_on_gpu(signal_number, self._device, self._stream)
+            if self._stream
+            else _start_on_cpu(signal_number, self._device)
+        )
 
 
-def _start_on_cpu(own: int, device: torch.device) -> Callable[[], int]:
-    flag = torch.tensor([own], device=device)
+def _start_on_cpu(signal_number: int, device: torch.device) -> Callable[[], int]:
+    flag = torch.tensor([signal_number], device=device)
     work = distributed.all_reduce(flag, distributed.ReduceOp.MAX, async_op=True)
 
     def result() -> int:
@@ -52,10 +56,10 @@ def _start_on_cpu(own: int, device: torch.device) -> Callable[[], int]:
     return result
 
 
-def _start_on_gpu(own: int, device: torch.device, side: torch.cuda.Stream) -> Callable[[], int]:
+def _start_on_gpu(signal_number: int, device: torch.device, side: torch.cuda.Stream) -> Callable[[], int]:
     """On a stream of its own, down to pinned memory: the host waits for this copy alone, never for the step's work."""
     with torch.cuda.stream(side):
-        flag = torch.full((1,), own, dtype=torch.int32, device=device)
+        flag = torch.full((1,), signal_number, dtype=torch.int32, device=device)
         distributed.all_reduce(flag, distributed.ReduceOp.MAX, async_op=True).wait()  # the stream waits, not the host
         copy: Tensor = torch.empty(1, dtype=torch.int32, pin_memory=True)
         copy.copy_(flag, non_blocking=True)

@@ -41,6 +41,6 @@ def _check_taken(engine, global_batch_size: int, micro_batch_size: int, steps: i
         # Asked of the engine itself: it is what decides when it takes a step.
         "is_gradient_accumulation_boundary": (engine.is_gradient_accumulation_boundary(), steps == 1),
     }
-    for name, (found, expected) in found_and_expected.items():
-        if found != expected:
-            raise RuntimeError(f"deepspeed: {name} is {found} after it was set to {expected}")
+    for name, (actual, expected) in found_and_expected.items():
+        if actual != expected:
+            raise RuntimeError(f"deepspeed: {name} is {actual} after it was set to {expected}")

@@ -142,10 +142,10 @@ def resolve_engine_config(engine_config: dict, train: TrainConfig, num_ranks: in
     values = _values_from_config(train, num_ranks)
     resolved = dict(engine_config)
     for name, value in values.items():
-        found = engine_config.get(name, "auto")
-        if found not in ("auto", value):
+        given = engine_config.get(name, "auto")
+        if given not in ("auto", value):
             raise UserError(
-                f"{name}: the DeepSpeed JSON says {found}, the run config says {value} ({_FROM_CONFIG[name]}); "
+                f"{name}: the DeepSpeed JSON says {given}, the run config says {value} ({_FROM_CONFIG[name]}); "
                 f'write "auto" in the JSON or make both agree'
             )
         resolved[name] = value

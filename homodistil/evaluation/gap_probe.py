@@ -36,21 +36,21 @@ class GapProbe:
 
     def measure(self) -> dict[str, float]:
         """Term -> mean over the probe, the same on every rank; `total`: their sum with the run's own weights."""
-        found = self._sums(self.student, self.objective)
+        sums = self._sums(self.student, self.objective)
         weights = self.student.objective.weights
-        found["total"] = sum(weight * found[name] for name, weight in weights.items())
-        return ranks.mean_of(found, self.batches[0].input_ids.device)
+        sums["total"] = sum(weight * sums[name] for name, weight in weights.items())
+        return ranks.mean_of(sums, self.batches[0].input_ids.device)
 
     def kl_of(self, student: Student) -> float:
         """What `measure` would call kl if this were the student. Every rank calls it."""
-        found = self._sums(student, self.kl_alone)
-        return ranks.mean_of({"kl": found["kl"]}, self.batches[0].input_ids.device)["kl"]
+        sums = self._sums(student, self.kl_alone)
+        return ranks.mean_of({"kl": sums["kl"]}, self.batches[0].input_ids.device)["kl"]
 
     @torch.no_grad()
     def _sums(self, student: Student, objective: Objective) -> dict[str, torch.Tensor]:
-        found: dict[str, torch.Tensor] = {}
+        sums: dict[str, torch.Tensor] = {}
         for batch in self.batches:
             terms = student.compare(batch, self.teacher(batch), objective).terms
             for name, value in terms.items():
-                found[name] = found.get(name, 0.0) + value / len(self.batches)
-        return found
+                sums[name] = sums.get(name, 0.0) + value / len(self.batches)
+        return sums

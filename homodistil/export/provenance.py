@@ -113,13 +113,13 @@ def _places(config: RunConfig) -> list[tuple[str, str, str]]:
     """(what was typed, placeholder, what to put there), of the fields that name places of this machine."""
     local = [source for source in config.data.sources if not assets.is_embedded(source) and not is_hub_name(source)]
     numbers = [f"_{i + 1}" for i in range(len(local))] if len(local) > 1 else [""]
-    found = [(s, f"TEXT{n}", f"the text `{_source(s)}`") for s, n in zip(local, numbers, strict=False)]
+    places = [(s, f"TEXT{n}", f"the text `{_source(s)}`") for s, n in zip(local, numbers, strict=False)]
     teacher = config.teacher.name
     if not assets.is_embedded(teacher) and Path(teacher).expanduser().exists():
-        found.append((teacher, "TEACHER", f"the folder of the teacher `{describe_name(teacher)}`"))
-    found += [(config.run.dir, "RUN_DIR", "a new folder for the run")] if _is_local(config.run.dir) else []
+        places.append((teacher, "TEACHER", f"the folder of the teacher `{describe_name(teacher)}`"))
+    places += [(config.run.dir, "RUN_DIR", "a new folder for the run")] if _is_local(config.run.dir) else []
     cache = config.data.cache_dir
-    return found + ([(cache, "CACHE_DIR", "a folder for prepared text and teachers")] if _is_local(cache) else [])
+    return places + ([(cache, "CACHE_DIR", "a folder for prepared text and teachers")] if _is_local(cache) else [])
 
 
 def describe_name(path: str) -> str:
@@ -178,10 +178,10 @@ def _hub_card(name: str) -> Path | None:
 def _metadata(card: Path | None) -> dict:
     """The block at the head of a model card; {} where there is none that can be read."""
     try:
-        found = metadata_load(card) if card is not None and card.is_file() else None
+        metadata = metadata_load(card) if card is not None and card.is_file() else None
     except (OSError, ValueError, yaml.YAMLError, RecursionError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return metadata if isinstance(metadata, dict) else {}
 
 
 def _text(value: object) -> str | None:

@@ -37,8 +37,8 @@ def stock_model(weights: dict[str, Tensor], student: Student, teacher_config) ->
         raise ValueError(f"no stock configuration has the widths {table.widths}")
     config = student.family.student_config(teacher_config, table.widths)
     model = student.family.empty_model(config)
-    own = {name.removeprefix("model."): w.cpu() for name, w in weights.items() if name.startswith("model.")}
-    missing, unexpected = model.load_state_dict(_pad_heads(own, table, head_dim), strict=False)
+    of_model = {name.removeprefix("model."): w.cpu() for name, w in weights.items() if name.startswith("model.")}
+    missing, unexpected = model.load_state_dict(_pad_heads(of_model, table, head_dim), strict=False)
     tied = set(missing) - set(dict(model.named_parameters()))
     if unexpected or set(missing) - tied:
         raise ValueError(f"export: weights do not fit: missing {set(missing) - tied}, unexpected {unexpected}")

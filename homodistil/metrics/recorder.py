@@ -219,11 +219,11 @@ def _device_clock() -> float:
 
 def memory_bytes() -> dict[str, int]:
     """Resident memory of this process and, with CUDA, the accelerator's peak since the last call; under memory/."""
-    found = {"memory/rss_bytes": _process(os.getpid()).memory_info().rss}
+    values = {"memory/rss_bytes": _process(os.getpid()).memory_info().rss}
     if torch.cuda.is_initialized():
-        found["memory/accelerator_bytes"] = torch.cuda.max_memory_allocated()
+        values["memory/accelerator_bytes"] = torch.cuda.max_memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-    return found
+    return values
 
 
 @functools.cache

@@ -32,8 +32,8 @@ def local_folder(name: str, field: str) -> Path | None:
     if is_folder:
         return path
     if path.exists() or name.startswith((".", "/", "~")):
-        found = f"{short(name)!r} is a file" if path.exists() else f"no folder {short(name)!r}"
-        raise UserError(f"{field}: {found}; give a folder with config.json, a hub name or embedded:…")
+        actual = f"{short(name)!r} is a file" if path.exists() else f"no folder {short(name)!r}"
+        raise UserError(f"{field}: {actual}; give a folder with config.json, a hub name or embedded:…")
     return None
 
 
@@ -41,8 +41,8 @@ def read_json(path: Path, field: str) -> dict:
     """The object in a JSON file. Raises `UserError`: not a regular file, unreadable, broken, or no object."""
     how = "give the checkpoint's own file"
     if not path.is_file():  # a pipe would be waited for, a device never ends
-        found = "is not there" if not path.exists() else "is a folder" if path.is_dir() else "is not a regular file"
-        raise UserError(f"{field}: {path} {found}; {how}")
+        actual = "is not there" if not path.exists() else "is a folder" if path.is_dir() else "is not a regular file"
+        raise UserError(f"{field}: {path} {actual}; {how}")
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:

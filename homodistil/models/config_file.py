@@ -101,10 +101,10 @@ def _check_kind(values: Mapping[str, Any], where: str) -> None:
 def _check_sizes(values: Mapping[str, Any], where: str) -> None:
     for name in _SIZES:
         largest = MAX_LAYERS if name == "num_hidden_layers" else _MAX_SIZE
-        found = values.get(name, 1)
-        if not isinstance(found, int) or isinstance(found, bool) or not 1 <= found <= largest:
+        size = values.get(name, 1)
+        if not isinstance(size, int) or isinstance(size, bool) or not 1 <= size <= largest:
             raise UserError(
-                f"{where}: found {name} {short(repr(found))}, allowed are whole numbers 1 .. {largest}; set the size "
+                f"{where}: found {name} {short(repr(size))}, allowed are whole numbers 1 .. {largest}; set the size "
                 f"that the weights have"
             )
     hidden, heads = values.get("hidden_size"), values.get("num_attention_heads")
@@ -123,10 +123,10 @@ def _check_sizes(values: Mapping[str, Any], where: str) -> None:
 
 def _check_numbers(values: Mapping[str, Any], where: str) -> None:
     for name in _PROBABILITIES:
-        if not _is_number(found := values.get(name, 0.0)) or not 0 <= found < 1:
-            raise UserError(f"{where}: found {name} {short(repr(found))}, allowed [0, 1); set 0.1, say")
-    if not _is_number(found := values.get("layer_norm_eps", 1e-12)) or found <= 0:
-        raise UserError(f"{where}: found layer_norm_eps {short(repr(found))}, allowed are numbers > 0; set 1e-12, say")
+        if not _is_number(value := values.get(name, 0.0)) or not 0 <= value < 1:
+            raise UserError(f"{where}: found {name} {short(repr(value))}, allowed [0, 1); set 0.1, say")
+    if not _is_number(value := values.get("layer_norm_eps", 1e-12)) or value <= 0:
+        raise UserError(f"{where}: found layer_norm_eps {short(repr(value))}, allowed are numbers > 0; set 1e-12, say")
 
 
 def _is_number(value: Any) -> bool:

@@ -117,7 +117,7 @@ def transform(tensor: Tensor, index: DimIndex, maps: DimMaps, squared: bool = Fa
 
 def _checked_maps(before: AxisTable, after: AxisTable, maps: Mapping[str, DimMaps]) -> dict[str, dict[int, Tensor]]:
     """The maps on the CPU, once each is known to fit the widths and every axis to be mapped in all its uses or none."""
-    found: dict[str, dict[int, Tensor]] = {}
+    checked: dict[str, dict[int, Tensor]] = {}
     is_mapped: dict[tuple[str, ...], bool] = {}
     for use in before.uses:
         matrix = maps.get(use.parameter, {}).get(use.dim)
@@ -128,11 +128,11 @@ def _checked_maps(before: AxisTable, after: AxisTable, maps: Mapping[str, DimMap
         shape = (before.dim_size(use), after.dim_size(use))
         if tuple(matrix.shape) != shape:
             raise ValueError(f"{use.parameter} dim {use.dim}: map of shape {tuple(matrix.shape)}, expected {shape}")
-        found.setdefault(use.parameter, {})[use.dim] = matrix.detach().cpu().contiguous()
+        checked.setdefault(use.parameter, {})[use.dim] = matrix.detach().cpu().contiguous()
     for name, dims in maps.items():
-        if unknown := set(dims) - set(found.get(name, {})):
+        if unknown := set(dims) - set(checked.get(name, {})):
             raise ValueError(f"maps name {name} dim {min(unknown)}, which the axis table lacks")
-    return found
+    return checked
 
 
 def _use_index(table: AxisTable, use: AxisUse, keep: Keep) -> Tensor | None:

@@ -113,9 +113,9 @@ def student_widths(student: StudentConfig, teacher: Widths) -> tuple[dict[str, i
         UserError: as `target_shape` and `target_widths`.
     """
     layers = student.num_hidden_layers or num_layers(teacher)
-    own = {axis: width for axis, width in teacher.items() if (layer_of(axis) or 0) < layers}
-    target = target_widths(target_shape(student, teacher), own)
-    return (target if student.init == "random" else own), target
+    widths = {axis: width for axis, width in teacher.items() if (layer_of(axis) or 0) < layers}
+    target = target_widths(target_shape(student, teacher), widths)
+    return (target if student.init == "random" else widths), target
 
 
 def target_widths(shape: Shape, teacher: Widths) -> dict[str, int]:

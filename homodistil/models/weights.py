@@ -68,8 +68,8 @@ def stored_tensors(folder: Path, field: str, allow_pickle: bool = False) -> dict
 def _header(path: Path, field: str) -> dict[str, Stored]:
     how = "copy or download the file again"
     if not path.is_file():
-        found = "is a folder" if path.is_dir() else "is not a regular file" if path.exists() else "is not there"
-        raise UserError(f"{field}: {path} {found}; {how}")
+        actual = "is a folder" if path.is_dir() else "is not a regular file" if path.exists() else "is not there"
+        raise UserError(f"{field}: {path} {actual}; {how}")
     try:
         with safe_open(path, framework="pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  it is no dict
@@ -106,11 +106,11 @@ def _pickled(path: Path) -> dict[str, Stored]:
 
 def _check_types(stored: Mapping[str, Stored], folder: Path, field: str) -> None:
     # Buffers that older checkpoints kept: positions and token types are counted, not trained.
-    others = {n: t for n, t in stored.items() if t.dtype not in _FLOATS and not n.endswith(("_ids", "_tracked"))}
-    if others:
-        types = ", ".join(sorted({tensor.dtype for tensor in others.values()}))
+    unusable = {n: t for n, t in stored.items() if t.dtype not in _FLOATS and not n.endswith(("_ids", "_tracked"))}
+    if unusable:
+        types = ", ".join(sorted({tensor.dtype for tensor in unusable.values()}))
         raise UserError(
-            f"{field}: weights in {folder} are quantised or whole numbers ({types}: {some(others)}), allowed are "
+            f"{field}: weights in {folder} are quantised or whole numbers ({types}: {some(unusable)}), allowed are "
             f"float32, float16, bfloat16 and float64; give the checkpoint before it was quantised"
         )
 
@@ -147,7 +147,7 @@ def check_layers(stored: Mapping[str, Stored], num_layers: int, family: ModelFam
         )
 
 
-def check_whole(found: Difference, model: nn.Module, family: ModelFamily, where: str) -> bool:
+def check_whole(compared: Difference, model: nn.Module, family: ModelFamily, where: str) -> bool:
     """Whether the checkpoint brings an MLM head. Everything else has to be there.
 
     A head that is there in part is refused too: nobody can tell whether it is damaged or was never trained.
@@ -155,8 +155,8 @@ def check_whole(found: Difference, model: nn.Module, family: ModelFamily, where:
     Raises:
         UserError: tensors are missing, or of another shape.
     """
-    head_missing = [name for name in found.missing if family.is_head(name)]
-    check_present(found._replace(missing=[name for name in found.missing if not family.is_head(name)]), where)
+    head_missing = [name for name in compared.missing if family.is_head(name)]
+    check_present(compared._replace(missing=[name for name in compared.missing if not family.is_head(name)]), where)
     num_in_head = sum(family.is_head(name) for name, _ in model.named_parameters())
     if 0 < len(head_missing) < num_in_head:
         raise UserError(
@@ -166,19 +166,19 @@ def check_whole(found: Difference, model: nn.Module, family: ModelFamily, where:
     return not head_missing
 
 
-def check_present(found: Difference, where: str) -> None:
+def check_present(compared: Difference, where: str) -> None:
     """Raise `UserError` where any tensor is missing or of another shape."""
-    if found.mismatched:
-        name, in_file, by_config = found.mismatched[0]
-        more = f" (and {len(found.mismatched) - 1} more)" if len(found.mismatched) > 1 else ""
+    if compared.mismatched:
+        name, in_file, by_config = compared.mismatched[0]
+        more = f" (and {len(compared.mismatched) - 1} more)" if len(compared.mismatched) > 1 else ""
         raise UserError(
             f"{where}: {name} is {_sizes(in_file)} in the weights, {_sizes(by_config)} by config.json{more}; give the "
             f"config.json of these weights"
         )
-    if found.missing:
-        count = f"{len(found.missing)} tensor{'s' if len(found.missing) > 1 else ''}"
+    if compared.missing:
+        count = f"{len(compared.missing)} tensor{'s' if len(compared.missing) > 1 else ''}"
         raise UserError(
-            f"{where}: the weights lack {count} that config.json asks for ({some(found.missing)}), which would stay "
+            f"{where}: the weights lack {count} that config.json asks for ({some(compared.missing)}), which would stay "
             f"random; give the whole checkpoint, or the config.json of these weights"
         )
 

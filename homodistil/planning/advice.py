@@ -46,7 +46,7 @@ def advise(bytes_at: Callable[[int, int], float], memory_bytes: float, sequences
 
 def _reason(stage: int, largest: dict[int, int], memory_bytes: float, bytes_at: Callable[[int, int], float]) -> str:
     used = bytes_at(stage, largest[stage]) / 1e9
-    found = f"{used:.1f} of {memory_bytes / 1e9:.0f} GB with {largest[stage]} sequences"
+    usage = f"{used:.1f} of {memory_bytes / 1e9:.0f} GB with {largest[stage]} sequences"
     if stage == 0:
-        return f"{found}; no higher stage is needed, and each sends more or the same"
-    return f"{found}; below it only {largest[stage - 1] or 'no'} sequences fit"
+        return f"{usage}; no higher stage is needed, and each sends more or the same"
+    return f"{usage}; below it only {largest[stage - 1] or 'no'} sequences fit"

@@ -30,8 +30,8 @@ class Device:
         from homodistil.metrics.device_peak import datasheet_flops
 
         names = ["tf32", "fp32"] if number_format == "fp32" else [number_format]
-        found = [datasheet_flops(self.driver_name, name) for name in names]
-        return next((value for value in found if value), None)
+        peaks = [datasheet_flops(self.driver_name, name) for name in names]
+        return next((value for value in peaks if value), None)
 
 
 _GB, _GB_S = 1e9, 1e9

@@ -48,8 +48,8 @@ def measure(config: RunConfig, engine_config: Path, options: argparse.Namespace)
         cluster = find_cluster(options.device, ranks.world_size())
         path = options.calibration or calibration_path(config)
         peak = peak_flops("cuda" if options.device != CPU else "cpu", student_dtype(raw)).flops_per_s
-        found = fit(samples_of(config, raw, cluster, measured), machine_name(), expected_seconds(cluster, peak))
-        write_calibration(path, found)
+        calibration = fit(samples_of(config, raw, cluster, measured), machine_name(), expected_seconds(cluster, peak))
+        write_calibration(path, calibration)
         for one in measured:
             print(f"hidden {one.widths['hidden']}: {one.wall_s:.3f} s a step, {one.peak_bytes / 1e6:,.0f} MB")
         print(f"calibration: {path}")
@@ -69,12 +69,12 @@ def _calibration(config: RunConfig, options: argparse.Namespace) -> Calibration 
     """A file that was named; for --device cpu also this machine's own, if there is one."""
     if options.calibration:
         return read_calibration(options.calibration)
-    own = calibration_path(config)
+    path = calibration_path(config)
     if options.device != CPU:
         return None
-    if not own.is_file():
+    if not path.is_file():
         raise UserError(
-            f"--device: found cpu, whose speed only a measurement tells, and there is none in {own.parent}; run "
+            f"--device: found cpu, whose speed only a measurement tells, and there is none in {path.parent}; run "
             f"launcher/plan.py --measure with the same arguments first, on as many ranks (deepspeed --num_accelerators)"
         )
-    return read_calibration(own)
+    return read_calibration(path)

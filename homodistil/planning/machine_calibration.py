@@ -82,10 +82,10 @@ def _fit_times(samples: Sequence[Sample], name: str, expected: dict[str, float])
     rows = np.array([as_row(s.work) for s in samples]) * scale / measured[:, None]
     common = 1.0 / np.median(rows.sum(axis=1))
     penalty = PULL * np.eye(len(NAMES))
-    found, _ = nnls(
+    factors, _ = nnls(
         np.vstack([rows * common, penalty]), np.concatenate([np.ones(len(rows)), PULL * np.ones(len(NAMES))])
     )
-    return dict(zip(NAMES, (found * common * scale).tolist(), strict=True))
+    return dict(zip(NAMES, (factors * common * scale).tolist(), strict=True))
 
 
 def _dot(seconds: dict[str, float], work: StepWork) -> float:

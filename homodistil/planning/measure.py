@@ -59,7 +59,7 @@ def measure_here(config: RunConfig, raw_engine_config: dict) -> list[MeasuredWid
 
 def measure_trainer(trainer: Trainer, device: torch.device) -> list[MeasuredWidth]:
     """Go through all steps of a pressed run."""
-    found = []
+    samples = []
     while not trainer.is_done:
         widths, times = trainer.student.widths, []
         start_peak(device)
@@ -71,8 +71,8 @@ def measure_trainer(trainer: Trainer, device: torch.device) -> list[MeasuredWidt
         if trainer.student.widths != widths:
             times.pop()  # it had an event in it
         wall, cpu = zip(*times[_WARM_UP_STEPS:], strict=True)
-        found.append(MeasuredWidth(widths, statistics.median(wall), statistics.median(cpu), peak))
-    return found
+        samples.append(MeasuredWidth(widths, statistics.median(wall), statistics.median(cpu), peak))
+    return samples
 
 
 def _timed(trainer: Trainer, device: torch.device) -> tuple[float, float]:

@@ -67,10 +67,10 @@ class Plan:
 
     def to_dict(self) -> dict:
         """For JSON: bytes, seconds, hours, FLOPs."""
-        found = asdict(self) | {"peak_bytes": self.peak_bytes, "device_hours": self.device_hours}
-        for stretch, own in zip(found["stretches"], self.stretches, strict=True):
+        values = asdict(self) | {"peak_bytes": self.peak_bytes, "device_hours": self.device_hours}
+        for stretch, own in zip(values["stretches"], self.stretches, strict=True):
             stretch["total_bytes"] = own.total_bytes
-        return found
+        return values
 
 
 def make_plan(
@@ -122,8 +122,8 @@ def _resolved(raw_engine_config: dict, config: RunConfig, cluster: Cluster) -> d
     """DeepSpeed's JSON as a rank of the cluster resolves it: fp16 is refused where there is no GPU, which is here,
     not there."""
     fp16 = {name: raw_engine_config[name] for name in ("fp16",) if name in raw_engine_config and not cluster.is_cpu}
-    others = {name: value for name, value in raw_engine_config.items() if name not in fp16}
-    return resolve_engine_config(others, config.train, cluster.num_ranks) | fp16
+    rest = {name: value for name, value in raw_engine_config.items() if name not in fp16}
+    return resolve_engine_config(rest, config.train, cluster.num_ranks) | fp16
 
 
 def policy_of(resolved: ResolvedRun, engine_config: dict, cluster: Cluster) -> MicroBatchPolicy:

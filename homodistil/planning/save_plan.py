@@ -44,8 +44,8 @@ def _this_machine(config: RunConfig, num_ranks: int, num_machines: int) -> tuple
     num_devices = max(1, num_ranks // num_machines)
     if torch.cuda.is_available():
         driver_name = torch.cuda.get_device_name()
-        found = next((name for pattern, name in _NAMES.items() if re.search(pattern, driver_name)), None)
-        return (find_cluster(found, num_devices, num_machines), None) if found else None
+        known = next((name for pattern, name in _NAMES.items() if re.search(pattern, driver_name)), None)
+        return (find_cluster(known, num_devices, num_machines), None) if known else None
     path = calibration_path(config)
     return (find_cluster(CPU, num_ranks), read_calibration(path)) if path.is_file() else None
 

@@ -52,7 +52,7 @@ def step_work(resolved: ResolvedRun, policy: MicroBatchPolicy, widths: Widths, m
         vocab_size=resolved.vocab_size,
     )
     trainable, _ = policy.parameter_counts(widths)
-    own = policy.sequence_bytes(widths).total + policy.sequence_bytes(resolved.teacher_widths).student / 3
+    saved_bytes = policy.sequence_bytes(widths).total + policy.sequence_bytes(resolved.teacher_widths).student / 3
     shares = 1 if layout.stage == 0 else num_ranks
     gathers = 2.0 * sum(1 for _ in resolved.student.parameters()) if layout.stage == 3 else 0.0
     sent = _sent_bytes(trainable, layout, num_micro_batches)
@@ -62,7 +62,7 @@ def step_work(resolved: ResolvedRun, policy: MicroBatchPolicy, widths: Widths, m
         sent += part * policy.teacher_dtype.itemsize * num_micro_batches
     return StepWork(
         flops=flops.total / num_ranks,
-        activation_bytes=own * sequences / num_ranks,
+        activation_bytes=saved_bytes * sequences / num_ranks,
         optimizer_bytes=_ADAM_BYTES * trainable / shares,
         communicated_bytes=sent,
         layers=num_micro_batches * (3 * num_layers(widths) + num_layers(resolved.teacher_widths)),

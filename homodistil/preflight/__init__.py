@@ -53,12 +53,12 @@ def check(config: RunConfig, engine_config_path: Path) -> int:
 
 
 def _check_all(config: RunConfig, raw_engine_config: dict, device: torch.device) -> Findings:
-    own = Findings()
-    own.note("port", f"{ranks.world_size()} ranks met at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}")
-    facts, sample = _look(own, config, raw_engine_config, device)
-    found = _merged(own)
-    if not found.are_good:
-        return found
+    local = Findings()
+    local.note("port", f"{ranks.world_size()} ranks met at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}")
+    facts, sample = _look(local, config, raw_engine_config, device)
+    merged = _merged(local)
+    if not merged.are_good:
+        return merged
     # The same rows everywhere: rank 0's. Its folder of the teacher is not handed on: that may be another machine's.
     num_blocks = ranks.world_size() * max(config.train.micro_batch_size, PROBE_BLOCKS)
     seq_len = config.data.seq_len
@@ -69,12 +69,12 @@ def _check_all(config: RunConfig, raw_engine_config: dict, device: torch.device)
     tried.attempt(
         "step", lambda: try_step(tried, config, raw_engine_config, facts.folder, facts.tokenizer, rows, device)
     )
-    return Findings([*found, *_merged(tried)])
+    return Findings([*merged, *_merged(tried)])
 
 
-def _merged(own: Findings) -> Findings:
+def _merged(local: Findings) -> Findings:
     """The findings of all ranks."""
-    return merged([[Finding(*row) for row in rows] for rows in ranks.gather([dataclasses.astuple(f) for f in own])])
+    return merged([[Finding(*row) for row in rows] for rows in ranks.gather([dataclasses.astuple(f) for f in local])])
 
 
 def _look(

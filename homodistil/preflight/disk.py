@@ -46,10 +46,10 @@ def check_disk(findings: Findings, subject: str, folder: Path, needed: int) -> N
         return findings.refuse(
             subject, f"{there} cannot be written to ({error.strerror})", "make it writable, or name another folder"
         )
-    found = f"{folder}: {needed / 1e9:.2f} GB at most, {free / 1e9:.2f} GB free"
+    usage = f"{folder}: {needed / 1e9:.2f} GB at most, {free / 1e9:.2f} GB free"
     if needed > free:
-        return findings.refuse(subject, found, "free disk space, name another folder, or lower run.keep_checkpoints")
-    findings.note(subject, found)
+        return findings.refuse(subject, usage, "free disk space, name another folder, or lower run.keep_checkpoints")
+    findings.note(subject, usage)
 
 
 def check_folders(findings: Findings, config: RunConfig, num_parameters: int, text_bytes: int, is_first: bool) -> None:

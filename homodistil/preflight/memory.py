@@ -52,8 +52,8 @@ def free_bytes(device: torch.device) -> tuple[float, str]:
 
 def check_memory(findings: Findings, needed: float, device: torch.device) -> None:
     free, what = free_bytes(device)
-    found = f"{needed / 1e9:.2f} GB a rank predicted at full width, {free / 1e9:.1f} GB {what}"
+    usage = f"{needed / 1e9:.2f} GB a rank predicted at full width, {free / 1e9:.1f} GB {what}"
     if needed > free:
         fix = "lower train.micro_batch_size, use a higher ZeRO stage (ds_configs/zero3.json), or more memory a rank"
-        return findings.refuse("memory", found, fix)
-    findings.note("memory", found)
+        return findings.refuse("memory", usage, fix)
+    findings.note("memory", usage)

@@ -42,8 +42,8 @@ def check_settings(findings: Findings, config: RunConfig, raw_engine_config: dic
     if engine is not None:
         findings.attempt("config", lambda: check_student_compile(config.student, zero_stage(engine), device))
     if len(findings) == before:
-        found = f"ZeRO-{zero_stage(engine)}, {num_ranks} ranks, {config.train.global_batch_size} sequences a step"
-        findings.note("config", f"{found}, accumulated over {engine['gradient_accumulation_steps']}")
+        summary = f"ZeRO-{zero_stage(engine)}, {num_ranks} ranks, {config.train.global_batch_size} sequences a step"
+        findings.note("config", f"{summary}, accumulated over {engine['gradient_accumulation_steps']}")
     return engine if len(findings) == before + 1 and findings[-1].is_good else None
 
 

@@ -43,11 +43,11 @@ def check_text(findings: Findings, config: DataConfig, tokenizer: PreTrainedToke
     for name in config.sources:
         sources = findings.attempt("data", lambda name=name: unhashed_sources(config, [name]))
         for source in sources or ():
-            found = findings.attempt("data", lambda source=source: _tokens_of(source, backend, unknown))
-            if found is not None:
+            ids = findings.attempt("data", lambda source=source: _tokens_of(source, backend, unknown))
+            if ids is not None:
                 size = sum(file.num_bytes() or 0 for file in source.files)
-                num_bytes, tokens = num_bytes + size, tokens + found
-                findings.note("data", f"{source.name}: {_measure(source, size)}, {len(found):,} tokens read from it")
+                num_bytes, tokens = num_bytes + size, tokens + ids
+                findings.note("data", f"{source.name}: {_measure(source, size)}, {len(ids):,} tokens read from it")
     if findings.are_good:
         findings.attempt("data", lambda: check_sources(config))
     return Sample(np.asarray(tokens, dtype=np.int64), num_bytes) if findings.are_good else None
@@ -62,15 +62,15 @@ def _tokens_of(source: Source, backend: Tokenizer, unknown: int | None) -> list[
     step = -(-len(source.files) // FILES_LOOKED_INTO) or 1
     spans = [start_of(source, index) for index in range(0, max(1, len(source.files)), step)]
     share = max(1, SAMPLE_DOCUMENTS // len(spans))
-    found: list[int] = []
+    tokens: list[int] = []
     for span in spans:
         for document in islice(read(source, span), share):
             for piece in islice(document, SAMPLE_PIECES):
-                found += backend.encode(piece, add_special_tokens=False).ids
-    if not found:
+                tokens += backend.encode(piece, add_special_tokens=False).ids
+    if not tokens:
         raise UserError(f"data.sources: {source.name!r} gave no token of text at its start; put text there")
-    check_text_is_known(found, unknown, source.name)
-    return found
+    check_text_is_known(tokens, unknown, source.name)
+    return tokens
 
 
 def blocks(sample: Sample, tokenizer: PreTrainedTokenizerBase, seq_len: int, num_blocks: int) -> np.ndarray:

@@ -119,11 +119,11 @@ class GapSchedule:
         if must_wait and not is_late:
             return None
         tried = _Tried(lambda stop: trial(self._cut(widths, stop)) - kl, self.config.gap_bound)
-        found = None if must_wait else self._search(here, max(floor, here + 1), self._furthest(widths, here), tried)
-        if found is None and not is_late:
+        furthest = None if must_wait else self._search(here, max(floor, here + 1), self._furthest(widths, here), tried)
+        if furthest is None and not is_late:
             return None
-        forced = found is None and (must_wait or not tried.fits(floor))
-        decision = Decision(self._cut(widths, floor if found is None else found), forced, len(tried.rises))
+        forced = furthest is None and (must_wait or not tried.fits(floor))
+        decision = Decision(self._cut(widths, floor if furthest is None else furthest), forced, len(tried.rises))
         self._note_arrival(step, {**widths, **decision.widths})
         return decision
 

@@ -57,18 +57,18 @@ def plan_route(run: RunFolderConfig, pruning: PruningConfig, teacher: Widths, in
     """
     if not run.export_milestones:
         return NO_MILESTONES
-    found: list[Milestone] = []
+    milestones: list[Milestone] = []
     before = shape_of(initial)
     for fraction in sorted(run.export_milestones, reverse=True):
         shape = milestone_shape(fraction, teacher["hidden"], (before, shape_of(target)), initial, pruning)
-        if found and shape.hidden_size == before.hidden_size:
+        if milestones and shape.hidden_size == before.hidden_size:
             raise UserError(
-                f"run.export_milestones: {found[-1].fraction:g} and {fraction:g} of the teacher's {teacher['hidden']} "
-                f"both mean hidden size {shape.hidden_size}; leave one out"
+                f"run.export_milestones: {milestones[-1].fraction:g} and {fraction:g} of the teacher's "
+                f"{teacher['hidden']} both mean hidden size {shape.hidden_size}; leave one out"
             )
-        found.append(Milestone(fraction, target_widths(shape, initial)))
+        milestones.append(Milestone(fraction, target_widths(shape, initial)))
         before = shape
-    return Route(tuple(found), run.settle_steps)
+    return Route(tuple(milestones), run.settle_steps)
 
 
 def milestone_shape(
@@ -117,14 +117,14 @@ def _nearest(wanted: float, before: Shape, final: Shape, initial: Widths, prunin
 def _stock(widest: int, before: Shape, final: Shape, pruning: PruningConfig) -> list[tuple[int, int]]:
     """(hidden size, heads) of all stock shapes between, whose heads are neither wider than before nor narrower than at
     the end. `widest`: largest hidden size."""
-    found = []
+    shapes = []
     for heads in range(final.num_attention_heads, before.num_attention_heads + 1):
         multiple = math.lcm(heads, pruning.width_multiple)
         first = (final.hidden_size // multiple + 1) * multiple
         for hidden in range(first, widest + 1, multiple):
             if _head_dim(final) <= hidden // heads <= _head_dim(before):
-                found.append((hidden, heads))
-    return found
+                shapes.append((hidden, heads))
+    return shapes
 
 
 def _filled(hidden: int, heads: int, start: Shape, final: Shape, before: Shape, pruning: PruningConfig) -> Shape:

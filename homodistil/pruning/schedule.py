@@ -148,14 +148,14 @@ class WidthSchedule:
         Args:
             widths: of today: where skipped updates have made a milestone late, the way goes there first.
         """
-        found: dict[str, int] = {}
+        now: dict[str, int] = {}
         for at in sorted(self.table):
             if at > step:
                 break
-            found |= self.table[at]
-            if widths and at in self.arrivals and any(widths[axis] > width for axis, width in found.items()):
+            now |= self.table[at]
+            if widths and at in self.arrivals and any(widths[axis] > width for axis, width in now.items()):
                 break
-        return found
+        return now
 
     def is_due(self, step: int, widths: Widths) -> bool:
         return bool(self._left(step, widths))

@@ -115,8 +115,8 @@ def width_history(run: Run) -> list[tuple[int, dict[str, int]]]:
 
 def mean_width(widths: dict[str, Any], family: str) -> float | None:
     """Width of a family of axes ("ffn": mean of layer.0.ffn, layer.1.ffn ...), None when it is not recorded."""
-    found = [v for axis, v in widths.items() if axis.rsplit(".", 1)[-1] == family and v is not None]
-    return sum(found) / len(found) if found else None
+    of_kind = [v for axis, v in widths.items() if axis.rsplit(".", 1)[-1] == family and v is not None]
+    return sum(of_kind) / len(of_kind) if of_kind else None
 
 
 def _gap(run: Run) -> list[Panel]:

@@ -67,15 +67,15 @@ def family_text(rows: Sequence[Row]) -> str:
 
 def sentences(rows: Sequence[Row]) -> list[str]:
     """One a milestone: by how much its held-out loss is better or worse than that of each control."""
-    found = []
+    texts = []
     for member in _members(rows):
         against = [_verdict(member, control) for control in _controls(rows, member)]
         against = [text for text in against if text]
         if against:
             student = f"{member['student']}, milestone" if "student" in member else "Milestone"
             name = f"{student} {member['milestone']:g} (hidden size {member.get('hidden_size', 'unknown')})"
-            found.append(f"{name}: {'; '.join(against)}.")
-    return found
+            texts.append(f"{name}: {'; '.join(against)}.")
+    return texts
 
 
 def _verdict(member: Row, control: Row) -> str:
@@ -98,18 +98,18 @@ def _members(rows: Sequence[Row]) -> list[Row]:
 
 def _controls(rows: Sequence[Row], member: Row) -> list[Row]:
     """Controls of the same student, where a job has several."""
-    own = [row for row in rows if "rates" in row and row.get("student") == member.get("student")]
-    return [row for row in own if row.get("milestone") == member["milestone"]]
+    of_student = [row for row in rows if "rates" in row and row.get("student") == member.get("student")]
+    return [row for row in of_student if row.get("milestone") == member["milestone"]]
 
 
 def _ordered(rows: Sequence[Row], members: Sequence[Row]) -> list[Row]:
     """Teacher first, then each member with its controls."""
     teacher = [row for row in rows if is_teacher(row)]
-    found = list(teacher)
+    ordered = list(teacher)
     for member in members:
-        found.append(member)
-        found += [{**row, "difference": _difference(member, row)} for row in _controls(rows, member)]
-    return found
+        ordered.append(member)
+        ordered += [{**row, "difference": _difference(member, row)} for row in _controls(rows, member)]
+    return ordered
 
 
 def _cells(row: Row) -> list[str]:

@@ -239,10 +239,10 @@ def _change(before: dict[str, int], after: dict[str, int], family: str) -> str:
 
 
 def _range(widths: dict[str, int], family: str) -> str:
-    found = [v for axis, v in widths.items() if axis.rsplit(".", 1)[-1] == family and v is not None]
-    if not found:
+    of_kind = [v for axis, v in widths.items() if axis.rsplit(".", 1)[-1] == family and v is not None]
+    if not of_kind:
         return DASH
-    low, high = min(found), max(found)
+    low, high = min(of_kind), max(of_kind)
     return f"{low}" if low == high else f"{low}-{high}"
 
 

@@ -174,9 +174,9 @@ def _text(path: Path) -> str:
 def _lines(texts: dict[str, str], name: str, notes: list[str]) -> list[dict[str, Any]]:
     """Objects with a step. A torn last line is how a run that is being written looks, and no damage."""
     written = [line for line in texts.get(name, "").split("\n") if line.strip()]
-    found = [_line(line) for line in written]
-    good = [line for line in found if line is not None]
-    is_torn = bool(written) and not texts[name].endswith("\n") and found[-1] is None
+    parsed = [_line(line) for line in written]
+    good = [line for line in parsed if line is not None]
+    is_torn = bool(written) and not texts[name].endswith("\n") and parsed[-1] is None
     if lost := len(written) - len(good) - is_torn:
         notes.append(f"{name}: {lost} of {len(written)} lines cannot be read")
     return good

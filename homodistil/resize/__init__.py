@@ -174,10 +174,10 @@ def _check_agreement(plan: ResizePlan, device: torch.device) -> None:
     mine = torch.tensor([int(plan.hash[:16], 16) >> 1], device=device)
     hashes = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(hashes, mine)
-    others = [rank for rank, other in enumerate(hashes) if int(other) != int(hashes[0])]
-    if others:
+    differing = [rank for rank, other in enumerate(hashes) if int(other) != int(hashes[0])]
+    if differing:
         raise RuntimeError(
-            f"resize: ranks {others} hold another plan than rank 0; the event must be the same everywhere"
+            f"resize: ranks {differing} hold another plan than rank 0; the event must be the same everywhere"
         )
 
 

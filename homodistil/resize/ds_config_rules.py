@@ -76,8 +76,8 @@ def refusals(config: Mapping) -> Iterator[Refusal]:
     for rule in _RULES:
         value = _look_up(config, rule.field)
         if value is not _MISSING and not rule.is_allowed(value):
-            found = "a section" if isinstance(value, Mapping) else _as_json(value)
-            yield Refusal(rule.field, found, rule.allowed)
+            actual = "a section" if isinstance(value, Mapping) else _as_json(value)
+            yield Refusal(rule.field, actual, rule.allowed)
     yield from _wrong_together(config)
 
 

@@ -63,14 +63,14 @@ def state_scalars(engine, state: dict) -> dict:
 
 def _scalars(engine) -> dict[str, float]:
     """Largest value over the groups: DeepSpeed's FusedAdam counts in one parameter of several only."""
-    found: dict[str, float] = {}
+    scalars: dict[str, float] = {}
     for group in adapter_of(engine).groups():
         for name, value in _counts_of(group).items():
-            found[name] = max(found.get(name, value), value)
+            scalars[name] = max(scalars.get(name, value), value)
     for group in engine.basic_optimizer.param_groups:
         if "step" in group:
-            found["step"] = max(found.get("step", 0.0), float(group["step"]))
-    return found
+            scalars["step"] = max(scalars.get("step", 0.0), float(group["step"]))
+    return scalars
 
 
 def _counts_of(group: StateGroup) -> dict[str, float]:

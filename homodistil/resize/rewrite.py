@@ -52,9 +52,9 @@ def apply_maps(adapter: Adapter, plan: ResizePlan) -> None:
 def overwrite_weights(adapter: Adapter, weights: Mapping[str, Tensor]) -> None:
     """See `homodistil.resize.write_weights`. Nothing is gathered: every rank has all the new values."""
     for name, weight in weights.items():
-        found = full_shape(adapter.parameters[name]) if name in adapter.parameters else None
-        if found != tuple(weight.shape):
-            raise ValueError(f"new values of shape {tuple(weight.shape)} for {name}, which has {found}")
+        shape = full_shape(adapter.parameters[name]) if name in adapter.parameters else None
+        if shape != tuple(weight.shape):
+            raise ValueError(f"new values of shape {tuple(weight.shape)} for {name}, which has {shape}")
     shares = _shares_by_name(adapter)
     for name, weight in weights.items():
         _write(shares.get(name, []), "weight", weight.flatten())
@@ -75,11 +75,11 @@ def reset_states(adapter: Adapter) -> None:
 
 
 def _shares_by_name(adapter: Adapter) -> dict[str, list[Share]]:
-    found: dict[str, list[Share]] = {}
+    shares: dict[str, list[Share]] = {}
     for group in adapter.groups() + adapter.frozen_groups():
         for held in group.held:
-            found.setdefault(held.name, []).append((group, held))
-    return found
+            shares.setdefault(held.name, []).append((group, held))
+    return shares
 
 
 def _state_kinds(adapter: Adapter) -> list[str]:

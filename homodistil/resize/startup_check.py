@@ -31,8 +31,8 @@ def try_resize(adapter: Adapter) -> None:
         after = _digests(adapter)
         changed = [what for what in before if after.get(what) != before[what]]
         if changed or after.keys() != before.keys():
-            found = ", ".join(changed) or ", ".join(sorted(before.keys() ^ after.keys()))
-            raise ValueError(f"a resize that keeps everything changed {found}")
+            differing = ", ".join(changed) or ", ".join(sorted(before.keys() ^ after.keys()))
+            raise ValueError(f"a resize that keeps everything changed {differing}")
         if _objects(adapter) != objects:
             raise ValueError("a resize that keeps everything replaced an object that the optimizer or engine refers to")
     adapter.check_layout()
@@ -60,11 +60,11 @@ def _probed(adapter: Adapter) -> Iterator[None]:
 
 def _digests(adapter: Adapter) -> dict[str, Digest]:
     """The model's own weights are not among them: `check_layout` compares these with the masters."""
-    found = {}
+    digests = {}
     for i, group in enumerate(adapter.groups()):
-        found[f"master of group {i}"] = digest(group.master.detach())
-        found |= {f"{key} of group {i}": digest(value) for key, value in group.per_element().items()}
-    return found
+        digests[f"master of group {i}"] = digest(group.master.detach())
+        digests |= {f"{key} of group {i}": digest(value) for key, value in group.per_element().items()}
+    return digests
 
 
 def digest(tensor: Tensor) -> Digest:

@@ -44,14 +44,16 @@ def check_supported(engine) -> None:
     An untested version of DeepSpeed is let in, with a warning, when everything that is looked at is as expected.
     """
     check_config(engine._config._param_dict)
-    for field, found, allowed in _unsupported_structure(engine):
-        raise UserError(f"ds_config {field}: found {found}; resizing allows {allowed}")
+    for field, actual, allowed in _unsupported_structure(engine):
+        raise UserError(f"ds_config {field}: found {actual}; resizing allows {allowed}")
     adapter = adapter_of(engine)
     for field, expected in adapter.fields.items():
         value = getattr(adapter.optimizer, field, None)
         if not isinstance(value, expected):
-            found = f"a {type(value).__name__}" if hasattr(adapter.optimizer, field) else "nothing"
-            raise _unknown_inside(f"{_class_name(adapter.optimizer)}.{field}: found {found}, not a {expected.__name__}")
+            actual = f"a {type(value).__name__}" if hasattr(adapter.optimizer, field) else "nothing"
+            raise _unknown_inside(
+                f"{_class_name(adapter.optimizer)}.{field}: found {actual}, not a {expected.__name__}"
+            )
     for check in (adapter.check_layout, lambda: try_resize(adapter)):
         differences = ranks.failures(_difference(check))
         if differences:
@@ -69,8 +71,8 @@ def _difference(check: Callable[[], None]) -> str | None:
 
 def check_config(engine_config: Mapping) -> None:
     """The settings that a ds_config alone shows to be in the way: refused before anything is prepared or trained."""
-    for field, found, allowed in refusals(engine_config):
-        raise UserError(f"ds_config {field}: found {found}; resizing allows {allowed}")
+    for field, actual, allowed in refusals(engine_config):
+        raise UserError(f"ds_config {field}: found {actual}; resizing allows {allowed}")
 
 
 def adapter_of(engine) -> Adapter:

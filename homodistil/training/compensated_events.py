@@ -57,12 +57,12 @@ class Compensation:
         elif student.widths["hidden"] < self._hidden:  # an event has brought them to the front
             fixed = torch.arange(len(fixed))
         start_s = time.perf_counter()
-        found = propose(student, keep, self.batches(consumed_samples), options, fixed)
+        change = propose(student, keep, self.batches(consumed_samples), options, fixed)
         report = {
-            "variance_lost": found.report["lost"],
+            "variance_lost": change.report["lost"],
             "milliseconds_compensate": (time.perf_counter() - start_s) * 1e3,
         }
-        return dataclasses.replace(found, report=report)
+        return dataclasses.replace(change, report=report)
 
     def allowed_fixed_dims(self, student: Student, protected: Tensor, loss: HeldOutLoss) -> Tensor | None:
         """The check before step 0 of compensation=full: dims that must stay coordinates, none or `protected`; None
@@ -94,9 +94,9 @@ class Compensation:
 
     def _tell(self, before: float, rises: list[float], limit: float, fixed: Tensor | None) -> None:
         if ranks.rank() == 0:
-            found = ", then ".join(f"{rise:+.3f}" for rise in rises)
+            measured = ", then ".join(f"{rise:+.3f}" for rise in rises)
             print(
-                f"rotation at full width: held-out loss {before:.3f}, {found} (limit {limit:g}){_outcome(fixed)}",
+                f"rotation at full width: held-out loss {before:.3f}, {measured} (limit {limit:g}){_outcome(fixed)}",
                 flush=True,
             )
 

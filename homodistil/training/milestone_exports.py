@@ -51,10 +51,10 @@ class Family:
         folder = milestone_folder(self.folder, milestone.fraction)
         if ranks.on_rank_zero(lambda: self._is_done(folder, milestone.fraction)):
             return
-        found = self._evaluate() | self._facts(milestone, state)
-        speed = self._exporter.export(engine, folder, found, with_speed=True)
+        measured = self._evaluate() | self._facts(milestone, state)
+        speed = self._exporter.export(engine, folder, measured, with_speed=True)
         fault_point("family.exported")
-        ranks.on_rank_zero(lambda: self._record(folder, found | speed))
+        ranks.on_rank_zero(lambda: self._record(folder, measured | speed))
 
     def _is_done(self, folder: Path, fraction: float) -> bool:
         return (folder / "config.json").is_file() and any(r["milestone"] == fraction for r in read_family(self.folder))
@@ -72,11 +72,11 @@ class Family:
             "num_attention_heads": layer_widths(widths, 0).num_heads,
         }
 
-    def _record(self, folder: Path, found: Mapping[str, Any]) -> None:
+    def _record(self, folder: Path, measured: Mapping[str, Any]) -> None:
         weights = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-        record = {"folder": str(folder.relative_to(self.folder)), **found, "weights_bytes": weights}
-        others = [r for r in read_family(self.folder) if r["milestone"] != record["milestone"]]
-        records = sorted([*others, record], key=lambda r: -r["milestone"])
+        record = {"folder": str(folder.relative_to(self.folder)), **measured, "weights_bytes": weights}
+        rest = [r for r in read_family(self.folder) if r["milestone"] != record["milestone"]]
+        records = sorted([*rest, record], key=lambda r: -r["milestone"])
         text = ",\n ".join(map(to_json, records))
         with writing(self.folder / FAMILY_FILE):
             write_atomically(self.folder / FAMILY_FILE, f"[{text}]\n")
@@ -105,12 +105,12 @@ def family_rows(student: dict[str, Any], members: list[dict[str, Any]], last_ste
     """Rows of the result table: the student, which is its family's last member if that one settled until the end
     (`last_step`), and the others by their milestones, widest first."""
     last = next((member for member in members if member["step"] == last_step), {})
-    others = [
+    rest = [
         {**member, "name": f"{student['name']} @ {milestone_name(member['milestone'])}"}
         for member in members
         if member is not last
     ]
-    return [*others, {**last, **student}]
+    return [*rest, {**last, **student}]
 
 
 def tokens_per_s_at(widths: Widths, metrics: list[dict[str, Any]]) -> float | None:
@@ -119,6 +119,6 @@ def tokens_per_s_at(widths: Widths, metrics: list[dict[str, Any]]) -> float | No
     Args:
         metrics: lines of metrics.jsonl. The first such interval may have begun wider, and counts only if it is alone.
     """
-    own = [line for line in metrics if all(line.get(f"widths/{axis}") == width for axis, width in widths.items())]
-    found = [line["speed/tokens_per_s"] for line in own if line.get("speed/tokens_per_s") is not None]
-    return statistics.median(found[1:] or found) if found else None
+    at_widths = [line for line in metrics if all(line.get(f"widths/{axis}") == width for axis, width in widths.items())]
+    speeds = [line["speed/tokens_per_s"] for line in at_widths if line.get("speed/tokens_per_s") is not None]
+    return statistics.median(speeds[1:] or speeds) if speeds else None

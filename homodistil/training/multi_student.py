@@ -58,8 +58,8 @@ def train_together(runs: Sequence[DistillationRun], folder: Path) -> list[dict]:
             together = MultiStudentTrainer(trainers, left[0].teacher, trainers[0].prefetcher)
             together.train()
             ranks.on_rank_zero(lambda: together.time.write(folder / TIME_FILE))
-        found = iter([run.finish(trainer) for run, trainer in zip(left, trainers, strict=True)])
-    return [next(found) if row is None else row for row in rows]
+        results = iter([run.finish(trainer) for run, trainer in zip(left, trainers, strict=True)])
+    return [next(results) if row is None else row for row in rows]
 
 
 @dataclass
@@ -132,10 +132,10 @@ class MultiStudentTrainer:
         if not any(needed):
             return [None for _ in needed]
         start = time.perf_counter()
-        found = self.teacher.for_several(batch, sum(needed))
+        outputs = self.teacher.for_several(batch, sum(needed))
         self.time.teacher_s += time.perf_counter() - start
         self.time.num_passes, self.time.num_uses = self.time.num_passes + 1, self.time.num_uses + sum(needed)
-        return [found.pop() if is_needed else None for is_needed in needed]
+        return [outputs.pop() if is_needed else None for is_needed in needed]
 
     def leave(self, number: int) -> None:
         """Stop on request (signal `number`), with everything on disk that resuming needs."""

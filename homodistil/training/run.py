@@ -104,24 +104,26 @@ class DistillationRun:
     def training(self) -> Iterator[Trainer]:
         """A trainer that resumes from the last checkpoint if there is one; inside, its recorder is open."""
         with doing("looking through the checkpoints"):
-            found = self.checkpoints.load()
-        check_same(self.folder, found.run.get("fingerprints") if found else None, self.run_inputs.fingerprints)
-        start = self._restore_shape(found.state) if found else TrainState()
-        with run_recorder(self.folder, self.config, start.step, _num_lines(found)) as recorder:
-            if found:
-                self._say_where(found)
+            checkpoint = self.checkpoints.load()
+        check_same(
+            self.folder, checkpoint.run.get("fingerprints") if checkpoint else None, self.run_inputs.fingerprints
+        )
+        start = self._restore_shape(checkpoint.state) if checkpoint else TrainState()
+        with run_recorder(self.folder, self.config, start.step, _num_lines(checkpoint)) as recorder:
+            if checkpoint:
+                self._say_where(checkpoint)
             else:
                 with doing("measuring the student before step 1"):
                     recorder.log_evaluation(0, self._gap_values())
                     self.shrinker.before_training(recorder)
-            yield self.build_trainer(recorder, start, found)
+            yield self.build_trainer(recorder, start, checkpoint)
 
-    def _say_where(self, found: Found) -> None:
+    def _say_where(self, checkpoint: Found) -> None:
         if ranks.rank() == 0:
-            print(f"resumed from step {found.state['step']} (checkpoint {found.folder})", flush=True)
+            print(f"resumed from step {checkpoint.state['step']} (checkpoint {checkpoint.folder})", flush=True)
 
-    def build_trainer(self, recorder: Recorder, start: TrainState, found: Found | None = None) -> Trainer:
-        """The live engine around the student, and the loop. `found`: whose values the engine takes over."""
+    def build_trainer(self, recorder: Recorder, start: TrainState, checkpoint: Found | None = None) -> Trainer:
+        """The live engine around the student, and the loop. `checkpoint`: whose values the engine takes over."""
         config = self.config
         micro_batch = self.micro_batch(self.student.widths)
         engine_config = with_micro_batch(self.engine_config, micro_batch, ranks.world_size())
@@ -130,9 +132,9 @@ class DistillationRun:
             engine = build_engine(self.student, config.train, config.optimizer, engine_config)
         if config.student.compile:
             CompiledLayers(self.student.family.layers(self.student.model), self.pruner.schedule.num_events)
-        if found:
-            with doing(f"reading {found.folder}"):
-                self.checkpoints.restore(engine.deepspeed, found)
+        if checkpoint:
+            with doing(f"reading {checkpoint.folder}"):
+                self.checkpoints.restore(engine.deepspeed, checkpoint)
                 check_supported(engine.deepspeed)  # what was loaded is laid out as resizing expects
         return self._trainer(engine, snapshots, recorder, start)
 
@@ -192,8 +194,10 @@ class DistillationRun:
     def evaluate_teacher(self) -> dict[str, float]:
         """Held-out scores of the teacher itself, over all blocks."""
         with doing("evaluating the teacher on held-out text"):
-            found = evaluate(self.teacher.predict, None, self.run_inputs.heldout(self.config), self.run_inputs.device)
-        return found | {"kl_to_teacher": 0.0}
+            measured = evaluate(
+                self.teacher.predict, None, self.run_inputs.heldout(self.config), self.run_inputs.device
+            )
+        return measured | {"kl_to_teacher": 0.0}
 
     def _gap_values(self) -> dict[str, float]:
         return {f"gap/{name}": value for name, value in self.gap.measure().items()}
@@ -202,9 +206,9 @@ class DistillationRun:
         """Export and evaluate what has been trained. Returns the row, which is then on disk."""
         engine, recorder = trainer.engine, trainer.step_log.recorder
         with doing("evaluating the student on held-out text"):
-            found = self.evaluate()
-        recorder.log_evaluation(self.config.train.steps, found | self._gap_values())
-        row = self._row(found)
+            measured = self.evaluate()
+        recorder.log_evaluation(self.config.train.steps, measured | self._gap_values())
+        row = self._row(measured)
         with doing("exporting the student"):
             self.exporter.export(engine, self.folder / "export", row)
         engine.destroy()
@@ -213,25 +217,25 @@ class DistillationRun:
         ranks.on_rank_zero(lambda: self._write_row(row))
         return row
 
-    def _row(self, found: dict[str, float] | None = None) -> dict:
-        """The student of now as a row of the result table. `found`: its held-out results, if they are there already."""
+    def _row(self, measured: dict[str, float] | None = None) -> dict:
+        """The student as a row of the result table. `measured`: its held-out results where they exist already."""
         name, parameters = self.config.run.name, self.student.num_parameters()
-        return result_row(name, parameters, self.student.widths["hidden"], found or self.evaluate())
+        return result_row(name, parameters, self.student.widths["hidden"], measured or self.evaluate())
 
     def _write_row(self, row: dict) -> None:
         with writing(self.folder / ROW_FILE):
             write_atomically(self.folder / ROW_FILE, json.dumps(row) + "\n")
 
 
-def result_row(name: str, parameters: int, hidden_size: int, found: dict[str, float]) -> dict:
+def result_row(name: str, parameters: int, hidden_size: int, measured: dict[str, float]) -> dict:
     """A row of the result table from held-out results."""
     return {
         "name": name,
         "parameters": parameters,
         "hidden_size": hidden_size,
-        "heldout_mlm_loss": found["mlm_loss"],
-        "masked_top1": found["masked_top1"],
-        "kl_to_teacher": found["kl_to_teacher"],
+        "heldout_mlm_loss": measured["mlm_loss"],
+        "masked_top1": measured["masked_top1"],
+        "kl_to_teacher": measured["kl_to_teacher"],
     }
 
 
@@ -245,6 +249,6 @@ def _read_row(path: Path) -> dict | None:
         return None
 
 
-def _num_lines(found: Found | None) -> dict[str, int] | None:
+def _num_lines(checkpoint: Found | None) -> dict[str, int] | None:
     """Lines of each log, as the checkpoint knows them; checkpoints of before did not."""
-    return found.state.get("num_lines") if found else None
+    return checkpoint.state.get("num_lines") if checkpoint else None

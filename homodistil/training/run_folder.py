@@ -113,8 +113,8 @@ def _of_before(before: dict, section: str, name: str, value: object) -> object:
 def _config_of_run(folder: Path) -> dict | None:
     """The config that a run of ours left in `folder`, None when it is not ours: many things are called config.yaml."""
     try:
-        found = yaml.safe_load((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        content = yaml.safe_load((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
         return None
-    is_ours = isinstance(found, dict) and all(isinstance(found.get(section), dict) for section in SECTIONS)
-    return found if is_ours and (folder / ENGINE_FILE).is_file() else None
+    is_ours = isinstance(content, dict) and all(isinstance(content.get(section), dict) for section in SECTIONS)
+    return content if is_ours and (folder / ENGINE_FILE).is_file() else None

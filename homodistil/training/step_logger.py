@@ -129,9 +129,9 @@ class StepLogger:
         names = list(self._micro_batches[0])
         terms = torch.stack([terms[name] for terms in self._micro_batches for name in names])
         counts = [count for step in self._steps for count in (step.counts.target_rows, step.counts.tokens)]
-        others = [torch.as_tensor(v, dtype=torch.float64, device=self.device) for v in (grad_norm or 0.0, data_wait_s)]
-        found = [terms.double().view(-1, len(names)).mean(0), torch.stack(counts).double(), torch.stack(others)]
-        *values, norm, wait_s = ranks.mean(torch.cat(found)).tolist()
+        further = [torch.as_tensor(v, dtype=torch.float64, device=self.device) for v in (grad_norm or 0.0, data_wait_s)]
+        sums = [terms.double().view(-1, len(names)).mean(0), torch.stack(counts).double(), torch.stack(further)]
+        *values, norm, wait_s = ranks.mean(torch.cat(sums)).tolist()
         # Behind the terms, rows and tokens alternate.
         rows, tokens = values[len(names) :: 2], values[len(names) + 1 :: 2]
         return _Read(

@@ -17,12 +17,12 @@ def split_task(argv: list[str]) -> tuple[tuple[int, int], list[str]]:
     parser.add_argument("--task")
     parser.add_argument("--tasks")
     try:
-        found, others = parser.parse_known_args(argv)
+        options, rest = parser.parse_known_args(argv)
     except (argparse.ArgumentError, SystemExit):
         raise UserError("--task: expected a number after it, for example --task 0 --tasks 4") from None
-    if found.task is None and found.tasks is None:
-        return (0, 1), others
-    return _checked(found.task, found.tasks), others
+    if options.task is None and options.tasks is None:
+        return (0, 1), rest
+    return _checked(options.task, options.tasks), rest
 
 
 def _checked(task: str | None, tasks: str | None) -> tuple[int, int]:

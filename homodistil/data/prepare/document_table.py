@@ -45,8 +45,8 @@ def document_table(plan: Plan, folders: list[Path]) -> DocumentTable:
         for name, column in columns.items():
             column[start : start + len(rows)] = rows[name]
         source_of[start : start + len(rows)] = shard.source
-    hashes, *others = columns.values()
-    return DocumentTable(hashes, *others, source_of, first[:-1].tolist())
+    hashes, *rest = columns.values()
+    return DocumentTable(hashes, *rest, source_of, first[:-1].tolist())
 
 
 _COLUMNS = {"hash": np.uint64, "num_tokens": np.int64, "num_bytes": np.int64, "dropped_by": np.uint8}

@@ -49,11 +49,11 @@ class Filters:
 def versions(config: DataConfig) -> dict[str, str]:
     """Versions of the libraries that decide what stays; part of the corpus's fingerprint."""
     wanted = {"datatrove": config.boilerplate_filter != "none", "datasketch": config.near_duplicates != "none"}
-    found = {}
+    by_library = {}
     for name in (name for name, is_wanted in wanted.items() if is_wanted):
         _need(name)
-        found[name] = metadata.version(name)
-    return found
+        by_library[name] = metadata.version(name)
+    return by_library
 
 
 # datatrove's own package leaves out two that its filters import. Never the extra `homodistil[data]`: the package of

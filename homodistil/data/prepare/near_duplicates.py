@@ -36,9 +36,9 @@ def later_copies(shards: list[Path], first: list[int], is_wanted: np.ndarray) ->
         columns = slice(band * rows, (band + 1) * rows)
         for part in range(num_slices):
             keys, documents = _keys(signatures, first, is_wanted, columns, part, num_slices)
-            for originals, others in _candidates(keys, documents):
-                near = _similarity(signatures, first, originals, others) >= SIMILARITY
-                is_copy[others[near]] = True
+            for originals, repeats in _candidates(keys, documents):
+                near = _similarity(signatures, first, originals, repeats) >= SIMILARITY
+                is_copy[repeats[near]] = True
     return np.flatnonzero(is_copy)
 
 
@@ -69,11 +69,11 @@ def _candidates(keys: np.ndarray, documents: np.ndarray) -> Iterator[tuple[np.nd
     keys, documents = keys[order], documents[order]
     is_first = np.append(True, keys[1:] != keys[:-1])[: len(keys)]
     starts = np.flatnonzero(is_first)
-    others = np.flatnonzero(~is_first)
-    originals = starts[np.searchsorted(starts, others) - 1]
-    for offset in range(0, len(others), _BATCH):
+    repeats = np.flatnonzero(~is_first)
+    originals = starts[np.searchsorted(starts, repeats) - 1]
+    for offset in range(0, len(repeats), _BATCH):
         batch = slice(offset, offset + _BATCH)
-        yield documents[originals[batch]], documents[others[batch]]
+        yield documents[originals[batch]], documents[repeats[batch]]
 
 
 def _similarity(signatures, first, left: np.ndarray, right: np.ndarray) -> np.ndarray:
@@ -84,8 +84,8 @@ def _similarity(signatures, first, left: np.ndarray, right: np.ndarray) -> np.nd
 def _rows(signatures, first, documents: np.ndarray) -> np.ndarray:
     """Signatures of some documents, (n, NUM_HASHES) uint32."""
     shard_of = np.searchsorted(first, documents, "right") - 1
-    found = np.empty((len(documents), NUM_HASHES), dtype=np.uint32)
+    rows = np.empty((len(documents), NUM_HASHES), dtype=np.uint32)
     for shard in np.unique(shard_of):
         here = shard_of == shard
-        found[here] = signatures[shard][documents[here] - first[shard]]
-    return found
+        rows[here] = signatures[shard][documents[here] - first[shard]]
+    return rows

@@ -289,8 +289,8 @@ def _dump_texts(file: TextFile) -> Iterator[str]:
         ) from None
 
 
-def _no_column(where: str, column: str, found: Iterable[str]) -> UserError:
-    found = list(found)
+def _no_column(where: str, column: str, columns: Iterable[str]) -> UserError:
+    columns = list(columns)
     return UserError(
-        f"data.text_column: {where} has no column {column!r}{nearest(column, found)}; found: {', '.join(found)}"
+        f"data.text_column: {where} has no column {column!r}{nearest(column, columns)}; found: {', '.join(columns)}"
     )

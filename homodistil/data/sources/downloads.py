@@ -50,13 +50,13 @@ def fetch(package: Package, cache_dir: Path) -> Path:
             file=sys.stderr,
             flush=True,
         )
-        found = _download(package, folder, file)
-        if (digest := file_sha256(found)) != package.sha256:
+        downloaded = _download(package, folder, file)
+        if (digest := file_sha256(downloaded)) != package.sha256:
             raise UserError(
                 f"{package.spec}: the download has sha256 {digest}, expected {package.sha256}, and was thrown away; "
                 f"check the package index that {package.client} uses, or {_by_hand(package, file)}"
             )
-        os.replace(found, file)
+        os.replace(downloaded, file)
     return file
 
 
@@ -82,13 +82,13 @@ def _download(package: Package, folder: Path, file: Path) -> Path:
     # The requirement of a source package comes on standard input, see `_pip_command`.
     wanted = f"{package.spec} --hash=sha256:{package.sha256}"
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, errors="replace", input=wanted)
-    found = sorted(folder.iterdir())
-    if done.returncode or len(found) != 1:
+    files = sorted(folder.iterdir())
+    if done.returncode or len(files) != 1:
         raise UserError(
             f"{package.spec}: cannot fetch with {package.client} ({_reason(done.stderr or done.stdout)}); expected "
             f"sha256 {package.sha256}, found no file; connect to a package index, or {_by_hand(package, file)}"
         )
-    return found[0]
+    return files[0]
 
 
 def _pip_command(package: Package, file: Path) -> list[str]:

@@ -95,14 +95,14 @@ def moby_dick(tarball: Path) -> Iterator[Document]:
 
 
 def _tar_texts(tarball: Path, pattern: str) -> Iterator[Document]:
-    found = {}
+    texts = {}
     with tarfile.open(tarball) as archive:
         for member in archive:
             if member.isfile() and (match := re.fullmatch(pattern, member.name)):
                 text = archive.extractfile(member).read().decode("utf-8")
-                found[match[1]] = re.sub(r"[\x00-\x08\x0b-\x1f]", " ", text)
-    for title in sorted(found, key=lambda name: [int(part) for part in re.findall(r"\d+", name)]):
-        yield Document(title, found[title].strip())
+                texts[match[1]] = re.sub(r"[\x00-\x08\x0b-\x1f]", " ", text)
+    for title in sorted(texts, key=lambda name: [int(part) for part in re.findall(r"\d+", name)]):
+        yield Document(title, texts[title].strip())
 
 
 def _prose(wikitext: str) -> str:

@@ -80,9 +80,10 @@ def open_hub(name: str, column: str) -> HubText:
             f"check the name and the connection to the hub, or use local files or embedded"
         ) from error
     if column not in rows.column_names:
-        found = rows.column_names
+        columns = rows.column_names
         raise UserError(
-            f"data.text_column: {name!r} has no column {column!r}{nearest(column, found)}; found: {', '.join(found)}"
+            f"data.text_column: {name!r} has no column {column!r}{nearest(column, columns)}; "
+            f"found: {', '.join(columns)}"
         )
     return HubText(rows, f"{wanted.repository}:{wanted.config}:{rows._fingerprint}")
 

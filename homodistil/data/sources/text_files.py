@@ -200,12 +200,12 @@ def remote_files(url: str) -> list[TextFile]:
     with asked._errors():
         filesystem, path = _filesystem(url)
         below = sorted(filesystem.find(path))
-        found = [TextFile(filesystem.unstrip_protocol(name)) for name in below]
-    readable = [file for file in found if file.kind and not Path(file.location).name.startswith(".")]
+        files = [TextFile(filesystem.unstrip_protocol(name)) for name in below]
+    readable = [file for file in files if file.kind and not Path(file.location).name.startswith(".")]
     if not readable:
         raise UserError(
             f"data.sources: {url!r} is no {', '.join(KINDS)} file (also {', '.join(COMPRESSIONS)}) and holds none; "
-            f"found {len(found)} other file(s)"
+            f"found {len(files)} other file(s)"
         )
     return readable
 

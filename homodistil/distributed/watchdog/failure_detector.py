@@ -65,13 +65,13 @@ class FailureDetector:
     def gone(self) -> str | None:
         """The ranks that are no more, as a sentence."""
         reasons = {rank: self._reason(rank, sign) for rank, sign in self._signs.items() if rank != self._own}
-        found = [
+        silent = [
             f"{self._signs[rank].name(rank)} is gone: {reason}; last seen in {self._signs[rank].doing()}, "
             f"{self._age_s(rank):.0f} s ago"
             for rank, reason in reasons.items()
             if reason
         ]
-        return "; ".join(found) or None
+        return "; ".join(silent) or None
 
     def stuck(self) -> str | None:
         """The ranks that the others wait for, as a sentence."""
@@ -85,8 +85,8 @@ class FailureDetector:
             return None
         culprits = {rank: sign for rank, sign in behind.items() if not sign.waits} or behind
         named = "; ".join(f"{sign.name(rank)} is stuck in {sign.doing()}" for rank, sign in culprits.items())
-        others = ", ".join(str(rank) for rank in running if rank not in culprits)
-        waiting = f"; waiting for it: rank {others}" if others else ""
+        blameless = ", ".join(str(rank) for rank in running if rank not in culprits)
+        waiting = f"; waiting for it: rank {blameless}" if blameless else ""
         return f"{named}, no progress for {idle_s:.0f} s (run.rank_timeout_s is {self._timeout_s:g}){waiting}"
 
     def _age_s(self, rank: int) -> float:
@@ -108,8 +108,8 @@ class FailureDetector:
         return f"stopped by a signal for {SILENT_S:.0f} s" if state == psutil.STATUS_STOPPED else None
 
     def _is_here(self, sign: Heartbeat) -> bool:
-        own = self._signs.get(self._own)
-        return own is not None and (own.host, own.namespace) == (sign.host, sign.namespace)
+        local = self._signs.get(self._own)
+        return local is not None and (local.host, local.namespace) == (sign.host, sign.namespace)
 
 
 _NO_PROCESS = "no process"

@@ -99,8 +99,8 @@ def _greeted(connection: socket.socket, token: str) -> int | None:
     connection.settimeout(CONNECT_TIMEOUT_S)
     with contextlib.suppress(OSError, ValueError):
         # Unbuffered: what follows the greeting is for `receive`.
-        found, rank = connection.makefile("rb", buffering=0).readline(100).decode().split()
-        if secrets.compare_digest(found, token):
+        greeting, rank = connection.makefile("rb", buffering=0).readline(100).decode().split()
+        if secrets.compare_digest(greeting, token):
             return int(rank)
     connection.close()
     return None

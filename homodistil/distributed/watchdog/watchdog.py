@@ -116,9 +116,9 @@ class _Watcher:
 
     def _exchange(self) -> None:
         self._beat += 1
-        own = local_heartbeat(self._beat, self._end)
-        self._channel.send(own)
-        self._judge.see(self._rank, own)
+        local = local_heartbeat(self._beat, self._end)
+        self._channel.send(local)
+        self._judge.see(self._rank, local)
         signs, closed = self._channel.receive()
         for rank, sign in signs.items():
             self._judge.see(rank, sign)

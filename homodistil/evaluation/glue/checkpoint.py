@@ -134,9 +134,9 @@ def _check_files(folder: str) -> None:
         family, where = family_of(config.model_type), f"{FIELD}: {folder!r}"
         check_layers(stored, config.num_hidden_layers, family, where)
         with torch.device("meta"):
-            found = difference(stored, family.empty_model(config), family)
-        missing = [name for name in found.missing if not family.is_head(name)]
-        mismatched = [entry for entry in found.mismatched if not family.is_head(entry[0])]
+            differences = difference(stored, family.empty_model(config), family)
+        missing = [name for name in differences.missing if not family.is_head(name)]
+        mismatched = [entry for entry in differences.mismatched if not family.is_head(entry[0])]
         check_present(Difference(missing, [], mismatched), where)
 
 

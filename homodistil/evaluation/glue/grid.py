@@ -145,10 +145,10 @@ def _read_all(out: Path, checkpoint: str, identities: dict[str, dict]) -> dict[P
     records = {}
     for file in sorted(out.glob("*/lr*.json")):
         record = read_record(file, lambda record: find_task(record["task"]).result_names)
-        found = record["identity"]
-        expected = identities.get(record["task"], found | {"checkpoint": checkpoint})
-        if differing := [name for name, value in expected.items() if found.get(name) != value]:
-            shown = ", ".join(f"{n}: found {_short(found.get(n))}, now {_short(expected[n])}" for n in differing)
+        identity = record["identity"]
+        expected = identities.get(record["task"], identity | {"checkpoint": checkpoint})
+        if differing := [name for name, value in expected.items() if identity.get(name) != value]:
+            shown = ", ".join(f"{n}: found {_short(identity.get(n))}, now {_short(expected[n])}" for n in differing)
             raise UserError(f"{file}: result of another run ({shown}); give another --out, or delete the old results")
         records[file] = record
     return records

@@ -95,9 +95,9 @@ def _from_folder(task: Task, folder: Path) -> TaskData:
             raise UserError(f"{file}: is not a regular file; give the folder of the official files")
         if not file.is_file():
             where = file.parent if file.parent.is_dir() else folder
-            found = ", ".join(sorted(path.name for path in where.iterdir())[:12]) or "nothing"
+            names = ", ".join(sorted(path.name for path in where.iterdir())[:12]) or "nothing"
             raise UserError(
-                f"{file}: not found (found in {where}: {found}); {task.title} needs {', '.join(files)} in a folder "
+                f"{file}: not found (found in {where}: {names}); {task.title} needs {', '.join(files)} in a folder "
                 f"{task.title!r}; add {name}, or leave {task.name} out of --tasks"
             )
     return TaskData(

@@ -84,9 +84,9 @@ def _rows(file: Path) -> Iterator[tuple[int, list[str]]]:
 
 def _position(task: Task, file: Path, columns: list[str], name: str) -> int:
     if name not in columns:
-        found = ", ".join(repr(column[:40]) for column in columns[:16]) or "an empty file"
+        names = ", ".join(repr(column[:40]) for column in columns[:16]) or "an empty file"
         raise UserError(
-            f"{file}: found columns {found}; {task.title} needs {', '.join((*task.texts, task.label))} in the first "
+            f"{file}: found columns {names}; {task.title} needs {', '.join((*task.texts, task.label))} in the first "
             f"line, TAB-separated; give the official file (a test file has no labels)"
         )
     return columns.index(name)

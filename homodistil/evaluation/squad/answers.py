@@ -35,9 +35,9 @@ def answers(
     for i, (owner, spans) in enumerate(zip(windows.owners, windows.spans, strict=True)):
         start, end, token = (np.asarray(start_logits[i]), np.asarray(end_logits[i]), windows.null_tokens[i])
         null[owner] = min(null[owner], float(start[token] + end[token]))
-        found = _best_span(start, end, spans, max_answer_tokens)
-        if found and found[0] > best[owner][0]:
-            score, first, last = found
+        span = _best_span(start, end, spans, max_answer_tokens)
+        if span and span[0] > best[owner][0]:
+            score, first, last = span
             best[owner] = (score, examples[owner].context[spans[first][0] : spans[last][1]])
     return {
         example.ident: "" if null_threshold is not None and null[i] - best[i][0] > null_threshold else best[i][1]

@@ -73,8 +73,8 @@ def _only_version(folder: Path) -> str:
         return there[0]
     if there:
         raise UserError(f"--data: {folder} holds {' and '.join(there)}; choose one with --version")
-    found = ", ".join(sorted(path.name for path in folder.iterdir())[:12]) or "nothing"
-    raise UserError(f"{folder / 'train-v1.1.json'}: not found, nor train-v2.0.json (found: {found}); {_OFFICIAL}")
+    names = ", ".join(sorted(path.name for path in folder.iterdir())[:12]) or "nothing"
+    raise UserError(f"{folder / 'train-v1.1.json'}: not found, nor train-v2.0.json (found: {names}); {_OFFICIAL}")
 
 
 def read_examples(file: Path, version: str) -> list[Example]:
@@ -84,11 +84,11 @@ def read_examples(file: Path, version: str) -> list[Example]:
         UserError: unreadable, another layout or version, no question, or too many misplaced answers.
     """
     content = _parsed(file)
-    found = _field(content, "data", list, f"{file}")
+    articles = _field(content, "data", list, f"{file}")
     if content.get("version", version).removeprefix("v") != version.removeprefix("v"):
         raise UserError(f"{file}: found version {content['version']!r}, expected {version}; {_OFFICIAL}")
     examples, misplaced = [], []
-    for i, article in enumerate(found):
+    for i, article in enumerate(articles):
         for j, paragraph in enumerate(_field(article, "paragraphs", list, f"{file}, data[{i}]")):
             where = f"{file}, data[{i}].paragraphs[{j}]"
             context = _field(paragraph, "context", str, where)
@@ -122,9 +122,9 @@ def _parsed(file: Path) -> dict[str, Any]:
 def _field(item: Any, name: str, kind: type, where: str) -> Any:
     value = item.get(name) if isinstance(item, dict) else None
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        found = f"fields {', '.join(sorted(item)[:8]) or 'none'}" if isinstance(item, dict) else type(item).__name__
-        found = f"`{name}` {type(value).__name__}" if value is not None else found
-        raise UserError(f"{where}: found {found}, needs `{name}` ({kind.__name__}); {_OFFICIAL}")
+        actual = f"fields {', '.join(sorted(item)[:8]) or 'none'}" if isinstance(item, dict) else type(item).__name__
+        actual = f"`{name}` {type(value).__name__}" if value is not None else actual
+        raise UserError(f"{where}: found {actual}, needs `{name}` ({kind.__name__}); {_OFFICIAL}")
     if kind is str and any("\ud800" <= c <= "\udfff" for c in value):
         raise UserError(f"{where}: found half a surrogate pair in `{name}`, which is no character; {_OFFICIAL}")
     return value

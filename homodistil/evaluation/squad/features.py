@@ -55,17 +55,17 @@ def windows(
 ) -> Windows:
     """Args: labelled: with the positions of the first answer, for training. Lengths are in tokens."""
     check_lengths(tokenizer, max_length, stride)
-    found = Windows([], [], [], [])
+    all_windows = Windows([], [], [], [])
     for first in range(0, len(examples), _BATCH):
-        _add(found, examples[first : first + _BATCH], first, tokenizer, max_length, stride)
+        _add(all_windows, examples[first : first + _BATCH], first, tokenizer, max_length, stride)
     if labelled:
-        for inputs, owner, spans, null in zip(*found, strict=True):
+        for inputs, owner, spans, null in zip(*all_windows, strict=True):
             start, end = _position(examples[owner], spans) or (null, null)
             inputs |= {"start_positions": start, "end_positions": end}
-    return found
+    return all_windows
 
 
-def _add(found: Windows, examples, first: int, tokenizer, max_length: int, stride: int) -> None:
+def _add(target: Windows, examples, first: int, tokenizer, max_length: int, stride: int) -> None:
     encoded = tokenizer(
         _cut_questions(examples, tokenizer),
         [example.context for example in examples],
@@ -79,10 +79,10 @@ def _add(found: Windows, examples, first: int, tokenizer, max_length: int, strid
     for i, (owner, pairs) in enumerate(zip(owners, offsets, strict=True)):
         inputs = {name: values[i] for name, values in encoded.items()}
         ids, sequences = inputs["input_ids"], encoded.sequence_ids(i)
-        found.inputs.append(inputs)
-        found.owners.append(first + owner)
-        found.spans.append([tuple(pair) if s == 1 else None for pair, s in zip(pairs, sequences, strict=True)])
-        found.null_tokens.append(ids.index(tokenizer.cls_token_id) if tokenizer.cls_token_id in ids else 0)
+        target.inputs.append(inputs)
+        target.owners.append(first + owner)
+        target.spans.append([tuple(pair) if s == 1 else None for pair, s in zip(pairs, sequences, strict=True)])
+        target.null_tokens.append(ids.index(tokenizer.cls_token_id) if tokenizer.cls_token_id in ids else 0)
 
 
 def _cut_questions(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> list[str]:

@@ -96,10 +96,10 @@ def train(checkpoint: str | Path, encoded: Encoded, settings: Settings) -> tuple
     progress.now("choosing answers out of all windows")
     threshold = settings.null_threshold if encoded.data.has_unanswerable else None
     dev = encoded.data.dev
-    found = answers(dev, encoded.dev, start_logits, end_logits, settings.max_answer_tokens, threshold)
+    texts = answers(dev, encoded.dev, start_logits, end_logits, settings.max_answer_tokens, threshold)
     about = {"steps": trainer.state.global_step, "seconds": time.perf_counter() - start}
     about["parameters"] = sum(p.numel() for p in trainer.model.parameters())
-    return score(dev, found) | about, found
+    return score(dev, texts) | about, texts
 
 
 def load_reader(folder: str) -> nn.Module:

@@ -83,8 +83,8 @@ def _name(settings: Settings) -> str:
 
 def _read(file: Path, identity: dict[str, Any]) -> Record:
     record = read_record(file, lambda record: ("exact", "f1"))
-    found = record["identity"]
-    if differing := [name for name, value in identity.items() if found.get(name) != value]:
+    stored = record["identity"]
+    if differing := [name for name, value in identity.items() if stored.get(name) != value]:
         raise UserError(
             f"{file}: result of another run (differs in {', '.join(differing)}); give another --out, or delete the "
             f"old results"
@@ -100,10 +100,10 @@ def summarise(records: Iterable[Record]) -> list[dict[str, Any]]:
         groups.setdefault(tuple(record["setting"][name] for name in _SETTING), []).append(record)
     summaries = []
     for key, group in sorted(groups.items()):
-        found = {m: [r["result"][m] for r in group] for m in METRICS if m in group[0]["result"]}
+        scores = {m: [r["result"][m] for r in group] for m in METRICS if m in group[0]["result"]}
         seeds = sorted(record["setting"]["seed"] for record in group)
         summary = dict(zip(_SETTING, key, strict=True)) | {"seeds": seeds}
-        summaries.append(summary | {"metrics": {name: _spread(values) for name, values in found.items()}})
+        summaries.append(summary | {"metrics": {name: _spread(values) for name, values in scores.items()}})
     return sorted(summaries, key=lambda summary: -summary["metrics"]["f1"]["median"])
 
 

@@ -44,19 +44,19 @@ def score(examples: Sequence[Example], predictions: Mapping[str, str]) -> dict[s
         exact, f1; where some questions have no answer also has_answer_exact, has_answer_f1 (the others alone) and
         no_answer_accuracy.
     """
-    found = {True: [], False: []}
+    scores = {True: [], False: []}
     for example in examples:
         # As officially: answers that normalise to nothing do not count, and no answer at all is the empty one.
         truths = [answer.text for answer in example.answers if normalised(answer.text)] or [""]
         prediction = predictions[example.ident]
         pair = tuple(max(metric(prediction, truth) for truth in truths) for metric in (exact_match, f1))
-        found[bool(example.answers)].append(pair)
-    exact, overlap = _means(found[True] + found[False])
+        scores[bool(example.answers)].append(pair)
+    exact, overlap = _means(scores[True] + scores[False])
     values = {"exact": exact, "f1": overlap}
-    if found[False]:
-        values["no_answer_accuracy"] = _means(found[False])[0]
-        if found[True]:
-            values["has_answer_exact"], values["has_answer_f1"] = _means(found[True])
+    if scores[False]:
+        values["no_answer_accuracy"] = _means(scores[False])[0]
+        if scores[True]:
+            values["has_answer_exact"], values["has_answer_f1"] = _means(scores[True])
     return values
 
 

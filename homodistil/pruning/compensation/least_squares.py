@@ -90,7 +90,7 @@ def standardise(rows: Tensor, eps: float) -> Tensor:
 
 def sum_over_rows(sums: Iterable[Tensor]) -> Tensor:
     """Sum of equal-shaped tensors (one at least), and over ranks."""
-    found = None
+    total = None
     for part in sums:
-        found = part if found is None else found.add_(part)
-    return ranks.total(found)
+        total = part if total is None else total.add_(part)
+    return ranks.total(total)

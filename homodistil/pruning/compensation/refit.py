@@ -176,7 +176,9 @@ class Refit:
             "ffn_sum": (parts.ffn_norm.bias, taken_in[parts.ffn_norm]),
             "output": (parts.ffn_norm.bias, put_out[parts.ffn_norm]),
         }
-        return LayerTargets(**{n: self.changes.of(bias, stream.rows(found)) for n, (bias, found) in seen.items()})
+        return LayerTargets(
+            **{n: self.changes.of(bias, stream.rows(activations)) for n, (bias, activations) in seen.items()}
+        )
 
     def _attention(self, i: int, parts, targets: list[LayerTargets]) -> None:
         """After this, `stream.new` is the residual stream between attention and feed-forward block."""

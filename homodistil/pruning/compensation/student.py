@@ -41,11 +41,11 @@ def propose(student: Student, keep: Keep, batches: Sequence[Batch], options: Opt
         fixed: residual dims (the current numbering) that stay coordinates, int64 (k,), ascending.
     """
     table = student.family.axis_table(student.model)
-    found = compensate(student.model, student.family, table, keep, batches, options, fixed)
-    maps: dict[str, DimMaps] = {f"model.{name}": dims for name, dims in found.plan.maps.items()}
-    maps |= _projection_maps(student, found.plan)
-    weights = {f"model.{name}": parameter.detach() for name, parameter in found.model.named_parameters()}
-    return EventChange(make_plan(student.axis_table(), found.plan.keep, maps), weights, found.report)
+    compensated = compensate(student.model, student.family, table, keep, batches, options, fixed)
+    maps: dict[str, DimMaps] = {f"model.{name}": dims for name, dims in compensated.plan.maps.items()}
+    maps |= _projection_maps(student, compensated.plan)
+    weights = {f"model.{name}": parameter.detach() for name, parameter in compensated.model.named_parameters()}
+    return EventChange(make_plan(student.axis_table(), compensated.plan.keep, maps), weights, compensated.report)
 
 
 def _projection_maps(student: Student, plan: ResizePlan) -> dict[str, DimMaps]:

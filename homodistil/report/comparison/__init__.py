@@ -62,10 +62,10 @@ def write_comparison(
     Raises:
         UserError: page or figures cannot be written.
     """
-    found = models(rows)
-    points = scatter(found)
+    compared = models(rows)
+    points = scatter(compared)
     with writing_report(path):
-        write_page(path, render(title, found, points, curves, notes, sources))
+        write_page(path, render(title, compared, points, curves, notes, sources))
         if figures and points:
             export(points, figures, "size-quality-speed")
         export_curves(curves, figures)

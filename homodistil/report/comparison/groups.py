@@ -45,10 +45,10 @@ class Model:
 
     def spread(self, column: str) -> Spread | None:
         """None: not measured."""
-        found = self.values.get(column)
-        if not found:
+        values = self.values.get(column)
+        if not values:
             return None
-        return Spread(statistics.fmean(found), statistics.stdev(found) if len(found) > 1 else None)
+        return Spread(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None)
 
     def mean(self, column: str) -> float | None:
         spread = self.spread(column)
@@ -64,7 +64,7 @@ def models(rows: Iterable[Mapping[str, Any]]) -> list[Model]:
     """
     groups: dict[tuple, dict[Any, list[Values]]] = {}
     for row in rows:
-        numbers = {name: found for name, value in _with_speed(row).items() if (found := _numbers(name, value))}
+        numbers = {name: values for name, value in _with_speed(row).items() if (values := _numbers(name, value))}
         key = (
             str(row.get("name", "model")),
             *(tuple(numbers.get(name, ())[:1]) for name in ("parameters", "hidden_size")),
@@ -99,16 +99,16 @@ def _numbers(name: str, value: Any) -> list[float]:
 def _model(name: str, group: Sequence[Values]) -> Model:
     values: dict[str, list[float]] = {}
     for numbers in group:
-        for column, found in numbers.items():
-            values.setdefault(column, []).extend(found)
+        for column, of_seeds in numbers.items():
+            values.setdefault(column, []).extend(of_seeds)
     for column in ("parameters", "hidden_size"):
         values[column] = values.get(column, [])[:1]
     return Model(name, {c: v for c, v in values.items() if v}, max(map(len, values.values()), default=0))
 
 
-def columns(found: Sequence[Model]) -> dict[str, tuple[str, str]]:
+def columns(compared: Sequence[Model]) -> dict[str, tuple[str, str]]:
     """`COLUMNS` and the rows' further numbers, without what no model has: name -> (heading, form)."""
-    named = dict.fromkeys(column for model in found for column in model.values)
+    named = dict.fromkeys(column for model in compared for column in model.values)
     forms = COLUMNS | {name: (name.replace("_", " "), _OTHER_FORM) for name in named if name not in COLUMNS}
     return {name: form for name, form in forms.items() if name in named}
 

@@ -108,5 +108,5 @@ def _table(models: Sequence[Model]) -> tuple[list[str], list[list[str]]]:
     lines = [[m.name, str(m.num_seeds), *(cell(m, c, form) for c, (_, form) in shown.items())] for m in models]
     if len(headings) <= _MOST_COLUMNS or len(models) + 1 >= len(headings):
         return headings, lines
-    first, *others = zip(headings, *lines, strict=True)
-    return list(first), [list(line) for line in others]
+    first, *rest = zip(headings, *lines, strict=True)
+    return list(first), [list(line) for line in rest]

@@ -85,8 +85,8 @@ def _add_rows(entry: Entry) -> None:
     rows = entry.run.rows
     path = entry.run.folder / ROW_FILE
     if not rows and path.is_file():
-        found = _object(path, entry.notes)
-        rows = [found] if found else []
+        content = _object(path, entry.notes)
+        rows = [content] if content else []
     entry.found = list(rows)
     student = _student(rows)
     for row in rows:
@@ -149,14 +149,14 @@ def _add_glue(entry: Entry) -> None:
 
 def _object(path: Path, notes: list[str]) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        check_size(found)
-        found = clean(found)
+        content = json.loads(path.read_text(encoding="utf-8"))
+        check_size(content)
+        content = clean(content)
     except (OSError, ValueError, RecursionError) as error:
-        found = str(error).splitlines()[0]
-    if isinstance(found, dict):
-        return found
-    notes.append(f"{path.name}: cannot be read ({found if isinstance(found, str) else 'no object'})")
+        content = str(error).splitlines()[0]
+    if isinstance(content, dict):
+        return content
+    notes.append(f"{path.name}: cannot be read ({content if isinstance(content, str) else 'no object'})")
     return {}
 
 
@@ -174,13 +174,13 @@ def run_curves(entries: Sequence[Entry]) -> list[Curve]:
     order = list(dict.fromkeys(entry.setting for entry in entries))
 
     def lines(points_of) -> list[Line]:
-        found, labelled = [], set()
+        curves, labelled = [], set()
         for entry in entries:
             if points := points_of(entry.run):
                 label = "" if entry.setting in labelled else entry.label
                 labelled.add(entry.setting)
-                found.append(Line(label, points, style=order.index(entry.setting)))
-        return found
+                curves.append(Line(label, points, style=order.index(entry.setting)))
+        return curves
 
     def evaluated(name: str) -> list[Line]:
         return lines(lambda run: run.evaluation_points(name))

@@ -172,15 +172,15 @@ class Adapter(ABC):
         for group in groups:
             for held in group.held:
                 held_by_name.setdefault(held.name, []).append((group, held))
-        found = {}
+        weights = {}
         for name, param in self.parameters.items():
             full = torch.zeros(math.prod(full_shape(param)), device=device)
             for group, held in held_by_name.get(name, ()):
                 full[held.start : held.start + held.numel] = held_part(group.master, held)
             if name not in whole:
                 dist.all_reduce(full)  # every element is on one rank, the others add zero
-            found[name] = full.view(full_shape(param))
-        return found
+            weights[name] = full.view(full_shape(param))
+        return weights
 
     def load_state(self, state_names: list[str], scalars: dict, read: ReadState) -> None:
         """See `homodistil.resize.load_state`."""

@@ -79,8 +79,8 @@ class Bf16Adapter(FlatAdapter):
         return has_gradients or any(param.grad is not None for param in self.parameters.values())
 
     def gradients(self, i: int) -> Callable[[MasterSlice], Tensor]:
-        own = self.optimizer.fp32_groups_gradient_flat_partition[i]
-        return lambda held: own[held.position : held.position + held.numel]
+        local = self.optimizer.fp32_groups_gradient_flat_partition[i]
+        return lambda held: local[held.position : held.position + held.numel]
 
     def drop_views(self) -> None:
         """Everything that refers to the gradient buffers and the old weights, masters and moments."""

@@ -64,14 +64,14 @@ class FlatAdapter(Adapter):
 
     def groups(self) -> list[StateGroup]:
         state = self.torch_optimizer().state
-        found = []
+        state_groups = []
         for i, master in enumerate(self.masters()):
             names, layout = [self.name_of[param] for param in self.params(i)], self.layout(i)
             pieces = layout.partition_pieces(self.rank(i))
             held = [MasterSlice(names[piece.parameter], piece.start, piece.position, piece.numel) for piece in pieces]
             replicated = layout.num_partitions < dist.get_world_size()
-            found.append(StateGroup(master, state.get(master, {}), held, replicated))
-        return found
+            state_groups.append(StateGroup(master, state.get(master, {}), held, replicated))
+        return state_groups
 
     def padding(self) -> Iterator[Tensor]:
         for i, group in enumerate(self.groups()):
@@ -152,18 +152,18 @@ class FlatAdapter(Adapter):
         """Whether the model's weights are the rounded masters by now."""
         return True
 
-    def check_group(self, i: int, found: dict[str, tuple[object, object]]) -> None:
-        """Raise ValueError for the first of `found` (field -> found and expected) that differs, then check content."""
-        for field, (value, expected) in found.items():
+    def check_group(self, i: int, compared: dict[str, tuple[object, object]]) -> None:
+        """Raise ValueError for the first of `compared` (field -> actual, expected) that differs, then check content."""
+        for field, (value, expected) in compared.items():
             if value != expected:
                 raise ValueError(f"{field}[{i}]: {_first_difference(value, expected)}")
         layout, flat, master = self.layout(i), self.weights(i), self.masters()[i]
         for param, offset in zip(self.params(i), layout.offsets, strict=True):
             if param.data_ptr() != flat.data_ptr() + offset * flat.element_size():
                 raise ValueError(f"{self.weights_field}[{i}]: a parameter is not a view of it at element {offset}")
-        own = flat[self.rank(i) * layout.partition_numel :][: layout.partition_numel]
+        local = flat[self.rank(i) * layout.partition_numel :][: layout.partition_numel]
         rounded = master.detach().to(device=flat.device, dtype=flat.dtype)
-        if self.weights_follow_masters() and not torch.equal(own, rounded):
+        if self.weights_follow_masters() and not torch.equal(local, rounded):
             raise ValueError(f"{self.masters_field}[{i}]: the model's weights are not these, rounded")
         for key, value in self.torch_optimizer().state.get(master, {}).items():
             if torch.is_tensor(value) and value.ndim > 0 and value.shape != master.shape:
@@ -187,8 +187,8 @@ def gaps(pieces: list, numel: int) -> Iterator[tuple[int, int]]:
         yield end, numel
 
 
-def _first_difference(found: object, expected: object) -> str:
-    if isinstance(found, list) and isinstance(expected, list) and len(found) == len(expected):
-        place = next(k for k, pair in enumerate(zip(found, expected, strict=True)) if pair[0] != pair[1])
-        return f"found {found[place]} at {place}, expected {expected[place]}"
-    return f"found {found}, expected {expected}"
+def _first_difference(actual: object, expected: object) -> str:
+    if isinstance(actual, list) and isinstance(expected, list) and len(actual) == len(expected):
+        place = next(k for k, pair in enumerate(zip(actual, expected, strict=True)) if pair[0] != pair[1])
+        return f"found {actual[place]} at {place}, expected {expected[place]}"
+    return f"found {actual}, expected {expected}"

@@ -43,18 +43,18 @@ class OffloadAdapter(ZeroAdapter):
                 "param_buffer_of_bit16_for_cpu_offload_groups": self._bit16_buffers()[i],
             }.items():
                 if tensor is None or tuple(tensor.shape) != (size,):
-                    found = "nothing" if tensor is None else tuple(tensor.shape)
-                    raise ValueError(f"{field}[{i}]: found {found}, expected shape {(size,)}")
+                    actual = "nothing" if tensor is None else tuple(tensor.shape)
+                    raise ValueError(f"{field}[{i}]: found {actual}, expected shape {(size,)}")
             self._check_positions(i)
 
     def _check_positions(self, i: int) -> None:
         layout, optimizer = self.layout(i), self.optimizer
         for piece in layout.partition_pieces(self.rank(i)):
             param = self.params(i)[piece.parameter]
-            found = optimizer.grad_position.get(optimizer.get_param_id(param))
+            actual = optimizer.grad_position.get(optimizer.get_param_id(param))
             expected = [i, piece.start, piece.position, piece.numel]
-            if found != expected:
-                raise ValueError(f"grad_position of {self.name_of[param]}: found {found}, expected {expected}")
+            if actual != expected:
+                raise ValueError(f"grad_position of {self.name_of[param]}: found {actual}, expected {expected}")
 
     def _bit16_buffers(self) -> list[Tensor]:
         return self.optimizer.param_buffer_of_bit16_for_cpu_offload_groups

@@ -42,8 +42,8 @@ class PlainAdapter(Adapter):
     def check_layout(self) -> None:
         for param, master in self.masters().items():
             if master.shape != param.shape:
-                found, expected = tuple(master.shape), tuple(param.shape)
-                raise ValueError(f"master weight of {self.name_of[param]}: shape {found}, expected {expected}")
+                actual, expected = tuple(master.shape), tuple(param.shape)
+                raise ValueError(f"master weight of {self.name_of[param]}: shape {actual}, expected {expected}")
 
     def has_pending_gradients(self) -> bool:
         return any(param.grad is not None for param in self.parameters.values())

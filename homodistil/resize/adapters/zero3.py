@@ -93,13 +93,13 @@ class Zero3Adapter(Adapter):
 
     def held(self, params: list[nn.Parameter]) -> list[MasterSlice]:
         """What lies where in this rank's shares of `params`, end to end."""
-        found, position = [], 0
+        slices, position = [], 0
         for param in params:
             layout = self.layout(param)
             for piece in layout.partition_pieces(self.rank):
-                found.append(MasterSlice(self.name_of[param], piece.start, position + piece.position, piece.numel))
+                slices.append(MasterSlice(self.name_of[param], piece.start, position + piece.position, piece.numel))
             position += layout.partition_numel
-        return found
+        return slices
 
     def padding(self) -> Iterator[Tensor]:
         flats = self.optimizer.fp16_partitioned_groups_flat
@@ -167,13 +167,13 @@ class Zero3Adapter(Adapter):
         targets = self._allocate_weights(moves) if shared else self._drop_weights()
         bytes_moved = 0
         for i, target in enumerate(targets):
-            master, own = self.masters()[i], [moves[param] for param in self.params(i)]
+            master, group_moves = self.masters()[i], [moves[param] for param in self.params(i)]
             if target is None:
-                target = torch.zeros(_numel_after(own), dtype=master.dtype, device=master.device)
-            bytes_moved += self._move(master.detach(), target, own)
+                target = torch.zeros(_numel_after(group_moves), dtype=master.dtype, device=master.device)
+            bytes_moved += self._move(master.detach(), target, group_moves)
             old, master.data = master.detach(), target
             if shared:
-                self._bind(i, target, own)
+                self._bind(i, target, group_moves)
             free(old)
         if not shared:
             # Not moved themselves: they are the rounded masters, before and after every step.
@@ -208,12 +208,12 @@ class Zero3Adapter(Adapter):
     def _move_states(self, moves: Moves) -> int:
         bytes_moved = 0
         for i, group in enumerate(self.groups()):
-            own = [moves[param] for param in self.params(i)]
+            group_moves = [moves[param] for param in self.params(i)]
             for key, value in group.state.items():
                 # Not `per_element`: the masters have their new length already.
-                if torch.is_tensor(value) and value.ndim == 1 and value.numel() == _numel_before(own):
-                    group.state[key] = torch.zeros(_numel_after(own), dtype=value.dtype, device=value.device)
-                    bytes_moved += self._move(value, group.state[key], own)
+                if torch.is_tensor(value) and value.ndim == 1 and value.numel() == _numel_before(group_moves):
+                    group.state[key] = torch.zeros(_numel_after(group_moves), dtype=value.dtype, device=value.device)
+                    bytes_moved += self._move(value, group.state[key], group_moves)
                     free(value)
         return bytes_moved
 

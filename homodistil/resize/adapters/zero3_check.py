@@ -60,8 +60,8 @@ def _check_group(adapter: Stage3Layout, i: int) -> None:
     _expect(f"fp32_partitioned_groups_flat[{i}]", tuple(master.shape), (numel,))
     _expect(f"groups_padding[{i}]", list(optimizer.groups_padding[i]), [adapter.padding_size(p) for p in params])
     if optimizer.offload_optimizer:
-        found = None if master.grad is None else tuple(master.grad.shape)
-        _expect(f"fp32_partitioned_groups_flat[{i}].grad", found, (numel,))
+        actual = None if master.grad is None else tuple(master.grad.shape)
+        _expect(f"fp32_partitioned_groups_flat[{i}].grad", actual, (numel,))
     for key, value in adapter.torch_optimizer().state.get(master, {}).items():
         if torch.is_tensor(value) and value.ndim > 0:
             _expect(f"optimizer state {key!r} of group {i}", tuple(value.shape), (numel,))
@@ -77,8 +77,8 @@ def _check_shares(adapter: Stage3Layout, i: int, before: int) -> None:
         _check_sizes(name, param, layout)
         numel = layout.partition_numel
         _expect_view(f"ds_tensor of {name} in fp16_partitioned_groups_flat[{i}]", param.ds_tensor, flat, position)
-        found = optimizer.grad_position.get(optimizer.get_param_id(param))
-        _expect(f"grad_position of {name}", found, [i, position, numel])
+        actual = optimizer.grad_position.get(optimizer.get_param_id(param))
+        _expect(f"grad_position of {name}", actual, [i, position, numel])
         gradient = gradient_of_id.get(param.ds_id)
         _expect(f"{GRADIENT_OF_ID} of {name}", None if gradient is None else tuple(gradient.shape), (numel,))
         _expect_view(f"{GRADIENT_OF_ID} of {name}", gradient, gradients, before + position)
@@ -104,9 +104,9 @@ def _check_content(adapter: Stage3Layout, i: int) -> None:
             raise ValueError(f"fp32_partitioned_groups_flat[{i}]: the model's {held.name} is not this, rounded")
 
 
-def _expect(field: str, found: object, expected: object) -> None:
-    if found != expected:
-        raise ValueError(f"{field}: found {found}, expected {expected}")
+def _expect(field: str, actual: object, expected: object) -> None:
+    if actual != expected:
+        raise ValueError(f"{field}: found {actual}, expected {expected}")
 
 
 def _expect_view(field: str, view: Tensor, flat: Tensor, position: int) -> None:
