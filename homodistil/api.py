@@ -46,7 +46,7 @@ class Distilled:
 
     @functools.cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The teacher's tokenizer, as it lies beside the exported student."""
+        """The teacher's tokenizer, which is exported with the student."""
         from transformers import AutoTokenizer
 
         return AutoTokenizer.from_pretrained(self.export)

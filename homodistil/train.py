@@ -108,7 +108,7 @@ def _train_one(run: DistillationRun, correction: dict) -> list[dict]:
 
 
 def _train_students(runs: Sequence[DistillationRun], folder: Path, correction: dict) -> list[dict]:
-    """Train the students of one job. Each gets its own table and report beside the job's (in `folder`)."""
+    """Train the students of one job. Each gets its own table and report, in addition to the job's in `folder`."""
     finished = train_together(runs, folder)
     teacher, rows = _teacher_row(runs[0], correction), []
     for run, row in zip(runs, finished, strict=True):

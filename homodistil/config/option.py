@@ -1,4 +1,4 @@
-"""What a field of the config says of itself besides default and help: its values, and how it behaves between runs.
+"""Metadata of a config field besides default and help: allowed values, and how it behaves between runs.
 
     lr: float = option(3e-3, low=0, high=10, exclude="low", resume="fixed", students="own", derived={CORRECTION: KEY})
 
@@ -140,14 +140,14 @@ def option(
 
 
 def option_of(field: dataclasses.Field) -> Option:
-    """Raises `TypeError` for a field that says nothing of itself."""
+    """Raises `TypeError` for a field without metadata."""
     if "option" not in field.metadata:
         raise TypeError(f"{field.name}: declare it by homodistil.config.option.option")
     return field.metadata["option"]
 
 
 def missing_facts(section: type) -> list[str]:
-    """What the fields of a config dataclass leave open, one line for each; empty when they say all of it."""
+    """What is missing in the metadata of the fields of a config dataclass, one line per fact; empty when complete."""
     kinds = typing.get_type_hints(section)
     return [
         f"{field.name}: {problem}"

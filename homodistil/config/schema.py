@@ -141,7 +141,7 @@ OPTIONS: dict[str, Option] = {
     for name, section in SECTIONS.items()
     for field in dataclasses.fields(section)
 }
-"""Dotted name of every field (`train.lr`), in the order of the schema -> what it says of itself."""
+"""Dotted name of every field (`train.lr`), in the order of the schema -> its metadata."""
 
 
 def value_of(config: RunConfig, name: str) -> Any:

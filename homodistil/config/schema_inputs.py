@@ -1,4 +1,4 @@
-"""Sections of the run config that say what is made from what: teacher, student, data. See `schema.py`."""
+"""Sections of the run config about the inputs: teacher, student, data. See `schema.py`."""
 
 from __future__ import annotations
 

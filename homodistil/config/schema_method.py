@@ -1,4 +1,4 @@
-"""Sections of the run config that say how it is trained: train, pruning, loss, optimizer. See `schema.py`."""
+"""Sections of the run config about the method: train, pruning, loss, optimizer. See `schema.py`."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Files that travel with the package: recipes (YAML) and DeepSpeed configs (JSON), by name.
 
-In a source checkout the DeepSpeed configs are in the folder ds_configs/ beside the package, in an installed package
+In a source checkout the DeepSpeed configs are in the folder ds_configs/ next to the package, in an installed package
 inside it.
 """
 

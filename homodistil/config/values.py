@@ -59,7 +59,7 @@ REMOVED_FIELDS = {
 _REMOVED_VALUES = {
     ("optimizer.implementation", "homodistil_fused"): "it showed no gain (79 ms against 80 ms on the CPU)"
 }
-"""(field, value) -> why it is gone."""
+"""(field, value) -> why it was removed."""
 
 
 def read_yaml(path: Path, flag: str) -> yaml.Node | None:

@@ -1,4 +1,4 @@
-"""The objective: the weighted sum of the terms of a run (losses/), each taken while the student's forward pass goes by.
+"""The objective: the weighted sum of the terms of a run (losses/), each computed during the student's forward pass.
 
     L = MLM + a1 KL + a2 sum_k hidden_k + a3 sum_k attention_k + a4 embedding      (HomoDistil), and further terms
 
@@ -59,11 +59,11 @@ class ComparedStudent(StudentSide, Protocol):
 
 
 class Comparison(ActivationVisitor):
-    """The terms of one micro-batch, gathered while the student's forward pass goes by.
+    """The terms of one micro-batch, collected during the student's forward pass.
 
     Args:
         objective: the terms.
-        student: what they may ask of it.
+        student: the side of the student that terms may read.
         batch: with `counts` = means over all micro-batches of the step on all ranks.
         targets: the teacher's side; None leaves the terms of the student alone (MLM: teacher correction).
     """

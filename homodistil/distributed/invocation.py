@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 TYPED_VARIABLE = "HOMODISTIL_COMMAND"
-"""Environment variable by which `--ranks N` (start_ranks.py) tells the ranks what was typed."""
+"""Environment variable by which `--ranks N` (start_ranks.py) passes the typed command to the ranks."""
 _typed: list[str] | None = None
 
 

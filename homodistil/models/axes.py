@@ -25,7 +25,7 @@ Widths = Mapping[str, int]
 Keep = Mapping[str, Tensor]
 """Axis name -> int64 indices (in the current numbering) that stay, ascending; an absent axis stays whole.
 
-Shape (k,); for `qk_dim` and `vo_dim` (heads today, k): every head chooses its own k dims. The row of a head that
+Shape (k,); for `qk_dim` and `vo_dim` (current heads, k): every head chooses its own k dims. The row of a head that
 goes in the same event is ignored.
 """
 
@@ -116,7 +116,7 @@ def whole(widths: Widths) -> dict[str, Tensor]:
 def expand_to_teacher(kept: dict[str, Tensor], teacher_widths: dict[str, int]) -> dict[str, Tensor]:
     """`kept` (origins of the current entries) as a keep in the teacher's numbering.
 
-    The dims of heads get a row for every teacher head; rows of heads that are gone do not matter.
+    The dims of heads get a row for every teacher head; rows of removed heads do not matter.
     """
     keep = {}
     for axis, index in kept.items():

@@ -1,4 +1,4 @@
-"""What a model family has to say of its models: the contract between stock Hugging Face classes and everything else.
+"""The contract of a model family: the interface between stock Hugging Face classes and everything else.
 
 Nothing outside `models/` knows a family's parameter names, the order of its blocks, or what a stock configuration can
 hold. A family is an object of a class that implements this contract; encoders with LayerNorm after each block share
@@ -76,13 +76,13 @@ class ModelFamily(ABC):
     auto_class: str
     """Name of the `transformers` class that loads an exported checkpoint."""
     pipeline_tag: str
-    """What the hub says a checkpoint is for: "fill-mask"."""
+    """The pipeline tag of a checkpoint on the hub: "fill-mask"."""
 
     # --- configurations
 
     @abstractmethod
     def shape(self, config: PretrainedConfig) -> ModelShape:
-        """What `config` says of the architecture."""
+        """The architecture that `config` describes."""
 
     @abstractmethod
     def set_dropout(self, config: PretrainedConfig, probability: float) -> None:

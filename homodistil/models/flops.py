@@ -22,7 +22,7 @@ class StepFlops:
     student: float
     """Forward and backward of the student."""
     losses: float
-    """What the terms compute beside the models: projections and recomputed scores, with their backward."""
+    """What the terms compute in addition to the models: projections and recomputed scores, with their backward."""
 
     @property
     def total(self) -> float:

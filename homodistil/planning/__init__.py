@@ -1,4 +1,4 @@
-"""What a run will take, before it is started: memory of a rank, time, energy and money, from shapes alone.
+"""What a run will take, before it is started: memory per rank, time, energy and money, from shapes alone.
 
     plan = plan.make_plan(config, engine_config, cluster)     # no weights are read, no rank is started
     print(table.format_plan(plan)); plan.to_dict()

@@ -41,8 +41,8 @@ class Calibration:
     """How fast and how large steps are on this machine, fitted to measurements.
 
     Args:
-        wall, cpu: seconds a unit of each field of `StepWork`.
-        process_bytes: what a rank holds beside what is counted: libraries, their caches and workspaces.
+        wall, cpu: seconds per unit of each field of `StepWork`.
+        process_bytes: what a rank holds in addition to what is counted: libraries, their caches and workspaces.
         error: largest relative error of wall time on the samples themselves, at least 5 %.
         machine: where it was measured.
     """

@@ -43,12 +43,13 @@ class Importance:
         self.uncertainty = _zeros(table, device)
 
     def measure(self, pieces: Iterable[Piece], table: AxisTable, shapes: dict[str, tuple[int, ...]]) -> Keep:
-        """One step's sums by axis, alike on all ranks; nothing is taken in before `accept`. Every rank calls it.
+        """One step's sums by axis, equal on all ranks; nothing is added to the average before `accept`. Every rank
+        calls it.
 
         Args:
             pieces: what this rank holds.
             table: axes at their current widths.
-            shapes: of the parameters today.
+            shapes: current shapes of the parameters.
         """
         return {} if self.config.importance == "random" else self._sums(pieces, table, shapes)
 

@@ -54,7 +54,7 @@ class Schedule(Protocol):
         """The event after update `step`, for which `is_due` was true; None: there is none after all."""
 
     def after_event(self, step: int, kl_before: float, kl_after: float, forced: bool) -> dict[str, object]:
-        """Take in what the event did to the KL (nats); returns what its line in events.jsonl tells beside."""
+        """Record what the event did to the KL (nats); returns further entries of its line in events.jsonl."""
 
     def milestone_due(self, step: int, widths: Widths) -> Milestone | None:
         """The milestone that is to be exported after update `step` by a student of these widths."""

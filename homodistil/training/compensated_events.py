@@ -49,7 +49,7 @@ class Compensation:
         """The compensated event that leaves `keep` of a plain fp32 student, which is not changed. Every rank calls it.
 
         Args:
-            fixed: as dims of the teacher; None: nothing is rotated, whatever pruning.compensation says (`refit`).
+            fixed: as dims of the teacher; None: nothing is rotated, whatever pruning.compensation is (`refit`).
         """
         options = self._options(consumed_samples)
         if fixed is None:

@@ -41,9 +41,9 @@ _NOT_CONTENT = ("_name_or_path", "transformers_version")
 
 
 def begun_with(run_folders: Sequence[Path]) -> dict[str, str] | None:
-    """What the checkpoints of these runs know of theirs; None where there is no checkpoint (rank 0 only).
+    """Fingerprints that the checkpoints of these runs hold; None where there is no checkpoint (rank 0 only).
 
-    One that was written before checkpoints knew is told in one line, and continues with what there is ({}).
+    For a checkpoint of a version without fingerprints one line is printed, and the run continues ({}).
     """
     known = [saved_fingerprints(Path(folder) / "checkpoints") for folder in run_folders]
     known = [saved for saved in known if saved is not None]

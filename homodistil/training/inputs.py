@@ -54,7 +54,7 @@ class RunInputs:
     fingerprints: Fingerprints = field(default_factory=dict)
     """Fingerprints of all inputs; checkpoints keep them."""
     begun_with: Fingerprints | None = None
-    """What the checkpoint to resume from says of its own; None: there is none."""
+    """Fingerprints in the checkpoint to resume from; None: there is no checkpoint."""
     corpus_check: BackgroundCheck | None = None
     """Check of a large corpus in the background; None: nothing is being checked."""
 

@@ -92,7 +92,7 @@ def _check_same_run(folder: Path, config: RunConfig) -> None:
 
 
 def _check_removed(folder: Path, before: dict) -> None:
-    """Refuse to resume a run that used a field which is gone, whatever this config says."""
+    """Refuse to resume a run that used a field which has been removed."""
     for name, removed in REMOVED_FIELDS.items():
         section, field = name.split(".")
         value = before[section].get(field, removed.harmless)

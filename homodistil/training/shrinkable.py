@@ -22,7 +22,7 @@ from homodistil.training.micro_batch import MicroBatchPolicy, fit_micro_batch
 class Shrinkable(Protocol):
     """A student that loses neurons. Every rank calls every method, with the same arguments.
 
-    What `resize`, `write` and `settle` return is what the event's line in events.jsonl tells of them.
+    What `resize`, `write` and `settle` return are entries of the event's line in events.jsonl.
     """
 
     student: Student
@@ -65,7 +65,7 @@ class PlainStudent:
         return {}
 
     def after(self, change: EventChange) -> Student:
-        """The student, gone through `change`."""
+        """The student after `change`."""
         self.resize(change.plan)
         self.write(change.weights)
         return self.student

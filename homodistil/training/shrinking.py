@@ -116,7 +116,7 @@ class Shrinker:
         return moved
 
     def _refit(self, target: Shrinkable, change: EventChange) -> dict[str, float]:
-        """Give the target, which has been cut, its refitted weights. What the event's line tells of it."""
+        """Give the target, which has been cut, its refitted weights. Returns entries of the event's line."""
         if not change.weights:
             return {}
         kl_after_cut = self.gap.measure()["kl"]
@@ -176,7 +176,8 @@ class Shrinker:
         return measure_importance(engine, self.pruner.importance, self.student.axis_table(), shapes)
 
     def accept(self, scores: Keep | None) -> None:
-        """Take in what `measure` returned, once the update has been applied: an fp16 overflow tells nothing."""
+        """Add what `measure` returned to the average, once the update has been applied: an fp16 overflow has no
+        meaning."""
         if scores is not None:
             self.pruner.accept(scores)
 

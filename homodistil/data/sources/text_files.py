@@ -58,7 +58,7 @@ class TextFile:
         return last if last in KINDS and not is_packed_parquet else None
 
     def num_bytes(self) -> int | None:
-        """Size of the stored file; None where a server does not say. Raises `UserError`."""
+        """Size of the stored file; None where a server does not report it. Raises `UserError`."""
         with self._errors():
             if not self.is_remote:
                 return os.stat(self.location).st_size

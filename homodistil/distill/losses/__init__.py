@@ -1,4 +1,4 @@
-"""Terms of the objective: one class for each (term.py says what a term is), and what several of them share."""
+"""Terms of the objective: one class per term (term.py defines the interface), and what several of them share."""
 
 from homodistil.distill.losses.attention import Attention
 from homodistil.distill.losses.cosine import Cosine

@@ -1,4 +1,4 @@
-"""What a loss term is: a class that compares student and teacher, and says what that costs.
+"""The interface of a loss term: a class that compares student and teacher, and counts its cost.
 
     class Gram(Term):
         names = ("gram",)
@@ -209,7 +209,8 @@ class Term:
         return 0, 0
 
     def saved_bytes(self, sizes: BatchSizes) -> float:
-        """What it keeps from the student's forward pass until the backward pass begins, beside what the model saves."""
+        """What it keeps from the student's forward pass until the backward pass begins, in addition to what the model
+        saves."""
         return 0
 
     def logit_rows(self, sizes: BatchSizes) -> float:

@@ -22,7 +22,7 @@ class FailureDetector:
     """Decides from the heartbeats of the other ranks which of them is lost or stuck.
 
     Args:
-        own_rank: never called gone.
+        own_rank: the rank of this process, which is never reported as lost.
         rank_timeout_s: after which a rank without a report is stuck.
     """
 

@@ -1,4 +1,4 @@
-"""How far this rank has come, as its main thread says it. Read by the watching thread (watchdog.py) every second."""
+"""Progress of this rank, reported by its main thread. Read by the watching thread (watchdog.py) every second."""
 
 from __future__ import annotations
 

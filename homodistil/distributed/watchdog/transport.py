@@ -1,4 +1,4 @@
-"""The wires that heartbeats travel on: one TCP connection between rank 0 and every other rank, a line a sign.
+"""Transport of heartbeats: one TCP connection between rank 0 and every other rank, one line per heartbeat.
 
 Not a torch store: a connection tells at once that the process at its other end has died, wherever that runs, and a
 store whose server is gone fills the log with C++ stack traces.

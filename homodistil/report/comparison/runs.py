@@ -34,7 +34,7 @@ class Entry:
     found: list[dict[str, Any]] = field(default_factory=list)
     """Rows as they stand in the folder."""
     rows: list[dict[str, Any]] = field(default_factory=list)
-    """The rows under names that tell the runs apart."""
+    """The rows under names that distinguish the runs."""
     notes: list[str] = field(default_factory=list)
 
 
