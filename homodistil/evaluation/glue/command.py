@@ -32,13 +32,7 @@ def main(argv: list[str]) -> None:
             device=arguments.device,
             precision=arguments.precision,
         )
-        grid = Grid(
-            lrs=arguments.lr,
-            batch_sizes=arguments.batch_size,
-            epochs=arguments.epochs,
-            seeds=arguments.seeds,
-            shared=shared,
-        )
+        grid = Grid.of(arguments, shared)
         tasks = chosen_tasks(arguments.tasks, arguments.data)
         cache_dir = arguments.cache_dir.expanduser()
         with on_signals():

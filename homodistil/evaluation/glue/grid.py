@@ -6,6 +6,7 @@ data or other settings is a mistake, never overwritten.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import itertools
 import json
@@ -45,6 +46,17 @@ class Grid:
     epochs: Sequence[int]
     seeds: Sequence[int]
     shared: Settings
+
+    @classmethod
+    def of(cls, arguments: argparse.Namespace, shared: Settings) -> Grid:
+        """The grid of a command line (`command_line.fine_tuning_parser`)."""
+        return cls(
+            lrs=arguments.lr,
+            batch_sizes=arguments.batch_size,
+            epochs=arguments.epochs,
+            seeds=arguments.seeds,
+            shared=shared,
+        )
 
     def settings(self) -> Iterator[Settings]:
         """Every run, seeds innermost."""

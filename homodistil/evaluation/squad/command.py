@@ -38,13 +38,7 @@ def main(argv: list[str]) -> None:
             device=arguments.device,
             precision=arguments.precision,
         )
-        grid = Grid(
-            lrs=arguments.lr,
-            batch_sizes=arguments.batch_size,
-            epochs=arguments.epochs,
-            seeds=arguments.seeds,
-            shared=shared,
-        )
+        grid = Grid.of(arguments, shared)
         cache_dir = arguments.cache_dir.expanduser()
         with on_signals():
             records = run_grid(arguments.checkpoint, data, grid, arguments.out, cache_dir, progress.say)

@@ -7,12 +7,11 @@ import os
 import re
 import subprocess
 import sys
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 import yaml
-from matplotlib.text import Text
+from support.html_page import Page
 
 from homodistil.config.schema import RunConfig
 from homodistil.errors import UserError
@@ -21,42 +20,10 @@ from homodistil.metrics.result_table import write_result
 from homodistil.report import write_report
 from homodistil.report.comparison import write_run_comparison
 from homodistil.report.curves import curves, width_history
-from homodistil.report.figures import MAX_POINTS, MAX_TICKS, compose, log_ticks, spread, thinned, within
+from homodistil.report.figures import compose
 from homodistil.report.run import read_run
-from homodistil.report.speed import memory_sentences, speed_sentences
 
-VOID = {"meta", "br", "link", "img", "hr", "input"}
 LAUNCHER = Path(__file__).parents[3] / "launcher" / "report.py"
-
-
-class Page(HTMLParser):
-    """Text, tags and attributes of a page; an unbalanced tag fails."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.text, self.tags, self.attributes, self._open = [], [], [], []
-        self.feed(html)
-        self.close()
-        assert not self._open
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.attributes += [(tag, name, value or "") for name, value in attrs]
-        if tag not in VOID:
-            self._open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.tags.append(tag)
-        self.attributes += [(tag, name, value or "") for name, value in attrs]
-
-    def handle_endtag(self, tag):
-        assert self._open.pop() == tag
-
-    def handle_data(self, data):
-        self.text.append(data.strip())
-
-    def handle_decl(self, decl):
-        assert decl == "doctype html"
 
 
 def widths(hidden: int, ffn: tuple[int, int], head_dim: int) -> dict[str, int]:
@@ -260,111 +227,6 @@ def test_widths_come_from_events_and_otherwise_from_the_log(run_dir, tmp_path_fa
     with Recorder(plain, total_steps=60, start_step=0, enabled=True) as recorder:
         recorder.log_step(10, {"loss/total": 1.0, "widths/hidden": 31, "widths/layer.0.ffn": 17})
     assert width_history(read_run(plain)) == [(10, {"hidden": 31, "layer.0.ffn": 17})]
-
-
-@pytest.mark.parametrize("count", [0, 1, MAX_POINTS, MAX_POINTS + 1, 7 * MAX_POINTS + 3])
-def test_thinning_keeps_the_ends(count):
-    points = [(i, float(i)) for i in range(count)]
-    kept = thinned(points)
-    assert len(kept) <= MAX_POINTS and kept[:1] == points[:1] and kept[-1:] == points[-1:]
-    assert len(kept) > min(count, MAX_POINTS) / 2 or count == 0
-    assert kept == sorted(set(kept))
-
-
-@pytest.mark.parametrize("heights", [[0.5], [0.1, 0.9], [0.5, 0.5, 0.5], [0.9, 0.2, 0.21, 0.25, 0.89], [0.1] * 9])
-def test_labels_are_moved_apart_in_order(heights):
-    placed = spread(heights, gap=0.1)
-    order = sorted(range(len(heights)), key=lambda i: heights[i])
-    gaps = [placed[b] - placed[a] for a, b in zip(order, order[1:], strict=False)]
-    assert all(gap > 0.1 - 1e-9 for gap in gaps)
-    assert sum(placed) == pytest.approx(sum(heights))  # blocks stay centred: nothing drifts up or down
-    if len(heights) == 2:
-        assert placed == heights
-
-
-@pytest.mark.parametrize("low, high", [(0.09, 6), (1.4e-5, 30), (1e-9, 1e9), (0.3, 7), (3.0, 70), (1e-300, 1e3)])
-def test_numbers_of_a_logarithmic_axis_do_not_touch(low, high):
-    ticks = log_ticks(low, high)
-    assert 1 < len(ticks) <= MAX_TICKS and all(low <= tick <= high for tick in ticks)
-    steps = [b / a for a, b in zip(ticks, ticks[1:], strict=False)]
-    assert min(steps) > (high / low) ** (0.5 / MAX_TICKS)  # no two are much nearer than at equal distances
-
-
-@pytest.mark.parametrize("num_layers", [2, 12, 24])
-@pytest.mark.parametrize("slope", [0.002, 0.3])
-def test_layer_numbers_stand_at_the_ends_of_their_lines(tmp_path, num_layers, slope):
-    """Each inside the axes' height and apart from the others; where it had to move, a thin line leads to its end."""
-    with Recorder(tmp_path, total_steps=60, start_step=0, enabled=True) as recorder:
-        for step in range(10, 70, 10):
-            values = {f"loss/hidden/layer.{i}": (1 + slope * i) * 2 ** (-step / 10) for i in range(num_layers)}
-            recorder.log_step(step, values)
-    curve = next(c for c in curves(read_run(tmp_path)) if c.title == "Terms by layer")
-    figure = compose(curve.panels)
-    figure.draw_without_rendering()
-    (axes,) = figure.axes
-    heights = [text.xyann[1] for text in axes.texts]
-    assert [text.get_text() for text in axes.texts] == [str(i) for i in range(num_layers)]
-    assert heights == sorted(heights) and min(heights) >= -1e-9 and max(heights) <= 1 + 1e-9
-    boxes = [Text.get_window_extent(text) for text in axes.texts]  # without the lines
-    assert all(below.y1 <= above.y0 + 1 for below, above in zip(boxes, boxes[1:], strict=False))
-    for text, line in zip(axes.texts, axes.get_lines(), strict=True):
-        end = (line.get_xdata()[-1], line.get_ydata()[-1])
-        assert text.xy == end
-        is_moved = abs((axes.transData + axes.transAxes.inverted()).transform(end)[1] - text.xyann[1]) > 0.01
-        assert (text.arrow_patch is not None) == is_moved
-
-
-def test_labels_are_kept_inside():
-    assert within([0.98, 1.06, 1.14], 0.08) == pytest.approx([0.84, 0.92, 1.0])
-    assert within([-0.1, -0.02, 0.9], 0.08) == pytest.approx([0, 0.08, 0.9])
-
-
-def log_speeds(folder: Path, speeds: dict[int, list[float]], memory: dict[int, float]) -> None:
-    """A run of 384 tokens a step: hidden size -> tokens/s of its intervals, and MiB."""
-    config = RunConfig()
-    config.train.steps, config.train.global_batch_size, config.data.seq_len = 60, 6, 64
-    folder.mkdir(exist_ok=True)
-    (folder / "config.yaml").write_text(yaml.safe_dump(config.to_dict()))
-    with Recorder(folder, total_steps=60, start_step=0, enabled=True) as recorder:
-        step = 0
-        for hidden, rates in speeds.items():
-            for rate in rates:
-                step += 1
-                size = {"widths/hidden": hidden, "model/parameters": hidden * 100}
-                recorder.log_step(
-                    step, {"speed/tokens_per_s": rate, "memory/rss_bytes": memory[hidden] * 2**20, **size}
-                )
-
-
-def test_speed_is_told_at_the_first_and_the_last_width(tmp_path):
-    log_speeds(
-        tmp_path, {64: [1.0, 768, 384, 1536], 48: [7.0] * 5, 32: [9.0, *[1536] * 9]}, {64: 100, 48: 100, 32: 100}
-    )
-    run = read_run(tmp_path)
-    assert speed_sentences(run) == [
-        "Training speed: 2 steps/s (768 tokens/s) at hidden size 64 (median of 3 logged intervals), and 4 steps/s "
-        "(1,536 tokens/s) at hidden size 32 (median of 9 logged intervals)."
-    ]
-    assert memory_sentences(run) == []
-    text = " ".join(Page(write_report(tmp_path).read_text()).text)
-    assert "Training speed: 2 steps/s" in text and "slower" not in text and "faster" not in text
-
-
-def test_a_busy_machine_and_growing_memory_are_said(tmp_path):
-    rates = [1000 + 200 * (i % 5) for i in range(21)]
-    log_speeds(tmp_path, {64: [2000.0], 32: rates}, {64: 1000, 32: 1400})
-    run = read_run(tmp_path)
-    assert speed_sentences(run)[1].startswith(
-        "The machine was busy with something else as well: at hidden size 32 the middle half of the intervals, all "
-        "with the same work, went from 1,"
-    )
-    assert memory_sentences(run) == [
-        "Resident memory of the first rank rose from 1,000 MiB (step 1, hidden size 64) to 1,400 MiB (step 2, hidden "
-        "size 32), although the student became narrower."
-    ]
-    quiet = tmp_path / "quiet"
-    log_speeds(quiet, {64: [2000.0], 32: [1000 + i for i in range(21)]}, {64: 1000, 32: 1010})
-    assert len(speed_sentences(read_run(quiet))) == 1 and memory_sentences(read_run(quiet)) == []
 
 
 def test_held_out_curves_have_the_teacher_and_the_controls(run_dir):
