@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.fork_server import ROOT, ForkServer
+from support.fork_server import ROOT
 
 sys.path.append(str(ROOT / "tests" / "faults"))
-from support.small_job import TRAIN, arguments, make_materials  # noqa: E402
+from support.small_job import TRAIN, arguments  # noqa: E402
 
 from homodistil.config.schema import LossConfig  # noqa: E402
 from homodistil.distill.cost import sequence_bytes, step_flops  # noqa: E402
@@ -26,19 +26,6 @@ ALONE = (
     *(f"loss.{name}=0" for name in ("mlm", "kl", "hidden", "attention", "embedding")),
     *("student.init=random", "pruning.schedule=none", "train.lr=1e-2", "train.steps=30", "train.eval_every_steps=0"),
 )
-
-
-@pytest.fixture(scope="module")
-def server():
-    with ForkServer() as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def run_inputs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("materials")
-    make_materials(folder)
-    return folder
 
 
 def _trained(server, run_inputs, folder: Path, *overrides: str) -> list[dict]:

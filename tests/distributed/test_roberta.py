@@ -121,12 +121,6 @@ def _arguments(folder: Path, teacher: Path, cache_dir: Path, *overrides: str) ->
     return ["--deepspeed", str(ROOT / "ds_configs" / "zero2_fp32.json"), "recipe=quickstart", *values, *overrides]
 
 
-@pytest.fixture(scope="module")
-def server():
-    with ForkServer() as server:
-        yield server
-
-
 def _run(server: ForkServer, arguments: list[str]) -> None:
     job = server.start(TRAIN, arguments)
     assert job.wait(timeout_s=300) == [0, 0], job.output()
