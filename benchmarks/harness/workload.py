@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from homodistil.models.axes import AxisTable, head_axes
+from homodistil.models.axes import AxisTable, outer_axes
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ def synchronize(device: torch.device) -> None:
 
 def narrower(table: AxisTable, widths: dict[str, int], seed: int) -> dict[str, Tensor]:
     """A keep that leaves random entries of each named axis; heads choose their own dims."""
-    generator, heads_of = torch.Generator().manual_seed(seed), head_axes(table.widths)
+    generator, outer = torch.Generator().manual_seed(seed), outer_axes(table.widths)
 
     def pick(size: int, count: int) -> Tensor:
         return torch.randperm(size, generator=generator)[:count].sort().values
@@ -146,8 +146,8 @@ def narrower(table: AxisTable, widths: dict[str, int], seed: int) -> dict[str, T
     keep = {}
     for axis, width in widths.items():
         size = table.widths[axis]
-        if axis in heads_of:
-            keep[axis] = torch.stack([pick(size, width) for _ in range(table.widths[heads_of[axis]])])
+        if axis in outer:
+            keep[axis] = torch.stack([pick(size, width) for _ in range(table.widths[outer[axis]])])
         else:
             keep[axis] = pick(size, width)
     return keep

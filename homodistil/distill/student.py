@@ -48,7 +48,8 @@ class Student(nn.Module):
         self._passed: dict[tuple[str, str], str] = {}
         """(moment, term) -> name of the module that the term calls then."""
         self.projections = nn.ModuleDict(self._make_modules() if distil else {})
-        self.origins = axes.whole(self.family.axis_table(model).widths)
+        self._initial_widths = self.family.axis_table(model).widths
+        self.origins = axes.whole(self._initial_widths)
         self._taps = ActivationHooks(model, self.family)
         self._pruned_heads: dict[int, Tensor | None] = {}
         needs = self.objective.needs
@@ -88,7 +89,7 @@ class Student(nn.Module):
     @property
     def head_maps(self) -> list[Tensor]:
         """Per layer the teacher head of each student head, int64 (N_student,), on the CPU."""
-        return [self.origins[axes.heads_axis(i)] for i in range(self.num_layers)]
+        return [axes.head_origins(self.origins, self._initial_widths, i) for i in range(self.num_layers)]
 
     def pruned_heads(self, i: int, device: torch.device) -> Tensor | None:
         """The head map of layer `i` on `device`; None while it has all heads of the teacher's."""
@@ -140,7 +141,7 @@ class Student(nn.Module):
         """Call once parameters have been sliced by `keep`: sizes that modules remember, origins, head maps."""
         before = {axis: index.shape[-1] for axis, index in self.origins.items()}
         widths = axes.widths_after(before, keep)
-        self.origins = axes.compose(self.origins, keep, axes.head_axes(before))
+        self.origins = axes.compose(self.origins, keep, axes.outer_axes(before))
         self.family.refresh(self.model, widths)
         self._pruned_heads.clear()
         for projection in self.projections.values():

@@ -1,17 +1,23 @@
 """What shrinks: axes (widths) and the parameter dimensions that use them.
 
-A family file (`bert.py`) states one declarative table; importance, selection, resize, export and the tests all
-read that table and know nothing else about the model.
+A family states one declarative table; importance, selection, resize, export and the tests all read that table and
+know nothing else about the model.
 
-    hidden            width of the residual stream, one for the whole model
-    layer.{i}.ffn     neurons of the feed-forward block of layer i
-    layer.{i}.heads   attention heads of layer i
-    layer.{i}.qk_dim  dims of one head shared by query and key
-    layer.{i}.vo_dim  dims of one head shared by value and output projection
+    hidden                    width of the residual stream, one for the whole model
+    layer.{i}.ffn             neurons of the feed-forward block of layer i
+    layer.{i}.heads           attention heads of layer i, each with keys and values of its own
+    layer.{i}.kv_heads        where several query heads share keys and values: the key/value heads, one for each group
+    layer.{i}.heads_in_group  the query heads of one group
+    layer.{i}.qk_dim          dims of one head shared by query and key
+    layer.{i}.vo_dim          dims of one head shared by value and output projection
+
+A layer has either `heads`, or `kv_heads` and `heads_in_group`. The last three are nested: every head (or group) has
+entries of its own, equally many.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -20,25 +26,35 @@ import torch
 from torch import Tensor
 
 Widths = Mapping[str, int]
-"""Axis name -> number of entries. For `qk_dim` and `vo_dim`: entries of ONE head."""
+"""Axis name -> number of entries. For a nested axis: entries of ONE head or group."""
+
+_OUTER_KINDS = {"heads_in_group": ("kv_heads",), "qk_dim": ("heads", "kv_heads"), "vo_dim": ("heads", "kv_heads")}
+"""Kind of a nested axis -> kinds of the axis around it; a layer has one of them."""
 
 Keep = Mapping[str, Tensor]
 """Axis name -> int64 indices (in the current numbering) that stay, ascending; an absent axis stays whole.
 
-Shape (k,); for `qk_dim` and `vo_dim` (current heads, k): every head chooses its own k dims. The row of a head that
-goes in the same event is ignored.
+Shape (k,); for a nested axis (current entries of the outer one, k): every head or group chooses its own k. The row of
+one that is removed in the same event is ignored.
 """
 
 
 @dataclass(frozen=True)
 class AxisUse:
-    """Dimension `dim` of `parameter` runs over `axes`: one axis, or (heads, per-head dim) laid out head by head."""
+    """Dimension `dim` of `parameter`, or one block of it, runs over `axes`.
+
+    One axis, or several whose product is laid out with the last one fastest: (heads, qk_dim) head by head; query rows
+    of grouped attention (kv_heads, heads_in_group, qk_dim). A nested axis stands behind the one around it.
+    """
 
     parameter: str
     dim: int
     axes: tuple[str, ...]
     scored: bool = True
     """False: sliced with the axis, but its entries do not count for importance (distillation projections)."""
+    block: int = 0
+    """A dimension of fused weights is made of blocks, one behind the other, each with a use of its own: of
+    [query; key; value] these are blocks 0, 1 and 2."""
 
 
 @dataclass(frozen=True)
@@ -58,18 +74,29 @@ class AxisTable:
     def with_widths(self, widths: Widths) -> AxisTable:
         return replace(self, widths={**self.widths, **widths})
 
-    def uses_by_parameter(self) -> dict[str, list[AxisUse]]:
-        grouped: dict[str, list[AxisUse]] = {}
-        for use in self.uses:
-            grouped.setdefault(use.parameter, []).append(use)
-        return grouped
+    def blocks(self) -> dict[tuple[str, int], list[AxisUse]]:
+        """(parameter, dimension) -> its blocks in order, nearly always one.
 
-    def dim_size(self, use: AxisUse) -> int:
-        """Length of the dimension that `use` describes."""
-        size = 1
-        for axis in use.axes:
-            size *= self.widths[axis]
-        return size
+        Raises:
+            ValueError: a block is missing, or has two uses of other axes (a programming error).
+        """
+        blocks: dict[tuple[str, int], dict[int, AxisUse]] = {}
+        for use in self.uses:
+            known = blocks.setdefault((use.parameter, use.dim), {}).setdefault(use.block, use)
+            if known.axes != use.axes:
+                raise ValueError(f"{use.parameter} dim {use.dim}: two uses, over {known.axes} and over {use.axes}")
+        for (name, dim), uses in blocks.items():
+            if sorted(uses) != list(range(len(uses))):
+                raise ValueError(f"{name} dim {dim}: has the blocks {sorted(uses)}, expected 0 .. {len(uses) - 1}")
+        return {key: [uses[i] for i in range(len(uses))] for key, uses in blocks.items()}
+
+    def size_of(self, use: AxisUse) -> int:
+        """Length of the block that `use` describes."""
+        return math.prod(self.widths[axis] for axis in use.axes)
+
+    def dim_sizes(self) -> dict[tuple[str, int], int]:
+        """(parameter, dimension) -> its length, for every dimension that the table names."""
+        return {key: sum(map(self.size_of, blocks)) for key, blocks in self.blocks().items()}
 
 
 def widths_after(widths: Widths, keep: Keep) -> dict[str, int]:
@@ -77,53 +104,60 @@ def widths_after(widths: Widths, keep: Keep) -> dict[str, int]:
     return {axis: keep[axis].shape[-1] if axis in keep else size for axis, size in widths.items()}
 
 
-def compose(kept: Keep, keep: Keep, head_axis_of: Mapping[str, str]) -> dict[str, Tensor]:
+def compose(kept: Keep, keep: Keep, outer: Mapping[str, str]) -> dict[str, Tensor]:
     """Where the current entries came from: `kept` (indices into the teacher) narrowed by `keep` (the current
     numbering).
 
     Args:
-        kept: axis -> teacher indices of the current entries, shape (width,) or (heads, width).
+        kept: axis -> teacher indices of the current entries, shape (width,) or (outer entries, width).
         keep: the event about to be applied.
-        head_axis_of: per-head axis -> its heads axis (`layer.0.qk_dim` -> `layer.0.heads`).
+        outer: from `outer_axes`.
     """
     narrowed = {}
     for axis, old in kept.items():
         new = old
         if axis in keep:
             new = torch.gather(old, -1, keep[axis])
-        if axis in head_axis_of and head_axis_of[axis] in keep:
-            new = new[keep[head_axis_of[axis]]]
+        if axis in outer and outer[axis] in keep:
+            new = new[keep[outer[axis]]]
         narrowed[axis] = new
     return narrowed
 
 
-def head_axes(widths: Widths) -> dict[str, str]:
-    """Per-head axis -> its heads axis, for every layer present in `widths`."""
-    per_head = [axis for axis in widths if axis.endswith((".qk_dim", ".vo_dim"))]
-    return {axis: axis.rsplit(".", 1)[0] + ".heads" for axis in per_head}
+def outer_axis(axis: str, widths: Widths) -> str | None:
+    """The axis that `axis` is nested in (`layer.0.qk_dim` -> `layer.0.heads`); None for one that is not nested."""
+    prefix, _, kind = axis.rpartition(".")
+    names = (f"{prefix}.{outer_kind}" for outer_kind in _OUTER_KINDS.get(kind, ()))
+    return next((name for name in names if name in widths), None)
+
+
+def outer_axes(widths: Widths) -> dict[str, str]:
+    """Nested axis -> the axis around it, for all axes in `widths`."""
+    outer = {axis: outer_axis(axis, widths) for axis in widths}
+    return {axis: around for axis, around in outer.items() if around is not None}
 
 
 def whole(widths: Widths) -> dict[str, Tensor]:
-    """The `kept` record of a model of which nothing has gone yet: every entry is its own origin."""
-    heads_of = head_axes(widths)
+    """The `kept` record of a model of which nothing has been removed: every entry is its own origin."""
+    outer = outer_axes(widths)
     record = {}
     for axis, size in widths.items():
         index = torch.arange(size)
-        record[axis] = index.repeat(widths[heads_of[axis]], 1) if axis in heads_of else index
+        record[axis] = index.repeat(widths[outer[axis]], 1) if axis in outer else index
     return record
 
 
 def expand_to_teacher(kept: dict[str, Tensor], teacher_widths: dict[str, int]) -> dict[str, Tensor]:
     """`kept` (origins of the current entries) as a keep in the teacher's numbering.
 
-    The dims of heads get a row for every teacher head; rows of removed heads do not matter.
+    A nested axis gets a row for every head or group of the teacher; rows of removed ones do not matter.
     """
+    outer = outer_axes(teacher_widths)
     keep = {}
     for axis, index in kept.items():
-        if index.ndim == 2:
-            heads_axis = axis.rsplit(".", 1)[0] + ".heads"
-            rows = torch.arange(index.shape[1]).repeat(teacher_widths[heads_axis], 1)
-            rows[kept[heads_axis]] = index
+        if axis in outer:
+            rows = torch.arange(index.shape[1]).repeat(teacher_widths[outer[axis]], 1)
+            rows[kept[outer[axis]]] = index
             index = rows
         keep[axis] = index
     return keep
@@ -138,6 +172,9 @@ class LayerWidths(NamedTuple):
 
     intermediate_size: int
     num_heads: int
+    """Query heads."""
+    num_kv_heads: int
+    """Heads of keys and values."""
     qk_dim: int
     """Dims of one head of queries and keys."""
     vo_dim: int
@@ -146,7 +183,23 @@ class LayerWidths(NamedTuple):
 
 def layer_widths(widths: Widths, layer: int) -> LayerWidths:
     """Widths of layer `layer` (0-based)."""
-    return LayerWidths(*(widths[f"layer.{layer}.{name}"] for name in ("ffn", "heads", "qk_dim", "vo_dim")))
+    of = {kind: widths.get(f"layer.{layer}.{kind}") for kind in ("heads", "kv_heads", "heads_in_group")}
+    ffn, qk_dim, vo_dim = (widths[f"layer.{layer}.{kind}"] for kind in ("ffn", "qk_dim", "vo_dim"))
+    if of["heads"] is not None:
+        return LayerWidths(ffn, of["heads"], of["heads"], qk_dim, vo_dim)
+    return LayerWidths(ffn, of["kv_heads"] * of["heads_in_group"], of["kv_heads"], qk_dim, vo_dim)
+
+
+def head_origins(kept: Keep, teacher_widths: Widths, layer: int) -> Tensor:
+    """Teacher index of every query head that layer `layer` has now, int64 (num_heads,).
+
+    Args:
+        kept: axis -> teacher indices of the current entries.
+    """
+    if (heads := kept.get(f"layer.{layer}.heads")) is not None:
+        return heads
+    groups, in_group = kept[f"layer.{layer}.kv_heads"], kept[f"layer.{layer}.heads_in_group"]
+    return (groups[:, None] * teacher_widths[f"layer.{layer}.heads_in_group"] + in_group).flatten()
 
 
 def uniform_layer_widths(widths: Widths) -> LayerWidths | None:
@@ -163,8 +216,3 @@ def kind_of(axis: str) -> str:
 def layer_of(axis: str) -> int | None:
     """`layer.3.ffn` -> 3; None for an axis of the whole model."""
     return int(axis.split(".")[1]) if axis.startswith("layer.") else None
-
-
-def heads_axis(layer: int) -> str:
-    """The axis of the attention heads of layer `layer`."""
-    return f"layer.{layer}.heads"

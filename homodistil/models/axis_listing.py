@@ -37,9 +37,9 @@ def entry_parameters(axis: str, table: AxisTable, shapes: Shapes) -> int:
 
 def _num_values(parameter: str, table: AxisTable, shapes: Shapes) -> int:
     sizes = list(shapes[parameter])
-    for use in table.uses:
-        if use.parameter == parameter:
-            sizes[use.dim] = table.dim_size(use)
+    for (name, dim), size in table.dim_sizes().items():
+        if name == parameter:
+            sizes[dim] = size
     return math.prod(sizes)
 
 
@@ -57,10 +57,11 @@ def _paragraph(pattern: str, axes: list[str], table: AxisTable, shapes: Shapes) 
 
 
 def _dims(parameter: str, uses: Sequence[AxisUse], shape: Sequence[int]) -> str:
-    names = [str(size) for size in shape]
+    blocks: dict[int, list[str]] = {}
     for use in uses:
         if use.parameter == parameter:
-            names[use.dim] = "*".join(axis.rsplit(".", 1)[-1] for axis in use.axes)
+            blocks.setdefault(use.dim, []).append("*".join(axis.rsplit(".", 1)[-1] for axis in use.axes))
+    names = [" + ".join(blocks.get(dim, [str(size)])) for dim, size in enumerate(shape)]
     return f"[{', '.join(names)}]"
 
 

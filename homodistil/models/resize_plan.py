@@ -12,13 +12,14 @@ followed by the selection of these (`as_selection`), so nothing below the plan (
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
-from homodistil.models.axes import AxisTable, AxisUse, Keep, head_axes, widths_after
+from homodistil.models.axes import AxisTable, AxisUse, Keep, outer_axes, widths_after
 from homodistil.models.parameter_shape import full_shape
 
 DimIndex = Mapping[int, Tensor]
@@ -75,16 +76,13 @@ def make_plan(table: AxisTable, keep: Keep, maps: Mapping[str, DimMaps] | None =
     matrices = _checked_maps(table, table.with_widths(after), maps or {})
     index: dict[str, dict[int, Tensor]] = {}
     sizes: dict[str, dict[int, int]] = {n: {dim: len(m) for dim, m in dims.items()} for n, dims in matrices.items()}
-    for use in table.uses:
-        if use.dim in matrices.get(use.parameter, {}):
+    for (name, dim), blocks in table.blocks().items():
+        if dim in matrices.get(name, {}):
             continue
-        kept, size = _use_index(table, use, keep), table.dim_size(use)
-        if kept is None or kept.numel() == size:  # ascending, in range and as long as before: nothing leaves
-            continue
-        known = index.setdefault(use.parameter, {}).setdefault(use.dim, kept)
-        if not torch.equal(known, kept):
-            raise ValueError(f"{use.parameter} dim {use.dim}: two uses in the table keep different indices")
-        sizes.setdefault(use.parameter, {})[use.dim] = size
+        kept, size = _dim_index(table, blocks, keep), sum(map(table.size_of, blocks))
+        if kept.numel() < size:  # ascending and in range, so as long as before means that nothing is removed
+            index.setdefault(name, {})[dim] = kept
+            sizes.setdefault(name, {})[dim] = size
     return ResizePlan(keep, index, sizes, dict(table.widths), after, _hash(index, sizes, matrices), matrices)
 
 
@@ -119,13 +117,14 @@ def _checked_maps(before: AxisTable, after: AxisTable, maps: Mapping[str, DimMap
     """The maps on the CPU, once each is known to fit the widths and every axis to be mapped in all its uses or none."""
     checked: dict[str, dict[int, Tensor]] = {}
     is_mapped: dict[tuple[str, ...], bool] = {}
+    sizes_before, sizes_after = before.dim_sizes(), after.dim_sizes()
     for use in before.uses:
         matrix = maps.get(use.parameter, {}).get(use.dim)
         if is_mapped.setdefault(use.axes, matrix is not None) != (matrix is not None):
             raise ValueError(f"{use.parameter} dim {use.dim}: {use.axes} is mapped in some of its uses only")
         if matrix is None:
             continue
-        shape = (before.dim_size(use), after.dim_size(use))
+        shape = (sizes_before[use.parameter, use.dim], sizes_after[use.parameter, use.dim])
         if tuple(matrix.shape) != shape:
             raise ValueError(f"{use.parameter} dim {use.dim}: map of shape {tuple(matrix.shape)}, expected {shape}")
         checked.setdefault(use.parameter, {})[use.dim] = matrix.detach().cpu().contiguous()
@@ -135,43 +134,58 @@ def _checked_maps(before: AxisTable, after: AxisTable, maps: Mapping[str, DimMap
     return checked
 
 
-def _use_index(table: AxisTable, use: AxisUse, keep: Keep) -> Tensor | None:
-    """Kept indices of the dimension that `use` describes, None when none of its axes changes."""
-    if not any(axis in keep for axis in use.axes):
-        return None
-    if len(use.axes) == 1:
-        return keep[use.axes[0]]
-    heads_axis, dim_axis = use.axes
-    num_heads, head_dim = table.widths[heads_axis], table.widths[dim_axis]
-    heads = keep.get(heads_axis, torch.arange(num_heads))
-    dims = keep.get(dim_axis, torch.arange(head_dim).expand(num_heads, head_dim))
-    return (heads[:, None] * head_dim + dims[heads]).flatten()  # laid out head by head
+def _dim_index(table: AxisTable, blocks: Sequence[AxisUse], keep: Keep) -> Tensor:
+    """Kept indices of a dimension that is made of these blocks."""
+    starts = itertools.accumulate((table.size_of(block) for block in blocks), initial=0)
+    return torch.cat([start + _block_index(table, block, keep) for start, block in zip(starts, blocks, strict=False)])
+
+
+def _block_index(table: AxisTable, use: AxisUse, keep: Keep) -> Tensor:
+    """Kept indices of the block that `use` describes, counted from its start.
+
+    Every kept element is a point of the grid of kept entries, one dimension per axis of the use; `entry[axis]` is its
+    old index along that axis, of a shape that broadcasts to the grid.
+    """
+    outer, entry = outer_axes(table.widths), {}
+    index = torch.zeros((), dtype=torch.int64)
+    for axis in use.axes:
+        kept = keep.get(axis)
+        if axis not in outer:
+            entry[axis] = torch.arange(table.widths[axis]) if kept is None else kept
+        elif kept is None:
+            entry[axis] = torch.arange(table.widths[axis])
+        else:
+            entry[axis] = kept[entry[outer[axis]]].squeeze(-2)  # every head or group has chosen its own
+        index = index.unsqueeze(-1) * table.widths[axis] + entry[axis]
+        entry = {name: index_along.unsqueeze(-1) for name, index_along in entry.items()}
+    return index.flatten()
 
 
 def _check_table(table: AxisTable) -> None:
-    heads_of = head_axes(table.widths)
+    outer = outer_axes(table.widths)
     for use in table.uses:
-        one_axis = len(use.axes) == 1 and use.axes[0] not in heads_of
-        per_head = len(use.axes) == 2 and heads_of.get(use.axes[1]) == use.axes[0]
-        if not (one_axis or per_head):
-            raise ValueError(f"{use.parameter} dim {use.dim}: {use.axes} is neither one axis nor (heads, head dim)")
+        for i, axis in enumerate(use.axes):
+            if axis in outer and outer[axis] not in use.axes[:i]:
+                raise ValueError(
+                    f"{use.parameter} dim {use.dim}: {axis} does not stand behind {outer[axis]}, around it"
+                )
 
 
 def _check_keep(table: AxisTable, keep: Keep) -> None:
-    heads_of = head_axes(table.widths)
-    for axis, index in sorted(keep.items(), key=lambda entry: entry[0] in heads_of):  # heads before what is per head
+    outer = outer_axes(table.widths)
+    for axis, index in sorted(keep.items(), key=lambda entry: entry[0] in outer):  # what is nested comes last
         if axis not in table.widths:
             raise ValueError(f"keep names the unknown axis {axis!r}; known: {', '.join(table.widths)}")
-        if axis not in heads_of:
+        if axis not in outer:
             if index.ndim != 1:
                 raise ValueError(f"keep[{axis!r}]: shape {tuple(index.shape)}, expected one dimension")
             _check_rows(axis, index[None], table.widths[axis])
             continue
-        num_heads = table.widths[heads_of[axis]]
-        if index.ndim != 2 or index.shape[0] != num_heads:
-            raise ValueError(f"keep[{axis!r}]: shape {tuple(index.shape)}, expected ({num_heads} heads, dims)")
-        kept_heads = keep.get(heads_of[axis], torch.arange(num_heads))
-        _check_rows(axis, index[kept_heads], table.widths[axis])  # rows of heads that go do not count
+        num_outer = table.widths[outer[axis]]
+        if index.ndim != 2 or index.shape[0] != num_outer:
+            raise ValueError(f"keep[{axis!r}]: shape {tuple(index.shape)}, expected ({num_outer} of {outer[axis]}, k)")
+        kept_outer = keep.get(outer[axis], torch.arange(num_outer))
+        _check_rows(axis, index[kept_outer], table.widths[axis])  # rows of heads that are removed do not count
 
 
 def _check_rows(axis: str, rows: Tensor, size: int) -> None:

@@ -33,16 +33,19 @@ class ScoreLayout:
 
     def __init__(self, table: AxisTable) -> None:
         self.table = table
-        self.uses_of: dict[tuple[str, ...], list[AxisUse]] = {}
-        for use in table.uses:
-            if use.scored:
-                self.uses_of.setdefault(use.axes, []).append(use)
+        self.dims_over: dict[tuple[tuple[str, ...], ...], list[tuple[str, int]]] = {}
+        """Axes of a dimension's blocks -> the scored dimensions, (parameter, dim), that are made of such blocks."""
+        self._blocks = table.blocks()
+        for key, blocks in self._blocks.items():
+            if all(use.scored for use in blocks):
+                self.dims_over.setdefault(tuple(use.axes for use in blocks), []).append(key)
         self._offset: dict[tuple[str, int], int] = {}
         self.numel = 0
-        for uses in self.uses_of.values():
-            for use in uses:
-                self._offset[use.parameter, use.dim] = self.numel
-                self.numel += table.dim_size(use)
+        sizes = table.dim_sizes()
+        for keys in self.dims_over.values():
+            for key in keys:
+                self._offset[key] = self.numel
+                self.numel += sizes[key]
 
     def target(self, name: str, shape: tuple[int, ...]) -> Target | None:
         """Where the sums of parameter `name` lie at its current shape, one or two dims; None when no use of it is
@@ -56,15 +59,20 @@ class ScoreLayout:
         """Sums per dimension, (numel,) -> sums per axis entry; a (heads, dims) dimension counts for both its axes."""
         scores = {axis: torch.zeros(i.shape, device=sums.device) for axis, i in axes.whole(self.table.widths).items()}
         position = 0
-        for of_axes, uses in self.uses_of.items():
-            size = self.table.dim_size(uses[0])
-            together = sums[position : position + len(uses) * size].view(len(uses), size).sum(0)
-            position += len(uses) * size
-            if len(of_axes) == 1:
-                scores[of_axes[0]] += together
-            else:
-                heads, dims = of_axes
-                grid = together.view(self.table.widths[heads], self.table.widths[dims])
-                scores[heads] += grid.sum(1)
-                scores[dims] += grid
+        for keys in self.dims_over.values():
+            blocks = self._blocks[keys[0]]
+            sizes = [self.table.size_of(block) for block in blocks]
+            length = len(keys) * sum(sizes)
+            together = sums[position : position + length].view(len(keys), -1).sum(0)
+            position += length
+            for block, part in zip(blocks, together.split(sizes), strict=True):
+                self._add_block(block, part, scores)
         return scores
+
+    def _add_block(self, block: AxisUse, sums: Tensor, scores: dict[str, Tensor]) -> None:
+        """Add a block's sums, (its length,), to the scores of every axis that it runs over."""
+        outer = axes.outer_axes(self.table.widths)
+        grid = sums.view([self.table.widths[axis] for axis in block.axes])
+        for axis in block.axes:
+            elsewhere = [i for i, other in enumerate(block.axes) if other not in (axis, outer.get(axis))]
+            scores[axis] += grid.sum(elsewhere) if elsewhere else grid

@@ -128,9 +128,9 @@ class Importance:
         """Keep the scores of the entries that stay."""
         widths = {axis: value.shape[-1] for axis, value in self.average.items()}
         on_device = {axis: index.to(self.device) for axis, index in keep.items()}
-        heads_of = axes.head_axes(widths)
-        self.average = axes.compose(self.average, on_device, heads_of)
-        self.uncertainty = axes.compose(self.uncertainty, on_device, heads_of)
+        outer = axes.outer_axes(widths)
+        self.average = axes.compose(self.average, on_device, outer)
+        self.uncertainty = axes.compose(self.uncertainty, on_device, outer)
 
     def state_dict(self) -> dict:
         return {"num_updates": self.num_updates, "average": self.average, "uncertainty": self.uncertainty}

@@ -66,10 +66,9 @@ class MicroBatchPolicy:
     def parameter_counts(self, widths: Widths) -> tuple[int, int]:
         """(trainable, frozen) elements, distillation projections included."""
         table, counts = self._table.with_widths(widths), {True: 0, False: 0}
-        uses = table.uses_by_parameter()
+        sizes = table.dim_sizes()
         for name, (shape, is_trainable) in self._shapes.items():
-            dims = dict(enumerate(shape)) | {use.dim: table.dim_size(use) for use in uses.get(name, [])}
-            counts[is_trainable] += math.prod(dims.values())
+            counts[is_trainable] += math.prod(sizes.get((name, dim), size) for dim, size in enumerate(shape))
         return counts[True], counts[False]
 
     def sequence_bytes(self, widths: Widths) -> SequenceBytes:

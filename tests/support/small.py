@@ -10,7 +10,7 @@ from homodistil.data.masked_lm import Batch, LossCounts
 from homodistil.distill.student import Student
 from homodistil.distill.teacher import Teacher
 from homodistil.models.activations import ATTENTION
-from homodistil.models.axes import AxisTable, head_axes
+from homodistil.models.axes import AxisTable, outer_axes
 
 VOCABULARY = 101
 
@@ -70,10 +70,10 @@ def plain_run() -> RunConfig:
 def random_keep(table: AxisTable, widths: dict[str, int], seed: int = 0) -> dict[str, torch.Tensor]:
     """Random survivors for the given new widths; each head gets its own dims."""
     generator = torch.Generator().manual_seed(seed)
-    heads_of = head_axes(table.widths)
+    outer = outer_axes(table.widths)
     keep = {}
     for axis, width in widths.items():
-        rows = table.widths[heads_of[axis]] if axis in heads_of else 1
+        rows = table.widths[outer[axis]] if axis in outer else 1
         chosen = [torch.randperm(table.widths[axis], generator=generator)[:width].sort().values for _ in range(rows)]
-        keep[axis] = torch.stack(chosen) if axis in heads_of else chosen[0]
+        keep[axis] = torch.stack(chosen) if axis in outer else chosen[0]
     return keep

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from homodistil.distributed import ranks
-from homodistil.models.axes import AxisTable, Keep, head_axes, heads_axis, kind_of, layer_of
+from homodistil.models.axes import AxisTable, Keep, kind_of, layer_of, outer_axes, outer_axis
 from homodistil.models.family import ModelFamily
 from homodistil.pruning.compensation.rotation import head_map, query_key_maps, value_output_maps
 from homodistil.pruning.compensation.statistics import HeadMoments
@@ -42,7 +42,7 @@ class AxisMaps:
         else:
             matrices = value_output_maps(heads, parts.attention_linear.weight)
             places = [(parts.value.weight, 0), (parts.value.bias, 0)], [(parts.attention_linear.weight, 1)]
-        kept_heads, width = self._keep.get(heads_axis(layer_of(axis))), self._keep[axis].shape[-1]
+        kept_heads, width = self._keep.get(outer_axis(axis, self._table.widths)), self._keep[axis].shape[-1]
         for matrix, of_matrix in zip(matrices, places, strict=True):
             whole = ranks.from_first(head_map(matrix, kept_heads, width))
             for parameter, dim in of_matrix:
@@ -62,4 +62,4 @@ def leading(table: AxisTable, keep: Keep, axis: str) -> Tensor:
     width = keep[axis].shape[-1]
     if axis == "hidden":
         return torch.arange(width)
-    return torch.arange(width).repeat(table.widths[head_axes(table.widths)[axis]], 1)
+    return torch.arange(width).repeat(table.widths[outer_axes(table.widths)[axis]], 1)

@@ -7,7 +7,7 @@ from support.small import random_keep, small_batch, small_model, small_pair
 from homodistil.config.schema import LossConfig
 from homodistil.distill.student import Student
 from homodistil.distill.teacher import Teacher
-from homodistil.models.axes import compose, head_axes, whole
+from homodistil.models.axes import compose, outer_axes, whole
 from homodistil.models.resize_plan import make_plan, slice_module
 
 TERMS = ("kl", "hidden", "attention", "embedding")
@@ -102,7 +102,7 @@ def test_axis_table_describes_every_dimension():
     shapes = {name: p.shape for name, p in student.named_parameters()}
     table = student.axis_table()
     described = {(use.parameter, use.dim) for use in table.uses}
-    assert all(shapes[use.parameter][use.dim] == table.dim_size(use) for use in table.uses)
+    assert all(shapes[name][dim] == size for (name, dim), size in table.dim_sizes().items())
     undescribed = {(name, dim) for name, shape in shapes.items() for dim in range(len(shape))} - described
     # What does not shrink: vocabulary, positions, token types, and the teacher's side of the projections.
     embeddings = {f"model.bert.embeddings.{kind}_embeddings.weight" for kind in ("word", "position", "token_type")}
@@ -161,9 +161,9 @@ def test_origins_of_entries_follow_two_events():
     kept = whole(widths)
     first = {"hidden": torch.tensor([0, 2, 3, 5]), "layer.0.heads": torch.tensor([0, 2])}
     first["layer.0.qk_dim"] = torch.tensor([[0, 1, 3], [0, 1, 2], [1, 2, 3]])
-    kept = compose(kept, first, head_axes(widths))
+    kept = compose(kept, first, outer_axes(widths))
     second = {"hidden": torch.tensor([1, 3]), "layer.0.qk_dim": torch.tensor([[0, 2], [1, 2]])}
-    kept = compose(kept, second, head_axes(widths))
+    kept = compose(kept, second, outer_axes(widths))
     assert kept["hidden"].tolist() == [2, 5] and kept["layer.0.heads"].tolist() == [0, 2]
     assert kept["layer.0.qk_dim"].tolist() == [[0, 3], [2, 3]]
 
