@@ -13,7 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from homodistil.config.schema import RunConfig
-from homodistil.data.masked_lm import Batch
+from homodistil.data.batch import Batch
 from homodistil.data.prepare.corpus import Rows
 from homodistil.distill.cost import step_flops
 from homodistil.evaluation.heldout import Predict, evaluate

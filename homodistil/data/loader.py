@@ -17,7 +17,8 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from homodistil.config.schema import DataConfig
-from homodistil.data.masked_lm import Batch, Masker
+from homodistil.data.batch import Batch
+from homodistil.data.masked_lm import Masker
 from homodistil.data.prepare.corpus import Rows
 from homodistil.distributed.graceful_stop import ignore_in_worker
 from homodistil.errors import UserError

@@ -6,58 +6,13 @@ Shapes: B sequences, T tokens, M rows to predict.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
 import torch
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from homodistil.data.batch import Batch, LossCounts
+
 _MASKED, _RANDOM = 0.8, 0.1  # Devlin et al. 2019, section 3.1; the rest stays as it is
-
-
-class LossCounts(NamedTuple):
-    """What the loss terms divide by: numbers of the batch's own from a loader; from a feed 0-dim fp32 tensors on the
-    device, means over all micro-batches of the step (see prefetch.py), which nothing in a step may bring to the host.
-    """
-
-    target_rows: float | Tensor
-    tokens: float | Tensor
-    """Valid (not padding) tokens."""
-    pairs: float | Tensor
-    """Valid query-key pairs, summed over the batch."""
-
-
-class Batch(NamedTuple):
-    input_ids: Tensor
-    """(B, T) int64, masking applied."""
-    attention_mask: Tensor
-    """(B, T) int64, 1 = token, 0 = padding."""
-    target_index: Tensor
-    """(M,) int64, flat positions b * T + t of the rows to predict, ascending."""
-    target_ids: Tensor
-    """(M,) int64, the tokens that stood there."""
-    token_index: Tensor
-    """(tokens,) int64, flat positions of the valid tokens, ascending: finding them on the device would wait for it."""
-    counts: LossCounts
-
-    @property
-    def padding_mask(self) -> Tensor | None:
-        """`attention_mask`, or None where it masks nothing: models then take their faster ways. Asks no device."""
-        return None if self.token_index.numel() == self.input_ids.numel() else self.attention_mask
-
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        """All but the counts."""
-        return self[:-1]
-
-    def pinned(self) -> Batch:
-        """A copy in page-locked memory, out of which a GPU copies while the host continues."""
-        return Batch(*(tensor.pin_memory() for tensor in self.tensors), self.counts)
-
-    def to(self, device: torch.device | str) -> Batch:
-        """The batch with its tensors on `device`; from pinned memory without waiting for the copies."""
-        return Batch(*(tensor.to(device, non_blocking=True) for tensor in self.tensors), self.counts)
 
 
 class Masker:

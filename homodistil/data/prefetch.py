@@ -18,8 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from homodistil.data.batch import Batch, LossCounts
 from homodistil.data.loader import BatchLoader
-from homodistil.data.masked_lm import Batch, LossCounts
 from homodistil.distributed import ranks
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from homodistil.config.schema import LossConfig
-from homodistil.data.masked_lm import Batch
+from homodistil.data.batch import Batch
 from homodistil.distill.losses.active import active_terms
 from homodistil.distill.losses.term import Step, StudentSide
 from homodistil.distill.teacher_outputs import TeacherOutputs

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from homodistil.config.schema import LossConfig
-from homodistil.data.masked_lm import Batch
+from homodistil.data.batch import Batch
 from homodistil.distill.layer_map import LayerMap
 from homodistil.distill.objective import Comparison, LossTerms, Objective
 from homodistil.distill.teacher import head_only_parameters
@@ -115,7 +115,7 @@ class Student(nn.Module):
         comparison = Comparison(objective, self, batch, None if only_logits else targets)
         last = self._taps.visit(batch.input_ids, batch.padding_mask, comparison)
         if only_logits:
-            return self.mlm_logits(wanted_rows(last, batch, "masked"))
+            return self.lm_logits(wanted_rows(last, batch, "masked"))
         return comparison.finish(last)
 
     def compare(self, batch: Batch, targets: TeacherOutputs | None, objective: Objective) -> LossTerms:
@@ -133,9 +133,9 @@ class Student(nn.Module):
             if called_at == moment and term not in compared:
                 self.projections[name](hidden, None, None)
 
-    def mlm_logits(self, rows: Tensor) -> Tensor:
+    def lm_logits(self, rows: Tensor) -> Tensor:
         """(rows, D) of the last layer -> (rows, V)."""
-        return self.family.mlm_head(self.model)(rows)
+        return self.family.lm_head(self.model)(rows)
 
     def after_resize(self, keep: Keep) -> None:
         """Call once parameters have been sliced by `keep`: sizes that modules remember, origins, head maps."""

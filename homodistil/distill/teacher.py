@@ -14,7 +14,7 @@ from transformers import AutoModelForMaskedLM, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from homodistil.config.schema import TeacherConfig
-from homodistil.data.masked_lm import Batch
+from homodistil.data.batch import Batch
 from homodistil.data.tokenizer import check_ids, check_special_tokens, check_words, read_tokenizer
 from homodistil.distill.runtime import Runtime, SideStream, build_runtime
 from homodistil.distill.teacher_outputs import Layerwise, TeacherOutputs, WholePass, own_lists, wanted_rows
@@ -97,7 +97,7 @@ class Teacher(nn.Module):
     @torch.no_grad()
     def predict(self, batch: Batch) -> Tensor:
         """Logits (M, V) of the masked rows."""
-        return self.family.mlm_head(self.model)(wanted_rows(self.run(batch).last, batch, "masked"))
+        return self.family.lm_head(self.model)(wanted_rows(self.run(batch).last, batch, "masked"))
 
 
 def build_teacher(model: nn.Module, config: TeacherConfig, device: torch.device, dtype: torch.dtype) -> Teacher:
@@ -133,7 +133,7 @@ def load_model(
     return _from_pretrained(folder, allow_pickle, config=config, dtype=dtype, attn_implementation=ATTENTION)
 
 
-def has_mlm_head(folder: str, allow_pickle: bool = False, say: Callable[[str], None] = lambda line: None) -> bool:
+def has_lm_head(folder: str, allow_pickle: bool = False, say: Callable[[str], None] = lambda line: None) -> bool:
     """Whether the checkpoint brings its own MLM head (an encoder alone gets a freshly initialised one).
 
     Everything else has to be there: the weights are read once and looked at.
@@ -177,7 +177,7 @@ def check_stored(folder: str, shape, allow_pickle: bool = False) -> None:
 def _from_pretrained(folder: str, allow_pickle: bool, **options):
     """Weights out of safetensors; a pickle could run anything while it is read. Code beside weights is never run."""
     options |= {"trust_remote_code": False, "weights_only": True, "use_safetensors": None if allow_pickle else True}
-    # A bar and a report a rank and model would bury the training's own; `has_mlm_head` reads what matters.
+    # A bar and a report a rank and model would bury the training's own; `has_lm_head` reads what matters.
     verbosity = logging.get_verbosity()
     logging.disable_progress_bar()
     logging.set_verbosity_error()
@@ -233,4 +233,4 @@ def load_tokenizer(folder: str, vocab_size: int) -> PreTrainedTokenizerBase:
 def head_only_parameters(model: nn.Module, family: ModelFamily) -> list[nn.Parameter]:
     """Parameters of the MLM head that nothing else uses (the tied word embeddings are not among them)."""
     shared = {id(p) for p in family.backbone(model).parameters()}
-    return [p for p in family.mlm_head(model).parameters() if id(p) not in shared]
+    return [p for p in family.lm_head(model).parameters() if id(p) not in shared]

@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from homodistil.data.masked_lm import Batch
+from homodistil.data.batch import Batch
 from homodistil.models.activations import ActivationHooks, Activations, ActivationVisitor, LayerActivations
 from homodistil.models.family import ModelFamily
 
@@ -61,13 +61,13 @@ class TeacherOutputs(ABC):
     @torch.no_grad()
     def logits(self, positions: str) -> Tensor:
         """(rows, V), of the rows that `wanted_rows` says."""
-        return self.family.mlm_head(self.model)(wanted_rows(self.take_last(), self.batch, positions))
+        return self.family.lm_head(self.model)(wanted_rows(self.take_last(), self.batch, positions))
 
     @torch.no_grad()
     def before_decoder(self, positions: str) -> tuple[Tensor, nn.Linear]:
         """What the decoder would turn into these logits, (rows, D), and the decoder."""
         rows = wanted_rows(self.take_last(), self.batch, positions)
-        return self.family.mlm_transform(self.model)(rows), self.family.decoder(self.model)
+        return self.family.lm_transform(self.model)(rows), self.family.decoder(self.model)
 
 
 class WholePass(TeacherOutputs):

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 import torch
 
-from homodistil.data.masked_lm import Batch
+from homodistil.data.batch import Batch
 from homodistil.data.prefetch import mean_counts
 from homodistil.distill.objective import Objective
 from homodistil.distill.student import Student

@@ -149,11 +149,11 @@ class ModelFamily(ABC):
         """
 
     @abstractmethod
-    def mlm_head(self, model: nn.Module) -> nn.Module:
+    def lm_head(self, model: nn.Module) -> nn.Module:
         """Rows of the last hidden states (rows, hidden) -> logits (rows, vocabulary)."""
 
     @abstractmethod
-    def mlm_transform(self, model: nn.Module) -> Callable[[Tensor], Tensor]:
+    def lm_transform(self, model: nn.Module) -> Callable[[Tensor], Tensor]:
         """First part of the MLM head: rows of the last hidden states (rows, hidden) -> rows that enter the decoder."""
 
     @abstractmethod
@@ -171,7 +171,7 @@ class ModelFamily(ABC):
 
     @abstractmethod
     def head_parts(self, model: nn.Module) -> HeadParts:
-        """The parts of `mlm_transform`."""
+        """The parts of `lm_transform`."""
 
     @abstractmethod
     def embedding_norm(self, model: nn.Module) -> nn.LayerNorm:

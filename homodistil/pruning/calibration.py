@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from homodistil.data.masked_lm import Batch
+from homodistil.data.batch import Batch
 from homodistil.distill.student import Student
 from homodistil.distill.teacher import Teacher
 from homodistil.distributed import ranks

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from homodistil.data.masked_lm import Batch
+from homodistil.data.batch import Batch
 from homodistil.models.family import ModelFamily
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from homodistil.config.derive import calibration_config
 from homodistil.config.schema import RunConfig
-from homodistil.data.masked_lm import Batch
+from homodistil.data.batch import Batch
 from homodistil.data.prefetch import mean_counts
 from homodistil.distill.student import Student
 from homodistil.distributed import ranks

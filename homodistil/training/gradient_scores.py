@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from homodistil.data.masked_lm import Batch
+from homodistil.data.batch import Batch
 from homodistil.distill.student import Student
 from homodistil.distill.teacher import Teacher
 from homodistil.distributed import ranks

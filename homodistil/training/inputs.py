@@ -10,14 +10,14 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from homodistil.config.schema import RunConfig
+from homodistil.data.batch import Batch
 from homodistil.data.loader import BatchLoader, fixed_batches
-from homodistil.data.masked_lm import Batch
 from homodistil.data.prefetch import BatchPrefetcher
 from homodistil.data.prepare.corpus import Corpus, prepare_corpus
 from homodistil.data.prepare.integrity import BackgroundCheck
 from homodistil.data.sources.assets import teacher_folder
 from homodistil.distill.losses.active import active_terms, check_terms, field_of
-from homodistil.distill.teacher import check_stored, has_mlm_head, load_config, load_model, load_tokenizer
+from homodistil.distill.teacher import check_stored, has_lm_head, load_config, load_model, load_tokenizer
 from homodistil.distributed import groups, ranks, watchdog
 from homodistil.errors import UserError
 from homodistil.models.checkpoint_files import local_folder
@@ -117,7 +117,7 @@ def check_teacher(config: RunConfig, say: Callable[[str], None] = lambda line: N
     teacher_config = load_config(folder)
     check_stored(folder, teacher_config, config.teacher.allow_pickle)
     check_shape(resolve_run(config, teacher_config))
-    _check_head(config, has_mlm_head(folder, config.teacher.allow_pickle, say), say)
+    _check_head(config, has_lm_head(folder, config.teacher.allow_pickle, say), say)
     return folder
 
 

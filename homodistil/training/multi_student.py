@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from homodistil.config.schema import RunConfig
-from homodistil.data.masked_lm import Batch
+from homodistil.data.batch import Batch
 from homodistil.data.prefetch import BatchPrefetcher
 from homodistil.distill.teacher import Teacher
 from homodistil.distill.teacher_outputs import TeacherOutputs

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from homodistil.data.masked_lm import Batch
+from homodistil.data.batch import Batch
 from homodistil.data.prefetch import BatchPrefetcher
 from homodistil.distill.snapshot import StudentSnapshots
 from homodistil.distill.student import Student

@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from homodistil.config.schema import RunConfig
-from homodistil.data.masked_lm import Batch, LossCounts
+from homodistil.data.batch import Batch, LossCounts
 from homodistil.distill.cost import step_flops
 from homodistil.distill.objective import LossTerms
 from homodistil.distill.student import Student

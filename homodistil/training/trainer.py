@@ -13,7 +13,7 @@ from torch.profiler import record_function
 
 from homodistil.checkpoint import Checkpoints
 from homodistil.config.schema import RunConfig
-from homodistil.data.masked_lm import Batch
+from homodistil.data.batch import Batch
 from homodistil.data.prefetch import BatchPrefetcher
 from homodistil.distill.student import Student
 from homodistil.distill.teacher import Teacher

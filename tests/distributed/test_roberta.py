@@ -89,7 +89,7 @@ def test_parts_compute_what_the_model_does(teachers):
     ids = torch.randint(5, 1000, (3, 11), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         last = ROBERTA.backbone(model)(input_ids=ids).last_hidden_state
-        rows = ROBERTA.mlm_transform(model)(last.flatten(0, 1))
+        rows = ROBERTA.lm_transform(model)(last.flatten(0, 1))
         logits = ROBERTA.decoder(model)(rows).view(3, 11, -1)
         assert torch.equal(logits, model(ids).logits)
     named = {name for name, _ in model.named_parameters()}

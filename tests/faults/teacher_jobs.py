@@ -46,5 +46,5 @@ def _assert_shared_out(teacher: Teacher, dtype: torch.dtype) -> None:
     for layer in bert.layers(teacher.model):
         for p in layer.parameters():
             assert p.numel() == 0 and p.ds_tensor.numel() == -(-p.ds_numel // 3) and p.ds_tensor.dtype == dtype
-    head = {p.numel() for p in bert.mlm_head(teacher.model).parameters()}
+    head = {p.numel() for p in bert.lm_head(teacher.model).parameters()}
     assert 0 not in head

@@ -10,7 +10,7 @@ from support.small import small_batch, small_model
 from torch import Tensor
 
 from homodistil.config.schema import LossConfig, TeacherConfig
-from homodistil.data.masked_lm import Batch
+from homodistil.data.batch import Batch
 from homodistil.distill.student import Student
 from homodistil.distill.teacher import build_teacher
 from homodistil.kernels.triton_support import triton_installed

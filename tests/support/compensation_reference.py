@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from homodistil.data.masked_lm import Batch
+from homodistil.data.batch import Batch
 
 Weights = dict[str, Tensor]
 HEAD = "cls.predictions"

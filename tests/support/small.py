@@ -6,7 +6,7 @@ import torch
 from transformers import BertConfig, BertForMaskedLM
 
 from homodistil.config.schema import LossConfig, RunConfig
-from homodistil.data.masked_lm import Batch, LossCounts
+from homodistil.data.batch import Batch, LossCounts
 from homodistil.distill.student import Student
 from homodistil.distill.teacher import Teacher
 from homodistil.models.activations import ATTENTION

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from homodistil.config.schema import LossConfig
-from homodistil.data.masked_lm import Batch
+from homodistil.data.batch import Batch
 from homodistil.distill.layer_map import LayerMap
 from homodistil.distill.teacher_outputs import TeacherOutputs
 from homodistil.models.activations import LayerActivations
@@ -46,7 +46,7 @@ class StudentSide(Protocol):
     def pruned_heads(self, i: int, device: torch.device) -> Tensor | None:
         """Teacher head of each head of layer `i`, int64 (heads,); None while all of them are there."""
 
-    def mlm_logits(self, rows: Tensor) -> Tensor:
+    def lm_logits(self, rows: Tensor) -> Tensor:
         """(rows, D) of the last layer -> (rows, V)."""
 
 

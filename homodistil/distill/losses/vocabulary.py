@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from homodistil.data.masked_lm import Batch
+from homodistil.data.batch import Batch
 from homodistil.distill.losses.term import BatchSizes, Step, Term, Weighted
 from homodistil.distill.teacher_outputs import wanted_rows
 from homodistil.kernels.masked_lm import linear_masked_lm_losses, masked_lm_losses
@@ -35,7 +35,7 @@ class Vocabulary(Term):
 
     def _on_masked_rows(self, last: Tensor, step: Step) -> Weighted:
         batch, rows = step.batch, step.batch.counts.target_rows
-        logits = step.student.mlm_logits(wanted_rows(last, batch, "masked"))
+        logits = step.student.lm_logits(wanted_rows(last, batch, "masked"))
         theirs = step.teacher.logits("masked") if step.teacher is not None and self.needs_teacher else None
         # The logits are ours alone: backward may write their gradient over them.
         ce, kl = masked_lm_losses(
@@ -46,7 +46,7 @@ class Vocabulary(Term):
     def _on_all_tokens(self, last: Tensor, step: Step) -> Weighted:
         """KL on every token, MLM on the labelled ones, chunk by chunk: all logits at once would take gigabytes."""
         student, batch, counts = step.student, step.batch, step.batch.counts
-        ours = student.family.mlm_transform(student.model)(wanted_rows(last, batch, "all"))
+        ours = student.family.lm_transform(student.model)(wanted_rows(last, batch, "all"))
         theirs, their_decoder = step.teacher.before_decoder("all")
         factors = (self.weights.get("mlm", 0.0) / counts.target_rows, self.weights["kl"] / counts.tokens)
 

@@ -218,10 +218,10 @@ class PostNormEncoder(ModelFamily):
     def attend(self, model: nn.Module, i: int, hidden: Tensor, seen: Tensor | None) -> Tensor:
         return self.attentions(model)[i](hidden, attention_mask=seen)[0]
 
-    def mlm_head(self, model: nn.Module) -> nn.Module:
+    def lm_head(self, model: nn.Module) -> nn.Module:
         return model.get_submodule(self.head_names.head)
 
-    def mlm_transform(self, model: nn.Module) -> Callable[[Tensor], Tensor]:
+    def lm_transform(self, model: nn.Module) -> Callable[[Tensor], Tensor]:
         if self.head_names.transform is not None:
             return model.get_submodule(self.head_names.transform)
         return functools.partial(_transformed, self.head_parts(model))

@@ -19,7 +19,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from homodistil.data.masked_lm import Batch
+from homodistil.data.batch import Batch
 from homodistil.distributed import ranks
 from homodistil.models.axes import AxisTable, Keep
 from homodistil.models.family import ModelFamily

@@ -57,7 +57,7 @@ def straighten_head(refit: Refit, decoder_gram: Tensor) -> None:
 
 def _old_head(refit: Refit) -> tuple[list[Tensor], list[Tensor]]:
     """Rows before the activation of the old head, and rows that enter its decoder."""
-    linear, transform = refit.family.head_parts(refit.old).linear, refit.family.mlm_transform(refit.old)
+    linear, transform = refit.family.head_parts(refit.old).linear, refit.family.lm_transform(refit.old)
     before, after = [], []
     for stream in refit.streams:
         with captured([linear], []) as (put_out, _):
@@ -88,7 +88,7 @@ def _standardised_over_rows(rows: list[Tensor], eps: float) -> list[Tensor]:
 
 def _finish(refit: Refit, hidden: list[Tensor], wanted: list[Tensor], old_rows: list[Tensor]) -> None:
     """LayerNorm, then the decoder's bias: mean logits as they were. Logits are linear, so no row of them is made."""
-    norm, transform = refit.family.head_parts(refit.new).norm, refit.family.mlm_transform(refit.new)
+    norm, transform = refit.family.head_parts(refit.new).norm, refit.family.lm_transform(refit.new)
     sums = [inputs_of(norm, transform, rows) for rows in hidden]
     fit_norm(norm, zip(sums, wanted, strict=True), refit.ridge)
     old_decoder, new_decoder = refit.family.decoder(refit.old), refit.family.decoder(refit.new)

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from homodistil.data.masked_lm import Batch
+from homodistil.data.batch import Batch
 from homodistil.models.family import ModelFamily
 from homodistil.models.resize_plan import ResizePlan, transform
 from homodistil.pruning.compensation.least_squares import TINY, fit_linear, fit_norm, sum_over_rows

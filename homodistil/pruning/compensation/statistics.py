@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from homodistil.data.masked_lm import Batch
+from homodistil.data.batch import Batch
 from homodistil.distributed import ranks
 from homodistil.models.family import ModelFamily
 from homodistil.pruning.compensation.least_squares import TINY
@@ -122,7 +122,7 @@ class _Collector:
                 self._head(hidden.flatten(0, 1)[batch.target_index], numbers)
 
     def _head(self, hidden: Tensor, numbers: Tensor) -> None:
-        rows, decoder = self.family.mlm_transform(self.model)(hidden), self.family.decoder(self.model)
+        rows, decoder = self.family.lm_transform(self.model)(hidden), self.family.decoder(self.model)
         with torch.no_grad():
             probabilities = decoder(rows).softmax(-1)
             self._add("head_rows", _products(rows))

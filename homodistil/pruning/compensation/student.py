@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from homodistil.data.masked_lm import Batch
+from homodistil.data.batch import Batch
 from homodistil.distill.student import Student
 from homodistil.models.axes import Keep
 from homodistil.models.resize_plan import DimMaps, ResizePlan, make_plan

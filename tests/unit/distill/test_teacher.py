@@ -4,7 +4,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.small import small_batch, small_model
 
-from homodistil.distill.teacher import Teacher, has_mlm_head, load_model
+from homodistil.distill.teacher import Teacher, has_lm_head, load_model
 
 
 def test_a_checkpoint_of_the_old_layout_loads_whole(tmp_path):
@@ -19,14 +19,14 @@ def test_a_checkpoint_of_the_old_layout_loads_whole(tmp_path):
     }
     old |= {"cls.seq_relationship.weight": torch.zeros(2, 24), "bert.pooler.dense.weight": torch.zeros(24, 24)}
     save_file(old, file, metadata={"format": "pt"})
-    assert has_mlm_head(str(tmp_path))
+    assert has_lm_head(str(tmp_path))
     loaded = load_model(str(tmp_path)).state_dict()
     assert all(torch.equal(loaded[name], tensor) for name, tensor in model.state_dict().items())
 
 
 def test_an_encoder_has_no_mlm_head(tmp_path):
     small_model().bert.save_pretrained(tmp_path)
-    assert not has_mlm_head(str(tmp_path))
+    assert not has_lm_head(str(tmp_path))
 
 
 def test_taps_are_what_the_stock_model_shows():

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from homodistil.config.schema import RunConfig
-from homodistil.distill.teacher import check_stored, has_mlm_head, load_config, load_model, load_tokenizer
+from homodistil.distill.teacher import check_stored, has_lm_head, load_config, load_model, load_tokenizer
 from homodistil.errors import UserError
 from homodistil.evaluation.glue.checkpoint import load_encoder
 from homodistil.preflight.findings import Findings
@@ -159,7 +159,7 @@ def test_every_way_to_store_the_same_weights_is_taken(teacher):
 
     def same() -> bool:
         check_stored(str(teacher), load_config(str(teacher)))
-        assert has_mlm_head(str(teacher))
+        assert has_lm_head(str(teacher))
         return all(torch.equal(tensor, before[name]) for name, tensor in load_model(str(teacher)).state_dict().items())
 
     # A bias that is tied under its other name; double precision; shards with an index.

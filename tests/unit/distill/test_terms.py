@@ -108,7 +108,7 @@ class Margin(Term):
     def at_end(self, last, step):
         if step.teacher is None:
             return None
-        ours = step.student.mlm_logits(last.flatten(0, 1).index_select(0, step.batch.target_index))
+        ours = step.student.lm_logits(last.flatten(0, 1).index_select(0, step.batch.target_index))
         return self.weighted({"drift": (ours - step.teacher.logits("masked")).square().mean()})
 
     def modules(self, layer_map, hidden_size) -> dict[str, nn.Module]:

@@ -60,7 +60,7 @@ def count(step) -> int:
 def logits_of_rows(model: BertForMaskedLM, rows: int) -> torch.Tensor:
     ids = torch.randint(VOCAB, (SEQUENCES, SEQ_LEN))
     states = bert.backbone(model)(ids, attention_mask=torch.ones_like(ids)).last_hidden_state
-    return bert.mlm_head(model)(states.flatten(0, 1)[:rows])
+    return bert.lm_head(model)(states.flatten(0, 1)[:rows])
 
 
 def flops(student: dict, teacher: dict, **loss) -> StepFlops:

@@ -7,7 +7,7 @@ import torch
 from support.small import VOCABULARY, random_keep, small_model
 
 from homodistil.config.schema import LossConfig
-from homodistil.data.masked_lm import Batch, LossCounts
+from homodistil.data.batch import Batch, LossCounts
 from homodistil.distill.cost import sequence_bytes
 from homodistil.distill.student import Student
 from homodistil.distill.teacher import Teacher

@@ -11,7 +11,7 @@ from support.small import random_keep, small_batch, small_pair
 
 from homodistil.config.rules import check
 from homodistil.config.schema import RunConfig
-from homodistil.data.masked_lm import Batch
+from homodistil.data.batch import Batch
 from homodistil.distill.snapshot import duplicate
 from homodistil.distill.student import Student
 from homodistil.errors import UserError

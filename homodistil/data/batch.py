@@ -1,0 +1,55 @@
+"""One micro-batch as every model and loss term takes it: ids, which rows are predicted, and what losses divide by.
+
+Shapes: B sequences, T tokens, M rows to predict. A task (data/task.py) makes it of blocks of text.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class LossCounts(NamedTuple):
+    """What the loss terms divide by: numbers of the batch's own from a loader; from a feed 0-dim fp32 tensors on the
+    device, means over all micro-batches of the step (see prefetch.py), which nothing in a step may bring to the host.
+    """
+
+    target_rows: float | Tensor
+    tokens: float | Tensor
+    """Valid (not padding) tokens."""
+    pairs: float | Tensor
+    """Valid query-key pairs, summed over the batch."""
+
+
+class Batch(NamedTuple):
+    input_ids: Tensor
+    """(B, T) int64, masking applied."""
+    attention_mask: Tensor
+    """(B, T) int64, 1 = token, 0 = padding."""
+    target_index: Tensor
+    """(M,) int64, flat positions b * T + t of the rows to predict, ascending."""
+    target_ids: Tensor
+    """(M,) int64, the tokens that stood there."""
+    token_index: Tensor
+    """(tokens,) int64, flat positions of the valid tokens, ascending: finding them on the device would wait for it."""
+    counts: LossCounts
+
+    @property
+    def padding_mask(self) -> Tensor | None:
+        """`attention_mask`, or None where it masks nothing: models then take their faster ways. Asks no device."""
+        return None if self.token_index.numel() == self.input_ids.numel() else self.attention_mask
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All but the counts."""
+        return self[:-1]
+
+    def pinned(self) -> Batch:
+        """A copy in page-locked memory, out of which a GPU copies while the host continues."""
+        return Batch(*(tensor.pin_memory() for tensor in self.tensors), self.counts)
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The batch with its tensors on `device`; from pinned memory without waiting for the copies."""
+        return Batch(*(tensor.to(device, non_blocking=True) for tensor in self.tensors), self.counts)
