@@ -60,9 +60,7 @@ class Student(nn.Module):
             for parameter in head_only_parameters(model, self.family):
                 parameter.requires_grad_(False)
         if not self.objective.needs_last_layer:
-            parts = self.family.layer_parts(model)[-1]
-            values = () if "values" in needs else (parts.value,)
-            for module in (*values, parts.attention_output, parts.ffn, parts.ffn_output):
+            for module in self.family.output_modules(model, with_values="values" not in needs):
                 module.requires_grad_(False)
 
     def _make_modules(self) -> dict[str, nn.Module]:

@@ -1,15 +1,16 @@
 """The contract of a model family: the interface between stock Hugging Face classes and everything else.
 
 Nothing outside `models/` knows a family's parameter names, the order of its blocks, or what a stock configuration can
-hold. A family is an object of a class that implements this contract; encoders with LayerNorm after each block share
-`encoders/post_norm.py` and differ in data alone.
+hold. A family is an object of a class that implements this contract: `named_family.py` has what follows from dotted
+names alone; encoders with LayerNorm after each block share `encoders/post_norm.py`, decoders with a norm before each
+block `decoders/pre_norm.py`, and differ in data.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
 from transformers import PretrainedConfig
@@ -77,6 +78,15 @@ class ModelFamily(ABC):
     """Name of the `transformers` class that loads an exported checkpoint."""
     pipeline_tag: str
     """The pipeline tag of a checkpoint on the hub: "fill-mask"."""
+    task: Literal["mlm", "causal"]
+    """What its language-modelling head predicts: masked tokens from both sides, or the next token (data/task.py)."""
+    forward_options: Mapping[str, Any] = {}
+    """Arguments of every call of the backbone, beside token ids and padding mask."""
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether a position sees itself and earlier ones only."""
+        return self.task == "causal"
 
     # --- configurations
 
@@ -140,21 +150,34 @@ class ModelFamily(ABC):
     def attentions(self, model: nn.Module) -> list[nn.Module]:
         """The module of every layer that calls the library's attention function."""
 
-    @abstractmethod
-    def attend(self, model: nn.Module, i: int, hidden: Tensor, seen: Tensor | None) -> Tensor:
-        """Attention of layer `i` before its output projection: (B, T, hidden) -> (B, T, heads x dims of a head).
+    def layer_options(self, model: nn.Module, hidden: Tensor, kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Keyword arguments for the layers of `model`, given those that another model of the family gives its layers.
 
         Args:
-            seen: bool, (B, 1, 1 or T, T), True = looked at; None: everything is. For SDPA, as `layers` take it.
+            hidden: what enters layer 0 of `model`, (B, T, D).
+            kwargs: of the same batch, so that masks and position ids fit.
+        """
+        return kwargs
+
+    @abstractmethod
+    def output_modules(self, model: nn.Module, with_values: bool) -> list[nn.Module]:
+        """Modules of the last layer that its output needs, and its queries and keys do not.
+
+        Args:
+            with_values: whether what makes the values is one of them.
         """
 
     @abstractmethod
+    def final_norm(self, model: nn.Module) -> nn.Module | None:
+        """What the backbone applies to the output of its last layer; None: nothing, as in post-norm models."""
+
+    @abstractmethod
     def lm_head(self, model: nn.Module) -> nn.Module:
-        """Rows of the last hidden states (rows, hidden) -> logits (rows, vocabulary)."""
+        """Rows that the backbone puts out (rows, hidden) -> logits (rows, vocabulary)."""
 
     @abstractmethod
     def lm_transform(self, model: nn.Module) -> Callable[[Tensor], Tensor]:
-        """First part of the MLM head: rows of the last hidden states (rows, hidden) -> rows that enter the decoder."""
+        """First part of the head: rows that the backbone puts out (rows, hidden) -> rows that enter the decoder."""
 
     @abstractmethod
     def decoder(self, model: nn.Module) -> nn.Linear:
@@ -163,7 +186,41 @@ class ModelFamily(ABC):
         Under ZeRO-3 weight and bias exist only inside a call of this module.
         """
 
-    # --- what compensation refits
+    # --- what is measured
+
+    @abstractmethod
+    def layer_norms(self, model: nn.Module) -> dict[str, nn.Module]:
+        """Norms that read the residual stream itself (the head's own is not one of them), by name."""
+
+    # --- checkpoints
+
+    @abstractmethod
+    def tensor_name(self, stored: str) -> str:
+        """Current name of a tensor in a checkpoint file of any age."""
+
+    @abstractmethod
+    def is_head(self, name: str) -> bool:
+        """Whether a parameter belongs to the language-modelling head alone (a tied decoder weight does not)."""
+
+    @abstractmethod
+    def is_unused(self, name: str) -> bool:
+        """Whether the model leaves a tensor of this name out as a matter of course (pooler, next-sentence head)."""
+
+    @abstractmethod
+    def num_stored_layers(self, names: Iterable[str]) -> int:
+        """Layers that the tensors in a checkpoint's files belong to."""
+
+
+class Compensable(ABC):
+    """What compensation refits (pruning/compensation): a family that has it can be cut with refit or full."""
+
+    @abstractmethod
+    def attend(self, model: nn.Module, i: int, hidden: Tensor, seen: Tensor | None) -> Tensor:
+        """Attention of layer `i` before its output projection: (B, T, hidden) -> (B, T, heads x dims of a head).
+
+        Args:
+            seen: bool, (B, 1, 1 or T, T), True = looked at; None: everything is. For SDPA, as `layers` take it.
+        """
 
     @abstractmethod
     def layer_parts(self, model: nn.Module) -> list[LayerParts]:
@@ -176,25 +233,3 @@ class ModelFamily(ABC):
     @abstractmethod
     def embedding_norm(self, model: nn.Module) -> nn.LayerNorm:
         """The LayerNorm that ends the embeddings."""
-
-    @abstractmethod
-    def layer_norms(self, model: nn.Module) -> dict[str, nn.LayerNorm]:
-        """LayerNorms that read the residual stream itself (the MLM head's is not one of them), by name."""
-
-    # --- checkpoints
-
-    @abstractmethod
-    def tensor_name(self, stored: str) -> str:
-        """Current name of a tensor in a checkpoint file of any age."""
-
-    @abstractmethod
-    def is_head(self, name: str) -> bool:
-        """Whether a parameter belongs to the MLM head alone (a tied decoder weight does not)."""
-
-    @abstractmethod
-    def is_unused(self, name: str) -> bool:
-        """Whether a masked LM leaves a tensor of this name out as a matter of course (pooler, next-sentence head)."""
-
-    @abstractmethod
-    def num_stored_layers(self, names: Iterable[str]) -> int:
-        """Layers that the tensors in a checkpoint's files belong to."""

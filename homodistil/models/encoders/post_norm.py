@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import MODEL_FOR_MASKED_LM_MAPPING, PretrainedConfig
+from transformers import PretrainedConfig
 
 from homodistil.models.axes import AxisTable, AxisUse, Widths, layer_widths, num_layers, uniform_layer_widths
-from homodistil.models.family import HeadParts, LayerParts, ModelFamily, ModelShape
+from homodistil.models.family import Compensable, HeadParts, LayerParts, ModelShape
+from homodistil.models.named_family import NamedFamily
 
 
 class LayerNames(NamedTuple):
@@ -66,25 +67,21 @@ class HeadNames(NamedTuple):
     """Name of a module, or a function."""
 
 
-@dataclass(frozen=True)
-class PostNormEncoder(ModelFamily):
+@dataclass(frozen=True, kw_only=True)
+class PostNormEncoder(NamedFamily, Compensable):
     """A family of such models."""
 
-    name: str
-    model_types: tuple[str, ...]
-    backbone_name: str
     head_names: HeadNames
-    head_prefix: str
-    """Parameters that begin with this belong to the MLM head alone."""
-    unused: tuple[str, ...] = ()
-    """Beginnings of names of stored tensors that a masked LM has no use for."""
     layer_names: LayerNames = BERT_LAYER
     embedding_tables: tuple[str, ...] = ("word_embeddings", "position_embeddings", "token_type_embeddings")
     layers_name: str = "encoder.layer"
+    attention_name: str = BERT_LAYER.attention
+    dropout_fields: tuple[str, ...] = ("hidden_dropout_prob", "attention_probs_dropout_prob")
     positions_start_behind_padding: bool = False
     """The first position id is pad_token_id + 1, so that fewer tokens fit than there are position embeddings."""
     auto_class: str = "AutoModelForMaskedLM"
     pipeline_tag: str = "fill-mask"
+    task: Literal["mlm", "causal"] = "mlm"
 
     def shape(self, config: PretrainedConfig) -> ModelShape:
         spent = config.pad_token_id + 1 if self.positions_start_behind_padding else 0
@@ -104,9 +101,6 @@ class PostNormEncoder(ModelFamily):
             objective="masked",
         )
 
-    def set_dropout(self, config: PretrainedConfig, probability: float) -> None:
-        config.hidden_dropout_prob = config.attention_probs_dropout_prob = probability
-
     def student_config(self, teacher: PretrainedConfig, widths: Widths) -> PretrainedConfig:
         layer = layer_widths(widths, 0)
         values = teacher.to_dict()
@@ -125,9 +119,6 @@ class PostNormEncoder(ModelFamily):
             return None
         fits = widths["hidden"] % layer.num_heads == 0 and widths["hidden"] // layer.num_heads >= layer.qk_dim
         return widths["hidden"] // layer.num_heads if fits else None
-
-    def empty_model(self, config: PretrainedConfig) -> nn.Module:
-        return MODEL_FOR_MASKED_LM_MAPPING[type(config)](config)
 
     def axis_table(self, model: nn.Module) -> AxisTable:
         names = {name for name, _ in model.named_parameters()}
@@ -191,32 +182,24 @@ class PostNormEncoder(ModelFamily):
         _resize_linear(parts.ffn_linear, hidden, layer.intermediate_size)
         _resize_linear(parts.ffn_output_linear, layer.intermediate_size, hidden)
 
-    def keep_layers(self, model: nn.Module, kept: Sequence[int]) -> None:
-        holder, _, name = self.layers_name.rpartition(".")
-        parent = self.backbone(model).get_submodule(holder)
-        setattr(parent, name, nn.ModuleList(self.layers(model)[i] for i in kept))
-        model.config.num_hidden_layers = len(kept)
-
     @torch.no_grad()
     def fold_softmax_scale(self, model: nn.Module, ratio: float) -> None:
         for parts in self.layer_parts(model):
             parts.query.weight.mul_(ratio)
             parts.query.bias.mul_(ratio)
 
-    def backbone(self, model: nn.Module) -> nn.Module:
-        return model.get_submodule(self.backbone_name)
-
     def embeddings(self, model: nn.Module) -> nn.Module:
         return self.backbone(model).embeddings
 
-    def layers(self, model: nn.Module) -> nn.ModuleList:
-        return self.backbone(model).get_submodule(self.layers_name)
-
-    def attentions(self, model: nn.Module) -> list[nn.Module]:
-        return [layer.get_submodule(self.layer_names.attention) for layer in self.layers(model)]
-
     def attend(self, model: nn.Module, i: int, hidden: Tensor, seen: Tensor | None) -> Tensor:
         return self.attentions(model)[i](hidden, attention_mask=seen)[0]
+
+    def output_modules(self, model: nn.Module, with_values: bool) -> list[nn.Module]:
+        parts = self.layer_parts(model)[-1]
+        return [*([parts.value] if with_values else []), parts.attention_output, parts.ffn, parts.ffn_output]
+
+    def final_norm(self, model: nn.Module) -> None:
+        return None
 
     def lm_head(self, model: nn.Module) -> nn.Module:
         return model.get_submodule(self.head_names.head)
@@ -254,17 +237,6 @@ class PostNormEncoder(ModelFamily):
         is_encoder_alone = stored.startswith(("embeddings.", "encoder.", "pooler."))
         name = f"{self.backbone_name}.{stored}" if is_encoder_alone else stored
         return re.sub(r"LayerNorm\.(gamma|beta)$", lambda m: f"LayerNorm.{_NORM_NAMES[m[1]]}", name)
-
-    def is_head(self, name: str) -> bool:
-        return name.startswith(self.head_prefix)
-
-    def is_unused(self, name: str) -> bool:
-        return name.startswith(self.unused)
-
-    def num_stored_layers(self, names: Iterable[str]) -> int:
-        pattern = re.compile(rf"{re.escape(f'{self.backbone_name}.{self.layers_name}')}\.(\d+)\.")
-        matches = [pattern.match(self.tensor_name(name)) for name in names]
-        return 1 + max((int(match[1]) for match in matches if match), default=-1)
 
 
 _NORM_NAMES = {"gamma": "weight", "beta": "bias"}
