@@ -172,10 +172,10 @@ def _write_batches(task: Task, files: Files) -> None:
     from homodistil.config.command_line import parse
     from homodistil.data.loader import BatchLoader
     from homodistil.data.prepare.corpus import prepare_corpus
-    from homodistil.distill.teacher import load_tokenizer
+    from homodistil.distill.teacher import load_config, load_tokenizer
 
     config = parse(arguments(task, files, files.folder / "unused"))
-    tokenizer = load_tokenizer(str(files.teacher), task.vocabulary)
+    tokenizer = load_tokenizer(str(files.teacher), load_config(str(files.teacher)))
     rows = prepare_corpus(config.data, tokenizer).train
     loader = BatchLoader(rows, tokenizer, config.data, config.train.seed, task.sequences, task.sequences, 0, 1)
     batches = [loader.micro_batches(step * task.sequences)[0] for step in range(NUM_BATCHES)]

@@ -135,15 +135,18 @@ class DataConfig:
     text_column: str = option("text", limited_by="rules.py: not empty", resume="fixed", students="shared", derived=SAME)
     """Column that holds the text in .jsonl, .parquet and hub data sets."""
     seq_len: int = option(64, low=3, high=2**20, resume="fixed", students="shared", derived=SAME)
-    """Tokens of a block, [CLS] and [SEP] included (3 .. the teacher's max_position_embeddings)."""
+    """Tokens of a block, with [CLS] and [SEP] where the task has them (3 .. the teacher's max_position_embeddings)."""
     heldout_fraction: float = option(
         0.05, low=0, high=1, exclude="both", resume="fixed", students="shared", derived=SAME
     )
     """Fraction of documents kept for evaluation, in (0, 1). Split by document."""
+    task: Literal["auto", "mlm", "causal"] = option("auto", resume="free", students="shared", derived=SAME)
+    """What is predicted: masked tokens, or the next one. auto: what the teacher does."""
     mask_probability: float = option(
         0.15, low=0.0001, high=1, exclude="high", resume="fixed", students="shared", derived={CORRECTION: KEY}
     )
-    """Fraction of ordinary tokens to predict, in (0, 1); of these 80 % become [MASK], 10 % random, 10 % stay."""
+    """Task mlm: fraction of ordinary tokens to predict, in (0, 1); of these 80 % become [MASK], 10 % random, 10 % stay.
+    """
     cache_dir: str = option(
         "~/.cache/homodistil", limited_by="values.py: a path", resume="free", students="shared", derived=SAME
     )

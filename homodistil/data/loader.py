@@ -18,8 +18,8 @@ from transformers import PreTrainedTokenizerBase
 
 from homodistil.config.schema import DataConfig
 from homodistil.data.batch import Batch
-from homodistil.data.masked_lm import Masker
 from homodistil.data.prepare.corpus import Rows
+from homodistil.data.task import task_of
 from homodistil.distributed.graceful_stop import ignore_in_worker
 from homodistil.errors import UserError
 
@@ -40,7 +40,7 @@ class BatchLoader:
     Args:
         rows: blocks of the training split.
         tokenizer: of the teacher, for special ids.
-        config: `mask_probability`, and `workers`: processes that prepare the next steps (0 = none).
+        config: `task` with `mask_probability`, and `workers`: processes that prepare the next steps (0 = none).
         seed: of order and masking.
         global_batch_size: samples of an optimizer step over all ranks.
         micro_batch_size: samples of one micro-batch.
@@ -64,7 +64,7 @@ class BatchLoader:
         if not len(rows):
             raise UserError("data.sources: the training split holds no block of text; add text")
         self._rows, self._seed, self._workers = rows, seed, config.workers
-        self._mask = Masker(tokenizer, config.mask_probability, seed)
+        self._to_batch = task_of(config).batch_maker(tokenizer, config, seed)
         self.global_batch_size, self._rank, self._world = global_batch_size, rank, world_size
         self._order_epoch, self._order = -1, np.empty(0, dtype=np.uint32)
         self._processes: list[multiprocessing.Process] = []
@@ -119,7 +119,7 @@ class BatchLoader:
         for epoch in np.unique(epochs):
             here = epochs == epoch
             samples[here] = self._order_of(int(epoch))[offsets[here]]
-        return self._mask(self._rows[samples], samples, epochs)
+        return self._to_batch(self._rows[samples], samples, epochs)
 
     def _order_of(self, epoch: int) -> np.ndarray:
         if epoch != self._order_epoch:  # kept: shuffling 10^8 samples takes seconds
@@ -189,12 +189,12 @@ def fixed_batches(
         batch_size: most samples of a batch of one rank.
         limit: only the first `limit` samples (over all ranks).
     """
-    mask = Masker(tokenizer, config.mask_probability, seed)
+    to_batch = task_of(config).batch_maker(tokenizer, config, seed)
     total = len(rows) if limit is None else min(limit, len(rows))
     for start in range(0, total, batch_size * world_size):
         round_ = np.arange(start, min(start + batch_size * world_size, total))
         samples = np.array_split(round_, world_size)[rank]
         if len(samples):
-            yield mask(rows[samples], samples, np.zeros_like(samples))
+            yield to_batch(rows[samples], samples, np.zeros_like(samples))
         else:
-            yield mask.unmasked(rows[[0]])
+            yield to_batch.unmasked(rows[[0]])

@@ -13,6 +13,7 @@ from pathlib import Path
 import tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from homodistil.data.task import Task
 from homodistil.errors import UserError
 from homodistil.models.checkpoint_files import first_line, local_folder, read_json, short
 
@@ -99,12 +100,13 @@ def check_ids(tokenizer: PreTrainedTokenizerBase, vocab_size: int, where: str) -
         )
 
 
-def check_special_tokens(tokenizer: PreTrainedTokenizerBase, where: str) -> None:
-    """Raise `UserError` where one of mask, pad, cls and sep is missing, or mask or pad means something else as well."""
-    ids = {name: getattr(tokenizer, f"{name}_id", None) for name in (*SPECIAL_TOKENS, "unk_token")}
-    if missing := [name for name in SPECIAL_TOKENS if ids[name] is None]:
-        raise UserError(f"{where} has no {', '.join(missing)}; use the tokenizer of a masked language model")
-    for name in ("mask_token", "pad_token"):
+def check_special_tokens(tokenizer: PreTrainedTokenizerBase, task: Task, where: str) -> None:
+    """Raise `UserError` where a token that the task needs is missing, or mask or pad means something else as well."""
+    names = (*SPECIAL_TOKENS, *task.special_tokens, "unk_token")
+    ids = {name: getattr(tokenizer, f"{name}_id", None) for name in names}
+    if missing := [name for name in task.special_tokens if ids[name] is None]:
+        raise UserError(f"{where} has no {', '.join(missing)}; use the tokenizer of {task.model}")
+    for name in (name for name in ("mask_token", "pad_token") if name in task.special_tokens):
         if same := [other for other, token_id in ids.items() if other != name and token_id == ids[name]]:
             raise UserError(
                 f"{where} has one token, {getattr(tokenizer, name)!r}, as {name} and as {same[0]}; give each a token "

@@ -8,13 +8,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import transformers
 from huggingface_hub import list_repo_files
 from torch import Tensor, nn
-from transformers import AutoModelForMaskedLM, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from homodistil.config.schema import TeacherConfig
 from homodistil.data.batch import Batch
+from homodistil.data.task import TASKS
 from homodistil.data.tokenizer import check_ids, check_special_tokens, check_words, read_tokenizer
 from homodistil.distill.runtime import Runtime, SideStream, build_runtime
 from homodistil.distill.teacher_outputs import Layerwise, TeacherOutputs, WholePass, own_lists, wanted_rows
@@ -182,7 +184,8 @@ def _from_pretrained(folder: str, allow_pickle: bool, **options):
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     try:
-        return AutoModelForMaskedLM.from_pretrained(folder, **options)
+        auto_class = getattr(transformers, family_of(options["config"].model_type).auto_class)
+        return auto_class.from_pretrained(folder, **options)
     except Exception as error:  # safetensors, torch, the hub client and its transport raise types of their own
         if not allow_pickle and _has_only_pickles(folder):
             raise UserError(
@@ -216,17 +219,20 @@ def load_config(folder: str):
     return shape
 
 
-def load_tokenizer(folder: str, vocab_size: int) -> PreTrainedTokenizerBase:
+def load_tokenizer(folder: str, teacher_config) -> PreTrainedTokenizerBase:
     """The teacher's tokenizer.
 
+    Args:
+        teacher_config: the teacher's Hugging Face configuration.
+
     Raises:
-        UserError: it is missing, damaged or of another kind, does not fit the `vocab_size` embeddings, lacks a special
-            token that masked language modelling needs, or knows no words.
+        UserError: it is missing, damaged or of another kind, does not fit the embeddings, lacks a special token that
+            the teacher's task needs, or knows no words.
     """
-    tokenizer = read_tokenizer(folder, FIELD)
-    check_ids(tokenizer, vocab_size, f"{FIELD}: the tokenizer at {folder!r}")
-    check_special_tokens(tokenizer, f"{FIELD}: the tokenizer at {folder!r}")
-    check_words(tokenizer, f"{FIELD}: the tokenizer at {folder!r}")
+    tokenizer, where = read_tokenizer(folder, FIELD), f"{FIELD}: the tokenizer at {folder!r}"
+    check_ids(tokenizer, teacher_config.vocab_size, where)
+    check_special_tokens(tokenizer, TASKS[family_of(teacher_config.model_type).task], where)
+    check_words(tokenizer, where)
     return tokenizer
 
 

@@ -9,7 +9,8 @@ changes.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -50,7 +51,7 @@ class TeacherOutputs(ABC):
         """Activations of the layer that shows its values, once it has run."""
 
     def take_last(self) -> Tensor:
-        """Output of the last layer, (B, T, D)."""
+        """What the backbone puts out, (B, T, D): what the head reads."""
         self.num_last_readers -= 1
         return self._last(is_done=self.num_last_readers <= 0)
 
@@ -96,9 +97,7 @@ class WholePass(TeacherOutputs):
         seen = self._seen()
         tap = LayerActivations(seen.layers[i], seen.queries[i], seen.keys[i])
         for done in range(self._num_taken, i + 1):
-            seen.queries[done] = seen.keys[done] = None
-            if done + 1 < len(seen.layers):
-                seen.layers[done] = None
+            seen.queries[done] = seen.keys[done] = seen.layers[done] = None
         self._num_taken = i + 1
         return tap
 
@@ -107,8 +106,10 @@ class WholePass(TeacherOutputs):
         return relations
 
     def _last(self, is_done: bool) -> Tensor:
-        layers = self._seen().layers
-        return layers.pop() if is_done else layers[-1]
+        last = self._seen().last
+        if is_done:
+            self._tapped = self._tapped._replace(last=None)
+        return last
 
 
 def own_lists(tapped: Activations) -> Activations:
@@ -122,6 +123,7 @@ class Layerwise(TeacherOutputs, ActivationVisitor):
     def __init__(self, model: nn.Module, family: ModelFamily, batch: Batch, taps: ActivationHooks) -> None:
         super().__init__(model, family, batch, taps.scale)
         self._embeddings, self._layers = family.embeddings(model), family.layers(model)
+        self._model_options: Mapping[str, Any] | None = None
         self._taps = taps
         self._hidden: Tensor | None = None
         self._tap: LayerActivations | None = None
@@ -135,9 +137,11 @@ class Layerwise(TeacherOutputs, ActivationVisitor):
     @torch.no_grad()
     def run_layer(self, i: int, args: tuple, kwargs: dict) -> None:
         _students_hidden, *rest = args
+        if self._model_options is None:  # once for the batch: they are the same for all layers
+            self._model_options = self.family.layer_options(self.model, self._hidden, kwargs)
         with self._taps.shown_to(self):
             for layer in self._layers[self._num_run : i + 1]:
-                layer(self._hidden, *rest, **kwargs)
+                layer(self._hidden, *rest, **{**kwargs, **self._model_options})
         self._num_run = i + 1
 
     def layer(self, _i: int, tap: LayerActivations) -> None:
@@ -157,7 +161,8 @@ class Layerwise(TeacherOutputs, ActivationVisitor):
         return relations
 
     def _last(self, is_done: bool) -> Tensor:
-        last = self._hidden
+        norm = self.family.final_norm(self.model)
+        last = self._hidden if norm is None else norm(self._hidden)
         if is_done:
             self._hidden = None
         return last

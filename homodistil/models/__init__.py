@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from homodistil.errors import UserError
+from homodistil.models.decoders import DECODERS
 from homodistil.models.encoders import ENCODERS
 from homodistil.models.family import ModelFamily
 
-FAMILIES: dict[str, ModelFamily] = {model_type: family for family in ENCODERS for model_type in family.model_types}
+_ALL = (*ENCODERS, *DECODERS)
+FAMILIES: dict[str, ModelFamily] = {
+    model_type: family for family in (*ENCODERS, *DECODERS) for model_type in family.model_types
+}
 """`model_type` of a configuration -> its family."""
 
 

@@ -34,9 +34,9 @@ class LayerActivations(NamedTuple):
     queries: Tensor
     """(B, N, T, H)."""
     keys: Tensor
-    """(B, N, T, H)."""
+    """(B, G, T, H): G = N, or fewer where query heads share keys and values."""
     values: Tensor | None = None
-    """(B, N, T, H) of a layer that `show_values` was called for. Elsewhere they are not held on to."""
+    """(B, G, T, H) of a layer that `show_values` was called for. Elsewhere they are not held on to."""
 
 
 class Activations(NamedTuple):
@@ -49,15 +49,13 @@ class Activations(NamedTuple):
     queries: list[Tensor]
     """(B, N, T, H) per layer."""
     keys: list[Tensor]
-    """(B, N, T, H) per layer."""
+    """(B, G, T, H) per layer."""
+    last: Tensor
+    """What the backbone puts out, (B, T, D): the last layer's output, or what a final norm makes of it."""
     scale: float
     """What the softmax multiplies q.k with."""
     relations: LayerActivations | None = None
     """Activations of the layer that shows its values."""
-
-    @property
-    def last(self) -> Tensor:
-        return self.layers[-1]
 
 
 class ActivationVisitor:
@@ -88,7 +86,7 @@ class ActivationHooks:
     """
 
     def __init__(self, model: nn.Module, family: ModelFamily) -> None:
-        self._backbone = family.backbone(model)
+        self._backbone, self._family = family.backbone(model), family
         self._visitor: ActivationVisitor | None = None
         self._queries: Tensor | None = None
         self._keys: Tensor | None = None
@@ -105,14 +103,17 @@ class ActivationHooks:
             attention.homodistil_taps = self
 
     def visit(self, input_ids: Tensor, padding_mask: Tensor | None, visitor: ActivationVisitor) -> Tensor:
-        """The model's backbone forward, shown to `visitor`. Returns the last layer's output (B, T, D).
+        """The model's backbone forward, shown to `visitor`. Returns what it puts out, (B, T, D).
 
         input_ids and padding_mask: int64, (B, T); mask 1 = token, 0 = padding, None: no padding (see Batch).
         """
-        if padding_mask is not None:  # of two dims, the library would ask the device whether it masks anything
+        # Of two dims, the library would ask the device whether it masks anything; one of four dims it takes as final,
+        # which for a causal model it is not.
+        if padding_mask is not None and not self._family.is_causal:
             padding_mask = padding_mask[:, None, None, :].bool().expand(-1, 1, padding_mask.shape[1], -1)
+        options = {"input_ids": input_ids, "attention_mask": padding_mask, **self._family.forward_options}
         with self.shown_to(visitor):
-            return self._backbone(input_ids=input_ids, attention_mask=padding_mask).last_hidden_state
+            return self._backbone(**options).last_hidden_state
 
     @contextmanager
     def shown_to(self, visitor: ActivationVisitor) -> Iterator[None]:
@@ -127,10 +128,10 @@ class ActivationHooks:
     def run(self, input_ids: Tensor, padding_mask: Tensor | None) -> Activations:
         """The backbone's forward pass with all activations collected."""
         collector = _Collector()
-        self.visit(input_ids, padding_mask, collector)
+        last = self.visit(input_ids, padding_mask, collector)
         hidden, queries, keys, _values = (list(part) for part in zip(*collector.layers, strict=True))
         relations = next((tap for tap in collector.layers if tap.values is not None), None)
-        return Activations(collector.embedded, hidden, queries, keys, self.scale, relations)
+        return Activations(collector.embedded, hidden, queries, keys, last, self.scale, relations)
 
     def record(self, queries: Tensor, keys: Tensor, values: Tensor | None) -> None:
         """Called by the attention function, inside a layer."""

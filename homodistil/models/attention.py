@@ -19,15 +19,32 @@ def keeps_probabilities(device_type: str, dtype: torch.dtype) -> bool:
 def attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options
 ) -> tuple[Tensor, None]:
-    """An attention function of the library: (B, N, T, H) each -> (B, T, N, H).
+    """An attention function of the library: (B, N, T, H) each, keys and values perhaps of fewer heads -> (B, T, N, H).
 
     Args:
+        module: one with `is_causal` looks at no later position where there is no mask.
         attention_mask: bool, broadcast to (B, N, T, T), True = seen; None: all are.
         options: scaling, dropout and others of the library.
     """
     if keeps_probabilities(query.device.type, query.dtype):
-        return _products(query, key, value, attention_mask, options), None
+        return _products(
+            query, *_for_every_head(query, key, value), _seen(module, query, attention_mask), options
+        ), None
     return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+
+
+def _seen(module: nn.Module, query: Tensor, attention_mask: Tensor | None) -> Tensor | None:
+    """The mask, with what no mask at all means to a causal module: every position sees itself and earlier ones."""
+    if attention_mask is not None or not getattr(module, "is_causal", False):
+        return attention_mask
+    num_tokens = query.shape[2]
+    return torch.ones(num_tokens, num_tokens, dtype=torch.bool, device=query.device).tril()
+
+
+def _for_every_head(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values of groups, (B, G, T, H) -> one for each query head, (B, N, T, H)."""
+    in_group = query.shape[1] // key.shape[1]
+    return (key, value) if in_group == 1 else tuple(x.repeat_interleave(in_group, 1) for x in (key, value))
 
 
 def _products(query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, options: dict) -> Tensor:

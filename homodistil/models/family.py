@@ -151,13 +151,13 @@ class ModelFamily(ABC):
         """The module of every layer that calls the library's attention function."""
 
     def layer_options(self, model: nn.Module, hidden: Tensor, kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Keyword arguments for the layers of `model`, given those that another model of the family gives its layers.
+        """Keyword arguments that the layers of `model` have to be given instead of another model's of the family.
 
         Args:
             hidden: what enters layer 0 of `model`, (B, T, D).
-            kwargs: of the same batch, so that masks and position ids fit.
+            kwargs: what the other model gives its layer 0, of the same batch, so that masks and position ids fit.
         """
-        return kwargs
+        return {}
 
     @abstractmethod
     def output_modules(self, model: nn.Module, with_values: bool) -> list[nn.Module]:

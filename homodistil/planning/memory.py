@@ -3,6 +3,7 @@ short-lived or not the model's: buffers between ranks, products of the vocabular
 
 from __future__ import annotations
 
+from homodistil.data.task import task_of
 from homodistil.distill.cost import logit_rows
 from homodistil.distill.losses.term import BatchSizes
 from homodistil.engine.ds_config import zero_section, zero_stage
@@ -41,7 +42,7 @@ def rank_memory(
     parts["optimizer"] = state_bytes(trainable, frozen, layout) - parts["parameters"] - parts["gradients"]
     parts["teacher"] = _teacher_parameters(resolved, layout.num_ranks) * policy.teacher_dtype.itemsize
     data, dtypes = resolved.config.data, (layout.dtype.itemsize, policy.teacher_dtype.itemsize)
-    rows = data.mask_probability * data.seq_len * micro_batch_size
+    rows = task_of(data).target_rows(data) * micro_batch_size
     sizes = BatchSizes(
         widths, resolved.teacher_widths, micro_batch_size, data.seq_len, rows, resolved.vocab_size, *dtypes
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import astuple, dataclass, fields
 
+from homodistil.data.task import task_of
 from homodistil.distill.cost import step_flops
 from homodistil.models.axes import Widths, num_layers
 from homodistil.training.micro_batch import MicroBatchPolicy
@@ -48,7 +49,7 @@ def step_work(resolved: ResolvedRun, policy: MicroBatchPolicy, widths: Widths, m
         config.loss,
         num_sequences=sequences,
         seq_len=config.data.seq_len,
-        target_rows=config.data.mask_probability * sequences * (config.data.seq_len - 2),
+        target_rows=sequences * task_of(config.data).target_rows(config.data),
         vocab_size=resolved.vocab_size,
     )
     trainable, _ = policy.parameter_counts(widths)

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from homodistil.config.schema import RunConfig
+from homodistil.data.task import task_of
 from homodistil.distributed import graceful_stop, ranks, watchdog
 from homodistil.distributed.exit_codes import USER_ERROR
 from homodistil.engine.build import init_ranks, load_engine_config
@@ -62,7 +63,8 @@ def _check_all(config: RunConfig, raw_engine_config: dict, device: torch.device)
     # The same rows everywhere: rank 0's. Its folder of the teacher is not handed on: that may be another machine's.
     num_blocks = ranks.world_size() * max(config.train.micro_batch_size, PROBE_BLOCKS)
     seq_len = config.data.seq_len
-    rows = ranks.on_rank_zero(lambda: blocks(sample, facts.tokenizer, seq_len, num_blocks).tolist())
+    task = task_of(config.data)
+    rows = ranks.on_rank_zero(lambda: blocks(sample, task.frame(facts.tokenizer), seq_len, num_blocks).tolist())
     rows = np.asarray(rows, dtype=np.int64)
     facts = facts or check_model(Findings(), config)
     tried = Findings()

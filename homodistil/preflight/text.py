@@ -11,8 +11,10 @@ from transformers import PreTrainedTokenizerBase
 
 from homodistil.config.schema import DataConfig
 from homodistil.data.prepare.corpus import check_tokenizer
+from homodistil.data.prepare.packing import framed
 from homodistil.data.sources.documents import read, start_of
 from homodistil.data.sources.sources import Source, check_sources, unhashed_sources
+from homodistil.data.task import Frame
 from homodistil.data.tokenizer import check_text_is_known
 from homodistil.errors import UserError
 from homodistil.preflight.findings import Findings
@@ -34,9 +36,9 @@ class Sample(NamedTuple):
 
 def check_text(findings: Findings, config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Sample | None:
     """A row per source. The sample, where all of them could be read."""
-    if findings.attempt("data", lambda: check_tokenizer(config, tokenizer)) is None:
+    backend = findings.attempt("data", lambda: check_tokenizer(config, tokenizer))
+    if backend is None:
         return None
-    backend, _ = check_tokenizer(config, tokenizer)
     unknown = tokenizer.unk_token_id
     tokens: list[int] = []
     num_bytes = 0
@@ -73,8 +75,6 @@ def _tokens_of(source: Source, backend: Tokenizer, unknown: int | None) -> list[
     return tokens
 
 
-def blocks(sample: Sample, tokenizer: PreTrainedTokenizerBase, seq_len: int, num_blocks: int) -> np.ndarray:
-    """(num_blocks, seq_len) int64 of the sample's tokens between [CLS] and [SEP], from its start again when used up."""
-    inner = np.resize(sample.tokens, (num_blocks, seq_len - 2))
-    first = np.full((num_blocks, 1), tokenizer.cls_token_id)
-    return np.hstack([first, inner, np.full((num_blocks, 1), tokenizer.sep_token_id)]).astype(np.int64)
+def blocks(sample: Sample, frame: Frame, seq_len: int, num_blocks: int) -> np.ndarray:
+    """(num_blocks, seq_len) int64 of the sample's tokens in their frame, from its start again when used up."""
+    return framed(np.resize(sample.tokens, (num_blocks, frame.body(seq_len))), frame).astype(np.int64)

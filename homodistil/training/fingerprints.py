@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from homodistil.checkpoint.folder import saved_fingerprints
 from homodistil.config.schema import DataConfig
 from homodistil.data.prepare.corpus import check_tokenizer
+from homodistil.data.task import task_of
 from homodistil.distill.teacher import load_config
 from homodistil.errors import UserError
 from homodistil.files import file_sha256
@@ -76,7 +77,7 @@ def check_same(run_folder: Path, before: Fingerprints | None, now: Fingerprints)
 
 def tokenizer_fingerprint(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> str:
     """Fingerprint of everything about the tokenizer that batches depend on. Raises `UserError` as `check_tokenizer`."""
-    backend, special_ids = check_tokenizer(config, tokenizer)
+    backend, special_ids = check_tokenizer(config, tokenizer), task_of(config).fingerprint(tokenizer)
     return _digest(json.dumps([backend.to_str(), special_ids, tokenizer.mask_token_id]))
 
 

@@ -16,10 +16,12 @@ from homodistil.data.prefetch import BatchPrefetcher
 from homodistil.data.prepare.corpus import Corpus, prepare_corpus
 from homodistil.data.prepare.integrity import BackgroundCheck
 from homodistil.data.sources.assets import teacher_folder
+from homodistil.data.task import settle_task
 from homodistil.distill.losses.active import active_terms, check_terms, field_of
 from homodistil.distill.teacher import check_stored, has_lm_head, load_config, load_model, load_tokenizer
 from homodistil.distributed import groups, ranks, watchdog
 from homodistil.errors import UserError
+from homodistil.models import family_of
 from homodistil.models.checkpoint_files import local_folder
 from homodistil.models.weights import has_weights
 from homodistil.training.fingerprints import (
@@ -115,6 +117,7 @@ def check_teacher(config: RunConfig, say: Callable[[str], None] = lambda line: N
     """
     folder = found_teacher(config)
     teacher_config = load_config(folder)
+    settle(config, teacher_config)
     check_stored(folder, teacher_config, config.teacher.allow_pickle)
     check_shape(resolve_run(config, teacher_config))
     _check_head(config, has_lm_head(folder, config.teacher.allow_pickle, say), say)
@@ -138,11 +141,17 @@ def check_plannable(config: RunConfig) -> None:
         UserError: as `check_teacher` and `load_tokenizer`.
     """
     teacher_config, folder = named_teacher_config(config), Path(found_teacher(config))
+    settle(config, teacher_config)
     if folder.is_dir() and has_weights(folder):
         check_teacher(config)
-        load_tokenizer(str(folder), teacher_config.vocab_size)
+        load_tokenizer(str(folder), teacher_config)
     else:
         check_shape(resolve_run(config, teacher_config))
+
+
+def settle(config: RunConfig, teacher_config) -> None:
+    """Replace what the config leaves to the teacher, in place: data.task. Raises `UserError` where they disagree."""
+    settle_task(config.data, family_of(teacher_config.model_type).task, config.teacher.name)
 
 
 def check_shape(resolved: ResolvedRun) -> None:
@@ -221,7 +230,9 @@ def prepare_inputs(
     wanted = students or [config]
     folder = groups.once(readers, lambda: check_teacher(wanted[0], _say_on_first_rank))
     teacher_config = load_config(folder)
-    tokenizer = load_tokenizer(folder, teacher_config.vocab_size)
+    for one in (config, *students):
+        settle(one, teacher_config)
+    tokenizer = load_tokenizer(folder, teacher_config)
     for one in wanted:
         for subject, text in run_summary(resolve_run(one, teacher_config)).items():
             _say_on_first_rank(f"{subject}: {text}" if len(wanted) == 1 else f"{one.run.name}: {subject}: {text}")

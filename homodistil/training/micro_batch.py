@@ -12,6 +12,7 @@ import torch
 
 from homodistil.config.schema import RunConfig
 from homodistil.data.prefetch import BatchPrefetcher
+from homodistil.data.task import task_of
 from homodistil.distill.cost import sequence_bytes
 from homodistil.distill.student import Student
 from homodistil.engine.ds_config import accumulation_dtype, offloads_optimizer, student_dtype, zero_stage
@@ -79,7 +80,7 @@ class MicroBatchPolicy:
             self.start_widths,
             self.config.loss,
             seq_len=data.seq_len,
-            target_rows=data.mask_probability * data.seq_len,
+            target_rows=task_of(data).target_rows(data),
             vocab_size=self._vocab_size,
             student_bytes=self.layout.dtype.itemsize,
             teacher_bytes=self.teacher_dtype.itemsize,

@@ -24,7 +24,9 @@ def main(argv: list[str]) -> None:
     # After parsing, so that --help and mistakes need no heavy imports.
     from homodistil.data.prepare.corpus import check_sources, prepare_share
     from homodistil.data.sources import assets
+    from homodistil.data.task import settle_task
     from homodistil.distill.teacher import load_config, load_tokenizer
+    from homodistil.models import family_of
 
     with on_signals(how_to_go_on="the same command goes on with the shards that are finished"):
         check_sources(config.data)
@@ -32,7 +34,9 @@ def main(argv: list[str]) -> None:
         if assets.is_embedded(folder):
             assets.check_teacher(folder)
             folder = str(assets.teacher_folder(folder, Path(config.data.cache_dir).expanduser()))
-        tokenizer = load_tokenizer(folder, load_config(folder).vocab_size)
+        teacher_config = load_config(folder)
+        settle_task(config.data, family_of(teacher_config.model_type).task, config.teacher.name)
+        tokenizer = load_tokenizer(folder, teacher_config)
         corpus = prepare_share(config.data, tokenizer, *task)
     if isinstance(corpus, str):
         print(corpus)

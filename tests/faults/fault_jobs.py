@@ -13,13 +13,13 @@ import time
 from pathlib import Path
 
 import torch
-from support.small_job import TRAIN, VOCABULARY
+from support.small_job import TRAIN
 from torch import distributed
 
 from homodistil.config.schema import DataConfig
 from homodistil.data.prepare import corpus, integrity
 from homodistil.data.prepare.corpus import prepare_corpus
-from homodistil.distill.teacher import load_tokenizer
+from homodistil.distill.teacher import load_config, load_tokenizer
 from homodistil.distributed import graceful_stop, ranks, watchdog
 from homodistil.distributed.script_exit import exit_with_code
 from homodistil.engine.build import init_ranks
@@ -130,7 +130,7 @@ def wait_for_rank(kind: str, rank_timeout_s: float) -> None:
 def prepare(run_inputs: str, cache: str) -> None:
     """The corpus of the small job, without a process group, as launcher/prepare_data.py has it."""
     config = DataConfig(sources=[f"{run_inputs}/text"], seq_len=16, heldout_fraction=0.2, cache_dir=cache)
-    prepare_corpus(config, load_tokenizer(f"{run_inputs}/teacher", len(VOCABULARY)))
+    prepare_corpus(config, load_tokenizer(f"{run_inputs}/teacher", load_config(f"{run_inputs}/teacher")))
 
 
 def _fail() -> None:

@@ -10,12 +10,12 @@ import time
 import numpy as np
 import psutil
 import pytest
-from support.small_job import TRAIN, VOCABULARY, arguments, differences, result
+from support.small_job import TRAIN, arguments, differences, result
 
 from homodistil.config.schema import DataConfig
 from homodistil.data.prepare.corpus import Rows, prepare_corpus
 from homodistil.data.sources.file_hashes import content_hashes
-from homodistil.distill.teacher import load_tokenizer
+from homodistil.distill.teacher import load_config, load_tokenizer
 from homodistil.distributed.exit_codes import USER_ERROR
 from homodistil.errors import UserError
 
@@ -112,7 +112,7 @@ def test_every_damage_to_a_corpus_is_noticed_once(
 
 @pytest.fixture(scope="module")
 def teacher_tokenizer(run_inputs):
-    return load_tokenizer(f"{run_inputs}/teacher", len(VOCABULARY))
+    return load_tokenizer(f"{run_inputs}/teacher", load_config(f"{run_inputs}/teacher"))
 
 
 @pytest.fixture(scope="module")

@@ -6,10 +6,10 @@ import random
 import socket
 
 import pytest
-from support.small_job import TRAIN, VOCABULARY, arguments
+from support.small_job import TRAIN, arguments
 
 from homodistil.config.schema import DataConfig
-from homodistil.distill.teacher import load_tokenizer
+from homodistil.distill.teacher import load_config, load_tokenizer
 from homodistil.distributed.exit_codes import USER_ERROR
 from homodistil.preflight.disk import check_disk
 from homodistil.preflight.findings import Finding, Findings, merged
@@ -93,7 +93,7 @@ def test_text_that_cannot_be_read(run_inputs, tmp_path, write, said):
     """As in a preparation, which the table of hostile inputs is about."""
     write(tmp_path)
     findings = Findings()
-    tokenizer = load_tokenizer(f"{run_inputs}/teacher", len(VOCABULARY))
+    tokenizer = load_tokenizer(f"{run_inputs}/teacher", load_config(f"{run_inputs}/teacher"))
     assert check_text(findings, DataConfig(sources=[str(tmp_path)], seq_len=16), tokenizer) is None
     (finding,) = findings
     assert not finding.is_good and said in f"{finding.found}; {finding.fix}"
@@ -101,7 +101,7 @@ def test_text_that_cannot_be_read(run_inputs, tmp_path, write, said):
 
 def test_text_that_comes_twice(run_inputs):
     findings = Findings()
-    tokenizer = load_tokenizer(f"{run_inputs}/teacher", len(VOCABULARY))
+    tokenizer = load_tokenizer(f"{run_inputs}/teacher", load_config(f"{run_inputs}/teacher"))
     sources = [f"{run_inputs}/text", f"{run_inputs}/text/3.txt"]
     assert check_text(findings, DataConfig(sources=sources, seq_len=16), tokenizer) is None
     assert [finding.is_good for finding in findings] == [True, True, False]

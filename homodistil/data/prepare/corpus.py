@@ -26,11 +26,11 @@ from homodistil.data.prepare.build_shards import Preparation
 from homodistil.data.prepare.filters import Filters, versions
 from homodistil.data.prepare.integrity import CHECKED_AT_ONCE_BYTES, blocks_bytes, content_damage, structure_damage
 from homodistil.data.prepare.merge import SUMMARY_FILE, merge
-from homodistil.data.prepare.packing import SpecialIds
 from homodistil.data.prepare.shard_plan import Plan, make_plan
 from homodistil.data.prepare.shards import Recipe
 from homodistil.data.sources.documents import read
 from homodistil.data.sources.sources import Source, check_sources, open_sources
+from homodistil.data.task import task_of
 from homodistil.data.tokenizer import check_text_is_known
 from homodistil.errors import UserError
 
@@ -124,10 +124,11 @@ class _Order:
     """A corpus that is asked for, with its sources opened."""
 
     def __init__(self, config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._backend, self._special_ids = check_tokenizer(config, tokenizer)
+        self._backend, task = check_tokenizer(config, tokenizer), task_of(config)
+        self._frame = task.frame(tokenizer)
         self._unknown = tokenizer.unk_token_id
         self._config, self._sources = config, open_sources(config)
-        self.fingerprint = _fingerprint(config, self._sources, self._backend, self._special_ids)
+        self.fingerprint = _fingerprint(config, self._sources, self._backend, task.fingerprint(tokenizer))
         self._cache_dir = Path(config.cache_dir).expanduser()
         self._target = self._cache_dir / "corpora" / self.fingerprint
 
@@ -193,17 +194,15 @@ class _Order:
             preparation.make(wanted, self._config.workers)
             wanted = preparation.set_aside_altered()
         shards = [preparation.shard_folder(index) for index in range(len(plan.shards))]
-        merge(folder, plan, shards, preparation.recipe, SpecialIds(*self._special_ids), self._config)
+        merge(folder, plan, shards, preparation.recipe, self._frame, self._config)
 
 
-def check_tokenizer(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[Tokenizer, list[int]]:
-    """(a copy of the fast tokenizer without truncation and padding, ids of CLS, SEP and PAD)."""
-    names = ("cls_token", "sep_token", "pad_token", "mask_token")
-    missing = [name for name in names if getattr(tokenizer, f"{name}_id", None) is None]
+def check_tokenizer(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
+    """A copy of the fast tokenizer without truncation and padding. Raises `UserError` where it does not do."""
+    task = task_of(config)
+    missing = [name for name in task.special_tokens if getattr(tokenizer, f"{name}_id", None) is None]
     if missing:
-        raise UserError(
-            f"teacher.name: its tokenizer has no {', '.join(missing)}; use the tokenizer of a masked language model"
-        )
+        raise UserError(f"teacher.name: its tokenizer has no {', '.join(missing)}; use the tokenizer of {task.model}")
     if config.seq_len > tokenizer.model_max_length:
         raise UserError(
             f"data.seq_len: found {config.seq_len}, the teacher takes at most {tokenizer.model_max_length} tokens; "
@@ -212,11 +211,10 @@ def check_tokenizer(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> t
     # The copy is the caller's tokenizer as saved: settings of earlier calls must not change the fingerprint.
     content = json.loads(tokenizer.backend_tokenizer.to_str())
     content["truncation"] = content["padding"] = None
-    backend = Tokenizer.from_str(json.dumps(content))
-    return backend, [getattr(tokenizer, f"{name}_id") for name in names[:3]]
+    return Tokenizer.from_str(json.dumps(content))
 
 
-def _fingerprint(config: DataConfig, sources: list[Source], backend: Tokenizer, special_ids: list[int]) -> str:
+def _fingerprint(config: DataConfig, sources: list[Source], backend: Tokenizer, special_ids: list) -> str:
     parts = {
         "version": _FORMAT_VERSION,
         "sources": [source.fingerprint for source in sources],

@@ -18,17 +18,16 @@ import homodistil
 from homodistil.config.schema import DataConfig
 from homodistil.data.prepare import filters
 from homodistil.data.prepare.document_table import DocumentTable, chosen, document_table, token_rows
-from homodistil.data.prepare.packing import BlockFile, Packer, SpecialIds, split
+from homodistil.data.prepare.packing import BlockFile, Packer, split
 from homodistil.data.prepare.shard_plan import Plan
 from homodistil.data.prepare.shards import SUMMARY, Recipe
+from homodistil.data.task import Frame
 from homodistil.errors import UserError
 
 SUMMARY_FILE, MANIFEST_FILE = "corpus.json", "manifest.json"
 
 
-def merge(
-    folder: Path, plan: Plan, shards: list[Path], recipe: Recipe, special: SpecialIds, config: DataConfig
-) -> None:
+def merge(folder: Path, plan: Plan, shards: list[Path], recipe: Recipe, frame: Frame, config: DataConfig) -> None:
     """Fill `folder`.
 
     Args:
@@ -36,7 +35,7 @@ def merge(
         plan: of the corpus.
         shards: folder of each shard, all finished.
         recipe: that made them.
-        special: ids that frame and fill the blocks.
+        frame: ids around and between the documents of a block.
         config: seq_len, heldout_fraction, and what the manifest reports.
 
     Raises:
@@ -50,8 +49,8 @@ def merge(
     sides = {"train": table.is_kept & (is_heldout == 0), "heldout": table.is_kept & (is_heldout == 1)}
     weights = [source.weight for source in recipe.sources]
     to_disk = {
-        "train": _Side(folder / "train.npy", table, sides["train"], weights, recipe, special, config.seq_len),
-        "heldout": _Side(folder / "heldout.npy", table, sides["heldout"], [], recipe, special, config.seq_len),
+        "train": _Side(folder / "train.npy", table, sides["train"], weights, recipe, frame, config.seq_len),
+        "heldout": _Side(folder / "heldout.npy", table, sides["heldout"], [], recipe, frame, config.seq_len),
     }
     if not to_disk["train"].num_blocks:
         raise UserError(
@@ -83,15 +82,15 @@ class _Side:
         is_on: np.ndarray,
         weights: list[float],
         recipe: Recipe,
-        special: SpecialIds,
+        frame: Frame,
         seq_len: int,
     ) -> None:
         self._summary = {"documents": int(is_on.sum()), "tokens": int(table.num_tokens[is_on].sum())}
         if set(weights) <= {1.0}:
-            self._packers = [Packer(special, seq_len)] * len(recipe.sources)
+            self._packers = [Packer(frame, seq_len)] * len(recipe.sources)
             groups = [is_on]
         else:
-            self._packers = [Packer(special, seq_len, weight) for weight in weights]
+            self._packers = [Packer(frame, seq_len, weight) for weight in weights]
             groups = [is_on & (table.source_of == index) for index in range(len(weights))]
         num_blocks = [
             packer.num_blocks(int(rows.sum()), int(table.num_tokens[rows].sum()))

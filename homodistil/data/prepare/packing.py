@@ -1,4 +1,4 @@
-"""Tokens of documents -> [CLS] ... [SEP] blocks in a .npy file, written in order with bounded memory."""
+"""Tokens of documents -> framed blocks in a .npy file, written in order with bounded memory."""
 
 from __future__ import annotations
 
@@ -10,13 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from homodistil.data.task import Frame
 from homodistil.errors import UserError
-
-
-class SpecialIds(NamedTuple):
-    cls: int
-    sep: int
-    pad: int
 
 
 class Rows(NamedTuple):
@@ -95,40 +90,48 @@ class BlockFile:
         return self._sha256.hexdigest()
 
 
+def framed(bodies: np.ndarray, frame: Frame) -> np.ndarray:
+    """Text of blocks, (n, tokens) -> the blocks with their frame, int32."""
+    columns = [np.full((len(bodies), 1), token_id) for token_id in (frame.first, frame.last) if token_id is not None]
+    parts = [columns[0], bodies, columns[1]] if len(columns) == 2 else [bodies]
+    return np.hstack(parts).astype(np.int32)
+
+
 class Packer:
-    """Cuts a stream of documents into blocks; only the last block is padded.
+    """Cuts a stream of documents into blocks; only the last block is padded, or left out.
 
     Args:
-        special: ids that frame and fill the blocks. SEP also stands between one document and the next.
-        seq_len: tokens of a block, [CLS] and [SEP] included.
+        frame: ids around and between the documents.
+        seq_len: tokens of a block, with its frame.
         weight: how often a block is written, on average; which ones come once more is spread evenly.
     """
 
-    def __init__(self, special: SpecialIds, seq_len: int, weight: float = 1.0) -> None:
-        self._special, self._body, self._weight = special, seq_len - 2, Fraction(str(weight))
+    def __init__(self, frame: Frame, seq_len: int, weight: float = 1.0) -> None:
+        self._frame, self._seq_len, self._weight = frame, seq_len, Fraction(str(weight))
+        self._body = frame.body(seq_len)
         self._rest = np.empty(0, dtype=np.int32)
         self._last_document = -1
         self._made = 0
 
     def num_blocks(self, num_documents: int, num_tokens: int) -> int:
         """Written for so many documents, none of them empty, with so many tokens."""
-        made = -(-(num_tokens + max(num_documents - 1, 0)) // self._body)
+        length = num_tokens + max(num_documents - 1, 0)
+        made = length // self._body if self._frame.pad is None else -(-length // self._body)
         return int(made * self._weight)
 
     def add(self, rows: Rows, out: BlockFile) -> None:
         """The next documents; rows of no tokens do not count."""
         values = np.concatenate((self._rest, self._joined(rows)))
         full = len(values) // self._body
-        blocks = np.empty((full, self._body + 2), dtype=np.int32)
-        blocks[:, 0], blocks[:, -1] = self._special.cls, self._special.sep
-        blocks[:, 1:-1] = values[: full * self._body].reshape(full, self._body)
+        blocks = framed(values[: full * self._body].reshape(full, self._body), self._frame)
         self._rest = values[full * self._body :]
         self._write(blocks, out)
 
     def close(self, out: BlockFile) -> None:
-        if len(self._rest):
-            last = np.full((1, self._body + 2), self._special.pad, dtype=np.int32)
-            last[0, : len(self._rest) + 2] = [self._special.cls, *self._rest, self._special.sep]
+        if len(self._rest) and self._frame.pad is not None:
+            last = np.full((1, self._seq_len), self._frame.pad, dtype=np.int32)
+            content = framed(self._rest[None], self._frame)
+            last[:, : content.shape[1]] = content
             self._write(last, out)
 
     def _joined(self, rows: Rows) -> np.ndarray:
@@ -138,7 +141,7 @@ class Packer:
         before = np.append(self._last_document, documents[:-1])
         starts = (documents != before) & (before >= 0)
         self._last_document = documents[-1]
-        return np.insert(rows.values, (np.cumsum(lengths) - lengths)[starts], self._special.sep).astype(np.int32)
+        return np.insert(rows.values, (np.cumsum(lengths) - lengths)[starts], self._frame.between).astype(np.int32)
 
     def _write(self, blocks: np.ndarray, out: BlockFile) -> None:
         if self._weight != 1:

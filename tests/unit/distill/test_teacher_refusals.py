@@ -71,7 +71,7 @@ def refusal(action) -> str:
 def start(config: RunConfig) -> None:
     """What a run does before its corpus is prepared."""
     folder = check_teacher(config)
-    load_tokenizer(folder, load_config(folder).vocab_size)
+    load_tokenizer(folder, load_config(folder))
 
 
 def nan(tensors: dict) -> None:
@@ -177,9 +177,11 @@ def test_a_tokenizer_of_another_kind_is_taken_where_its_class_says_so(teacher):
     unigram.pre_tokenizer = pre_tokenizers.Whitespace()
     special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
     PreTrainedTokenizerFast(tokenizer_object=unigram, mask_token="[MASK]", **special).save_pretrained(teacher)
-    assert load_tokenizer(str(teacher), 101).tokenize("ab") == ["a", "b"]
+    assert load_tokenizer(str(teacher), load_config(str(teacher))).tokenize("ab") == ["a", "b"]
     set_json(teacher / "tokenizer_config.json", tokenizer_class="BertTokenizer")
-    assert "tokenizer.json holds a Unigram model" in refusal(lambda: load_tokenizer(str(teacher), 101))
+    assert "tokenizer.json holds a Unigram model" in refusal(
+        lambda: load_tokenizer(str(teacher), load_config(str(teacher)))
+    )
 
 
 def test_an_encoder_of_another_family_is_evaluated_and_looked_at_as_well(tmp_path):

@@ -1,0 +1,135 @@
+"""What a language model learns to predict: masked tokens, or the next one. A family says which (ModelFamily.task).
+
+A task says how text is framed in blocks, what the tokenizer has to bring, how blocks become batches, and how many
+tokens of a block are predicted. Everything else of the data is the same for all tasks.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from homodistil.config.schema import DataConfig
+from homodistil.data.batch import Batch
+from homodistil.data.causal_lm import NextToken
+from homodistil.data.masked_lm import Masker
+from homodistil.errors import UserError
+
+
+class Frame(NamedTuple):
+    """Token ids around and between the documents of a block."""
+
+    first: int | None
+    """Begins every block; None: nothing does."""
+    last: int | None
+    """Ends every block."""
+    between: int
+    """Stands between one document and the next."""
+    pad: int | None
+    """Fills the last block; None: a rest that fills no block is left out."""
+
+    def body(self, seq_len: int) -> int:
+        """Tokens of text in a block of `seq_len`."""
+        return seq_len - (self.first is not None) - (self.last is not None)
+
+
+class BatchMaker(Protocol):
+    """Turns blocks of token ids into batches."""
+
+    def __call__(self, blocks: np.ndarray, samples: np.ndarray, epochs: np.ndarray) -> Batch:
+        """`blocks` (B, T) int64, which are the `samples` (B,) of the data set in `epochs` (B,)."""
+
+    def unmasked(self, blocks: np.ndarray) -> Batch:
+        """A batch with nothing to predict."""
+
+
+class Task(ABC):
+    name: str
+    special_tokens: tuple[str, ...]
+    """Attributes of a tokenizer that must not be None."""
+    model: str
+    """Whose tokenizer has them, for messages: "a masked language model"."""
+
+    @abstractmethod
+    def frame(self, tokenizer: PreTrainedTokenizerBase) -> Frame:
+        """How blocks are framed."""
+
+    @abstractmethod
+    def batch_maker(self, tokenizer: PreTrainedTokenizerBase, data: DataConfig, seed: int) -> BatchMaker:
+        """`seed`: of all draws."""
+
+    @abstractmethod
+    def target_rows(self, data: DataConfig) -> float:
+        """Tokens of one block that are predicted, on average."""
+
+    def fingerprint(self, tokenizer: PreTrainedTokenizerBase) -> list:
+        """What a prepared corpus depends on, beside text, tokenizer and settings."""
+        return list(self.frame(tokenizer))
+
+
+class MaskedLM(Task):
+    """BERT's: some tokens are masked, and predicted from both sides."""
+
+    name = "mlm"
+    special_tokens = ("mask_token", "pad_token", "cls_token", "sep_token")
+    model = "a masked language model"
+
+    def frame(self, tokenizer: PreTrainedTokenizerBase) -> Frame:
+        separator = tokenizer.sep_token_id
+        return Frame(tokenizer.cls_token_id, separator, separator, tokenizer.pad_token_id)
+
+    def batch_maker(self, tokenizer: PreTrainedTokenizerBase, data: DataConfig, seed: int) -> Masker:
+        return Masker(tokenizer, data.mask_probability, seed)
+
+    def target_rows(self, data: DataConfig) -> float:
+        return data.mask_probability * (data.seq_len - 2)
+
+    def fingerprint(self, tokenizer: PreTrainedTokenizerBase) -> list:
+        """As it was before there were other tasks, so that corpora of that time stay what they were."""
+        return [tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id]
+
+
+class CausalLM(Task):
+    """GPT's: every token is predicted from those before it. Blocks are cut out of a stream of documents."""
+
+    name = "causal"
+    special_tokens = ("eos_token",)
+    model = "a causal language model"
+
+    def frame(self, tokenizer: PreTrainedTokenizerBase) -> Frame:
+        return Frame(first=None, last=None, between=tokenizer.eos_token_id, pad=None)
+
+    def batch_maker(self, tokenizer: PreTrainedTokenizerBase, data: DataConfig, seed: int) -> NextToken:
+        return NextToken()
+
+    def target_rows(self, data: DataConfig) -> float:
+        return data.seq_len - 1
+
+
+TASKS: dict[str, Task] = {task.name: task for task in (MaskedLM(), CausalLM())}
+
+
+def task_of(data: DataConfig) -> Task:
+    """The task that `data.task` names. `auto`, which `settle_task` replaces as soon as a teacher is known: masked."""
+    return TASKS["mlm" if data.task == "auto" else data.task]
+
+
+def settle_task(data: DataConfig, wanted: str, teacher: str) -> None:
+    """Replace `auto` by what the teacher's family does, in place.
+
+    Args:
+        wanted: `ModelFamily.task` of the teacher.
+        teacher: what the user named it, for the message.
+
+    Raises:
+        UserError: the config asks for the other task.
+    """
+    if data.task not in ("auto", wanted):
+        raise UserError(
+            f"data.task: found {data.task}, but the teacher {teacher!r} is {TASKS[wanted].model}; set "
+            f"data.task={wanted} (or leave it auto), or give another teacher"
+        )
+    data.task = wanted
