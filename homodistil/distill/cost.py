@@ -8,6 +8,7 @@ from __future__ import annotations
 from homodistil.config.schema import LossConfig
 from homodistil.distill.losses.active import active_terms
 from homodistil.distill.losses.term import BatchSizes, Term
+from homodistil.models.architecture import BERT_LIKE, Architecture
 from homodistil.models.axes import Widths
 from homodistil.models.flops import StepFlops, backbone_flops, head_flops
 from homodistil.models.memory import SequenceBytes, backbone_bytes, compared_elements, head_bytes, probability_bytes
@@ -22,6 +23,7 @@ def step_flops(
     seq_len: int,
     target_rows: float,
     vocab_size: int,
+    architecture: Architecture = BERT_LIKE,
 ) -> StepFlops:
     """FLOPs of one optimizer step at the student's current widths.
 
@@ -32,13 +34,14 @@ def step_flops(
         seq_len: tokens of a sequence, padding included.
         target_rows: rows to predict, over the whole global batch.
         vocab_size: rows of the decoder.
+        architecture: of both models (`ModelFamily.architecture`).
     """
     terms = active_terms(loss)
-    sizes = BatchSizes(student, teacher, num_sequences, seq_len, target_rows, vocab_size)
-    student_rows, teacher_rows = _head_rows(terms, sizes)
-    forward = backbone_flops(student, sizes.tokens, seq_len) + head_flops(student["hidden"], student_rows, vocab_size)
-    of_teacher = backbone_flops(teacher, sizes.tokens, seq_len) + head_flops(
-        teacher["hidden"], teacher_rows, vocab_size
+    sizes = BatchSizes(student, teacher, num_sequences, seq_len, target_rows, vocab_size, architecture=architecture)
+    forward, of_teacher = (
+        backbone_flops(widths, sizes.tokens, seq_len, architecture)
+        + head_flops(widths["hidden"], rows, vocab_size, architecture)
+        for widths, rows in zip((student, teacher), _head_rows(terms, sizes), strict=True)
     )
     return StepFlops(
         teacher=of_teacher if any(term.needs_teacher for term in terms) else 0,
@@ -59,6 +62,7 @@ def sequence_bytes(
     teacher_bytes: int,
     lock_step: bool = True,
     keeps_probabilities: bool = False,
+    architecture: Architecture = BERT_LIKE,
 ) -> SequenceBytes:
     """Activations of one sequence at the student's current widths.
 
@@ -74,11 +78,15 @@ def sequence_bytes(
         student_bytes, teacher_bytes: bytes of an element of each model's activations.
         lock_step: whether the teacher's layers run beside the student's (distill/teacher_outputs.py).
         keeps_probabilities: whether the student's attention saves them (models/attention.py).
+        architecture: of both models (`ModelFamily.architecture`).
     """
     terms = active_terms(loss)
-    sizes = BatchSizes(student, teacher, 1, seq_len, target_rows, vocab_size, student_bytes, teacher_bytes)
+    sizes = BatchSizes(
+        student, teacher, 1, seq_len, target_rows, vocab_size, student_bytes, teacher_bytes, architecture
+    )
     student_rows, _ = _head_rows(terms, sizes)
-    model = backbone_bytes(student, seq_len, student_bytes) + head_bytes(student["hidden"], student_rows, student_bytes)
+    model = backbone_bytes(student, seq_len, student_bytes, architecture)
+    model += head_bytes(student["hidden"], student_rows, student_bytes, architecture)
     if keeps_probabilities:
         model += probability_bytes(student, seq_len, student_bytes)
     held = 0 if lock_step or not any(term.needs_teacher for term in terms) else compared_elements(teacher, seq_len)

@@ -101,8 +101,8 @@ def linear_masked_lm_losses(
     student_rows: Tensor,
     student_weight: Tensor,
     student_bias: Tensor | None,
-    teacher_rows: Tensor,
-    teacher_weight: Tensor,
+    teacher_rows: Tensor | None,
+    teacher_weight: Tensor | None,
     teacher_bias: Tensor | None,
     labels: Tensor,
     ce_factor: Tensor,
@@ -120,6 +120,7 @@ def linear_masked_lm_losses(
         student_rows: (R, Hs), outputs of the MLM head's transform.
         student_weight: (V, Hs). student_bias: (V,). Of the decoder.
         teacher_rows, teacher_weight, teacher_bias: the same of the teacher, (R, Ht), (V, Ht), (V,); no gradient.
+            Without teacher_rows the KL is left out: its sum is 0.
         labels: (R,) int64, negative = no label.
         ce_factor, kl_factor: what the two sums are multiplied with, 0-dim fp32 on the device, not negative.
         temperature: of the KL.
@@ -129,7 +130,9 @@ def linear_masked_lm_losses(
     Returns:
         ce_factor * ce_sum + kl_factor * kl_sum with a graph; ce_sum; kl_sum. fp32 0-dim.
     """
-    student_rows, teacher_rows = student_rows.to(student_weight.dtype), teacher_rows.to(teacher_weight.dtype)
+    student_rows = student_rows.to(student_weight.dtype)
+    if teacher_rows is not None:
+        teacher_rows = teacher_rows.to(teacher_weight.dtype)
     heads = (student_rows, student_weight, student_bias, teacher_rows, teacher_weight, teacher_bias)
     wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in heads[:3]]
     options = _LinearOptions(
@@ -206,10 +209,11 @@ class _LinearGradients:
         teacher_rows, teacher_weight, teacher_bias = teacher_head
         size = self._options.chunk_rows
         totals = [labels.new_zeros(2, dtype=arithmetic(weight.dtype)).unbind()]
-        chunks = zip(rows.split(size), teacher_rows.split(size), labels.split(size), strict=True)
-        for number, (x, teacher_x, y) in enumerate(chunks):
-            logits = functional.linear(x, weight, bias)
-            teacher_logits = functional.linear(teacher_x, teacher_weight, teacher_bias)
+        for number, (x, y) in enumerate(zip(rows.split(size), labels.split(size), strict=True)):
+            logits, teacher_logits = functional.linear(x, weight, bias), None
+            if teacher_rows is not None:
+                teacher_x = teacher_rows[number * size : number * size + len(x)]
+                teacher_logits = functional.linear(teacher_x, teacher_weight, teacher_bias)
             totals.append(self._losses_and_gradient(logits, teacher_logits, y))
             del teacher_logits  # before the products make their own temporaries
             if self._options.wants_gradient:
@@ -217,7 +221,9 @@ class _LinearGradients:
             del logits  # before the next chunk's are made
         return tuple(torch.stack(sums).sum() for sums in zip(*totals, strict=True))
 
-    def _losses_and_gradient(self, logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def _losses_and_gradient(
+        self, logits: Tensor, teacher_logits: Tensor | None, labels: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Sums of CE and KL; the gradient is written over `logits`, which belong to this pass alone."""
         factors = tuple(factor * self.shift for factor in self._factors) if self._options.wants_gradient else None
         rows = _rows(self._options.triton)

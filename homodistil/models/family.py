@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
+from homodistil.models.architecture import BERT_LIKE, Architecture
 from homodistil.models.axes import AxisTable, Widths
 
 
@@ -82,6 +83,9 @@ class ModelFamily(ABC):
     """What its language-modelling head predicts: masked tokens from both sides, or the next token (data/task.py)."""
     forward_options: Mapping[str, Any] = {}
     """Arguments of every call of the backbone, beside token ids and padding mask."""
+
+    architecture: Architecture = BERT_LIKE
+    """What FLOPs and bytes depend on beside widths."""
 
     @property
     def is_causal(self) -> bool:

@@ -3,13 +3,14 @@ peak of the device (metrics/device_peak.py) that is the MFU.
 
 A multiply-add is 2 FLOPs. Counted: every matrix product the mathematics asks for. Not counted: embedding look-ups,
 LayerNorm, softmax, GELU, the optimizer, and anything a kernel recomputes to save memory. Attention products are
-counted over the full (seq_len, seq_len) square, padding included.
+counted over the full (seq_len, seq_len) square, padding and what a causal mask hides included.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from homodistil.models.architecture import BERT_LIKE, Architecture
 from homodistil.models.axes import Widths, layer_widths, num_layers
 
 
@@ -29,20 +30,22 @@ class StepFlops:
         return self.teacher + self.student + self.losses
 
 
-def backbone_flops(widths: Widths, tokens: float, seq_len: int) -> float:
+def backbone_flops(widths: Widths, tokens: float, seq_len: int, architecture: Architecture = BERT_LIKE) -> float:
     """One forward pass of all layers over `tokens`, in sequences of `seq_len`."""
-    return sum(_layer(widths, i, tokens, seq_len) for i in range(num_layers(widths)))
+    return sum(_layer(widths, i, tokens, seq_len, architecture) for i in range(num_layers(widths)))
 
 
-def _layer(widths: Widths, i: int, tokens: float, seq_len: int) -> float:
+def _layer(widths: Widths, i: int, tokens: float, seq_len: int, architecture: Architecture) -> float:
     layer = layer_widths(widths, i)
     qk, vo = layer.num_heads * layer.qk_dim, layer.num_heads * layer.vo_dim
-    # Query, key; value, output; the two of the feed-forward block.
-    weights = widths["hidden"] * (2 * qk + 2 * vo + 2 * layer.intermediate_size)
+    kv = layer.num_kv_heads * (layer.qk_dim + layer.vo_dim)
+    num_ffn = 3 if architecture.has_gated_mlp else 2
+    # Query and output; key and value; the linears of the feed-forward block.
+    weights = widths["hidden"] * (qk + vo + kv + num_ffn * layer.intermediate_size)
     products = seq_len * (qk + vo)  # scores; weighted sum
     return 2 * tokens * (weights + products)
 
 
-def head_flops(hidden: int, rows: float, vocab_size: int) -> float:
-    """One forward pass of the vocabulary head over `rows`: transform and decoder."""
-    return 2 * rows * hidden * (hidden + vocab_size)
+def head_flops(hidden: int, rows: float, vocab_size: int, architecture: Architecture = BERT_LIKE) -> float:
+    """One forward pass of the vocabulary head over `rows`: transform, where there is one, and decoder."""
+    return 2 * rows * hidden * ((hidden if architecture.has_head_transform else 0) + vocab_size)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+from homodistil.models.architecture import BERT_LIKE, Architecture
 from homodistil.models.axes import Widths, layer_widths, num_layers
 
 FP32_BYTES = 4
@@ -65,20 +66,43 @@ class SequenceBytes:
         return max(self.student + self.losses, self.teacher)
 
 
-def backbone_bytes(widths: Widths, seq_len: int, element_bytes: int) -> float:
-    """Saved for one sequence: embeddings (ids, the sum before LayerNorm) and the layers."""
-    layers = sum(_layer(widths, i, seq_len, element_bytes) for i in range(num_layers(widths)))
-    return layers + seq_len * (2 * INT64_BYTES + _LAYER_NORM_BYTES + widths["hidden"] * element_bytes)
+def backbone_bytes(widths: Widths, seq_len: int, element_bytes: int, architecture: Architecture = BERT_LIKE) -> float:
+    """Saved for one sequence: embeddings (ids, and what the first norm sees) and the layers."""
+    layer = _pre_norm_layer if architecture.is_pre_norm else _post_norm_layer
+    layers = sum(layer(widths, i, element_bytes, architecture) for i in range(num_layers(widths)))
+    if architecture.is_pre_norm:
+        return seq_len * (layers + INT64_BYTES + _rms_norm(widths["hidden"], element_bytes))  # the final norm
+    return seq_len * (layers + 2 * INT64_BYTES + _LAYER_NORM_BYTES + widths["hidden"] * element_bytes)
 
 
-def _layer(widths: Widths, i: int, seq_len: int, element_bytes: int) -> float:
+def _post_norm_layer(widths: Widths, i: int, element_bytes: int, architecture: Architecture) -> float:
+    """Bytes of a token. The layer's input, both sums before a LayerNorm, what lies between the blocks."""
+    elements = 4 * widths["hidden"] + _inside(widths, i, architecture)
+    return elements * element_bytes + 2 * _LAYER_NORM_BYTES + _log_sum_exp(widths, i)
+
+
+def _pre_norm_layer(widths: Widths, i: int, element_bytes: int, architecture: Architecture) -> float:
+    """Bytes of a token. Of the residual stream only what the two norms keep."""
+    norms = 2 * _rms_norm(widths["hidden"], element_bytes)
+    return norms + _inside(widths, i, architecture) * element_bytes + _log_sum_exp(widths, i)
+
+
+def _inside(widths: Widths, i: int, architecture: Architecture) -> int:
+    """Elements of a token inside both blocks: query and attention output, key and value; neurons before and after the
+    activation, and of a gated block also what the activation is multiplied with, and the product."""
     layer = layer_widths(widths, i)
-    qk, vo = layer.num_heads * layer.qk_dim, layer.num_heads * layer.vo_dim
-    # The layer's input, both sums before a LayerNorm, what lies between the blocks; query and key, value and
-    # attention output; the neurons before and after GELU.
-    elements = 4 * widths["hidden"] + 2 * qk + 2 * vo + 2 * layer.intermediate_size
-    log_sum_exp = layer.num_heads * FP32_BYTES  # of the fused attention, which saves no scores
-    return seq_len * (elements * element_bytes + 2 * _LAYER_NORM_BYTES + log_sum_exp)
+    heads = layer.num_heads * (layer.qk_dim + layer.vo_dim) + layer.num_kv_heads * (layer.qk_dim + layer.vo_dim)
+    return heads + (4 if architecture.has_gated_mlp else 2) * layer.intermediate_size
+
+
+def _log_sum_exp(widths: Widths, i: int) -> int:
+    """Of the fused attention, which saves no scores."""
+    return layer_widths(widths, i).num_heads * FP32_BYTES
+
+
+def _rms_norm(hidden: int, element_bytes: int) -> int:
+    """Its input in fp32 with the reciprocal root of its mean square, the quotient, and the product with its weight."""
+    return hidden * (FP32_BYTES + 2 * element_bytes) + FP32_BYTES
 
 
 def probability_bytes(widths: Widths, seq_len: int, element_bytes: int) -> float:
@@ -87,8 +111,11 @@ def probability_bytes(widths: Widths, seq_len: int, element_bytes: int) -> float
     return num_heads * seq_len * (seq_len * element_bytes - FP32_BYTES)
 
 
-def head_bytes(hidden: int, rows: float, element_bytes: int) -> float:
-    """Saved by the vocabulary head before its decoder: input, before and after GELU, after LayerNorm."""
+def head_bytes(hidden: int, rows: float, element_bytes: int, architecture: Architecture = BERT_LIKE) -> float:
+    """Saved by the vocabulary head before its decoder: input, before and after GELU, after LayerNorm; without a
+    transform the rows and, made in the forward chunk by chunk, their gradient."""
+    if not architecture.has_head_transform:
+        return rows * 2 * hidden * element_bytes
     return rows * (4 * hidden * element_bytes + _LAYER_NORM_BYTES) if rows else 0
 
 
@@ -96,5 +123,5 @@ def compared_elements(widths: Widths, seq_len: int) -> float:
     """Elements that one sequence's pass leaves: the embedding output, every layer's output, and its queries and
     keys."""
     layers = [layer_widths(widths, i) for i in range(num_layers(widths))]
-    queries_and_keys = sum(2 * layer.num_heads * layer.qk_dim for layer in layers)
+    queries_and_keys = sum((layer.num_heads + layer.num_kv_heads) * layer.qk_dim for layer in layers)
     return seq_len * ((1 + len(layers)) * widths["hidden"] + queries_and_keys)

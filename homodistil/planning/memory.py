@@ -44,7 +44,14 @@ def rank_memory(
     data, dtypes = resolved.config.data, (layout.dtype.itemsize, policy.teacher_dtype.itemsize)
     rows = task_of(data).target_rows(data) * micro_batch_size
     sizes = BatchSizes(
-        widths, resolved.teacher_widths, micro_batch_size, data.seq_len, rows, resolved.vocab_size, *dtypes
+        widths,
+        resolved.teacher_widths,
+        micro_batch_size,
+        data.seq_len,
+        rows,
+        resolved.vocab_size,
+        *dtypes,
+        resolved.family.architecture,
     )
     entry_bytes = 2 * layout.dtype.itemsize + FP32_BYTES
     parts["logits"] = float(logit_rows(resolved.config.loss, sizes) * resolved.vocab_size * entry_bytes)

@@ -51,6 +51,7 @@ def step_work(resolved: ResolvedRun, policy: MicroBatchPolicy, widths: Widths, m
         seq_len=config.data.seq_len,
         target_rows=sequences * task_of(config.data).target_rows(config.data),
         vocab_size=resolved.vocab_size,
+        architecture=resolved.family.architecture,
     )
     trainable, _ = policy.parameter_counts(widths)
     saved_bytes = policy.sequence_bytes(widths).total + policy.sequence_bytes(resolved.teacher_widths).student / 3

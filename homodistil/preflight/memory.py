@@ -38,6 +38,7 @@ def step_bytes(resolved: ResolvedRun, engine_config: dict, device: torch.device)
         teacher_bytes=teacher.itemsize,
         lock_step=config.teacher.in_lock_step,
         keeps_probabilities=keeps_probabilities(device.type, student),
+        architecture=resolved.family.architecture,
     ).total
     state = state_bytes(num_parameters, 0, state_layout(engine_config, num_ranks))
     return state + num_parameters * teacher.itemsize + config.train.micro_batch_size * activations

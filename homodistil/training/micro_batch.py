@@ -47,6 +47,7 @@ class MicroBatchPolicy:
         self.layout = state_layout(engine_config, num_ranks)
         self.start_widths = student.widths
         self._table = student.axis_table()
+        self._architecture = student.family.architecture
         self._shapes = {name: (tuple(p.shape), p.requires_grad) for name, p in student.named_parameters()}
         self._vocab_size = student.model.config.vocab_size
         self._device_type = device_type or student.model.device.type
@@ -86,6 +87,7 @@ class MicroBatchPolicy:
             teacher_bytes=self.teacher_dtype.itemsize,
             lock_step=self.config.teacher.in_lock_step,
             keeps_probabilities=keeps_probabilities(self._device_type, self.layout.dtype),
+            architecture=self._architecture,
         )
 
 

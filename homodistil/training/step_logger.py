@@ -171,6 +171,7 @@ class StepLogger:
             seq_len=self.config.data.seq_len,
             target_rows=target_rows,
             vocab_size=self.student.model.config.vocab_size,
+            architecture=self.student.family.architecture,
         ).total
 
 

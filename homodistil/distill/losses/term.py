@@ -25,6 +25,7 @@ from homodistil.data.batch import Batch
 from homodistil.distill.layer_map import LayerMap
 from homodistil.distill.teacher_outputs import TeacherOutputs
 from homodistil.models.activations import LayerActivations
+from homodistil.models.architecture import BERT_LIKE, Architecture
 from homodistil.models.axes import Widths, num_layers
 from homodistil.models.family import ModelFamily
 
@@ -84,6 +85,7 @@ class BatchSizes(NamedTuple):
     student_bytes: int = 4
     """Bytes of an element of the student's activations."""
     teacher_bytes: int = 4
+    architecture: Architecture = BERT_LIKE
 
     @property
     def tokens(self) -> int:

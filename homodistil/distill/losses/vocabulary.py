@@ -1,4 +1,8 @@
-"""The terms over the vocabulary: MLM and KL, on the masked rows alone or (KL) on every token (loss.mlm, loss.kl)."""
+"""The terms over the vocabulary: language modelling and KL (loss.mlm, loss.kl).
+
+A masked language model takes them on the masked rows alone, or (KL) on every token; a causal one on every row that is
+predicted. Wherever that is nearly every token, logits exist for a chunk of rows at a time.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +34,9 @@ class Vocabulary(Term):
 
     def at_end(self, last: Tensor, step: Step) -> Weighted:
         if step.teacher is not None and self.positions == "all":
-            return self._on_all_tokens(last, step)
+            return self._in_chunks(last, step, "all", _labels(step.batch))
+        if step.student.family.is_causal:
+            return self._in_chunks(last, step, "masked", step.batch.target_ids)
         return self._on_masked_rows(last, step)
 
     def _on_masked_rows(self, last: Tensor, step: Step) -> Weighted:
@@ -43,31 +49,30 @@ class Vocabulary(Term):
         )
         return self.weighted({"mlm": ce / rows} | ({"kl": kl / rows} if kl is not None else {}))
 
-    def _on_all_tokens(self, last: Tensor, step: Step) -> Weighted:
-        """KL on every token, MLM on the labelled ones, chunk by chunk: all logits at once would take gigabytes."""
+    def _in_chunks(self, last: Tensor, step: Step, positions: str, labels: Tensor) -> Weighted:
+        """Both on the rows of `positions`, chunk by chunk: all logits at once would take gigabytes.
+
+        Args:
+            labels: of these rows, int64 (rows,), negative where a row has none.
+        """
         student, batch, counts = step.student, step.batch, step.batch.counts
-        ours = student.family.lm_transform(student.model)(wanted_rows(last, batch, "all"))
-        theirs, their_decoder = step.teacher.before_decoder("all")
-        factors = (self.weights.get("mlm", 0.0) / counts.target_rows, self.weights["kl"] / counts.tokens)
+        decoder = student.family.decoder(student.model)
+        ours = student.family.lm_transform(student.model)(wanted_rows(last, batch, positions))
+        theirs = None
+        if step.teacher is not None and self.needs_teacher:
+            theirs = step.teacher.before_decoder(positions)
+        kl_rows = counts.tokens if positions == "all" else counts.target_rows
+        factors = (self.weights.get("mlm", 0.0) / counts.target_rows, self.weights.get("kl", 0.0) / kl_rows)
+        factors = [torch.as_tensor(factor, dtype=torch.float32, device=ours.device) for factor in factors]
+        options = {"temperature": self.loss.kl_temperature, "implementation": self.loss.kernels}
 
         def losses(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            return linear_masked_lm_losses(
-                rows,
-                decoder.weight,
-                decoder.bias,
-                theirs,
-                their_decoder.weight,
-                their_decoder.bias,
-                _labels(batch),
-                *(torch.as_tensor(factor, dtype=torch.float32, device=rows.device) for factor in factors),
-                temperature=self.loss.kl_temperature,
-                implementation=self.loss.kernels,
-            )
+            return chunked_losses(rows, decoder, theirs, labels, *factors, **options)
 
-        decoder = student.family.decoder(student.model)
-        total, ce, kl = _called_as(decoder, losses, ours)
-        values = {"mlm": ce / counts.target_rows, "kl": kl / counts.tokens}
-        return Weighted(total, {name: value for name, value in values.items() if name in self.weights})
+        total, ce, kl = called_as(decoder, losses, ours)
+        values = {"mlm": ce / counts.target_rows, "kl": kl / kl_rows}
+        wanted = self.weights if theirs is not None else {"mlm"} & set(self.weights)
+        return Weighted(total, {name: value for name, value in values.items() if name in wanted})
 
     def head_rows(self, sizes: BatchSizes) -> tuple[float, float]:
         kl_rows = 0
@@ -76,8 +81,8 @@ class Vocabulary(Term):
         return max(sizes.target_rows if "mlm" in self.weights else 0, kl_rows), kl_rows
 
     def logit_rows(self, sizes: BatchSizes) -> float:
-        """KL on all tokens keeps none of them: its gradients are made in the forward, chunk by chunk."""
-        return 0 if self.positions == "all" else sizes.target_rows
+        """In chunks none is kept: gradients are made in the forward, chunk by chunk."""
+        return 0 if self.positions == "all" or sizes.architecture.is_causal else sizes.target_rows
 
     def saved_bytes(self, sizes: BatchSizes) -> float:
         """Logits of both models, and the gradient with which the way back begins."""
@@ -92,7 +97,23 @@ def _labels(batch: Batch) -> Tensor:
     return labels.index_select(0, batch.token_index)
 
 
-def _called_as(module: nn.Module, function: Callable, rows: Tensor) -> tuple[Tensor, ...]:
+def chunked_losses(
+    rows: Tensor,
+    decoder: nn.Linear,
+    teacher: tuple[Tensor, nn.Linear] | None,
+    labels: Tensor,
+    ce_factor: Tensor,
+    kl_factor: Tensor,
+    **options: object,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`linear_masked_lm_losses` of rows that enter `decoder`; `teacher`: its rows and its decoder, None: no KL."""
+    their_rows, theirs = teacher if teacher is not None else (None, None)
+    ours = (decoder.weight, decoder.bias)
+    theirs = (None, None) if theirs is None else (theirs.weight, theirs.bias)
+    return linear_masked_lm_losses(rows, *ours, their_rows, *theirs, labels, ce_factor, kl_factor, **options)
+
+
+def called_as(module: nn.Module, function: Callable, rows: Tensor) -> tuple[Tensor, ...]:
     """`function(rows)` as the forward of `module`: under ZeRO-3 its weight exists only inside its own call."""
     module.forward = function
     try:

@@ -16,6 +16,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from transformers import MistralConfig, PretrainedConfig
 
+from homodistil.models.architecture import Architecture
 from homodistil.models.axes import AxisTable, AxisUse, Widths, layer_widths, num_layers, uniform_layer_widths
 from homodistil.models.family import ModelShape
 from homodistil.models.module_sizes import refresh_sizes
@@ -38,6 +39,9 @@ class PreNormDecoder(NamedFamily):
     pipeline_tag: str = "text-generation"
     task: Literal["mlm", "causal"] = "causal"
     forward_options: Mapping[str, Any] = field(default_factory=lambda: dict(_USE_NO_CACHE))
+    architecture: Architecture = Architecture(
+        has_gated_mlp=True, has_head_transform=False, is_pre_norm=True, has_rotary_positions=True, is_causal=True
+    )
     unused: tuple[str, ...] = ("lm_head.weight",)  # tied, in files that store it all the same
 
     def shape(self, config: PretrainedConfig) -> ModelShape:

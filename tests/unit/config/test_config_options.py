@@ -86,6 +86,7 @@ def test_the_facts_that_runs_in_old_folders_depend_on():
         "teacher.dtype",
         "teacher.allow_pickle",
         "teacher.shard",
+        "data.task",  # auto, which follows from the teacher, is written down as what it follows to
         "data.cache_dir",
         "data.workers",
         "data.shard_bytes",
