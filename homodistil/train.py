@@ -76,6 +76,7 @@ def _run(
             check_teacher(student)
         fault_point("start.materials")
         run_inputs = prepare_inputs(config, device, own_folders or [folder], students)
+    ranks.on_rank_zero(lambda: check_run_folders(config, students))  # again: what was `auto` is known now
     # Claimed only now: whatever the user had to fix until here, the folder is still free.
     for path, one in zip((folder, *own_folders), (config, *students), strict=True):
         ranks.on_rank_zero(lambda path=path, one=one: claim_run_folder(path, one, engine_config))
@@ -143,7 +144,9 @@ def _teacher_row(run: DistillationRun, correction: dict) -> dict:
             row |= ranks.on_rank_zero(run.exporter.teacher_speed)
     row |= {name: correction.get(name) for name in ("tokens_per_s_first", "tokens_per_s_last")}
     if correction:
-        row["heldout_mlm_loss_before_correction"] = correction["before"]["mlm_loss"]
+        for name in ("mlm_loss", "lm_loss"):
+            if name in correction["before"]:
+                row[f"heldout_{name}_before_correction"] = correction["before"][name]
     return row
 
 

@@ -89,7 +89,7 @@ def _check_compensation(config: RunConfig) -> None:
             f"{pruning.compensation})"
         )
     has_projections = loss.hidden > 0 or loss.embedding > 0
-    projects = pruning.compensation == "full" and (pruning.schedule != "none" or config.run.compare)
+    projects = pruning.compensation in ("auto", "full") and (pruning.schedule != "none" or config.run.compare)
     if projects and has_projections and not loss.projection_learned:
         raise UserError(
             "loss.projection_learned: found false, allowed with pruning.compensation=full is true: a projected "

@@ -113,7 +113,16 @@ class StudentConfig:
         students="own",
         derived={MILESTONE: COMPUTED},
     )
-    """Target heads a layer (<= teacher's). Head size becomes hidden_size / num_attention_heads (<= teacher's)."""
+    """Target heads of a layer (<= teacher's). Head size becomes hidden_size / num_attention_heads (<= teacher's), but
+    rotary heads keep theirs."""
+    num_key_value_heads: int | None = option(
+        None,
+        limited_by="models/shapes.py: up to the teacher's",
+        resume="fixed",
+        students="own",
+        derived={MILESTONE: None},
+    )
+    """Target key/value heads of a layer where query heads share them (None: as many as num_attention_heads allows)."""
     dropout: float = option(0.0, low=0, high=1, exclude="high", resume="fixed", students="shared", derived=SAME)
     """Dropout probability while distilling, in [0, 1). The exported config keeps the teacher's values."""
     compile: bool = option(False, resume="fixed", students="own", derived=SAME)

@@ -147,11 +147,12 @@ class PruningConfig:
     """Global batches over which one_shot measures importance before step 0 (>= 1)."""
     protect_outliers: float = option(0.1, low=0, high=1, resume="fixed", students="own", derived=SAME)
     """Residual dims with more than this share of the variance at any LayerNorm stay (0 = protect none)."""
-    compensation: Literal["none", "refit", "full"] = option(
-        "full", resume="fixed", students="own", derived={PLAIN_CONTROL: "none", MEASUREMENT: "none"}
+    compensation: Literal["auto", "none", "refit", "full"] = option(
+        "auto", resume="fixed", students="own", derived={PLAIN_CONTROL: "none", MEASUREMENT: "none"}
     )
     """What a cut does about what it takes away: none (the paper), refit (least squares of what remains), full (rotated
-    heads and a projected residual stream, then refit). Without effect where nothing is cut."""
+    heads and a projected residual stream, then refit). auto: full where the teacher's family has it, else none. Without
+    effect where nothing is cut."""
     compensation_sequences: int = option(
         128, low=1, high=COUNT, resume="fixed", students="own", derived={TRIAL: COMPUTED}
     )

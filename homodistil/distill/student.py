@@ -10,6 +10,7 @@ in hooks on module calls, and fetches them ahead of need only while calls follow
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection
 
 import torch
@@ -19,7 +20,7 @@ from homodistil.config.schema import LossConfig
 from homodistil.data.batch import Batch
 from homodistil.distill.layer_map import LayerMap
 from homodistil.distill.objective import Comparison, LossTerms, Objective
-from homodistil.distill.teacher import head_only_parameters
+from homodistil.distill.teacher import Teacher, head_only_parameters
 from homodistil.distill.teacher_outputs import TeacherOutputs, wanted_rows
 from homodistil.models import axes, family_of
 from homodistil.models.activations import ActivationHooks, show_values
@@ -124,6 +125,27 @@ class Student(nn.Module):
     def predict(self, batch: Batch) -> Tensor:
         """Logits (M, V) of the masked rows."""
         return self(batch, only_logits=True)
+
+    @torch.no_grad()
+    def lm_losses(self, batch: Batch, teacher: Teacher | None) -> tuple[Tensor, Tensor]:
+        """Sums over the rows to predict of cross-entropy and of KL(teacher || student); of a causal model in chunks.
+
+        Args:
+            teacher: None: the second sum is 0.
+        """
+        rows = max(float(len(batch.target_ids)), 1.0)  # a rank may be left with a batch that predicts nothing
+        batch = batch._replace(counts=batch.counts._replace(target_rows=rows))
+        objective = self._only_vocabulary if teacher is not None else self._only_language
+        terms = self(batch, teacher(batch) if teacher is not None else None, objective).terms
+        return terms["mlm"] * rows, terms.get("kl", torch.zeros_like(terms["mlm"])) * rows
+
+    @functools.cached_property
+    def _only_vocabulary(self) -> Objective:
+        return Objective(self.objective.config.only(mlm=1.0, kl=1.0))
+
+    @functools.cached_property
+    def _only_language(self) -> Objective:
+        return Objective(self.objective.config.only(mlm=1.0))
 
     def pass_modules(self, moment: str, hidden: Tensor, compared: Collection[str]) -> None:
         """Keep to the order of module calls where only the terms named `compared` are measured (see above)."""

@@ -22,6 +22,7 @@ from homodistil.distill.runtime import Runtime, SideStream, build_runtime
 from homodistil.distill.teacher_outputs import Layerwise, TeacherOutputs, WholePass, own_lists, wanted_rows
 from homodistil.distill.teacher_sharding import shard_layers
 from homodistil.errors import UserError
+from homodistil.kernels.masked_lm import linear_masked_lm_losses
 from homodistil.models import family_of
 from homodistil.models.activations import ATTENTION, ActivationHooks, Activations
 from homodistil.models.checkpoint_files import first_line, local_folder
@@ -101,6 +102,16 @@ class Teacher(nn.Module):
         """Logits (M, V) of the masked rows."""
         return self.family.lm_head(self.model)(wanted_rows(self.run(batch).last, batch, "masked"))
 
+    @torch.no_grad()
+    def lm_losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Sum over the rows to predict of the cross-entropy, in chunks, and 0: its KL to itself."""
+        rows = self.family.lm_transform(self.model)(wanted_rows(self.run(batch).last, batch, "masked"))
+        one, zero = rows.new_ones((), dtype=torch.float32), rows.new_zeros((), dtype=torch.float32)
+        decoder = self.family.decoder(self.model)
+        theirs = (None, None, None)
+        loss, _, kl = linear_masked_lm_losses(rows, decoder.weight, decoder.bias, *theirs, batch.target_ids, one, zero)
+        return loss, kl
+
 
 def build_teacher(model: nn.Module, config: TeacherConfig, device: torch.device, dtype: torch.dtype) -> Teacher:
     """`model`, moved to `device` as a whole or (teacher.shard) in this rank's part, in the runtime of `config`."""
@@ -132,7 +143,8 @@ def load_model(
     family = family_of(config.model_type)
     if dropout is not None:
         family.set_dropout(config, dropout)
-    return _from_pretrained(folder, allow_pickle, config=config, dtype=dtype, attn_implementation=ATTENTION)
+    options = {"config": config, "dtype": dtype, "attn_implementation": ATTENTION}
+    return _from_pretrained(folder, allow_pickle, family.auto_class, **options)
 
 
 def has_lm_head(folder: str, allow_pickle: bool = False, say: Callable[[str], None] = lambda line: None) -> bool:
@@ -151,7 +163,7 @@ def has_lm_head(folder: str, allow_pickle: bool = False, say: Callable[[str], No
     family, where = family_of(shape.model_type), f"{FIELD}: {folder!r}"
     # In fp32, whatever the config says of its type: nothing becomes infinite on the way.
     options = {"config": shape, "dtype": torch.float32, "ignore_mismatched_sizes": True, "output_loading_info": True}
-    model, report = _from_pretrained(folder, allow_pickle, **options)
+    model, report = _from_pretrained(folder, allow_pickle, family.auto_class, **options)
     unexpected = sorted(name for name in report["unexpected_keys"] if not family.is_unused(family.tensor_name(name)))
     mismatched = [(name, tuple(stored), tuple(ours)) for name, stored, ours in sorted(report["mismatched_keys"])]
     has_head = check_whole(Difference(sorted(report["missing_keys"]), unexpected, mismatched), model, family, where)
@@ -176,7 +188,7 @@ def check_stored(folder: str, shape, allow_pickle: bool = False) -> None:
         check_whole(difference(stored, model, family), model, family, where)
 
 
-def _from_pretrained(folder: str, allow_pickle: bool, **options):
+def _from_pretrained(folder: str, allow_pickle: bool, auto_class: str = "AutoModelForMaskedLM", **options):
     """Weights out of safetensors; a pickle could run anything while it is read. Code beside weights is never run."""
     options |= {"trust_remote_code": False, "weights_only": True, "use_safetensors": None if allow_pickle else True}
     # A bar and a report a rank and model would bury the training's own; `has_lm_head` reads what matters.
@@ -184,8 +196,7 @@ def _from_pretrained(folder: str, allow_pickle: bool, **options):
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     try:
-        auto_class = getattr(transformers, family_of(options["config"].model_type).auto_class)
-        return auto_class.from_pretrained(folder, **options)
+        return getattr(transformers, auto_class).from_pretrained(folder, **options)
     except Exception as error:  # safetensors, torch, the hub client and its transport raise types of their own
         if not allow_pickle and _has_only_pickles(folder):
             raise UserError(

@@ -67,7 +67,7 @@ def write_gradient(
 def losses_and_gradient(
     student: Tensor, teacher: Tensor | None, labels: Tensor, temperature: float, factors: tuple[Tensor, Tensor] | None
 ) -> tuple[Tensor, Tensor]:
-    """CE and KL (M,), the KL 0 without a teacher; with the factors of their sums the gradient is written over `student`."""
+    """CE and KL (M,; 0 without a teacher); with the factors of their sums the gradient is written over `student`."""
     ce, kl, _ = losses(student, teacher, labels, temperature)
     if factors is not None:
         write_gradient(student, teacher, labels, temperature, factors, None, out=student)

@@ -185,7 +185,7 @@ def write_gradient(
 def losses_and_gradient(
     student: Tensor, teacher: Tensor | None, labels: Tensor, temperature: float, factors: tuple[Tensor, Tensor] | None
 ) -> tuple[Tensor, Tensor]:
-    """CE and KL (M,), the KL 0 without a teacher; with the factors of their sums the gradient is written over `student`."""
+    """CE and KL (M,; 0 without a teacher); with the factors of their sums the gradient is written over `student`."""
     ce, kl, normalisers = _outputs(student)
     out = None if factors is None else student
     _launch(student, teacher, labels, temperature, (ce, normalisers), factors, out)

@@ -18,8 +18,9 @@ ROW_FILE = "row.json"
 DASH = "-"
 
 Row = Mapping[str, Any]
-"""One model: name, parameters, hidden_size, heldout_mlm_loss (nats), masked_top1 (fraction), kl_to_teacher (nats),
-tokens_per_s_first and tokens_per_s_last (training, first and last logged interval). Absent or None: not measured."""
+"""One model: name, parameters, hidden_size, heldout_mlm_loss (nats) and masked_top1 (fraction), or of a causal model
+heldout_lm_loss (nats), perplexity and bits_per_byte; kl_to_teacher (nats), tokens_per_s_first and tokens_per_s_last
+(training, first and last logged interval). Absent or None: not measured."""
 
 # Column -> (heading, how a number is written)
 COLUMNS = {
@@ -28,10 +29,16 @@ COLUMNS = {
     "hidden_size": ("hidden size", "{:.0f}"),
     "heldout_mlm_loss": ("held-out MLM loss", "{:.3f}"),
     "masked_top1": ("masked top-1", "{:.1%}"),
+    "heldout_lm_loss": ("held-out loss", "{:.3f}"),
+    "perplexity": ("perplexity", "{:,.2f}"),
+    "bits_per_byte": ("bits per byte", "{:.3f}"),
     "kl_to_teacher": ("KL to teacher", "{:.3f}"),
     "tokens_per_s_first": ("tokens/s first", "{:,.0f}"),
     "tokens_per_s_last": ("tokens/s last", "{:,.0f}"),
 }
+
+
+_OF_ONE_TASK = ("heldout_mlm_loss", "masked_top1", "heldout_lm_loss", "perplexity", "bits_per_byte")
 
 
 def write_result(run_dir: Path, rows: Sequence[Row]) -> Path:
@@ -48,9 +55,15 @@ def read_result(run_dir: Path) -> list[dict[str, Any]]:
     return json.loads((Path(run_dir) / RESULT_FILE).read_text(encoding="utf-8"))
 
 
-def cells(row: Row) -> list[str]:
-    """The row as text, one string a column of `COLUMNS`; what is missing, None or not finite is a dash."""
-    return [cell(row.get(column), form) for column, (_, form) in COLUMNS.items()]
+def columns_of(rows: Sequence[Row]) -> dict[str, tuple[str, str]]:
+    """The columns that these rows need: of what one task alone measures, those that any row has."""
+    used = set().union(*rows)
+    return {column: how for column, how in COLUMNS.items() if column not in _OF_ONE_TASK or column in used}
+
+
+def cells(row: Row, columns: Mapping[str, tuple[str, str]] = COLUMNS) -> list[str]:
+    """The row as text, one string for each column; what is missing, None or not finite is a dash."""
+    return [cell(row.get(column), form) for column, (_, form) in columns.items()]
 
 
 def cell(value: Any, form: str) -> str:
@@ -63,7 +76,8 @@ def cell(value: Any, form: str) -> str:
 
 def format_table(rows: Sequence[Row]) -> str:
     """Plain-text table: names on the left, numbers aligned on the right. No trailing newline."""
-    return aligned([[heading for heading, _ in COLUMNS.values()]] + [cells(row) for row in rows])
+    columns = columns_of(rows)
+    return aligned([[heading for heading, _ in columns.values()]] + [cells(row, columns) for row in rows])
 
 
 def aligned(lines: Sequence[Sequence[str]]) -> str:

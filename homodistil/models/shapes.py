@@ -114,35 +114,78 @@ def student_widths(student: StudentConfig, teacher: Widths) -> tuple[dict[str, i
     """
     layers = student.num_hidden_layers or num_layers(teacher)
     widths = {axis: width for axis, width in teacher.items() if (layer_of(axis) or 0) < layers}
-    target = target_widths(target_shape(student, teacher), widths)
+    target = target_widths(target_shape(student, teacher), widths, student.num_key_value_heads)
     return (target if student.init == "random" else widths), target
 
 
-def target_widths(shape: Shape, teacher: Widths) -> dict[str, int]:
+def target_widths(shape: Shape, teacher: Widths, num_key_value_heads: int | None = None) -> dict[str, int]:
     """Axis -> final width for every axis of the teacher.
+
+    Args:
+        num_key_value_heads: groups of query heads, of a teacher that has such; None: as many as fit.
 
     Raises:
         UserError: wider than the teacher, or not expressible by a stock configuration.
     """
-    _check(shape, teacher)
-    head_dim = shape.hidden_size // shape.num_attention_heads
-    of_kind = {
-        "hidden": shape.hidden_size,
-        "ffn": shape.intermediate_size,
-        "heads": shape.num_attention_heads,
-        "qk_dim": head_dim,
-        "vo_dim": head_dim,
-    }
+    _check_limits(shape, teacher)
+    of_kind = {"hidden": shape.hidden_size, "ffn": shape.intermediate_size}
+    heads = _heads if is_grouped(teacher) else _heads_of_their_own
+    of_kind |= heads(shape, teacher, num_key_value_heads)
     return {axis: of_kind[kind_of(axis)] for axis in teacher}
 
 
-def _check(shape: Shape, teacher: Widths) -> None:
+def is_grouped(widths: Widths) -> bool:
+    """Whether query heads share keys and values in groups; then the dims of a head stay what they are (rotary)."""
+    return "layer.0.kv_heads" in widths
+
+
+def _heads(shape: Shape, teacher: Widths, num_key_value_heads: int | None) -> dict[str, int]:
+    """Kind of axis -> target width where query heads are grouped."""
+    num_heads, layer = shape.num_attention_heads, layer_widths(teacher, 0)
+    in_group = layer.num_heads // layer.num_kv_heads
+    fitting = [g for g in range(1, layer.num_kv_heads + 1) if num_heads % g == 0 and num_heads // g <= in_group]
+    wanted = num_key_value_heads or max(fitting, default=0)
+    if wanted not in fitting:
+        possible = {g: [g * r for r in range(1, in_group + 1)] for g in range(1, layer.num_kv_heads + 1)}
+        counts = sorted(
+            {count for g, counts in possible.items() if num_key_value_heads in (None, g) for count in counts}
+        )
+        field = "num_attention_heads" if num_key_value_heads is None else "num_key_value_heads"
+        raise UserError(
+            f"student.{field}: found {num_key_value_heads or num_heads} (with num_attention_heads {num_heads}); the "
+            f"teacher has {layer.num_kv_heads} groups of {in_group} query heads, of which equally many stay in each; "
+            f"allowed numbers of heads are {', '.join(map(str, counts)) or 'none for so many groups'}"
+        )
+    return {
+        "kv_heads": wanted,
+        "heads_in_group": num_heads // wanted,
+        "qk_dim": layer.qk_dim,
+        "vo_dim": layer.vo_dim,
+    }
+
+
+def _heads_of_their_own(shape: Shape, teacher: Widths, num_key_value_heads: int | None) -> dict[str, int]:
+    """Kind of axis -> target width where every head has its own keys and values, and hidden = heads x head size."""
+    if num_key_value_heads not in (None, shape.num_attention_heads):
+        raise UserError(
+            f"student.num_key_value_heads: found {num_key_value_heads}, but every head of this teacher has keys and "
+            f"values of its own; leave it out"
+        )
+    _check_head_size(shape, teacher)
+    head_dim = shape.hidden_size // shape.num_attention_heads
+    return {"heads": shape.num_attention_heads, "qk_dim": head_dim, "vo_dim": head_dim}
+
+
+def _check_limits(shape: Shape, teacher: Widths) -> None:
     for name, wanted, limit in zip(Shape._fields, shape, shape_of(teacher), strict=True):
         if not 1 <= wanted <= limit:
             raise UserError(
                 f"student.{name}: found {wanted}, the teacher has {limit}; allowed 1 .. {limit} "
                 f"(a student is cut out of its teacher; choose a smaller value or another teacher)"
             )
+
+
+def _check_head_size(shape: Shape, teacher: Widths) -> None:
     if shape.hidden_size % shape.num_attention_heads:
         raise UserError(
             f"student.hidden_size: {shape.hidden_size} is not divisible by student.num_attention_heads "

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from homodistil.config.schema import PruningConfig, RunFolderConfig
 from homodistil.errors import UserError
 from homodistil.models.axes import Widths
-from homodistil.models.shapes import Shape, shape_of, target_widths
+from homodistil.models.shapes import Shape, is_grouped, shape_of, target_widths
 
 _SAME_AS_FINAL = 0.02
 """How far below the student's final hidden size, as a share of it, a milestone may ask for and mean that size."""
@@ -57,6 +57,11 @@ def plan_route(run: RunFolderConfig, pruning: PruningConfig, teacher: Widths, in
     """
     if not run.export_milestones:
         return NO_MILESTONES
+    if is_grouped(teacher):
+        raise UserError(
+            f"run.export_milestones: found {run.export_milestones}, allowed is [] for a teacher whose query heads share "
+            f"keys and values; train each size in a run of its own"
+        )
     milestones: list[Milestone] = []
     before = shape_of(initial)
     for fraction in sorted(run.export_milestones, reverse=True):

@@ -14,7 +14,15 @@ TEACHER_STYLE = 5
 """Grey: the same in all figures."""
 _LONGEST_LABEL = 24
 _MOST_CONTROLS = 4  # beside which a line can still be followed
-FAMILIES = {"hidden": "hidden", "ffn": "feed-forward", "heads": "heads", "qk_dim": "head dim"}
+FAMILIES = {
+    "hidden": "hidden",
+    "ffn": "feed-forward",
+    "heads": "heads",
+    "kv_heads": "kv heads",
+    "heads_in_group": "heads per kv head",
+    "qk_dim": "head dim",
+}
+"""Kind of axis -> its heading; a model has `heads`, or the two kinds of grouped ones."""
 
 
 @dataclass(frozen=True)
@@ -174,7 +182,7 @@ def final_controls(run: Run) -> list[str]:
 
 def teacher_value(run: Run, name: str) -> float | None:
     """What the result table says of the teacher for a held-out value of the log; the KL to itself is left out."""
-    columns = {"mlm_loss": "heldout_mlm_loss", "masked_top1": "masked_top1"}
+    columns = {"mlm_loss": "heldout_mlm_loss", "lm_loss": "heldout_lm_loss", "masked_top1": "masked_top1"}
     return number(run.teacher.get(columns[name])) if name in columns else None
 
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jinja2
 from markupsafe import Markup
 
-from homodistil.metrics.result_table import COLUMNS, DASH, cells
+from homodistil.metrics.result_table import DASH, cells, columns_of
 from homodistil.report.curves import FAMILIES, Curve, curves, gap
 from homodistil.report.figures import draw
 from homodistil.report.planned import HEADINGS, PlannedSection
@@ -174,12 +174,20 @@ def render(run: Run, family: FamilySection | None = None, planned: PlannedSectio
         files=FILES,
         progress=_progress(run),
         sentences=[*summary(run.rows), *speed_sentences(run), *memory_sentences(run)],
-        headings=[heading for heading, _ in COLUMNS.values()],
-        rows=[cells(row) for row in run.rows],
+        headings=[heading for heading, _ in columns_of(run.rows).values()],
+        rows=[cells(row, columns_of(run.rows)) for row in run.rows],
         css=Markup(CSS),
         curves=drawn(curves(run)),
-        event_headings=["step", *FAMILIES.values(), "KL before", "KL after", "ms", "moved", "hash"],
-        events=[_event_cells(event) for event in run.events],
+        event_headings=[
+            "step",
+            *(FAMILIES[kind] for kind in _kinds(run)),
+            "KL before",
+            "KL after",
+            "ms",
+            "moved",
+            "hash",
+        ],
+        events=[_event_cells(event, _kinds(run)) for event in run.events],
     )
 
 
@@ -213,17 +221,24 @@ def _sentence(row: dict[str, Any], teacher: dict[str, Any]) -> str:
     size, full = number(row.get("parameters")), number(teacher.get("parameters"))
     if size and full:
         parts.append(f"{size:,} of the teacher's {full:,} parameters ({size / full:.1%}, {full / size:.2f}x smaller)")
-    loss, reference = number(row.get("heldout_mlm_loss")), number(teacher.get("heldout_mlm_loss"))
-    if loss is not None and reference is not None:
-        parts.append(f"held-out MLM loss {loss:.3f} against the teacher's {reference:.3f} ({loss - reference:+.3f})")
+    for column, what in (("heldout_mlm_loss", "held-out MLM loss"), ("heldout_lm_loss", "held-out loss")):
+        loss, reference = number(row.get(column)), number(teacher.get(column))
+        if loss is not None and reference is not None:
+            parts.append(f"{what} {loss:.3f} against the teacher's {reference:.3f} ({loss - reference:+.3f})")
     return f"{row.get('name', 'model')}: {'; '.join(parts)}." if parts else ""
 
 
-def _event_cells(event: dict[str, Any]) -> list[str]:
+def _kinds(run: Run) -> list[str]:
+    """Kinds of axes with a column in the table of events: of grouped heads only where there are such."""
+    named = {axis.rsplit(".", 1)[-1] for event in run.events for axis in event.get("widths_before") or {}}
+    return [kind for kind in FAMILIES if kind not in ("kv_heads", "heads_in_group") or kind in named]
+
+
+def _event_cells(event: dict[str, Any], kinds: Sequence[str]) -> list[str]:
     before, after = event.get("widths_before") or {}, event.get("widths_after") or {}
     return [
         f"{event['step']:,}",
-        *(_change(before, after, family) for family in FAMILIES),
+        *(_change(before, after, kind) for kind in kinds),
         _number(gap(event, "gap_before", "kl"), "{:.4f}"),
         _number(gap(event, "gap_after", "kl"), "{:.4f}"),
         _number(event.get("milliseconds"), "{:,.1f}"),

@@ -90,7 +90,7 @@ def _check_readable(folder: Path) -> None:
     json_object(folder / "config.json")
     facts = json_object(folder / FACTS_FILE)
     for moment in ("before", "after"):
-        float(facts[moment]["mlm_loss"])
+        float(facts[moment].get("mlm_loss", facts[moment].get("lm_loss")))
     weights = list(folder.glob("*.safetensors"))
     if not weights:
         raise ValueError("no weights")

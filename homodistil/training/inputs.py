@@ -23,6 +23,7 @@ from homodistil.distributed import groups, ranks, watchdog
 from homodistil.errors import UserError
 from homodistil.models import family_of
 from homodistil.models.checkpoint_files import local_folder
+from homodistil.models.family import Compensable
 from homodistil.models.weights import has_weights
 from homodistil.training.fingerprints import (
     CORPUS,
@@ -150,8 +151,21 @@ def check_plannable(config: RunConfig) -> None:
 
 
 def settle(config: RunConfig, teacher_config) -> None:
-    """Replace what the config leaves to the teacher, in place: data.task. Raises `UserError` where they disagree."""
-    settle_task(config.data, family_of(teacher_config.model_type).task, config.teacher.name)
+    """Replace what the config leaves to the teacher, in place: data.task, pruning.compensation.
+
+    Raises:
+        UserError: the config asks for what the teacher's family does not have.
+    """
+    family, pruning = family_of(teacher_config.model_type), config.pruning
+    settle_task(config.data, family.task, config.teacher.name)
+    has_it = isinstance(family, Compensable)
+    if pruning.compensation == "auto":
+        pruning.compensation = "full" if has_it else "none"
+    if pruning.compensation != "none" and pruning.schedule != "none" and not has_it:
+        raise UserError(
+            f"pruning.compensation: found {pruning.compensation}, allowed is none for a teacher of the {family.name} "
+            f"family, whose blocks cannot be refitted yet; set it to none or auto"
+        )
 
 
 def check_shape(resolved: ResolvedRun) -> None:

@@ -26,7 +26,6 @@ from homodistil.engine.build import build_engine
 from homodistil.engine.ds_config import student_dtype, teacher_dtype, zero_stage
 from homodistil.engine.engine import TrainingEngine
 from homodistil.evaluation.gap_probe import PROBE_SEQUENCES, GapProbe
-from homodistil.evaluation.heldout import evaluate
 from homodistil.files import write_atomically, writing
 from homodistil.metrics.progress import doing
 from homodistil.metrics.recorder import METRICS_FILE, Recorder, read_lines
@@ -35,6 +34,7 @@ from homodistil.models.activations import show_values
 from homodistil.resize import check_supported
 from homodistil.training.exporter import Exporter
 from homodistil.training.fingerprints import check_same
+from homodistil.training.heldout_scores import HeldoutScores
 from homodistil.training.inputs import PERIODIC_EVALUATION_SEQUENCES, RunInputs, teacher_copy
 from homodistil.training.micro_batch import MicroBatchPolicy, with_micro_batch
 from homodistil.training.milestone_exports import Family
@@ -70,6 +70,7 @@ class DistillationRun:
         device, dtype = run_inputs.device, teacher_dtype(config.teacher.dtype, engine_config, run_inputs.device)
         self.resolved = resolve_run(config, load_config(run_inputs.teacher))
         self.teacher_widths = self.resolved.teacher_widths
+        self.scores = HeldoutScores(config, run_inputs, self.resolved.family)
         self.teacher = teacher_of.teacher if teacher_of else self._build_teacher(device, dtype)
         load = functools.partial(teacher_copy, run_inputs, torch.float32, config.student.dropout)
         self.student = self.resolved.build_student(load).to(device)
@@ -151,8 +152,7 @@ class DistillationRun:
         return build_teacher(model, config.teacher, device, dtype)
 
     def _heldout_loss(self, student: Student) -> float:
-        batches = self.run_inputs.heldout(self.config, PERIODIC_EVALUATION_SEQUENCES)
-        return evaluate(student.predict, None, batches, self.run_inputs.device)["mlm_loss"]
+        return self.scores.loss_of(student, PERIODIC_EVALUATION_SEQUENCES)
 
     def _trainer(
         self, engine: TrainingEngine, snapshots: StudentSnapshots | None, recorder: Recorder, start: TrainState
@@ -188,16 +188,12 @@ class DistillationRun:
 
     def evaluate(self, limit: int | None = None) -> dict[str, float]:
         """Held-out results of the student on the first `limit` blocks (None: all)."""
-        batches = self.run_inputs.heldout(self.config, limit)
-        return evaluate(self.student.predict, self.teacher.predict, batches, self.run_inputs.device)
+        return self.scores.of_student(self.student, self.teacher, limit)
 
     def evaluate_teacher(self) -> dict[str, float]:
         """Held-out scores of the teacher itself, over all blocks."""
         with doing("evaluating the teacher on held-out text"):
-            measured = evaluate(
-                self.teacher.predict, None, self.run_inputs.heldout(self.config), self.run_inputs.device
-            )
-        return measured | {"kl_to_teacher": 0.0}
+            return self.scores.of_teacher(self.teacher)
 
     def _gap_values(self) -> dict[str, float]:
         return {f"gap/{name}": value for name, value in self.gap.measure().items()}
@@ -227,16 +223,21 @@ class DistillationRun:
             write_atomically(self.folder / ROW_FILE, json.dumps(row) + "\n")
 
 
+RESULT_COLUMNS = {
+    "mlm_loss": "heldout_mlm_loss",
+    "masked_top1": "masked_top1",
+    "lm_loss": "heldout_lm_loss",
+    "perplexity": "perplexity",
+    "bits_per_byte": "bits_per_byte",
+    "kl_to_teacher": "kl_to_teacher",
+}
+"""What evaluation measures -> column of the result table."""
+
+
 def result_row(name: str, parameters: int, hidden_size: int, measured: dict[str, float]) -> dict:
-    """A row of the result table from held-out results."""
-    return {
-        "name": name,
-        "parameters": parameters,
-        "hidden_size": hidden_size,
-        "heldout_mlm_loss": measured["mlm_loss"],
-        "masked_top1": measured["masked_top1"],
-        "kl_to_teacher": measured["kl_to_teacher"],
-    }
+    """A row of the result table from held-out results, in the numbers of their task."""
+    columns = {column: measured[name] for name, column in RESULT_COLUMNS.items() if name in measured}
+    return {"name": name, "parameters": parameters, "hidden_size": hidden_size, **columns}
 
 
 def _read_row(path: Path) -> dict | None:

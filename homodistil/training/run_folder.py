@@ -79,10 +79,10 @@ def _check_same_run(folder: Path, config: RunConfig) -> None:
     # Moved elsewhere it is the same, which the checkpoint's fingerprints tell (fingerprints.py).
     free = ("free", "content") if saved_fingerprints(folder / "checkpoints") else ("free",)
     for field, facts in OPTIONS.items():
-        if facts.resume in free:
+        value = value_of(config, field)
+        if facts.resume in free or value == "auto":  # of the latter the teacher decides, and it is looked at again
             continue
         section, _, name = field.partition(".")
-        value = value_of(config, field)
         old = before[section].get(name, _of_before(before, section, name, value))
         if old != value:
             raise UserError(

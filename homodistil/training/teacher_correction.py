@@ -23,7 +23,6 @@ from homodistil.distributed import groups, ranks
 from homodistil.engine.build import build_engine
 from homodistil.engine.ds_config import student_dtype
 from homodistil.engine.engine import TrainingEngine
-from homodistil.evaluation.heldout import evaluate
 from homodistil.export.stock_model import save_checkpoint, stock_model
 from homodistil.files import write_atomically
 from homodistil.metrics.progress import doing
@@ -37,6 +36,7 @@ from homodistil.training.corrected_teacher import (
     write_checksums,
 )
 from homodistil.training.fingerprints import CORRECTED, check_same
+from homodistil.training.heldout_scores import HeldoutScores, language_loss
 from homodistil.training.inputs import PERIODIC_EVALUATION_SEQUENCES, RunInputs, cache_dir, teacher_copy
 from homodistil.training.step_logger import StepLogger, run_recorder, speeds
 from homodistil.training.trainer import Trainer
@@ -74,7 +74,7 @@ def corrected(
     )
     facts = json.loads((final / FACTS_FILE).read_text(encoding="utf-8"))
     if ranks.rank() == 0:
-        before, after = facts["before"]["mlm_loss"], facts["after"]["mlm_loss"]
+        before, after = language_loss(facts["before"]), language_loss(facts["after"])
         print(f"teacher corrected on the corpus: held-out MLM loss {before:.3f} -> {after:.3f}", flush=True)
     fingerprints = {**run_inputs.fingerprints, **fingerprints}
     return dataclasses.replace(run_inputs, teacher=str(final), fingerprints=fingerprints), facts
@@ -143,9 +143,8 @@ class _Correction:
 
     def _evaluate(self, limit: int | None = None) -> dict[str, float]:
         with doing("evaluating the teacher on held-out text"):
-            return evaluate(
-                self.student.predict, None, self.run_inputs.heldout(self.config, limit), self.run_inputs.device
-            )
+            scores = HeldoutScores(self.config, self.run_inputs, self.student.family)
+            return scores.of_student(self.student, None, limit)
 
     def _save(self, weights: dict, facts: dict) -> None:
         facts |= speeds(read_lines(self.work / "run" / METRICS_FILE))

@@ -9,8 +9,7 @@ import jinja2
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from homodistil.metrics.result_table import COLUMNS as ROW_COLUMNS
-from homodistil.metrics.result_table import cells
+from homodistil.metrics.result_table import cells, columns_of
 from homodistil.report.comparison.groups import Model, cell, columns
 from homodistil.report.curves import Curve
 from homodistil.report.figures import inline
@@ -87,6 +86,7 @@ def render(
         autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined, keep_trailing_newline=True
     )
     headings, lines = _table(models)
+    row_columns = columns_of([row for _, row in sources])
     return environment.from_string(_TEMPLATE).render(
         title=title,
         css=Markup(CSS),
@@ -96,8 +96,8 @@ def render(
         scatter=scatter and Markup(inline(scatter, "scatter", f"Size, quality, speed. {SCATTER_CAPTION}")),
         scatter_caption=SCATTER_CAPTION,
         curves=drawn(curves),
-        row_headings=["from", *(heading for heading, _ in ROW_COLUMNS.values())],
-        sources=[[source, *cells(row)] for source, row in sources],
+        row_headings=["from", *(heading for heading, _ in row_columns.values())],
+        sources=[[source, *cells(row, row_columns)] for source, row in sources],
     )
 
 

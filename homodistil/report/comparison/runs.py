@@ -245,7 +245,7 @@ def _teacher_lines(entries: Sequence[Entry], name: str) -> list[Line]:
 
 
 _MOST_CONTROL_LINES = 6
-_HELDOUT = {"mlm_loss": "MLM loss", "kl_to_teacher": "KL to teacher", "masked_top1": "masked top-1"}
+_HELDOUT = {"mlm_loss": "MLM loss", "lm_loss": "loss", "kl_to_teacher": "KL to teacher", "masked_top1": "masked top-1"}
 
 
 def _hidden(run: Run) -> Points:

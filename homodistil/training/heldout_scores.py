@@ -1,0 +1,58 @@
+"""How good student and teacher are on held-out text, in the numbers of their task."""
+
+from __future__ import annotations
+
+import functools
+
+from torch import Tensor
+
+from homodistil.config.schema import RunConfig
+from homodistil.data.token_bytes import token_bytes
+from homodistil.distill.student import Student
+from homodistil.distill.teacher import Teacher
+from homodistil.evaluation.heldout import evaluate
+from homodistil.evaluation.next_tokens import evaluate_next_tokens
+from homodistil.models.family import ModelFamily
+from homodistil.training.inputs import RunInputs
+
+
+class HeldoutScores:
+    """Every rank calls each method. `limit`: on the first so many blocks (None: all)."""
+
+    def __init__(self, config: RunConfig, run_inputs: RunInputs, family: ModelFamily) -> None:
+        self.config, self.run_inputs, self.family = config, run_inputs, family
+
+    def of_student(self, student: Student, teacher: Teacher | None, limit: int | None = None) -> dict[str, float]:
+        """`teacher`: for the KL; None leaves it out."""
+        if not self.family.is_causal:
+            return self._masked(student.predict, teacher and teacher.predict, limit)
+        return self._causal(student, functools.partial(student.lm_losses, teacher=teacher), teacher is not None, limit)
+
+    def of_teacher(self, teacher: Teacher, limit: int | None = None) -> dict[str, float]:
+        """Its KL to itself is 0."""
+        if not self.family.is_causal:
+            measured = self._masked(teacher.predict, None, limit)
+        else:
+            measured = self._causal(teacher, teacher.lm_losses, False, limit)
+        return measured | {"kl_to_teacher": 0.0}
+
+    def loss_of(self, student: Student, limit: int | None = None) -> float:
+        """Cross-entropy of what the task predicts, nats."""
+        return language_loss(self.of_student(student, None, limit))
+
+    def _masked(self, predict, teacher, limit: int | None) -> dict[str, float]:
+        return evaluate(predict, teacher, self.run_inputs.heldout(self.config, limit), self.run_inputs.device)
+
+    def _causal(self, model: Student | Teacher, losses, has_teacher: bool, limit: int | None) -> dict[str, float]:
+        batches = self.run_inputs.heldout(self.config, limit)
+        sizes = self._token_bytes(model.model.config.vocab_size)
+        return evaluate_next_tokens(losses, has_teacher, batches, sizes, self.run_inputs.device)
+
+    @functools.cache  # noqa: B019 - one object lives as long as its run
+    def _token_bytes(self, vocab_size: int) -> Tensor:
+        return token_bytes(self.run_inputs.tokenizer, vocab_size)
+
+
+def language_loss(measured: dict[str, float]) -> float:
+    """The cross-entropy among held-out results, nats: of masked tokens, or of the next ones."""
+    return measured["mlm_loss"] if "mlm_loss" in measured else measured["lm_loss"]
