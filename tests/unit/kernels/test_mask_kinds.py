@@ -180,6 +180,24 @@ def test_torch_student_that_equals_its_teacher(case, named, target):
     check_zero(equal(make(case, torch.float32), list(range(case.student_heads[0])) if named else None), target, "torch")
 
 
+# The interpreter is slow: of the long texts one target a case.
+INTERPRETED = [(case, target) for case in SHORT for target in TARGETS] + list(zip(LONG, TARGETS, strict=True))
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("case, target", INTERPRETED, ids=str)
+def test_triton(case, target):
+    for dtype in (torch.float32, torch.bfloat16):
+        check(make(case, dtype, num_texts=2), target, "triton")
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("case", [SHORT[0], SHORT[1], LONG[2]], ids=str)
+def test_triton_student_that_equals_its_teacher(case, target):
+    check_zero(equal(make(case, torch.bfloat16, num_texts=1)), target, "triton")
+
+
 # -- which pairs are seen, and how many
 
 
