@@ -27,26 +27,23 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 
 
-class Shared(NamedTuple):
-    """Keys (B, G, T, H) of which several heads of queries in a row share one."""
-
-    heads_per_key: int
-    text_stride: int
-    head_stride: int
-    token_stride: int
-
-
 class Side(NamedTuple):
-    """Queries (B, N, T, H) and keys; one argument of a kernel."""
+    """Queries (B, N, T, H) and keys (B, G, T, H); one argument of a kernel. A kernel asks single fields for None: to
+    compare the whole with it fails where a stride is 1, which Triton compiles in.
+    """
 
-    queries: Tensor
-    keys: Tensor
-    text_stride: int
-    head_stride: int
-    token_stride: int
-    num_dims: int
-    shared: Shared | None
-    """None: as many heads of keys as of queries, with the same strides."""
+    queries: Tensor | None = None
+    """None: gradients that nobody wants."""
+    keys: Tensor | None = None
+    text_stride: int | None = None
+    head_stride: int | None = None
+    token_stride: int | None = None
+    num_dims: int | None = None
+    heads_per_key: int | None = None
+    """N / G; None where that is 1 and keys have the strides of queries."""
+    key_text_stride: int | None = None
+    key_head_stride: int | None = None
+    key_token_stride: int | None = None
 
 
 @triton.jit
@@ -86,10 +83,10 @@ def _store_keys(side, start, values, rows, num_tokens, DIMS: tl.constexpr):
 
 @triton.jit
 def _key_token_stride(side):
-    if side.shared is None:
+    if side.heads_per_key is None:
         return side.token_stride
     else:
-        return side.shared.token_stride
+        return side.key_token_stride
 
 
 @triton.jit
@@ -100,11 +97,11 @@ def _head_start(side, text, head):
 @triton.jit
 def _key_start(side, text, head):
     """Of the keys that this head of queries meets."""
-    if side.shared is None:
+    if side.heads_per_key is None:
         return _head_start(side, text, head)
     else:
-        key_head = head // side.shared.heads_per_key
-        return text.to(tl.int64) * side.shared.text_stride + key_head * side.shared.head_stride
+        key_head = head // side.heads_per_key
+        return text.to(tl.int64) * side.key_text_stride + key_head * side.key_head_stride
 
 
 @triton.jit
@@ -218,9 +215,9 @@ def tile_kernel(
     seen = _seen(valid, tokens, tokens, BEFORE, AFTER)
     queries = _load_queries(student, _head_start(student, text, head), tokens, num_tokens, STUDENT_DIMS)
     keys = _load_keys(student, _key_start(student, text, head), tokens, num_tokens, STUDENT_DIMS)
-    theirs = _teacher_head(heads, head)
-    teacher_queries = _load_queries(teacher, _head_start(teacher, text, theirs), tokens, num_tokens, TEACHER_DIMS)
-    teacher_keys = _load_keys(teacher, _key_start(teacher, text, theirs), tokens, num_tokens, TEACHER_DIMS)
+    teacher_head = _teacher_head(heads, head)
+    teacher_queries = _load_queries(teacher, _head_start(teacher, text, teacher_head), tokens, num_tokens, TEACHER_DIMS)
+    teacher_keys = _load_keys(teacher, _key_start(teacher, text, teacher_head), tokens, num_tokens, TEACHER_DIMS)
     if TARGET == "scores":
         difference = _scores(queries, keys, student_scale) - _scores(teacher_queries, teacher_keys, teacher_scale)
         gradient = tl.where(seen, difference, 0.0)
@@ -231,7 +228,7 @@ def tile_kernel(
         p = tl.exp2(ours)
         loss, gradient = _compare(ours, theirs, tl.sum(p * (p - tl.exp2(theirs)), 1), TARGET)
     tl.store(losses + tl.program_id(0), tl.sum(tl.where(valid, loss, 0.0), 0))
-    if gradients is not None:
+    if gradients.queries is not None:
         gradient = (tl.where(valid[:, None], gradient, 0.0) * SHIFT).to(keys.dtype)
         factor = (1.0 if TARGET == "probabilities_kl" else 2.0) * student_scale / SHIFT
         start = _head_start(gradients, text, head)
@@ -315,16 +312,16 @@ def row_kernel(
     text, head = map_index // num_heads, map_index % num_heads
     rows = block * QUERIES + tl.arange(0, QUERIES)
     valid_rows = _load_valid(attention_mask, text, rows, num_tokens)
-    theirs = _teacher_head(heads, head)
+    teacher_head = _teacher_head(heads, head)
     queries = _load_queries(student, _head_start(student, text, head), rows, num_tokens, STUDENT_DIMS)
-    teacher_queries = _load_queries(teacher, _head_start(teacher, text, theirs), rows, num_tokens, TEACHER_DIMS)
-    student_start, teacher_start = _key_start(student, text, head), _key_start(teacher, text, theirs)
+    teacher_queries = _load_queries(teacher, _head_start(teacher, text, teacher_head), rows, num_tokens, TEACHER_DIMS)
+    student_start, teacher_start = _key_start(student, text, head), _key_start(teacher, text, teacher_head)
     if TARGET != "scores":
         our_log, their_log, mean = _row_sums(
             student, teacher, student_start, teacher_start, queries, teacher_queries, attention_mask, text, block,
             student_scale, teacher_scale, num_tokens, QUERIES, KEYS, STUDENT_DIMS, TEACHER_DIMS, BEFORE, AFTER,
         )  # fmt: skip
-        if gradients is not None:
+        if gradients.queries is not None:
             sums = row_sums + map_index.to(tl.int64) * 3 * num_tokens + rows
             tl.store(sums, our_log, mask=rows < num_tokens)
             tl.store(sums + num_tokens, their_log, mask=rows < num_tokens)
@@ -345,10 +342,10 @@ def row_kernel(
             theirs = _masked_scores(teacher_queries, teacher_keys, teacher_scale, seen) - their_log[:, None]
             block_loss, gradient = _compare(ours, theirs, mean, TARGET)
             loss += block_loss
-        if gradients is not None:
+        if gradients.queries is not None:
             of_queries += tl.dot((gradient * SHIFT).to(keys.dtype), keys, input_precision="ieee")
     tl.store(losses + tl.program_id(0), tl.sum(tl.where(valid_rows, loss, 0.0), 0))
-    if gradients is not None:
+    if gradients.queries is not None:
         factor = (1.0 if TARGET == "probabilities_kl" else 2.0) * student_scale / SHIFT
         of_queries *= tl.where(valid_rows, factor, 0.0)[:, None]
         _store_queries(gradients, _head_start(gradients, text, head), of_queries, rows, num_tokens, STUDENT_DIMS)
@@ -382,9 +379,9 @@ def _add_head(
     """of_keys and what one head of queries adds to it, before the factor that all have in common."""
     columns = block * KEYS + tl.arange(0, KEYS)
     valid = _load_valid(attention_mask, text, columns, num_tokens)
-    theirs = _teacher_head(heads, head)
-    student_start, teacher_start = _head_start(student, text, head), _head_start(teacher, text, theirs)
-    teacher_keys = _load_keys(teacher, _key_start(teacher, text, theirs), columns, num_tokens, TEACHER_DIMS)
+    teacher_head = _teacher_head(heads, head)
+    student_start, teacher_start = _head_start(student, text, head), _head_start(teacher, text, teacher_head)
+    teacher_keys = _load_keys(teacher, _key_start(teacher, text, teacher_head), columns, num_tokens, TEACHER_DIMS)
     # Keys are seen from as far as queries see, the other way round.
     for first in range(_first_of(block, KEYS, AFTER), _end_of(block, num_tokens, KEYS, BEFORE), QUERIES):
         rows = first + tl.arange(0, QUERIES)
@@ -433,7 +430,7 @@ def column_kernel(
     index, block = tl.program_id(0) // num_blocks, tl.program_id(0) % num_blocks
     columns = block * KEYS + tl.arange(0, KEYS)
     of_keys = tl.zeros((KEYS, STUDENT_DIMS), tl.float32)
-    if student.shared is None:
+    if student.heads_per_key is None:
         text, head = index // num_heads, index % num_heads
         keys = _load_keys(student, _key_start(student, text, head), columns, num_tokens, STUDENT_DIMS)
         of_keys = _add_head(
@@ -442,7 +439,7 @@ def column_kernel(
             TARGET, SHIFT, QUERIES, KEYS, STUDENT_DIMS, TEACHER_DIMS, BEFORE, AFTER,
         )  # fmt: skip
     else:
-        heads_per_key = student.shared.heads_per_key
+        heads_per_key = student.heads_per_key
         num_key_heads = num_heads // heads_per_key
         text, head = index // num_key_heads, index % num_key_heads * heads_per_key
         keys = _load_keys(student, _key_start(student, text, head), columns, num_tokens, STUDENT_DIMS)

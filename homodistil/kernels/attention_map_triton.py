@@ -19,7 +19,7 @@ from torch import Tensor
 
 from homodistil.kernels import attention_map_kernels_triton as kernels
 from homodistil.kernels.attention_map_inputs import Gradients, Maps
-from homodistil.kernels.attention_map_kernels_triton import Shared, Side
+from homodistil.kernels.attention_map_kernels_triton import Side
 from homodistil.kernels.triton_support import padded
 
 FP16_SHIFT = 1024.0
@@ -122,7 +122,7 @@ def _arguments(maps: Maps, gradients: Gradients | None) -> dict:
     return {
         "student": _side(maps.student_queries, maps.student_keys),
         "teacher": _side(maps.teacher_queries, maps.teacher_keys),
-        "gradients": None if gradients is None else _side(*gradients),
+        "gradients": Side() if gradients is None else _side(*gradients),
         "attention_mask": maps.attention_mask.contiguous(),
         "heads": maps.heads,
         "student_scale": maps.student_scale,
@@ -142,5 +142,5 @@ def _side(queries: Tensor, keys: Tensor) -> Side:
     group = queries.shape[1] // keys.shape[1]
     if queries.stride(-1) != 1 or keys.stride(-1) != 1 or (group == 1 and queries.stride() != keys.stride()):
         queries, keys = queries.contiguous(), keys.contiguous()
-    shared = None if group == 1 else Shared(group, *keys.stride()[:3])
-    return Side(queries, keys, *queries.stride()[:3], queries.shape[-1], shared)
+    shared = () if group == 1 else (group, *keys.stride()[:3])
+    return Side(queries, keys, *queries.stride()[:3], queries.shape[-1], *shared)
