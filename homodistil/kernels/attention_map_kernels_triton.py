@@ -312,9 +312,10 @@ def row_kernel(
     text, head = map_index // num_heads, map_index % num_heads
     rows = block * QUERIES + tl.arange(0, QUERIES)
     valid_rows = _load_valid(attention_mask, text, rows, num_tokens)
-    teacher_head = _teacher_head(heads, head)
-    queries = _load_queries(student, _head_start(student, text, head), rows, num_tokens, STUDENT_DIMS)
-    teacher_queries = _load_queries(teacher, _head_start(teacher, text, teacher_head), rows, num_tokens, TEACHER_DIMS)
+    student_start, teacher_head = _head_start(student, text, head), _teacher_head(heads, head)
+    teacher_start = _head_start(teacher, text, teacher_head)
+    queries = _load_queries(student, student_start, rows, num_tokens, STUDENT_DIMS)
+    teacher_queries = _load_queries(teacher, teacher_start, rows, num_tokens, TEACHER_DIMS)
     student_start, teacher_start = _key_start(student, text, head), _key_start(teacher, text, teacher_head)
     if TARGET != "scores":
         our_log, their_log, mean = _row_sums(
@@ -354,14 +355,12 @@ def row_kernel(
 @triton.jit
 def _add_head(
     of_keys,
-    keys,
     student,
     teacher,
     attention_mask,
     heads,
     row_sums,
-    text,
-    head,
+    map_index,
     block,
     student_scale,
     teacher_scale,
@@ -377,10 +376,12 @@ def _add_head(
     AFTER: tl.constexpr,
 ):
     """of_keys and what one head of queries adds to it, before the factor that all have in common."""
+    text, head = map_index // num_heads, map_index % num_heads
     columns = block * KEYS + tl.arange(0, KEYS)
     valid = _load_valid(attention_mask, text, columns, num_tokens)
-    teacher_head = _teacher_head(heads, head)
-    student_start, teacher_start = _head_start(student, text, head), _head_start(teacher, text, teacher_head)
+    student_start, teacher_head = _head_start(student, text, head), _teacher_head(heads, head)
+    teacher_start = _head_start(teacher, text, teacher_head)
+    keys = _load_keys(student, _key_start(student, text, head), columns, num_tokens, STUDENT_DIMS)
     teacher_keys = _load_keys(teacher, _key_start(teacher, text, teacher_head), columns, num_tokens, TEACHER_DIMS)
     # Keys are seen from as far as queries see, the other way round.
     for first in range(_first_of(block, KEYS, AFTER), _end_of(block, num_tokens, KEYS, BEFORE), QUERIES):
@@ -392,7 +393,7 @@ def _add_head(
         if TARGET == "scores":
             gradient = _scores(queries, keys, student_scale) - _scores(teacher_queries, teacher_keys, teacher_scale)
         else:
-            sums = row_sums + (text * num_heads + head).to(tl.int64) * 3 * num_tokens + rows
+            sums = row_sums + map_index.to(tl.int64) * 3 * num_tokens + rows
             our_log = tl.load(sums, mask=rows < num_tokens, other=0.0)
             their_log = tl.load(sums + num_tokens, mask=rows < num_tokens, other=0.0)
             mean = tl.load(sums + 2 * num_tokens, mask=rows < num_tokens, other=0.0)
@@ -428,26 +429,23 @@ def column_kernel(
     """KEYS columns of one head of keys: dK, summed over the heads of queries that share it, one after the other."""
     num_blocks = tl.cdiv(num_tokens, KEYS)
     index, block = tl.program_id(0) // num_blocks, tl.program_id(0) % num_blocks
-    columns = block * KEYS + tl.arange(0, KEYS)
     of_keys = tl.zeros((KEYS, STUDENT_DIMS), tl.float32)
     if student.heads_per_key is None:
         text, head = index // num_heads, index % num_heads
-        keys = _load_keys(student, _key_start(student, text, head), columns, num_tokens, STUDENT_DIMS)
         of_keys = _add_head(
-            of_keys, keys, student, teacher, attention_mask, heads, row_sums, text, head, block, student_scale,
-            teacher_scale, num_heads, num_tokens,
-            TARGET, SHIFT, QUERIES, KEYS, STUDENT_DIMS, TEACHER_DIMS, BEFORE, AFTER,
+            of_keys, student, teacher, attention_mask, heads, row_sums, index, block, student_scale, teacher_scale,
+            num_heads, num_tokens, TARGET, SHIFT, QUERIES, KEYS, STUDENT_DIMS, TEACHER_DIMS, BEFORE, AFTER,
         )  # fmt: skip
     else:
-        heads_per_key = student.heads_per_key
-        num_key_heads = num_heads // heads_per_key
-        text, head = index // num_key_heads, index % num_key_heads * heads_per_key
-        keys = _load_keys(student, _key_start(student, text, head), columns, num_tokens, STUDENT_DIMS)
-        for other in range(heads_per_key):
+        # Maps that share keys follow each other, as do the heads of queries.
+        num_key_heads = num_heads // student.heads_per_key
+        text, head = index // num_key_heads, index % num_key_heads * student.heads_per_key
+        for map_index in range(index * student.heads_per_key, (index + 1) * student.heads_per_key):
             of_keys = _add_head(
-                of_keys, keys, student, teacher, attention_mask, heads, row_sums, text, head + other, block,
-                student_scale, teacher_scale, num_heads, num_tokens,
+                of_keys, student, teacher, attention_mask, heads, row_sums, map_index, block, student_scale,
+                teacher_scale, num_heads, num_tokens,
                 TARGET, SHIFT, QUERIES, KEYS, STUDENT_DIMS, TEACHER_DIMS, BEFORE, AFTER,
             )  # fmt: skip
+    columns = block * KEYS + tl.arange(0, KEYS)
     of_keys *= (1.0 if TARGET == "probabilities_kl" else 2.0) * student_scale / SHIFT
     _store_keys(gradients, _key_start(gradients, text, head), of_keys, columns, num_tokens, STUDENT_DIMS)
