@@ -42,6 +42,7 @@ def configuration(
     in_fp32: bool = False,
     capability: int = 90,
     shared_keys: bool = False,
+    masked: bool = False,
 ) -> dict[str, Launch]:
     """The kernels that run for these shapes, by name, and how. None spills registers (test_compile_ahead.py).
 
@@ -49,7 +50,9 @@ def configuration(
         in_fp32: one of the models computes in fp32. Such products run without tensor cores, from registers alone.
         capability: of the GPU, 80 for A100, 90 for H100 and H200. Before 90 both operands and results of a product take
             up registers: smaller tiles.
-        shared_keys: heads of queries of the student share keys: dK is a sum over programs of `tile_kernel`.
+        shared_keys: heads of queries of the student share keys: dK is a sum over several programs of
+            `tile_kernel`, so the others run.
+        masked: queries do not see all keys.
     """
     dims = {"STUDENT_DIMS": padded(student_dims), "TEACHER_DIMS": padded(teacher_dims)}
     if in_fp32:
@@ -58,11 +61,11 @@ def configuration(
     if not shared_keys and num_tokens <= (128 if capability >= 90 else 64):
         tokens = padded(num_tokens)
         return {"tile_kernel": Launch(dims | {"TOKENS": tokens}, num_warps=8 if tokens == 128 else 4, num_stages=1)}
-    if capability >= 90:
-        launch = Launch(dims | {"QUERIES": 64, "KEYS": 64}, num_warps=4, num_stages=2)
-    else:
-        launch = Launch(dims | {"QUERIES": 32, "KEYS": 64}, num_warps=4, num_stages=1)
-    return {"row_kernel": launch, "column_kernel": launch}
+    num_stages = 2 if capability >= 90 else 1
+    rows = Launch(dims | {"QUERIES": 64 if capability >= 90 else 32, "KEYS": 64}, num_warps=4, num_stages=num_stages)
+    # Keys stay in registers while its queries pass: beside a mask, or a loop over heads, there is room for half as many.
+    columns = rows._replace(constexprs=dims | {"QUERIES": 64, "KEYS": 32}) if shared_keys or masked else rows
+    return {"row_kernel": rows, "column_kernel": columns}
 
 
 def options(target: str, student_dtype: torch.dtype) -> dict[str, str | float]:
@@ -77,18 +80,20 @@ def evaluate(maps: Maps, with_gradients: bool) -> tuple[Tensor, Gradients | None
     num_texts, num_heads, num_tokens, student_dims = maps.student_queries.shape
     capability = _capability(maps.student_queries.device)
     in_fp32 = torch.float32 in (maps.student_queries.dtype, maps.teacher_queries.dtype)
-    shared_keys = maps.student_group > 1
-    launches = configuration(num_tokens, student_dims, maps.teacher_queries.shape[-1], in_fp32, capability, shared_keys)
+    shared_keys, masked = maps.student_group > 1, maps.kind.within(num_tokens) != (None, None)
+    launches = configuration(
+        num_tokens, student_dims, maps.teacher_queries.shape[-1], in_fp32, capability, shared_keys, masked
+    )
     gradients = maps.gradient_buffers() if with_gradients else None
     arguments = _arguments(maps, gradients)
     if "tile_kernel" in launches:
-        losses = _launch("tile_kernel", launches, arguments, num_heads, num_tokens, with_losses=True)
+        losses = _launch("tile_kernel", launches, arguments, num_heads, num_tokens)
         return losses.sum(), gradients
     arguments["row_sums"] = maps.student_queries.new_empty(num_texts * num_heads * 3 * num_tokens, dtype=torch.float32)
-    queries, keys = (launches["row_kernel"].constexprs[name] for name in ("QUERIES", "KEYS"))
-    losses = _launch("row_kernel", launches, arguments, num_heads, queries, with_losses=True)
+    losses = _launch("row_kernel", launches, arguments, num_heads, launches["row_kernel"].constexprs["QUERIES"])
     if with_gradients:
-        _launch("column_kernel", launches, arguments, maps.student_keys.shape[1], keys, with_losses=False)
+        num_key_heads = maps.student_keys.shape[1]
+        _launch("column_kernel", launches, arguments, num_key_heads, launches["column_kernel"].constexprs["KEYS"])
     return losses.sum(), gradients
 
 
@@ -100,14 +105,12 @@ def _capability(device: torch.device) -> int:
     return 10 * major + minor
 
 
-def _launch(
-    name: str, launches: dict[str, Launch], arguments: dict, num_heads: int, block: int, with_losses: bool
-) -> Tensor | None:
+def _launch(name: str, launches: dict[str, Launch], arguments: dict, num_heads: int, block: int) -> Tensor | None:
     """One program for `block` tokens of each of `num_heads` heads of a text. Returns the losses of the programs."""
     launch, mask = launches[name], arguments["attention_mask"]
     num_programs = mask.shape[0] * num_heads * triton.cdiv(mask.shape[1], block)
-    losses = torch.empty(num_programs, device=mask.device) if with_losses else None
-    outputs = {"losses": losses} if with_losses else {}
+    losses = None if name == "column_kernel" else torch.empty(num_programs, device=mask.device)
+    outputs = {} if losses is None else {"losses": losses}
     kernel = getattr(kernels, name)
     kernel[(num_programs,)](
         **arguments, **outputs, **launch.constexprs, num_warps=launch.num_warps, num_stages=launch.num_stages
