@@ -4,25 +4,29 @@ SDPA continues computing what attention puts out; this operation returns only th
 gradients of the student's queries and keys (the loss is a scalar: backward merely scales them), so that the maps of a
 chunk live for a moment, and the teacher's queries and keys may be freed as soon as it returns.
 
-With S = scale * Q K^T, P = softmax(S) of the student and P' of the teacher, w = 1 for real tokens:
-    scores            sum_ij w_i w_j (S - S')^2        dS = 2 w_i w_j (S - S')
-    probabilities     sum_ij w_i w_j (P - P')^2        dS = 2 w_i P (D - c),  D = P - P',  c_i = sum_j P D
+With w_i = 1 for real tokens, m_ij = 1 where query i sees key j (w_j = 1, and j is neither in the future of a causal
+model nor outside its window: MaskKind), S = scale * Q K^T, P = softmax(S) over m_ij = 1 and 0 elsewhere, and S', P' of
+the teacher:
+    scores            sum_ij w_i m_ij (S - S')^2       dS = 2 w_i m_ij (S - S')
+    probabilities     sum_ij w_i m_ij (P - P')^2       dS = 2 w_i P (D - c),  D = P - P',  c_i = sum_j P D
     probabilities_kl  sum_ij w_i P' (log P' - log P)   dS = w_i (P - P')
-    dQ = scale * dS K,   dK = scale * dS^T Q
+    dQ = scale * dS K,   dK = scale * sum of dS^T Q over the heads of queries that share the head of keys
+The mask is the same for student and teacher. A pair is valid when w_i m_ij = 1; `num_pairs` counts them.
 
-Shapes: B batch, T tokens, N heads, H dims of a head. Kernels: attention_map_triton.py.
+Shapes: B batch, T tokens, N heads of queries, G heads of keys, H dims of a head. Kernels: attention_map_triton.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from homodistil.errors import UserError
-from homodistil.kernels.attention_map_inputs import MASKED, TARGETS, Gradients, Maps
+from homodistil.kernels.attention_map_inputs import MASKED, TARGETS, Gradients, Maps, MaskKind
 from homodistil.kernels.triton_support import use_triton
 
 
@@ -37,6 +41,9 @@ def attention_map_loss(
     heads: Tensor | None = None,
     target: str = "scores",
     implementation: str = "auto",
+    *,
+    causal: bool = False,
+    window: int | None = None,
 ) -> Tensor:
     """Difference of attention maps, mean over N, summed over valid pairs (L_attn). Count: pairs; for KL: tokens.
 
@@ -45,19 +52,25 @@ def attention_map_loss(
     student and teacher are the same. Gradients flow to the student's queries and keys alone.
 
     Args:
-        student_queries, student_keys: (B, N, T, Hs), fp32, bf16 or fp16; strided views are welcome.
-        teacher_queries, teacher_keys: (B, Nt, T, Ht), any of these dtypes.
+        student_queries, student_keys: (B, N, T, Hs) and (B, Gs, T, Hs), fp32, bf16 or fp16; strided views are welcome.
+            Gs divides N: query head n uses key head n // (N / Gs).
+        teacher_queries, teacher_keys: (B, Nt, T, Ht) and (B, Gt, T, Ht), any of these dtypes; Gt divides Nt.
         student_scale, teacher_scale: what the softmax multiplies q.k with.
-        attention_mask: (B, T) int64, 1 = token, 0 = padding. A pair is valid when query and key are both tokens.
-        heads: (N,) int64 on the same device, the teacher's head of each head of the student; None = the same order.
+        attention_mask: (B, T) int64, 1 = token, 0 = padding. A pair is valid when both are tokens and the query sees
+            the key.
+        heads: (N,) int64 on the same device, the teacher's head of queries of each of the student; None = the same
+            order.
         target: "scores", "probabilities" or "probabilities_kl".
         implementation: "auto", "torch" or "triton"; auto takes Triton for bf16 and fp16 on a GPU.
+        causal: query i sees key j only if j <= i, in student and teacher.
+        window: and only if |i - j| <= window, or of a causal model i - j < window (see MaskKind); None = no bound.
 
     Returns:
         fp32 scalar, a sum.
 
     Raises:
-        UserError: unknown target or implementation, or triton where it cannot run.
+        UserError: unknown target or implementation, or triton where it cannot run; heads of queries that cannot share
+            those of keys; a window in which a query does not see itself.
     """
     if target not in TARGETS:
         raise UserError(f"loss.attention_target: {target!r} is unknown; choose one of {', '.join(TARGETS)}")
@@ -71,7 +84,9 @@ def attention_map_loss(
         attention_mask,
         heads,
         target,
+        MaskKind(causal, window),
     )
+    maps.check()
     evaluate = _blockwise
     if use_triton(_without_slow_products(implementation, maps), student_queries.device):
         from homodistil.kernels.attention_map_triton import evaluate
@@ -120,43 +135,90 @@ def _blockwise(maps: Maps, with_gradients: bool) -> tuple[Tensor, Gradients | No
     """
     evaluate = {"scores": _scores, "probabilities": _probabilities, "probabilities_kl": _probabilities_kl}[maps.target]
     total = torch.zeros((), dtype=torch.float32, device=maps.student_queries.device)
-    gradients = (maps.gradient_buffer(), maps.gradient_buffer()) if with_gradients else None
-    # fp16 cannot hold the gradient of a score near the teacher.
-    dtype = gradients[0].dtype if with_gradients else None
+    gradients = maps.gradient_buffers() if with_gradients else None
+    hidden = None if maps.target == "scores" else maps.kind.bias(maps.attention_mask.shape[1], total.device)
     for text in range(len(maps.attention_mask)):
-        loss, of_scores = evaluate(*_score_maps(maps, text), with_gradients)
+        loss, of_scores = evaluate(*_score_maps(maps, text, hidden), with_gradients)
         total += loss
         if with_gradients:
-            of_scores = of_scores.mul_(maps.student_scale).to(dtype)
-            gradients[0][text] = torch.matmul(of_scores, maps.student_keys[text].to(dtype))
-            gradients[1][text] = torch.matmul(of_scores.transpose(-1, -2), maps.student_queries[text].to(dtype))
+            _write_gradients(maps, text, of_scores, gradients)
     return total, gradients
 
 
-def _score_maps(maps: Maps, text: int) -> tuple[Tensor, Tensor]:
+def _write_gradients(maps: Maps, text: int, of_scores: Tensor, gradients: Gradients) -> None:
+    """dQ and dK of one text from dS, (N, T, T) fp32, which is used up."""
+    of_queries, of_keys = gradients
+    # fp16 cannot hold the gradient of a score near the teacher.
+    dtype = of_queries.dtype
+    num_key_heads = maps.student_keys.shape[1]
+    # The rows of all heads that share keys, below each other: dK sums over them.
+    of_scores = _stacked(of_scores.mul_(maps.student_scale).to(dtype), num_key_heads)
+    queries = _stacked(maps.student_queries[text].to(dtype), num_key_heads)
+    product = torch.matmul(of_scores, maps.student_keys[text].to(dtype))
+    of_queries[text] = product.view(maps.student_queries.shape[1:])
+    of_keys[text] = torch.matmul(of_scores.transpose(-1, -2), queries)
+
+
+def _stacked(heads: Tensor, num_key_heads: int) -> Tensor:
+    """(N, T, H) -> (G, N / G * T, H)."""
+    return heads if len(heads) == num_key_heads else heads.reshape(num_key_heads, -1, heads.shape[-1])
+
+
+class _Hidden(NamedTuple):
+    """What is hidden in the maps of one text."""
+
+    tokens: Tensor
+    """(T, 1) fp32, 1 = token, 0 = padding."""
+    kind: MaskKind
+    bias: Tensor | None
+    """(1, 1 or T, T), MASKED where a key is hidden; None where hidden scores are to be 0."""
+
+
+def _score_maps(maps: Maps, text: int, hidden: Tensor | None) -> tuple[Tensor, Tensor]:
     """S of student and teacher, (N, T, T) fp32. Products of bf16 would round the score, which is most of what there is
     to compare when the student is near the teacher.
 
-    Padded queries are 0 on both sides, so their rows are equal and add nothing to loss or gradient.
+    Padded queries are 0 on both sides, so their rows are equal and add nothing to loss or gradient. hidden: (T, T),
+    MASKED where a query does not see a key, padding aside.
     """
-    weights = maps.attention_mask[text].float()[:, None]
-    teacher_queries, teacher_keys = maps.teacher_queries[text], maps.teacher_keys[text]
-    if maps.heads is not None:
-        teacher_queries, teacher_keys = (x.index_select(0, maps.heads) for x in (teacher_queries, teacher_keys))
+    tokens = maps.attention_mask[text].float()[:, None]
+    bias = None
+    if maps.target != "scores":
+        bias = ((1 - tokens) * MASKED).transpose(0, 1)[None]
+        bias = bias if hidden is None else bias + hidden
+    mask = _Hidden(tokens, maps.kind, bias)
+    # Both sides take one product a head, of one shape, so that equal models give equal maps to the last bit. Keys that
+    # are shared are therefore repeated, of one text: small next to its map.
     return (
-        _masked_product(maps.student_queries[text], maps.student_keys[text], maps.student_scale, weights, maps.target),
-        _masked_product(teacher_queries, teacher_keys, maps.teacher_scale, weights, maps.target),
+        _masked_product(*_student_heads(maps, text), maps.student_scale, mask),
+        _masked_product(*_teacher_heads(maps, text), maps.teacher_scale, mask),
     )
 
 
-def _masked_product(queries: Tensor, keys: Tensor, scale: float, weights: Tensor, target: str) -> Tensor:
-    """scale * Q K^T, fp32; where the key is padding 0 (scores) or MASKED (before a softmax)."""
-    # Scale and mask act on (T, H) here, not on (T, T).
-    queries = queries.float() * (weights * scale)
-    if target == "scores":
-        return torch.matmul(queries, (keys.float() * weights).transpose(-1, -2))
-    masked = ((1 - weights) * MASKED).transpose(0, 1)[None]
-    return torch.baddbmm(masked, queries, keys.float().transpose(-1, -2))
+def _student_heads(maps: Maps, text: int) -> tuple[Tensor, Tensor]:
+    """Queries and keys of one text, (N, T, Hs) each."""
+    return maps.student_queries[text], _repeated(maps.student_keys[text], maps.student_group)
+
+
+def _teacher_heads(maps: Maps, text: int) -> tuple[Tensor, Tensor]:
+    """Those that the student's heads are compared with, (N, T, Ht) each."""
+    queries, keys = maps.teacher_queries[text], maps.teacher_keys[text]
+    if maps.heads is None:
+        return queries, _repeated(keys, maps.teacher_group)
+    return queries.index_select(0, maps.heads), keys.index_select(0, maps.heads // maps.teacher_group)
+
+
+def _repeated(keys: Tensor, times: int) -> Tensor:
+    return keys if times == 1 else keys.repeat_interleave(times, 0)
+
+
+def _masked_product(queries: Tensor, keys: Tensor, scale: float, mask: _Hidden) -> Tensor:
+    """scale * Q K^T, fp32; where the key is hidden 0 (scores) or MASKED (before a softmax)."""
+    # Scale and padding act on (T, H) here, not on (T, T).
+    queries = queries.float() * (mask.tokens * scale)
+    if mask.bias is None:
+        return mask.kind.clear_hidden(torch.matmul(queries, (keys.float() * mask.tokens).transpose(-1, -2)))
+    return torch.baddbmm(mask.bias, queries, keys.float().transpose(-1, -2))
 
 
 def _scores(student: Tensor, teacher: Tensor, with_gradients: bool) -> tuple[Tensor, Tensor | None]:

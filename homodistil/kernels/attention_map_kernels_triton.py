@@ -4,6 +4,9 @@ Of a short text one program makes both maps of one head at once (`tile_kernel`).
 queries: a first pass over the keys for the sums that a softmax and its gradient need, a second for loss and dQ;
 `column_kernel` then takes a block of keys and makes dK from these sums. Softmax runs in base 2, which is what the
 hardware has; S is scaled by log2(e) for it. Launched by attention_map_triton.py.
+
+BEFORE and AFTER are the kind of mask: query i sees keys i - BEFORE .. i + AFTER, None = no bound. Blocks without a pair
+that is seen are not visited: causal, about half of them; with a window, all but a band.
 """
 
 from __future__ import annotations
@@ -25,29 +28,65 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 
 class Side(NamedTuple):
-    """Two tensors (B, N, T, H) of the same strides; one argument of a kernel."""
+    """Queries (B, N, T, H) and keys (B, G, T, H); one argument of a kernel. A kernel asks single fields for None: to
+    compare the whole with it fails where a stride is 1, which Triton compiles in.
+    """
 
-    queries: Tensor
-    keys: Tensor
-    text_stride: int
-    head_stride: int
-    token_stride: int
-    num_dims: int
+    queries: Tensor | None = None
+    """None: gradients that nobody wants."""
+    keys: Tensor | None = None
+    text_stride: int | None = None
+    head_stride: int | None = None
+    token_stride: int | None = None
+    num_dims: int | None = None
+    heads_per_key: int | None = None
+    """N / G; None where that is 1 and keys have the strides of queries."""
+    key_text_stride: int | None = None
+    key_head_stride: int | None = None
+    key_token_stride: int | None = None
 
 
 @triton.jit
-def _load_rows(pointer, side, rows, num_tokens, DIMS: tl.constexpr):
+def _load_rows(pointer, token_stride, num_dims, rows, num_tokens, DIMS: tl.constexpr):
     """(rows, DIMS), 0 outside."""
     dims = tl.arange(0, DIMS)
-    inside = (rows[:, None] < num_tokens) & (dims[None, :] < side.num_dims)
-    return tl.load(pointer + rows[:, None] * side.token_stride + dims[None, :], mask=inside, other=0.0)
+    inside = (rows[:, None] < num_tokens) & (dims[None, :] < num_dims)
+    return tl.load(pointer + rows[:, None] * token_stride + dims[None, :], mask=inside, other=0.0)
 
 
 @triton.jit
-def _store_rows(pointer, side, values, rows, num_tokens, DIMS: tl.constexpr):
+def _store_rows(pointer, token_stride, num_dims, values, rows, num_tokens, DIMS: tl.constexpr):
     dims = tl.arange(0, DIMS)
-    inside = (rows[:, None] < num_tokens) & (dims[None, :] < side.num_dims)
-    tl.store(pointer + rows[:, None] * side.token_stride + dims[None, :], values, mask=inside)
+    inside = (rows[:, None] < num_tokens) & (dims[None, :] < num_dims)
+    tl.store(pointer + rows[:, None] * token_stride + dims[None, :], values, mask=inside)
+
+
+@triton.jit
+def _load_queries(side, start, rows, num_tokens, DIMS: tl.constexpr):
+    return _load_rows(side.queries + start, side.token_stride, side.num_dims, rows, num_tokens, DIMS)
+
+
+@triton.jit
+def _load_keys(side, start, rows, num_tokens, DIMS: tl.constexpr):
+    return _load_rows(side.keys + start, _key_token_stride(side), side.num_dims, rows, num_tokens, DIMS)
+
+
+@triton.jit
+def _store_queries(side, start, values, rows, num_tokens, DIMS: tl.constexpr):
+    _store_rows(side.queries + start, side.token_stride, side.num_dims, values, rows, num_tokens, DIMS)
+
+
+@triton.jit
+def _store_keys(side, start, values, rows, num_tokens, DIMS: tl.constexpr):
+    _store_rows(side.keys + start, _key_token_stride(side), side.num_dims, values, rows, num_tokens, DIMS)
+
+
+@triton.jit
+def _key_token_stride(side):
+    if side.heads_per_key is None:
+        return side.token_stride
+    else:
+        return side.key_token_stride
 
 
 @triton.jit
@@ -56,12 +95,51 @@ def _head_start(side, text, head):
 
 
 @triton.jit
-def _teacher_start(teacher, heads, text, head):
+def _key_start(side, text, head):
+    """Of the keys that this head of queries meets."""
+    if side.heads_per_key is None:
+        return _head_start(side, text, head)
+    else:
+        key_head = head // side.heads_per_key
+        return text.to(tl.int64) * side.key_text_stride + key_head * side.key_head_stride
+
+
+@triton.jit
+def _teacher_head(heads, head):
     # Pruned heads are gone from the student: each survivor is compared with the teacher's head that it came from.
     if heads is not None:
-        return _head_start(teacher, text, tl.load(heads + head))
+        return tl.load(heads + head)
     else:
-        return _head_start(teacher, text, head)
+        return head
+
+
+@triton.jit
+def _first_of(block, SIZE: tl.constexpr, BACK: tl.constexpr):
+    """The first token that is at most BACK tokens before any of a block's; None: 0."""
+    if BACK is None:
+        return 0
+    else:
+        return tl.maximum(block * SIZE - BACK, 0)
+
+
+@triton.jit
+def _end_of(block, num_tokens, SIZE: tl.constexpr, AHEAD: tl.constexpr):
+    """One past the last token that is at most AHEAD tokens behind any of a block's; None: of the text."""
+    if AHEAD is None:
+        return num_tokens
+    else:
+        return tl.minimum((block + 1) * SIZE + AHEAD, num_tokens)
+
+
+@triton.jit
+def _seen(valid_keys, rows, columns, BEFORE: tl.constexpr, AFTER: tl.constexpr):
+    """(1 or rows, columns): keys that are tokens and that the query of the row sees."""
+    seen = valid_keys[None, :]
+    if BEFORE is not None:
+        seen = seen & (rows[:, None] - columns[None, :] <= BEFORE)
+    if AFTER is not None:
+        seen = seen & (columns[None, :] - rows[:, None] <= AFTER)
+    return seen
 
 
 @triton.jit
@@ -75,9 +153,9 @@ def _scores(queries, keys, scale):
 
 
 @triton.jit
-def _masked_scores(queries, keys, scale, valid_keys):
+def _masked_scores(queries, keys, scale, seen):
     """In units of log2."""
-    return tl.where(valid_keys[None, :], _scores(queries, keys, scale * LOG2_E), MASKED)
+    return tl.where(seen, _scores(queries, keys, scale * LOG2_E), MASKED)
 
 
 @triton.jit
@@ -127,35 +205,37 @@ def tile_kernel(
     TOKENS: tl.constexpr,
     STUDENT_DIMS: tl.constexpr,
     TEACHER_DIMS: tl.constexpr,
+    BEFORE: tl.constexpr,
+    AFTER: tl.constexpr,
 ):
-    """One head of one text: loss (1 value), dQ, dK."""
+    """One head of one text: loss (1 value), dQ, dK. The student's keys are not shared."""
     text, head = tl.program_id(0) // num_heads, tl.program_id(0) % num_heads
     tokens = tl.arange(0, TOKENS)
     valid = _load_valid(attention_mask, text, tokens, num_tokens)
-    start = _head_start(student, text, head)
-    queries = _load_rows(student.queries + start, student, tokens, num_tokens, STUDENT_DIMS)
-    keys = _load_rows(student.keys + start, student, tokens, num_tokens, STUDENT_DIMS)
-    start = _teacher_start(teacher, heads, text, head)
-    teacher_queries = _load_rows(teacher.queries + start, teacher, tokens, num_tokens, TEACHER_DIMS)
-    teacher_keys = _load_rows(teacher.keys + start, teacher, tokens, num_tokens, TEACHER_DIMS)
+    seen = _seen(valid, tokens, tokens, BEFORE, AFTER)
+    queries = _load_queries(student, _head_start(student, text, head), tokens, num_tokens, STUDENT_DIMS)
+    keys = _load_keys(student, _key_start(student, text, head), tokens, num_tokens, STUDENT_DIMS)
+    teacher_head = _teacher_head(heads, head)
+    teacher_queries = _load_queries(teacher, _head_start(teacher, text, teacher_head), tokens, num_tokens, TEACHER_DIMS)
+    teacher_keys = _load_keys(teacher, _key_start(teacher, text, teacher_head), tokens, num_tokens, TEACHER_DIMS)
     if TARGET == "scores":
         difference = _scores(queries, keys, student_scale) - _scores(teacher_queries, teacher_keys, teacher_scale)
-        gradient = tl.where(valid[None, :], difference, 0.0)
+        gradient = tl.where(seen, difference, 0.0)
         loss = tl.sum(gradient * gradient, 1)
     else:
-        ours = _log_softmax(_masked_scores(queries, keys, student_scale, valid))
-        theirs = _log_softmax(_masked_scores(teacher_queries, teacher_keys, teacher_scale, valid))
+        ours = _log_softmax(_masked_scores(queries, keys, student_scale, seen))
+        theirs = _log_softmax(_masked_scores(teacher_queries, teacher_keys, teacher_scale, seen))
         p = tl.exp2(ours)
         loss, gradient = _compare(ours, theirs, tl.sum(p * (p - tl.exp2(theirs)), 1), TARGET)
     tl.store(losses + tl.program_id(0), tl.sum(tl.where(valid, loss, 0.0), 0))
-    if gradients is not None:
+    if gradients.queries is not None:
         gradient = (tl.where(valid[:, None], gradient, 0.0) * SHIFT).to(keys.dtype)
         factor = (1.0 if TARGET == "probabilities_kl" else 2.0) * student_scale / SHIFT
         start = _head_start(gradients, text, head)
         of_queries = tl.dot(gradient, keys, input_precision="ieee") * factor
-        _store_rows(gradients.queries + start, gradients, of_queries, tokens, num_tokens, STUDENT_DIMS)
+        _store_queries(gradients, start, of_queries, tokens, num_tokens, STUDENT_DIMS)
         of_keys = tl.dot(tl.trans(gradient), queries, input_precision="ieee") * factor
-        _store_rows(gradients.keys + start, gradients, of_keys, tokens, num_tokens, STUDENT_DIMS)
+        _store_keys(gradients, start, of_keys, tokens, num_tokens, STUDENT_DIMS)
 
 
 @triton.jit
@@ -168,27 +248,32 @@ def _row_sums(
     teacher_queries,
     attention_mask,
     text,
+    block,
     student_scale,
     teacher_scale,
     num_tokens,
+    QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
     STUDENT_DIMS: tl.constexpr,
     TEACHER_DIMS: tl.constexpr,
+    BEFORE: tl.constexpr,
+    AFTER: tl.constexpr,
 ):
     """First pass over the keys: of each row both log-sum-exps (log2) and the sum of P * D."""
+    rows = block * QUERIES + tl.arange(0, QUERIES)
     our_max = tl.full((queries.shape[0],), MASKED, tl.float32)
     their_max = tl.full((queries.shape[0],), MASKED, tl.float32)
     our_sum = tl.zeros((queries.shape[0],), tl.float32)
     their_sum = tl.zeros((queries.shape[0],), tl.float32)
     squares = tl.zeros((queries.shape[0],), tl.float32)
     products = tl.zeros((queries.shape[0],), tl.float32)
-    for first in range(0, num_tokens, KEYS):
+    for first in range(_first_of(block, QUERIES, BEFORE), _end_of(block, num_tokens, QUERIES, AFTER), KEYS):
         tokens = first + tl.arange(0, KEYS)
-        valid = _load_valid(attention_mask, text, tokens, num_tokens)
-        keys = _load_rows(student.keys + student_start, student, tokens, num_tokens, STUDENT_DIMS)
-        teacher_keys = _load_rows(teacher.keys + teacher_start, teacher, tokens, num_tokens, TEACHER_DIMS)
-        our_max, ours, p = _grow(our_max, _masked_scores(queries, keys, student_scale, valid))
-        their_max, theirs, q = _grow(their_max, _masked_scores(teacher_queries, teacher_keys, teacher_scale, valid))
+        seen = _seen(_load_valid(attention_mask, text, tokens, num_tokens), rows, tokens, BEFORE, AFTER)
+        keys = _load_keys(student, student_start, tokens, num_tokens, STUDENT_DIMS)
+        teacher_keys = _load_keys(teacher, teacher_start, tokens, num_tokens, TEACHER_DIMS)
+        our_max, ours, p = _grow(our_max, _masked_scores(queries, keys, student_scale, seen))
+        their_max, theirs, q = _grow(their_max, _masked_scores(teacher_queries, teacher_keys, teacher_scale, seen))
         our_sum = our_sum * ours + tl.sum(p, 1)
         their_sum = their_sum * theirs + tl.sum(q, 1)
         squares = squares * (ours * ours) + tl.sum(p * p, 1)
@@ -218,6 +303,8 @@ def row_kernel(
     KEYS: tl.constexpr,
     STUDENT_DIMS: tl.constexpr,
     TEACHER_DIMS: tl.constexpr,
+    BEFORE: tl.constexpr,
+    AFTER: tl.constexpr,
 ):
     """QUERIES rows of one map: loss (1 value), dQ, and of each row the 3 sums that `column_kernel` needs."""
     num_blocks = tl.cdiv(num_tokens, QUERIES)
@@ -225,43 +312,97 @@ def row_kernel(
     text, head = map_index // num_heads, map_index % num_heads
     rows = block * QUERIES + tl.arange(0, QUERIES)
     valid_rows = _load_valid(attention_mask, text, rows, num_tokens)
-    student_start, teacher_start = _head_start(student, text, head), _teacher_start(teacher, heads, text, head)
-    queries = _load_rows(student.queries + student_start, student, rows, num_tokens, STUDENT_DIMS)
-    teacher_queries = _load_rows(teacher.queries + teacher_start, teacher, rows, num_tokens, TEACHER_DIMS)
+    student_start, teacher_head = _head_start(student, text, head), _teacher_head(heads, head)
+    teacher_start = _head_start(teacher, text, teacher_head)
+    queries = _load_queries(student, student_start, rows, num_tokens, STUDENT_DIMS)
+    teacher_queries = _load_queries(teacher, teacher_start, rows, num_tokens, TEACHER_DIMS)
+    student_start, teacher_start = _key_start(student, text, head), _key_start(teacher, text, teacher_head)
     if TARGET != "scores":
         our_log, their_log, mean = _row_sums(
-            student, teacher, student_start, teacher_start, queries, teacher_queries, attention_mask, text,
-            student_scale, teacher_scale, num_tokens, KEYS, STUDENT_DIMS, TEACHER_DIMS,
+            student, teacher, student_start, teacher_start, queries, teacher_queries, attention_mask, text, block,
+            student_scale, teacher_scale, num_tokens, QUERIES, KEYS, STUDENT_DIMS, TEACHER_DIMS, BEFORE, AFTER,
         )  # fmt: skip
-        if gradients is not None:
+        if gradients.queries is not None:
             sums = row_sums + map_index.to(tl.int64) * 3 * num_tokens + rows
             tl.store(sums, our_log, mask=rows < num_tokens)
             tl.store(sums + num_tokens, their_log, mask=rows < num_tokens)
             tl.store(sums + 2 * num_tokens, mean, mask=rows < num_tokens)
     loss = tl.zeros((QUERIES,), tl.float32)
     of_queries = tl.zeros((QUERIES, STUDENT_DIMS), tl.float32)
-    for first in range(0, num_tokens, KEYS):
+    for first in range(_first_of(block, QUERIES, BEFORE), _end_of(block, num_tokens, QUERIES, AFTER), KEYS):
         tokens = first + tl.arange(0, KEYS)
-        valid = _load_valid(attention_mask, text, tokens, num_tokens)
-        keys = _load_rows(student.keys + student_start, student, tokens, num_tokens, STUDENT_DIMS)
-        teacher_keys = _load_rows(teacher.keys + teacher_start, teacher, tokens, num_tokens, TEACHER_DIMS)
+        seen = _seen(_load_valid(attention_mask, text, tokens, num_tokens), rows, tokens, BEFORE, AFTER)
+        keys = _load_keys(student, student_start, tokens, num_tokens, STUDENT_DIMS)
+        teacher_keys = _load_keys(teacher, teacher_start, tokens, num_tokens, TEACHER_DIMS)
         if TARGET == "scores":
             difference = _scores(queries, keys, student_scale) - _scores(teacher_queries, teacher_keys, teacher_scale)
-            gradient = tl.where(valid[None, :], difference, 0.0)
+            gradient = tl.where(seen, difference, 0.0)
             loss += tl.sum(gradient * gradient, 1)
         else:
-            ours = _masked_scores(queries, keys, student_scale, valid) - our_log[:, None]
-            theirs = _masked_scores(teacher_queries, teacher_keys, teacher_scale, valid) - their_log[:, None]
+            ours = _masked_scores(queries, keys, student_scale, seen) - our_log[:, None]
+            theirs = _masked_scores(teacher_queries, teacher_keys, teacher_scale, seen) - their_log[:, None]
             block_loss, gradient = _compare(ours, theirs, mean, TARGET)
             loss += block_loss
-        if gradients is not None:
+        if gradients.queries is not None:
             of_queries += tl.dot((gradient * SHIFT).to(keys.dtype), keys, input_precision="ieee")
     tl.store(losses + tl.program_id(0), tl.sum(tl.where(valid_rows, loss, 0.0), 0))
-    if gradients is not None:
+    if gradients.queries is not None:
         factor = (1.0 if TARGET == "probabilities_kl" else 2.0) * student_scale / SHIFT
         of_queries *= tl.where(valid_rows, factor, 0.0)[:, None]
-        pointer = gradients.queries + _head_start(gradients, text, head)
-        _store_rows(pointer, gradients, of_queries, rows, num_tokens, STUDENT_DIMS)
+        _store_queries(gradients, _head_start(gradients, text, head), of_queries, rows, num_tokens, STUDENT_DIMS)
+
+
+@triton.jit
+def _add_head(
+    of_keys,
+    student,
+    teacher,
+    attention_mask,
+    heads,
+    row_sums,
+    map_index,
+    block,
+    student_scale,
+    teacher_scale,
+    num_heads,
+    num_tokens,
+    TARGET: tl.constexpr,
+    SHIFT: tl.constexpr,
+    QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,
+    STUDENT_DIMS: tl.constexpr,
+    TEACHER_DIMS: tl.constexpr,
+    BEFORE: tl.constexpr,
+    AFTER: tl.constexpr,
+):
+    """of_keys and what one head of queries adds to it, before the factor that all have in common."""
+    text, head = map_index // num_heads, map_index % num_heads
+    columns = block * KEYS + tl.arange(0, KEYS)
+    valid = _load_valid(attention_mask, text, columns, num_tokens)
+    student_start, teacher_head = _head_start(student, text, head), _teacher_head(heads, head)
+    teacher_start = _head_start(teacher, text, teacher_head)
+    keys = _load_keys(student, _key_start(student, text, head), columns, num_tokens, STUDENT_DIMS)
+    teacher_keys = _load_keys(teacher, _key_start(teacher, text, teacher_head), columns, num_tokens, TEACHER_DIMS)
+    # Keys are seen from as far as queries see, the other way round.
+    for first in range(_first_of(block, KEYS, AFTER), _end_of(block, num_tokens, KEYS, BEFORE), QUERIES):
+        rows = first + tl.arange(0, QUERIES)
+        valid_rows = _load_valid(attention_mask, text, rows, num_tokens)
+        seen = _seen(valid, rows, columns, BEFORE, AFTER)
+        queries = _load_queries(student, student_start, rows, num_tokens, STUDENT_DIMS)
+        teacher_queries = _load_queries(teacher, teacher_start, rows, num_tokens, TEACHER_DIMS)
+        if TARGET == "scores":
+            gradient = _scores(queries, keys, student_scale) - _scores(teacher_queries, teacher_keys, teacher_scale)
+        else:
+            sums = row_sums + map_index.to(tl.int64) * 3 * num_tokens + rows
+            our_log = tl.load(sums, mask=rows < num_tokens, other=0.0)
+            their_log = tl.load(sums + num_tokens, mask=rows < num_tokens, other=0.0)
+            mean = tl.load(sums + 2 * num_tokens, mask=rows < num_tokens, other=0.0)
+            ours = _masked_scores(queries, keys, student_scale, seen) - our_log[:, None]
+            theirs = _masked_scores(teacher_queries, teacher_keys, teacher_scale, seen) - their_log[:, None]
+            _, gradient = _compare(ours, theirs, mean, TARGET)
+        gradient = tl.where(valid_rows[:, None] & seen, gradient, 0.0)
+        of_keys += tl.dot(tl.trans((gradient * SHIFT).to(queries.dtype)), queries, input_precision="ieee")
+    return of_keys
 
 
 @triton.jit
@@ -282,34 +423,29 @@ def column_kernel(
     KEYS: tl.constexpr,
     STUDENT_DIMS: tl.constexpr,
     TEACHER_DIMS: tl.constexpr,
+    BEFORE: tl.constexpr,
+    AFTER: tl.constexpr,
 ):
-    """KEYS columns of one map: dK."""
+    """KEYS columns of one head of keys: dK, summed over the heads of queries that share it, one after the other."""
     num_blocks = tl.cdiv(num_tokens, KEYS)
-    map_index, block = tl.program_id(0) // num_blocks, tl.program_id(0) % num_blocks
-    text, head = map_index // num_heads, map_index % num_heads
-    columns = block * KEYS + tl.arange(0, KEYS)
-    valid = _load_valid(attention_mask, text, columns, num_tokens)
-    student_start, teacher_start = _head_start(student, text, head), _teacher_start(teacher, heads, text, head)
-    keys = _load_rows(student.keys + student_start, student, columns, num_tokens, STUDENT_DIMS)
-    teacher_keys = _load_rows(teacher.keys + teacher_start, teacher, columns, num_tokens, TEACHER_DIMS)
+    index, block = tl.program_id(0) // num_blocks, tl.program_id(0) % num_blocks
     of_keys = tl.zeros((KEYS, STUDENT_DIMS), tl.float32)
-    for first in range(0, num_tokens, QUERIES):
-        rows = first + tl.arange(0, QUERIES)
-        valid_rows = _load_valid(attention_mask, text, rows, num_tokens)
-        queries = _load_rows(student.queries + student_start, student, rows, num_tokens, STUDENT_DIMS)
-        teacher_queries = _load_rows(teacher.queries + teacher_start, teacher, rows, num_tokens, TEACHER_DIMS)
-        if TARGET == "scores":
-            gradient = _scores(queries, keys, student_scale) - _scores(teacher_queries, teacher_keys, teacher_scale)
-        else:
-            sums = row_sums + map_index.to(tl.int64) * 3 * num_tokens + rows
-            our_log = tl.load(sums, mask=rows < num_tokens, other=0.0)
-            their_log = tl.load(sums + num_tokens, mask=rows < num_tokens, other=0.0)
-            mean = tl.load(sums + 2 * num_tokens, mask=rows < num_tokens, other=0.0)
-            ours = _masked_scores(queries, keys, student_scale, valid) - our_log[:, None]
-            theirs = _masked_scores(teacher_queries, teacher_keys, teacher_scale, valid) - their_log[:, None]
-            _, gradient = _compare(ours, theirs, mean, TARGET)
-        gradient = tl.where(valid_rows[:, None] & valid[None, :], gradient, 0.0)
-        of_keys += tl.dot(tl.trans((gradient * SHIFT).to(queries.dtype)), queries, input_precision="ieee")
+    if student.heads_per_key is None:
+        text, head = index // num_heads, index % num_heads
+        of_keys = _add_head(
+            of_keys, student, teacher, attention_mask, heads, row_sums, index, block, student_scale, teacher_scale,
+            num_heads, num_tokens, TARGET, SHIFT, QUERIES, KEYS, STUDENT_DIMS, TEACHER_DIMS, BEFORE, AFTER,
+        )  # fmt: skip
+    else:
+        # Maps that share keys follow each other, as do the heads of queries.
+        num_key_heads = num_heads // student.heads_per_key
+        text, head = index // num_key_heads, index % num_key_heads * student.heads_per_key
+        for map_index in range(index * student.heads_per_key, (index + 1) * student.heads_per_key):
+            of_keys = _add_head(
+                of_keys, student, teacher, attention_mask, heads, row_sums, map_index, block, student_scale,
+                teacher_scale, num_heads, num_tokens,
+                TARGET, SHIFT, QUERIES, KEYS, STUDENT_DIMS, TEACHER_DIMS, BEFORE, AFTER,
+            )  # fmt: skip
+    columns = block * KEYS + tl.arange(0, KEYS)
     of_keys *= (1.0 if TARGET == "probabilities_kl" else 2.0) * student_scale / SHIFT
-    pointer = gradients.keys + _head_start(gradients, text, head)
-    _store_rows(pointer, gradients, of_keys, columns, num_tokens, STUDENT_DIMS)
+    _store_keys(gradients, _key_start(gradients, text, head), of_keys, columns, num_tokens, STUDENT_DIMS)

@@ -5,7 +5,8 @@ a head still lie side by side. A row of a head fills whole memory sectors either
 without gain.
 
 Numbers that change from batch to batch or with pruning (tokens, heads, dims) are run-time arguments, so a resize
-compiles nothing until a head's dims pass a power of two (or stop being a multiple of 16).
+compiles nothing until a head's dims pass a power of two (or stop being a multiple of 16). The kind of mask is compiled
+in, and left out where a text is too short for its window to hide anything.
 """
 
 from __future__ import annotations
@@ -35,7 +36,13 @@ class Launch(NamedTuple):
 
 
 def configuration(
-    num_tokens: int, student_dims: int, teacher_dims: int, in_fp32: bool = False, capability: int = 90
+    num_tokens: int,
+    student_dims: int,
+    teacher_dims: int,
+    in_fp32: bool = False,
+    capability: int = 90,
+    shared_keys: bool = False,
+    masked: bool = False,
 ) -> dict[str, Launch]:
     """The kernels that run for these shapes, by name, and how. None spills registers (test_compile_ahead.py).
 
@@ -43,19 +50,22 @@ def configuration(
         in_fp32: one of the models computes in fp32. Such products run without tensor cores, from registers alone.
         capability: of the GPU, 80 for A100, 90 for H100 and H200. Before 90 both operands and results of a product take
             up registers: smaller tiles.
+        shared_keys: heads of queries of the student share keys: dK is a sum over several programs of
+            `tile_kernel`, so the others run.
+        masked: queries do not see all keys.
     """
     dims = {"STUDENT_DIMS": padded(student_dims), "TEACHER_DIMS": padded(teacher_dims)}
     if in_fp32:
         launch = Launch(dims | {"QUERIES": 32, "KEYS": 32}, num_warps=8, num_stages=2)
         return {"row_kernel": launch, "column_kernel": launch}
-    if num_tokens <= (128 if capability >= 90 else 64):
+    if not shared_keys and num_tokens <= (128 if capability >= 90 else 64):
         tokens = padded(num_tokens)
         return {"tile_kernel": Launch(dims | {"TOKENS": tokens}, num_warps=8 if tokens == 128 else 4, num_stages=1)}
-    if capability >= 90:
-        launch = Launch(dims | {"QUERIES": 64, "KEYS": 64}, num_warps=4, num_stages=2)
-    else:
-        launch = Launch(dims | {"QUERIES": 32, "KEYS": 64}, num_warps=4, num_stages=1)
-    return {"row_kernel": launch, "column_kernel": launch}
+    num_stages = 2 if capability >= 90 else 1
+    rows = Launch(dims | {"QUERIES": 64 if capability >= 90 else 32, "KEYS": 64}, num_warps=4, num_stages=num_stages)
+    # Keys stay in registers while its queries pass: beside a mask, or a loop over heads, there is room for half as many.
+    columns = rows._replace(constexprs=dims | {"QUERIES": 64, "KEYS": 32}) if shared_keys or masked else rows
+    return {"row_kernel": rows, "column_kernel": columns}
 
 
 def options(target: str, student_dtype: torch.dtype) -> dict[str, str | float]:
@@ -70,16 +80,20 @@ def evaluate(maps: Maps, with_gradients: bool) -> tuple[Tensor, Gradients | None
     num_texts, num_heads, num_tokens, student_dims = maps.student_queries.shape
     capability = _capability(maps.student_queries.device)
     in_fp32 = torch.float32 in (maps.student_queries.dtype, maps.teacher_queries.dtype)
-    launches = configuration(num_tokens, student_dims, maps.teacher_queries.shape[-1], in_fp32, capability)
-    gradients = (maps.gradient_buffer(), maps.gradient_buffer()) if with_gradients else None
+    shared_keys, masked = maps.student_group > 1, maps.kind.within(num_tokens) != (None, None)
+    launches = configuration(
+        num_tokens, student_dims, maps.teacher_queries.shape[-1], in_fp32, capability, shared_keys, masked
+    )
+    gradients = maps.gradient_buffers() if with_gradients else None
     arguments = _arguments(maps, gradients)
     if "tile_kernel" in launches:
-        losses = _launch("tile_kernel", launches, arguments, num_tokens, with_losses=True)
+        losses = _launch("tile_kernel", launches, arguments, num_heads, num_tokens)
         return losses.sum(), gradients
     arguments["row_sums"] = maps.student_queries.new_empty(num_texts * num_heads * 3 * num_tokens, dtype=torch.float32)
-    losses = _launch("row_kernel", launches, arguments, launches["row_kernel"].constexprs["QUERIES"], with_losses=True)
+    losses = _launch("row_kernel", launches, arguments, num_heads, launches["row_kernel"].constexprs["QUERIES"])
     if with_gradients:
-        _launch("column_kernel", launches, arguments, launches["column_kernel"].constexprs["KEYS"], with_losses=False)
+        num_key_heads = maps.student_keys.shape[1]
+        _launch("column_kernel", launches, arguments, num_key_heads, launches["column_kernel"].constexprs["KEYS"])
     return losses.sum(), gradients
 
 
@@ -91,12 +105,12 @@ def _capability(device: torch.device) -> int:
     return 10 * major + minor
 
 
-def _launch(name: str, launches: dict[str, Launch], arguments: dict, block: int, with_losses: bool) -> Tensor | None:
-    """One program for `block` tokens of a map. Returns the losses of the programs."""
+def _launch(name: str, launches: dict[str, Launch], arguments: dict, num_heads: int, block: int) -> Tensor | None:
+    """One program for `block` tokens of each of `num_heads` heads of a text. Returns the losses of the programs."""
     launch, mask = launches[name], arguments["attention_mask"]
-    num_programs = mask.shape[0] * arguments["num_heads"] * triton.cdiv(mask.shape[1], block)
-    losses = torch.empty(num_programs, device=mask.device) if with_losses else None
-    outputs = {"losses": losses} if with_losses else {}
+    num_programs = mask.shape[0] * num_heads * triton.cdiv(mask.shape[1], block)
+    losses = None if name == "column_kernel" else torch.empty(num_programs, device=mask.device)
+    outputs = {} if losses is None else {"losses": losses}
     kernel = getattr(kernels, name)
     kernel[(num_programs,)](
         **arguments, **outputs, **launch.constexprs, num_warps=launch.num_warps, num_stages=launch.num_stages
@@ -106,22 +120,30 @@ def _launch(name: str, launches: dict[str, Launch], arguments: dict, block: int,
 
 def _arguments(maps: Maps, gradients: Gradients | None) -> dict:
     """What all kernels take."""
+    num_heads, num_tokens = maps.student_queries.shape[1:3]
+    before, after = maps.kind.within(num_tokens)
     return {
         "student": _side(maps.student_queries, maps.student_keys),
         "teacher": _side(maps.teacher_queries, maps.teacher_keys),
-        "gradients": None if gradients is None else _side(*gradients),
+        "gradients": Side() if gradients is None else _side(*gradients),
         "attention_mask": maps.attention_mask.contiguous(),
         "heads": maps.heads,
         "student_scale": maps.student_scale,
         "teacher_scale": maps.teacher_scale,
-        "num_heads": maps.student_queries.shape[1],
-        "num_tokens": maps.student_queries.shape[2],
+        "num_heads": num_heads,
+        "num_tokens": num_tokens,
+        "BEFORE": before,
+        "AFTER": after,
         **options(maps.target, maps.student_queries.dtype),
     }
 
 
 def _side(queries: Tensor, keys: Tensor) -> Side:
-    """A model's queries and keys share their strides, the dims of a head side by side; anything else is copied."""
-    if queries.stride() != keys.stride() or queries.stride(-1) != 1:
+    """The dims of a head lie side by side; keys that are not shared have the strides of their queries. Anything else is
+    copied.
+    """
+    group = queries.shape[1] // keys.shape[1]
+    if queries.stride(-1) != 1 or keys.stride(-1) != 1 or (group == 1 and queries.stride() != keys.stride()):
         queries, keys = queries.contiguous(), keys.contiguous()
-    return Side(queries, keys, *queries.stride()[:3], queries.shape[-1])
+    shared = () if group == 1 else (group, *keys.stride()[:3])
+    return Side(queries, keys, *queries.stride()[:3], queries.shape[-1], *shared)
