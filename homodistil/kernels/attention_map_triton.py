@@ -63,7 +63,7 @@ def configuration(
         return {"tile_kernel": Launch(dims | {"TOKENS": tokens}, num_warps=8 if tokens == 128 else 4, num_stages=1)}
     num_stages = 2 if capability >= 90 else 1
     rows = Launch(dims | {"QUERIES": 64 if capability >= 90 else 32, "KEYS": 64}, num_warps=4, num_stages=num_stages)
-    # Keys stay in registers while its queries pass: beside a mask, or a loop over heads, there is room for half as many.
+    # Keys stay in registers while its queries pass: beside a mask, or a loop over heads, there is room for half.
     columns = rows._replace(constexprs=dims | {"QUERIES": 64, "KEYS": 32}) if shared_keys or masked else rows
     return {"row_kernel": rows, "column_kernel": columns}
 

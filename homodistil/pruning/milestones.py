@@ -59,8 +59,8 @@ def plan_route(run: RunFolderConfig, pruning: PruningConfig, teacher: Widths, in
         return NO_MILESTONES
     if is_grouped(teacher):
         raise UserError(
-            f"run.export_milestones: found {run.export_milestones}, allowed is [] for a teacher whose query heads share "
-            f"keys and values; train each size in a run of its own"
+            f"run.export_milestones: found {run.export_milestones}, allowed is [] for a teacher whose query heads "
+            f"share keys and values; train each size in a run of its own"
         )
     milestones: list[Milestone] = []
     before = shape_of(initial)

@@ -29,6 +29,7 @@ class Attention(Term):
             heads=step.student.pruned_heads(i, student.queries.device),
             target=self.loss.attention_target,
             implementation=self.loss.kernels,
+            causal=step.student.family.is_causal,
         )
         return loss / (counts.tokens if self.loss.attention_target == "probabilities_kl" else counts.pairs)
 
@@ -44,4 +45,5 @@ class Attention(Term):
     def saved_bytes(self, sizes: BatchSizes) -> float:
         """The gradients of each layer's queries and keys, made in the forward; in fp32 where the model runs in fp16."""
         layers = (layer_widths(sizes.student, i) for i in sizes.student_layers)
-        return sum(2 * sizes.tokens * layer.num_heads * layer.qk_dim for layer in layers) * sizes.student_bytes
+        elements = (sizes.tokens * (layer.num_heads + layer.num_kv_heads) * layer.qk_dim for layer in layers)
+        return sum(elements) * sizes.student_bytes

@@ -27,7 +27,8 @@ class Relations(Term):
 
     def on_last_layer(self, student: LayerActivations, teacher: LayerActivations, step: Step) -> Tensor:
         num_heads = num_relation_heads(self.loss, step.student.layer_map.num_heads)
-        loss = relation_loss(student, teacher, step.batch.attention_mask, num_heads, self.loss.kernels)
+        options = {"implementation": self.loss.kernels, "causal": step.student.family.is_causal}
+        loss = relation_loss(student, teacher, step.batch.attention_mask, num_heads, **options)
         return loss / step.batch.counts.tokens
 
     def check(self, teacher: Widths, student: Sequence[Widths]) -> None:
@@ -38,8 +39,12 @@ class Relations(Term):
         for widths in (teacher, *student):
             current |= widths
             layer = layer_widths(current, last)
-            for dims in (layer.qk_dim, layer.vo_dim):
-                _check_divides(layer.num_heads * dims, num_heads)
+            for dims in (
+                layer.num_heads * layer.qk_dim,
+                layer.num_kv_heads * layer.qk_dim,
+                layer.num_kv_heads * layer.vo_dim,
+            ):
+                _check_divides(dims, num_heads)
 
     def flops(self, sizes: BatchSizes) -> float:
         """A A^T of queries, keys and values of one layer: of the student (forward and backward) and of the teacher."""
@@ -54,7 +59,7 @@ class Relations(Term):
 def dims_of_last_layer(widths: Widths) -> int:
     """Dims of queries, keys and values of all heads of the last layer together."""
     layer = layer_widths(widths, num_layers(widths) - 1)
-    return layer.num_heads * (2 * layer.qk_dim + layer.vo_dim)
+    return layer.num_heads * layer.qk_dim + layer.num_kv_heads * (layer.qk_dim + layer.vo_dim)
 
 
 def relation_loss(
@@ -63,6 +68,7 @@ def relation_loss(
     attention_mask: Tensor,
     num_heads: int,
     implementation: str = "auto",
+    causal: bool = False,
 ) -> Tensor:
     """KL(teacher || student) of Q-Q, K-K and V-V, summed over the three and over valid query rows, mean over relation
     heads. Count: tokens.
@@ -71,7 +77,7 @@ def relation_loss(
         student, teacher: with values; (B, N, T, H) each, of N and H of their own.
         attention_mask: (B, T), 1 = token, 0 = padding.
         num_heads: relation heads.
-        implementation: of the kernel, see `attention_map_loss`.
+        implementation, causal: of the kernel, see `attention_map_loss`.
 
     Returns:
         fp32 0-dim.
@@ -92,6 +98,7 @@ def relation_loss(
             attention_mask,
             target="probabilities_kl",
             implementation=implementation,
+            causal=causal,
         )
     return total
 

@@ -114,7 +114,7 @@ def test_compensation_is_without_effect_where_nothing_is_cut():
     """Our default must not be in the way of a student that has its size from the start."""
     config = RunConfig()
     config.student.init, config.pruning.schedule, config.loss.projection_learned = "random", "none", False
-    assert config.pruning.compensation == "full"
+    assert config.pruning.compensation == "auto"
     check(config)
 
 
