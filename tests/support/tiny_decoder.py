@@ -35,7 +35,7 @@ def write_text(folder: Path, num_documents: int = 60, seed: int = 0) -> Path:
 
 
 def make_tokenizer(text: Path, vocab_size: int = 300) -> PreTrainedTokenizerFast:
-    """Byte-level BPE (GPT-2's alphabet) trained on the files of a folder; it has an end of text and no other special."""
+    """Byte-level BPE (GPT-2's alphabet) trained on the files of a folder. Its one special token ends a text."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -1,0 +1,199 @@
+"""What every family has to do, each by the same tests: nothing of an architecture is registered that does not pass.
+
+Not here, because they are the same code for all: resize and resume of a live engine under ZeRO (tests/distributed).
+"""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from families.cases import CASES, TOKENS, VOCABULARY, make_model, token_ids
+from support.small import random_keep
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+
+from homodistil.config.schema import LossConfig, PruningConfig
+from homodistil.data.batch import Batch, LossCounts
+from homodistil.distill.student import Student
+from homodistil.distill.teacher import Teacher
+from homodistil.export.stock_model import stock_model
+from homodistil.models import FAMILIES, family_of
+from homodistil.models.activations import ActivationHooks
+from homodistil.models.flops import backbone_flops, head_flops
+from homodistil.models.resize_plan import make_plan, slice_module
+from homodistil.models.shapes import Shape, shape_of, target_widths
+from homodistil.pruning.importance import Importance
+
+AUTO = {"AutoModelForMaskedLM": AutoModelForMaskedLM, "AutoModelForCausalLM": AutoModelForCausalLM}
+MODEL_TYPES = sorted(FAMILIES)
+CUTS = [(model_type, cut) for model_type in MODEL_TYPES if model_type in CASES for cut in CASES[model_type].cuts]
+
+
+def batch_of(ids: torch.Tensor) -> Batch:
+    """Every third token is predicted; nothing is padding."""
+    index = torch.arange(1, ids.numel(), 3)
+    counts = LossCounts(float(len(index)), float(ids.numel()), float(len(ids) * TOKENS**2))
+    return Batch(ids, torch.ones_like(ids), index, ids.flatten()[index], torch.arange(ids.numel()), counts)
+
+
+def cut_student(model_type: str, cut: dict[str, int]) -> Student:
+    """A copy of the model, cut to a target by random selection."""
+    student = Student(make_model(model_type), LossConfig())
+    teacher = student.family.axis_table(student.model).widths
+    sizes = shape_of(teacher)._asdict() | {name: size for name, size in cut.items() if name in Shape._fields}
+    target = target_widths(Shape(**sizes), teacher, cut.get("num_key_value_heads"))
+    table = student.axis_table()
+    keep = random_keep(table, {axis: width for axis, width in target.items() if width < teacher[axis]}, seed=5)
+    slice_module(student, make_plan(table, keep))
+    student.after_resize(keep)
+    return student.eval()
+
+
+def test_every_registered_architecture_has_a_case():
+    assert set(CASES) == set(FAMILIES)
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_every_parameter_is_named_or_listed(model_type):
+    model, family = make_model(model_type), family_of(model_type)
+    table, shapes = family.axis_table(model), {name: p.shape for name, p in model.named_parameters()}
+    named = {use.parameter for use in table.uses}
+    assert all(name.endswith(CASES[model_type].untouched) for name in shapes.keys() - named)
+    assert all(shapes[name][dim] == size for (name, dim), size in table.dim_sizes().items())
+    # A matrix inside a layer shrinks along both dims; tables and the decoder along the residual stream.
+    dims = {name: {dim for n, dim in table.dim_sizes() if n == name} for name in named}
+    whole = {name for name in named if len(dims[name]) < len(shapes[name])}
+    assert all("embed" in name or "decoder" in name or "lm_head" in name for name in whole)
+
+
+@pytest.mark.parametrize("target", ["scores", "probabilities", "probabilities_kl"])
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_all_terms_of_a_copy_are_zero(model_type, target):
+    model, batch = make_model(model_type), batch_of(token_ids())
+    config = LossConfig(kl=1.0, attention_target=target)
+    for lock_step in (True, False):
+        student = Student(copy.deepcopy(model), config)
+        terms = student(batch, Teacher(copy.deepcopy(model), lock_step)(batch)).terms
+        assert {"kl", "hidden", "attention", "embedding"} <= set(terms)
+        for name, value in terms.items():
+            assert (float(value) == 0) == (name != "mlm"), (name, lock_step)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_no_position_sees_what_its_mask_hides(model_type, dtype):
+    """The last token, and a padded one: what the taps' way of attention lets through."""
+    model, family = make_model(model_type).to(dtype), family_of(model_type)
+    hooks, ids = ActivationHooks(model, family), token_ids()
+    changed = ids.clone()
+    changed[:, -1] = (ids[:, -1] + 7) % (VOCABULARY - 5) + 5
+    with torch.no_grad():
+        before, after = (hooks.run(each, None).last[:, :-1] for each in (ids, changed))
+        assert torch.equal(before, after) == family.is_causal
+        padding = torch.ones_like(ids)
+        padding[:, -1] = 0
+        before, after = (hooks.run(each, padding).last[:, :-1] for each in (ids, changed))
+        assert torch.equal(before, after)
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_the_stock_model_computes_the_same(model_type):
+    """Backbone, final norm, transform and decoder, each called by itself, against the model's own forward."""
+    model, family, ids = make_model(model_type), family_of(model_type), token_ids()
+    stock = make_model(model_type, attention="eager")
+    with torch.no_grad():
+        seen = ActivationHooks(model, family).run(ids, None)
+        norm = family.final_norm(model)
+        assert torch.equal(seen.last, seen.layers[-1] if norm is None else norm(seen.layers[-1]))
+        logits = family.decoder(model)(family.lm_transform(model)(seen.last))
+        assert torch.equal(logits, family.lm_head(model)(seen.last))
+        torch.testing.assert_close(logits, stock(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("model_type", "cut"), CUTS, ids=str)
+def test_a_cut_student_is_its_stock_export(model_type, cut, tmp_path):
+    """Same logits from a class of the library, saved and loaded again without our code."""
+    student, family, ids = cut_student(model_type, cut), family_of(model_type), token_ids()
+    with torch.no_grad():
+        expected = family.lm_head(student.model)(ActivationHooks(student.model, family).run(ids, None).last)
+    weights = {name: parameter.detach() for name, parameter in student.named_parameters()}
+    stock_model(weights, student, CASES[model_type].make_config()).save_pretrained(tmp_path)
+    loaded = AUTO[family.auto_class].from_pretrained(tmp_path).eval()
+    assert loaded.config.hidden_size == cut.get("hidden_size", CASES[model_type].make_config().hidden_size)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-4)
+    if family.is_causal:
+        generated = loaded.generate(ids[:1], max_new_tokens=3, do_sample=False, pad_token_id=0)  # with its KV cache
+        assert generated.shape[1] == TOKENS + 3 or int(generated[0, -1]) == loaded.config.eos_token_id
+
+
+@pytest.mark.parametrize(("model_type", "cut"), [pair for pair in CUTS if len(pair[1]) > 2], ids=str)
+def test_flops_are_what_torch_counts(model_type, cut):
+    family, ids = family_of(model_type), token_ids()
+    student = cut_student(model_type, cut)
+    student.model.set_attn_implementation("eager")  # products by name: a fused kernel counts otherwise
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        family.lm_head(student.model)(family.backbone(student.model)(input_ids=ids)[0].flatten(0, 1))
+    expected = backbone_flops(student.widths, ids.numel(), TOKENS, family.architecture)
+    expected += head_flops(student.widths["hidden"], ids.numel(), VOCABULARY, family.architecture)
+    assert counter.get_total_flops() == expected
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_importance_is_theta_times_gradient_by_brute_force(model_type):
+    """Every axis entry's score: the sum over all elements that an event would remove with it."""
+    student = Student(make_model(model_type), LossConfig(kl=0.0, hidden=0.0, attention=0.0, embedding=0.0))
+    student(batch_of(token_ids())).total.backward()
+    table, parameters = student.axis_table(), dict(student.named_parameters())
+    no_gradient = torch.zeros(())
+    scored = {n: (p.detach() * (p.grad if p.grad is not None else no_gradient)).abs() for n, p in parameters.items()}
+    importance = Importance(table, PruningConfig(ema_beta=0.0), 0, torch.device("cpu"))
+    pieces = [_Piece(name, p) for name, p in parameters.items() if p.grad is not None]
+    shapes = {name: tuple(p.shape) for name, p in parameters.items()}
+    scores = importance.measure(pieces, table, shapes)
+    for axis, score in scores.items():
+        if score.ndim > 1 or table.widths[axis] == 1:
+            continue
+        for entry in {0, table.widths[axis] - 1}:
+            kept = torch.tensor([i for i in range(table.widths[axis]) if i != entry])
+            index = make_plan(table, {axis: kept}).index
+            removed = [_removed(scored[name], dim, kept) for name, dims in index.items() for dim, kept in dims.items()]
+            assert float(score[entry]) == pytest.approx(sum(removed), rel=1e-4), (axis, entry)
+
+
+def _removed(scored: torch.Tensor, dim: int, kept: torch.Tensor) -> float:
+    """Sum over what is not `kept` along `dim`."""
+    rows = scored.movedim(dim, 0).reshape(scored.shape[dim], -1).sum(1)
+    return float(rows.sum() - rows[kept].sum())
+
+
+class _Piece:
+    def __init__(self, name: str, parameter: torch.nn.Parameter) -> None:
+        self.name, self.start = name, 0
+        self.weight, self.gradient = parameter.detach().flatten(), parameter.grad.flatten()
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_fewer_layers(model_type):
+    model, family = make_model(model_type), family_of(model_type)
+    family.keep_layers(model, [1])
+    stock = family.empty_model(family.student_config(model.config, family.axis_table(model).widths)).eval()
+    stock.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        torch.testing.assert_close(model(input_ids=token_ids()).logits, stock(input_ids=token_ids()).logits)
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_the_shape_is_the_configurations(model_type):
+    config, family = CASES[model_type].make_config(), family_of(model_type)
+    shape = family.shape(config)
+    assert (shape.hidden_size, shape.num_hidden_layers) == (config.hidden_size, config.num_hidden_layers)
+    widths = family.axis_table(make_model(model_type)).widths
+    assert shape_of(widths) == Shape(shape.hidden_size, shape.intermediate_size, shape.num_attention_heads)
+    too_long = torch.full((1, shape.max_tokens), 5)
+    with torch.no_grad():
+        assert torch.isfinite(make_model(model_type)(input_ids=too_long).logits).all()
+    family.set_dropout(config, 0.25)
+    assert all(getattr(config, field) == 0.25 for field in family.dropout_fields)
