@@ -1,0 +1,7 @@
+"""Llama models in GGUF files, the format of llama.cpp, made into stock Hugging Face folders.
+
+    convert(Path("SmolLM2-135M-Instruct.Q4_1.gguf"), folder, "teacher.name")
+
+container.py reads the file, quantisation.py its tensors, model.py makes configuration and weights of them,
+tokenizer.py the tokenizer, convert.py the folder.
+"""
