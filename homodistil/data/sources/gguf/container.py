@@ -70,10 +70,16 @@ class GgufFile:
     """All bytes (uint8)."""
 
     def tensor(self, name: str) -> np.ndarray:
-        """Its values (float32, in the entry's shape)."""
+        """Its values (float32, in the entry's shape). Raises `UserError` where one is infinite or no number."""
         entry = self.tensors[name]
         packed = self.content[entry.start : entry.start + entry.num_bytes]
-        return entry.format.unpack(packed).reshape(entry.shape)
+        with np.errstate(all="ignore"):
+            values = entry.format.unpack(packed).reshape(entry.shape)
+        if not np.isfinite(values).all():
+            raise UserError(
+                f"{self.where}: is damaged (tensor {short(name)!r} has values that are not finite); {_AGAIN}"
+            )
+        return values
 
 
 def read_gguf(path: Path, field: str) -> GgufFile:

@@ -6,14 +6,12 @@ import shutil
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from homodistil.data.sources.gguf.container import read_gguf
 from homodistil.data.sources.gguf.model import parameter, read_config, sources
 from homodistil.data.sources.gguf.tokenizer import write_tokenizer
-
-VERSION = 1
-"""Of the folder; raise it when the conversion changes."""
 
 
 def convert(path: Path, folder: Path, field: str) -> None:
@@ -28,6 +26,7 @@ def convert(path: Path, folder: Path, field: str) -> None:
 
     Raises:
         UserError: damaged, not a Llama, or with parts that are not read; nothing of use is in `folder` then.
+        OSError: `folder` cannot be written.
     """
     file = read_gguf(path, field)
     config = read_config(file)
@@ -35,5 +34,8 @@ def convert(path: Path, folder: Path, field: str) -> None:
     write_tokenizer(file, folder)
     config.save_pretrained(folder)
     weights = {name: torch.from_numpy(parameter(file, source)) for name, source in places.items()}
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    try:
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
     shutil.copymode(folder / "config.json", folder / "model.safetensors")  # the library's is its owner's alone

@@ -63,7 +63,7 @@ def write_tokenizer(file: GgufFile, folder: Path) -> None:
         tokenizer.post_processor = processors.TemplateProcessing(
             single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, tokenizer.token_to_id(bos))]
         )
-    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
     settings = json.dumps(_settings(file), ensure_ascii=False, indent=2)
     (folder / "tokenizer_config.json").write_text(settings, encoding="utf-8")
 
