@@ -46,12 +46,9 @@ class Source(NamedTuple):
 def read_config(file: GgufFile) -> LlamaConfig:
     """The model's configuration. Raises `UserError`: another architecture, or sizes that no stock Llama can have."""
     _check_architecture(file)
-    if _EMBEDDINGS not in file.tensors or len(file.tensors[_EMBEDDINGS].shape) != 2:
-        raise UserError(f"{file.where}: has no matrix {_EMBEDDINGS}; give a file with a whole model, not a part")
-    sizes = _sizes(file)
     return LlamaConfig(
-        **sizes,
-        vocab_size=file.tensors[_EMBEDDINGS].shape[0],
+        **_sizes(file),
+        vocab_size=_vocabulary(file),
         max_position_embeddings=metadata.integer(file, "llama.context_length"),
         rms_norm_eps=metadata.positive(file, "llama.attention.layer_norm_rms_epsilon"),
         rope_parameters={
@@ -121,6 +118,16 @@ def _check_architecture(file: GgufFile) -> None:
         )
 
 
+def _vocabulary(file: GgufFile) -> int:
+    """Rows of the embeddings, of which the last may belong to no token."""
+    if _EMBEDDINGS not in file.tensors or len(file.tensors[_EMBEDDINGS].shape) != 2:
+        raise UserError(f"{file.where}: has no matrix {_EMBEDDINGS}; give a file with a whole model, not a part")
+    rows, tokens = file.tensors[_EMBEDDINGS].shape[0], len(metadata.texts(file, "tokenizer.ggml.tokens"))
+    if tokens > rows:
+        raise UserError(f"{file.where}: has {tokens} tokens for {rows} rows of {_EMBEDDINGS}; convert the model again")
+    return rows
+
+
 def _sizes(file: GgufFile) -> dict[str, int]:
     hidden = metadata.integer(file, "llama.embedding_length")
     heads = metadata.integer(file, "llama.attention.head_count")
@@ -176,4 +183,6 @@ def _layer_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
 
 def _some(names: list[str]) -> str:
     rest = len(names) - _MAX_SHOWN
-    return ", ".join(short(name) for name in sorted(names)[:_MAX_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
+    return ", ".join(short(repr(name)) for name in sorted(names)[:_MAX_SHOWN]) + (
+        f" and {rest} more" if rest > 0 else ""
+    )
