@@ -1,7 +1,9 @@
 """Teachers that are made in the cache before a run reads them: out of a package, or out of a GGUF file.
 
-folder = cached_teacher("embedded:smollm2-135m", cache_dir)
-folder = cached_teacher("models/SmolLM2-135M-Instruct.Q8_0.gguf", cache_dir)
+    folder = cached_teacher("embedded:smollm2-135m", cache_dir)
+    folder = cached_teacher("models/SmolLM2-135M-Instruct.Q8_0.gguf", cache_dir)
+
+From there on they are folders like any other.
 """
 
 from __future__ import annotations

@@ -165,6 +165,10 @@ def test_a_token_of_the_user_is_whole_and_stays_in_the_text(tmp_path):
         ({f"{PREFIX}.tokens": (9, (8, [*TOKENS, "more"]))}, "266 tokens for 265 rows of token_embd.weight"),
         ({f"{PREFIX}.merges": (9, (8, ["a b c"]))}, "is damaged (the merge 'a b c', expected two parts)"),
         ({f"{PREFIX}.merges": (9, (8, ["zz yy"]))}, "is damaged (its tokenizer: "),
+        (
+            {f"{PREFIX}.bos_token_id": (4, TOKENS.index(":")), f"{PREFIX}.add_bos_token": (7, True)},
+            "is damaged (its tokenizer: ",
+        ),
         ({f"{PREFIX}.token_type": (9, (5, [1]))}, "is damaged (265 tokens with 1 types)"),
         (
             {f"{PREFIX}.eos_token_id": (4, 265)},

@@ -25,25 +25,15 @@ VERSIONS = (2, 3)
 _MAGIC = b"GGUF"
 _HEADER = 24
 """Bytes."""
-_SCALARS = {
-    0: "<u1",
-    1: "<i1",
-    2: "<u2",
-    3: "<i2",
-    4: "<u4",
-    5: "<i4",
-    6: "<f4",
-    7: "?",
-    10: "<u8",
-    11: "<i8",
-    12: "<f8",
-}
+# Types of values.
+_SCALARS = dict(enumerate(["<u1", "<i1", "<u2", "<i2", "<u4", "<i4", "<f4", "?"])) | {10: "<u8", 11: "<i8", 12: "<f8"}
 _STRING, _ARRAY = 8, 9
 _MAX_DIMS = 4
 _MAX_DEPTH = 4
 """Of arrays in arrays; files have them flat."""
 _ALIGNMENT_KEY, _DEFAULT_ALIGNMENT = "general.alignment", 32
-_AGAIN = "copy or download the file again"
+AGAIN = "copy or download the file again"
+"""What to do about damage."""
 
 
 class Entry(NamedTuple):
@@ -77,7 +67,7 @@ class GgufFile:
             values = entry.format.unpack(packed).reshape(entry.shape)
         if not np.isfinite(values).all():
             raise UserError(
-                f"{self.where}: is damaged (tensor {short(name)!r} has values that are not finite); {_AGAIN}"
+                f"{self.where}: is damaged (tensor {short(name)!r} has values that are not finite); {AGAIN}"
             )
         return values
 
@@ -117,7 +107,7 @@ class _Cursor:
         if num_bytes > self.left:
             raise UserError(
                 f"{self.where}: is cut short or damaged (at byte {self.position} {num_bytes} more are announced, "
-                f"{self.left} are left); {_AGAIN}"
+                f"{self.left} are left); {AGAIN}"
             )
         self.position += num_bytes
         return self._content[self.position - num_bytes : self.position]
@@ -133,7 +123,7 @@ class _Cursor:
         try:
             return content.tobytes().decode("utf-8")
         except UnicodeDecodeError:
-            raise UserError(f"{self.where}: is damaged (the text at byte {start} is not UTF-8); {_AGAIN}") from None
+            raise UserError(f"{self.where}: is damaged (the text at byte {start} is not UTF-8); {AGAIN}") from None
 
     def value(self) -> Any:
         return self._value(self.number("<u4"), 0)
@@ -147,7 +137,7 @@ class _Cursor:
             return self._array(self.number("<u4"), self.number("<u8"), depth)
         raise UserError(
             f"{self.where}: is damaged (metadata of type {kind} before byte {self.position}, types are 0 .. 12); "
-            f"{_AGAIN}"
+            f"{AGAIN}"
         )
 
     def _array(self, kind: int, count: int, depth: int) -> list:
@@ -161,7 +151,7 @@ class _Cursor:
         if not 1 <= num_dims <= _MAX_DIMS:
             raise UserError(
                 f"{self.where}: is damaged (a tensor with {num_dims} dimensions before byte {self.position}, allowed "
-                f"are 1 .. {_MAX_DIMS}); {_AGAIN}"
+                f"are 1 .. {_MAX_DIMS}); {AGAIN}"
             )
         sizes = self.numbers("<u8", num_dims)
         return tuple(reversed(sizes)), self.number("<u4"), self.number("<u8")
@@ -183,7 +173,7 @@ def _begin(cursor: _Cursor, where: str) -> tuple[int, int]:
     size = cursor.left
     if size < _HEADER or (magic := cursor.take(len(_MAGIC)).tobytes()) != _MAGIC:
         found = f"{size} bytes" if size < _HEADER else f"it begins with {magic!r}"
-        raise UserError(f"{where}: is no GGUF file ({found}, expected {_MAGIC!r} and a header); {_AGAIN}")
+        raise UserError(f"{where}: is no GGUF file ({found}, expected {_MAGIC!r} and a header); {AGAIN}")
     if (version := cursor.number("<u4")) not in VERSIONS:
         raise UserError(
             f"{where}: found GGUF version {version}, allowed are {' and '.join(map(str, VERSIONS))} (little-endian); "
@@ -195,12 +185,12 @@ def _begin(cursor: _Cursor, where: str) -> tuple[int, int]:
 def _distinct(cursor: _Cursor, count: int, what: str, read: Callable[[], Any]) -> dict[str, Any]:
     """`count` pairs of a name and what `read` finds behind it."""
     if count > cursor.left:  # each needs more than a byte
-        raise UserError(f"{cursor.where}: is damaged ({count} {what} in {cursor.left} bytes); {_AGAIN}")
+        raise UserError(f"{cursor.where}: is damaged ({count} {what} in {cursor.left} bytes); {AGAIN}")
     found: dict[str, Any] = {}
     for _ in range(count):
         name = cursor.text()
         if name in found:
-            raise UserError(f"{cursor.where}: is damaged ({short(name)!r} twice among the {what}); {_AGAIN}")
+            raise UserError(f"{cursor.where}: is damaged ({short(name)!r} twice among the {what}); {AGAIN}")
         found[name] = read()
     return found
 
@@ -228,6 +218,6 @@ def _placed(
     if not num_values or shape[-1] % form.block or start + num_bytes > file_size:
         raise UserError(
             f"{where}: is cut short or damaged (tensor {short(name)!r}: {num_bytes} bytes of {form.name} in shape "
-            f"{list(shape)} from byte {start}, the file has {file_size}); {_AGAIN}"
+            f"{list(shape)} from byte {start}, the file has {file_size}); {AGAIN}"
         )
     return Entry(shape, form, start, num_bytes)

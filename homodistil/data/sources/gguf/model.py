@@ -182,7 +182,5 @@ def _layer_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
 
 
 def _some(names: list[str]) -> str:
-    rest = len(names) - _MAX_SHOWN
-    return ", ".join(short(repr(name)) for name in sorted(names)[:_MAX_SHOWN]) + (
-        f" and {rest} more" if rest > 0 else ""
-    )
+    shown, rest = [short(repr(name)) for name in sorted(names)[:_MAX_SHOWN]], len(names) - _MAX_SHOWN
+    return ", ".join(shown) + (f" and {rest} more" if rest > 0 else "")

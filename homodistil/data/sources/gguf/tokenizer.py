@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
 from homodistil.data.sources.gguf import metadata
-from homodistil.data.sources.gguf.container import GgufFile
+from homodistil.data.sources.gguf.container import AGAIN, GgufFile
 from homodistil.data.sources.gguf.model import token_id
 from homodistil.errors import UserError
 from homodistil.models.checkpoint_files import first_line, short
@@ -52,20 +52,35 @@ _SPLITTINGS = {
 
 
 def write_tokenizer(file: GgufFile, folder: Path) -> None:
-    """Both files of the tokenizer in `folder`. Raises `UserError`: another kind of tokenizer, or a damaged one."""
+    """Both files of the tokenizer in `folder`.
+
+    Raises:
+        UserError: another kind of tokenizer, or a damaged one.
+        OSError: `folder` cannot be written.
+    """
     splitting = _splitting(file)
+    try:
+        tokenizer = _build(file, splitting)
+    except UserError:
+        raise
+    except Exception as error:  # the library of tokenizers raises plain Exceptions
+        raise UserError(f"{file.where}: is damaged (its tokenizer: {first_line(error)}); {AGAIN}") from None
+    (folder / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
+    settings = json.dumps(_settings(file), ensure_ascii=False, indent=2)
+    (folder / "tokenizer_config.json").write_text(settings, encoding="utf-8")
+
+
+def _build(file: GgufFile, splitting: _Splitting) -> Tokenizer:
     tokenizer = Tokenizer(_bpe(file, splitting))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(list(splitting.steps))
     tokenizer.decoder = decoders.ByteLevel()
-    _add_special(tokenizer, file)
+    tokenizer.add_tokens(_added(file))
     bos = _special(file).get("bos_token")
     if bos is not None and metadata.flag(file, f"{_PREFIX}.add_bos_token", splitting.adds_bos):
         tokenizer.post_processor = processors.TemplateProcessing(
             single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, tokenizer.token_to_id(bos))]
         )
-    (folder / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
-    settings = json.dumps(_settings(file), ensure_ascii=False, indent=2)
-    (folder / "tokenizer_config.json").write_text(settings, encoding="utf-8")
+    return tokenizer
 
 
 def _splitting(file: GgufFile) -> _Splitting:
@@ -81,33 +96,24 @@ def _splitting(file: GgufFile) -> _Splitting:
 def _bpe(file: GgufFile, splitting: _Splitting) -> models.BPE:
     tokens, merges = (metadata.texts(file, f"{_PREFIX}.{name}") for name in ("tokens", "merges"))
     vocabulary = {token: i for i, token in enumerate(tokens)}
-    pairs = [tuple(merge.split(" ")) for merge in merges]
-    if len(vocabulary) < len(tokens) or any(len(pair) != 2 for pair in pairs):
-        wrong = next((m for m, pair in zip(merges, pairs, strict=True) if len(pair) != 2), None)
-        actual = "a token twice" if wrong is None else f"the merge {short(repr(wrong))}, expected two parts"
-        raise UserError(f"{file.where}: is damaged ({actual}); copy or download the file again")
-    try:
-        return models.BPE(vocabulary, pairs, ignore_merges=splitting.ignore_merges)
-    except Exception as error:  # the library of tokenizers raises plain Exceptions
-        raise UserError(
-            f"{file.where}: is damaged (its tokenizer: {first_line(error)}); copy or download the file again"
-        ) from None
+    if len(vocabulary) < len(tokens):
+        raise UserError(f"{file.where}: is damaged (a token twice); {AGAIN}")
+    if wrong := [merge for merge in merges if merge.count(" ") != 1]:
+        raise UserError(f"{file.where}: is damaged (the merge {short(repr(wrong[0]))}, expected two parts); {AGAIN}")
+    return models.BPE(vocabulary, [tuple(merge.split(" ")) for merge in merges], ignore_merges=splitting.ignore_merges)
 
 
-def _add_special(tokenizer: Tokenizer, file: GgufFile) -> None:
+def _added(file: GgufFile) -> list[AddedToken]:
     """What text is not cut through: control tokens, which decoding may skip, and those that a user added."""
     tokens, kinds = metadata.texts(file, f"{_PREFIX}.tokens"), metadata.integers(file, f"{_PREFIX}.token_type")
     if len(kinds) != len(tokens):
-        raise UserError(
-            f"{file.where}: is damaged ({len(tokens)} tokens with {len(kinds)} types); copy or download the file again"
-        )
+        raise UserError(f"{file.where}: is damaged ({len(tokens)} tokens with {len(kinds)} types); {AGAIN}")
     special = set(_special(file).values())
-    added = [
+    return [
         AddedToken(token, special=kind != _USER_DEFINED or token in special, normalized=False)
         for token, kind in zip(tokens, kinds, strict=True)
         if kind in (_UNKNOWN, _CONTROL, _USER_DEFINED) or token in special
     ]
-    tokenizer.add_tokens(added)
 
 
 def _special(file: GgufFile) -> dict[str, str]:
