@@ -32,7 +32,8 @@ class TeacherConfig:
         students="shared",
         derived=SAME,
     )
-    """Folder, hub name (bert-base-uncased) or packaged model: embedded:bert-tiny, embedded:minilm-l6."""
+    """Folder, hub name (bert-base-uncased), a Llama's FILE.gguf, or packaged model: embedded:bert-tiny,
+    embedded:minilm-l6, embedded:smollm2-135m."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
         "auto", resume="free", students="shared", derived=SAME
     )

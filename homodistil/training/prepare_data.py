@@ -23,17 +23,15 @@ def main(argv: list[str]) -> None:
     config = parse(arguments, f"{__doc__.splitlines()[0]} --task N --tasks M: do only shards N, N + M, ...")
     # After parsing, so that --help and mistakes need no heavy imports.
     from homodistil.data.prepare.corpus import check_sources, prepare_share
-    from homodistil.data.sources import assets
+    from homodistil.data.sources.teachers import cached_teacher
     from homodistil.data.task import settle_task
     from homodistil.distill.teacher import load_config, load_tokenizer
     from homodistil.models import family_of
 
     with on_signals(how_to_go_on="the same command goes on with the shards that are finished"):
         check_sources(config.data)
-        folder = config.teacher.name
-        if assets.is_embedded(folder):
-            assets.check_teacher(folder)
-            folder = str(assets.teacher_folder(folder, Path(config.data.cache_dir).expanduser()))
+        name, cache_dir = config.teacher.name, Path(config.data.cache_dir).expanduser()
+        folder = str(cached_teacher(name, cache_dir) or name)
         teacher_config = load_config(folder)
         settle_task(config.data, family_of(teacher_config.model_type).task, config.teacher.name)
         tokenizer = load_tokenizer(folder, teacher_config)

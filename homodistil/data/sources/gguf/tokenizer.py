@@ -1,0 +1,135 @@
+"""The tokenizer of a GGUF file (byte-level BPE) as tokenizer.json and tokenizer_config.json."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+
+from homodistil.data.sources.gguf import metadata
+from homodistil.data.sources.gguf.container import AGAIN, GgufFile
+from homodistil.data.sources.gguf.model import token_id
+from homodistil.errors import UserError
+from homodistil.models.checkpoint_files import first_line, short
+
+_PREFIX = "tokenizer.ggml"
+_MODEL = "gpt2"
+"""Byte-level BPE, whosever tokenizer it is."""
+_UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4
+"""Types of tokens; 1 is normal, 5 unused, 6 a byte."""
+_LLAMA3_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+class _Splitting(NamedTuple):
+    """How text is cut before BPE."""
+
+    steps: tuple[pre_tokenizers.PreTokenizer, ...]
+    ignore_merges: bool = False
+    """A piece that is in the vocabulary is one token, whatever the merges make of it."""
+    adds_bos: bool = False
+    """Where the file does not say."""
+
+
+_BYTES_BY_GPT2 = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+_SPLITTINGS = {
+    "smollm": _Splitting((pre_tokenizers.Digits(individual_digits=True), _BYTES_BY_GPT2)),
+    "gpt-2": _Splitting((_BYTES_BY_GPT2,)),
+    "llama-bpe": _Splitting(
+        (
+            pre_tokenizers.Split(Regex(_LLAMA3_PATTERN), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ),
+        ignore_merges=True,
+        adds_bos=True,
+    ),
+}
+"""By tokenizer.ggml.pre."""
+
+
+def write_tokenizer(file: GgufFile, folder: Path) -> None:
+    """Both files of the tokenizer in `folder`.
+
+    Raises:
+        UserError: another kind of tokenizer, or a damaged one.
+        OSError: `folder` cannot be written.
+    """
+    splitting = _splitting(file)
+    try:
+        tokenizer = _build(file, splitting)
+    except UserError:
+        raise
+    except Exception as error:  # the library of tokenizers raises plain Exceptions
+        raise UserError(f"{file.where}: is damaged (its tokenizer: {first_line(error)}); {AGAIN}") from None
+    (folder / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
+    settings = json.dumps(_settings(file), ensure_ascii=False, indent=2)
+    (folder / "tokenizer_config.json").write_text(settings, encoding="utf-8")
+
+
+def _build(file: GgufFile, splitting: _Splitting) -> Tokenizer:
+    tokenizer = Tokenizer(_bpe(file, splitting))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(list(splitting.steps))
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_tokens(_added(file))
+    bos = _special(file).get("bos_token")
+    if bos is not None and metadata.flag(file, f"{_PREFIX}.add_bos_token", splitting.adds_bos):
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, tokenizer.token_to_id(bos))]
+        )
+    return tokenizer
+
+
+def _splitting(file: GgufFile) -> _Splitting:
+    for key, allowed in ((f"{_PREFIX}.model", (_MODEL,)), (f"{_PREFIX}.pre", tuple(_SPLITTINGS))):
+        if (found := metadata.text(file, key)) not in allowed:
+            raise UserError(
+                f"{file.where}: found {key} {short(repr(found))}, allowed are {', '.join(allowed)}; give the model's "
+                f"Hugging Face folder instead"
+            )
+    return _SPLITTINGS[found]
+
+
+def _bpe(file: GgufFile, splitting: _Splitting) -> models.BPE:
+    tokens, merges = (metadata.texts(file, f"{_PREFIX}.{name}") for name in ("tokens", "merges"))
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    if len(vocabulary) < len(tokens):
+        raise UserError(f"{file.where}: is damaged (a token twice); {AGAIN}")
+    if wrong := [merge for merge in merges if merge.count(" ") != 1]:
+        raise UserError(f"{file.where}: is damaged (the merge {short(repr(wrong[0]))}, expected two parts); {AGAIN}")
+    return models.BPE(vocabulary, [tuple(merge.split(" ")) for merge in merges], ignore_merges=splitting.ignore_merges)
+
+
+def _added(file: GgufFile) -> list[AddedToken]:
+    """What text is not cut through: control tokens, which decoding may skip, and those that a user added."""
+    tokens, kinds = metadata.texts(file, f"{_PREFIX}.tokens"), metadata.integers(file, f"{_PREFIX}.token_type")
+    if len(kinds) != len(tokens):
+        raise UserError(f"{file.where}: is damaged ({len(tokens)} tokens with {len(kinds)} types); {AGAIN}")
+    special = set(_special(file).values())
+    return [
+        AddedToken(token, special=kind != _USER_DEFINED or token in special, normalized=False)
+        for token, kind in zip(tokens, kinds, strict=True)
+        if kind in (_UNKNOWN, _CONTROL, _USER_DEFINED) or token in special
+    ]
+
+
+def _special(file: GgufFile) -> dict[str, str]:
+    """bos_token, eos_token, ... -> token, of those that the file names."""
+    tokens = metadata.texts(file, f"{_PREFIX}.tokens")
+    ids = {name: token_id(file, name) for name in ("bos", "eos", "padding", "unknown")}
+    ours = {"bos": "bos_token", "eos": "eos_token", "padding": "pad_token", "unknown": "unk_token"}
+    return {ours[name]: tokens[i] for name, i in ids.items() if i is not None}
+
+
+def _settings(file: GgufFile) -> dict[str, Any]:
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",  # reads tokenizer.json as it is
+        "model_max_length": metadata.integer(file, "llama.context_length"),
+        "clean_up_tokenization_spaces": False,
+        **_special(file),
+    }
+    template = metadata.text(file, "tokenizer.chat_template", default=None)
+    return settings if template is None else {**settings, "chat_template": template}
