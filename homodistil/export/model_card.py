@@ -35,8 +35,20 @@ class _Metric(NamedTuple):
 METRICS = {
     "heldout_mlm_loss": _Metric("held-out MLM loss, nats (lower is better)", "loss", "{:.4f}"),
     "masked_top1": _Metric("masked tokens guessed right (higher is better)", "accuracy", "{:.4f}"),
+    "heldout_lm_loss": _Metric("held-out loss, nats a token (lower is better)", "loss", "{:.4f}"),
+    "perplexity": _Metric("held-out perplexity (lower is better)", "perplexity", "{:.2f}"),
+    "bits_per_byte": _Metric("held-out bits per byte (lower is better)", "bits_per_byte", "{:.4f}"),
     "kl_to_teacher": _Metric("KL to the teacher, nats (lower is better)", "kl_divergence", "{:.4f}"),
 }
+
+_TASKS = {
+    "heldout_mlm_loss": "mlm",
+    "masked_top1": "mlm",
+    "heldout_lm_loss": "causal",
+    "perplexity": "causal",
+    "bits_per_byte": "causal",
+}
+"""Metrics of one task alone."""
 
 _TEMPLATE = """---
 {metadata}
@@ -89,7 +101,7 @@ def model_card(
             list.
         command: the command line of the run.
     """
-    teacher = describe_teacher(config.teacher.name)
+    teacher, task = describe_teacher(config.teacher.name), family.task
     told, meant = repeatable(command, config, num_ranks)
     not_listed = ("parameters", "folder", "data", *METRICS)
     listed = _settings(config) | {name: value for name, value in facts.items() if name not in not_listed}
@@ -103,7 +115,7 @@ def model_card(
         teacher=teacher.name,
         version=__version__,
         how=_how(config),
-        metrics="\n".join(_metric_line(name, facts.get(name)) for name in METRICS),
+        metrics="\n".join(_metric_line(name, facts.get(name)) for name in METRICS if _TASKS.get(name, task) == task),
         rows="\n".join(f"| {name} | {_text(value)} |" for name, value in listed.items()),
         sources=", ".join(describe_sources(config.data.sources)),
         data=facts["data"],
