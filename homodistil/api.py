@@ -133,7 +133,8 @@ def _with_size(job: Job, recipe: str | None, deepspeed: Place | None, fields: di
     """The job with the student's size complete, which the command line would ask for."""
     student = job.config.student
     sizes = {name: getattr(student, name) for name in _SIZES}
-    if student.preset != "custom" or None not in sizes.values():
+    is_sized = student.size is not None or student.parameters is not None
+    if is_sized or student.preset != "custom" or None not in sizes.values():
         return job
     from homodistil.distill.teacher import load_config
     from homodistil.models import family_of

@@ -22,7 +22,7 @@ def range_text(name: str) -> str:
 def check(config: RunConfig) -> None:
     """Raises `UserError` at the first rule that `config` breaks."""
     for name, facts in OPTIONS.items():
-        if facts.limits:
+        if facts.limits and value_of(config, name) is not None:
             _check_range(name, value_of(config, name), facts.limits)
     if config.pruning.end_fraction < config.pruning.start_fraction:
         raise UserError(
@@ -43,6 +43,7 @@ def check(config: RunConfig) -> None:
         )
     _check_num_events(config)
     _check_milestones(config)
+    _check_size(config)
     _check_compensation(config)
 
 
@@ -76,6 +77,21 @@ def _check_milestones(config: RunConfig) -> None:
         raise UserError(
             f"run.settle_steps: found {run.settle_steps}, but there is nothing to settle at; allowed is 0, or set "
             f"run.export_milestones=[0.75,0.5], say"
+        )
+
+
+def _check_size(config: RunConfig) -> None:
+    """The student's size is said in one way."""
+    student = config.student
+    sizes = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "num_hidden_layers")
+    ways = {f"student.{name}": getattr(student, name) for name in ("size", "parameters", *sizes)}
+    if student.preset != "custom":
+        ways["student.preset"] = student.preset
+    given = [name for name, value in ways.items() if value is not None]
+    if given and given[0] in ("student.size", "student.parameters") and len(given) > 1:
+        raise UserError(
+            f"{given[0]}: found {ways[given[0]]:g} beside {', '.join(given[1:])}; {given[0]} chooses all widths at the "
+            f"teacher's depth, so give one or the other"
         )
 
 

@@ -72,6 +72,15 @@ class StudentConfig:
     ] = option("custom", resume="fixed", students="own", derived={MILESTONE: "custom"})
     """Target size by name; custom: hidden_size, intermediate_size and num_attention_heads, all set; teacher: the
     teacher's own widths. A field that is set wins over the preset."""
+    size: float | None = option(
+        None, low=0, high=1, exclude="low", resume="fixed", students="own", derived={MILESTONE: None}
+    )
+    """Target size as a fraction of the teacher's parameters, instead of the sizes one by one: a stock shape with all
+    widths in proportion is chosen, and shown before the run."""
+    parameters: float | None = option(
+        None, low=0, high=1e9, exclude="low", resume="fixed", students="own", derived={MILESTONE: None}
+    )
+    """The same in millions of parameters (70: 70 M)."""
     init: Literal["teacher", "random"] = option("teacher", resume="fixed", students="own", derived=SAME)
     """What the student starts from: teacher = its copy, then pruned; random = fresh weights at the target size."""
     num_hidden_layers: int | None = option(

@@ -24,6 +24,7 @@ _SIZES = (
     "intermediate_size",
     "max_position_embeddings",
     "type_vocab_size",
+    "head_dim",
 )
 _DECODERS = ("is_decoder", "add_cross_attention", "is_encoder_decoder")
 _PROBABILITIES = ("hidden_dropout_prob", "attention_probs_dropout_prob")
@@ -101,14 +102,19 @@ def _check_kind(values: Mapping[str, Any], where: str) -> None:
 def _check_sizes(values: Mapping[str, Any], where: str) -> None:
     for name in _SIZES:
         largest = MAX_LAYERS if name == "num_hidden_layers" else _MAX_SIZE
-        size = values.get(name, 1)
+        size = 1 if name == "head_dim" and values.get(name) is None else values.get(name, 1)
         if not isinstance(size, int) or isinstance(size, bool) or not 1 <= size <= largest:
             raise UserError(
                 f"{where}: found {name} {short(repr(size))}, allowed are whole numbers 1 .. {largest}; set the size "
                 f"that the weights have"
             )
-    hidden, heads = values.get("hidden_size"), values.get("num_attention_heads")
-    if hidden and heads and hidden % heads:
+    hidden, heads, groups = (values.get(n) for n in ("hidden_size", "num_attention_heads", "num_key_value_heads"))
+    if groups and heads and heads % groups:
+        raise UserError(
+            f"{where}: found num_attention_heads {heads} with num_key_value_heads {groups}, which does not divide it; "
+            f"set the numbers that the model was trained with"
+        )
+    if hidden and heads and not values.get("head_dim") and hidden % heads:
         raise UserError(
             f"{where}: found hidden_size {hidden} with num_attention_heads {heads}, which does not divide it; set the "
             f"numbers that the model was trained with"

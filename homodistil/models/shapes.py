@@ -62,7 +62,7 @@ def half_of(teacher: Shape) -> Shape:
     """
     head_dim = teacher.hidden_size // teacher.num_attention_heads
     hidden_size = max(1, teacher.hidden_size // 2)
-    while not (heads := _possible_heads(hidden_size, teacher.num_attention_heads, head_dim)):
+    while not (heads := possible_heads(hidden_size, teacher.num_attention_heads, head_dim)):
         hidden_size -= 1
     num_heads = min(heads, key=lambda count: abs(2 * count - teacher.num_attention_heads))
     return Shape(hidden_size, max(1, teacher.intermediate_size // 2), num_heads)
@@ -86,12 +86,13 @@ def in_proportion(sizes: Mapping[str, int | None], teacher: Shape) -> Shape:
         hidden_size = heads * min(head_dim, max(1, round(ratio * teacher.hidden_size / heads)))
     if heads is None:
         wanted = ratio * teacher.num_attention_heads
-        possible = _possible_heads(hidden_size, teacher.num_attention_heads, head_dim) or [max(1, round(wanted))]
+        possible = possible_heads(hidden_size, teacher.num_attention_heads, head_dim) or [max(1, round(wanted))]
         heads = min(possible, key=lambda count: abs(count - wanted))
     return Shape(hidden_size, intermediate_size or max(1, round(ratio * teacher.intermediate_size)), heads)
 
 
-def _possible_heads(hidden_size: int, most: int, head_dim: int) -> list[int]:
+def possible_heads(hidden_size: int, most: int, head_dim: int) -> list[int]:
+    """Numbers of heads, up to `most`, that divide `hidden_size` into heads no wider than `head_dim`."""
     return [n for n in range(1, most + 1) if hidden_size % n == 0 and hidden_size // n <= head_dim]
 
 
@@ -100,7 +101,9 @@ def shape_of(widths: Widths) -> Shape:
     return Shape(widths["hidden"], layer.intermediate_size, layer.num_heads)
 
 
-def student_widths(student: StudentConfig, teacher: Widths) -> tuple[dict[str, int], dict[str, int]]:
+def student_widths(
+    student: StudentConfig, teacher: Widths, sized: Shape | None = None
+) -> tuple[dict[str, int], dict[str, int]]:
     """Axis -> width of the student as it starts, and as it ends, for every axis that it has.
 
     A copy starts with the teacher's widths; one of fewer layers has the axes of that many. Fresh weights have the
@@ -108,13 +111,14 @@ def student_widths(student: StudentConfig, teacher: Widths) -> tuple[dict[str, i
 
     Args:
         teacher: widths, alike in all layers.
+        sized: the target where student.size or student.parameters say how large it is to be.
 
     Raises:
         UserError: as `target_shape` and `target_widths`.
     """
     layers = student.num_hidden_layers or num_layers(teacher)
     widths = {axis: width for axis, width in teacher.items() if (layer_of(axis) or 0) < layers}
-    target = target_widths(target_shape(student, teacher), widths, student.num_key_value_heads)
+    target = target_widths(sized or target_shape(student, teacher), widths, student.num_key_value_heads)
     return (target if student.init == "random" else widths), target
 
 

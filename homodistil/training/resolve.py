@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from transformers import BertConfig, PretrainedConfig
 
-from homodistil.config.schema import RunConfig
+from homodistil.config.schema import RunConfig, StudentConfig
 from homodistil.data.sources.teachers import cached_teacher
 from homodistil.distill.build_student import build_student
 from homodistil.distill.layer_map import LayerMap, check_student, layer_map_of
@@ -30,7 +30,8 @@ from homodistil.models import family_of
 from homodistil.models.activations import ATTENTION
 from homodistil.models.axes import Widths
 from homodistil.models.family import ModelFamily
-from homodistil.models.shapes import check_multiples, student_widths
+from homodistil.models.shapes import Shape, check_multiples, student_widths
+from homodistil.models.size_search import find_shape
 from homodistil.pruning.milestones import Route, plan_route
 from homodistil.pruning.pruner import width_schedule
 from homodistil.pruning.schedule_protocol import Schedule
@@ -142,7 +143,7 @@ def resolve_run(config: RunConfig, teacher_config: PretrainedConfig | None = Non
     widths = family.axis_table(teacher).widths
     check_student(config.student, config.pruning, config.loss, shape.num_hidden_layers)
     check_multiples(config.pruning, widths)
-    initial, target = student_widths(config.student, widths)
+    initial, target = student_widths(config.student, widths, _sized(config.student, family, teacher))
     route = plan_route(config.run, config.pruning, widths, initial, target)
     schedule = width_schedule(config.pruning, config.train.steps, initial, target, route)
     return ResolvedRun(
@@ -157,6 +158,20 @@ def resolve_run(config: RunConfig, teacher_config: PretrainedConfig | None = Non
         route=route,
         table=dict(schedule.table),
     )
+
+
+def _sized(student: StudentConfig, family: ModelFamily, teacher: nn.Module) -> Shape | None:
+    """The target that student.size or student.parameters lead to; None where neither is set.
+
+    Args:
+        teacher: on the meta device.
+    """
+    if student.size is None and student.parameters is None:
+        return None
+    shapes = {name: tuple(parameter.shape) for name, parameter in teacher.named_parameters()}
+    field = "student.parameters" if student.size is None else "student.size"
+    wanted = student.size * num_parameters(teacher) if student.parameters is None else student.parameters * 1e6
+    return find_shape(family.axis_table(teacher), shapes, wanted, field).shape
 
 
 def named_teacher_config(config: RunConfig) -> PretrainedConfig:

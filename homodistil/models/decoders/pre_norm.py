@@ -53,7 +53,7 @@ class PreNormDecoder(NamedFamily):
             head_dim=_head_dim(config),
             intermediate_size=config.intermediate_size,
             vocab_size=config.vocab_size,
-            max_tokens=config.max_position_embeddings,
+            max_tokens=min(config.max_position_embeddings, _window(config)),
             norm="rms",
             norm_placement="pre",
             mlp="gated",
@@ -167,6 +167,13 @@ class PreNormDecoder(NamedFamily):
     def layer_norms(self, model: nn.Module) -> dict[str, nn.Module]:
         norms = {f"{self.layers_name}.{i}.{n}": getattr(x, n) for i, x in enumerate(self.layers(model)) for n in _NORMS}
         return norms | {"norm": self.final_norm(model)}
+
+
+def _window(config: PretrainedConfig) -> int:
+    """Tokens within which every layer sees all earlier ones: up to there a sliding window hides nothing."""
+    window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
+    slides = window is not None and (kinds is None or "sliding_attention" in kinds)
+    return window if slides else config.max_position_embeddings
 
 
 def _head_dim(config: PretrainedConfig) -> int:
