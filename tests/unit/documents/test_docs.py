@@ -26,6 +26,13 @@ def test_the_config_reference_is_up_to_date():
     )
 
 
+def test_the_table_of_families_is_up_to_date():
+    page = runpy.run_path(str(ROOT / "docs" / "generate_families.py"))["page"]
+    assert (ROOT / "docs" / "families.md").read_text() == page(), (
+        "docs/families.md is stale; run: python docs/generate_families.py"
+    )
+
+
 def test_the_config_reference_describes_every_field():
     page = (ROOT / "docs" / "config.md").read_text(encoding="utf-8")
     rows = dict(re.findall(r"^\| `(\S+)` \|.*\| (.+) \|$", page, re.MULTILINE))
