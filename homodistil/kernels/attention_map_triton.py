@@ -25,6 +25,9 @@ from homodistil.kernels.triton_support import padded
 FP16_SHIFT = 1024.0
 """The gradient of a probability near the teacher's is below what fp16 holds: it enters the product this much larger."""
 
+MOST_REGISTERS = 255
+"""That a thread may have."""
+
 
 class Launch(NamedTuple):
     """How a kernel is compiled for a shape."""
@@ -33,6 +36,8 @@ class Launch(NamedTuple):
     """Extents of its tiles."""
     num_warps: int
     num_stages: int
+    max_registers: int | None = None
+    """Of a thread. None: ptxas may spill a few to have another program on the multiprocessor."""
 
 
 def configuration(
@@ -55,16 +60,18 @@ def configuration(
         masked: queries do not see all keys.
     """
     dims = {"STUDENT_DIMS": padded(student_dims), "TEACHER_DIMS": padded(teacher_dims)}
+    usual = not (shared_keys or masked)
+    max_registers = None if usual else MOST_REGISTERS
     if in_fp32:
-        launch = Launch(dims | {"QUERIES": 32, "KEYS": 32}, num_warps=8, num_stages=2)
+        launch = Launch(dims | {"QUERIES": 32, "KEYS": 32}, 8, 2, max_registers)
         return {"row_kernel": launch, "column_kernel": launch}
     if not shared_keys and num_tokens <= (128 if capability >= 90 else 64):
         tokens = padded(num_tokens)
-        return {"tile_kernel": Launch(dims | {"TOKENS": tokens}, num_warps=8 if tokens == 128 else 4, num_stages=1)}
-    num_stages = 2 if capability >= 90 else 1
-    rows = Launch(dims | {"QUERIES": 64 if capability >= 90 else 32, "KEYS": 64}, num_warps=4, num_stages=num_stages)
-    # Keys stay in registers while its queries pass: beside a mask, or a loop over heads, there is room for half as many.
-    columns = rows._replace(constexprs=dims | {"QUERIES": 64, "KEYS": 32}) if shared_keys or masked else rows
+        return {"tile_kernel": Launch(dims | {"TOKENS": tokens}, 8 if tokens == 128 else 4, 1, max_registers)}
+    queries, num_stages = (64, 2) if capability >= 90 else (32, 1)
+    rows = Launch(dims | {"QUERIES": queries, "KEYS": 64}, 4, num_stages, max_registers)
+    # A program's keys stay in registers: beside a mask, or a loop over heads, there is room for half as many.
+    columns = rows if usual else rows._replace(constexprs=dims | {"QUERIES": 64, "KEYS": 32})
     return {"row_kernel": rows, "column_kernel": columns}
 
 
@@ -113,7 +120,12 @@ def _launch(name: str, launches: dict[str, Launch], arguments: dict, num_heads: 
     outputs = {} if losses is None else {"losses": losses}
     kernel = getattr(kernels, name)
     kernel[(num_programs,)](
-        **arguments, **outputs, **launch.constexprs, num_warps=launch.num_warps, num_stages=launch.num_stages
+        **arguments,
+        **outputs,
+        **launch.constexprs,
+        num_warps=launch.num_warps,
+        num_stages=launch.num_stages,
+        maxnreg=launch.max_registers,
     )
     return losses
 
