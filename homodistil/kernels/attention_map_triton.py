@@ -60,18 +60,26 @@ def configuration(
         masked: queries do not see all keys.
     """
     dims = {"STUDENT_DIMS": padded(student_dims), "TEACHER_DIMS": padded(teacher_dims)}
-    usual = not (shared_keys or masked)
-    max_registers = None if usual else MOST_REGISTERS
+    max_registers = MOST_REGISTERS if shared_keys or masked else None
     if in_fp32:
         launch = Launch(dims | {"QUERIES": 32, "KEYS": 32}, 8, 2, max_registers)
         return {"row_kernel": launch, "column_kernel": launch}
     if not shared_keys and num_tokens <= (128 if capability >= 90 else 64):
         tokens = padded(num_tokens)
         return {"tile_kernel": Launch(dims | {"TOKENS": tokens}, 8 if tokens == 128 else 4, 1, max_registers)}
+    return _in_blocks(dims, capability, max_registers)
+
+
+def _in_blocks(dims: dict[str, int], capability: int, max_registers: int | None) -> dict[str, Launch]:
+    """The kernels of a text that is too long for one tile."""
+    narrow = dims | {"QUERIES": 64, "KEYS": 32}
+    if capability >= 90 and max(dims.values()) > 64:
+        launch = Launch(narrow, 4, 1, MOST_REGISTERS)
+        return {"row_kernel": launch, "column_kernel": launch}
     queries, num_stages = (64, 2) if capability >= 90 else (32, 1)
     rows = Launch(dims | {"QUERIES": queries, "KEYS": 64}, 4, num_stages, max_registers)
     # A program's keys stay in registers: beside a mask, or a loop over heads, there is room for half as many.
-    columns = rows if usual else rows._replace(constexprs=dims | {"QUERIES": 64, "KEYS": 32})
+    columns = rows._replace(constexprs=narrow) if max_registers else rows
     return {"row_kernel": rows, "column_kernel": columns}
 
 
