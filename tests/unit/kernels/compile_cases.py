@@ -93,7 +93,10 @@ USUAL_DECODERS = {
 
 
 def decoder_cases() -> list[Case]:
-    """Kinds of mask, and keys that are shared in both, in the teacher alone or not at all. fp32 aside: see `configuration`."""
+    """Kinds of mask, and keys that are shared in both, in the teacher alone or not at all.
+
+    Without fp32, of which `configuration` says that a few spill.
+    """
     found = []
     long = itertools.product(TARGETS, (512,), (64, 128), ("bf16",), KINDS, ((1, 1), (2, 2)))
     short = itertools.product(TARGETS, (64, 128), (64,), ("bf16",), (CAUSAL, WINDOW), ((1, 2),))
