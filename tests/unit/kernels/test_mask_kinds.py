@@ -208,6 +208,20 @@ def test_triton_student_that_equals_its_teacher(case, target):
     check_zero(equal(make(case, torch.bfloat16, [0])), target, "triton")
 
 
+@pytest.mark.interpreted
+@pytest.mark.parametrize("causal, window", [(True, None), (False, 20)])
+def test_triton_passes_over_hidden_blocks(causal, window):
+    """0 * NaN would show in the gradients: of the first queries from the last keys, and the other way round."""
+    case = Case(140, (1, 1), (1, 1), (8, 8), causal, window)
+    inputs, others = (make(case, torch.bfloat16, [1]) for _ in range(2))
+    inputs.student[1].data[:, :, 128:] = torch.nan
+    of_queries, _ = torch.autograd.grad(inputs.loss("scores", "triton"), inputs.student)
+    assert of_queries[:, :, :64].isfinite().all()
+    others.student[0].data[:, :, :64] = torch.nan
+    _, of_keys = torch.autograd.grad(others.loss("scores", "triton"), others.student)
+    assert of_keys[:, :, 128:].isfinite().all()
+
+
 # -- which pairs are seen, and how many
 
 
