@@ -440,10 +440,10 @@ def column_kernel(
         # Maps that share keys follow each other, as do the heads of queries.
         num_key_heads = num_heads // student.heads_per_key
         text, head = index // num_key_heads, index % num_key_heads * student.heads_per_key
-        for map_index in range(index * student.heads_per_key, (index + 1) * student.heads_per_key):
+        for other in range(student.heads_per_key):
             of_keys = _add_head(
-                of_keys, student, teacher, attention_mask, heads, row_sums, map_index, block, student_scale,
-                teacher_scale, num_heads, num_tokens,
+                of_keys, student, teacher, attention_mask, heads, row_sums, index * student.heads_per_key + other,
+                block, student_scale, teacher_scale, num_heads, num_tokens,
                 TARGET, SHIFT, QUERIES, KEYS, STUDENT_DIMS, TEACHER_DIMS, BEFORE, AFTER,
             )  # fmt: skip
     columns = block * KEYS + tl.arange(0, KEYS)

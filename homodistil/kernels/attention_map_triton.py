@@ -25,6 +25,9 @@ from homodistil.kernels.triton_support import padded
 FP16_SHIFT = 1024.0
 """The gradient of a probability near the teacher's is below what fp16 holds: it enters the product this much larger."""
 
+MOST_REGISTERS = 255
+"""That a thread may have."""
+
 
 class Launch(NamedTuple):
     """How a kernel is compiled for a shape."""
@@ -33,6 +36,8 @@ class Launch(NamedTuple):
     """Extents of its tiles."""
     num_warps: int
     num_stages: int
+    max_registers: int | None = None
+    """Of a thread. None: ptxas may spill a few to have another program on the multiprocessor."""
 
 
 def configuration(
@@ -44,7 +49,8 @@ def configuration(
     shared_keys: bool = False,
     masked: bool = False,
 ) -> dict[str, Launch]:
-    """The kernels that run for these shapes, by name, and how. None spills registers (test_compile_ahead.py).
+    """The kernels that run for these shapes, by name, and how. None spills registers (test_compile_ahead.py), but
+    for up to 64 bytes a thread of some in fp32 with a mask or shared keys.
 
     Args:
         in_fp32: one of the models computes in fp32. Such products run without tensor cores, from registers alone.
@@ -55,16 +61,27 @@ def configuration(
         masked: queries do not see all keys.
     """
     dims = {"STUDENT_DIMS": padded(student_dims), "TEACHER_DIMS": padded(teacher_dims)}
+    max_registers = MOST_REGISTERS if shared_keys or masked else None
     if in_fp32:
+        # A limit on registers makes these spill more, not less.
         launch = Launch(dims | {"QUERIES": 32, "KEYS": 32}, num_warps=8, num_stages=2)
         return {"row_kernel": launch, "column_kernel": launch}
     if not shared_keys and num_tokens <= (128 if capability >= 90 else 64):
         tokens = padded(num_tokens)
-        return {"tile_kernel": Launch(dims | {"TOKENS": tokens}, num_warps=8 if tokens == 128 else 4, num_stages=1)}
-    num_stages = 2 if capability >= 90 else 1
-    rows = Launch(dims | {"QUERIES": 64 if capability >= 90 else 32, "KEYS": 64}, num_warps=4, num_stages=num_stages)
-    # Keys stay in registers while its queries pass: beside a mask, or a loop over heads, there is room for half.
-    columns = rows._replace(constexprs=dims | {"QUERIES": 64, "KEYS": 32}) if shared_keys or masked else rows
+        return {"tile_kernel": Launch(dims | {"TOKENS": tokens}, 8 if tokens == 128 else 4, 1, max_registers)}
+    return _in_blocks(dims, capability, max_registers)
+
+
+def _in_blocks(dims: dict[str, int], capability: int, max_registers: int | None) -> dict[str, Launch]:
+    """The kernels of a text that is too long for one tile."""
+    narrow = dims | {"QUERIES": 64, "KEYS": 32}
+    if capability >= 90 and max(dims.values()) > 64:
+        launch = Launch(narrow, 4, 1, MOST_REGISTERS)
+        return {"row_kernel": launch, "column_kernel": launch}
+    queries, num_stages = (64, 2) if capability >= 90 else (32, 1)
+    rows = Launch(dims | {"QUERIES": queries, "KEYS": 64}, 4, num_stages, max_registers)
+    # A program's keys stay in registers: beside a mask, or a loop over heads, there is room for half as many.
+    columns = rows._replace(constexprs=narrow) if max_registers else rows
     return {"row_kernel": rows, "column_kernel": columns}
 
 
@@ -113,7 +130,12 @@ def _launch(name: str, launches: dict[str, Launch], arguments: dict, num_heads: 
     outputs = {} if losses is None else {"losses": losses}
     kernel = getattr(kernels, name)
     kernel[(num_programs,)](
-        **arguments, **outputs, **launch.constexprs, num_warps=launch.num_warps, num_stages=launch.num_stages
+        **arguments,
+        **outputs,
+        **launch.constexprs,
+        num_warps=launch.num_warps,
+        num_stages=launch.num_stages,
+        maxnreg=launch.max_registers,
     )
     return losses
 

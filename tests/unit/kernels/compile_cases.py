@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from homodistil.kernels.attention_map import TARGETS, attention_map_loss
+from homodistil.kernels.attention_map_inputs import MaskKind
 from homodistil.kernels.masked_lm import linear_masked_lm_losses, masked_lm_losses
 
 VOCABULARY = 30522
@@ -38,6 +39,18 @@ def attention(target: str, num_tokens: int, head_dim: int, dtype: str, num_teach
     mask = torch.ones(2, num_tokens, dtype=torch.int64)
     head_map = torch.arange(2) if num_teacher_heads > 2 else None
     loss = attention_map_loss(*student, *teacher, 0.125, 0.125, mask, head_map, target, "triton")
+    loss.backward()
+
+
+def decoder(target: str, num_tokens: int, dims: int, dtype: str, kind: MaskKind, groups: tuple[int, int]) -> None:
+    """Four heads of the teacher's six; in student and teacher `groups` of them share a head of keys."""
+    student = [heads(n, num_tokens, dims, dtype).requires_grad_() for n in (4, 4 // groups[0])]
+    teacher = [heads(n, num_tokens, dims, dtype) for n in (6, 6 // groups[1])]
+    mask, head_map = torch.ones(2, num_tokens, dtype=torch.int64), torch.tensor([0, 1, 4, 5])
+    scale, window = dims**-0.5, kind.window
+    loss = attention_map_loss(
+        *student, *teacher, scale, scale, mask, head_map, target, "triton", causal=kind.causal, window=window
+    )
     loss.backward()
 
 
@@ -68,6 +81,31 @@ def attention_cases() -> list[Case]:
         found.append(Case(name, lambda s=settings: attention(*s), settings in USUAL_ATTENTION))
     whole = Case("scores T=128 H=64 bf16, no head map", lambda: attention("scores", 128, 64, "bf16", 2), False)
     return [*found, whole]
+
+
+CAUSAL, WINDOW = MaskKind(causal=True), MaskKind(window=64)
+KINDS = (CAUSAL, WINDOW, MaskKind(True, 64))
+USUAL_DECODERS = {
+    ("scores", 512, 64, "bf16", CAUSAL, (1, 1)),
+    ("probabilities_kl", 512, 128, "bf16", CAUSAL, (2, 2)),
+    ("probabilities", 64, 64, "bf16", WINDOW, (1, 2)),
+}
+
+
+def decoder_cases() -> list[Case]:
+    """Kinds of mask, and keys that are shared in both, in the teacher alone or not at all.
+
+    Without fp32, of which `configuration` says that a few spill.
+    """
+    found = []
+    long = itertools.product(TARGETS, (512,), (64, 128), ("bf16",), KINDS, ((1, 1), (2, 2)))
+    short = itertools.product(TARGETS, (64, 128), (64,), ("bf16",), (CAUSAL, WINDOW), ((1, 2),))
+    whole = itertools.product(TARGETS, (512,), (64,), ("bf16",), (MaskKind(),), ((1, 2), (2, 2)))
+    for settings in [*long, *short, *whole, ("probabilities", 512, 20, "fp16", WINDOW, (2, 2))]:
+        target, num_tokens, dims, dtype, kind, groups = settings
+        name = f"{target} T={num_tokens} H={dims} {dtype} {kind} {groups}"
+        found.append(Case(name, lambda s=settings: decoder(*s), settings in USUAL_DECODERS))
+    return found
 
 
 # -- vocabulary
@@ -112,4 +150,4 @@ def vocabulary_cases() -> list[Case]:
     return found + [Case(f"CE {dtype}", lambda d=dtype: rows_without_teacher(d), dtype == "bf16") for dtype in DTYPES]
 
 
-CASES = attention_cases() + vocabulary_cases()
+CASES = attention_cases() + decoder_cases() + vocabulary_cases()

@@ -104,5 +104,6 @@ def kernels() -> set[str]:
 
 
 @pytest.mark.full
+@pytest.mark.timeout(1800)
 def test_the_whole_matrix(tmp_path):
     check(compile_all(tmp_path, "--full"))
