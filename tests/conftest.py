@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from hypothesis import settings
+from support.job_fixtures import reference, run_inputs, server  # noqa: F401
 
 # Machines are shared and noisy: a slow example is no failure.
 settings.register_profile("no_deadline", deadline=None)
