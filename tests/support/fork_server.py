@@ -22,6 +22,7 @@ them: a rank that dies leaves the others to themselves, until `wait` times out a
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -256,6 +257,8 @@ def main() -> None:
     sys.path[:0] = [str(path) for path in SEARCHED]
     for name in IMPORTED:
         importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # a rank's collector need not look through (and copy the pages of) what the imports have made
     # A test that is interrupted closes the socket: nothing else ends the server.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _Server(socket.socket(fileno=int(sys.argv[1]))).serve()
