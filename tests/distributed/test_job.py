@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.fork_server import ForkServer
-from support.launch import ROOT, free_port, run_ranks
+from support.launch import ROOT, free_port
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoTokenizer, BertForMaskedLM
 
@@ -159,11 +159,10 @@ def test_report_and_configs_are_in_the_folder(finished):
     assert "seq_len: 32" in (folder / "config.yaml").read_text()
 
 
-def test_resume_after_resizes_is_bitwise_the_uninterrupted_run(finished, tmp_path, cache_dir):
-    """Under torchrun: the one test of these that has it between itself and its ranks."""
+def test_resume_after_resizes_is_bitwise_the_uninterrupted_run(server, finished, tmp_path, cache_dir):
     folder, _ = finished
     copy = _cut_off(folder, tmp_path / "run")
-    run_ranks(TRAIN, _arguments(copy, cache_dir, "run.resume=auto"), num_ranks=2, timeout_s=500)
+    server.run(TRAIN, _arguments(copy, cache_dir, "run.resume=auto"), num_ranks=2, timeout_s=500)
     ours, theirs = (load_file(path / "export" / "model.safetensors") for path in (copy, folder))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
     for name in ("metrics.jsonl", "events.jsonl"):

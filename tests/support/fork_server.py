@@ -39,16 +39,16 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 FOLLOW_S, TAIL_CHARS = 5.0, 4000
 SEARCHED = [ROOT, ROOT / "tests", ROOT / "tests" / "faults"]
-IMPORTED = [
-    "deepspeed",
-    "transformers",
-    "datasets",
-    "torch.utils.tensorboard",
-    "homodistil.train",
-    "homodistil.config.command_line",
-]
-IMPORTED += ["deepspeed.comm.torch", "deepspeed.runtime.zero.muon.muon_optimizer", "homodistil.data.prepare.packing"]
-IMPORTED += ["transformers.models.bert.modeling_bert", "matplotlib.backends.backend_svg", "matplotlib.pyplot"]
+IMPORTED = """
+deepspeed deepspeed.comm.torch deepspeed.module_inject.auto_ep_layer deepspeed.ops.op_builder.all_ops
+deepspeed.runtime.zero.muon.muon_optimizer deepspeed.utils.pin_memory
+transformers transformers.models.bert.modeling_bert transformers.models.bert.tokenization_bert
+datasets torch.utils.tensorboard torch.utils.cpp_extension matplotlib.backends.backend_svg matplotlib.pyplot
+docstring_parser
+homodistil.cli homodistil.train homodistil.config.command_line homodistil.data.prepare.packing
+homodistil.distributed.start_ranks homodistil.distributed.stop_agreement
+""".split()
+"""What ranks would import one by one: most of the time of a small job."""
 
 
 class ForkServer:

@@ -1,5 +1,6 @@
 """The plan: counts against the real model, sums against brute force, fits against a known machine, errors, files."""
 
+import functools
 import itertools
 import json
 import subprocess
@@ -36,6 +37,12 @@ A100S = find_cluster("A100-80", 8)
 
 def _quickstart(*overrides: str):
     return parse(["recipe=quickstart", *overrides])
+
+
+@functools.cache
+def _of_paper(device: str):
+    """The plan of the paper's run on eight of these: seconds each, and several tests look at one."""
+    return make_plan(parse(["recipe=paper"]), ENGINES[2], find_cluster(device, 8))
 
 
 def test_parameters_are_those_of_the_exported_student_and_its_projections(cache_dir):
@@ -83,7 +90,7 @@ def test_state_is_split_as_zero_splits_it(stage):
 
 
 def test_the_papers_run_takes_hours_on_eight_a100():
-    plan = make_plan(parse(["recipe=paper"]), ENGINES[2], find_cluster("A100-40", 8))
+    plan = _of_paper("A100-40")
     assert sum(stretch.num_steps for stretch in plan.stretches) == 28_000
     assert 1 < plan.hours.low < 13 < 3 * plan.hours.high and "not measured on GPU" in plan.basis
     assert plan.device_hours[0] == pytest.approx(8 * plan.hours.low)
@@ -186,7 +193,7 @@ def test_what_a_run_would_refuse_a_plan_refuses():
 def test_fp16_can_be_planned_where_there_is_no_gpu():
     raw = load_engine_config(ROOT / "ds_configs" / "zero2_fp16.json")
     plan = make_plan(parse(["recipe=paper"]), raw, A100S)
-    bf16 = make_plan(parse(["recipe=paper"]), ENGINES[2], A100S)
+    bf16 = _of_paper("A100-80")
     assert plan.stretches[0].memory["parameters"] == bf16.stretches[0].memory["parameters"]
 
 
@@ -234,7 +241,7 @@ def test_a_damaged_plan_leaves_the_report_alone(tmp_path):
 
 
 def test_the_table_names_what_it_rests_on():
-    text = format_plan(make_plan(parse(["recipe=paper"]), ENGINES[2], find_cluster("A100-40", 8)))
+    text = format_plan(_of_paper("A100-40"))
     assert "1 x 8 A100-40, ZeRO-2" in text and "estimate from A100-40's datasheet; not measured on GPU" in text
     assert "advised: ZeRO-0" in text and "device hours" in text
     lines = text.split("\n\n")[1].splitlines()
