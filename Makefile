@@ -35,10 +35,12 @@ train: setup
 quality: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m experiments.quality main
 
-# Two lanes on two cores, a file in one of them; what is marked `serial` has the machine for itself afterwards.
-LANES ?= 2
+# Three lanes on two cores, for tests often wait. A file is in one lane. They are dealt out in the order of the folders,
+# the files of many short tests last: so all lanes end at about the same time. What is marked `serial` has the machine
+# for itself afterwards.
+LANES ?= 3
 PYTEST = OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu $(BIN)/python -m pytest -q --durations=30 --durations-min=1
-IN_LANES = -n $(LANES) --dist loadfile
+IN_LANES = -n $(LANES) --dist loadfile --no-loadscope-reorder
 
 test-fast: setup
 	$(PYTEST) $(IN_LANES) tests/unit -m "not full and not process"

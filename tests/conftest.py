@@ -19,8 +19,8 @@ ONLY_IN_FULL = [
     if line and not line.startswith("#")
 ]
 
-SERIAL = ("hostile/", "slurm/", "faults/test_interrupt.py", "faults/test_kills.py", "faults/test_watch.py")
-"""Judged by the clock, or starting as many jobs as the machine bears: not beside other tests."""
+SERIAL = ("faults/test_interrupt.py", "faults/test_watch.py")
+"""Judged by the clock: not beside other tests."""
 
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
 

@@ -38,7 +38,7 @@ def _arguments(run_dir: Path, cache_dir: Path, *overrides: str) -> list[str]:
         "train.eval_batch_size": 256,
         "pruning.end_fraction": 0.8,
         "pruning.interval_steps": 2,
-        "data.heldout_fraction": 0.01,
+        "data.heldout_fraction": 0.002,
         "run.dir": run_dir,
         "run.compare": "[]",
     }

@@ -30,7 +30,7 @@ QUICKSTART = [
     "train.log_every_steps=1",
     "train.save_every_steps=3",
     "train.eval_batch_size=256",
-    "data.heldout_fraction=0.01",
+    "data.heldout_fraction=0.002",
 ]
 
 
