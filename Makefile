@@ -12,6 +12,9 @@ export TOKENIZERS_PARALLELISM := false
 # Read at recipe time: DeepSpeed's launcher and ninja must come from the same environment.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
+# Python compiles what it imports when it first does; pip would spend the better part of a minute on all the rest.
+PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
+
 FREE_PORT = $(shell $(BIN)/python -c "import socket; s = socket.socket(); s.bind(('', 0)); print(s.getsockname()[1])")
 
 .PHONY: setup train quality test test-fast test-full lint docs slurm clean prepared
@@ -20,8 +23,8 @@ setup: $(VENV)/.ready
 
 $(VENV)/.ready: requirements.txt requirements-dev.txt setup.py pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt setuptools wheel
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
+	$(PIP_INSTALL) -r requirements-dev.txt setuptools wheel
+	$(PIP_INSTALL) --no-build-isolation --no-deps -e .
 	$(BIN)/python launcher/build_ops.py
 	touch $@
 
@@ -77,7 +80,7 @@ docs: $(VENV)/.docs
 
 $(VENV)/.docs: requirements-docs.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-docs.txt
+	$(PIP_INSTALL) -r requirements-docs.txt
 	touch $@
 
 clean:

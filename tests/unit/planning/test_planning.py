@@ -3,8 +3,6 @@
 import functools
 import itertools
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -31,6 +29,7 @@ from homodistil.report import write_report
 from homodistil.training.resolve import resolve_run
 
 ROOT = Path(__file__).parents[3]
+PLAN = ROOT / "launcher" / "plan.py"
 ENGINES = {stage: load_engine_config(ROOT / "ds_configs" / f"zero{stage}.json") for stage in range(4)}
 A100S = find_cluster("A100-80", 8)
 
@@ -198,37 +197,32 @@ def test_fp16_can_be_planned_where_there_is_no_gpu():
 
 
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory):
+def measured(server, tmp_path_factory):
     """(job's fields, output) of --measure on a small real job of one rank."""
     from support.small_job import arguments, make_materials
 
     folder = tmp_path_factory.mktemp("planned")
     make_materials(folder)
     fields = arguments(folder, folder / "run", "train.eval_every_steps=0", "train.save_every_steps=0")
-    command = [sys.executable, ROOT / "launcher" / "plan.py", "--measure", *fields]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return folder, fields, done.stdout
+    return folder, fields, server.run(PLAN, ["--measure", *fields], num_ranks=1, timeout_s=300)
 
 
 @pytest.mark.process
-def test_real_steps_calibrate_plans_of_this_machine(measured, tmp_path):
+def test_real_steps_calibrate_plans_of_this_machine(server, measured, tmp_path):
     folder, fields, printed = measured
     assert printed.count(" s a step, ") == 4 and not (folder / "run").exists()
-    command = [sys.executable, ROOT / "launcher" / "plan.py", "--json", tmp_path / "plan.json", *fields]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0 and "calibrated by steps measured on" in done.stdout, done.stdout + done.stderr
+    options = ["--json", str(tmp_path / "plan.json")]
+    told = server.run(PLAN, [*options, *fields], num_ranks=1, timeout_s=120)
+    assert "calibrated by steps measured on" in told, told
     plan = json.loads((tmp_path / "plan.json").read_text())
     assert plan["stretches"][-1]["hidden_size"] == 12 and plan["peak_bytes"] > 1e8
     assert 0 < plan["hours"]["low"] < plan["hours"]["high"] and set(plan["advice"]) >= {"zero_stage", "reason"}
 
 
 @pytest.mark.process
-def test_the_report_shows_the_plan_beside_the_run(measured):
+def test_the_report_shows_the_plan_beside_the_run(server, measured):
     folder, fields, _ = measured
-    command = [sys.executable, ROOT / "launcher" / "train.py", *fields]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
+    server.run(ROOT / "launcher" / "train.py", fields, num_ranks=1, timeout_s=300)
     assert json.loads((folder / "run" / "plan.json").read_text())["stretches"]
     page = (folder / "run" / "report.html").read_text()
     assert "Planned and measured" in page and "calibrated by steps measured on" in page
