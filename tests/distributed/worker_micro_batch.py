@@ -138,7 +138,7 @@ def expect_refusal(run: Run, size: int, kind: type[Exception], text: str) -> Non
 def distil(folder: Path, cache_dir: str, grow: bool, workers: int = 0) -> None:
     """A whole run of the product with real teacher and text; goes on from a checkpoint found in `folder`."""
     config = RunConfig()
-    config.data.cache_dir, config.data.seq_len, config.data.heldout_fraction = cache_dir, 32, 0.002
+    config.data.cache_dir, config.data.seq_len, config.data.heldout_fraction = cache_dir, 32, 0.01
     config.data.workers = workers
     config.student.hidden_size, config.student.intermediate_size, config.student.num_attention_heads = 32, 128, 2
     config.train.steps, config.train.save_every_steps, config.train.log_every_steps = RUN_STEPS, SAVE_EVERY, 1
