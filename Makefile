@@ -39,22 +39,23 @@ quality: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m experiments.quality main
 
 # Three lanes on two cores, for tests often wait. A file is in one lane. They are dealt out in the order of the folders,
-# the files of many short tests last: so all lanes end at about the same time. What is marked `serial` has the machine
-# for itself afterwards.
+# the files of many short tests last: so all lanes end at about the same time. What is marked `serial` comes afterwards,
+# two files at a time: they wait for the most part.
 LANES ?= 3
 PYTEST = OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu $(BIN)/python -m pytest -q --durations=30 --durations-min=1
 IN_LANES = -n $(LANES) --dist loadfile --no-loadscope-reorder
+AFTERWARDS = -n 2 --dist loadfile
 
 test-fast: setup
 	$(PYTEST) $(IN_LANES) tests/unit -m "not full and not process"
 
 test: prepared
 	$(PYTEST) $(IN_LANES) -m "not full and not serial"
-	$(PYTEST) -m "not full and serial"
+	$(PYTEST) $(AFTERWARDS) -m "not full and serial"
 
 test-full: prepared
 	$(PYTEST) $(IN_LANES) -m "not serial"
-	$(PYTEST) -m serial
+	$(PYTEST) $(AFTERWARDS) -m serial
 
 # All that waits for a compiler or a mirror, at the same time.
 prepared: setup

@@ -20,7 +20,7 @@ ONLY_IN_FULL = [
 ]
 
 SERIAL = ("faults/test_interrupt.py", "faults/test_watch.py")
-"""Judged by the clock: not beside other tests."""
+"""Judged by the clock: not beside tests that need the processor."""
 
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
