@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from hypothesis import settings
+from support.job_fixtures import reference, run_inputs, server  # noqa: F401
 
 # Machines are shared and noisy: a slow example is no failure.
 settings.register_profile("no_deadline", deadline=None)
@@ -18,8 +19,8 @@ ONLY_IN_FULL = [
     if line and not line.startswith("#")
 ]
 
-SERIAL = ("hostile/", "slurm/", "faults/test_interrupt.py", "faults/test_kills.py", "faults/test_watch.py")
-"""Judged by the clock, or starting as many jobs as the machine bears: not beside other tests."""
+SERIAL = ("faults/test_interrupt.py", "faults/test_watch.py")
+"""Judged by the clock: not beside tests that need the processor."""
 
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
 

@@ -6,13 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
-from support.launch import run_ranks
+from support.fork_server import ForkServer
 
 WORKER = Path(__file__).with_name("worker_elastic.py")
 
 
-def run_cases(folder: Path, num_ranks: int, cases: list[dict]) -> list[dict]:
-    output = run_ranks(WORKER, [str(folder), json.dumps(cases)], num_ranks, timeout_s=400)
+def run_cases(server: ForkServer, folder: Path, num_ranks: int, cases: list[dict]) -> list[dict]:
+    output = server.run(WORKER, [str(folder), json.dumps(cases)], num_ranks, timeout_s=400)
     return [json.loads(line.split(" ", 1)[1]) for line in output.splitlines() if line.startswith("CASE ")]
 
 
@@ -24,7 +24,7 @@ def assert_same_run(case: dict) -> None:
 
 
 @pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory) -> tuple[Path, list[dict]]:
+def two_ranks(server, tmp_path_factory) -> tuple[Path, list[dict]]:
     folder = tmp_path_factory.mktemp("elastic")
     cases = [
         {"do": "write", "run": "stage2", "stage": 2},
@@ -33,7 +33,7 @@ def two_ranks(tmp_path_factory) -> tuple[Path, list[dict]]:
         {"do": "write", "run": "async", "stage": 2, "async": True},
         {"do": "faults", "run": "faults", "stage": 1},
     ]
-    return folder, run_cases(folder, 2, cases)
+    return folder, run_cases(server, folder, 2, cases)
 
 
 def test_the_same_layout_goes_on_bitwise(two_ranks):
@@ -48,8 +48,8 @@ def test_another_stage_and_accumulation_goes_on(two_ranks):
     assert_same_run(case)
 
 
-def test_fewer_ranks_of_another_stage_go_on(two_ranks):
-    (case,) = run_cases(two_ranks[0], 1, [{"do": "resume", "run": "stage2", "stage": 1, "accumulation": 2}])
+def test_fewer_ranks_of_another_stage_go_on(server, two_ranks):
+    (case,) = run_cases(server, two_ranks[0], 1, [{"do": "resume", "run": "stage2", "stage": 1, "accumulation": 2}])
     assert case["wrapper"] == "DeepSpeedZeroOptimizer"
     assert_same_run(case)
 
@@ -79,14 +79,18 @@ STAGES = (1, 2, 3)
 
 @pytest.mark.full
 @pytest.mark.parametrize("written_by, read_by", [(2, 1), (1, 2), (2, 4), (2, 2)])
-def test_matrix(tmp_path_factory, written_by, read_by):
+def test_matrix(server, tmp_path_factory, written_by, read_by):
     """Every stage to every stage, in fp32, across a change of ranks, three events in and three to come."""
     folder = tmp_path_factory.getbasetemp() / f"written-by-{written_by}"
     if not folder.exists():
         folder.mkdir()
-        run_cases(folder, written_by, [{"do": "write", "run": f"stage{stage}", "stage": stage} for stage in STAGES])
+        run_cases(
+            server, folder, written_by, [{"do": "write", "run": f"stage{stage}", "stage": stage} for stage in STAGES]
+        )
     pairs = [(old, new) for old in STAGES for new in (0, *STAGES)]
-    found = run_cases(folder, read_by, [{"do": "resume", "run": f"stage{old}", "stage": new} for old, new in pairs])
+    found = run_cases(
+        server, folder, read_by, [{"do": "resume", "run": f"stage{old}", "stage": new} for old, new in pairs]
+    )
     assert len(found) == len(pairs)
     for case in found:
         assert_same_run(case)

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 import pytest
-from support.launch import run_ranks
 
 WORKER = Path(__file__).with_name("worker_importance.py")
 
@@ -20,8 +19,8 @@ BF16 = [
 
 
 @pytest.mark.parametrize(("num_ranks", "cases"), [(2, STAGES + BF16), (4, [{"stage": 2}])])
-def test_sums_equal_one_process(num_ranks, cases):
-    output = run_ranks(WORKER, [json.dumps(cases)], num_ranks, timeout_s=400)
+def test_sums_equal_one_process(server, num_ranks, cases):
+    output = server.run(WORKER, [json.dumps(cases)], num_ranks, timeout_s=400)
     results = [json.loads(line.split(" ", 1)[1]) for line in output.splitlines() if line.startswith("CASE ")]
     assert len(results) == len(cases)
     for case, result in zip(cases, results, strict=True):

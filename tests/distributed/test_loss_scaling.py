@@ -11,7 +11,7 @@ import math
 from pathlib import Path
 
 import pytest
-from support.launch import run_ranks
+from support.fork_server import ForkServer
 
 WORKER = Path(__file__).with_name("worker_fp16.py")
 
@@ -26,8 +26,8 @@ MORE_CASES = [
 INJECTED_STEPS = {6, 9}
 
 
-def run_cases(cases: list[dict], num_ranks: int) -> list[dict]:
-    output = run_ranks(WORKER, [json.dumps(cases)], num_ranks, timeout_s=400)
+def run_cases(server: ForkServer, cases: list[dict], num_ranks: int) -> list[dict]:
+    output = server.run(WORKER, [json.dumps(cases)], num_ranks, timeout_s=400)
     return [json.loads(line.split(" ", 1)[1]) for line in output.splitlines() if line.startswith("CASE ")]
 
 
@@ -45,16 +45,16 @@ def assert_overflows_are_survived(case: dict) -> None:
     assert case["loss"] < 0.02, case  # two fp16 roundings of a loss near 4.5
 
 
-def test_skipped_steps_leave_scores_and_widths_alone():
-    fused_or_zero = run_cases(CASES, 2)
+def test_skipped_steps_leave_scores_and_widths_alone(server):
+    fused_or_zero = run_cases(server, CASES, 2)
     assert [case["wrapper"] for case in fused_or_zero] == ["DeepSpeedZeroOptimizer", "FP16_Optimizer"]
     for case in fused_or_zero:
         assert_overflows_are_survived(case)
 
 
 @pytest.mark.full
-def test_every_other_wrapper():
-    cases = run_cases(MORE_CASES, 2)
+def test_every_other_wrapper(server):
+    cases = run_cases(server, MORE_CASES, 2)
     assert len(cases) == len(MORE_CASES)
     for case in cases:
         assert_overflows_are_survived(case)

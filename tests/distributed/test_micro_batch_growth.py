@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.launch import run_ranks
 
 WORKER = Path(__file__).with_name("worker_micro_batch.py")
 
@@ -24,10 +23,10 @@ BF16_CASES = [{"stage": 0, "engine": BF16}, {"stage": 2, "engine": BF16}, {"stag
 
 
 @pytest.fixture(scope="module")
-def done(tmp_path_factory, cache_dir) -> tuple[list[dict], Path]:
+def done(server, tmp_path_factory, cache_dir) -> tuple[list[dict], Path]:
     folder = tmp_path_factory.mktemp("runs")
     arguments = [json.dumps(FP32_CASES + BF16_CASES), str(cache_dir), str(folder)]
-    output = run_ranks(WORKER, arguments, num_ranks=2, timeout_s=400)
+    output = server.run(WORKER, arguments, num_ranks=2, timeout_s=400)
     return [json.loads(line.split(" ", 1)[1]) for line in output.splitlines() if line.startswith("CASE ")], folder
 
 

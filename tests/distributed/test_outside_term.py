@@ -5,17 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-import sys
 from pathlib import Path
 
 import pytest
 from support.fork_server import ROOT
+from support.small_job import TRAIN, arguments
 
-sys.path.append(str(ROOT / "tests" / "faults"))
-from support.small_job import TRAIN, arguments  # noqa: E402
-
-from homodistil.config.schema import LossConfig  # noqa: E402
-from homodistil.distill.cost import sequence_bytes, step_flops  # noqa: E402
+from homodistil.config.schema import LossConfig
+from homodistil.distill.cost import sequence_bytes, step_flops
 
 PLUGIN = Path(__file__).with_name("outside_term.py")
 PLAN = ROOT / "launcher" / "plan.py"

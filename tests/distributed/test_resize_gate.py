@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 import pytest
-from support.launch import run_ranks
 
 WORKER = Path(__file__).with_name("worker_gate.py")
 
@@ -20,8 +19,8 @@ EXPECTED = {
 
 
 @pytest.fixture(scope="module")
-def messages() -> dict[str, list[str | None]]:
-    output = run_ranks(WORKER, [], num_ranks=2, timeout_s=200)
+def messages(server) -> dict[str, list[str | None]]:
+    output = server.run(WORKER, [], num_ranks=2, timeout_s=200)
     cases = [json.loads(line.split(" ", 1)[1]) for line in output.splitlines() if line.startswith("CASE ")]
     return {case["name"]: case["messages"] for case in cases}
 

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 
 import pytest
-from support.launch import run_ranks
+from support.fork_server import ForkServer
 
 WORKER = Path(__file__).with_name("worker_maps.py")
 
@@ -34,8 +34,8 @@ BF16 = [
 ]
 
 
-def run_cases(cases: list[dict], num_ranks: int) -> list[dict]:
-    output = run_ranks(WORKER, [json.dumps(cases)], num_ranks, timeout_s=400)
+def run_cases(server: ForkServer, cases: list[dict], num_ranks: int) -> list[dict]:
+    output = server.run(WORKER, [json.dumps(cases)], num_ranks, timeout_s=400)
     return [json.loads(line.split(" ", 1)[1]) for line in output.splitlines() if line.startswith("CASE ")]
 
 
@@ -48,25 +48,25 @@ def assert_equals_float64(case: dict) -> None:
     assert case["loss"] < 5e-6, case
 
 
-def test_zero2_and_zero3_equal_a_single_process_in_float64():
-    cases = run_cases([{"stage": 2}, {"stage": 3}], 2)
+def test_zero2_and_zero3_equal_a_single_process_in_float64(server):
+    cases = run_cases(server, [{"stage": 2}, {"stage": 3}], 2)
     assert [case["wrapper"] for case in cases] == ["DeepSpeedZeroOptimizer", "DeepSpeedZeroOptimizer_Stage3"]
     for case in cases:
         assert_equals_float64(case)
 
 
 @pytest.mark.full
-def test_more_settings():
-    for case in run_cases(MORE, 2):
+def test_more_settings(server):
+    for case in run_cases(server, MORE, 2):
         assert_equals_float64(case)
 
 
 @pytest.mark.full
-def test_bf16_keeps_fp32_masters_exact():
-    assert len(run_cases(BF16, 2)) == len(BF16)
+def test_bf16_keeps_fp32_masters_exact(server):
+    assert len(run_cases(server, BF16, 2)) == len(BF16)
 
 
 @pytest.mark.full
-def test_three_ranks_with_uneven_shares():
-    for case in run_cases([{"stage": 2}, {"stage": 3}], 3):
+def test_three_ranks_with_uneven_shares(server):
+    for case in run_cases(server, [{"stage": 2}, {"stage": 3}], 3):
         assert_equals_float64(case)

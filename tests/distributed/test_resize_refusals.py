@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 import pytest
-from support.launch import run_ranks
 
 WORKER = Path(__file__).with_name("worker_refusals.py")
 
@@ -28,8 +27,8 @@ EXPECTED = {
 
 
 @pytest.fixture(scope="module")
-def messages() -> dict[str, str | None]:
-    output = run_ranks(WORKER, [], num_ranks=1, timeout_s=300)
+def messages(server) -> dict[str, str | None]:
+    output = server.run(WORKER, [], num_ranks=1, timeout_s=300)
     cases = [json.loads(line.split(" ", 1)[1]) for line in output.splitlines() if line.startswith("CASE ")]
     return {case["name"]: case["message"] for case in cases}
 

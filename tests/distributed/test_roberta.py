@@ -103,7 +103,7 @@ def _arguments(folder: Path, teacher: Path, cache_dir: Path, *overrides: str) ->
         "student.preset": "quickstart",
         "data.cache_dir": cache_dir,
         "data.seq_len": 32,
-        "data.heldout_fraction": 0.01,
+        "data.heldout_fraction": 0.002,
         "train.steps": STEPS,
         "train.global_batch_size": 8,
         "train.micro_batch_size": 2,

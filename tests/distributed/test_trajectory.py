@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 
 import pytest
-from support.launch import run_ranks
+from support.fork_server import ForkServer
 
 WORKER = Path(__file__).with_name("worker_trajectory.py")
 
@@ -58,14 +58,14 @@ MORE_BF16 = [
 ]
 
 
-def run_cases(cases: list[dict], num_ranks: int, *flags: str) -> list[dict]:
-    output = run_ranks(WORKER, [json.dumps(cases), *flags], num_ranks, timeout_s=400)
+def run_cases(server: ForkServer, cases: list[dict], num_ranks: int, *flags: str) -> list[dict]:
+    output = server.run(WORKER, [json.dumps(cases), *flags], num_ranks, timeout_s=400)
     return [json.loads(line.split(" ", 1)[1]) for line in output.splitlines() if line.startswith("CASE ")]
 
 
 @pytest.fixture(scope="module")
-def two_ranks() -> list[dict]:
-    return run_cases(FP32 + BF16, 2, "--refusals")
+def two_ranks(server) -> list[dict]:
+    return run_cases(server, FP32 + BF16, 2, "--refusals")
 
 
 def assert_equals_reference(case: dict) -> None:
@@ -91,8 +91,8 @@ def test_bf16_is_as_close_as_without_events(two_ranks):
     assert resized["weight_mean"] <= control["weight_mean"] + 1e-5, (resized, control)
 
 
-def test_four_ranks_one_of_them_left_with_padding():
-    (case,) = run_cases([{"stage": 2, "accumulation": 2}], 4)
+def test_four_ranks_one_of_them_left_with_padding(server):
+    (case,) = run_cases(server, [{"stage": 2, "accumulation": 2}], 4)
     assert_equals_reference(case)
 
 
@@ -109,8 +109,8 @@ def assert_close_to_its_control(case: dict, control: dict) -> None:
 
 
 @pytest.fixture(scope="module")
-def wrapped() -> list[dict]:
-    return run_cases(OFFLOADED + WRAPPERS + [case | {"events": False} for case in WRAPPERS], 2)
+def wrapped(server) -> list[dict]:
+    return run_cases(server, OFFLOADED + WRAPPERS + [case | {"events": False} for case in WRAPPERS], 2)
 
 
 def test_offload_equals_plain_training(wrapped):
@@ -125,32 +125,32 @@ def test_wrappers_are_as_close_as_without_events(wrapped):
         assert_close_to_its_control(case, control)
 
 
-def assert_settings_equal_plain_training(settings: list[dict]) -> None:
-    for case in run_cases(settings, 2):
+def assert_settings_equal_plain_training(server: ForkServer, settings: list[dict]) -> None:
+    for case in run_cases(server, settings, 2):
         assert_equals_reference(case)
 
 
-def assert_settings_are_as_close_as_without_events(settings: list[dict]) -> None:
-    cases = run_cases(settings + [case | {"events": False} for case in settings], 2)
+def assert_settings_are_as_close_as_without_events(server: ForkServer, settings: list[dict]) -> None:
+    cases = run_cases(server, settings + [case | {"events": False} for case in settings], 2)
     for case, control in zip(cases[: len(settings)], cases[len(settings) :], strict=True):
         assert_close_to_its_control(case, control)
 
 
 @pytest.mark.full
-def test_more_settings_equal_plain_training():
-    assert_settings_equal_plain_training(MORE_FP32)
+def test_more_settings_equal_plain_training(server):
+    assert_settings_equal_plain_training(server, MORE_FP32)
 
 
 @pytest.mark.full
-def test_more_bf16_settings_are_as_close_as_without_events():
-    assert_settings_are_as_close_as_without_events(MORE_BF16)
+def test_more_bf16_settings_are_as_close_as_without_events(server):
+    assert_settings_are_as_close_as_without_events(server, MORE_BF16)
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("num_ranks", [3, 4])
-def test_uneven_and_empty_partitions(num_ranks):
+def test_uneven_and_empty_partitions(server, num_ranks):
     cases = [{"stage": 2}, {"stage": 2, "accumulation": 2, "zero": OFFLOAD}, WRAPPERS[0]]
-    *in_fp32, in_bf16 = run_cases(cases, num_ranks)
+    *in_fp32, in_bf16 = run_cases(server, cases, num_ranks)
     for case in in_fp32:
         assert_equals_reference(case)
     assert in_bf16["weight_mean"] < _BF16_WEIGHT_MEAN, in_bf16

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from support.launch import ROOT, run_ranks
+from support.fork_server import ROOT
 from test_job import TRAIN, _arguments
 from test_trajectory import (
     OFFLOAD,
@@ -50,8 +50,8 @@ ALTERED = {
 
 
 @pytest.fixture(scope="module")
-def two_ranks() -> list[dict]:
-    return run_cases(FP32 + BF16, 2)
+def two_ranks(server) -> list[dict]:
+    return run_cases(server, FP32 + BF16, 2)
 
 
 @pytest.mark.parametrize("i", range(len(FP32)), ids=[json.dumps(case) for case in FP32])
@@ -64,9 +64,9 @@ def test_bf16_is_as_close_as_without_events(two_ranks):
     assert_close_to_its_control(*two_ranks[len(FP32) :])
 
 
-def test_student_outside_of_training_and_altered_books():
+def test_student_outside_of_training_and_altered_books(server):
     """What holds of the student is asserted inside worker_zero3.py."""
-    output = run_ranks(FOLDER / "worker_zero3.py", [json.dumps([*ALTERED, "nothing"])], 2, timeout_s=300)
+    output = server.run(FOLDER / "worker_zero3.py", [json.dumps([*ALTERED, "nothing"])], 2, timeout_s=300)
     cases = [json.loads(line.split(" ", 1)[1]) for line in output.splitlines() if line.startswith("CASE ")]
     messages = {case["name"]: case["message"] for case in cases}
     assert messages.pop("nothing") is None and messages.keys() == ALTERED.keys()
@@ -75,9 +75,9 @@ def test_student_outside_of_training_and_altered_books():
         assert part in messages[name] and "install deepspeed==0.19.8" in messages[name], messages[name]
 
 
-def test_importance_sums_equal_one_process():
+def test_importance_sums_equal_one_process(server):
     cases = [{"stage": 3}, {"stage": 3, "zero": OFFLOAD | GATHERED}]
-    output = run_ranks(FOLDER / "worker_importance.py", [json.dumps(cases)], 2, timeout_s=300)
+    output = server.run(FOLDER / "worker_importance.py", [json.dumps(cases)], 2, timeout_s=300)
     results = [json.loads(line.split(" ", 1)[1]) for line in output.splitlines() if line.startswith("CASE ")]
     assert len(results) == len(cases)
     for result in results:
@@ -87,34 +87,34 @@ def test_importance_sums_equal_one_process():
 
 
 @pytest.mark.full
-def test_more_settings_equal_plain_training():
-    assert_settings_equal_plain_training(MORE_FP32)
+def test_more_settings_equal_plain_training(server):
+    assert_settings_equal_plain_training(server, MORE_FP32)
 
 
 @pytest.mark.full
-def test_more_bf16_settings_are_as_close_as_without_events():
-    assert_settings_are_as_close_as_without_events(MORE_BF16)
+def test_more_bf16_settings_are_as_close_as_without_events(server):
+    assert_settings_are_as_close_as_without_events(server, MORE_BF16)
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("num_ranks", [3, 4])
-def test_uneven_and_empty_shares(num_ranks):
+def test_uneven_and_empty_shares(server, num_ranks):
     """On 4 ranks a vector of 5 leaves the last rank without a share of it."""
     for case in run_cases(
-        [{"stage": 3, "zero": GATHERED}, {"stage": 3, "accumulation": 2, "zero": OFFLOAD}], num_ranks
+        server, [{"stage": 3, "zero": GATHERED}, {"stage": 3, "accumulation": 2, "zero": OFFLOAD}], num_ranks
     ):
         assert_equals_reference(case)
 
 
 @pytest.mark.full
-def test_a_whole_run_follows_that_of_stage_2(tmp_path, cache_dir):
+def test_a_whole_run_follows_that_of_stage_2(server, tmp_path, cache_dir):
     losses = []
     for stage in (2, 3):
         folder = tmp_path / f"stage-{stage}"
         engine_config = str(ROOT / "ds_configs" / f"zero{stage}_fp32.json")
         overrides = ("train.steps=10", "train.eval_every_steps=3", "run.export_milestones=[0.9]")
         arguments = _arguments(folder, cache_dir, *overrides, "--deepspeed", engine_config)
-        run_ranks(TRAIN, arguments, num_ranks=2, timeout_s=500)
+        server.run(TRAIN, arguments, num_ranks=2, timeout_s=500)
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         losses.append([line["loss/total"] for line in lines if line["kind"] == "train"])
         assert (folder / "export" / "milestone-0.9" / "model.safetensors").is_file()

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from support import mapped, reference
 from support.mapped import Event
+from torch import Tensor
 from worker_trajectory import NUM_STEPS, Run, distances
 
 from homodistil.models.encoders.bert import BERT as bert
@@ -33,7 +34,7 @@ class MappedRun(Run):
         super().__init__(case | {"events": False})
         self.events = mapped.events()
 
-    def resize(self, event: Event) -> None:
+    def resize(self, event: Event) -> dict[str, Tensor]:
         plan = make_plan(bert.axis_table(self.model), event.keep, event.maps)
         cuts, before, objects = mapped.cuts_of(event, self.model), self.everything(), self.what_stays()[:2]
         if event.resets_moments:
@@ -47,6 +48,7 @@ class MappedRun(Run):
         self.check_values(event, cuts, before)
         self.check_padding()
         check_supported(self.engine)
+        return master_weights(self.engine)
 
     def check_values(self, event: Event, cuts: dict, before: dict) -> None:
         found, parameters = self.everything(), dict(self.model.named_parameters())

@@ -172,8 +172,9 @@ def main() -> None:
         cache_dir, folder = sys.argv[2], Path(sys.argv[3])
         distil(folder / "grown", cache_dir, grow=True)
         ranks.on_rank_zero(lambda: rewind(folder / "grown", folder / "resumed"))
-        distil(folder / "resumed", cache_dir, grow=True, workers=1)
         distil(folder / "steady", cache_dir, grow=False)
+        # Last: the garbage collector ends a loader's process in ten seconds, which a run behind it would wait for.
+        distil(folder / "resumed", cache_dir, grow=True, workers=1)
     dist.barrier()
     dist.destroy_process_group()
 

@@ -61,8 +61,7 @@ class Run:
         loss = None
         for step in range(NUM_STEPS):
             if step in self.events:
-                self.resize(self.events[step])  # `loss`, and with it the last graph, is still referenced here
-                before = master_weights(self.engine)
+                before = self.resize(self.events[step])  # `loss`, and with it the last graph, is still referenced here
             total = torch.zeros(1, device=self.device)
             for micro in range(self.accumulation):
                 batch = tiny_bert.make_batch(step * self.accumulation + micro, ROWS * dist.get_world_size())
@@ -77,7 +76,8 @@ class Run:
             losses.append(total.item() / dist.get_world_size())
         return losses
 
-    def resize(self, keep: dict[str, Tensor]) -> None:
+    def resize(self, keep: dict[str, Tensor]) -> dict[str, Tensor]:
+        """One event and the checks on it. Returns the masters behind it."""
         engine = self.engine
         plan = make_plan(bert.axis_table(self.model), keep)
         hashes = [None] * dist.get_world_size()
@@ -95,6 +95,7 @@ class Run:
         assert after.keys() == before.keys()
         self.check_padding()
         check_supported(engine)  # the layout, once more: it is what a later checkpoint and event rely on
+        return {name: tensor for (kind, name), tensor in after.items() if kind == "master"}
 
     def what_stays(self) -> tuple:
         engine, base = self.engine, self.engine.basic_optimizer

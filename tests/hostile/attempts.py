@@ -17,7 +17,7 @@ import psutil
 from case import Case, Workspace
 from support.fork_server import ROOT, ForkServer, Job
 
-AHEAD = 4
+AHEAD = 8
 """Jobs that are started before the one whose end is waited for."""
 TIMEOUT_S = 30.0
 

@@ -15,6 +15,7 @@ from homodistil.distributed.exit_codes import USER_ERROR
 
 TRAIN = ROOT / "launcher" / "slurm" / "train.sbatch"
 NODES = ["--nodes=2", "--time=10"]
+PATIENCE_S = 240  # other lanes use the processor as well
 STEPS = 22  # the second requeue is behind step 15, a checkpoint: fewer than eight steps are left then
 FROZEN = {"HOMODISTIL_FAULT": "train.step:rank=1:hit=8:action=stop"}
 """Rank 1 stands still in the eighth step of every start, so that a signal meets it there. It goes on by SIGCONT."""
@@ -30,7 +31,7 @@ QUICKSTART = [
     "train.log_every_steps=1",
     "train.save_every_steps=3",
     "train.eval_batch_size=256",
-    "data.heldout_fraction=0.01",
+    "data.heldout_fraction=0.002",
 ]
 
 
@@ -43,7 +44,7 @@ def quickstart(cache_dir):
 
 
 def _wait_for_step(cluster, job, folder, step):
-    path, deadline = folder / "metrics.jsonl", time.monotonic() + 120
+    path, deadline = folder / "metrics.jsonl", time.monotonic() + PATIENCE_S
     while not (path.is_file() and f'"step": {step},' in path.read_text()):
         assert time.monotonic() < deadline, cluster.output(job)
         time.sleep(0.05)

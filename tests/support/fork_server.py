@@ -10,6 +10,8 @@
         job.wait(timeout_s=60)            # one exit code a rank; -9: ended by signal 9
         print(job.output(1))              # what rank 1 wrote (stdout and stderr in one); output(): all ranks
 
+        output = server.run(worker, ["[1, 2]"], num_ranks=2, timeout_s=60)  # to its end, which must be a good one
+
 A target is a script (run as `__main__`, its arguments are strings) or "module:function" (called with the arguments,
 which travel as JSON; the module is found on PYTHONPATH, tests/ or tests/faults/). Ranks have what
 a launcher would give them: RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT (a free one), and
@@ -20,6 +22,7 @@ them: a rank that dies leaves the others to themselves, until `wait` times out a
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -34,17 +37,18 @@ import traceback
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+FOLLOW_S, TAIL_CHARS = 5.0, 4000
 SEARCHED = [ROOT, ROOT / "tests", ROOT / "tests" / "faults"]
-IMPORTED = [
-    "deepspeed",
-    "transformers",
-    "datasets",
-    "torch.utils.tensorboard",
-    "homodistil.train",
-    "homodistil.config.command_line",
-]
-IMPORTED += ["deepspeed.comm.torch", "deepspeed.runtime.zero.muon.muon_optimizer", "homodistil.data.prepare.packing"]
-IMPORTED += ["transformers.models.bert.modeling_bert", "matplotlib.backends.backend_svg", "matplotlib.pyplot"]
+IMPORTED = """
+deepspeed deepspeed.comm.torch deepspeed.module_inject.auto_ep_layer deepspeed.ops.op_builder.all_ops
+deepspeed.runtime.zero.muon.muon_optimizer deepspeed.utils.pin_memory
+transformers transformers.models.bert.modeling_bert transformers.models.bert.tokenization_bert
+datasets torch.utils.tensorboard torch.utils.cpp_extension matplotlib.backends.backend_svg matplotlib.pyplot
+docstring_parser
+homodistil.cli homodistil.train homodistil.config.command_line homodistil.data.prepare.packing
+homodistil.distributed.start_ranks homodistil.distributed.stop_agreement
+""".split()
+"""What ranks would import one by one: most of the time of a small job."""
 
 
 class ForkServer:
@@ -92,6 +96,17 @@ class ForkServer:
         self._pids |= set(pids)
         return Job(self, pids, folder)
 
+    def run(self, script: Path, arguments: list[str], num_ranks: int, timeout_s: float) -> str:
+        """What all ranks of `script` wrote, once they have ended well. AssertionError with the end of it otherwise.
+
+        A rank that fails, or `timeout_s` seconds, end the others as well, as a launcher would.
+        """
+        job = self.start(script, arguments, num_ranks)
+        codes = job.wait_as_launcher(timeout_s)
+        ended = f"exit codes {codes}, {timeout_s} s allowed"
+        assert codes == [0] * num_ranks, f"{script.name} {arguments}: {ended}\n{job.blamed(codes)}"
+        return job.output()
+
     def ask(self, request: dict) -> list:
         self._socket.sendall(json.dumps(request).encode() + b"\n")
         return json.loads(self._answers.readline())
@@ -128,6 +143,24 @@ class Job:
                 raise AssertionError(f"not done after {timeout_s} s, exit codes {found}\n{self.output()}")
             time.sleep(0.02)
         return self.codes()
+
+    def wait_as_launcher(self, timeout_s: float) -> list[int]:
+        """Exit codes once every rank has ended. A rank that fails, or `timeout_s` seconds, end the others as well."""
+        deadline = time.monotonic() + timeout_s
+        while self.is_running() and set(self.codes()) <= {None, 0} and time.monotonic() < deadline:
+            time.sleep(0.02)
+        is_failed = not set(self.codes()) <= {None, 0}
+        deadline = time.monotonic() + FOLLOW_S * is_failed
+        while self.is_running():
+            if time.monotonic() >= deadline:
+                self.kill()
+            time.sleep(0.02)
+        return self.codes()
+
+    def blamed(self, codes: list[int]) -> str:
+        """The end of what the ranks wrote that failed by themselves."""
+        failed = [rank for rank, code in enumerate(codes) if code not in (0, -signal.SIGKILL)]
+        return "\n".join(self.output(rank)[-TAIL_CHARS:] for rank in failed or range(len(codes)))
 
     def kill(self, rank: int | None = None, number: int = signal.SIGKILL) -> None:
         """Send a signal to one rank, or to all; those that have ended are left out. Returns without waiting."""
@@ -224,6 +257,8 @@ def main() -> None:
     sys.path[:0] = [str(path) for path in SEARCHED]
     for name in IMPORTED:
         importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # a rank's collector need not look through (and copy the pages of) what the imports have made
     # A test that is interrupted closes the socket: nothing else ends the server.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _Server(socket.socket(fileno=int(sys.argv[1]))).serve()

@@ -1,30 +1,39 @@
-"""Fixtures of tests that start the small job: one fork server, and one small teacher with its text."""
+"""Fixtures of tests that start jobs: one fork server a lane, and one small teacher with its text.
+
+What is imported inside of them takes seconds, and most unit tests need none of it.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from support.fork_server import ForkServer
-from support.small_job import TRAIN, arguments, make_materials
 
 
 @pytest.fixture(scope="session")
-def server():
+def server() -> Iterator[ForkServer]:
     with ForkServer() as server:
         yield server
 
 
 @pytest.fixture(scope="session")
-def run_inputs(tmp_path_factory):
+def run_inputs(tmp_path_factory) -> Path:
     """Folder with the teacher, its text and the cache."""
+    from support.small_job import make_materials
+
     folder = tmp_path_factory.mktemp("materials")
     make_materials(folder)
     return folder
 
 
 @pytest.fixture(scope="session")
-def reference(server, run_inputs, tmp_path_factory):
+def reference(server, run_inputs, tmp_path_factory) -> Path:
     """Run folder of the job that nothing happened to."""
+    from support.small_job import TRAIN, arguments
+
     folder = tmp_path_factory.mktemp("reference") / "run"
     job = server.start(TRAIN, arguments(run_inputs, folder))
     assert job.wait(timeout_s=300) == [0, 0], job.output()

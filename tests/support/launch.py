@@ -1,4 +1,8 @@
-"""Runs a worker script on several real ranks of this machine (torchrun, CPU accelerator, gloo)."""
+"""Runs a worker script on real ranks of this machine under torchrun: what a fork cannot do, on a GPU.
+
+On the CPU `ForkServer.run` (fork_server.py) does the same without the seconds that each rank needs to import; torchrun
+itself is tested in slurm/test_launchers.py and faults/test_interrupt.py.
+"""
 
 from __future__ import annotations
 

@@ -1,9 +1,8 @@
 """The plan: counts against the real model, sums against brute force, fits against a known machine, errors, files."""
 
+import functools
 import itertools
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -30,12 +29,19 @@ from homodistil.report import write_report
 from homodistil.training.resolve import resolve_run
 
 ROOT = Path(__file__).parents[3]
+PLAN = ROOT / "launcher" / "plan.py"
 ENGINES = {stage: load_engine_config(ROOT / "ds_configs" / f"zero{stage}.json") for stage in range(4)}
 A100S = find_cluster("A100-80", 8)
 
 
 def _quickstart(*overrides: str):
     return parse(["recipe=quickstart", *overrides])
+
+
+@functools.cache
+def _of_paper(device: str):
+    """The plan of the paper's run on eight of these: seconds each, and several tests look at one."""
+    return make_plan(parse(["recipe=paper"]), ENGINES[2], find_cluster(device, 8))
 
 
 def test_parameters_are_those_of_the_exported_student_and_its_projections(cache_dir):
@@ -83,7 +89,7 @@ def test_state_is_split_as_zero_splits_it(stage):
 
 
 def test_the_papers_run_takes_hours_on_eight_a100():
-    plan = make_plan(parse(["recipe=paper"]), ENGINES[2], find_cluster("A100-40", 8))
+    plan = _of_paper("A100-40")
     assert sum(stretch.num_steps for stretch in plan.stretches) == 28_000
     assert 1 < plan.hours.low < 13 < 3 * plan.hours.high and "not measured on GPU" in plan.basis
     assert plan.device_hours[0] == pytest.approx(8 * plan.hours.low)
@@ -186,42 +192,37 @@ def test_what_a_run_would_refuse_a_plan_refuses():
 def test_fp16_can_be_planned_where_there_is_no_gpu():
     raw = load_engine_config(ROOT / "ds_configs" / "zero2_fp16.json")
     plan = make_plan(parse(["recipe=paper"]), raw, A100S)
-    bf16 = make_plan(parse(["recipe=paper"]), ENGINES[2], A100S)
+    bf16 = _of_paper("A100-80")
     assert plan.stretches[0].memory["parameters"] == bf16.stretches[0].memory["parameters"]
 
 
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory):
+def measured(server, tmp_path_factory):
     """(job's fields, output) of --measure on a small real job of one rank."""
     from support.small_job import arguments, make_materials
 
     folder = tmp_path_factory.mktemp("planned")
     make_materials(folder)
     fields = arguments(folder, folder / "run", "train.eval_every_steps=0", "train.save_every_steps=0")
-    command = [sys.executable, ROOT / "launcher" / "plan.py", "--measure", *fields]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return folder, fields, done.stdout
+    return folder, fields, server.run(PLAN, ["--measure", *fields], num_ranks=1, timeout_s=300)
 
 
 @pytest.mark.process
-def test_real_steps_calibrate_plans_of_this_machine(measured, tmp_path):
+def test_real_steps_calibrate_plans_of_this_machine(server, measured, tmp_path):
     folder, fields, printed = measured
     assert printed.count(" s a step, ") == 4 and not (folder / "run").exists()
-    command = [sys.executable, ROOT / "launcher" / "plan.py", "--json", tmp_path / "plan.json", *fields]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0 and "calibrated by steps measured on" in done.stdout, done.stdout + done.stderr
+    options = ["--json", str(tmp_path / "plan.json")]
+    told = server.run(PLAN, [*options, *fields], num_ranks=1, timeout_s=120)
+    assert "calibrated by steps measured on" in told, told
     plan = json.loads((tmp_path / "plan.json").read_text())
     assert plan["stretches"][-1]["hidden_size"] == 12 and plan["peak_bytes"] > 1e8
     assert 0 < plan["hours"]["low"] < plan["hours"]["high"] and set(plan["advice"]) >= {"zero_stage", "reason"}
 
 
 @pytest.mark.process
-def test_the_report_shows_the_plan_beside_the_run(measured):
+def test_the_report_shows_the_plan_beside_the_run(server, measured):
     folder, fields, _ = measured
-    command = [sys.executable, ROOT / "launcher" / "train.py", *fields]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
+    server.run(ROOT / "launcher" / "train.py", fields, num_ranks=1, timeout_s=300)
     assert json.loads((folder / "run" / "plan.json").read_text())["stretches"]
     page = (folder / "run" / "report.html").read_text()
     assert "Planned and measured" in page and "calibrated by steps measured on" in page
@@ -234,7 +235,7 @@ def test_a_damaged_plan_leaves_the_report_alone(tmp_path):
 
 
 def test_the_table_names_what_it_rests_on():
-    text = format_plan(make_plan(parse(["recipe=paper"]), ENGINES[2], find_cluster("A100-40", 8)))
+    text = format_plan(_of_paper("A100-40"))
     assert "1 x 8 A100-40, ZeRO-2" in text and "estimate from A100-40's datasheet; not measured on GPU" in text
     assert "advised: ZeRO-0" in text and "device hours" in text
     lines = text.split("\n\n")[1].splitlines()
