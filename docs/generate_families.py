@@ -18,15 +18,15 @@ _HEAD = """# Model families
 
 <!-- Written by docs/generate_families.py; do not edit. -->
 
-What can be made smaller, by `model_type` in a checkpoint's config.json. Every architecture here passes the conformance tests in
-`tests/families`: a copy is the teacher exactly, a cut student equals its stock export, no position sees what its mask hides, FLOPs are
-those that torch counts. How to add one: [Add a model family](add-a-family.md).
+What can be made smaller, by `model_type` in a checkpoint's config.json. Every architecture here passes the tests in
+`tests/families`: a copy is the teacher exactly, a cut student equals its stock export, no position sees what its mask
+hides, FLOPs are those that torch counts. How to add one: [Add a model family](add-a-family.md).
 
 | family | model types | task | what shrinks | compensation | evaluation |
 |---|---|---|---|---|---|
 """
 _AXES = {
-    True: "hidden size, neurons, key/value heads, query heads in each group (equally many); rotary heads keep their dims",
+    True: "hidden size, neurons, key/value heads, equally many query heads in each group; rotary heads keep their dims",
     False: "hidden size, neurons, heads, dims of heads",
 }
 _SCORES = {
