@@ -1,4 +1,4 @@
-"""Some documents of every source, read and tokenised: what a whole preparation would stumble over at once."""
+"""Reads and tokenises some documents of every source, to find problems on which the preparation would fail."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from homodistil.preflight.findings import Findings
 
 SAMPLE_DOCUMENTS = 20
 SAMPLE_PIECES = 20
-"""Pieces that are read of one document, each of at most 16 K characters."""
+"""Pieces read per document, each of at most 16 K characters."""
 FILES_LOOKED_INTO = 20
 
 
 class Sample(NamedTuple):
-    """What was read of all sources together."""
+    """The sample of all sources together."""
 
     tokens: np.ndarray
     """(N,) int64, without special tokens."""
@@ -33,7 +33,7 @@ class Sample(NamedTuple):
 
 
 def check_text(findings: Findings, config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Sample | None:
-    """A row per source. The sample, where all of them could be read."""
+    """Check every source (one row per source). Returns the sample, None if a source cannot be used."""
     if findings.attempt("data", lambda: check_tokenizer(config, tokenizer)) is None:
         return None
     backend, _ = check_tokenizer(config, tokenizer)
@@ -74,7 +74,7 @@ def _tokens_of(source: Source, backend: Tokenizer, unknown: int | None) -> list[
 
 
 def blocks(sample: Sample, tokenizer: PreTrainedTokenizerBase, seq_len: int, num_blocks: int) -> np.ndarray:
-    """(num_blocks, seq_len) int64 of the sample's tokens between [CLS] and [SEP], from its start again when used up."""
+    """Blocks of the sample's tokens between [CLS] and [SEP], (num_blocks, seq_len) int64. Short samples repeat."""
     inner = np.resize(sample.tokens, (num_blocks, seq_len - 2))
     first = np.full((num_blocks, 1), tokenizer.cls_token_id)
     return np.hstack([first, inner, np.full((num_blocks, 1), tokenizer.sep_token_id)]).astype(np.int64)
