@@ -1,6 +1,6 @@
-"""Masked language modelling: which tokens are predicted, and what stands in their place (BERT's 80/10/10).
+"""Masked language modelling: chooses the tokens to predict and replaces them (80/10/10, Devlin et al. 2019, 3.1).
 
-Randomness is a function of (seed, epoch, sample index) alone, so a batch is the same whoever draws it.
+Randomness depends only on (seed, epoch, sample index), so that a batch is the same on whichever rank it is drawn.
 Shapes: B sequences, T tokens, M rows to predict.
 """
 
@@ -13,50 +13,54 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-_MASKED, _RANDOM = 0.8, 0.1  # Devlin et al. 2019, section 3.1; the rest stays as it is
+_MASKED, _RANDOM = 0.8, 0.1  # Devlin et al. 2019, section 3.1; the remaining tenth keeps its token
 
 
 class LossCounts(NamedTuple):
-    """What the loss terms divide by: numbers of the batch's own from a loader; from a feed 0-dim fp32 tensors on the
-    device, means over all micro-batches of the step (see prefetch.py), which nothing in a step may bring to the host.
+    """The denominators of the loss terms.
+
+    In a batch of a loader they are the counts of this batch, as numbers. In a batch of `BatchPrefetcher` they are means
+    over all micro-batches of the step, as 0-dim fp32 tensors on the device (see prefetch.py); a training step must not
+    copy these to the host.
     """
 
     target_rows: float | Tensor
+    """Rows to predict."""
     tokens: float | Tensor
-    """Valid (not padding) tokens."""
+    """Valid tokens, which are all except padding."""
     pairs: float | Tensor
     """Valid query-key pairs, summed over the batch."""
 
 
 class Batch(NamedTuple):
     input_ids: Tensor
-    """(B, T) int64, masking applied."""
+    """(B, T) int64, after masking."""
     attention_mask: Tensor
     """(B, T) int64, 1 = token, 0 = padding."""
     target_index: Tensor
     """(M,) int64, flat positions b * T + t of the rows to predict, ascending."""
     target_ids: Tensor
-    """(M,) int64, the tokens that stood there."""
+    """(M,) int64, the original tokens at these positions."""
     token_index: Tensor
-    """(tokens,) int64, flat positions of the valid tokens, ascending: finding them on the device would wait for it."""
+    """(tokens,) int64, flat positions of the valid tokens, ascending; finding them on the device would synchronise."""
     counts: LossCounts
 
     @property
     def padding_mask(self) -> Tensor | None:
-        """`attention_mask`, or None where it masks nothing: models then take their faster ways. Asks no device."""
+        """`attention_mask`, or None if there is no padding, which allows faster kernels. Does not synchronise."""
         return None if self.token_index.numel() == self.input_ids.numel() else self.attention_mask
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """All but the counts."""
+        """All entries except the counts."""
         return self[:-1]
 
     def pinned(self) -> Batch:
-        """A copy in page-locked memory, out of which a GPU copies while the host continues."""
+        """A copy in page-locked memory, from which a GPU can copy asynchronously."""
         return Batch(*(tensor.pin_memory() for tensor in self.tensors), self.counts)
 
     def to(self, device: torch.device | str) -> Batch:
-        """The batch with its tensors on `device`; from pinned memory without waiting for the copies."""
+        """The batch with its tensors on `device`; copies from pinned memory are asynchronous."""
         return Batch(*(tensor.to(device, non_blocking=True) for tensor in self.tensors), self.counts)
 
 
@@ -64,9 +68,9 @@ class Masker:
     """Turns blocks of token ids into batches.
 
     Args:
-        tokenizer: whose special tokens are never predicted, and never put in as random tokens.
-        mask_probability: of each ordinary token, independently.
-        seed: of all draws.
+        tokenizer: its special tokens are never predicted, and never used as random tokens.
+        mask_probability: probability that an ordinary token is chosen, independently for each token.
+        seed: of all random numbers.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, mask_probability: float, seed: int) -> None:
@@ -78,7 +82,13 @@ class Masker:
         self._seed = seed
 
     def __call__(self, blocks: np.ndarray, samples: np.ndarray, epochs: np.ndarray) -> Batch:
-        """Mask `blocks` (B, T) int64, which are the `samples` (B,) of the data set in `epochs` (B,)."""
+        """Mask `blocks`.
+
+        Args:
+            blocks: token ids, (B, T) int64.
+            samples: index of each block in the data set, (B,).
+            epochs: epoch in which each block is drawn, (B,).
+        """
         choice, action, token = self._draw(samples, epochs, blocks.shape[1])
         chosen = (choice < self._probability) & self._is_ordinary[blocks]
         random_ids = self._ordinary_ids[(token * len(self._ordinary_ids)).astype(np.int64)]
@@ -87,7 +97,7 @@ class Masker:
         return self._batch(blocks, np.where(chosen, replaced, blocks), chosen)
 
     def unmasked(self, blocks: np.ndarray) -> Batch:
-        """A batch with nothing to predict."""
+        """`blocks` (B, T) as a batch without rows to predict (M = 0)."""
         return self._batch(blocks, blocks, np.zeros(blocks.shape, dtype=bool))
 
     def _batch(self, blocks: np.ndarray, input_ids: np.ndarray, chosen: np.ndarray) -> Batch:
@@ -99,12 +109,12 @@ class Masker:
         return Batch(*map(torch.from_numpy, arrays), counts)
 
     def _draw(self, samples: np.ndarray, epochs: np.ndarray, width: int) -> np.ndarray:
-        """(3, B, T) uniform in [0, 1): one Philox key a sample, so that no draw depends on its neighbours."""
+        """(3, B, T) uniform in [0, 1). One Philox key per sample, so that no number depends on other samples."""
         bits = np.random.Philox(key=0)
         generator, state = np.random.Generator(bits), bits.state
         uniform = np.empty((len(samples), 3, width))
         for row, (sample, epoch) in enumerate(zip(samples.tolist(), epochs.tolist(), strict=True)):
             state["state"]["key"][:] = self._seed << 32 | epoch, sample
-            bits.state = state  # a fresh generator each time would cost three times as much
+            bits.state = state  # a new generator per sample would take three times as long
             generator.random(out=uniform[row])
         return uniform.transpose(1, 0, 2)
