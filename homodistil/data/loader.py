@@ -139,10 +139,8 @@ class BatchLoader:
         atexit.register(_end, weakref.ref(self), self._processes)
 
     def _stop_workers(self) -> None:
-        self._next_position, self._ahead = (
-            -1,
-            iter(()),
-        )  # dropping the iterator makes torch ask the workers to end, and wait a few seconds
+        # Dropping the old iterator makes torch ask its workers to end, and wait a few seconds.
+        self._next_position, self._ahead = -1, iter(())
         _kill(self._processes)
         self._processes = []
 

@@ -207,7 +207,7 @@ def measured(tmp_path_factory):
 @pytest.mark.process
 def test_real_steps_calibrate_plans_of_this_machine(measured, tmp_path):
     folder, fields, printed = measured
-    assert printed.count(" s a step, ") == 4 and not (folder / "run").exists()
+    assert printed.count(" s per step, ") == 4 and not (folder / "run").exists()
     command = [sys.executable, ROOT / "launcher" / "plan.py", "--json", tmp_path / "plan.json", *fields]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and "calibrated by steps measured on" in done.stdout, done.stdout + done.stderr
