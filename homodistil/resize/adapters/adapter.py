@@ -31,7 +31,7 @@ CONVERTED_NUMEL = 1 << 19
 
 
 class MasterSlice(NamedTuple):
-    """Elements [start, start + numel) of a parameter in row-major order, at `position` in a flat tensor of this rank."""
+    """Elements [start, start + numel) of a parameter row-major, at `position` of a flat tensor of this rank."""
 
     name: str
     start: int

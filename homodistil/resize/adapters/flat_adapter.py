@@ -1,7 +1,7 @@
 """Base class for wrappers that keep parameter groups end to end in flat buffers, one partition per rank.
 
-It has the layout of parameters (`Layout`), the moving of masters and optimizer states (`move_states`), the update of the
-model's weights from the masters (`spread_weights`), and checks. Subclasses define the names of the buffers in their
+It has the layout of parameters (`Layout`), the moving of masters and optimizer states (`move_states`), the update of
+the model's weights from the masters (`spread_weights`), and checks. Subclasses define the names of the buffers in their
 wrapper, and rebuild what the wrapper derives from them.
 """
 
