@@ -122,7 +122,7 @@ def _wait_or_remove(lock: Path) -> None:
         if _is_held_here(lock):
             seen_s = time.monotonic()
         elif time.monotonic() - seen_s > STALE_AFTER_S:
-            print(f"warning: {lock} was left by a process that is no more; removed", file=sys.stderr, flush=True)
+            print(f"warning: {lock} was left by a process that has ended; removed", file=sys.stderr, flush=True)
             lock.unlink(missing_ok=True)
             return
         time.sleep(POLL_S)

@@ -58,7 +58,7 @@ def go_on(path: Path, start_step: int, total_steps: int, expected: int | None) -
         write_atomically(path, b"".join(raw + b"\n" for raw in kept.values()))
     _keep_aside(path, aside, start_step)
     if expected is not None and expected != len(kept):
-        _warn(f"{path} has {len(kept)} lines up to step {start_step}, the checkpoint knows of {expected}; going on")
+        _warn(f"{path} has {len(kept)} lines up to step {start_step}, the checkpoint recorded {expected}; continuing")
     return len(kept)
 
 
@@ -68,7 +68,7 @@ def _keep_aside(path: Path, lines: list[bytes], start_step: int) -> None:
     aside = path.with_name(f"{path.name}.unreadable")
     with open(aside, "ab") as file:
         file.write(b"".join(raw + b"\n" for raw in lines))
-    _warn(f"{path}: {len(lines)} lines up to step {start_step} cannot be read or are doubled; moved to {aside.name}")
+    _warn(f"{path}: {len(lines)} lines up to step {start_step} cannot be read or are duplicates; moved to {aside.name}")
 
 
 def _concludes(line: Mapping[str, Any], total_steps: int) -> bool:

@@ -104,6 +104,6 @@ def _look(
 def _conclude(findings: Findings, start_s: float) -> int:
     if ranks.rank() == 0:
         num_bad = sum(not finding.is_good for finding in findings)
-        verdict = f"{num_bad} to set right before this run can start" if num_bad else "this run can start"
+        verdict = f"{num_bad} to fix before this run can start" if num_bad else "this run can start"
         print(f"{format_findings(findings)}\n\n{verdict} ({time.perf_counter() - start_s:.0f} s)", flush=True)
     return 0 if findings.are_good else USER_ERROR

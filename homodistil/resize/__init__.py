@@ -180,7 +180,7 @@ def _check_agreement(plan: ResizePlan, device: torch.device) -> None:
     differing = [rank for rank, other in enumerate(hashes) if int(other) != int(hashes[0])]
     if differing:
         raise RuntimeError(
-            f"resize: ranks {differing} hold another plan than rank 0; the event must be the same everywhere"
+            f"resize: ranks {differing} hold another plan than rank 0; the event must be the same on all ranks"
         )
 
 

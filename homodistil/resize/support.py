@@ -102,7 +102,7 @@ def _warn_if_untested() -> None:
     if deepspeed.__version__ != DEEPSPEED_TESTED and ranks.rank() == 0:
         warnings.warn(
             f"deepspeed {deepspeed.__version__} is not the version that resizing was tested with ({DEEPSPEED_TESTED}); "
-            "its engine passed the self-check, so training goes on",
+            "its engine passed the self-check, so training continues",
             stacklevel=3,
         )
 

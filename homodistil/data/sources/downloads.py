@@ -53,7 +53,7 @@ def fetch(package: Package, cache_dir: Path) -> Path:
         downloaded = _download(package, folder, file)
         if (digest := file_sha256(downloaded)) != package.sha256:
             raise UserError(
-                f"{package.spec}: the download has sha256 {digest}, expected {package.sha256}, and was thrown away; "
+                f"{package.spec}: the download has sha256 {digest}, expected {package.sha256}, and was deleted; "
                 f"check the package index that {package.client} uses, or {_by_hand(package, file)}"
             )
         os.replace(downloaded, file)

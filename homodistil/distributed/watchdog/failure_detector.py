@@ -106,7 +106,7 @@ class FailureDetector:
         if self._age_s(rank) < SILENT_S:
             return None
         if state is None:
-            return f"no sign of life for {SILENT_S:.0f} s (machine or network lost, or stopped by a signal)"
+            return f"no heartbeat for {SILENT_S:.0f} s (machine or network lost, or stopped by a signal)"
         # A process that is busy in one long call is not stopped; rank_timeout_s applies to it.
         return f"stopped by a signal for {SILENT_S:.0f} s" if state == psutil.STATUS_STOPPED else None
 

@@ -27,7 +27,7 @@ AWAY_S = 5.0
 # A rank that fails prints its error after SPEAK_AFTER_S unless rank 0 has printed the same; then all others end, too.
 SPEAK_AFTER_S = 2.0
 FOLLOW_AFTER_S = 4.0
-ADVICE = "the job ends; run.resume=auto goes on from the last checkpoint"
+ADVICE = "the job ends; run.resume=auto resumes from the last checkpoint"
 _ENDINGS = (UserError, CheckFailed, RankLost, StopRequested)
 # Parts of error messages of gloo, NCCL and torch for lost connections; most of these are plain RuntimeErrors.
 _LOST_CONNECTION = ("onnection closed", "onnection reset", "onnection was", "roken pipe", "gloo", "NCCL", "imed out")
