@@ -1,4 +1,4 @@
-"""What a run can end with: a mistake that the user can fix, or a check inside the run that failed."""
+"""Exceptions that end a run with one line: bad input, a failed check, a stop request, a lost rank."""
 
 from __future__ import annotations
 
@@ -7,39 +7,39 @@ from collections.abc import Iterable
 
 
 class _Ending(BaseException):
-    """Ends a script with one line and an exit code of its own (distributed/exit_codes.py), without a traceback."""
+    """Ends a script with one line and a specific exit code (distributed/exit_codes.py), without a traceback."""
 
     is_said: bool | None = None
-    """Another rank prints this line; None while nothing is known of other ranks."""
+    """Whether another rank prints this line; None if this is not known."""
 
 
 class UserError(_Ending, ValueError):
-    """Bad input. The text is one line: the field or file, what was found, what is allowed, how to fix it.
+    """Bad input. The message is one line: the field or file, what was found, what is allowed, how to fix it.
 
     Launchers print it without a traceback and exit with code 2.
     """
 
 
 class CheckFailed(_Ending, RuntimeError):
-    """A check inside a running job failed: resuming would spoil the model. The last checkpoint is intact.
+    """A check inside a running job failed, so that training on would spoil the model. The last checkpoint is intact.
 
-    The text is one line that names the check and the rank. The same on every rank.
+    The message is one line that names the check and the rank, the same on every rank.
     """
 
 
 class StopRequested(_Ending):
-    """The job ends because it was asked to. No `Exception`: nothing that repairs or retries may swallow it."""
+    """The job ends on request. Not an `Exception`, so that `except Exception` of any library lets it pass."""
 
 
 class Interrupted(StopRequested, KeyboardInterrupt):
-    """Ctrl-C. A caller of job.run sees what it knows; in a script it is a `StopRequested` like any other."""
+    """A `StopRequested` by Ctrl-C. It is a KeyboardInterrupt, too, as users of the Python API expect."""
 
 
 class RankLost(_Ending, RuntimeError):
-    """Another rank is gone or hangs. The text is one line that names it."""
+    """Another rank has died or hangs. The message is one line that names it."""
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """' (did you mean X?)' for the known word closest to `word`, or '' when none is close."""
+    """' (did you mean X?)' with the word in `known` closest to `word`, or '' if none is close."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f" (did you mean {close[0]!r}?)" if close else ""

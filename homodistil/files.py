@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, strictly valid JSON, sha256, and failed writes told in one line."""
+"""Atomic writes, strictly valid JSON, sha256 of files, and failed writes as one-line errors."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from homodistil.errors import UserError
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn what goes wrong while `path` is written (full disk, read-only folder) into a `UserError` that names it."""
+    """Turn an error while `path` is written (full disk, read-only folder) into a `UserError` that names `path`."""
     try:
         yield
     except Exception as error:
-        # The library's own error type, told by its name: this module is imported before anything heavy.
+        # SafetensorError is recognised by its name, because this module must not import slow libraries.
         if not isinstance(error, OSError) and type(error).__name__ != "SafetensorError":
             raise
         reason = getattr(error, "strerror", None) or str(error)
@@ -31,7 +31,7 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """`path` holds either what it held before or all of `content`, never a part."""
+    """Write `content` to `path` atomically and fsync it: `path` never holds a part. Raises `OSError`."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -63,7 +63,7 @@ def _plain(value: Any) -> Any:
 
 
 def file_sha256(path: Path) -> str:
-    """Hex digest of a file's content."""
+    """sha256 of the content of a file, as a hex digest."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while chunk := file.read(1 << 20):

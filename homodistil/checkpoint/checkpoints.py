@@ -1,4 +1,4 @@
-"""Saving and resuming: what the trainer and the distillation see of checkpoints."""
+"""Saving and resuming: the interface of this package for the training code."""
 
 from __future__ import annotations
 
@@ -37,27 +37,29 @@ _PACKAGES = ("torch", "deepspeed", "transformers", "safetensors")
 
 
 class Found(NamedTuple):
-    """A checkpoint that has been looked through."""
+    """A checkpoint whose files have been verified."""
 
     folder: Path
     shards: list[str]
+    """Names of its state files, one per rank that saved it."""
     run: dict
-    """What `save` was given as `state`, under "state"; engine, config and layout beside it."""
+    """Content of run.json: "state" (the argument of `save`, with its tensors), "engine", "fingerprints", notes."""
 
     @property
     def state(self) -> dict:
+        """The argument `state` of `save`."""
         return self.run["state"]
 
 
 class Checkpoints:
-    """Saves and loads the checkpoints of one run. Every rank makes one.
+    """Saves and loads the checkpoints of one run. Every rank constructs one.
 
     Args:
-        folder: `checkpoints` of the run folder; all ranks see the same.
-        run: how many are kept, whether training waits for the disk.
-        seed: of the run (train.seed), for ranks that the checkpoint knows no random state of.
-        notes: the config, and the layout it was trained in: written down for people, read by nobody.
-        fingerprints: of what the run learns from (training/fingerprints.py).
+        folder: the folder `checkpoints` of the run, on a file system that all ranks share.
+        run: how many checkpoints are kept, and whether training waits for the disk.
+        seed: `train.seed`, for ranks whose random state is not in the checkpoint.
+        notes: config and engine layout. Written for human readers; never read back.
+        fingerprints: of corpus, tokenizer and teacher (training/fingerprints.py).
         before_save: called on every rank before anything is written; may raise.
     """
 
@@ -78,18 +80,20 @@ class Checkpoints:
     # -- saving
 
     def save(self, engine, step: int, state: dict) -> None:
-        """Write the checkpoint of `step`. Every rank calls it; the one before is finished first.
+        """Write the checkpoint of `step`. Every rank calls it; it first waits for the previous checkpoint.
 
-        With `run.async_checkpoints` it returns once everything is copied; otherwise when it is published.
+        With `run.async_checkpoints` it returns once everything has been copied, otherwise once it is published.
 
         Args:
-            state: nested mappings of tensors and what JSON can hold, with "step"; rank 0's is written.
+            engine: the live DeepSpeed engine, right after an optimizer step.
+            step: optimizer steps done.
+            state: nested mappings of tensors and JSON values, with the entry "step"; only that of rank 0 is written.
 
         Raises:
-            UserError: on every rank, if any could not write this one (or, asynchronously, the one before).
+            UserError: on every rank, if any rank could not write this checkpoint (or, when asynchronous, the previous).
         """
         self.wait()
-        if step == self._last_step:  # stopped right after a checkpoint: it is there already
+        if step == self._last_step:  # the run was stopped right after a checkpoint, which exists already
             return
         self._before_save()
         ranks.on_rank_zero(lambda: start_part(self.folder, step))
@@ -99,13 +103,13 @@ class Checkpoints:
             self.wait()
 
     def wait(self) -> None:
-        """Until nothing is being written any more. Every rank calls it. Raises `UserError` as `save` does."""
+        """Wait until the checkpoint being written is published. Every rank calls it. Raises `UserError` like `save`."""
         if self._writer:
             writer, self._writer = self._writer, None
             writer.finish()
 
     def settle(self) -> None:
-        """Before leaving because of an error elsewhere: let what is being written be published if it can."""
+        """Give the checkpoint being written some time to be published, before this rank exits with another error."""
         if self._writer:
             self._writer.settle(SETTLE_S)
 
@@ -120,12 +124,12 @@ class Checkpoints:
     # -- resuming
 
     def load(self) -> Found | None:
-        """The newest checkpoint that is whole; None when there is none at all. Every rank calls it.
+        """The newest complete checkpoint, verified; None if there is no checkpoint at all. Every rank calls it.
 
-        Damaged ones are passed over with a warning; the ranks share the reading between them.
+        Damaged checkpoints are skipped with a warning. Each rank verifies some of the files.
 
         Raises:
-            UserError: there are checkpoints, but none of them is whole, or one is of the old, pickled format.
+            UserError: there are checkpoints but none is complete, or one has the old, pickled format.
         """
         names = ranks.on_rank_zero(lambda: candidates(self.folder))
         reasons = []
@@ -144,7 +148,7 @@ class Checkpoints:
         return None
 
     def _look_through(self, folder: Path) -> Found | str:
-        """The checkpoint, or what is wrong with it; the same on all ranks."""
+        """The verified checkpoint, or a text that says what is wrong with it; the same on all ranks."""
         files, problem = ranks.on_rank_zero(lambda: _manifest_or_problem(folder))
         if problem:
             return problem
@@ -159,7 +163,15 @@ class Checkpoints:
         return Found(folder, sorted(name for name in files if name.startswith("state-")), run)
 
     def restore(self, engine, checkpoint: Found) -> None:
-        """Weights, optimizer, LR schedule, loss scale and random state; the engine has the checkpoint's widths."""
+        """Load weights, optimizer state, LR schedule, loss scale and random state into `engine`. Every rank calls it.
+
+        Args:
+            engine: a new engine whose student has the widths that the checkpoint was saved at.
+            checkpoint: the result of `load`.
+
+        Raises:
+            UserError: the checkpoint is of another model, or elements are missing in it.
+        """
         with StateReader(checkpoint.folder, checkpoint.shards) as reader:
             reader.check_model({name: full_numel(param) for name, param in engine.module.named_parameters()})
             saved = checkpoint.run["engine"]

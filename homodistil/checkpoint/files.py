@@ -1,7 +1,7 @@
-"""Files on disk for good: written once, hashed while they pass by, fsynced; and the nested state that goes into them.
+"""Writes durable files (hashed while written, then fsynced), and splits nested state into JSON and tensors.
 
-The safetensors format (https://github.com/huggingface/safetensors) is written here, tensor by tensor, because its own
-writer copies everything into one buffer first; it is read by the library.
+The safetensors format (https://github.com/huggingface/safetensors) is written here tensor by tensor, because the writer
+of the library copies everything into one buffer first. Files are read with the library.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ _HEADER_ALIGNMENT_BYTES = 8
 
 
 class FileRecord(NamedTuple):
-    """What the manifest says about a file."""
+    """Entry of the manifest for one file."""
 
     num_bytes: int
     sha256: str
 
 
 class WriteError(Exception):
-    """A file could not be written; the text names file and reason."""
+    """A file could not be written; the message names the file and the reason."""
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> FileRecord:
-    """A safetensors file of CPU tensors of any shape. Raises `WriteError`."""
-    # Widest elements first, as the library does: every tensor then lies at a multiple of its element size.
+    """Write CPU tensors of any shape as a safetensors file. Raises `WriteError`."""
+    # Largest elements first, as the library does: the offset of every tensor is then a multiple of its element size.
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     header, end = {}, 0
     for name in names:
@@ -57,7 +57,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> FileRecord:
 
 
 def write_json(path: Path, value: object) -> FileRecord:
-    """Raises `WriteError`; ValueError for numbers that JSON lacks."""
+    """Write `value` as a JSON file. Raises `WriteError`."""
     return _write(path, [json.dumps(value, indent=1).encode() + b"\n"])
 
 
@@ -73,7 +73,7 @@ def _write(path: Path, *blocks: Iterable[bytes | memoryview]) -> FileRecord:
 
 
 def sync_folder(path: Path) -> None:
-    """Make renames and new names in `path` survive a power cut. Raises `WriteError`."""
+    """fsync the folder `path`, so that its new and renamed files survive a power failure. Raises `WriteError`."""
     with _named(path):
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -84,7 +84,7 @@ def sync_folder(path: Path) -> None:
 
 @contextmanager
 def _named(path: Path) -> Iterator[None]:
-    """The operating system's own message leaves the file out when writing fails half-way."""
+    """Turn OSError into `WriteError` with the path, which the system's message lacks when a write fails half-way."""
     try:
         yield
     except OSError as error:
@@ -92,7 +92,7 @@ def _named(path: Path) -> Iterator[None]:
 
 
 def split_tensors(state: Mapping, prefix: str = "") -> tuple[dict, dict[str, Tensor]]:
-    """Nested mappings -> (what JSON can hold, tensors by their path "a/b/c"). Names must not contain "/"."""
+    """Nested mappings -> (the same without tensors, tensors by their path "a/b/c"). Names must not contain "/"."""
     plain, tensors = {}, {}
     for name, value in state.items():
         assert "/" not in name, name
@@ -107,7 +107,7 @@ def split_tensors(state: Mapping, prefix: str = "") -> tuple[dict, dict[str, Ten
 
 
 def join_tensors(plain: dict, tensors: Mapping[str, Tensor]) -> dict:
-    """The inverse of `split_tensors` (in place)."""
+    """The inverse of `split_tensors`: put `tensors` back into `plain` (in place) and return it."""
     for path, tensor in tensors.items():
         *sections, name = path.split("/")
         place = plain

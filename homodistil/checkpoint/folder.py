@@ -1,7 +1,7 @@
-"""The folder of checkpoints: names, manifest, publishing, which ones to resume from, and what is wrong with one.
+"""The folder of checkpoints: names, manifest, publishing, candidates to resume from, and verification.
 
-A checkpoint is published by one rename, after its manifest and before `latest`: whatever moment the machine stops at,
-`latest` names a whole checkpoint, or the step folders beside it do.
+A checkpoint is published by one rename, after its manifest has been written and before `latest` is updated. A machine
+that stops at any moment therefore leaves complete checkpoints; if `latest` names none of them, `candidates` does.
 """
 
 from __future__ import annotations
@@ -31,12 +31,16 @@ def name_of(step: int) -> str:
 
 
 def part_folder(folder: Path, step: int) -> Path:
-    """Where the checkpoint of `step` is put together, out of sight."""
+    """The hidden folder in which the checkpoint of `step` is written before it is published."""
     return folder / f".{name_of(step)}.part"
 
 
 def start_part(folder: Path, step: int) -> None:
-    """An empty part folder; what killed jobs left of theirs goes. Raises `UserError` when the disk says no."""
+    """Make an empty part folder, and remove those that killed jobs have left.
+
+    Raises:
+        UserError: the folder cannot be made.
+    """
     part = part_folder(folder, step)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -51,10 +55,15 @@ def start_part(folder: Path, step: int) -> None:
 
 
 def publish(folder: Path, step: int, files: dict[str, FileRecord], keep: int) -> None:
-    """Give the finished part folder its manifest and its name, point `latest` at it, remove the oldest.
+    """Write the manifest of the part folder, rename the folder, point `latest` at it, and remove old checkpoints.
+
+    Args:
+        folder: the folder of all checkpoints.
+        files: records of the files of all ranks, by name.
+        keep: number of checkpoints to keep, this one included.
 
     Raises:
-        WriteError: disk full or read-only; the checkpoint before stays the latest.
+        WriteError: the disk is full or read-only; `latest` still names the previous checkpoint.
     """
     part, final = part_folder(folder, step), folder / name_of(step)
     fault_point("checkpoint.before_manifest")
@@ -63,7 +72,7 @@ def publish(folder: Path, step: int, files: dict[str, FileRecord], keep: int) ->
     sync_folder(part)
     fault_point("checkpoint.before_rename")
     try:
-        if final.exists():  # left by a run that went on from an older checkpoint, or damaged
+        if final.exists():  # damaged, or from before this run resumed from an older checkpoint
             os.replace(final, folder / f".{final.name}.old")
         os.replace(part, final)
         sync_folder(folder)
@@ -77,10 +86,13 @@ def publish(folder: Path, step: int, files: dict[str, FileRecord], keep: int) ->
 
 
 def _prune(folder: Path, step: int, keep: int) -> None:
-    """Keep `keep` checkpoints up to `step`. Newer ones are of a run that was gone back on: they will be replaced."""
+    """Keep the newest `keep` checkpoints up to `step`.
+
+    Newer ones exist if the run was resumed from an older checkpoint; it will replace them when it reaches their steps.
+    """
     reached = [name for name in _published(folder) if _number(name) <= step]
     for stale in (*(folder / name for name in reached[keep:]), *folder.glob(".step-*.old")):
-        # Out of sight first: half a removed checkpoint must not be found.
+        # Rename to a hidden name first: a partly removed checkpoint must not look like a published one.
         hidden = stale if stale.name.startswith(".") else stale.with_name(f".{stale.name}.old")
         if hidden != stale:
             os.replace(stale, hidden)
@@ -88,7 +100,7 @@ def _prune(folder: Path, step: int, keep: int) -> None:
 
 
 def candidates(folder: Path) -> list[str]:
-    """Names of the checkpoints to try: `latest`, then older ones, then (should all of these fail) newer ones."""
+    """Names of the checkpoints to try, in this order: `latest`, older ones, newer ones."""
     published, latest = _published(folder), _latest(folder)
     if latest is None:
         return published
@@ -104,7 +116,7 @@ def _published(folder: Path) -> list[str]:
 
 
 def _latest(folder: Path) -> str | None:
-    """What `latest` says; None when it is missing or says nothing that could be a checkpoint."""
+    """The name in the file `latest`; None if it is missing or does not contain the name of a step folder."""
     try:
         name = (folder / LATEST_FILE).read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError):
@@ -117,16 +129,16 @@ def _number(name: str) -> int:
 
 
 def read_manifest(folder: Path) -> dict[str, FileRecord]:
-    """File name -> record.
+    """Read the manifest of the checkpoint `folder`: file name -> record.
 
     Raises:
-        ValueError: there is none, or it is damaged; the text says what is wrong.
-        UserError: a checkpoint of the old, pickled format.
+        ValueError: there is no manifest, or it is damaged; the message says what is wrong.
+        UserError: the checkpoint has the old, pickled format.
     """
     if (folder / "engine").is_dir() or (folder / "run.pt").is_file():
         raise UserError(
-            f"{folder}: checkpoint format 1 (DeepSpeed's pickled files), which this version does not read; go on with "
-            f"the version that wrote it, or choose another run.dir"
+            f"{folder}: checkpoint format 1 (DeepSpeed's pickled files), which this version does not read; continue "
+            f"with the version that wrote it, or choose another run.dir"
         )
     if not folder.is_dir():
         raise ValueError("no such folder")
@@ -146,15 +158,16 @@ def read_manifest(folder: Path) -> dict[str, FileRecord]:
 
 
 def saved_fingerprints(folder: Path) -> dict[str, str] | None:
-    """What the newest checkpoint whose RUN_FILE is whole knows of corpus, tokenizer and teacher (fingerprints.py).
+    """Fingerprints of corpus, tokenizer and teacher in the newest checkpoint whose RUN_FILE is intact.
 
     Returns:
-        {} where it was written before checkpoints knew, None where there is no such checkpoint.
+        Name -> fingerprint (training/fingerprints.py); {} for a checkpoint of a version that did not save them; None if
+        there is no such checkpoint.
     """
     for name in candidates(folder):
         try:
             record = read_manifest(folder / name)[RUN_FILE]
-        except ValueError:  # whoever reads the whole checkpoint says what is wrong
+        except ValueError:  # `Checkpoints.load` will report what is wrong
             continue
         if not any(problems(folder / name, {RUN_FILE: record})):
             return json.loads((folder / name / RUN_FILE).read_text(encoding="utf-8")).get("fingerprints", {})
@@ -162,7 +175,7 @@ def saved_fingerprints(folder: Path) -> dict[str, str] | None:
 
 
 def problems(folder: Path, files: dict[str, FileRecord]) -> Iterator[str]:
-    """What is wrong with these files of the checkpoint `folder`: nothing, if they are as they were written."""
+    """Verify `files` of the checkpoint `folder` by size, sha256 and format: yields one text per damaged file."""
     for name, record in files.items():
         path = folder / name
         try:

@@ -1,6 +1,6 @@
-"""Random state of a rank: saved, restored, or derived for a rank that did not exist when it was saved.
+"""Random state of a rank: saved, restored, or derived for a rank that the saving run did not have.
 
-Data order and masks do not depend on it (data/loader.py); dropout does.
+Dropout depends on it; the order of the data and the masks do not (data/loader.py).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 def random_state() -> dict[str, Tensor]:
-    """Copies of torch's generator states, uint8."""
+    """Copies of the states of torch's generators on the CPU and the current GPU (uint8)."""
     state = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
@@ -22,10 +22,11 @@ def random_state() -> dict[str, Tensor]:
 
 
 def restore_random_state(path: Path, seed: int, rank: int, step: int) -> None:
-    """Go on with the state in `path`; where it has none for this rank or device, with one of its own.
+    """Restore the state in `path`. If it has none for this rank or device, seed the generator with a new state.
 
     Args:
-        seed, rank, step: what a new state depends on.
+        path: file of `random_state` for this rank; need not exist.
+        seed, rank, step: the new state is a function of these.
     """
     text = f"{seed}/{rank}/{step}"
     torch.manual_seed(int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little"))  # all devices

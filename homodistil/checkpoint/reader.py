@@ -1,4 +1,4 @@
-"""Finds any stretch of any parameter or optimizer state in the shards of a checkpoint, reading nothing else of them."""
+"""Reads any range of elements of a parameter or optimizer state from the shards of a checkpoint, and nothing more."""
 
 from __future__ import annotations
 
@@ -28,7 +28,12 @@ def key_of(kind: str, name: str, start: int) -> str:
 
 
 class StateReader:
-    """Open shards of one checkpoint; a context manager. Calling it is `homodistil.resize.ReadState`."""
+    """The opened shards of one checkpoint, as a context manager. An instance is a `homodistil.resize.ReadState`.
+
+    Args:
+        folder: the checkpoint.
+        shards: names of its state files.
+    """
 
     def __init__(self, folder: Path, shards: list[str]) -> None:
         self.folder = folder
@@ -51,7 +56,7 @@ class StateReader:
 
     @property
     def state_names(self) -> list[str]:
-        """Optimizer states that are in the checkpoint; none before the first step."""
+        """Names of the optimizer states in the checkpoint; empty if it was saved before the first step."""
         return sorted({kind for kind, _ in self._parts} - {WEIGHT})
 
     def check_model(self, sizes: dict[str, int]) -> None:
@@ -67,7 +72,10 @@ class StateReader:
     def __call__(self, kind: str, name: str, start: int, stop: int) -> Tensor:
         """Elements [start, stop) of parameter `name`: (stop - start,), on the CPU, in the dtype they were saved in.
 
-        An optimizer state that a parameter did not have (stage 0, never any gradient) is zeros, as elsewhere.
+        Zeros for an optimizer state that the parameter did not have (at stage 0, if it never had a gradient).
+
+        Raises:
+            UserError: elements are missing in the checkpoint.
         """
         parts = self._parts.get((kind, name), [])
         if not parts and kind != WEIGHT:

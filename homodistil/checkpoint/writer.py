@@ -1,7 +1,7 @@
-"""Writes one checkpoint in a thread of its own, on every rank; rank 0's publishes it once all ranks have reported.
+"""Writes one checkpoint in a background thread on every rank; that of rank 0 publishes it once all ranks have reported.
 
-Ranks report through small files in the part folder, so that no thread ever talks over the process group: training may
-continue meanwhile. `finish` is where the ranks meet again and learn of anybody's failure.
+Ranks report with small files in the part folder, so that these threads need no collectives while training continues. In
+`finish` the ranks synchronise, and all of them learn of a failure on any rank.
 """
 
 from __future__ import annotations
@@ -24,14 +24,15 @@ _POLL_S = 0.02
 
 
 class Snapshot(NamedTuple):
-    """Copies, on the CPU, of everything that one rank writes: training may change the originals at once."""
+    """Copies on the CPU of everything that one rank writes, so that training may change the originals."""
 
     step: int
     state: dict[str, Tensor]
     random_state: dict[str, Tensor]
     run: dict | None
-    """What run.json holds, and the tensors of run.safetensors; rank 0's alone."""
+    """Content of run.json; None on all ranks except 0."""
     run_tensors: dict[str, Tensor] | None
+    """Tensors of run.safetensors; None on all ranks except 0."""
 
 
 def state_file(rank: int, num_ranks: int) -> str:
@@ -43,11 +44,12 @@ def random_file(rank: int) -> str:
 
 
 class Writer:
-    """The writing of one checkpoint. Construction starts it.
+    """Writes one checkpoint. The constructor starts the thread.
 
     Args:
-        folder: all checkpoints; the empty part folder is in it.
-        keep: newest checkpoints kept.
+        folder: the folder of all checkpoints, in which the empty part folder exists (`start_part`).
+        snapshot: the data of this rank.
+        keep: number of checkpoints to keep.
     """
 
     def __init__(self, folder: Path, snapshot: Snapshot, keep: int) -> None:
@@ -69,7 +71,7 @@ class Writer:
                 publish(self.folder, self.step, files, self.keep)
         except WriteError as error:
             self._error = str(error)
-        except Exception as error:  # whatever it was: it must reach every rank, not die with a thread
+        except Exception as error:  # any error must reach all ranks (`finish`), not end with this thread
             self._error = f"{self.part}: {type(error).__name__}: {error}"
         finally:
             self._own_done.set()
@@ -90,7 +92,7 @@ class Writer:
         return self.part / f"done-{rank:05d}.json"
 
     def _files_of_all(self) -> dict[str, FileRecord] | None:
-        """Everybody's files, once they have all reported; None if that is no longer to be hoped for."""
+        """Records of the files of all ranks, once all have reported; None if another rank has failed."""
         records: dict[str, FileRecord] = {}
         for rank in range(self.num_ranks):
             report = self._report(rank)
@@ -103,14 +105,14 @@ class Writer:
         return records
 
     def settle(self, timeout_s: float) -> None:
-        """Give this rank's writing some time to end well, whatever has become of the other ranks."""
+        """Wait up to `timeout_s` for the thread of this rank, without any collective."""
         self._thread.join(timeout_s)
 
     def finish(self) -> None:
         """Wait until the checkpoint is published. Every rank calls it.
 
         Raises:
-            UserError: on every rank, if any of them could not write; the checkpoint before is intact.
+            UserError: on every rank, if any rank could not write; the previous checkpoint is intact.
         """
         self._own_done.wait()
         self._raise_first(ranks.gather(self._error))

@@ -1,1 +1,1 @@
-"""Run config: its schema, rules on values, the command line that fills it, and the shipped recipes."""
+"""The run config: its schema, rules on values, the command line, derived configs, and the shipped recipes."""

@@ -1,7 +1,7 @@
 """Command line -> RunConfig: recipe or YAML file first, then dotted overrides (`train.lr=1e-3` or `--train.lr 1e-3`).
 
-Types and `--help` come from jsonargparse and the dataclasses of `schema.py`; this file adds strict keys with the
-nearest known name and one-line errors.
+Types and `--help` come from jsonargparse and the dataclasses of `schema.py`. This module adds strict names (errors
+suggest the nearest known one) and one-line errors.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ from homodistil.errors import UserError, nearest
 
 
 def parse(argv: list[str], description: str = "", with_engine: bool = False) -> RunConfig:
-    """The checked run config. See `parse_with_engine` for scripts that also take DeepSpeed's JSON."""
+    """The validated run config. Scripts that also take DeepSpeed's JSON use `parse_with_engine`. Raises `UserError`."""
     return _parse(argv, description, with_engine)[0]
 
 
 def parse_with_engine(argv: list[str], description: str = "") -> tuple[RunConfig, Path]:
-    """(run config, path of DeepSpeed's JSON). Raises `UserError`; exits by itself for --help and --print_config."""
+    """(run config, path of DeepSpeed's JSON). Raises `UserError`; exits the process after --help or --print_config."""
     config, namespace = _parse(argv, description, with_engine=True)
     return config, engine_path(namespace.deepspeed)
 
 
 def _check_engine_file(arguments: list[str]) -> None:
-    """For --print_config, which ends the parser before anybody opens the file."""
+    """Check the file of --deepspeed for --print_config, which exits before the file would be read."""
     names = [text.partition("=")[2] for text in arguments if text.startswith("--deepspeed=")]
     names += [after for flag, after in itertools.pairwise(arguments) if flag == "--deepspeed"]
     for name in names:
@@ -55,19 +55,19 @@ def _check_engine_file(arguments: list[str]) -> None:
 
 
 class Job(NamedTuple):
-    """What launcher/train.py has been asked for."""
+    """The arguments of `homodistil train`."""
 
     config: RunConfig
     engine_config: Path
-    """DeepSpeed's JSON."""
+    """Path of DeepSpeed's JSON."""
     students: list[RunConfig]
-    """Configs of the students of `--teachers-once`; empty: `config` has the only student."""
+    """Configs of the students of `--teachers-once`; empty if `config` describes the only student."""
     is_check: bool = False
-    """Whether the job is only to be checked (preflight/)."""
+    """Whether to check the job without running it (preflight/)."""
 
 
 def parse_job(argv: list[str], description: str = "") -> Job:
-    """The main job's arguments; see `parse_with_engine`."""
+    """Parse the arguments of `homodistil train`; see `parse_with_engine`."""
     config, namespace = _parse(argv, description, with_engine=True)
     engine_config = engine_path(namespace.deepspeed)
     if namespace.teachers_once is None:
@@ -83,7 +83,7 @@ def parse_job(argv: list[str], description: str = "") -> Job:
 
 
 def _student(argv: list[str], description: str, path: Path) -> RunConfig:
-    """The job's config with a student's own fields on top, also of what the command line says."""
+    """The config of the job, overridden by the fields in the YAML file of a student; these also override `argv`."""
     text = _check_file(path, "--teachers-once") or path.read_text(encoding="utf-8")
     content = yaml.safe_load(text) or {}
     return _parse([*argv, *students.as_overrides(content)], description, with_engine=True)[0]
@@ -106,7 +106,7 @@ def _parse(argv: list[str], description: str, with_engine: bool):
 
 
 def _section(make, parsed):
-    """The parser gives a dataclass, or its own namespace when a YAML file had a part in it."""
+    """The section as a dataclass; the parser returns a namespace instead if a YAML file has set some of its fields."""
     return parsed if isinstance(parsed, make) else make(**vars(parsed))
 
 
@@ -116,14 +116,14 @@ def _build_parser(description: str, with_engine: bool) -> ArgumentParser:
         exit_on_error=False,
         description=f"{description} Fields may be written as section.field=value. "
         f"recipe=NAME starts from a shipped recipe ({', '.join(recipe_names())}); without one, without --config and "
-        f"without teacher.name it is recipe=quickstart. The defaults below are those of whatever leaves a field out.",
+        f"without teacher.name it is recipe=quickstart. The defaults below apply to fields that none of these sets.",
     )
     parser.add_argument("--config", action="config", help="YAML file with any of the fields below.")
     if with_engine:
         parser.add_argument(
             "--deepspeed",
             type=str,
-            help=f"DeepSpeed's JSON (engine matters only): a file, or one of {', '.join(engine_names())} (default: "
+            help=f"DeepSpeed's JSON (engine settings only): a file, or one of {', '.join(engine_names())} (default: "
             f"{DEFAULT_ENGINE}).",
         )
         parser.add_argument(
@@ -132,7 +132,7 @@ def _build_parser(description: str, with_engine: bool) -> ArgumentParser:
             help="Several students in one job, which share each pass of the teacher: YAML files, separated by commas, "
             "with the fields in which each differs. Their folders are run.dir/students/FILE.",
         )
-        parser.add_argument("--check", action="store_true", help="Say what would go wrong, and try one step; no run.")
+        parser.add_argument("--check", action="store_true", help="Only check whether the run can start; try one step.")
         parser.add_argument("--local_rank", type=int, default=-1, help="Set by the launcher.")
     parser.add_class_arguments(RunConfig, None)
     return parser
@@ -165,7 +165,7 @@ def _normalise(argv: list[str]) -> list[str]:
 
 
 def _is_about_another_job(arguments: list[str]) -> bool:
-    """Whether the quickstart's values would be wrong: size, correction and rates there are those of its own teacher."""
+    """Whether the quickstart recipe must not be the default: its sizes, correction and rates fit its teacher."""
     names = {argument.split("=", 1)[0] for argument in arguments}
     return bool(names & {"-h", "--help", "--teacher", "--teacher.name"})
 
@@ -175,10 +175,10 @@ def _known_keys() -> dict[str, set[str]]:
 
 
 def _checked(arguments: list[str]) -> list[str]:
-    """`arguments` for the parser: the content of a config file in place of its name where a removed field left it.
+    """`arguments` for the parser; a config file with removed fields is replaced by its content without them.
 
-    Refuses unknown names and values of the wrong kind before parsing: the parser alone would take `teacher.nam` for an
-    abbreviation, and would say what is wrong in Python's words.
+    Refuses unknown names and values of the wrong type before parsing: the parser itself would accept `teacher.nam` as
+    an abbreviation, and describe errors in terms of Python types.
     """
     checked: list[str] = []
     tokens = iter(arguments)
@@ -207,7 +207,11 @@ def _check_argument(key: str, text: str) -> None:
 
 
 def _check_file(path: Path, flag: str = "--config") -> str | None:
-    """All names and values in it are good: its YAML without removed fields, None when it has none of these."""
+    """Raise `UserError` for unknown names and wrong values in a YAML file.
+
+    Returns:
+        The YAML without removed fields, or None if the file has no removed fields.
+    """
     node = read_yaml(path, flag)
     has_removed = take_out_harmless(node)
     for section, fields in entries(node, f"{flag}: {str(path)!r}").items():

@@ -1,7 +1,7 @@
-"""Run configs that are made from another one: the teacher's correction, controls, a measurement, one step on trial.
+"""Run configs that are derived from another one: teacher correction, controls, a measurement, a trial step.
 
-A field says in the schema which value it has in such a run (`option.py`), so that whoever adds one decides it there.
-What follows from other fields or from results is computed here. No function changes its arguments.
+Each field declares its value in derived runs in the schema (`option.py`), so that this is decided where a field is
+added. Values that depend on other fields or on results are computed here. No function changes its arguments.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from homodistil.config.option import (
 )
 from homodistil.config.schema import OPTIONS, RunConfig, set_value, value_of
 
-# The teacher must not have seen the student's batches with the student's masks (research: seed reuse costs .05).
+# The teacher must not have seen the batches of the student with the same masks (costs about 0.05 MLM loss).
 SEED_OFFSET = 7919
 NUM_EVENTS = 3
-"""Resize events of a measurement."""
+"""Number of resize events of a measurement."""
 STEPS_A_WIDTH = 6
-"""Steps of a measurement between two of them."""
+"""Steps of a measurement between two resize events."""
 STUDENTS_FOLDER = "students"
-"""In the folder of a job: the folders of its students."""
+"""Folder in the run folder of a job that contains the run folders of its students."""
 
 
 def derive(config: RunConfig, run: str, computed: Mapping[str, Any] | None = None) -> RunConfig:
@@ -45,7 +45,10 @@ def derive(config: RunConfig, run: str, computed: Mapping[str, Any] | None = Non
 
     Args:
         run: one of `option.DERIVED_RUNS`.
-        computed: dotted name -> value of the fields that declare COMPUTED: all of these, and no other.
+        computed: dotted name -> value of exactly the fields that declare COMPUTED or COMPUTED_KEY.
+
+    Raises:
+        ValueError: `computed` has other names.
     """
     computed = computed or {}
     declared = {name: facts.derived[run] for name, facts in OPTIONS.items() if run in facts.derived}
@@ -63,7 +66,7 @@ def derive(config: RunConfig, run: str, computed: Mapping[str, Any] | None = Non
 
 
 def correction_config(config: RunConfig) -> RunConfig:
-    """The run config of the correction: same data and batches, MLM alone, its own steps, rate and seed."""
+    """The config of the teacher correction: the same data, the MLM loss alone, and `teacher.correction_*`."""
     teacher = config.teacher
     computed = {"steps": teacher.correction_steps, "lr": teacher.correction_lr}
     computed |= {"seed": teacher.correction_seed + SEED_OFFSET}
@@ -71,9 +74,9 @@ def correction_config(config: RunConfig) -> RunConfig:
 
 
 def correction_key(config: RunConfig) -> dict[str, Any]:
-    """Values that the corrected teacher depends on: field -> value; those of the optimizer are a mapping of their own.
+    """Field -> value of all fields that the corrected teacher depends on; those of the optimizer in a nested mapping.
 
-    Caches on disk are found by it: another form of it would orphan them.
+    It is the key of caches on disk, which another form of the key would invalidate.
     """
     correction, key = correction_config(config), {"optimizer": {}}
     for name, facts in OPTIONS.items():
@@ -87,18 +90,21 @@ def correction_key(config: RunConfig) -> dict[str, Any]:
 
 
 def control_config(config: RunConfig, name: str) -> RunConfig:
-    """The config of a run that is cut at once, before step 0; `plain_one_shot`: by a mere selection of neurons as
-    well."""
+    """The config of a control, which is pruned in one shot before step 0.
+
+    Args:
+        name: "one_shot", or "plain_one_shot" for a control without compensation.
+    """
     control = derive(config, CONTROL, {"run.name": name})
     return derive(control, PLAIN_CONTROL) if name == "plain_one_shot" else control
 
 
 def milestone_control_config(config: RunConfig, name: str, folder: str, record: Mapping[str, Any]) -> RunConfig:
-    """`control_config` at a milestone's widths, for its steps, over which the learning rate falls to 0.
+    """`control_config` with the widths and the steps of a milestone; the learning rate falls to 0 over these steps.
 
     Args:
-        folder: name of its folder.
-        record: of the milestone (training/milestone_exports.py).
+        folder: name of the control and its folder.
+        record: the record of the milestone (training/milestone_exports.py).
     """
     sizes = ("hidden_size", "intermediate_size", "num_attention_heads")
     computed = {"run.name": folder, "train.steps": record["step"]} | {f"student.{size}": record[size] for size in sizes}
@@ -106,10 +112,11 @@ def milestone_control_config(config: RunConfig, name: str, folder: str, record: 
 
 
 def with_rates_of(control: RunConfig, config: RunConfig, so_far: Sequence[Mapping[str, Any]]) -> RunConfig:
-    """A milestone's control with the learning rates of the first steps of `config`, cool-downs included.
+    """The control of a milestone with the learning rates of the first steps of `config`, including cool-downs.
 
     Args:
-        so_far: records of the milestones until this one.
+        control: from `milestone_control_config`.
+        so_far: records of the milestones up to and including this one.
     """
     train, settle_steps = config.train, config.run.settle_steps
     cools = config.run.settle_cooldown and settle_steps
@@ -126,7 +133,7 @@ def with_rates_of(control: RunConfig, config: RunConfig, so_far: Sequence[Mappin
 
 
 def compressed_schedule(config: RunConfig) -> RunConfig:
-    """The config of a short run for measurements: its widths lie on the way to the same target."""
+    """The config of a short run for measurements, with a few widths between those of the start and the target."""
     steps = STEPS_A_WIDTH * (NUM_EVENTS + 1)
     computed = {
         "train.steps": steps,
@@ -139,13 +146,15 @@ def compressed_schedule(config: RunConfig) -> RunConfig:
 
 
 def measurement_inputs(config: RunConfig) -> RunConfig:
-    """For the inputs of a `compressed_schedule`, whose teacher need not know anything: one without an MLM head will do,
-    as it does for a run that corrects it."""
+    """The config for the inputs of a `compressed_schedule`.
+
+    As in a run with teacher correction, the teacher needs no MLM head: a measurement does not depend on its quality.
+    """
     return derive(config, MEASUREMENT_INPUTS)
 
 
 def small_config(config: RunConfig, num_ranks: int) -> RunConfig:
-    """The run with one micro-batch per rank and step: what a step holds in memory stays the same."""
+    """The config of a trial step with one micro-batch per rank, which needs as much memory as a real step."""
     num_sequences = config.train.micro_batch_size * num_ranks
     names = ("train.global_batch_size", "pruning.compensation_sequences")
     return derive(config, TRIAL, dict.fromkeys(names, num_sequences))
@@ -157,10 +166,12 @@ def small_config(config: RunConfig, num_ranks: int) -> RunConfig:
 class CalibrationConfig(NamedTuple):
     config: RunConfig
     num_sequences: int
+    """Sequences over all ranks."""
 
 
 def calibration_config(config: RunConfig, num_ranks: int) -> CalibrationConfig:
-    """The run's config with steps of `pruning.compensation_sequences`, rounded up so that ranks share them evenly."""
+    """The config for the statistics of an event: steps of `pruning.compensation_sequences`, rounded up to a multiple of
+    micro-batch size x ranks."""
     share = -(-config.pruning.compensation_sequences // num_ranks)
     micro_batch = min(share, config.train.micro_batch_size)
     num_sequences = -(-share // micro_batch) * micro_batch * num_ranks
@@ -172,16 +183,16 @@ def calibration_config(config: RunConfig, num_ranks: int) -> CalibrationConfig:
 
 
 def student_config(config: RunConfig, student: RunConfig, name: str) -> RunConfig:
-    """A student of the job `config`, in its folder there; the teacher's passes are whole, since several share them."""
+    """The config of a student of the job `config`: its folder, and whole teacher passes, which students share."""
     folder = str(Path(config.run_dir) / STUDENTS_FOLDER / name)
     return derive(student, STUDENT, {"run.name": name, "run.dir": folder})
 
 
 def shared_job_config(config: RunConfig) -> RunConfig:
-    """The job of several students."""
+    """The config of a job with several students."""
     return derive(config, SHARED_JOB)
 
 
 def job_folder_config(config: RunConfig) -> RunConfig:
-    """For the folder of such a job, which has no checkpoints to resume from: the folders of its students have them."""
+    """The config for the folder of such a job. It has no checkpoints to resume from; those are in the students'."""
     return derive(config, JOB_FOLDER)

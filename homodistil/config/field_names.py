@@ -1,4 +1,4 @@
-"""Fields of the run config as keywords of Python: by their last name where one section alone has it, or in full."""
+"""Fields of the run config as Python keywords: without the section if the name is unique, or with it."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ def full_names() -> list[str]:
 
 
 def full_name(keyword: str) -> str:
-    """section.name of the field that `keyword` means: train.steps for steps, itself for train.steps.
+    """The full name (section.name) of a field: "train.steps" for "steps" or "train.steps".
 
     Raises:
-        UserError: no field is called so, or the fields of several sections are.
+        UserError: there is no such field, or several sections have a field of this name.
     """
     known = full_names()
     if keyword in known:
@@ -35,10 +35,10 @@ def full_name(keyword: str) -> str:
 
 
 def as_arguments(fields: Mapping[str, object]) -> list[str]:
-    """Keywords and values as a command line has them, so that one parser checks both.
+    """Keywords and values as command-line arguments, so that the same parser validates them.
 
     Raises:
-        UserError: as `full_name`; or a field is given twice, once by its short name.
+        UserError: as in `full_name`; or a field is given by its short and its full name; or a value has no text form.
     """
     values: dict[str, object] = {}
     for keyword, value in fields.items():

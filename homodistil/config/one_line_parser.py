@@ -1,4 +1,4 @@
-"""The argparse parser of our commands: a mistake is a `UserError` of one line, and usage names the command as typed."""
+"""The argparse parser of all commands: errors are one-line `UserError`s, and usage shows the command as typed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def program() -> str:
-    """What usage lines begin with: `homodistil train` for the installed command, else the script's name."""
+    """The program name in usage lines: `homodistil train` for the installed command, else the name of the script."""
     name = Path(sys.argv[0]).name
     if name == "cli.py":  # python -m homodistil.cli
         name = "homodistil"

@@ -1,9 +1,9 @@
-"""Metadata of a config field besides default and help: allowed values, and how it behaves between runs.
+"""Metadata of a config field besides default and help: allowed values, and its role in resumed and derived runs.
 
     lr: float = option(3e-3, low=0, high=10, exclude="low", resume="fixed", students="own", derived={CORRECTION: KEY})
 
-Each fact stands here once and is read by those who act on it: `rules.py` (ranges), `training/run_folder.py` (resume),
-`students.py` (several students in one job) and `derive.py` (a run that is made from another one).
+The metadata is used by `rules.py` (ranges), `training/run_folder.py` (resuming), `students.py` (several students in one
+job) and `derive.py` (runs derived from another one).
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-# Upper bounds are far above what makes sense, and below what overflows, runs for ever or fills a machine's memory.
+# Upper bounds are far above useful values, but below values that overflow, never end or exceed the memory.
 STEPS = 10**9
-"""A step a millisecond would take 11 days; tables of schedules are as long as events, not as steps."""
+"""At 1 ms per step this takes 11 days. Tables of schedules have one entry per event, not per step."""
 COUNT = 10**7
-"""Sequences, batches, neurons: more fit no machine."""
+"""Sequences, batches, neurons; no machine has memory for more."""
 WEIGHT = 10**6
-"""Weight of a loss term: fp32 still adds a term a million times smaller to about one."""
+"""Weight of a loss term. In fp32, a term that is smaller by this factor still changes the sum."""
 SECONDS = 10**7
-"""115 days, and below what waiting in a thread takes."""
+"""115 days; below the longest timeout of threading."""
 SEED = 2**31 - 1
 
 # -- the runs that are derived from another one (derive.py)
@@ -31,34 +31,34 @@ SEED = 2**31 - 1
 CORRECTION = "correction"
 """The correction of the teacher on the corpus."""
 CONTROL = "control"
-"""A control: the run cut at once before step 0."""
+"""A control: the run pruned in one shot before step 0."""
 PLAIN_CONTROL = "plain_control"
-"""Further values of a control that cuts without any compensation."""
+"""Additional values of a control without compensation."""
 MILESTONE = "milestone"
-"""Further values of a control that belongs to a milestone."""
+"""Additional values of the control of a milestone."""
 SAME_RATES = "same_rates"
-"""Further values of a milestone's control that has the learning rates of the run itself."""
+"""Additional values of the control of a milestone that has the learning rates of the run."""
 MEASUREMENT = "measurement"
-"""A few steps at some widths, whose time and memory are measured for a plan."""
+"""A short run whose time and memory per step are measured for a plan."""
 MEASUREMENT_INPUTS = "measurement_inputs"
 """Teacher and text of a measurement."""
 TRIAL = "trial"
-"""One step of one micro-batch, before the run itself may start."""
+"""A step with one micro-batch per rank, tried by the preflight check."""
 CALIBRATION = "calibration"
-"""The batches that a compensated event takes its statistics from."""
+"""The batches for the statistics of a compensated event."""
 STUDENT = "student"
-"""One of several students of one job."""
+"""One of several students in one job."""
 SHARED_JOB = "shared_job"
-"""The job of several students, which has no student itself."""
+"""A job with several students."""
 JOB_FOLDER = "job_folder"
-"""Its folder, whose checkpoints are in those of the students."""
+"""The run folder of such a job; its checkpoints are in the folders of the students."""
 _OF_TRAINING = (CORRECTION, CONTROL, PLAIN_CONTROL, MILESTONE, SAME_RATES, CALIBRATION)
 _BEFORE_TRAINING = (MEASUREMENT, MEASUREMENT_INPUTS, TRIAL)
 DERIVED_RUNS = (*_OF_TRAINING, *_BEFORE_TRAINING, STUDENT, SHARED_JOB, JOB_FOLDER)
 
 
 class _Marker:
-    """A value that cannot be mistaken for one of a field."""
+    """A marker that is different from every value of a field."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -68,13 +68,13 @@ class _Marker:
 
 
 COMPUTED = _Marker("COMPUTED")
-"""The derived run's value follows from other fields or from results: `derive.py` gives it."""
+"""The value in the derived run depends on other fields or on results, and is computed in `derive.py`."""
 KEY = _Marker("KEY")
-"""The derived run has the run's own value, and its result depends on it: it is part of the key of its cache."""
+"""The derived run has the same value, and the value is part of its cache key, because the result depends on it."""
 COMPUTED_KEY = _Marker("COMPUTED_KEY")
-"""COMPUTED, and part of the key of its cache."""
+"""Like COMPUTED, and part of the cache key."""
 SAME: Mapping[str, Any] = types.MappingProxyType({})
-"""No derived run needs another value: the field costs no time there, and changes nothing that is asked of it."""
+"""All derived runs have the same value as the run: it takes no time there, and does not affect their results."""
 
 
 class Limits(typing.NamedTuple):
@@ -83,7 +83,7 @@ class Limits(typing.NamedTuple):
     low: float
     high: float
     exclude: Literal["", "low", "high", "both"] = ""
-    """Ends that are not part of it."""
+    """Ends that are not part of the interval."""
 
     def contain(self, value: float) -> bool:
         above = value > self.low if self.exclude in ("low", "both") else value >= self.low
@@ -98,19 +98,19 @@ class Limits(typing.NamedTuple):
 
 @dataclass(frozen=True)
 class Option:
-    """The facts about one field."""
+    """Metadata of one field."""
 
     limits: Limits | None
-    """Limits of a number, or of each number in a list or mapping."""
+    """Range of a number, or of each number in a list or mapping; None: no range."""
     limited_by: str
-    """Where no interval is given: what decides which values are allowed."""
+    """For a field without range: the code that decides which values are allowed, as a note for readers."""
     resume: Literal["fixed", "free", "content"]
-    """fixed: a resumed run must have the same value; free: it may have another one, which moves neither the order of
-    the data nor, beyond rounding, the student; content: it may name the same content at another place."""
+    """fixed: a resumed run must have the same value; free: it may have another value, which changes neither the order
+    of the data nor, except for rounding, the student; content: it may have another path or name of the same content."""
     students: Literal["shared", "own"]
-    """Whether students of one job must have the job's value, or each has its own."""
+    """shared: all students of a job must have the value of the job; own: each may have a different value."""
     derived: Mapping[str, Any]
-    """Derived run -> its value: a constant, COMPUTED, KEY or COMPUTED_KEY."""
+    """Derived run -> value in it: a constant, COMPUTED, KEY or COMPUTED_KEY."""
 
 
 def option(
@@ -124,13 +124,13 @@ def option(
     students: Literal["shared", "own"],
     derived: Mapping[str, Any],
 ) -> Any:
-    """A field of a config dataclass. What it means stands in the docstring below it, which is the help text.
+    """A field of a config dataclass. The docstring below the field is its help text.
 
     Args:
-        default: a list or mapping is copied for every config.
+        default: a list or dict is copied for every config.
         low, high, exclude: smallest and largest number, and which of these ends are not allowed.
-        limited_by: for a field that is neither a choice, nor true or false, nor limited by `low` and `high`.
-        resume, students, derived: see `Option`. `derived=SAME`: no derived run has another value.
+        limited_by: required for a field that is not a Literal or bool and has no `low` and `high`; see `Option`.
+        resume, students, derived: see `Option`. `derived=SAME` if no derived run has another value.
     """
     limits = None if low is None or high is None else Limits(low, high, exclude)
     metadata = {"option": Option(limits, limited_by, resume, students, dict(derived))}
@@ -140,14 +140,14 @@ def option(
 
 
 def option_of(field: dataclasses.Field) -> Option:
-    """Raises `TypeError` for a field without metadata."""
+    """The metadata of a field. Raises `TypeError` for a field that was not declared by `option`."""
     if "option" not in field.metadata:
         raise TypeError(f"{field.name}: declare it by homodistil.config.option.option")
     return field.metadata["option"]
 
 
 def missing_facts(section: type) -> list[str]:
-    """What is missing in the metadata of the fields of a config dataclass, one line per fact; empty when complete."""
+    """Problems in the metadata of the fields of a config dataclass, one line each; empty if there are none."""
     kinds = typing.get_type_hints(section)
     return [
         f"{field.name}: {problem}"

@@ -1,5 +1,4 @@
-"""Rules on a run config that need no model, data or ranks: the ranges that its fields declare, and what fields must
-say together."""
+"""Rules on a run config that need no model, data or ranks: ranges of fields, and combinations of fields."""
 
 from __future__ import annotations
 
@@ -10,17 +9,17 @@ from homodistil.config.schema import OPTIONS, RunConfig, value_of
 from homodistil.errors import UserError
 
 MAX_EVENTS = 100_000
-"""Steps at which a width may be due: each has an entry in a table. No model has so many widths to pass."""
+"""Maximum number of possible events, each of which has an entry in a table; no model has so many widths."""
 
 
 def range_text(name: str) -> str:
-    """Which values a number of this field may have, such as "in (0, 10]"; "" where nothing is said."""
+    """The range of a field as text, such as "in (0, 10]"; "" if the field has no range."""
     limits = OPTIONS[name].limits
     return f"in {limits}" if limits else ""
 
 
 def check(config: RunConfig) -> None:
-    """Raises `UserError` at the first rule that `config` breaks."""
+    """Raise `UserError` for the first rule that `config` breaks."""
     for name, facts in OPTIONS.items():
         if facts.limits and value_of(config, name) is not None:
             _check_range(name, value_of(config, name), facts.limits)

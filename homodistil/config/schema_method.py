@@ -29,7 +29,7 @@ from homodistil.config.option import (
 
 @dataclass(kw_only=True)
 class TrainConfig:
-    """train: steps, batches, learning rate, what happens in between"""
+    """train: steps, batches, learning rate, intervals of logging and checkpoints"""
 
     steps: int = option(
         600,
@@ -48,15 +48,15 @@ class TrainConfig:
         students="shared",
         derived={CORRECTION: KEY, TRIAL: COMPUTED, CALIBRATION: COMPUTED},
     )
-    """Sequences an optimizer step over all ranks; a multiple of micro_batch_size x ranks."""
+    """Sequences per optimizer step over all ranks; a multiple of micro_batch_size x ranks."""
     micro_batch_size: int = option(
         16, low=1, high=COUNT, resume="free", students="shared", derived={CALIBRATION: COMPUTED}
     )
-    """Sequences a rank processes at once; the rest of the global batch is gradient accumulation."""
+    """Sequences that a rank processes at once; gradient accumulation makes up the global batch."""
     lr: float = option(
         3e-3, low=0, high=10, exclude="low", resume="fixed", students="own", derived={CORRECTION: COMPUTED_KEY}
     )
-    """Peak learning rate (> 0), linear warm-up then linear decay to 0."""
+    """Peak learning rate (> 0), with linear warm-up and then linear decay to 0."""
     lr_steps: int = option(
         0,
         low=0,
@@ -65,7 +65,7 @@ class TrainConfig:
         students="own",
         derived={CORRECTION: 0, MILESTONE: 0, SAME_RATES: COMPUTED, MEASUREMENT: 0},
     )
-    """Steps over which the learning rate warms up and falls to 0 (0 = steps; not fewer than steps)."""
+    """Steps over which the learning rate warms up and decays to 0 (0 = train.steps; at least train.steps)."""
     cool_from: list[int] = option(
         [],
         limited_by="nothing: a step behind the last one has no effect",
@@ -73,21 +73,21 @@ class TrainConfig:
         students="own",
         derived={CORRECTION: [], MILESTONE: [], SAME_RATES: COMPUTED, MEASUREMENT: []},
     )
-    """Steps after each of which the learning rate falls linearly to 0 within cool_steps; then it is as without."""
+    """Steps from which the learning rate falls linearly to 0 over cool_steps; then it returns to its schedule."""
     cool_steps: int = option(0, low=0, high=STEPS, resume="fixed", students="own", derived={SAME_RATES: COMPUTED})
-    """Length of each fall that cool_from names (>= 0)."""
+    """Length in steps of each cool-down in cool_from (>= 0)."""
     rewarm_steps: int = option(0, low=0, high=STEPS, resume="fixed", students="own", derived=SAME)
-    """After each resize event the learning rate climbs back linearly over so many steps (0 = it does not fall)."""
+    """Steps over which the learning rate is warmed up again after each resize event (0 = no re-warming)."""
     warmup_fraction: float = option(0.1, low=0, high=1, resume="fixed", students="own", derived={CORRECTION: KEY})
-    """Fraction of steps spent warming up, in [0, 1]."""
+    """Fraction of steps for the warm-up, in [0, 1]."""
     weight_decay: float = option(0.01, low=0, high=100, resume="fixed", students="own", derived={CORRECTION: KEY})
     """Decoupled weight decay of matrices (>= 0); vectors and distillation projections have none."""
     gradient_clipping: float = option(
         1.0, low=0, high=WEIGHT, resume="fixed", students="own", derived={CORRECTION: KEY}
     )
-    """Largest global gradient norm (0 = no clipping)."""
+    """Maximum global gradient norm (0 = no clipping)."""
     seed: int = option(0, low=0, high=SEED, resume="fixed", students="shared", derived={CORRECTION: COMPUTED_KEY})
-    """Data order, masking and initialisation (>= 0)."""
+    """Seed of data order, masking and initialisation (>= 0)."""
     save_every_steps: int = option(
         0, low=0, high=STEPS, resume="free", students="shared", derived={CORRECTION: 0, MEASUREMENT: 0}
     )
@@ -97,52 +97,53 @@ class TrainConfig:
     )
     """Steps between held-out evaluations (0 = only at the end)."""
     eval_batch_size: int = option(64, low=1, high=COUNT, resume="free", students="shared", derived=SAME)
-    """Sequences a rank evaluates at once."""
+    """Sequences that a rank evaluates at once."""
     log_every_steps: int = option(
         10, low=1, high=STEPS, resume="free", students="shared", derived={MEASUREMENT: COMPUTED, TRIAL: 1}
     )
-    """Steps between lines of metrics.jsonl and TensorBoard (>= 1). Losses are looked at, and checked, only then."""
+    """Steps between lines of metrics.jsonl and TensorBoard (>= 1). Losses are read and checked only then."""
 
 
 @dataclass(kw_only=True)
 class PruningConfig:
-    """pruning: when and which neurons go"""
+    """pruning: when neurons are removed, and which"""
 
     schedule: Literal["cubic", "linear", "one_shot", "gap", "none"] = option(
         "cubic", resume="fixed", students="own", derived={CONTROL: "one_shot", MEASUREMENT: COMPUTED}
     )
-    """How widths fall: cubic (the paper), linear, one_shot (all at step 0), gap (as fast as gap_bound allows), none
-    (width stays what it is)."""
+    """How widths decrease: cubic (the paper), linear, one_shot (all at step 0), gap (as fast as gap_bound allows), none
+    (widths do not change)."""
     start_fraction: float = option(0.0, low=0, high=1, resume="fixed", students="own", derived={MEASUREMENT: 0.0})
-    """t_i as a fraction of train.steps, in [0, 1]."""
+    """Start of pruning (t_i in the paper) as a fraction of train.steps, in [0, 1]."""
     end_fraction: float = option(0.1, low=0, high=1, resume="fixed", students="own", derived={MEASUREMENT: COMPUTED})
-    """t_f as a fraction of train.steps, in [0, 1], >= start_fraction (paper: 0.5, 0.7 or 0.9)."""
+    """End of pruning (t_f) as a fraction of train.steps, in [0, 1], >= start_fraction (paper: 0.5, 0.7 or 0.9)."""
     interval_steps: int = option(5, low=1, high=STEPS, resume="fixed", students="own", derived={MEASUREMENT: COMPUTED})
     """Steps between resize events (>= 1)."""
     width_multiple: int = option(1, low=1, high=COUNT, resume="fixed", students="own", derived=SAME)
-    """Widths of the residual stream on the way are multiples of this (>= 1; 64 suits tensor cores)."""
+    """Intermediate widths of the residual stream are multiples of this (>= 1; 64 suits tensor cores)."""
     ffn_multiple: int = option(8, low=1, high=COUNT, resume="fixed", students="own", derived=SAME)
-    """The same for feed-forward widths."""
+    """Intermediate feed-forward widths are multiples of this (>= 1)."""
     head_dim_multiple: int = option(1, low=1, high=COUNT, resume="fixed", students="own", derived=SAME)
-    """The same for the dims of a head."""
+    """Intermediate head sizes are multiples of this (>= 1)."""
     max_event_fraction: float = option(
         0.5, low=0, high=1, exclude="low", resume="fixed", students="own", derived={MEASUREMENT: 1.0}
     )
-    """Largest share of an axis one event may remove, in (0, 1]. one_shot ignores it."""
+    """Largest share of an axis that one event may remove, in (0, 1]. one_shot ignores it."""
     gap_bound: float = option(0.1, low=0, high=1000, exclude="low", resume="fixed", students="own", derived=SAME)
     """schedule=gap: largest rise of the KL to the teacher (nats, on the probe) that one event may cause (> 0)."""
     gap_recovery: float = option(0.5, low=0, high=1, resume="fixed", students="own", derived=SAME)
-    """schedule=gap: share of the last event's rise that must be won back before the next event, in [0, 1]; not waited
-    for once pruning is behind a straight line to the target."""
+    """schedule=gap: share of the KL rise of the last event that training must recover before the next event, in [0, 1].
+    It is not waited for while pruning is behind a straight line to the target."""
     importance: Literal["sensitivity", "magnitude", "random", "platon", "teacher_kl"] = option(
         "sensitivity", resume="fixed", students="own", derived=SAME
     )
-    """Score of an entry: |theta * gradient| (the paper), |theta|, random, sensitivity x uncertainty (PLATON), or
-    |theta * gradient| of the cross-entropy to labels sampled from the teacher instead of the whole loss."""
+    """Importance of a weight. sensitivity: |theta * gradient| (the paper); magnitude: |theta|; random; platon:
+    sensitivity x uncertainty (PLATON); teacher_kl: |theta * gradient| of the cross-entropy to labels sampled from the
+    teacher."""
     ema_beta: float = option(0.85, low=0, high=1, exclude="high", resume="fixed", students="own", derived=SAME)
-    """Smoothing of the scores over steps, in [0, 1)."""
+    """Decay of the moving average of the scores over steps, in [0, 1)."""
     uncertainty_beta: float = option(0.95, low=0, high=1, exclude="high", resume="fixed", students="own", derived=SAME)
-    """Smoothing of PLATON's uncertainty, in [0, 1)."""
+    """Decay of the moving average of PLATON's uncertainty, in [0, 1)."""
     calibration_batches: int = option(10, low=1, high=COUNT, resume="fixed", students="own", derived={TRIAL: 1})
     """Global batches over which one_shot measures importance before step 0 (>= 1)."""
     protect_outliers: float = option(0.1, low=0, high=1, resume="fixed", students="own", derived=SAME)
@@ -156,30 +157,30 @@ class PruningConfig:
     compensation_sequences: int = option(
         128, low=1, high=COUNT, resume="fixed", students="own", derived={TRIAL: COMPUTED}
     )
-    """Training sequences over all ranks that an event's statistics are taken on (>= 1)."""
+    """Training sequences over all ranks for the statistics of an event (>= 1)."""
     compensation_ridge: float = option(
         1e-2, low=0, high=WEIGHT, exclude="low", resume="fixed", students="own", derived=SAME
     )
     """Ridge of the refit, as a share of the mean variance of its inputs (> 0)."""
     compensation_limit: float = option(0.25, low=0, high=1000, resume="fixed", students="own", derived=SAME)
-    """full: largest rise of the held-out loss (nats) by a mere rotation at full width, found at start; above it the
-    residual dims that protect_outliers names are kept as they are and only the others are rotated, and where that costs
-    too much as well, nothing is: events are then compensated as with refit, and the run says so."""
+    """full: largest rise of the held-out loss (nats) that a rotation alone may cause at full width, measured at start.
+    Above it, the residual dims protected by protect_outliers are not rotated. If the rise is still too large, nothing
+    is rotated, events are compensated as with refit, and the run reports it."""
     one_shot_stages: int = option(
         1, low=1, high=1000, resume="fixed", students="own", derived={PLAIN_CONTROL: 1, TRIAL: 1}
     )
-    """one_shot with compensation: cut in so many stages of equal ratio (>= 1)."""
+    """one_shot with compensation: number of stages of equal ratio in which the cut is made (>= 1)."""
     carry_moments: bool = option(True, resume="fixed", students="own", derived=SAME)
-    """Keep Adam's moments of what survives an event; false: they start from 0 (for comparisons)."""
+    """Keep Adam's moments of the remaining entries at an event; false: reset all moments to 0 (for comparisons)."""
 
 
 _WEIGHTS = ("mlm", "kl", "hidden", "attention", "embedding", "cosine", "relations")
-"""Fields of LossConfig that are weights of terms."""
+"""Fields of LossConfig that are the weights of loss terms."""
 
 
 @dataclass(kw_only=True)
 class LossConfig:
-    """loss: weights and forms of the terms"""
+    """loss: weights and variants of the terms"""
 
     mlm: float = option(1.0, low=0, high=WEIGHT, resume="fixed", students="own", derived={CORRECTION: 1.0})
     """Weight of masked language modelling (>= 0)."""
@@ -194,9 +195,9 @@ class LossConfig:
     cosine: float = option(0.0, low=0, high=WEIGHT, resume="fixed", students="own", derived={CORRECTION: 0.0})
     """Weight of 1 - cosine of the last hidden states (DistilBERT), mean over tokens (>= 0)."""
     relations: float = option(0.0, low=0, high=WEIGHT, resume="fixed", students="shared", derived={CORRECTION: 0.0})
-    """Weight of the self-attention relations Q-Q, K-K and V-V (MiniLMv2), KL(teacher || student) of each (>= 0)."""
+    """Weight of KL(teacher || student) of the self-attention relations Q-Q, K-K and V-V (MiniLMv2) (>= 0)."""
     relation_heads: int = option(0, low=0, high=COUNT, resume="fixed", students="shared", derived=SAME)
-    """Relation heads that the dims of all heads are regrouped into (0: the teacher's number of heads)."""
+    """Number of relation heads into which the dims of all heads are regrouped (0: the teacher's number of heads)."""
     relation_layer: int = option(
         -1,
         limited_by="distill/losses/relations.py: a layer of the teacher",
@@ -206,37 +207,37 @@ class LossConfig:
     )
     """Teacher layer whose relations the student's last layer learns; negative counts from the last."""
     kl_temperature: float = option(1.0, low=0, high=1000, exclude="low", resume="fixed", students="own", derived=SAME)
-    """Temperature of the KL term (> 0); the term carries its square."""
+    """Temperature of the KL term (> 0); the term is multiplied by its square."""
     kl_positions: Literal["masked", "all"] = option("masked", resume="fixed", students="own", derived=SAME)
-    """Rows on which the KL is taken."""
+    """Tokens over which the KL term is computed: the masked ones or all."""
     attention_target: Literal["scores", "probabilities", "probabilities_kl"] = option(
         "scores", resume="fixed", students="own", derived=SAME
     )
-    """What the attention term compares: q.k/sqrt(d) before the softmax (MSE; TinyBERT's code), or after it (MSE, or
-    KL(teacher || student) a query)."""
+    """What the attention term compares. scores: q.k/sqrt(d) before the softmax, by MSE (as in TinyBERT's code);
+    probabilities: after it, by MSE; probabilities_kl: KL(teacher || student) per query."""
     projection: Literal["student", "teacher"] = option("student", resume="fixed", students="own", derived=SAME)
-    """Side of W in the hidden and embedding terms: MSE(H_s W, H_t) or the paper's slide MSE(H_s, H_t W)."""
+    """Side of W in the hidden and embedding terms: MSE(H_s W, H_t), or MSE(H_s, H_t W) as on the paper's slide."""
     projection_learned: bool = option(True, resume="fixed", students="own", derived=SAME)
-    """Train W, or keep it the selection of the surviving dims."""
+    """Train W; false: W stays the selection of the remaining dims."""
     kernels: Literal["auto", "torch", "triton"] = option("auto", resume="fixed", students="own", derived=SAME)
-    """What computes the terms: auto = Triton on a GPU where it is installed, torch elsewhere."""
+    """Implementation of the terms. auto: Triton on a GPU if it is installed, otherwise torch."""
     extra: dict[str, float] = option(
         {}, low=0, high=WEIGHT, resume="fixed", students="shared", derived={CORRECTION: {}}
     )
-    """Weights (>= 0) of terms that are not part of the package, by name, as in {my_term: 0.5}; see loss.plugins."""
+    """Weights (>= 0) by name of terms that loss.plugins register, as in {my_term: 0.5}."""
     plugins: list[str] = option(
         [], limited_by="distill/losses/active.py: can be imported", resume="free", students="shared", derived=SAME
     )
-    """Python modules, or files (.py), that register further terms; imported on every rank, and run as your own code."""
+    """Python modules or .py files that register further terms. They are imported, and so executed, on every rank."""
 
     @property
     def weights(self) -> dict[str, float]:
-        """Term -> weight of those that are trained (> 0), in the order of fields, then of `extra`."""
+        """Term -> weight of all terms with a weight > 0: first the fields, then `extra`, each in its order."""
         named = {name: getattr(self, name) for name in _WEIGHTS} | self.extra
         return {name: float(weight) for name, weight in named.items() if weight > 0}
 
     def only(self, **weights: float) -> LossConfig:
-        """The same options with these weights alone; all others are 0."""
+        """A copy with these weights; all other weights are 0."""
         return dataclasses.replace(self, **dict.fromkeys(_WEIGHTS, 0.0) | {"extra": {}} | weights)
 
 

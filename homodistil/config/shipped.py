@@ -1,7 +1,7 @@
-"""Files that travel with the package: recipes (YAML) and DeepSpeed configs (JSON), by name.
+"""Files that are shipped with the package, by name: recipes (YAML) and DeepSpeed configs (JSON).
 
-In a source checkout the DeepSpeed configs are in the folder ds_configs/ next to the package, in an installed package
-inside it.
+The DeepSpeed configs are in a folder ds_configs/, next to the package in a source checkout, or inside an installed
+package.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ ENGINES = _PACKAGE / "ds_configs" if (_PACKAGE / "ds_configs").is_dir() else _PA
 
 
 def recipe_names() -> list[str]:
-    """Sorted; a recipe in a subfolder has the folder in its name: baselines/distilbert."""
+    """Names of all recipes, sorted. The name of a recipe in a subfolder includes the folder: baselines/distilbert."""
     return sorted(path.relative_to(RECIPES).with_suffix("").as_posix() for path in RECIPES.rglob("*.yaml"))
 
 
 def recipe_path(name: str) -> Path:
-    """Raises `UserError` for a recipe that does not exist."""
+    """The file of a recipe. Raises `UserError` if there is no recipe of this name."""
     if name not in recipe_names():
         raise UserError(
             f"recipe: found {name!r}, allowed: {', '.join(recipe_names())}{nearest(name, recipe_names())}; "
@@ -34,7 +34,7 @@ def recipe_path(name: str) -> Path:
 
 
 def recipe_summary(name: str) -> str:
-    """The first sentence of the comment that a recipe begins with."""
+    """The first sentence of the comment at the beginning of a recipe, without the full stop."""
     lines = recipe_path(name).read_text(encoding="utf-8").splitlines()
     comment = []
     for line in lines:
@@ -50,14 +50,14 @@ def engine_names() -> list[str]:
 
 
 def engine_path(given: str | None) -> Path:
-    """The DeepSpeed JSON that `--deepspeed` means.
+    """The path of the DeepSpeed JSON for the value of `--deepspeed`.
 
     Args:
-        given: a file; the name of a shipped one (zero2); ds_configs/NAME.json, which is the shipped one where the
-            working folder has no such file; or None: the default.
+        given: a path; the name of a shipped config (zero2); ds_configs/NAME.json, which is the shipped config if there
+            is no such file in the working directory; or None for the default.
 
     Raises:
-        UserError: neither a path nor a shipped name.
+        UserError: `given` is neither a path nor the name of a shipped config.
     """
     if given is None:
         return ENGINES / f"{DEFAULT_ENGINE}.json"

@@ -1,7 +1,7 @@
-"""Several students in one job (`--teachers-once`): their configs, from the job's own and a file of differences each.
+"""Several students in one job (`--teachers-once`): each config is that of the job with the fields of a YAML file.
 
-Teacher, text and batches are the job's; what a student may choose is what it is and how it is pruned and optimised
-(`students` of each field, schema.py).
+Teacher, text and batches are those of the job. Students may differ in their size, pruning and optimisation (`students`
+in the metadata of each field, option.py).
 """
 
 from __future__ import annotations
@@ -17,11 +17,15 @@ from homodistil.errors import UserError
 
 
 def file_names(text: str) -> list[Path]:
-    """`small.yaml,tiny.yaml`. Raises `UserError` when two would have the same folder."""
+    """The paths in the value of `--teachers-once`, such as "small.yaml,tiny.yaml".
+
+    Raises:
+        UserError: there is no path, or two files have the same stem, which names the folder of a student.
+    """
     paths = [Path(part.strip()) for part in text.split(",") if part.strip()]
     if not paths:
         raise UserError(
-            "--teachers-once: found no file; give one a student, as in --teachers-once small.yaml,tiny.yaml"
+            "--teachers-once: found no file; give one per student, as in --teachers-once small.yaml,tiny.yaml"
         )
     stems = [path.stem for path in paths]
     if twice := next((stem for stem in stems if stems.count(stem) > 1), None):
@@ -30,7 +34,7 @@ def file_names(text: str) -> list[Path]:
 
 
 def as_overrides(content: Mapping[str, Any]) -> list[str]:
-    """Fields of a YAML file as a command line has them."""
+    """The content of a YAML file (section -> field -> value) as command-line arguments."""
     return [
         f"--{section}.{name}={value if isinstance(value, str) else json.dumps(value)}"
         for section, fields in content.items()
@@ -41,10 +45,14 @@ def as_overrides(content: Mapping[str, Any]) -> list[str]:
 def finalize_students(
     config: RunConfig, students: Sequence[RunConfig], names: Sequence[str]
 ) -> tuple[RunConfig, list[RunConfig]]:
-    """The job and its students, in their folders and with the teacher's whole passes, once they fit together.
+    """The final configs of the job and of its students: with their folders, and with whole teacher passes.
+
+    Args:
+        students: configs of the students.
+        names: their names, which are also the names of their folders.
 
     Raises:
-        UserError: a field differs that they share, or one that cannot be shared is set.
+        UserError: a shared field differs, or the job has a field set that several students do not support.
     """
     _check_together(config)
     for student, name in zip(students, names, strict=True):
@@ -77,7 +85,7 @@ def _check_shared(config: RunConfig, student: RunConfig, name: str) -> None:
 
 
 def check_stage(zero_stage: int) -> None:
-    """Raise `UserError` where several engines cannot live in one job."""
+    """Raise `UserError` for a ZeRO stage that does not support several engines in one job."""
     if zero_stage == 3:
         raise UserError(
             "--teachers-once: zero_optimization.stage 3 in the DeepSpeed JSON has not been tried with several engines; "

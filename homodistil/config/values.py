@@ -1,10 +1,9 @@
-"""What a user has written for the fields of a run, in a YAML file or on the command line, before anything acts on it.
+"""Validates the values of fields in YAML files and on the command line before they are parsed.
 
-    content = read_yaml(path, "--config")                        # bounded in size and depth, no alias, no key twice
-    check_sections(content, str(path))                           # every value of its field's type, in the user's words
-    check_value("train", "lr", parse_value("1e-3", "train.lr"))  # likewise, of the command line
+    content = read_yaml(path, "--config")                        # limited size and depth, no aliases or duplicate keys
+    check_value("train", "lr", parse_value("1e-3", "train.lr"))  # raises UserError for a value of the wrong type
 
-YAML takes `0x10`, `6_0` and `1:30` for numbers; here a number is written in decimal digits, or refused.
+Numbers must be written in decimal digits; YAML's numbers such as `0x10`, `6_0` and `1:30` are refused.
 """
 
 from __future__ import annotations
@@ -26,11 +25,11 @@ from homodistil.errors import UserError, nearest
 
 MAX_FILE_BYTES = 1 << 20
 MAX_VALUE_CHARS = 100_000
-"""Longest value on the command line: a list of many files is long."""
+"""Longest value on the command line, which may be a list of many files."""
 MAX_TEXT_CHARS = 4096
-"""Longest text. No path of Linux is longer."""
+"""Longest text, which is also the longest path on Linux."""
 MAX_NAME_BYTES = 255
-"""Longest part of a path, on every common file system."""
+"""Longest component of a path on common file systems."""
 MAX_DEPTH = 8
 _SHOWN_CHARS = 60
 _WHOLE = re.compile(r"[-+]?[0-9]{1,30}")
@@ -39,13 +38,13 @@ _PATHS = {"teacher.name", "data.sources", "data.cache_dir", "run.dir", "run.name
 
 
 class RemovedField(NamedTuple):
-    """A field of earlier versions, which wrote every field into the config.yaml of a run folder."""
+    """A field of earlier versions. It may still be in the config.yaml of old run folders, which has every field."""
 
     harmless: str
-    """The value that asks for what is done anyway, in lower case: a file may still have it."""
+    """The value (in lower case) with the behaviour of this version; files may still have it."""
     why: str
     instead: str
-    """What to do, for somebody who sets it."""
+    """Advice for users who set another value."""
 
 
 REMOVED_FIELDS = {
@@ -55,7 +54,7 @@ REMOVED_FIELDS = {
         instead="leave it out, and for a faster teacher set teacher.runtime=compile",
     ),
 }
-"""By dotted name."""
+"""Dotted name -> removed field."""
 _REMOVED_VALUES = {
     ("optimizer.implementation", "homodistil_fused"): "it showed no gain (79 ms against 80 ms on the CPU)"
 }
@@ -63,23 +62,27 @@ _REMOVED_VALUES = {
 
 
 def read_yaml(path: Path, flag: str) -> yaml.Node | None:
-    """The document of a YAML file as nodes, whose scalars are still text; None: it is empty.
+    """The document of a YAML file as nodes, whose scalars are text; None if it is empty.
+
+    Args:
+        flag: the option that named the file, for messages.
 
     Raises:
-        UserError: no regular file of reasonable size, no UTF-8, no YAML, or YAML that no run config needs.
+        UserError: not a regular file of at most 1 MiB, not UTF-8, not YAML, or with aliases, duplicate keys or deep
+            nesting.
     """
     return _compose(text_of(path, flag, "YAML"), f"{flag}: {_short(str(path), MAX_NAME_BYTES)!r}")
 
 
 def parse_value(text: str, name: str) -> yaml.Node | None:
-    """A value of the command line as nodes. Raises `UserError`."""
+    """A value on the command line as nodes; None if it is empty. Raises `UserError` if it is not valid YAML."""
     if len(text) > MAX_VALUE_CHARS:
         raise UserError(f"{name}: found {len(text)} characters, allowed are {MAX_VALUE_CHARS}; set a shorter value")
     return _compose(text, name)
 
 
 def entries(node: yaml.Node | None, where: str) -> dict[str, yaml.Node]:
-    """A mapping's keys and values. Raises `UserError` when it is none."""
+    """Key -> node of a mapping; {} for nothing or null. Raises `UserError` if `node` is not a mapping."""
     if node is None or _is_null(node):
         return {}
     if not isinstance(node, yaml.MappingNode):
@@ -88,7 +91,7 @@ def entries(node: yaml.Node | None, where: str) -> dict[str, yaml.Node]:
 
 
 def take_out_harmless(node: yaml.Node | None) -> bool:
-    """Take removed fields with their harmless value out of a file's document. Returns whether there were any."""
+    """Delete removed fields with their harmless value from a document (in place). Returns whether there were any."""
     sections = node.value if isinstance(node, yaml.MappingNode) else []
     return any([_take_out_of(key.value, section) for key, section in sections])
 
@@ -107,13 +110,13 @@ def _is_harmless(name: str, node: yaml.Node) -> bool:
 
 
 def check_value(section: str, field: str, node: yaml.Node | None) -> None:
-    """Raise `UserError` when the value is not of the field's type: what was found, what is allowed."""
+    """Raise `UserError` if the value does not have the type of the field; the message says what is allowed."""
     name = f"{section}.{field}"
     _check(name, _types(section)[field], node, _range_of(name))
 
 
 def is_text(section: str, field: str) -> bool:
-    """Whether the field takes any text as it is, without YAML's quotes and brackets."""
+    """Whether the field is a text, whose value on the command line is not parsed as YAML."""
     return _types(section)[field] in (str, str | None)
 
 
@@ -131,15 +134,15 @@ def _types(section: str) -> dict[str, Any]:
 
 
 def text_of(path: Path, flag: str, kind: str) -> str:
-    """Text of a regular file of reasonable size. Raises `UserError` otherwise.
+    """Text of a regular UTF-8 file of at most 1 MiB. Raises `UserError` otherwise.
 
     Args:
-        flag: that named the file.
-        kind: YAML or JSON.
+        flag: the option that named the file, for messages.
+        kind: "YAML" or "JSON", for messages.
     """
     shown, remedy = _short(str(path), MAX_NAME_BYTES), f"give an existing {kind} file"
     try:
-        status = os.stat(path)  # before it is opened: a pipe would wait for ever, a device has no end
+        status = os.stat(path)  # before opening it: a pipe could wait for ever, a device may have no end
         if not stat.S_ISREG(status.st_mode):
             kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe or device"
             raise UserError(f"{flag}: {shown!r} is {kind}, not a regular file; {remedy}")
@@ -157,7 +160,7 @@ def text_of(path: Path, flag: str, kind: str) -> str:
 
 
 def _compose(text: str, where: str) -> yaml.Node | None:
-    """Nodes of one document. Depth and aliases are looked at before anything recurses or multiplies."""
+    """Nodes of one document. Depth and aliases are checked on events first, before nodes are built recursively."""
     try:
         depth = 0
         for event in yaml.parse(text, Loader=yaml.SafeLoader):
@@ -231,7 +234,7 @@ def _check_list(name: str, inner: Any, node: yaml.Node | None, limits: str) -> N
 
 
 def _check_mapping(name: str, inner: Any, node: yaml.Node | None) -> None:
-    """Keys are texts that are not there twice (`_check_keys`)."""
+    """Check the values of a mapping; `_check_keys` has checked that its keys are unique texts."""
     if not isinstance(node, yaml.MappingNode):
         raise _refusal(name, node, "a mapping such as {my_term: 0.5}")
     for key, value in node.value:

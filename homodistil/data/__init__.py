@@ -1,6 +1,6 @@
-"""Raw text -> tokenised blocks -> masked batches. Knows nothing of DeepSpeed, models or losses.
+"""Raw text -> tokenised blocks -> masked batches. Does not depend on DeepSpeed, models or losses.
 
-assets (packaged teachers and text), files, hub -> sources -> documents
-plan (shards) -> preparation (who makes which) -> shards (tokens on disk) -> merge (split, packing, manifest)
-corpus (all of that, cached; integrity: still what was written?) -> loader -> masking (Batch)
+sources/    packaged teachers and text, text files and data sets of the hub -> documents
+prepare/    documents -> shards of tokens on disk -> split and packed blocks (`corpus.py`: all of this, cached)
+loader.py, masked_lm.py, prefetch.py    blocks -> the masked batches of each rank and step
 """

@@ -1,4 +1,4 @@
-"""Things made once on disk, by whichever of several processes comes first: a lock, a workspace, an atomic rename."""
+"""Folders that are built once although several processes may need them: a lock, a workspace, an atomic rename."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from homodistil.errors import UserError
 
 @contextmanager
 def workspace(target: Path) -> Iterator[Path]:
-    """An empty folder beside `target`, for the one process that holds the lock of `target`; gone afterwards.
+    """An empty folder next to `target` for the process that holds the lock of `target`; removed afterwards.
 
-    What a killed process left in it is thrown away here: nobody else can be using it while we hold the lock.
+    Files that a killed process has left in it are deleted first; no other process can use them without the lock.
 
     Raises:
         UserError: the cache cannot be written, or its disk is full.
@@ -37,10 +37,14 @@ def workspace(target: Path) -> Iterator[Path]:
 
 @contextmanager
 def as_user_error(target: Path, deed: str = "write") -> Iterator[None]:
-    """Turn a full disk or a folder that cannot be written (or read: `deed`) into a `UserError` that names `target`."""
+    """Turn an `OSError` (full disk, no permission) inside this context into a `UserError` that names `target`.
+
+    Args:
+        deed: what failed, for the message: "write" or "read".
+    """
     try:
         yield
-    except Timeout:  # of a lock: an OSError that says nothing about the disk
+    except Timeout:  # of a lock; also an OSError, but not an error of the disk
         raise
     except NotImplementedError as error:
         if "flock" not in str(error):
@@ -57,7 +61,7 @@ def as_user_error(target: Path, deed: str = "write") -> Iterator[None]:
 
 
 def set_aside(folder: Path, reason: str) -> None:
-    """Delete what is damaged and will be made again, with a warning."""
+    """Delete a damaged file or folder that will be made again, with a warning."""
     print(f"warning: {folder} is damaged ({reason}); made again", file=sys.stderr, flush=True)
     if folder.is_dir() and not folder.is_symlink():
         shutil.rmtree(folder)
@@ -68,11 +72,17 @@ def set_aside(folder: Path, reason: str) -> None:
 def build_once(
     target: Path, build: Callable[[Path], None], damage: Callable[[Path], str | None] = lambda _: None
 ) -> Path:
-    """The folder `target`, filled by `build(temporary folder)` unless it exists. Never seen half filled.
+    """The folder `target`, made by `build(temporary folder)` and an atomic rename unless it exists.
 
     Args:
-        damage: says what is wrong with an existing `target`, None if nothing is. A damaged one is built again: jobs
-            that still have its old files open keep them.
+        damage: returns what is wrong with an existing `target`, None if nothing is. A damaged one is built again; jobs
+            that have its old files open can still read them.
+
+    Returns:
+        `target`.
+
+    Raises:
+        UserError: `target` cannot be read or written.
     """
     with as_user_error(target, "read"):
         if target.exists() and damage(target) is None:

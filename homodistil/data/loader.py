@@ -1,7 +1,7 @@
 """Which samples a step sees: a function of (seed, consumed samples), whatever the number of ranks and micro-batches.
 
-The position in the data is one number, so resuming needs no state. Epochs follow each other without a seam: the stream
-of samples is permutation(epoch 0), permutation(epoch 1), ...
+The position in the data is one number, so resuming needs no further state. A batch may span two epochs: the stream of
+samples is permutation(epoch 0), permutation(epoch 1), ...
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from homodistil.data.task import task_of
 from homodistil.distributed.graceful_stop import ignore_in_worker
 from homodistil.errors import UserError
 
-_ORDER_KEY = 2**64 - 1  # masking uses (seed, epoch; sample) as keys; no sample has this number
+_ORDER_KEY = 2**64 - 1  # masking uses keys (seed, epoch; sample), and no sample has this number
 
 
 def sample_order(num_samples: int, seed: int, epoch: int) -> np.ndarray:
-    """Permutation of 0 .. num_samples - 1 for an epoch, (num_samples,) uint32 or int64."""
+    """The permutation of 0 .. num_samples - 1 for `epoch`, (num_samples,) uint32, or int64 if 2^32 do not suffice."""
     generator = np.random.Generator(np.random.Philox(key=np.array([seed << 32 | epoch, _ORDER_KEY], dtype=np.uint64)))
     order = np.arange(num_samples, dtype=np.uint32 if num_samples < 1 << 32 else np.int64)
     generator.shuffle(order)
@@ -47,7 +47,7 @@ class BatchLoader:
         rank, world_size: whose share.
 
     Raises:
-        UserError: no rows, or a global batch that the ranks cannot share evenly.
+        UserError: no rows, or a global batch size that is not a multiple of micro-batch size x ranks.
     """
 
     def __init__(
@@ -71,10 +71,10 @@ class BatchLoader:
         self.set_micro_batch_size(micro_batch_size)
 
     def set_micro_batch_size(self, micro_batch_size: int) -> None:
-        """Samples of a micro-batch from the next step on; a step's samples over all ranks stay the same.
+        """Set the samples per micro-batch from the next step on. The samples of a step over all ranks stay the same.
 
         Raises:
-            UserError: the ranks cannot share the global batch evenly.
+            UserError: the global batch size is not a multiple of micro-batch size x ranks.
         """
         if self.global_batch_size % (micro_batch_size * self._world):
             raise UserError(
@@ -82,11 +82,14 @@ class BatchLoader:
                 f"{micro_batch_size * self._world} = train.micro_batch_size {micro_batch_size} x {self._world} ranks"
             )
         self._micro = micro_batch_size
-        # What workers have prepared is of the old size: dropped, and made again from the position that is asked for.
+        # Steps prepared by workers have the old size; they are dropped, and prepared again from the next position.
         self._stop_workers()
 
     def seek(self, consumed_samples: int) -> None:
-        """Start the worker processes at this position, unless there are none or they are there. Main thread only."""
+        """Start the worker processes at this position, unless they are there already. Main thread only.
+
+        Does nothing without workers.
+        """
         if self._workers and consumed_samples != self._next_position:
             self._start_workers(consumed_samples)
             self._next_position = consumed_samples
@@ -99,12 +102,14 @@ class BatchLoader:
         self._next_position = consumed_samples + self.global_batch_size
         try:
             return next(self._ahead)
-        except UserError as error:  # out of a worker: torch puts a traceback in front of its one line
+        except UserError as error:  # from a worker: torch puts a traceback before the message
             raise UserError(str(error).rstrip().rsplit("UserError: ", 1)[-1]) from None
 
     def __getitem__(self, consumed_samples: int) -> list[Batch]:
-        """The micro-batches of this rank, made in this process. Micro-batch m of rank r starts at consumed + (m *
-        world_size + r) * micro."""
+        """The same as `micro_batches`, prepared in this process (called in workers, too).
+
+        Micro-batch m of rank r starts at sample consumed_samples + (m * world_size + r) * micro_batch_size.
+        """
         starts = range(
             consumed_samples + self._rank * self._micro,
             consumed_samples + self.global_batch_size,
@@ -122,7 +127,7 @@ class BatchLoader:
         return self._to_batch(self._rows[samples], samples, epochs)
 
     def _order_of(self, epoch: int) -> np.ndarray:
-        if epoch != self._order_epoch:  # kept: shuffling 10^8 samples takes seconds
+        if epoch != self._order_epoch:  # cached, because shuffling 10^8 samples takes seconds
             self._order_epoch, self._order = epoch, sample_order(len(self._rows), self._seed, epoch)
         return self._order
 
@@ -131,11 +136,12 @@ class BatchLoader:
         before = multiprocessing.active_children()
         self._ahead = iter(self._prefetch(consumed_samples))
         self._processes = [child for child in multiprocessing.active_children() if child not in before]
-        # Before torch and multiprocessing, which would wait at exit for processes that ignore SIGTERM.
+        # Runs before the exit handlers of torch and multiprocessing, which would wait for workers that ignore SIGTERM.
         atexit.register(_end, weakref.ref(self), self._processes)
 
     def _stop_workers(self) -> None:
-        self._next_position, self._ahead = -1, iter(())  # torch asks them to end, and waits a few seconds
+        # Dropping the old iterator makes torch ask its workers to end, and wait a few seconds.
+        self._next_position, self._ahead = -1, iter(())
         _kill(self._processes)
         self._processes = []
 
@@ -148,7 +154,8 @@ class BatchLoader:
             num_workers=self._workers,
             collate_fn=_as_it_is,
             worker_init_fn=ignore_in_worker,
-            generator=torch.Generator(),  # the global one is dropout's, and must not depend on how often this is made
+            # Not the global one: dropout must not depend on how often loaders are made.
+            generator=torch.Generator(),
         )
 
 
@@ -158,13 +165,13 @@ def _as_it_is(batches: list[Batch]) -> list[Batch]:
 
 def _end(loader: weakref.ref[BatchLoader], processes: list[multiprocessing.Process]) -> None:
     if (alive := loader()) is not None:
-        alive._stop_workers()  # first: torch takes it for a failure when a worker in use is killed
+        alive._stop_workers()  # first, because torch reports a failure if a worker in use is killed
     _kill(processes)
 
 
 def _kill(processes: list[multiprocessing.Process]) -> None:
-    """By SIGKILL: torch's request to end can be lost on a busy machine, and SIGTERM is ignored (see
-    distributed/graceful_stop.py)."""
+    """End processes by SIGKILL: torch's request to end can be lost on a busy machine, and workers ignore SIGTERM
+    (`graceful_stop.ignore_in_worker`)."""
     for process in processes:
         if process.is_alive():
             process.kill()
@@ -180,14 +187,16 @@ def fixed_batches(
     world_size: int,
     limit: int | None = None,
 ) -> Iterator[Batch]:
-    """This rank's share of all rows for evaluation; masks depend on (seed, sample index) alone.
+    """The batches of this rank for evaluation on `rows`; masks depend only on (seed, sample index).
 
-    Every sample is in exactly one batch of one rank. All ranks get equally many batches, because under ZeRO-3 a forward
-    pass is a collective: a rank that is left without samples in the last round gets one row with nothing to predict.
+    Every sample is in exactly one batch of one rank. All ranks get the same number of batches, because a forward pass
+    under ZeRO-3 is a collective: a rank without samples in the last round gets one row with nothing to predict.
 
     Args:
-        batch_size: most samples of a batch of one rank.
-        limit: only the first `limit` samples (over all ranks).
+        rows: blocks of the held-out split.
+        tokenizer, config, seed, rank, world_size: see `BatchLoader`.
+        batch_size: maximum samples per batch and rank.
+        limit: use only the first `limit` samples, over all ranks; None: all.
     """
     to_batch = task_of(config).batch_maker(tokenizer, config, seed)
     total = len(rows) if limit is None else min(limit, len(rows))

@@ -1,6 +1,6 @@
-"""Masked language modelling: which tokens are predicted, and what stands in their place (BERT's 80/10/10).
+"""Masked language modelling: chooses the tokens to predict and replaces them (80/10/10, Devlin et al. 2019, 3.1).
 
-Randomness is a function of (seed, epoch, sample index) alone, so a batch is the same whoever draws it.
+Randomness depends only on (seed, epoch, sample index), so that a batch is the same on whichever rank it is drawn.
 Shapes: B sequences, T tokens, M rows to predict.
 """
 
@@ -19,9 +19,9 @@ class Masker:
     """Turns blocks of token ids into batches.
 
     Args:
-        tokenizer: whose special tokens are never predicted, and never put in as random tokens.
-        mask_probability: of each ordinary token, independently.
-        seed: of all draws.
+        tokenizer: its special tokens are never predicted, and never used as random tokens.
+        mask_probability: probability that an ordinary token is chosen, independently for each token.
+        seed: of all random numbers.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, mask_probability: float, seed: int) -> None:
@@ -33,7 +33,13 @@ class Masker:
         self._seed = seed
 
     def __call__(self, blocks: np.ndarray, samples: np.ndarray, epochs: np.ndarray) -> Batch:
-        """Mask `blocks` (B, T) int64, which are the `samples` (B,) of the data set in `epochs` (B,)."""
+        """Mask `blocks`.
+
+        Args:
+            blocks: token ids, (B, T) int64.
+            samples: index of each block in the data set, (B,).
+            epochs: epoch in which each block is drawn, (B,).
+        """
         choice, action, token = self._draw(samples, epochs, blocks.shape[1])
         chosen = (choice < self._probability) & self._is_ordinary[blocks]
         random_ids = self._ordinary_ids[(token * len(self._ordinary_ids)).astype(np.int64)]
@@ -42,7 +48,7 @@ class Masker:
         return self._batch(blocks, np.where(chosen, replaced, blocks), chosen)
 
     def unmasked(self, blocks: np.ndarray) -> Batch:
-        """A batch with nothing to predict."""
+        """`blocks` (B, T) as a batch without rows to predict (M = 0)."""
         return self._batch(blocks, blocks, np.zeros(blocks.shape, dtype=bool))
 
     def _batch(self, blocks: np.ndarray, input_ids: np.ndarray, chosen: np.ndarray) -> Batch:
@@ -54,12 +60,12 @@ class Masker:
         return Batch(*map(torch.from_numpy, arrays), counts)
 
     def _draw(self, samples: np.ndarray, epochs: np.ndarray, width: int) -> np.ndarray:
-        """(3, B, T) uniform in [0, 1): one Philox key a sample, so that no draw depends on its neighbours."""
+        """(3, B, T) uniform in [0, 1). One Philox key per sample, so that no number depends on other samples."""
         bits = np.random.Philox(key=0)
         generator, state = np.random.Generator(bits), bits.state
         uniform = np.empty((len(samples), 3, width))
         for row, (sample, epoch) in enumerate(zip(samples.tolist(), epochs.tolist(), strict=True)):
             state["state"]["key"][:] = self._seed << 32 | epoch, sample
-            bits.state = state  # a fresh generator each time would cost three times as much
+            bits.state = state  # a new generator per sample would take three times as long
             generator.random(out=uniform[row])
         return uniform.transpose(1, 0, 2)

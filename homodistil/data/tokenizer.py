@@ -1,8 +1,8 @@
-"""A checkpoint's tokenizer, refused where the library would make up for what is missing silently.
+"""Reads the tokenizer of a checkpoint, and refuses it where transformers would silently replace missing parts.
 
-It builds an empty one for a folder without any, adds [MASK] to a vocabulary that lacks it, and reads a tokenizer.json
-of another kind as if it were its class's own: text then becomes unknown tokens, or ids that no embedding was trained
-for.
+The library builds an empty tokenizer for a folder without one, adds [MASK] to a vocabulary that lacks it, and reads a
+tokenizer.json of another model type as if it were of the configured class. Text would then become unknown tokens, or
+ids without trained embeddings.
 """
 
 from __future__ import annotations
@@ -18,32 +18,32 @@ from homodistil.errors import UserError
 from homodistil.models.checkpoint_files import first_line, local_folder, read_json, short
 
 MAX_UNKNOWN = 0.9
-"""Largest share of unknown tokens in a sample of text; a tokenizer of the text's language and script is far below."""
+"""Maximum share of unknown tokens in a sample of text. A tokenizer for the language of the text is far below it."""
 SPECIAL_TOKENS = ("mask_token", "pad_token", "cls_token", "sep_token")
 _FILE, _WORDS, _SETTINGS = "tokenizer.json", "vocab.txt", "tokenizer_config.json"
 _JSON_FILES = (_FILE, _SETTINGS, "special_tokens_map.json", "added_tokens.json")
-# Vocabularies of the other classes that the library knows; which one it reads is a matter of the class.
+# Vocabulary files of further tokenizer classes of the library.
 _OTHERS = ("vocab.json", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model", "bpe.codes")
 _SAMPLE_WORDS = 200
 _FEWEST_TOKENS = 20
-"""A sample of fewer says nothing."""
+"""The share of unknown tokens is not checked for fewer tokens."""
 
 
 def read_tokenizer(name: str, field: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder or hub name, as its files describe it. No code beside them is run.
+    """Load the tokenizer of a folder or hub name. Custom code in the folder is never run.
 
     Args:
-        field: what the user gave `name` as, for messages: teacher.name or --checkpoint.
+        field: the option that `name` was given with, for messages: "teacher.name" or "--checkpoint".
 
     Raises:
-        UserError: no tokenizer there, damaged, with code of its own, or of another kind than its class.
+        UserError: there is no tokenizer, it is damaged, needs custom code, or its file does not match its class.
     """
     folder = local_folder(name, field)
     if folder is not None:
         _check_files(folder, field)
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder or name), trust_remote_code=False)
-    except Exception as error:  # the library of tokenizers raises plain Exceptions
+    except Exception as error:  # the tokenizers library raises plain Exceptions
         raise UserError(
             f"{field}: no usable tokenizer at {short(name)!r} ({first_line(error)}); give the files of the tokenizer "
             f"that the model was trained with ({_FILE}, {_SETTINGS})"
@@ -68,8 +68,8 @@ def _check_files(folder: Path, field: str) -> None:
 
 
 def _check_same(tokenizer: PreTrainedTokenizerBase, file: Path, field: str) -> None:
-    """What has been read is what `file` says."""
-    stored = tokenizers.Tokenizer.from_file(str(file))  # the library has just read it
+    """Raise `UserError` unless the model type and the special tokens of `tokenizer` are those of `file`."""
+    stored = tokenizers.Tokenizer.from_file(str(file))  # cannot fail: the library has just read the file
     in_file, as_read = (type(one.model).__name__ for one in (stored, tokenizer.backend_tokenizer))
     if in_file != as_read:
         raise UserError(
@@ -91,7 +91,7 @@ def _check_same(tokenizer: PreTrainedTokenizerBase, file: Path, field: str) -> N
 
 
 def check_ids(tokenizer: PreTrainedTokenizerBase, vocab_size: int, where: str) -> None:
-    """Raise `UserError` where an id is beyond the `vocab_size` embeddings. `where` begins the message."""
+    """Raise `UserError` if an id is not below `vocab_size`, the number of embeddings. `where` begins the message."""
     largest = max(tokenizer.get_vocab().values(), default=0)
     if len(tokenizer) > vocab_size or largest >= vocab_size:
         raise UserError(
@@ -115,7 +115,7 @@ def check_special_tokens(tokenizer: PreTrainedTokenizerBase, task: Task, where: 
 
 
 def check_words(tokenizer: PreTrainedTokenizerBase, where: str) -> None:
-    """Raise `UserError` where a tokenizer does not know the words of its own vocabulary: all text would be unknown."""
+    """Raise `UserError` if the tokenizer reads words of its vocabulary as unknown: all text would be unknown."""
     special = set(tokenizer.all_special_tokens)
     words = [word for word in tokenizer.get_vocab() if word not in special and any(map(str.isalpha, word))]
     step = -(-len(words) // _SAMPLE_WORDS) or 1
@@ -130,12 +130,12 @@ def check_words(tokenizer: PreTrainedTokenizerBase, where: str) -> None:
 
 
 def unknown_share(ids: Sequence[int], unknown: int | None) -> float:
-    """Share of unknown tokens, in [0, 1]."""
+    """Share of the token `unknown` in `ids`, in [0, 1]; 0 if the tokenizer has no unknown token (None)."""
     return sum(i == unknown for i in ids) / len(ids) if unknown is not None and len(ids) else 0.0
 
 
 def check_text_is_known(ids: Sequence[int], unknown: int | None, source: str) -> None:
-    """Raise `UserError` where `ids`, text from the start of `source`, are nearly all unknown tokens."""
+    """Raise `UserError` if `ids`, tokens from the start of `source`, are nearly all unknown."""
     if len(ids) >= _FEWEST_TOKENS and (share := unknown_share(ids, unknown)) > MAX_UNKNOWN:
         raise UserError(
             f"data.sources: {source!r} is not in the language of the teacher's tokenizer: {share:.0%} of the first "

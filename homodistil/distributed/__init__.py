@@ -1,1 +1,1 @@
-"""Ranks and what surrounds them: launchers, groups, clean stops, exit codes, the watchdog. No model, no DeepSpeed."""
+"""Multi-rank infrastructure without models and DeepSpeed: launchers, groups, clean stops, exit codes, watchdog."""

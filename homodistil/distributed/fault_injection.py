@@ -1,11 +1,12 @@
-"""Injected faults, to try out what a cluster and its launcher do when something breaks. Costs nothing when unset.
+"""Fault injection, to test how a cluster and its launcher react to failures. Costs nothing if it is not used.
 
     HOMODISTIL_FAULT="train.step:rank=1:hit=20:action=kill" deepspeed launcher/train.py ...
 
-Several, separated by commas: POINT[:rank=R][:hit=N][:action=A]. POINT is a place in the code (`POINTS`), `rank` whose
-process (default: every rank), `hit` at which visit of the place (default 1: the first), `action` what happens:
+The value is a list of faults, separated by commas: POINT[:rank=R][:hit=N][:action=A]. POINT is a place in the code
+(`POINTS`), R the rank that fails (default: every rank), and N counts how often the process reaches the place until it
+fails (default 1: the first time). The actions are:
 
-    kill   SIGKILL (default)          stop   SIGSTOP, as a machine that hangs       term   SIGTERM, a request to stop
+    kill   SIGKILL (default)          stop   SIGSTOP, like a machine that hangs     term   SIGTERM, a request to stop
     raise  an exception               hang   sleep for ever, still alive            nan    the value there becomes NaN
 """
 
@@ -25,16 +26,16 @@ T = TypeVar("T")
 VARIABLE = "HOMODISTIL_FAULT"
 POINTS = (
     "train.step",  # before the first micro-batch of a step
-    "train.backward",  # the loss, on its way into backward (nan: gradients that are not finite)
-    "resize.before",  # an event is due and agreed on, nothing has changed
-    "resize.moved",  # weights and moments are moved, their modules and records are not refreshed
-    "checkpoint.shard_written",  # this rank's files are in the hidden folder, its report is not
-    "checkpoint.before_manifest",  # all ranks' files are; from here on on rank 0 alone
+    "train.backward",  # on the loss before backward (nan: gradients that are not finite)
+    "resize.before",  # all ranks have agreed on an event, and nothing has changed yet
+    "resize.moved",  # weights and moments have been moved, modules and DeepSpeed's records not yet updated
+    "checkpoint.shard_written",  # the files of this rank are in the hidden folder, its report is not
+    "checkpoint.before_manifest",  # the files of all ranks are there; this and the following points: rank 0 only
     "checkpoint.before_rename",
-    "checkpoint.before_latest",  # the new folder has its name, `latest` names the one before
+    "checkpoint.before_latest",  # the new folder has its final name, `latest` names the previous checkpoint
     "checkpoint.before_prune",
-    "family.exported",  # a milestone's stock checkpoint is written, its record is not
-    "start.materials",  # teacher and corpus are there, nothing is trained yet
+    "family.exported",  # the stock checkpoint of a milestone is written, its record is not
+    "start.materials",  # teacher and corpus are ready, nothing has been trained yet
 )
 
 
@@ -57,9 +58,9 @@ _armed: list[_Fault] | None = None
 
 
 def fault_point(name: str, value: T = None) -> T:
-    """A place where a fault can be injected. Hands `value` through (multiplied by NaN where the fault says so)."""
+    """A place where a fault can be injected. Returns `value`, multiplied by NaN if the fault says so."""
     global _armed
-    if _armed is None:  # at the first point, not at import: a forked rank has another environment than its parent
+    if _armed is None:  # not at import, because a forked rank has another environment than its parent
         _armed = parse(os.environ.get(VARIABLE, ""))
     for fault in _armed:
         if fault.is_due(name):
@@ -68,7 +69,7 @@ def fault_point(name: str, value: T = None) -> T:
 
 
 def parse(text: str) -> list[_Fault]:
-    """Faults of HOMODISTIL_FAULT. Raises `UserError` for what it does not understand."""
+    """The faults that `text`, the value of HOMODISTIL_FAULT, describes. Raises `UserError` if it is malformed."""
     return [_parse_one(part.strip()) for part in text.split(",") if part.strip()]
 
 

@@ -1,20 +1,19 @@
-"""Stopping on request: SIGINT (Ctrl-C), SIGTERM or SIGUSR1 to any rank ends all of them at the same step, behind a
-checkpoint.
+"""Stopping on request: SIGINT (Ctrl-C), SIGTERM or SIGUSR1 to any rank stops all ranks at the same step.
 
-    handle_signals()                              # scripts, first of all: a signal ends the process, with one line
-    with on_signals():                            # job.run: from here on it is raised as StopRequested
+    handle_signals()                              # first call of a script: a signal ends the process with one line
+    with on_signals():                            # around a job: a signal is raised as StopRequested
         ...
-        with at_step_boundaries(device) as stop_agreed:       # Trainer.train: it waits for the next boundary
+        with at_step_boundaries(device) as stop_agreed:       # in training: a signal waits for the next boundary
             train_step()
-            if stop_agreed(): save and raise StopRequested    # the same step on every rank
+            if stop_agreed(): save and raise StopRequested    # at the same step on every rank
 
-A second request ends the process at once, wherever it is: Python runs its own handlers only between two of its
-instructions, which a rank that hangs in a collective never reaches. A thread that reads the wake-up file descriptor
-does not depend on that. What comes within SAME_REQUEST_S is the same request; so is a SIGTERM behind a SIGINT, whenever
-it comes: launchers answer Ctrl-C, which the ranks have received already, by ending them one after the other.
+A second request ends the process at once. Python runs signal handlers only between two bytecode instructions, which a
+rank that hangs in a collective never reaches; a thread that reads the wake-up file descriptor does not depend on that.
+Signals within SAME_REQUEST_S count as one request, and so does a SIGTERM at any time after a SIGINT: launchers react to
+Ctrl-C, which the ranks have received as well, by ending the ranks one after the other.
 
-This module imports nothing that takes time. Without `handle_signals` (a notebook, a program that calls job.run) the
-handlers of before are back after `on_signals`, and a SIGINT is raised as `Interrupted`, which is a KeyboardInterrupt.
+This module imports nothing slow. Without `handle_signals` (in a notebook, or a program that uses the Python API), the
+previous handlers are restored after `on_signals`, and SIGINT is raised as `Interrupted`, a KeyboardInterrupt.
 """
 
 from __future__ import annotations
@@ -38,42 +37,43 @@ if TYPE_CHECKING:
     import torch
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-# A launcher hands on what its whole process group has received already: copies that arrive together are one request.
+# A launcher forwards signals that its process group has received already; copies within this time are one request.
 SAME_REQUEST_S = 2.0
 
 
 class _Mode(enum.Enum):
-    """What the first signal does."""
+    """Effect of the first signal."""
 
     AT_ONCE = enum.auto()
-    """Ends the process: there is nothing to save, and it may be inside an import or a library's call."""
+    """Ends the process: there is nothing to save, and it may be inside an import or a library call."""
     RAISED = enum.auto()
+    """Raises `StopRequested`."""
     DEFERRED = enum.auto()
-    """To the next step boundary."""
+    """Waits for the next step boundary."""
     LEAVING = enum.auto()
-    """It came before, and what it asked for is being done."""
+    """The first signal has been received, and the process is stopping."""
     MET = enum.auto()
-    """All is saved and the process ends by itself: what launchers still send on the way is nothing new."""
+    """Everything is saved and the process ends by itself, so further signals of a launcher are ignored."""
 
 
 class _Requests:
-    """What this process has been asked."""
+    """The stop requests that this process has received, and its signal handlers."""
 
     def __init__(self, mode: _Mode, how_to_go_on: str) -> None:
         self.pid = os.getpid()
         self.number = 0
-        """Number of the first signal; 0: none yet."""
+        """Number of the first signal; 0 if there was none."""
         self.mode, self.how_to_go_on = mode, how_to_go_on
         self._ours, self._wakes = socket.socketpair()
         self._wakes.setblocking(False)
-        # A shell starts jobs in the background with SIGINT ignored: Ctrl-C is not meant for them.
+        # Shells start background jobs with SIGINT ignored, because Ctrl-C is not meant for them.
         self._numbers = [n for n in SIGNALS if n != signal.SIGINT or signal.getsignal(n) != signal.SIG_IGN]
         threading.Thread(target=_listen, args=(self, self._ours), name="signals", daemon=True).start()
         self._before = {number: signal.signal(number, _on_signal) for number in self._numbers}
         self._woken_before = signal.set_wakeup_fd(self._wakes.fileno(), warn_on_full_buffer=False)
 
     def restore(self) -> None:
-        """Handlers of before; the thread ends."""
+        """Restore the previous handlers, and end the thread."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._woken_before)
@@ -84,7 +84,7 @@ _requests: _Requests | None = None
 
 
 def handle_signals() -> None:
-    """Until this process ends: a signal ends it at once, with a line on rank 0. For scripts, before anything else."""
+    """From now on a signal ends this process at once, with a line on rank 0. Scripts call it first of all."""
     global _requests
     invocation.remember()
     if threading.current_thread() is threading.main_thread():
@@ -93,10 +93,10 @@ def handle_signals() -> None:
 
 @contextlib.contextmanager
 def on_signals(how_to_go_on: str = "run it again to go on") -> Iterator[None]:
-    """Inside, a signal is raised as `StopRequested`. Outside the main thread there is nothing to handle.
+    """Inside this context a signal is raised as `StopRequested`. Does nothing outside the main thread.
 
     Args:
-        how_to_go_on: what a line says behind its semicolon.
+        how_to_go_on: text after the semicolon of the message, which says how to continue.
     """
     global _requests
     if threading.current_thread() is not threading.main_thread():
@@ -117,7 +117,7 @@ def on_signals(how_to_go_on: str = "run it again to go on") -> Iterator[None]:
 
 
 def _on_signal(number: int, _frame: object) -> None:
-    if os.getpid() != _requests.pid:  # a child that was forked a moment ago, see _forget_in_child
+    if os.getpid() != _requests.pid:  # a child that has just been forked, see _forget_in_child
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
         return
@@ -128,10 +128,10 @@ def _on_signal(number: int, _frame: object) -> None:
 
 
 def _listen(requests: _Requests, wakes: socket.socket) -> None:
-    """In a thread: what must not wait for the main thread."""
+    """Runs in a thread: handle the signals that must not wait for the main thread."""
     first, first_s = 0, 0.0
     with wakes:
-        while received := wakes.recv(64):  # nothing: the other end was closed
+        while received := wakes.recv(64):  # empty once `restore` has closed the other end
             for number in filter(SIGNALS.__contains__, received):
                 if requests.mode is _Mode.AT_ONCE:
                     _end(number, requests.how_to_go_on)
@@ -149,19 +149,22 @@ def _is_echo(number: int, first: int, mode: _Mode) -> bool:
 
 def _end(number: int, how_to_go_on: str) -> None:
     with contextlib.suppress(OSError, UserError):
-        if rank_before_joining() == 0:  # past Python's buffers, whose locks the main thread may hold
+        if rank_before_joining() == 0:  # os.write, because the main thread may hold the locks of Python's buffers
             start = "\n" if os.isatty(2) else ""
             os.write(2, f"{start}stopped by {signal.Signals(number).name}; {how_to_go_on}\n".encode())
     os._exit(STOPPED)
 
 
 _forking = threading.local()
-"""mask: signals that the forking thread had blocked before."""
+"""`mask`: the signals that the forking thread had blocked before the fork."""
 
 
 def _hold_signals() -> None:
-    """Until parent or child is ready for them. A child that gets SIGTERM before it has forgotten our handlers would
-    lose it (Python drops what is pending when it starts a child), and a pool that ends it would wait for ever."""
+    """Block signals during a fork, until parent and child are ready for them.
+
+    A child that received SIGTERM while it still has our handlers would lose the signal (Python drops pending signals
+    after a fork), and a pool that wants to end the child would wait for ever.
+    """
     if _requests is not None:
         _forking.mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
 
@@ -174,7 +177,7 @@ def _let_signals_go() -> None:
 
 
 def _forget_in_child() -> None:
-    """A forked worker must end on SIGTERM, which pools rely on, and must not write into our wake-up socket."""
+    """Restore default handlers in a forked worker: pools end workers by SIGTERM, and it must not use our socket."""
     if _requests is not None:
         signal.set_wakeup_fd(-1)
         for number in SIGNALS:
@@ -186,18 +189,28 @@ os.register_at_fork(before=_hold_signals, after_in_parent=_let_signals_go, after
 
 
 def ignore_in_worker(_worker: int = 0) -> None:
-    """For processes that prepare data: launchers signal whole process trees, and the rank still needs its workers."""
+    """Ignore signals in a data worker: launchers signal whole process trees, but a rank needs its workers to stop well.
+
+    Usable as `worker_init_fn` of a DataLoader.
+    """
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 @contextlib.contextmanager
 def at_step_boundaries(device: torch.device) -> Iterator[Callable[[], int]]:
-    """Inside, a signal waits for the next boundary. Gives the function to call at each, on every rank.
+    """Inside this context a signal waits for the next step boundary. Every rank enters it.
 
-    It returns the number of the signal that some rank had received when the boundary *before* was reached, 0 for none:
-    the same on every rank, without waiting for anything that was not long done. A `StopRequested` that is raised inside
-    says that everything is saved.
+    Args:
+        device: device of the collectives.
+
+    Yields:
+        A function that every rank must call at each step boundary. It returns the number of a signal that any rank had
+        received at the *previous* boundary, or 0, the same on every rank. It does not have to wait, because this
+        exchange was started one step earlier. If it is not 0, the caller saves and raises `StopRequested`.
+
+    Raises:
+        StopRequested: at the end of the context, if a signal was received during the last step.
     """
     from homodistil.distributed.stop_agreement import Agreement
 
@@ -212,7 +225,7 @@ def at_step_boundaries(device: torch.device) -> Iterator[Callable[[], int]]:
         _set_mode(_Mode.RAISED)
         raise
     _set_mode(_Mode.RAISED)
-    if number := agreement.last():  # it came in the last step, and what follows has nothing to save
+    if number := agreement.last():  # received during the last step; there is nothing left to save
         _set_mode(_Mode.LEAVING)
         raise _outside_training(number)
 
@@ -232,11 +245,11 @@ def _outside_training(number: int) -> StopRequested:
 
 
 def go_on_with() -> str:
-    """ ": COMMAND" for the end of a line: what to type to continue. Nothing where no script was started."""
+    """ ": COMMAND" for the end of a message, the command that continues the run; "" if no script was started."""
     command = invocation.resuming()
     return f": {command}" if command else ""
 
 
 def stopped(number: int, text: str) -> StopRequested:
-    """What a stop on signal `number` is raised as."""
+    """The exception to raise for a stop by signal `number`."""
     return (Interrupted if number == signal.SIGINT else StopRequested)(text)

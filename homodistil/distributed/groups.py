@@ -1,8 +1,8 @@
-"""Which ranks share a machine, and which a cache folder; doing a thing once for each such group.
+"""Groups of ranks that share a machine or a cache folder, and running an action once per group.
 
-leaders = cache_leaders(cache_dir)                    # by rank: who does things for it
-corpus = once(leaders, lambda: prepare_corpus(...))   # however long it takes: nobody waits inside a collective
-hand_over(leaders, folder)                            # rank 0's folder, into caches that are not rank 0's
+leaders = cache_leaders(cache_dir)                    # by rank: the leader of its group
+corpus = once(leaders, lambda: prepare_corpus(...))   # may take hours: no rank waits inside a collective
+hand_over(leaders, folder)                            # copies rank 0's folder into the caches of other groups
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from homodistil.files import writing
 
 T = TypeVar("T")
 Leaders = list[int]
-"""By rank: the rank that acts for it, the lowest of its group."""
+"""By rank: the leader of its group, which is the lowest rank of the group."""
 
 MACHINE = "HOMODISTIL_MACHINE"
-"""Environment variable that names the machine, to play several on one in tests and benchmarks."""
+"""Environment variable that names the machine, to simulate several machines on one in tests and benchmarks."""
 CHUNK_BYTES = 1 << 24
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.05, 2.0
 _calls = itertools.count()
 
 
 def machine() -> str:
-    """Names this machine among those of the job: host name and boot id, since containers may share either of them."""
+    """Name of this machine, unique in the job: host name and boot id, because containers may share one of them."""
     if name := os.environ.get(MACHINE):
         return name
     boot = Path("/proc/sys/kernel/random/boot_id")
@@ -44,30 +44,33 @@ def machine() -> str:
 
 
 def machine_groups() -> Leaders:
-    """One leader a machine. Every rank calls it."""
+    """One group per machine. Every rank calls it."""
     names = ranks.gather(machine())
     return [names.index(name) for name in names]
 
 
 def cache_leaders(folder: Path) -> Leaders:
-    """One leader for all machines that see the same `folder`: found out with a marker of each machine in it.
+    """One group for all machines that share the file system of `folder`, detected with marker files in it.
 
-    Every rank calls it. Raises `UserError` when `folder` cannot be written on some machine.
+    Every rank calls it.
+
+    Raises:
+        UserError: `folder` cannot be written on some machine.
     """
     of_machine, rank = machine_groups(), ranks.rank()
     token = ranks.on_rank_zero(lambda: secrets.token_hex(8))
     is_leader = of_machine[rank] == rank
     with _marker(folder / f".seen-{token}-{rank}") if is_leader else contextlib.nullcontext() as trouble:
-        raise_any(trouble)  # also a barrier: all markers are there
-        # The lowest rank whose marker is visible leads everybody who sees it.
+        raise_any(trouble)  # also a barrier, after which all markers exist
+        # The leader is the lowest rank whose marker is visible.
         seen = min(int(path.name.rpartition("-")[2]) for path in folder.glob(f".seen-{token}-*")) if is_leader else None
-        leader_of = ranks.gather(seen)  # and all have been looked for
+        leader_of = ranks.gather(seen)  # also a barrier, after which the markers may be removed
     return [leader_of[leader] for leader in of_machine]
 
 
 @contextlib.contextmanager
 def _marker(path: Path) -> Iterator[str | None]:
-    """`path` while the block runs. Gives what went wrong with it, None if nothing did."""
+    """A file `path` that exists inside this context. Yields the error message if it cannot be made, else None."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
@@ -80,22 +83,27 @@ def _marker(path: Path) -> Iterator[str | None]:
     try:
         yield trouble
     finally:
-        with contextlib.suppress(OSError):  # where it could not be made it cannot be removed either
+        with contextlib.suppress(OSError):  # it does not exist if it could not be made
             path.unlink()
 
 
 def raise_any(problem: str | None) -> None:
-    """A `UserError` on every rank when any has met one; the lowest rank's text. Every rank calls it."""
+    """Raise `UserError` on every rank if any rank has a `problem`; the lowest such rank gives the text.
+
+    Every rank calls it; None: no problem on this rank.
+    """
     if texts := [text for text in ranks.gather(problem) if text is not None]:
         raise UserError(texts[0])
 
 
 def once(leaders: Leaders, action: Callable[[], T]) -> T:
-    """`action` on each leader; its result (plain data, see plain_data.py) on all ranks of its group. Every rank calls
-    it.
+    """Run `action` on each leader, and return its result on all ranks of its group. Every rank calls it.
 
-    Waiting ranks look at the job's store now and then, so that no collective's timeout runs. A leader that dies
-    meanwhile is found by the watch. A `UserError` of any leader is raised on every rank, once all leaders are done.
+    The result must be plain data (plain_data.py). Waiting ranks poll the store of the job, so that no timeout of a
+    collective runs; the watchdog detects a leader that dies.
+
+    Raises:
+        UserError: on every rank, once all leaders have finished, if any leader raised one.
     """
     if ranks.world_size() == 1:
         return action()
@@ -118,9 +126,12 @@ def _wait_for(store, key: str) -> None:
 
 
 def hand_over(leaders: Leaders, folder: Path) -> None:
-    """Copy rank 0's `folder` to every group that has none, through the ranks themselves, in chunks of 16 MiB.
+    """Copy the `folder` of rank 0 to every group that lacks it, by broadcasts in chunks of 16 MiB.
 
-    It appears at once or not at all. Every rank calls it, with the path as its own machine has it.
+    The copy is published atomically. Every rank calls it with the path on its machine.
+
+    Raises:
+        UserError: on every rank, if the copy cannot be written on some machine.
     """
     rank = ranks.rank()
     lacks = leaders[rank] == rank and not folder.is_dir()

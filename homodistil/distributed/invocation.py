@@ -1,7 +1,8 @@
-"""What the user has typed: the command that started this script, through whatever launcher, and the one that continues.
+"""The command that the user typed to start this script (with any launcher), and the command that continues the run.
 
-A rank's own command line is what its launcher made of it. The outermost process above it that was given the same script
-has the line as it was typed. Reads /proc; elsewhere, and under launchers that run on other machines, it is the rank's.
+The command line of a rank is made by its launcher. The command as it was typed is that of the outermost ancestor
+process whose arguments include the script; it is read from /proc. Without /proc, or if the launcher runs on another
+machine, the command line of the rank is used instead.
 """
 
 from __future__ import annotations
@@ -18,25 +19,25 @@ _typed: list[str] | None = None
 
 
 def remember() -> None:
-    """To be called at the start of a script: launchers may be gone when it ends."""
+    """Read the typed command. Scripts call it at their start, because launchers may have ended when they end."""
     global _typed
     handed_on = os.environ.get(TYPED_VARIABLE)
     _typed = shlex.split(handed_on) if handed_on else _shortened(_outermost())
 
 
 def typed() -> list[str]:
-    """Words of the command; this process's own where no script of ours was started."""
+    """Words of the typed command; those of this process if it was not started by a script of this package."""
     return _typed if _typed is not None else [sys.executable, *sys.argv]
 
 
 def own() -> str:
-    """This process's command line; `python` alone where it runs no script of ours (a notebook, a user's program)."""
+    """Command line of this process; just "python" if it is not a script of this package (a notebook, say)."""
     interpreter = Path(sys.executable).name
     return shlex.join([interpreter, *sys.argv]) if _typed is not None else interpreter
 
 
 def resuming() -> str | None:
-    """The command that continues with this run; None where no script of ours was started."""
+    """The command that continues this run; None if it was not started by a script of this package."""
     if _typed is None:
         return None
     arguments, is_value = [], False
@@ -68,7 +69,7 @@ _SHELLS = ("sh", "bash", "/bin/sh", "/bin/bash")
 
 
 def _shortened(line: list[str]) -> list[str]:
-    """`deepspeed ...` for `/env/bin/python3 /env/bin/deepspeed ...`, where the shell finds the same one."""
+    """`deepspeed ...` for `/env/bin/python3 /env/bin/deepspeed ...`, if PATH leads to the same program."""
     if len(line) > 1 and Path(line[0]).name.startswith("python") and Path(line[1]).parent == Path(line[0]).parent:
         line = line[1:]
     name = Path(line[0]).name

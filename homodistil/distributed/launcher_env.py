@@ -1,8 +1,8 @@
-"""Rank variables of launchers that do not speak torch's language: srun's SLURM_* and mpirun's OMPI_* -> RANK, ...
+"""Rank variables under launchers that do not set torch's: SLURM_* of srun and OMPI_* of mpirun -> RANK, ...
 
-The `deepspeed` launcher (its pdsh and --no_ssh forms) and torchrun set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and
-MASTER_PORT; their values always win, also inside a SLURM job. DeepSpeed itself would ask mpi4py where one of the five
-is missing.
+The `deepspeed` launcher (also with pdsh or --no_ssh) and torchrun set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and
+MASTER_PORT; these values have priority, also inside a SLURM job. If one of the five were missing, DeepSpeed would try
+to get it from mpi4py.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ import subprocess
 
 from homodistil.errors import UserError
 
-_FIRST_PORT, _NUM_PORTS = 20000, 10000  # below the range that Linux hands out by itself
+_FIRST_PORT, _NUM_PORTS = 20000, 10000  # below the range from which Linux assigns ports
 
 
 def rank_before_joining() -> int:
-    """This process's rank as its launcher says, 0 without one. For messages before there is a process group."""
+    """Rank of this process according to its launcher, 0 without one. For messages before the process group exists."""
     names = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK")
     text = next((os.environ[name] for name in names if name in os.environ), "0")
-    return int(text) if _is_number(text) else 0  # what is no number is refused before joining
+    return int(text) if _is_number(text) else 0  # `check_rank_variables` will refuse a value that is not a number
 
 
 def is_under_launcher() -> bool:
@@ -30,7 +30,7 @@ def is_under_launcher() -> bool:
 
 
 def check_rank_variables() -> None:
-    """Raises `UserError` for a variable of torch's that is missing or cannot be. All of them are needed, see above."""
+    """Raise `UserError` if one of torch's five rank variables is missing or has an impossible value."""
     world_size = _number("WORLD_SIZE", 1, 1 << 20)
     _number("RANK", 0, world_size - 1)
     _number("LOCAL_RANK", 0, world_size - 1)
@@ -56,10 +56,10 @@ def _is_number(text: str) -> bool:
 
 
 def adopt_launcher_variables() -> None:
-    """Set torch's rank variables from srun's or mpirun's, unless a launcher has set RANK. One rank alone needs none.
+    """Set torch's rank variables from those of srun or mpirun, unless RANK is set or there is only one rank.
 
     Raises:
-        UserError: mpirun over several machines without MASTER_ADDR, or srun outside of a job's environment.
+        UserError: under mpirun on several machines without MASTER_ADDR, or under srun if the first node is not known.
     """
     env = os.environ
     if "RANK" in env:
@@ -73,9 +73,9 @@ def adopt_launcher_variables() -> None:
 def _adopt_slurm() -> None:
     env = os.environ
     env["RANK"], env["WORLD_SIZE"], env["LOCAL_RANK"] = env["SLURM_PROCID"], env["SLURM_NTASKS"], env["SLURM_LOCALID"]
-    if "MASTER_ADDR" not in env:  # a container has no scontrol: launcher/slurm sets it outside
+    if "MASTER_ADDR" not in env:  # containers have no scontrol, so launcher/slurm sets it outside
         env["MASTER_ADDR"] = _first_host(env["SLURM_JOB_NODELIST"])
-    # Unlike for jobs that share a node, and known to every rank without talking.
+    # Every rank derives the same port, and jobs that share a node get different ones.
     env.setdefault("MASTER_PORT", str(_port_of(env["SLURM_JOB_ID"])))
 
 

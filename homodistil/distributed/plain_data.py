@@ -1,10 +1,10 @@
-"""Plain data -> JSON and back, for what travels between ranks: nothing that comes over a wire is ever unpickled.
+"""Plain data -> JSON bytes and back, for data sent between ranks: received data is never unpickled.
 
     encode({"loss": float("nan"), "folder": Path("/runs/a")})     # bytes
-    decode(...)                                                   # the same values again, of the same types
+    decode(...)                                                   # equal values of the same types
 
-None, bool, int, float (NaN and infinities too), str, bytes, Path, list, tuple and dict (keys of any of these types),
-nested as one likes. What else has to travel is handed over as these: a named tuple would arrive as a tuple.
+Supports None, bool, int, float (also NaN and infinities), str, bytes, Path, list, tuple and dict (keys of any of these
+types), nested to any depth. Convert other types before: a named tuple, for example, to a tuple.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from pathlib import Path
 
 
 def encode(value: object) -> bytes:
-    """Raises `TypeError` for a type that is not listed above."""
+    """`value` as JSON bytes. Raises `TypeError` for a type that the module does not support."""
     return json.dumps(_to_json(value)).encode()
 
 
 def decode(data: bytes) -> object:
-    """What `encode` was given. Raises `ValueError` for bytes that it has not written."""
+    """The inverse of `encode`. Raises `ValueError` for bytes that `encode` has not written."""
     try:
         return _from_json(json.loads(data))
     except (TypeError, KeyError, RecursionError) as error:
@@ -40,7 +40,7 @@ def _to_json(value: object) -> object:
         return [_to_json(item) for item in value]
     if type(value) is tuple:
         return {"tuple": [_to_json(item) for item in value]}
-    raise TypeError(f"{type(value).__name__} does not travel between ranks: hand over plain data")
+    raise TypeError(f"{type(value).__name__} cannot be sent between ranks: pass plain data")
 
 
 def _from_json(value: object) -> object:

@@ -1,9 +1,9 @@
-"""Whose line is this? Each line of a rank other than 0 begins with its number and machine. Also: a log file per rank.
+"""Output of ranks: each line of a rank other than 0 begins with its rank and machine; optionally a log file per rank.
 
-    tag_lines()                 # launcher/train.py, before any library keeps hold of sys.stdout
-    keep_in(folder / "logs")    # run.rank_logs: from here on, and what was said before
+    tag_lines()                 # launcher/train.py, before any library keeps a reference to sys.stdout
+    keep_in(folder / "logs")    # with run.rank_logs: earlier output of this rank is included
 
-What is written below Python (a crash inside CUDA, NCCL_DEBUG) goes past this, straight to the launcher.
+Output that does not go through Python's streams (a crash inside CUDA, NCCL_DEBUG) is not tagged and not in the file.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from homodistil.distributed.launcher_env import rank_before_joining
 from homodistil.files import writing
 
 HELD_CHARS = 1 << 20
-"""Kept for the log file until there is one."""
+"""Maximum characters kept in memory until the log file is opened."""
 
 
 class Tagged(io.TextIOBase):
-    """A stream whose every line, also one that a carriage return begins anew, starts with `tag`."""
+    """A text stream that writes `tag` at the start of every line, also after a carriage return."""
 
     def __init__(self, stream: TextIO, tag: str, log: RankLog) -> None:
         self._stream, self._tag, self._log = stream, tag, log
@@ -57,7 +57,7 @@ class Tagged(io.TextIOBase):
 
 
 class RankLog:
-    """What this rank says, on its way into a file."""
+    """The output of this rank: kept in memory until `open` is called, then written to a file."""
 
     def __init__(self) -> None:
         self._file: TextIO | None = None
@@ -66,7 +66,7 @@ class RankLog:
         self._line = ""
 
     def add(self, text: str) -> None:
-        """A progress bar that is drawn again and again leaves its last state only."""
+        """Add output. Of a progress bar that is redrawn many times, only the last state is kept."""
         *lines, self._line = (self._line + text).split("\n")
         for line in lines:
             self._add_line(line.rpartition("\r")[2] + "\n")
@@ -80,7 +80,7 @@ class RankLog:
             self._held_chars += len(line)
 
     def _write(self, line: str) -> None:
-        """A log that cannot be written any more must not end a run that can continue."""
+        """Write a line; if that fails, stop writing with a warning, because the run itself can continue."""
         try:
             self._file.write(line)
         except OSError as error:
@@ -99,7 +99,7 @@ _log: RankLog | None = None
 
 
 def tag_lines() -> None:
-    """From now on, for this process. What children print that inherit the file descriptors stays as it is."""
+    """Tag the lines of this process from now on. The output of child processes is not tagged."""
     global _log
     if _log is None:
         rank, _log = rank_before_joining(), RankLog()
@@ -108,7 +108,7 @@ def tag_lines() -> None:
 
 
 def keep_in(folder: Path) -> None:
-    """Append what this rank says, and has said since `tag_lines`, to rank-NNNNN.txt in `folder`.
+    """Append the output of this rank since `tag_lines`, and all later output, to rank-NNNNN.txt in `folder`.
 
     Raises:
         UserError: the file cannot be written.
@@ -118,5 +118,5 @@ def keep_in(folder: Path) -> None:
 
 
 def _parts(text: str) -> list[str]:
-    """Lines with their ends; a carriage return ends one, too."""
+    """The lines of `text` with their line ends; a carriage return ends a line, too."""
     return io.StringIO(text, newline="").readlines()

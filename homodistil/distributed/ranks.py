@@ -1,4 +1,4 @@
-"""The ranks of a job: who we are, and doing a thing once for all."""
+"""Rank, world size and collectives on plain data and small tensors; also work without a process group (one rank)."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ def barrier() -> None:
 
 
 def on_rank_zero(action: Callable[[], T]) -> T:
-    """Run `action` on rank 0 and hand its result (plain data, see plain_data.py), or its `UserError`, to every rank.
+    """Run `action` on rank 0, and return its result (plain data, see plain_data.py) or raise its `UserError` on all.
 
-    All ranks call it. Writing and checking files goes through here: ranks that each looked for themselves would see
-    what another has just written.
+    Every rank calls it. Use it to write and check files: if every rank checked for itself, it could see a file that
+    another rank has just written.
     """
     result, trouble = outcome(action) if rank() == 0 else (None, None)
     if world_size() > 1:
@@ -42,7 +42,7 @@ def on_rank_zero(action: Callable[[], T]) -> T:
 
 
 def outcome(action: Callable[[], T]) -> tuple[T | None, str | None]:
-    """(its result, None), or (None, the text of its `UserError`)."""
+    """Run `action`: (its result, None), or (None, the text of its `UserError`)."""
     try:
         return action(), None
     except UserError as error:
@@ -50,14 +50,14 @@ def outcome(action: Callable[[], T]) -> tuple[T | None, str | None]:
 
 
 def gather(value: T) -> list[T]:
-    """Every rank's value (plain data, see plain_data.py), by rank, on every rank."""
+    """The values of all ranks (plain data, see plain_data.py), by rank, on every rank. Every rank calls it."""
     if world_size() == 1:
         return [value]
     data = plain_data.encode(value)
     slots = [torch.empty_like(_slot(data)) for _ in range(world_size())]
     distributed.all_gather(slots, _slot(data))
     lengths = [_length(slot) for slot in slots]
-    if max(lengths) > _ROOM_BYTES:  # for all of them once more, as long as the longest
+    if max(lengths) > _ROOM_BYTES:  # a second round, padded to the longest value
         padded = _tensor(data.ljust(max(lengths), b"\0"))
         slots = [torch.empty_like(padded) for _ in lengths]
         distributed.all_gather(slots, padded)
@@ -66,7 +66,7 @@ def gather(value: T) -> list[T]:
 
 
 def bytes_from_first(data: bytes) -> bytes:
-    """Rank 0's bytes on every rank, in one broadcast, or in two when they are long. Every rank calls it."""
+    """The bytes of rank 0 on every rank, in one broadcast, or two if they are long. Every rank calls it."""
     if world_size() == 1:
         return data
     slot = _slot(data)
@@ -78,7 +78,7 @@ def bytes_from_first(data: bytes) -> bytes:
     return _bytes(whole)
 
 
-# torch's own collectives on objects pickle. Most of what travels is short: it goes along with its length.
+# torch's collectives on objects use pickle. Most values are short, so they are sent together with their length.
 _LENGTH_BYTES, _SLOT_BYTES = 8, 1024
 _ROOM_BYTES = _SLOT_BYTES - _LENGTH_BYTES
 
@@ -97,7 +97,7 @@ def _content(slot: Tensor) -> bytes:
 
 
 def _tensor(data: bytes) -> Tensor:
-    """(N,) uint8, where the process group can send it from."""
+    """`data` as (N,) uint8 on a device that the process group can send from."""
     values = torch.frombuffer(bytearray(data), dtype=torch.uint8)
     return values.cuda() if "nccl" in distributed.get_backend() else values
 
@@ -107,34 +107,37 @@ def _bytes(values: Tensor) -> bytes:
 
 
 def failures(problem: str | None) -> list[str]:
-    """What went wrong on any rank, as "rank 1: ..."; the same list on every rank. Every rank calls it.
+    """The problems of all ranks as "rank 1: ...", the same list on every rank. Every rank calls it.
 
     Args:
-        problem: what went wrong here, None if nothing did.
+        problem: description of the problem on this rank; None if there is none.
     """
     return [f"rank {number}: {text}" for number, text in enumerate(gather(problem)) if text is not None]
 
 
 def mean(values: Tensor) -> Tensor:
-    """Mean over ranks of a float tensor, alike on all of them (in place)."""
+    """Mean over ranks of a float tensor of any shape (in place), the same on every rank. Every rank calls it."""
     return total(values).div_(world_size())
 
 
 def total(values: Tensor) -> Tensor:
-    """Sum over ranks (in place)."""
+    """Sum over ranks of a tensor of any shape (in place). Every rank calls it."""
     if world_size() > 1:
         distributed.all_reduce(values)
     return values
 
 
 def from_first(values: Tensor) -> Tensor:
-    """Rank 0's values on every rank (in place): what was solved from equal sums may still differ in its last bits."""
+    """The values of rank 0 on every rank (in place). Every rank calls it.
+
+    Results that ranks compute from the same inputs may still differ in their last bits.
+    """
     if world_size() > 1:
         distributed.broadcast(values, src=0)
     return values
 
 
 def mean_of(named: dict[str, float | Tensor], device: torch.device) -> dict[str, float]:
-    """Mean over ranks of named scalars, one all-reduce for all of them. Every rank passes the same names."""
+    """Means over ranks of named scalars, in one all-reduce. Every rank calls it with the same names."""
     values = torch.stack([torch.as_tensor(v, dtype=torch.float64, device=device) for v in named.values()])
     return dict(zip(named, mean(values).tolist(), strict=True))

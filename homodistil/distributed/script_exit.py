@@ -1,9 +1,10 @@
-"""How a script ends: one line and an exit code, whatever happened.
+"""Ends a script with one line and an exit code, whatever the error.
 
     with exit_with_code():
         ...
 
-Several ranks may meet the same mistake: the watch tells who prints it, and, before there is one, rank 0 comes first.
+If several ranks fail with the same error, the watchdog decides which rank prints it; before the watchdog runs, rank 0
+does.
 """
 
 from __future__ import annotations
@@ -22,17 +23,17 @@ from homodistil.distributed.exit_codes import code_of
 from homodistil.distributed.launcher_env import rank_before_joining
 from homodistil.errors import CheckFailed, RankLost, StopRequested, UserError
 
-# Long enough for a launcher to end the other ranks once rank 0 has reported the same mistake.
+# Long enough for a launcher to end all other ranks once rank 0 has reported the same error.
 OTHER_RANKS_WAIT_S = 5.0
 MESSAGE_CHARS = 300
-"""Longest message of an unforeseen error; its file has the whole text."""
+"""Longer messages of unexpected errors are cut on the line; the file with the traceback has the whole text."""
 
 
 @contextlib.contextmanager
 def exit_with_code() -> Iterator[None]:
-    """Turn what a script ends with into one line and an exit code (exit_codes.py).
+    """End the process with one line and an exit code (exit_codes.py) if an exception is raised inside this context.
 
-    What nobody foresaw ends with one line as well, which says where the traceback is.
+    For an unexpected exception the line also says where the traceback is.
     """
     try:
         yield
@@ -46,23 +47,26 @@ def exit_with_code() -> Iterator[None]:
 
 
 def _say(error: BaseException, text: str | None = None) -> None:
-    """One rank prints what all of them ran into: the watch tells who, or, before there is one, rank 0 comes first.
+    """Print the error, unless another rank prints the same one.
+
+    The watchdog has decided which rank prints (`error.is_said`). Before it runs, all ranks except 0 wait first, so that
+    the launcher can end them.
 
     Args:
-        text: what to print, on one line (default: the error itself).
+        text: the line to print; None: the message of the error.
     """
     rank, is_said = rank_before_joining(), getattr(error, "is_said", None)
     if is_said is None and rank:
         time.sleep(OTHER_RANKS_WAIT_S)
     if not is_said:
         kind, text = "" if isinstance(error, StopRequested) else "error: ", text or str(error)
-        with contextlib.suppress(OSError, ValueError):  # a reader that has gone must not cost the line
-            sys.stdout.flush()  # what was printed before must not come out behind the error
+        with contextlib.suppress(OSError, ValueError):  # a closed pipe must not prevent the line
+            sys.stdout.flush()  # earlier output must appear before the error
         print(f"{kind}{text}" if rank == 0 else f"{kind}rank {rank}: {text}", file=sys.stderr, flush=True)
 
 
 def _unforeseen(error: Exception) -> str:
-    """What failed, in one line. The watch, where it runs, knows what this rank was doing."""
+    """One line on an unexpected error. The watchdog, if it runs, knows the current task of this rank."""
     reports = sys.modules.get("homodistil.distributed.watchdog.reports")
     doing = f"while {reports.last().phase}" if reports else "at the start"
     text = " ".join(str(error).split())[:MESSAGE_CHARS]
@@ -70,9 +74,9 @@ def _unforeseen(error: Exception) -> str:
 
 
 def _traceback_place() -> str:
-    """Where the traceback of the exception that is being handled has been written to.
+    """Write the traceback of the current exception, and return where it is, as the end of a sentence.
 
-    In training it belongs into the job's log, which is all that is left of a machine that is given back.
+    After training has begun it goes into the log of the job, because the disk of a machine may be lost after the job.
     """
     reports = sys.modules.get("homodistil.distributed.watchdog.reports")
     if reports and reports.has_trained():
@@ -83,7 +87,7 @@ def _traceback_place() -> str:
         handle, path = tempfile.mkstemp(prefix=f"homodistil-error-rank-{rank}-", suffix=".txt")
         with open(handle, "w", encoding="utf-8", errors="replace") as file:
             file.write(f"{shlex.join(sys.argv)}\n\n{traceback.format_exc()}")
-    except OSError:  # not even a temporary folder: then it is better here than lost
+    except OSError:  # there is no writable temporary folder
         traceback.print_exc()
         return "above"
     return f"in {path} on {host}"
@@ -92,5 +96,5 @@ def _traceback_place() -> str:
 def _leave(code: int) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
-    # Not sys.exit: a process group whose peers are still inside a collective can block interpreter shutdown.
+    # Not sys.exit: while other ranks are inside a collective, the process group can block the interpreter's shutdown.
     os._exit(code)

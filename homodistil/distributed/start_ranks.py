@@ -1,7 +1,7 @@
-"""`--ranks N`: the same command on N ranks of this machine, without a launcher's command line to type.
+"""`--ranks N`: starts the same command on N ranks of this machine, without typing the command line of a launcher.
 
-This process becomes DeepSpeed's launcher, which starts the same script N times, so signals and exit codes are those of
-a job that `deepspeed` was typed for.
+This process becomes DeepSpeed's launcher, which starts the script N times. Signals and exit codes are therefore the
+same as with the `deepspeed` command.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from homodistil.errors import UserError
 
 FLAGS = ("--ranks", "--num-accelerators", "--num_accelerators")
 MOST_RANKS = 1024
-"""On one machine."""
+"""Maximum number of ranks on one machine."""
 
 
 def split_ranks(argv: list[str]) -> tuple[int, list[str]]:
-    """(number of ranks to start, the other arguments); 1 where no flag of `FLAGS` is given.
+    """(number of ranks to start, the remaining arguments); the number is 1 if no flag of `FLAGS` is given.
 
     Raises:
-        UserError: not a number from 1 to `MOST_RANKS`, or a launcher has already started the ranks.
+        UserError: the value is not a number from 1 to `MOST_RANKS`, or a launcher has already started the ranks.
     """
     num_ranks, rest, tokens = None, [], iter(argv)
     for token in tokens:
@@ -74,7 +74,7 @@ def _check_devices(num_ranks: int) -> None:
 
 
 def free_port() -> int:
-    """A port of this machine that nobody listens on."""
+    """A TCP port on which no process of this machine listens."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

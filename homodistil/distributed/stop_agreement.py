@@ -1,4 +1,4 @@
-"""At which step do all ranks stop? Each tells what it has been asked, once a step, and nobody waits for the answer."""
+"""Agreement on the step at which all ranks stop: an asynchronous all-reduce per step, read one step later."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from homodistil.distributed import ranks
 
 
 class Agreement:
-    """The ranks' requests, exchanged once a step and looked at one step later.
+    """Exchanges the stop requests of the ranks once per step; the result is read one step later.
 
     Args:
-        device: that collectives run on.
-        own: number of the signal that this rank has received, 0 for none.
+        device: device of the collectives.
+        local_signal: returns the number of the signal that this rank has received, 0 if none.
     """
 
     def __init__(self, device: torch.device, local_signal: Callable[[], int]) -> None:
@@ -25,13 +25,13 @@ class Agreement:
         self._pending: Callable[[], int] | None = None
 
     def exchange(self) -> int:
-        """To be called at each step boundary. The highest number that a rank had at the boundary before."""
+        """The highest signal number of any rank at the previous boundary. Every rank calls it at each step boundary."""
         number = self._pending() if self._pending else 0
         self._pending = self._start()
         return number
 
     def last(self) -> int:
-        """Behind the last boundary: what has come since it was looked at."""
+        """After the last boundary: a signal number from the last exchange or received since then by this rank, or 0."""
         return max(self._pending() if self._pending else 0, self._own())
 
     def _start(self) -> Callable[[], int]:
@@ -57,7 +57,7 @@ def _start_on_cpu(signal_number: int, device: torch.device) -> Callable[[], int]
 
 
 def _start_on_gpu(signal_number: int, device: torch.device, side: torch.cuda.Stream) -> Callable[[], int]:
-    """On a stream of its own, down to pinned memory: the host waits for this copy alone, never for the step's work."""
+    """All-reduce and copy to pinned memory on a side stream, so that the host does not wait for the step's kernels."""
     with torch.cuda.stream(side):
         flag = torch.full((1,), signal_number, dtype=torch.int32, device=device)
         distributed.all_reduce(flag, distributed.ReduceOp.MAX, async_op=True).wait()  # the stream waits, not the host

@@ -1,2 +1,1 @@
-"""The DeepSpeed engine: its JSON, how it is built, its optimizer, and native operators. Public API of DeepSpeed
-only."""
+"""The DeepSpeed engine: its JSON config, construction, optimizer and compiled ops. Uses the public API of DeepSpeed."""

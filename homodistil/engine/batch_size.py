@@ -1,21 +1,21 @@
-"""The micro-batch of a live DeepSpeed engine: more sequences at once, fewer accumulation steps, same global batch.
+"""Changes the micro-batch size of a live DeepSpeed engine at a constant global batch size.
 
-DeepSpeed (0.19) keeps these numbers in `engine._config`, whose public setters leave one thing behind: ZeRO's optimizers
-remember the accumulation steps of their construction, and read them under CPU offload.
+DeepSpeed (0.19) keeps the batch sizes in `engine._config` and has public setters for them. ZeRO's optimizers, however,
+keep the accumulation steps that they were constructed with, and read them under CPU offload; they are updated here.
 """
 
 from __future__ import annotations
 
 
 def set_micro_batch_size(engine, micro_batch_size: int) -> None:
-    """Change the sequences of a micro-batch, and with them the accumulation steps. Every rank calls it.
+    """Change the sequences per micro-batch and rank, and with them the accumulation steps. Every rank calls it.
 
-    Only right after `engine.step()` at a gradient accumulation boundary (or before the first step).
+    Call it only right after `engine.step()` at a gradient accumulation boundary, or before the first step.
 
     Raises:
-        ValueError: the ranks cannot share the global batch evenly, or the count of micro-steps would lie between two
-            boundaries: with accumulation steps that divide the former ones it never does.
-        RuntimeError: gradients wait for a step, or DeepSpeed did not take the new values.
+        ValueError: the global batch size is not a multiple of micro-batch size x ranks, or `engine.micro_steps` is not
+            a multiple of the new accumulation steps (it always is if these divide the old ones).
+        RuntimeError: accumulated gradients have not been applied yet, or DeepSpeed did not take the new values.
     """
     global_batch_size, num_ranks = engine.train_batch_size(), engine.dp_world_size
     steps, rest = divmod(global_batch_size, micro_batch_size * num_ranks)
@@ -25,7 +25,7 @@ def set_micro_batch_size(engine, micro_batch_size: int) -> None:
         raise RuntimeError("micro-batch: gradients wait for a step; change it only right after engine.step()")
     if engine.micro_steps % steps:
         raise ValueError(f"{engine.micro_steps} micro-steps done are no multiple of {steps} accumulation steps")
-    engine.set_train_micro_batch_size(micro_batch_size)  # changes the global batch, which the next call sets right
+    engine.set_train_micro_batch_size(micro_batch_size)  # also changes the global batch, which the next call restores
     engine.set_train_batch_size(global_batch_size)
     if hasattr(engine.optimizer, "gradient_accumulation_steps"):
         engine.optimizer.gradient_accumulation_steps = steps
@@ -33,12 +33,12 @@ def set_micro_batch_size(engine, micro_batch_size: int) -> None:
 
 
 def _check_taken(engine, global_batch_size: int, micro_batch_size: int, steps: int) -> None:
-    """Before a step goes wrong with half of the values."""
+    """Raise RuntimeError unless the engine has all new values, before a step is taken with only some of them."""
     found_and_expected = {
         "train_batch_size": (engine.train_batch_size(), global_batch_size),
         "train_micro_batch_size_per_gpu": (engine.train_micro_batch_size_per_gpu(), micro_batch_size),
         "gradient_accumulation_steps": (engine.gradient_accumulation_steps(), steps),
-        # Asked of the engine itself: it is what decides when it takes a step.
+        # The engine decides with this when it takes a step.
         "is_gradient_accumulation_boundary": (engine.is_gradient_accumulation_boundary(), steps == 1),
     }
     for name, (actual, expected) in found_and_expected.items():

@@ -1,4 +1,4 @@
-"""From DeepSpeed's JSON and the run config to a live engine: process group, "auto" values, optimizer, LR schedule."""
+"""Builds the engine from DeepSpeed's JSON and the run config: process group, "auto" values, optimizer, LR schedule."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from homodistil.engine.optimizer import build_optimizer, build_schedule
 from homodistil.errors import RankLost, UserError
 from homodistil.resize import check_config, check_supported
 
-# Entries of DeepSpeed's JSON that the run config decides, and the field each comes from.
+# Entries of DeepSpeed's JSON that are filled from the run config -> the field they come from.
 _FROM_CONFIG = {
     "train_batch_size": "train.global_batch_size",
     "train_micro_batch_size_per_gpu": "train.micro_batch_size",
@@ -32,16 +32,22 @@ _FROM_CONFIG = {
 }
 _NOT_HERE = {"optimizer": "optimizer.* and train.lr", "scheduler": "train.lr and train.warmup_fraction"}
 
-# Rank 0 may prepare data for hours while the others wait in a collective. Ranks that hang are noticed by watch/.
+# Rank 0 may prepare data for hours while all other ranks wait in a collective. The watchdog detects hanging ranks.
 COLLECTIVE_TIMEOUT = datetime.timedelta(days=7)
 
 
 def init_ranks(rank_timeout_s: float = 1800) -> torch.device:
-    """Join the process group and return this rank's device. Raises `RankLost` when the others do not come in time.
+    """Join the process group and return the device of this rank. Every rank calls it.
 
-    Rank variables come from the `deepspeed` launcher, torchrun, srun or mpirun (launcher_env.py); without any
-    the job is one rank. A process that has joined before (a notebook that runs a second job) stays in its group until
-    it ends: the other ranks could otherwise meet the store of the job before at the same port.
+    The rank variables come from the `deepspeed` launcher, torchrun, srun or mpirun (launcher_env.py); without any of
+    these the job has one rank. A process that has joined before (a notebook that runs a second job) keeps its process
+    group until it ends, because at the same port other ranks could connect to the store of the earlier job.
+
+    Args:
+        rank_timeout_s: seconds to wait for all ranks (`run.rank_timeout_s`).
+
+    Raises:
+        RankLost: not all ranks have joined in time.
     """
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -52,7 +58,7 @@ def init_ranks(rank_timeout_s: float = 1800) -> torch.device:
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 
-    # DeepSpeed calls functions that newer torch renamed: nothing that a user of ours could act on.
+    # DeepSpeed calls functions that newer versions of torch have renamed; users can do nothing about these warnings.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     deepspeed.utils.logger.setLevel(os.environ.get("HOMODISTIL_DEEPSPEED_LOG", "ERROR"))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -75,7 +81,7 @@ def init_ranks(rank_timeout_s: float = 1800) -> torch.device:
 def _join(rank_timeout_s: float) -> None:
     import deepspeed
 
-    # One rank has nobody to share memory with: it needs no op, and so no compiler.
+    # A single rank shares no memory: without this op it needs no compiler.
     ops = without_op("deepspeed_shm_comm") if os.environ["WORLD_SIZE"] == "1" else contextlib.nullcontext()
     try:
         with ops:
@@ -97,10 +103,10 @@ def _leave() -> None:
 
 
 def _unlink_shared_buffers() -> None:
-    """DeepSpeed's CPU backend leaves 66 MiB per rank in /dev/shm when the job ends.
+    """Unlink the buffers of DeepSpeed's CPU backend, which would stay in /dev/shm (66 MiB per rank) after the job.
 
-    Behind the barrier every rank has mapped them all, so the names can go now; the memory follows with the last
-    process, however it ends.
+    After the barrier all ranks have mapped all buffers, so their names are no longer needed. The memory is freed when
+    the last process ends, even if it is killed.
     """
     distributed.barrier()
     job = f"{os.environ.get('MASTER_ADDR')}_{os.environ.get('MASTER_PORT')}"
@@ -122,17 +128,21 @@ def _single_rank_variables() -> None:
 
 
 def load_engine_config(path: Path) -> dict:
-    """DeepSpeed's JSON. Raises `UserError` when it is missing, or not what DeepSpeed takes (ds_config_file.py)."""
+    """Read DeepSpeed's JSON. Raises `UserError` if it is missing or DeepSpeed would reject it (ds_config_file.py)."""
     content = read_engine_json(path)
     check_engine_json(content, str(path))
     return content
 
 
 def resolve_engine_config(engine_config: dict, train: TrainConfig, num_ranks: int) -> dict:
-    """DeepSpeed's JSON with "auto" and missing values filled from the run config, whose section `train` has them.
+    """DeepSpeed's JSON with "auto" and missing values filled from the section `train` of the run config.
+
+    Returns:
+        A new dict for `deepspeed.initialize`.
 
     Raises:
-        UserError: a value is set differently in both places, the batch does not divide, or the precision cannot run.
+        UserError: a value differs between JSON and run config, the global batch size is not divisible by micro-batch
+            size x ranks, the device does not support the precision, or `resize` does not support an option.
     """
     for section, fields in _NOT_HERE.items():
         if section in engine_config:
@@ -154,7 +164,7 @@ def resolve_engine_config(engine_config: dict, train: TrainConfig, num_ranks: in
     check_config(resolved)
     resolved.setdefault("steps_per_print", 10**9)
     resolved["zero_allow_untested_optimizer"] = True
-    # torch's AdamW runs in host memory too; DeepSpeed asks for its own there unless told otherwise.
+    # torch's AdamW can run in host memory, too; by default DeepSpeed insists on its own optimizer there.
     resolved["zero_force_ds_cpu_optimizer"] = False
     return resolved
 
@@ -175,7 +185,10 @@ def _values_from_config(train: TrainConfig, num_ranks: int) -> dict:
 
 
 def _check_no_auto(section: dict, path: str = "") -> None:
-    """Other libraries fill more entries; DeepSpeed itself would fail on the word somewhere deep inside."""
+    """Raise `UserError` for an "auto" that is not filled here, such as one that Hugging Face's Trainer would fill.
+
+    DeepSpeed itself would fail on the word later, with an unrelated message.
+    """
     for name, value in section.items():
         if isinstance(value, dict):
             _check_no_auto(value, f"{path}{name}.")
@@ -196,11 +209,16 @@ def _check_precision(engine_config: dict) -> None:
 def build_engine(
     module: nn.Module, train: TrainConfig, optimizer: OptimizerConfig, engine_config: dict
 ) -> TrainingEngine:
-    """A live engine around `module`, its AdamW and its LR schedule.
+    """Build the engine that trains `module` with AdamW and its LR schedule. Every rank calls it after `init_ranks`.
 
     Args:
         module: the student (fp32, at the current widths).
+        train: learning rate, weight decay, schedule.
+        optimizer: implementation and hyperparameters of AdamW.
         engine_config: from `resolve_engine_config`.
+
+    Raises:
+        UserError: DeepSpeed built an engine that `resize` does not support.
     """
     import deepspeed
 

@@ -1,9 +1,9 @@
-"""DeepSpeed's JSON: read with care, and held against DeepSpeed's own reading of it before ranks join.
+"""Reads DeepSpeed's JSON and validates it with DeepSpeed's own config classes, before the ranks join.
 
-    content = read_engine_json(path)              # one bounded JSON object, no key twice
-    check_engine_json(content, str(path))         # names and kinds as DeepSpeed itself takes them
+    content = read_engine_json(path)              # a JSON object of limited size, without duplicate keys
+    check_engine_json(content, str(path))         # names and types as DeepSpeed expects them
 
-Which names there are is not written down here: DeepSpeed's config class is given a dict that notes what it is asked.
+There is no list of valid names here: DeepSpeed's config class is given a dict that records which names it looks up.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ from homodistil.errors import UserError, nearest
 
 FLAG = "--deepspeed"
 _SHOWN_CHARS = 80
-# Of DeepSpeed's documentation, read by other parts of it than its config class.
+# Documented entries that are read by other parts of DeepSpeed than its config class.
 _READ_ELSEWHERE = {"elasticity", "compression_training", "amp", "sparse_gradients", "sequence_parallel_size"}
-# Section -> package that its writer imports, in the middle of the start.
+# Section -> package that DeepSpeed imports for it while the engine is built.
 _MONITORS = {"wandb": "wandb", "comet": "comet_ml", "tensorboard": "tensorboard"}
 _READ_WHOLE = ("activation_checkpointing", "flops_profiler", "aio")
-"""Sections without a model of their own that the config class reads to the last field."""
+"""Sections without a pydantic model of which the config class reads every field, so that unknown fields show."""
 _LARGEST_BUCKET = 10**11
-"""Elements: more than any GPU holds."""
+"""Elements; no GPU has memory for more."""
 _BATCH = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}
 _BATCH_NAMES = {*_BATCH, "train_batch_size"}
 _WORDS = {bool: "true or false", int: "a number", float: "a number", str: "a text", dict: "a section with fields"}
 
 
 def read_engine_json(path: Path) -> dict[str, Any]:
-    """The object in the file. Raises `UserError` when it cannot be read as one, or has a key twice."""
+    """The JSON object in the file. Raises `UserError` if there is none, or it has a key twice."""
     where = f"{FLAG}: {str(path)!r}"
 
     def one_of_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -60,7 +60,7 @@ def read_engine_json(path: Path) -> dict[str, Any]:
         raise UserError(f"{where} is nested too deeply; write sections with fields (see ds_configs/)") from None
     except UserError:
         raise
-    except ValueError as error:  # not only JSONDecodeError: a number of thousands of digits, too
+    except ValueError as error:  # a JSONDecodeError, or an integer with more digits than Python converts
         raise UserError(f"{where} is not valid JSON ({str(error)[:200]}); correct it there") from None
     if not isinstance(content, dict):
         raise UserError(f"{where} holds {_kind(content)}, expected an object with sections (see ds_configs/)")
@@ -68,9 +68,10 @@ def read_engine_json(path: Path) -> dict[str, Any]:
 
 
 def check_engine_json(content: Mapping[str, Any], path: str) -> None:
-    """Raise `UserError` for what DeepSpeed does not know, or would fail on: section and field, found, allowed.
+    """Raise `UserError` for entries that DeepSpeed does not know or would fail on.
 
-    "auto" is left out here: what may be filled is the business of build.py.
+    The message names section and field, the value found, and what is allowed. The value "auto" is accepted everywhere:
+    build.py checks which entries may have it.
     """
     known, where = _known(), f"{FLAG} {path}: "
     for name, value in content.items():
@@ -91,7 +92,7 @@ def check_engine_json(content: Mapping[str, Any], path: str) -> None:
 
 
 def _check_entry(name: str, value: Any, where: str) -> None:
-    """Let DeepSpeed read one entry alone."""
+    """Let DeepSpeed's config class read the entry `name` alone; raise `UserError` if it refuses it."""
     if value in ("auto", {}) or name in _BATCH_NAMES:
         return
     from pydantic import ValidationError
@@ -104,7 +105,7 @@ def _check_entry(name: str, value: Any, where: str) -> None:
         field = ".".join(map(str, (name, *first["loc"])))
         what = "no field of this section" if first["type"] == "extra_forbidden" else first["msg"].lower()
         raise UserError(f"{where}{field}: found {_shown(first.get('input'))}: {what}; fix or remove it") from None
-    except Exception as error:  # asserts, TypeErrors, its own ValueErrors: whatever its readers raise
+    except Exception as error:  # DeepSpeed raises AssertionError, TypeError, ValueError and more
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(
             f"{where}{name}: found {_shown(value)}: DeepSpeed refuses it ({reason}); fix or remove it"
@@ -116,7 +117,7 @@ def _check_entry(name: str, value: Any, where: str) -> None:
 
 
 def _check_fields(section: Mapping[str, Any], where: str, path: str = "") -> None:
-    """What DeepSpeed would take and then read in another way than it is meant, or fail on late."""
+    """Raise `UserError` for values that DeepSpeed accepts but misreads, or fails on only later."""
     for name, value in section.items():
         if isinstance(value, Mapping):
             _check_fields(value, where, f"{path}{name}.")
@@ -152,11 +153,11 @@ def _check_monitors(content: Mapping[str, Any], where: str) -> None:
             )
 
 
-# -- what DeepSpeed knows
+# -- the entries that DeepSpeed knows
 
 
 class _Noting(dict):
-    """Notes the names it is asked for, each with the default that the asker has, if any."""
+    """A dict that records in `asked` which names are looked up, each with the caller's default (None: without)."""
 
     def __init__(self, content: Mapping[str, Any], asked: dict[str, Any]) -> None:
         super().__init__(content)
@@ -195,7 +196,7 @@ class _Keys:
 
 @functools.cache
 def _known() -> dict[str, Any]:
-    """Names of entries -> DeepSpeed's default, None where it shows none."""
+    """Name of each entry that DeepSpeed reads -> its default; None if that is not known."""
     asked: dict[str, Any] = dict.fromkeys(_READ_ELSEWHERE)
     _config_class()(_Noting(_BATCH, asked))
     return {name: default for name, default in asked.items() if isinstance(name, str)}
@@ -213,7 +214,7 @@ def _config_class():
 
 
 def _is_like(default: Any, value: Any) -> bool:
-    """Whether `value` is of the kind that DeepSpeed's default has."""
+    """Whether `value` has the type of DeepSpeed's default (any number for a number), or is "auto"."""
     if value is None:
         return False
     if default is None or value == "auto":

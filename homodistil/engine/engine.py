@@ -1,6 +1,6 @@
-"""What this package uses of DeepSpeed's engine, in one place, with types.
+"""The part of DeepSpeed's engine that this package uses, with types.
 
-`resize/` and `checkpoint/` work on the state inside it: they are given `TrainingEngine.deepspeed`.
+`resize/` and `checkpoint/` work on the state inside the engine, so they get `TrainingEngine.deepspeed`.
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ class TrainingEngine:
         """
         backward(self.deepspeed, loss)
         if not self.is_update_due:
-            self.deepspeed.step()  # DeepSpeed wants one call for each micro-batch; this one only counts
+            self.deepspeed.step()  # DeepSpeed requires one call per micro-batch; before the boundary it only counts
 
     @property
     def is_update_due(self) -> bool:
-        """Whether the micro-batch that is being worked on is the last one of its step."""
+        """Whether the current micro-batch is the last one of its optimizer step."""
         return self.deepspeed.is_gradient_accumulation_boundary()
 
     def update(self) -> bool:
-        """Clip, AdamW, learning rate: one optimizer step from what has been accumulated. Every rank calls it.
+        """One optimizer step with the accumulated gradients: clipping, AdamW, learning rate. Every rank calls it.
 
         Returns:
-            False if the weights stayed as they were: DeepSpeed leaves a step out when a gradient is not finite, as
-            under fp16 after an overflow. The same on every rank.
+            Whether the weights changed, the same on every rank. DeepSpeed skips a step if a gradient is not finite, as
+            after an fp16 overflow.
         """
         self.deepspeed.step()
         return self.is_applied
@@ -59,11 +59,11 @@ class TrainingEngine:
         """Whether the last `update` changed the weights."""
         return bool(self.deepspeed.was_step_applied())
 
-    # -- what there is to know
+    # -- properties
 
     @property
     def module(self) -> nn.Module:
-        """The module that is trained. At stage 3 its parameters are empty outside of its forward."""
+        """The module that is trained. At ZeRO stage 3 its parameters are empty outside its forward and backward."""
         return self.deepspeed.module
 
     @property
@@ -87,18 +87,18 @@ class TrainingEngine:
 
     @property
     def gradient_norm(self) -> float | Tensor | None:
-        """Global L2 norm of the last step's gradients before clipping; None where DeepSpeed has not computed one."""
+        """Global L2 norm of the gradients of the last step before clipping; None if DeepSpeed has not computed it."""
         return self.deepspeed.get_global_grad_norm()
 
     @property
     def has_dynamic_loss_scale(self) -> bool:
-        """fp16 with a scale that searches its place: a step left out now and then is part of that."""
+        """Whether this is fp16 with dynamic loss scaling, where a skipped step from time to time is normal."""
         return self.deepspeed.fp16_enabled() and self.deepspeed.dynamic_loss_scale()
 
-    # -- what changes on the way
+    # -- changes during training
 
     def set_micro_batch_size(self, sequences: int) -> None:
-        """More sequences at once, fewer accumulation steps. See `batch_size.set_micro_batch_size`."""
+        """Change the sequences per micro-batch and rank; see `batch_size.set_micro_batch_size`."""
         set_micro_batch_size(self.deepspeed, sequences)
 
     def rewarm(self) -> None:
@@ -110,15 +110,15 @@ class TrainingEngine:
         cool_down(self.deepspeed.lr_scheduler, steps)
 
     def destroy(self) -> None:
-        """Take DeepSpeed's hooks off the module, and free what the engine holds."""
+        """Remove DeepSpeed's hooks from the module, and free the memory of the engine."""
         self.deepspeed.destroy()
 
 
 def backward(deepspeed: Any, loss: Tensor) -> None:
-    """DeepSpeed's `backward`, with the loss scale of fp16 in it at every stage.
+    """DeepSpeed's `backward`, with the fp16 loss scale applied at every ZeRO stage.
 
-    DeepSpeed 0.19 multiplies the loss in ZeRO's wrappers only. Those of stage 0 divide the gradients by the scale all
-    the same: steps would be as good as zero.
+    DeepSpeed 0.19 multiplies the loss by the scale at stages 1 to 3 only. The fp16 optimizers of stage 0 nevertheless
+    divide the gradients by it, so that without this correction the updates would be close to zero.
     """
     if deepspeed.fp16_enabled() and not deepspeed.zero_optimization():
         loss = loss.float() * deepspeed.optimizer.loss_scale

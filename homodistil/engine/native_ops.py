@@ -1,11 +1,10 @@
-"""Loads DeepSpeed's compiled ops so that a killed job cannot make every later one wait for ever.
+"""Loads DeepSpeed's compiled ops so that a killed job cannot make all later jobs wait for ever.
 
-torch builds and loads an op behind a lock file that stays when its holder is killed, and waits for it without end or
-word. Here ranks of a machine load one after the other behind a lock of the kernel's, which ends with its holder; a lock
-file that exists although no process on this machine holds it was left by a process that has died.
+torch builds and loads an op under a lock file. The file stays if its holder is killed, and torch then waits for it
+without a timeout or a message. Here the ranks of a machine load ops one after the other under an flock, which the
+kernel releases when its holder ends; a lock file of torch that no process on this machine has open is then stale.
 
-What `make setup` has built is found by who types the command by hand, too: without TORCH_EXTENSIONS_DIR, and with an
-environment that is not activated.
+The ops that `make setup` has built are also found without TORCH_EXTENSIONS_DIR and without an activated environment.
 """
 
 from __future__ import annotations
@@ -23,20 +22,24 @@ from pathlib import Path
 from homodistil.errors import UserError
 
 OF_SETUP = Path(__file__).parents[2] / ".torch_extensions"
-"""Where the Makefile has ops built: beside the package, in a checkout."""
+"""Where `make setup` builds the ops: next to the package in a checkout of the repository."""
 SILENT_S = 3.0
-"""An op that is there already is loaded in less."""
+"""Loading an op that has been built takes less than this."""
 STALE_AFTER_S = 20.0
-"""A holder on another machine (a shared home folder) cannot be seen: it gets this long to finish."""
+"""A holder on another machine (with a shared home folder) cannot be seen, so it gets this much time to finish."""
 POLL_S = 0.2
 
 
 def load_op(builder_name: str) -> None:
-    """Build (on first use) and load the op of `builder_name`, for example "CPUAdamBuilder"; again costs nothing."""
+    """Build (on first use) and load the op of a builder, for example "CPUAdamBuilder". Repeated calls are cheap.
+
+    Raises:
+        UserError: ninja or a C++ compiler is missing.
+    """
     from deepspeed.accelerator import get_accelerator
 
     builder = get_accelerator().create_op_builder(builder_name)
-    if builder is None or not builder.is_compatible(verbose=False):  # DeepSpeed does without, or says why it cannot
+    if builder is None or not builder.is_compatible(verbose=False):  # DeepSpeed works without it, or reports the reason
         return
     _find_ninja()
     root = _build_root()
@@ -48,7 +51,7 @@ def load_op(builder_name: str) -> None:
 
 @contextlib.contextmanager
 def without_op(name: str) -> Iterator[None]:
-    """Inside, DeepSpeed takes the op of this name (`deepspeed_shm_comm`) for one that this machine cannot have."""
+    """Inside this context, DeepSpeed treats the op `name` ("deepspeed_shm_comm") as incompatible with this machine."""
     import deepspeed
 
     compatible = deepspeed.ops.__compatible_ops__
@@ -69,8 +72,10 @@ def _build_root() -> Path:
 
 
 def _find_ninja() -> None:
-    """torch asks it even for an op that is there. The one beside the interpreter comes first, whether PATH names it or
-    not: another version does not read its log, and builds everything again."""
+    """Put the ninja of this Python environment first on PATH; torch calls ninja even for an op that has been built.
+
+    Another version of ninja could not read the build log and would build everything again.
+    """
     beside = Path(sys.executable).parent
     if (beside / "ninja").is_file():
         os.environ["PATH"] = f"{beside}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
@@ -83,7 +88,10 @@ def _find_ninja() -> None:
 
 @contextlib.contextmanager
 def _said(name: str, is_there: bool) -> Iterator[None]:
-    """A line about the minute that the compiler takes. An op that is there may have to be built again (new torch)."""
+    """Print a line if the op inside this context has to be built, which takes about a minute.
+
+    An op that exists may have to be built again (new version of torch): the line is then printed after `SILENT_S`.
+    """
     if not is_there and not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++"))):
         raise UserError("no C++ compiler found (g++), and DeepSpeed's ops must be built; install one (apt install g++)")
     line = f"building DeepSpeed's op {name}: about a minute, once"
@@ -98,7 +106,7 @@ def _said(name: str, is_there: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _alone(root: Path) -> Iterator[None]:
-    """One process per machine at a time. A folder that cannot be written to has nothing to wait for either."""
+    """Let one process per machine at a time inside. No lock is taken if `root` is read-only: nothing is built there."""
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError):
             root.mkdir(parents=True, exist_ok=True)
@@ -108,23 +116,23 @@ def _alone(root: Path) -> Iterator[None]:
 
 
 def _wait_or_remove(lock: Path) -> None:
-    """Return once `lock` is gone: released by a living holder, or removed because it has none."""
+    """Return once `lock` no longer exists: its holder released it, or it was stale and is removed here."""
     seen_s = time.monotonic()
     while lock.exists():
         if _is_held_here(lock):
             seen_s = time.monotonic()
         elif time.monotonic() - seen_s > STALE_AFTER_S:
-            print(f"warning: {lock} was left by a process that is no more; removed", file=sys.stderr, flush=True)
+            print(f"warning: {lock} was left by a process that has ended; removed", file=sys.stderr, flush=True)
             lock.unlink(missing_ok=True)
             return
         time.sleep(POLL_S)
 
 
 def _is_held_here(lock: Path) -> bool:
-    """Whether a process of this machine has the file open, as torch does while it holds it (Linux)."""
+    """Whether a process of this machine has the file open, as torch does while it holds the lock (Linux only)."""
     target = str(lock.resolve())
     for descriptor in Path("/proc").glob("[0-9]*/fd/*"):
-        with contextlib.suppress(OSError):  # it has just ended, or is another user's
+        with contextlib.suppress(OSError):  # the process has just ended, or belongs to another user
             if os.readlink(descriptor) == target:
                 return True
     return False

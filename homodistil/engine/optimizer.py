@@ -1,4 +1,4 @@
-"""AdamW for the student (decay for matrices only) from the wanted implementation, and its learning-rate schedule."""
+"""AdamW for the student (weight decay for matrices only) in the configured implementation, and its LR schedule."""
 
 from __future__ import annotations
 
@@ -20,7 +20,11 @@ def build_optimizer(module: nn.Module, train: TrainConfig, config: OptimizerConf
     """AdamW over the trainable parameters of `module`, in two groups: with and without weight decay.
 
     Args:
-        engine_config: DeepSpeed's JSON: its stage and offload decide which of DeepSpeed's kernels fits.
+        engine_config: DeepSpeed's JSON; for `deepspeed_fused` its stage and offload decide between FusedAdam and
+            DeepSpeedCPUAdam.
+
+    Raises:
+        UserError: the implementation is not installed.
     """
     options = {
         "lr": train.lr,
@@ -35,7 +39,8 @@ def build_optimizer(module: nn.Module, train: TrainConfig, config: OptimizerConf
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict]:
-    """Matrices of the model decay; vectors (biases, LayerNorm) and distillation projections do not."""
+    """Two parameter groups: matrices of the model with weight decay; vectors (biases, LayerNorm) and distillation
+    projections without."""
     decay: list[nn.Parameter] = []
     no_decay: list[nn.Parameter] = []
     for name, parameter in module.named_parameters():
@@ -46,10 +51,10 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict]:
 
 
 class LearningRateShare:
-    """Share of `train.lr` by updates done: linear warm-up, then linear decay to 0; lowered for a while by `rewarm` and
-    by cool-downs.
+    """Factor on `train.lr` as a function of the updates done: linear warm-up, then linear decay to 0.
 
-    torch's LambdaLR keeps the attributes of such an object in its state: a resumed run continues with them.
+    `rewarm` and cool-downs lower it for some updates. torch's LambdaLR saves the attributes of such an object in its
+    state, so that a resumed run continues with them.
     """
 
     def __init__(self, train: TrainConfig) -> None:
@@ -57,9 +62,9 @@ class LearningRateShare:
         self.warmup_steps = round(train.warmup_fraction * self.steps)
         self.rewarm_steps = train.rewarm_steps
         self.lowered_at: int | None = None
-        """Updates done when the rate was lowered last."""
+        """Updates done at the last `rewarm`; None if there was none."""
         self.cooldowns = [[start, train.cool_steps] for start in train.cool_from]
-        """Updates done when each begins, and its length."""
+        """[updates done when it begins, length in updates] of each cool-down."""
 
     def __call__(self, step: int) -> float:
         if step < self.warmup_steps:
@@ -71,7 +76,7 @@ class LearningRateShare:
                 share *= (start + steps - step) / steps
         if self.lowered_at is None:
             return share
-        # Not from 0 itself: with an event every few updates nothing would be learned in between.
+        # Does not start at 0: with an event every few updates, nothing would be learned in between.
         return share * min(1.0, (step - self.lowered_at + 1) / (self.rewarm_steps + 1))
 
 
@@ -81,20 +86,18 @@ def build_schedule(optimizer: Optimizer, train: TrainConfig) -> LambdaLR:
 
 
 def rewarm(schedule: LambdaLR) -> None:
-    """After a resize event: the next `train.rewarm_steps` updates have 1/(n + 1), 2/(n + 1), ... of their rate.
-
-    An event while the rate still climbs lowers it anew.
-    """
+    """Lower the rates after a resize event: the next n = `train.rewarm_steps` updates have 1/(n + 1), 2/(n + 1), ...
+    of their rate. A further event within these updates starts the sequence again."""
     for share, group, peak in zip(schedule.lr_lambdas, schedule.optimizer.param_groups, schedule.base_lrs, strict=True):
         if share.rewarm_steps:
             share.lowered_at = schedule.last_epoch
-            group["lr"] = peak * share(schedule.last_epoch)  # the next update's, set when the last one ended
+            group["lr"] = peak * share(schedule.last_epoch)  # of the next update, already set after the last one
 
 
 def cool_down(schedule: LambdaLR, steps: int) -> None:
-    """The next `steps` updates have 1, (n - 1)/n, ... 1/n of their rate; then it is what it would have been."""
+    """Lower the rates of the next n = `steps` updates to 1, (n - 1)/n, ... 1/n of their values; later ones stay."""
     new = [schedule.last_epoch, steps]
-    for share in schedule.lr_lambdas:  # one object for all groups of parameters
+    for share in schedule.lr_lambdas:  # the same object for all parameter groups
         share.cooldowns = [*(old for old in share.cooldowns if old != new), new]
 
 
@@ -103,7 +106,7 @@ def _torch_fused(groups: list[dict], **options) -> Optimizer:
 
 
 def _deepspeed_fused(groups: list[dict], options: dict, engine_config: dict) -> Optimizer:
-    """FusedAdam, or DeepSpeedCPUAdam where masters and states are partitions in host memory."""
+    """FusedAdam, or DeepSpeedCPUAdam if master weights and optimizer states are partitioned in host memory."""
     on_host = offloads_optimizer(engine_config) or not torch.cuda.is_available()
     if zero_stage(engine_config) > 0 and on_host:
         from deepspeed.ops.adam import DeepSpeedCPUAdam
@@ -117,7 +120,7 @@ def _deepspeed_fused(groups: list[dict], options: dict, engine_config: dict) -> 
 
 
 def check_implementation(name: str) -> None:
-    """Raise `UserError` when the wanted implementation is not installed. Imports nothing."""
+    """Raise `UserError` if the AdamW implementation `name` is not installed. Does not import it."""
     if name == "apex_fused" and not is_nvidia_apex():
         raise UserError(
             "optimizer.implementation: apex_fused needs NVIDIA's apex, built from its repository with CUDA extensions "
@@ -126,14 +129,14 @@ def check_implementation(name: str) -> None:
 
 
 def _apex_fused(groups: list[dict], **options) -> Optimizer:
-    check_implementation("apex_fused")  # an impostor must not be imported
+    check_implementation("apex_fused")  # before the import: another package is called apex, too
     from apex.optimizers import FusedAdam
 
     return FusedAdam(groups, adam_w_mode=True, **options)
 
 
 def is_nvidia_apex() -> bool:
-    """Whether the installed `apex` is NVIDIA's, told by its files: an impostor must not even be imported."""
+    """Whether the installed `apex` is NVIDIA's, judged by its files: another package of this name is not imported."""
     spec = importlib.util.find_spec("apex")
     if spec is None or not spec.submodule_search_locations:
         return False

@@ -1,1 +1,1 @@
-"""How good a student is: held-out masked language modelling, and its distance to the teacher."""
+"""Evaluates a student: held-out masked language modelling, the distance to the teacher, GLUE and SQuAD."""

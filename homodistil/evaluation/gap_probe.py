@@ -1,4 +1,4 @@
-"""The teacher-student gap on a fixed held-out batch: what a resize event tears open and training closes again."""
+"""Measures the teacher-student gap on a fixed held-out batch: a resize event raises it, training lowers it again."""
 
 from __future__ import annotations
 
@@ -15,14 +15,17 @@ from homodistil.distill.teacher import Teacher
 from homodistil.distributed import ranks
 
 PROBE_SEQUENCES = 48
-"""Sequences of the probe over all ranks: enough for differences of a few per cent, cheap enough for every event."""
+"""Sequences of the probe over all ranks: shows differences of a few per cent, and is cheap enough for every event."""
 
 
 class GapProbe:
-    """Measures MLM, KL, hidden, attention and embedding distances, per layer too.
+    """Measures the MLM, KL, hidden, attention and embedding terms, in total and per layer.
 
-    KL, MLM and attention are measured even where the run gives them no weight; hidden and embedding need the
-    projections that only a run with those terms has.
+    KL, MLM and attention are measured even if their weight in the run is 0. The hidden and embedding terms need
+    projections, so they are measured only in runs that train with these terms.
+
+    Args:
+        batches: held-out batches of this rank, the same for every measurement.
     """
 
     def __init__(self, student: Student, teacher: Teacher, batches: Iterable[Batch], device: torch.device) -> None:
@@ -35,14 +38,17 @@ class GapProbe:
         self.kl_alone = Objective(measured.only(kl=1.0))
 
     def measure(self) -> dict[str, float]:
-        """Term -> mean over the probe, the same on every rank; `total`: their sum with the run's own weights."""
+        """Term -> mean over the probe, the same on every rank. "total" is their sum with the weights of the run.
+
+        Every rank calls it.
+        """
         sums = self._sums(self.student, self.objective)
         weights = self.student.objective.weights
         sums["total"] = sum(weight * sums[name] for name, weight in weights.items())
         return ranks.mean_of(sums, self.batches[0].input_ids.device)
 
     def kl_of(self, student: Student) -> float:
-        """What `measure` would call kl if this were the student. Every rank calls it."""
+        """The term "kl" of `measure` (nats) for another `student`. Every rank calls it."""
         sums = self._sums(student, self.kl_alone)
         return ranks.mean_of({"kl": sums["kl"]}, self.batches[0].input_ids.device)["kl"]
 

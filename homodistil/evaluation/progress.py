@@ -1,11 +1,11 @@
-"""What a fine-tuning command is doing: a line whenever it has been silent for some seconds. No heavy imports.
+"""Progress of a fine-tuning command: prints a line after every few seconds without output. Imports nothing slow.
 
-    with watching("loading libraries and data"):       # in a launcher: inside, a thread watches the silence
-        say("RTE: run 2 of 9: lr 0.001, seed 1")       # a line of its own
-        with doing("RTE: run 2 of 9"):                 # where the command is, for the lines between
-            now("epoch 1 of 3, step 40 of 234")        # what changes inside
+    with watching("loading libraries and data"):       # in the command: starts the thread that prints
+        say("RTE: run 2 of 9: lr 0.001, seed 1")       # prints this line now
+        with doing("RTE: run 2 of 9"):                 # the current task, for the lines of the thread
+            now("epoch 1 of 3, step 40 of 234")        # the current part of this task
 
-Without `watching` (in a test, or from Python) nothing is printed by itself.
+Without `watching` (in a test, or from Python) only `say` prints.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _LOOK_S = 0.5
 
 
 class _State:
-    """State of the process: `parts` is what it does, from the whole to the part."""
+    """State of the process: `parts` are the current task and, behind it, the current part of the task."""
 
     def __init__(self) -> None:
         self.parts: list[str] = []
@@ -34,7 +34,11 @@ _state = _State()
 
 @contextlib.contextmanager
 def watching(text: str) -> Iterator[None]:
-    """Inside, no silence is long. `text`: what is done outside of `doing`."""
+    """Inside this context, print a line after every `SILENCE_S` without output.
+
+    Args:
+        text: the current task outside of any `doing`.
+    """
     _state.is_watched, _state.last_line_s = True, time.monotonic()
     threading.Thread(target=_watch, name="progress", daemon=True).start()
     try:
@@ -52,7 +56,7 @@ def say(line: str) -> None:
 
 @contextlib.contextmanager
 def doing(text: str) -> Iterator[None]:
-    """Inside, the command does this."""
+    """Inside this context, `text` is the current task."""
     before = (_state.parts, _state.since_s)
     _state.parts, _state.since_s = [text], time.monotonic()
     try:
@@ -62,12 +66,12 @@ def doing(text: str) -> Iterator[None]:
 
 
 def now(text: str) -> None:
-    """The part of `doing` that it has come to."""
+    """Set the current part of the task."""
     _state.parts = [*_state.parts[:1], text]
 
 
 def line() -> str:
-    """What is done now, and for how long."""
+    """The current task and part, and the seconds since the task began."""
     return f"{': '.join(_state.parts)} ({time.monotonic() - _state.since_s:.0f} s)"
 
 

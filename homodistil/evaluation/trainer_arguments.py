@@ -1,4 +1,4 @@
-"""What every fine-tuning shares: arguments of Hugging Face's Trainer, and how it runs beside other jobs."""
+"""Settings of Hugging Face's Trainer that all fine-tuning shares, and its isolation from a surrounding job."""
 
 from __future__ import annotations
 
@@ -21,23 +21,31 @@ _RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCA
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How one run is trained: AdamW, linear warm-up and decay."""
+    """Hyperparameters of one fine-tuning run with AdamW, linear warm-up and linear decay."""
 
     lr: float = 5e-5
     batch_size: int = 32
     epochs: int = 3
     seed: int = 0
     max_length: int = 128
-    """Tokens of an example; what is beyond is cut."""
+    """Tokens per example; longer examples are truncated."""
     warmup_fraction: float = 0.1
     weight_decay: float = 0.01
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16: autocast; weights and optimizer stay fp32."""
+    """bf16 means autocast: weights and optimizer states stay fp32."""
 
 
 def training_arguments(folder: str, settings: Settings, **more: Any) -> TrainingArguments:
-    """One device, nothing written, nothing reported. `more`: of the task."""
+    """Arguments for a Trainer on one device that saves and reports nothing.
+
+    Args:
+        folder: `output_dir`, in which nothing is written.
+        more: further arguments that depend on the task.
+
+    Raises:
+        UserError: the GPU that `settings.device` asks for does not exist.
+    """
     arguments = TrainingArguments(
         output_dir=folder,
         per_device_train_batch_size=settings.batch_size,
@@ -53,19 +61,19 @@ def training_arguments(folder: str, settings: Settings, **more: Any) -> Training
         logging_strategy="no",
         report_to="none",
         disable_tqdm=True,
-        # Batches of like lengths: padding costs as much as text.
+        # Examples of similar length form a batch, because padding costs as much time as text.
         train_sampling_strategy="group_by_length",
         remove_unused_columns=False,
         dataloader_pin_memory=not on_cpu(settings.device),
         **more,
     )
-    # Trainer would spread every batch over all GPUs it sees, and make it that much larger.
+    # Otherwise Trainer would use all visible GPUs, and multiply the batch size by their number.
     arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments
 
 
 class TellsProgress(TrainerCallback):
-    """Keeps `progress` informed of epoch, step and evaluated batches."""
+    """Passes the current epoch, step and evaluation batch to `progress`."""
 
     _num_batches = 0
 
@@ -87,7 +95,7 @@ class TellsProgress(TrainerCallback):
 
 
 def on_cpu(device: str) -> bool:
-    """Whether `Settings.device` means the CPU here. Raises `UserError` for a GPU that is not there."""
+    """Whether `Settings.device` selects the CPU on this machine. Raises `UserError` for "cuda" without a GPU."""
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device: found cuda, but torch sees no GPU here; allowed: auto, cpu; or install a GPU build")
     return device == "cpu" or not torch.cuda.is_available()
@@ -95,7 +103,7 @@ def on_cpu(device: str) -> bool:
 
 @contextlib.contextmanager
 def alone() -> Iterator[None]:
-    """Hide the process group of a surrounding job: Trainer would join it."""
+    """Hide the rank variables of a surrounding job inside this context; Trainer would join its process group."""
     hidden = {name: os.environ.pop(name) for name in _RANK_VARIABLES if name in os.environ}
     try:
         yield
@@ -105,7 +113,7 @@ def alone() -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without the library's remarks on how it is used."""
+    """Silence the warnings of transformers inside this context."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:

@@ -1,1 +1,1 @@
-"""What a run records: metrics.jsonl, events.jsonl, TensorBoard, progress, the result table, the peak of the device."""
+"""Logs of a run: metrics.jsonl, events.jsonl, TensorBoard, progress, result table; and the peak FLOP/s of a device."""

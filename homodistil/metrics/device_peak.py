@@ -1,5 +1,4 @@
-"""The most that one device can do for matrix products: the datasheet's figure, or a measured one. The MFU divides by
-it."""
+"""Peak FLOP/s of a device for matrix products, from its datasheet or measured: the denominator of the MFU."""
 
 from __future__ import annotations
 
@@ -12,14 +11,14 @@ import torch
 
 @dataclass(frozen=True)
 class PeakFlops:
-    """What one rank's device can do at most, and where the number comes from (shown beside every MFU)."""
+    """Peak of the device of one rank, and the source of the number, which is shown with every MFU."""
 
     flops_per_s: float
     source: str
 
 
-# Dense FLOP/s of tensor cores with fp32 accumulation, from NVIDIA's datasheets (their headline numbers with
-# sparsity halved where only those are printed). Full names: a laptop or MIG variant must not pass for the real thing.
+# Dense FLOP/s of tensor cores with fp32 accumulation, from NVIDIA's datasheets (half of the number with sparsity where
+# only this is given). The patterns match full names, so that laptop and MIG variants do not match.
 _T = 1e12
 
 
@@ -47,8 +46,9 @@ _DATASHEET = {
 def peak_flops(device: torch.device | str, dtype: torch.dtype) -> PeakFlops:
     """Peak of one device for matrix products in `dtype`.
 
-    GPU known by name: the datasheet's dense number. Anything else: the best of a few large products, run here with
-    this rank's threads (under half a second), so that the MFU of a CPU says how far the step is from plain GEMM.
+    For a GPU whose name is listed, this is the dense number of the datasheet. For any other device it is measured: the
+    best of a few large products with the threads of this rank (under half a second). The MFU of a CPU thus compares a
+    training step with a plain GEMM.
     """
     device = torch.device(device)
     if device.type == "cuda":
@@ -63,7 +63,7 @@ def peak_flops(device: torch.device | str, dtype: torch.dtype) -> PeakFlops:
 
 
 def datasheet_flops(device_name: str, number_format: str) -> float | None:
-    """Dense FLOP/s of the GPU called `device_name` by the driver, or None when it or the format is not listed.
+    """Dense FLOP/s of the GPU that the driver calls `device_name`; None if the GPU or the format is not listed.
 
     Args:
         number_format: "bf16", "fp16", "tf32" or "fp32".
@@ -88,8 +88,8 @@ def _short(dtype: torch.dtype) -> str:
 
 
 def _measured(device: torch.device, dtype: torch.dtype, budget_s: float = 0.3) -> float:
-    """Best FLOP/s of square products, the size doubled until one product takes a fiftieth of the budget."""
-    # Random values (constant ones draw less power and clock higher), from a generator of their own.
+    """Best FLOP/s of square products; the size is doubled until one product takes 1/50 of the budget."""
+    # Random values, because the GPU clocks higher with constant ones; a local generator keeps the global state.
     generator = torch.Generator(device).manual_seed(0)
     size, best, start = 256, 0.0, time.perf_counter()
     spent = seconds = 0.0

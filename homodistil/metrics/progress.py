@@ -1,13 +1,13 @@
-"""What a run tells whoever waits for it: a bar or lines for its steps, and a line for what takes long between them.
+"""Progress of a run for its user: a bar or lines for the steps, and a line for each slow task between steps.
 
-    with doing("evaluating the teacher on held-out text"):     # said on rank 0, if it takes longer than SAY_AFTER_S
+    with doing("evaluating the teacher on held-out text"):     # printed on rank 0 after SAY_AFTER_S
         ...
-    progress = step_progress(total_steps, start_step)          # rank 0's
-    progress.advance(step)                                     # every step
-    progress.show(step, values)                                # every logged one
+    progress = step_progress(total_steps, start_step)          # on rank 0
+    progress.advance(step)                                     # after every step
+    progress.show(step, values)                                # after every logged step
     progress.close()
 
-While a bar is drawn, everything that Python prints goes above it, whoever prints it.
+While a bar is drawn, all output of Python is printed above it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SAY_AFTER_S = 2.0
 
 @contextlib.contextmanager
 def doing(what: str) -> Iterator[None]:
-    """Name what is being done as soon as it turns out to take its time; whatever is quick stays unmentioned."""
+    """Print the name of the task inside this context once it has taken `SAY_AFTER_S`; only rank 0 prints."""
     if rank_before_joining():
         yield
         return
@@ -48,40 +48,40 @@ def _say(line: str) -> None:
 
 
 class StepProgress(Protocol):
-    """How far a run has come, for people."""
+    """Shows the progress of a run."""
 
     def advance(self, step: int) -> None:
         """`step` optimizer steps are done."""
 
     def show(self, step: int, values: Mapping[str, float]) -> None:
-        """And this is what was logged of it."""
+        """`step` optimizer steps are done, and `values` have been logged."""
 
     def close(self) -> None: ...
 
 
 def step_progress(total_steps: int, start_step: int) -> StepProgress:
-    """A bar in a terminal and in a notebook, lines elsewhere."""
+    """A bar in a terminal or a notebook, otherwise lines."""
     if sys.stderr.isatty():
         return _Bar(total_steps, start_step)
     return _NotebookBar(total_steps, start_step) if _in_notebook() else _Lines(total_steps, start_step)
 
 
 def _in_notebook() -> bool:
-    """Whether this process is a notebook's kernel (Jupyter's, or one that speaks its protocol)."""
+    """Whether this process is the kernel of a notebook (Jupyter or a compatible program)."""
     interactive = sys.modules.get("IPython")
     shell = interactive.get_ipython() if interactive is not None else None
     return shell is not None and hasattr(shell, "kernel")
 
 
 class _Bar:
-    """Progress on a terminal: one line that renews itself."""
+    """Progress in a terminal: one line that is redrawn."""
 
     def __init__(self, total_steps: int, start_step: int) -> None:
         from tqdm import tqdm
         from tqdm.contrib import DummyTqdmFile
 
         self._streams = sys.stdout, sys.stderr
-        # miniters: else tqdm learns from the fast steps to look seldom, and stands still during slow ones.
+        # miniters: otherwise tqdm adapts to fast steps, and hardly updates the bar during slow ones.
         options = {"unit": "step", "dynamic_ncols": True, "miniters": 1, "file": _beneath(sys.stderr)}
         self._bar = tqdm(total=total_steps, initial=start_step, **options)
         sys.stdout, sys.stderr = (DummyTqdmFile(_beneath(stream)) for stream in self._streams)
@@ -99,11 +99,11 @@ class _Bar:
 
 
 class _NotebookBar:
-    """Progress below a cell: a widget where ipywidgets is installed, else one line of text that renews itself."""
+    """Progress below a notebook cell: a widget if ipywidgets is installed, else one line of text that is redrawn."""
 
     def __init__(self, total_steps: int, start_step: int) -> None:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # without ipywidgets it says so
+            warnings.simplefilter("ignore")  # tqdm warns if ipywidgets is not installed
             from tqdm.auto import tqdm
 
         self._bar = tqdm(total=total_steps, initial=start_step, unit="step", miniters=1)
@@ -120,14 +120,14 @@ class _NotebookBar:
 
 
 def _beneath(stream):
-    """The stream that another bar (several students in one job) has taken the place of."""
+    """The original stream, if another bar (several students in one job) has replaced it."""
     from tqdm.contrib import DummyTqdmFile
 
     return stream._wrapped if isinstance(stream, DummyTqdmFile) else stream
 
 
 class _Lines:
-    """Progress in a log file: a line at the first and the last step and every half minute between."""
+    """Progress in a log file: a line at the first and the last step, and every `INTERVAL_S` in between."""
 
     INTERVAL_S = 30.0
 

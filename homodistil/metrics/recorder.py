@@ -1,12 +1,12 @@
-"""What a run says about itself: progress (progress.py), TensorBoard, metrics.jsonl, events.jsonl; tokens/s and memory.
+"""Logs of a run: metrics.jsonl, events.jsonl, TensorBoard and progress; and the measurement of speed and memory.
 
-The trainer on rank 0 owns a `Recorder` and feeds it every `train.log_every_steps`; `report.py` reads the files back.
+The trainer on rank 0 calls its `Recorder` every `train.log_every_steps`; `report/` reads the files.
 
-    metrics.jsonl   {"kind": "train" | "evaluation", "step": 20, "loss/total": 3.1, ...}    one object a logged step
-    events.jsonl    {"step": 20, "hash": "...", "widths_before": {...}, "widths_after": {...}, ...}    one a resize
+    metrics.jsonl   {"kind": "train" | "evaluation", "step": 20, "loss/total": 3.1, ...}    one object per logged step
+    events.jsonl    {"step": 20, "hash": "...", "widths_before": {...}, "widths_after": {...}, ...}    one per resize
 
-No line holds a wall-clock time, so that a resumed run leaves the same lines as an uninterrupted one (speeds apart).
-Non-finite numbers are written as null: the files are valid JSON whatever happens.
+Lines contain no wall-clock times, so that a resumed run writes the same lines as an uninterrupted one, except for the
+speeds. Numbers that are not finite are written as null, because JSON has no NaN.
 """
 
 from __future__ import annotations
@@ -33,14 +33,18 @@ from homodistil.metrics.tensorboard_layout import TENSORBOARD_FOLDER, board_fold
 
 
 class Recorder:
-    """Writes everything that is logged on one rank; with `enabled=False` (the other ranks) it does nothing at all.
+    """Writes the logs of a run. It is enabled on rank 0; on all other ranks its methods do nothing.
 
     Args:
         run_dir: run folder; made if it is missing.
         total_steps: optimizer steps of the whole run.
-        start_step: optimizer steps already done. Lines beyond it (a run that went on after its last checkpoint)
-            are dropped, so log a step before saving the checkpoint of that step. 0: the files start empty.
-        expected: `num_lines` of then, where the checkpoint knows: lines lost or doubled since are told.
+        start_step: optimizer steps already done; 0: the files start empty. Lines of later steps (logged after the
+            checkpoint) are dropped, so log a step before saving the checkpoint of that step.
+        enabled: whether anything is written.
+        expected: `num_lines` at the checkpoint, if known; a warning reports lines lost or duplicated since then.
+
+    Raises:
+        UserError: (here and in the `log_` methods) a file cannot be written.
     """
 
     def __init__(
@@ -53,7 +57,7 @@ class Recorder:
     ) -> None:
         self.enabled = enabled
         self.num_lines = dict.fromkeys((METRICS_FILE, EVENTS_FILE), 0)
-        """Lines of each file, the concluding evaluation left out."""
+        """File -> number of its lines, without the evaluation at the end of the run."""
         if not enabled:
             return
         run_dir = self._run_dir = Path(run_dir)
@@ -61,7 +65,7 @@ class Recorder:
             run_dir.mkdir(parents=True, exist_ok=True)
             for name in (METRICS_FILE, EVENTS_FILE):
                 self.num_lines[name] = go_on(run_dir / name, start_step, total_steps, (expected or {}).get(name))
-            # Append mode: every line lands at the end, wherever another handle may have written.
+            # In append mode every line is written at the end, even if another handle has written meanwhile.
             self._metrics = open(run_dir / METRICS_FILE, "a", encoding="utf-8")
             self._events = open(run_dir / EVENTS_FILE, "a", encoding="utf-8")
             self._tensorboard = _summary_writer(board_folder(run_dir), start_step)
@@ -69,7 +73,7 @@ class Recorder:
         self._progress = step_progress(total_steps, start_step)
 
     def log_step(self, step: int, values: Mapping[str, float]) -> None:
-        """Values of training after `step` optimizer steps; names carry their group: "loss/mlm", "widths/hidden"."""
+        """Log training values after `step` optimizer steps. Names begin with a group: "loss/mlm", "widths/hidden"."""
         if not self.enabled:
             return
         _write_line(self._metrics, {"kind": "train", "step": step, **values})
@@ -78,12 +82,12 @@ class Recorder:
         self._progress.show(step, values)
 
     def advance(self, step: int) -> None:
-        """After each step, logged or not: the bar moves. Asks nothing of the device."""
+        """Advance the progress bar; call it after each step, logged or not. Does not synchronise with the device."""
         if self.enabled:
             self._progress.advance(step)
 
     def log_evaluation(self, step: int, values: Mapping[str, float]) -> None:
-        """Held-out values after `step` optimizer steps; in TensorBoard under heldout/ and probe/."""
+        """Log held-out values after `step` optimizer steps; in TensorBoard they are under heldout/ and probe/."""
         if not self.enabled:
             return
         _write_line(self._metrics, {"kind": "evaluation", "step": step, **values})
@@ -91,7 +95,11 @@ class Recorder:
         self._add_scalars({f"heldout/{name}": value for name, value in values.items()}, step)
 
     def log_event(self, event: Mapping[str, Any]) -> None:
-        """A resize: "step" and whatever else is known (nested mappings are fine); gap and cost under resize/."""
+        """Log a resize event; in TensorBoard, gap and cost are under resize/.
+
+        Args:
+            event: "step" and any further values, also nested mappings.
+        """
         if not self.enabled:
             return
         _write_line(self._events, event)
@@ -104,7 +112,7 @@ class Recorder:
         self._progress.close()
         threading.excepthook = self._excepthook_before
         for file in (self._tensorboard, self._metrics, self._events):
-            # Every line was flushed when it was written: what fails here has been reported there.
+            # Every line was flushed when it was written, so an error here has been reported before.
             with contextlib.suppress(OSError):
                 file.close()
 
@@ -115,7 +123,7 @@ class Recorder:
         self.close()
 
     def _add_scalars(self, values: Mapping[str, float], step: int) -> None:
-        """One TensorBoard event for all: a call of `add_scalar` each would cost ten times as much."""
+        """Write all values as one TensorBoard event; one `add_scalar` per value would take ten times as long."""
         from tensorboard.compat.proto.summary_pb2 import Summary
 
         scalars = [Summary.Value(tag=tag, simple_value=value) for tag, value in board_values(values)]
@@ -125,12 +133,12 @@ class Recorder:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Objects with a step of a .jsonl file. Lines that cannot be read, such as a torn last one, are left out."""
+    """The objects with a step in a .jsonl file. Unreadable lines, such as an incomplete last line, are skipped."""
     return _objects(path.read_bytes().split(b"\n"))
 
 
 def parse_lines(text: str) -> list[dict[str, Any]]:
-    """Objects with a step in the text of a .jsonl file, as `read_lines` returns them."""
+    """The objects with a step in the text of a .jsonl file, like `read_lines`."""
     return _objects(text.split("\n"))
 
 
@@ -145,7 +153,7 @@ def _write_line(file, value: Mapping[str, Any]) -> None:
 
 
 def _numbers(value: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, float]]:
-    """Every number in nested mappings, named by its path; the step is the x axis, not a value."""
+    """(path, number) for every number in nested mappings except "step", which is the x axis."""
     for key, item in value.items():
         if isinstance(item, Mapping):
             yield from _numbers(item, f"{prefix}/{key}")
@@ -154,7 +162,7 @@ def _numbers(value: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, float
 
 
 def _summary_writer(folder: Path, start_step: int):
-    # Slow to import, and needed on one rank only.
+    # Imported here because it is slow, and needed on rank 0 only.
     from torch.utils.tensorboard import SummaryWriter
 
     had_events = folder.is_dir() and any(folder.iterdir())
@@ -163,14 +171,14 @@ def _summary_writer(folder: Path, start_step: int):
 
 
 def _without_tensorboards_thread(failure: threading.ExceptHookArgs) -> None:
-    """TensorBoard's writing thread dies with a traceback when the disk is full; the next call reports the same."""
+    """An excepthook without the traceback of TensorBoard's thread on a full disk; the next call raises the error."""
     if not (issubclass(failure.exc_type, OSError) and type(failure.thread).__module__.startswith("tensorboard")):
         threading.__excepthook__(failure)
 
 
 @dataclass(frozen=True)
 class Lap:
-    """Work done and time spent since the lap before."""
+    """Work done and time spent since the previous lap: tokens and FLOPs over all ranks."""
 
     seconds: float
     tokens: float
@@ -196,7 +204,7 @@ class StepTimer:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Time inside (evaluation, checkpoint, resize) does not count. Not to be nested."""
+        """Exclude the time inside this context (evaluation, checkpoint, resize). Must not be nested."""
         start = _device_clock()
         try:
             yield
@@ -204,21 +212,21 @@ class StepTimer:
             self._paused_s += _device_clock() - start
 
     def lap(self, tokens: float, flops: float) -> Lap:
-        """End the lap, in which `tokens` and `flops` were worked off, both over all ranks; a new one starts."""
+        """End the lap, in which all ranks together processed `tokens` with `flops`, and start a new one."""
         done = Lap(_device_clock() - self._start - self._paused_s, tokens, flops)
         self._restart()
         return done
 
 
 def _device_clock() -> float:
-    """Seconds, read once the work queued on this rank's accelerator is done."""
+    """Seconds, read after waiting for the work queued on the GPU of this rank."""
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
 def memory_bytes() -> dict[str, int]:
-    """Resident memory of this process and, with CUDA, the accelerator's peak since the last call; under memory/."""
+    """Bytes of resident memory of this process and, with CUDA, the peak of allocated GPU memory since the last call."""
     values = {"memory/rss_bytes": _process(os.getpid()).memory_info().rss}
     if torch.cuda.is_initialized():
         values["memory/accelerator_bytes"] = torch.cuda.max_memory_allocated()
@@ -228,4 +236,4 @@ def memory_bytes() -> dict[str, int]:
 
 @functools.cache
 def _process(pid: int) -> psutil.Process:
-    return psutil.Process(pid)  # looks up when it was started: not at every logged step
+    return psutil.Process(pid)  # cached, because the constructor looks up when the process was started

@@ -12,9 +12,9 @@ from homodistil.files import to_json, write_atomically, writing
 
 RESULT_FILE = "result.json"
 PLAN_FILE = "plan.json"
-"""What was planned, before anything was trained (planning/)."""
+"""The plan of the run, written before training (planning/)."""
 ROW_FILE = "row.json"
-"""One model's row, before all of a run are known."""
+"""The row of one model, written before all rows of the run are known."""
 DASH = "-"
 
 Row = Mapping[str, Any]
@@ -51,7 +51,7 @@ def write_result(run_dir: Path, rows: Sequence[Row]) -> Path:
 
 
 def read_result(run_dir: Path) -> list[dict[str, Any]]:
-    """Rows of result.json; FileNotFoundError when the run has not written it yet."""
+    """The rows of result.json. Raises FileNotFoundError if the run has not written it yet."""
     return json.loads((Path(run_dir) / RESULT_FILE).read_text(encoding="utf-8"))
 
 
@@ -67,10 +67,10 @@ def cells(row: Row, columns: Mapping[str, tuple[str, str]] = COLUMNS) -> list[st
 
 
 def cell(value: Any, form: str) -> str:
-    """One value as text."""
+    """One value as text: formatted with `form` if it is a number, a dash if it is None or not finite."""
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return DASH
-    # Anything else than a number (a file that was edited) is shown as it stands.
+    # Values that are not numbers (of a file that was edited) are shown unchanged.
     return form.format(value) if isinstance(value, (int, float)) else str(value)
 
 
@@ -81,7 +81,7 @@ def format_table(rows: Sequence[Row]) -> str:
 
 
 def aligned(lines: Sequence[Sequence[str]]) -> str:
-    """Lines of equally many cells as text in aligned columns; the first line is the headings."""
+    """Lines with the same number of cells as text in aligned columns; the first line has the headings."""
     lines = [list(line) for line in lines]
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     lines.insert(1, ["-" * width for width in widths])

@@ -1,9 +1,9 @@
-"""What TensorBoard shows: under which name a run stands in it, and which values it gets in which groups.
+"""Layout of TensorBoard: the name of a run, and the values that are shown with their groups.
 
-`tensorboard --logdir runs/quickstart/tensorboard` lists `quickstart` and its controls `compare/one_shot`, ... Groups
-are sorted by name, and the first ones are open: held-out results, losses, and the model's widths come first. What there
-is for every layer is in a group of its own, and of a resize the gap and the cost alone; metrics.jsonl and events.jsonl
-have everything.
+`tensorboard --logdir runs/quickstart/tensorboard` lists `quickstart` and its controls `compare/one_shot`, ...
+TensorBoard sorts groups by name and opens the first ones, which are held-out results, losses and widths of the model.
+Values per layer have a separate group, and of a resize only gap and cost are shown; metrics.jsonl and events.jsonl have
+everything.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ TENSORBOARD_FOLDER = "tensorboard"
 _COMPARE_FOLDER = "compare"
 _PER_LAYER = "per_layer"
 
-# Beginning of a value's name -> the same on the board; None: not shown.
+# Prefix of a value's name -> prefix of its tag in TensorBoard; None: not shown.
 _GROUPS = {
     "heldout/masked_rows": None,  # never changes
     "heldout/gap/": "probe/",
@@ -30,18 +30,21 @@ _GROUPS = {
 
 
 def board_folder(run_dir: Path) -> Path:
-    """Where a run's event files go: named as its folder is; a control's lie beside those of the run it belongs to."""
+    """Folder for the event files of a run, with the name of the run folder.
+
+    The event files of a control are in the TensorBoard folder of its run, so that both are listed together.
+    """
     run_dir = Path(run_dir).resolve()
     if run_dir.parent.name == _COMPARE_FOLDER:
         return run_dir.parent.parent / TENSORBOARD_FOLDER / _COMPARE_FOLDER / run_dir.name
     folder = run_dir / TENSORBOARD_FOLDER
-    # A run that was begun by an earlier version continues in its own file.
+    # A run that was started by an earlier version continues in the old folder.
     is_older = folder.is_dir() and any(folder.glob("events.out.tfevents.*"))
     return folder if is_older else folder / (run_dir.name or "run")
 
 
 def board_values(values: Mapping[str, float]) -> Iterator[tuple[str, float]]:
-    """Values as they are logged -> (tag, value). Widths of all layers also as their mean, one for each kind of axis."""
+    """Logged values -> (tag, value) for TensorBoard, with the mean width over layers for each kind of axis."""
     kinds: dict[str, list[float]] = {}
     for name, value in values.items():
         tag = _tag(name)
@@ -55,7 +58,7 @@ def board_values(values: Mapping[str, float]) -> Iterator[tuple[str, float]]:
 
 
 def _tag(name: str) -> str | None:
-    """None: not shown."""
+    """The tag of a value in TensorBoard; None if it is not shown."""
     if "layer." in name:
         return None if name.startswith("events/") else f"{_PER_LAYER}/{name}"
     for beginning, group in _GROUPS.items():

@@ -1,4 +1,4 @@
-"""Which ZeRO stage, and how large a micro-batch."""
+"""Advice on the ZeRO stage and the micro-batch size."""
 
 from __future__ import annotations
 
@@ -6,24 +6,28 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 HEADROOM = 0.9
-"""Share of a device's memory that a plan may fill: counts are estimates, and allocators fragment."""
+"""Share of the memory of a device that a plan may use: counts are estimates, and allocators fragment."""
 
 
 @dataclass(frozen=True)
 class Advice:
     zero_stage: int | None
-    """The lowest that fits with the micro-batch named here; None: none does."""
+    """The lowest stage under which `micro_batch_size` fits; None if no stage fits."""
     micro_batch_size: int
-    """The largest that fits under that stage, and divides a rank's share of the global batch; 0: none."""
+    """The largest size that fits under this stage and divides the sequences per rank and step; 0 if none fits."""
     reason: str
 
 
 def advise(bytes_at: Callable[[int, int], float], memory_bytes: float, sequences_per_rank: int) -> Advice:
-    """Lower stages send less; so the lowest under which a useful micro-batch fits is the best.
+    """Choose the lowest stage under which a useful micro-batch fits, because lower stages communicate less.
+
+    A micro-batch is useful if it has at least 16 sequences, or all sequences of a rank. If no stage allows one, the
+    lowest stage under which any micro-batch fits is chosen.
 
     Args:
-        bytes_at: (stage, micro-batch) -> bytes of one rank where it holds most.
-        sequences_per_rank: of an optimizer step; what a micro-batch has to divide.
+        bytes_at: (stage, micro-batch size) -> peak bytes per rank.
+        memory_bytes: memory of a device.
+        sequences_per_rank: per optimizer step; micro-batch sizes divide it.
     """
     sizes = [size for size in range(sequences_per_rank, 0, -1) if sequences_per_rank % size == 0]
     allowed = HEADROOM * memory_bytes

@@ -1,4 +1,4 @@
-"""The machines of a plan: GPUs by name with their datasheets' numbers, how many, and what connects them."""
+"""The machines of a plan: GPUs by name with the numbers of their datasheets, their count, and the interconnect."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from homodistil.errors import UserError, nearest
 
 @dataclass(frozen=True)
 class Device:
-    """One rank's device, as its maker describes it."""
+    """The device of one rank, with the numbers of its datasheet."""
 
     name: str
     driver_name: str
-    """Name in `datasheet_flops`; empty: no datasheet, the speed is known from measurements alone."""
+    """Name for `datasheet_flops`; empty if there is no datasheet, so that the speed must be measured."""
     memory_bytes: float
     memory_bytes_per_s: float
     link_bytes_per_s: float
-    """To the other devices of its machine, one direction."""
+    """Bandwidth to the other devices of the machine, in one direction."""
     watts: float
-    """Power of the device at full load, without its share of the machine."""
+    """Power of the device at full load, without its share of the power of the machine."""
     usd_per_h: tuple[float, float]
-    """Usual range of renting one, November 2026, ours; replace it by --price."""
+    """Usual range of rental prices in November 2026 (our estimate); --price replaces it."""
 
     def peak_flops(self, number_format: str) -> float | None:
-        """Dense FLOP/s in "bf16", "fp16" or "fp32" (as tf32 where the device has it); None: not known."""
+        """Dense FLOP/s in "bf16", "fp16" or "fp32" (tf32 if the device has it); None if not known."""
         from homodistil.metrics.device_peak import datasheet_flops
 
         names = ["tf32", "fp32"] if number_format == "fp32" else [number_format]
@@ -35,8 +35,8 @@ class Device:
 
 
 _GB, _GB_S = 1e9, 1e9
-# Memory, bandwidth and power: NVIDIA's datasheets of each product. Links: NVLink 600 / 900 GB/s both ways together,
-# so half of it one way; PCIe 4.0 x16 about 32 GB/s one way.
+# Memory, bandwidth and power: NVIDIA's datasheet of each product. Links: NVLink has 600 / 900 GB/s in both directions
+# together, so half of it in one; PCIe 4.0 x16 has about 32 GB/s in one direction.
 DEVICES = {
     "A100-40": Device("A100-40", "A100-SXM4-40GB", 40 * _GB, 1555 * _GB_S, 300 * _GB_S, 400, (1.0, 2.5)),
     "A100-80": Device("A100-80", "A100-SXM4-80GB", 80 * _GB, 2039 * _GB_S, 300 * _GB_S, 400, (1.2, 3.5)),
@@ -47,7 +47,7 @@ DEVICES = {
 }
 CPU = "cpu"
 INTERCONNECTS = {
-    # Bytes a second and device, one direction, from the nominal rate of one adapter.
+    # Bytes per second and device in one direction, from the nominal rate of one adapter.
     "none": 0.0,
     "ethernet-10": 1.25e9,
     "ethernet-100": 12.5e9,
@@ -55,17 +55,17 @@ INTERCONNECTS = {
     "infiniband-ndr": 50e9,  # 400 Gb/s
 }
 POWER_OVERHEAD = 1.5
-"""Machine, cooling and conversion on top of the devices' own watts (ours; a data centre's PUE alone is 1.1 to 1.6)."""
+"""Factor on the power of the devices for machine, cooling and conversion (our estimate; PUE alone is 1.1 to 1.6)."""
 
 
 @dataclass(frozen=True)
 class Cluster:
     device: Device
     num_devices: int
-    """Devices, and so ranks, per machine."""
+    """Devices (and ranks) per machine."""
     num_nodes: int = 1
     interconnect: str = "none"
-    """Between machines; one adapter per device."""
+    """Interconnect between machines, a key of `INTERCONNECTS`; one adapter per device."""
 
     @property
     def num_ranks(self) -> int:
@@ -77,14 +77,22 @@ class Cluster:
 
     @property
     def link_bytes_per_s(self) -> float:
-        """Bandwidth of the slowest hop between two ranks."""
+        """Bandwidth of the slowest link between two ranks, in one direction."""
         if self.num_nodes == 1:
             return self.device.link_bytes_per_s
         return min(self.device.link_bytes_per_s, INTERCONNECTS[self.interconnect])
 
 
 def find_cluster(device: str, num_devices: int, num_nodes: int = 1, interconnect: str | None = None) -> Cluster:
-    """Raises `UserError` for an unknown device or interconnect, or several machines without one."""
+    """The cluster of `num_nodes` machines with `num_devices` devices each.
+
+    Args:
+        device: a key of `DEVICES`, or "cpu" for this machine.
+        interconnect: a key of `INTERCONNECTS`; None: infiniband-hdr if there are several machines.
+
+    Raises:
+        UserError: unknown device or interconnect, or several machines with the interconnect "none".
+    """
     if device != CPU and device not in DEVICES:
         known = [*DEVICES, CPU]
         raise UserError(f"--device: found {device!r}, allowed: {', '.join(known)}{nearest(device, known)}")
@@ -101,5 +109,5 @@ def find_cluster(device: str, num_devices: int, num_nodes: int = 1, interconnect
 
 
 def _this_cpu(num_ranks: int) -> Device:
-    """A rank's share of this machine. How fast it is, only a measurement tells."""
+    """One rank's share of this machine. The numbers for its speed are rough; plans use a measurement instead."""
     return Device(CPU, "", psutil.virtual_memory().total / num_ranks, 10e9, 5e9, 65 / num_ranks, (0.01, 0.05))

@@ -1,4 +1,4 @@
-"""What launcher/plan.py does: show a plan, or measure this machine for later ones."""
+"""The actions of launcher/plan.py: show a plan, or measure this machine for later plans."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from homodistil.training.inputs import check_plannable
 
 
 def show(config: RunConfig, engine_config: Path, options: argparse.Namespace) -> None:
-    """Print the plan, and write it where --json says. Raises `UserError`."""
+    """Print the plan, and write it to the file of --json, if given. Raises `UserError`."""
     cluster = _cluster(options)
     check_plannable(config)
     plan = make_plan(
@@ -39,7 +39,7 @@ def show(config: RunConfig, engine_config: Path, options: argparse.Namespace) ->
 
 
 def measure(config: RunConfig, engine_config: Path, options: argparse.Namespace) -> None:
-    """Every rank calls it; rank 0 keeps what was found. Raises `UserError`."""
+    """Measure this machine; rank 0 writes the calibration. Every rank calls it. Raises `UserError`."""
     from homodistil.planning.measure import measure_here, samples_of
 
     raw = load_engine_config(engine_config)
@@ -51,13 +51,13 @@ def measure(config: RunConfig, engine_config: Path, options: argparse.Namespace)
         calibration = fit(samples_of(config, raw, cluster, measured), machine_name(), expected_seconds(cluster, peak))
         write_calibration(path, calibration)
         for one in measured:
-            print(f"hidden {one.widths['hidden']}: {one.wall_s:.3f} s a step, {one.peak_bytes / 1e6:,.0f} MB")
+            print(f"hidden {one.widths['hidden']}: {one.wall_s:.3f} s per step, {one.peak_bytes / 1e6:,.0f} MB")
         print(f"calibration: {path}")
     ranks.barrier()
 
 
 def machine_name() -> str:
-    """Name of this machine, as a plan cites it."""
+    """Name of this machine for plans."""
     return f"{platform.node()} ({os.cpu_count()} processors, {platform.machine()})"
 
 
@@ -66,7 +66,10 @@ def _cluster(options: argparse.Namespace) -> Cluster:
 
 
 def _calibration(config: RunConfig, options: argparse.Namespace) -> Calibration | None:
-    """A file that was named; for --device cpu also this machine's own, if there is one."""
+    """The calibration in the file of --calibration; else, with --device cpu, the one of this machine.
+
+    None for a GPU without --calibration. Raises `UserError` if a CPU has not been measured.
+    """
     if options.calibration:
         return read_calibration(options.calibration)
     path = calibration_path(config)

@@ -1,4 +1,4 @@
-"""What measured steps say about a machine: seconds a unit of each kind of work, by non-negative least squares."""
+"""Calibrates a machine: seconds per unit of each kind of work, by non-negative least squares over measured steps."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from homodistil.planning.step_work import NAMES, StepWork, as_row
 
 FORMAT = 1
 PULL = 0.02
-"""Weight of what is expected against one sample: decides only where samples do not."""
+"""Weight of the expected values relative to one sample; small, so that they matter only where samples do not decide."""
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,11 @@ class Sample:
     wall_s: float
     """Seconds per step, the median of several."""
     cpu_s: float
-    """Processor time of a step, of this rank."""
+    """Processor seconds per step of this rank."""
     peak_bytes: float
     """Peak memory of the rank."""
     counted_bytes: float
-    """Peak memory as `memory.py` predicts it, without the process's own."""
+    """Peak memory as `memory.py` predicts it, without that of the process itself."""
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,9 @@ class Calibration:
 
     Args:
         wall, cpu: seconds per unit of each field of `StepWork`.
-        process_bytes: what a rank holds in addition to what is counted: libraries, their caches and workspaces.
-        error: largest relative error of wall time on the samples themselves, at least 5 %.
-        machine: where it was measured.
+        process_bytes: memory of a rank that `memory.py` does not count: libraries, their caches and workspaces.
+        error: largest relative error of the wall time on the samples of the fit, at least 5 %.
+        machine: name of the machine that was measured.
     """
 
     wall: dict[str, float]
@@ -54,20 +54,21 @@ class Calibration:
     machine: str
 
     def wall_s(self, work: StepWork) -> float:
-        """Predicted seconds of a step."""
+        """Predicted wall seconds of a step."""
         return _dot(self.wall, work)
 
     def cpu_s(self, work: StepWork) -> float:
-        """Processor time of a step, of one rank."""
+        """Predicted processor seconds of a step of one rank."""
         return _dot(self.cpu, work)
 
 
 def fit(samples: Sequence[Sample], machine: str, expected: dict[str, float]) -> Calibration:
-    """From at least two samples, of different widths. Every relative error weighs the same.
+    """Fit a calibration to at least two samples of different widths, with equal weight for every relative error.
 
     Args:
-        expected: seconds a unit that are plausible for this machine (`speed.expected_seconds`). A few widths of one
-            model cannot tell the kinds of work apart; what they leave open stays near these.
+        machine: name of the machine.
+        expected: plausible seconds per unit for this machine (`speed.expected_seconds`). A few widths of one model do
+            not determine the costs of all kinds of work; those that are not determined stay near these values.
     """
     wall, cpu = (_fit_times(samples, name, expected) for name in ("wall_s", "cpu_s"))
     errors = [abs(_dot(wall, s.work) / s.wall_s - 1) for s in samples]
@@ -76,7 +77,7 @@ def fit(samples: Sequence[Sample], machine: str, expected: dict[str, float]) -> 
 
 
 def _fit_times(samples: Sequence[Sample], name: str, expected: dict[str, float]) -> dict[str, float]:
-    """Least squares for c / expected, which is drawn towards one common factor: the machine may be slower all over."""
+    """Least squares for seconds / expected, regularised towards a common factor: the whole machine may be slower."""
     scale = np.array([expected[field] for field in NAMES])
     measured = np.array([getattr(s, name) for s in samples])
     rows = np.array([as_row(s.work) for s in samples]) * scale / measured[:, None]
@@ -93,16 +94,16 @@ def _dot(seconds: dict[str, float], work: StepWork) -> float:
 
 
 def write_calibration(path: Path, calibration: Calibration) -> None:
-    """Raises `UserError` when it cannot be written."""
+    """Write the calibration as JSON. Raises `UserError` if it cannot be written."""
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, json.dumps({"format": FORMAT, **asdict(calibration)}, indent=1) + "\n")
 
 
 def read_calibration(path: Path) -> Calibration:
-    """Raises `UserError`: not there, or not one of ours."""
+    """Read a file of `write_calibration`. Raises `UserError` if it is missing or is not such a file."""
     try:
-        if path.exists() and not path.is_file():  # a pipe would be waited for
+        if path.exists() and not path.is_file():  # reading a pipe could wait for ever
             raise ValueError("not a regular file")
         content = json.loads(path.read_text(encoding="utf-8"))
         if content.pop("format") != FORMAT or not all(set(content[name]) == set(NAMES) for name in ("wall", "cpu")):

@@ -1,4 +1,4 @@
-"""A few real steps at some widths: the run's own student, teacher and engine, its schedule pressed into a few events.
+"""Measures real steps at a few widths, with student, teacher and engine of the run and a compressed schedule.
 
 deepspeed --num_accelerators 2 launcher/plan.py --measure --deepspeed ds_configs/zero2.json recipe=quickstart
 """
@@ -30,22 +30,28 @@ from homodistil.training.run import DistillationRun
 from homodistil.training.trainer import Trainer, TrainState
 
 _WARM_UP_STEPS = 2
-"""The first ones at a width make what is then kept for its shapes."""
+"""Steps at each width that do not count: they fill caches for the new shapes."""
 
 
 @dataclass(frozen=True)
 class MeasuredWidth:
     widths: Widths
     wall_s: float
-    """Seconds per step, the median."""
+    """Wall seconds per step, the median."""
     cpu_s: float
-    """Processor time of this rank, likewise."""
+    """Processor seconds per step of this rank, the median."""
     peak_bytes: float
-    """Peak memory of this rank, events left out."""
+    """Peak memory of this rank in bytes, without events."""
 
 
 def measure_here(config: RunConfig, raw_engine_config: dict) -> list[MeasuredWidth]:
-    """Every rank calls it, in a job of its own. Nothing is written but the cache of data and packaged teachers."""
+    """Measure steps at the widths of `compressed_schedule`. Every rank calls it, in a job that does nothing else.
+
+    Nothing is written except to the cache of data and packaged teachers.
+
+    Args:
+        raw_engine_config: DeepSpeed's JSON as the user wrote it.
+    """
     device = init_ranks(config.run.rank_timeout_s)
     short = compressed_schedule(config)
     engine_config = resolve_engine_config(raw_engine_config, short.train, ranks.world_size())
@@ -58,7 +64,7 @@ def measure_here(config: RunConfig, raw_engine_config: dict) -> list[MeasuredWid
 
 
 def measure_trainer(trainer: Trainer, device: torch.device) -> list[MeasuredWidth]:
-    """Go through all steps of a pressed run."""
+    """Train all steps of a run with a compressed schedule, and measure them. Every rank calls it."""
     samples = []
     while not trainer.is_done:
         widths, times = trainer.student.widths, []
@@ -69,7 +75,7 @@ def measure_trainer(trainer: Trainer, device: torch.device) -> list[MeasuredWidt
             if trainer.student.widths == widths:
                 peak = peak_bytes(device)
         if trainer.student.widths != widths:
-            times.pop()  # it had an event in it
+            times.pop()  # this step included an event
         wall, cpu = zip(*times[_WARM_UP_STEPS:], strict=True)
         samples.append(MeasuredWidth(widths, statistics.median(wall), statistics.median(cpu), peak))
     return samples
@@ -89,7 +95,7 @@ def _wait(device: torch.device) -> None:
 
 
 def start_peak(device: torch.device) -> None:
-    """`peak_bytes` counts from here."""
+    """Reset the peak that `peak_bytes` returns."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
@@ -97,7 +103,7 @@ def start_peak(device: torch.device) -> None:
 
 
 def peak_bytes(device: torch.device) -> float:
-    """On a CPU the resident set of this process."""
+    """Peak bytes since `start_peak`: allocated GPU memory, or the resident set of this process on a CPU."""
     if device.type == "cuda":
         return float(torch.cuda.max_memory_allocated(device))
     line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM"))
@@ -107,7 +113,7 @@ def peak_bytes(device: torch.device) -> float:
 def samples_of(
     config: RunConfig, raw_engine_config: dict, cluster: Cluster, measured: list[MeasuredWidth]
 ) -> list[Sample]:
-    """What was measured beside what is counted of the same widths."""
+    """Samples for `fit`: the measurements together with the predicted work and memory at the same widths."""
     resolved = resolve_run(compressed_schedule(config))
     engine_config = resolve_engine_config(raw_engine_config, resolved.config.train, cluster.num_ranks)
     policy, size = policy_of(resolved, engine_config, cluster), config.train.micro_batch_size

@@ -1,5 +1,7 @@
-"""Bytes of one rank, part by part, at one width: what `models/memory.py` counts, and what it leaves out because it is
-short-lived or not the model's: buffers between ranks, products of the vocabulary on their way, the process itself."""
+"""Memory of one rank at one width, by part.
+
+Adds to `models/memory.py` what is short-lived or not part of the model: communication buffers, logits, and the process.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +16,9 @@ from homodistil.training.resolve import ResolvedRun
 
 FP32_BYTES = 4
 DEFAULT_BUCKET_ELEMENTS = 5e8
-"""DeepSpeed's reduce_bucket_size."""
+"""DeepSpeed's default of reduce_bucket_size."""
 PROCESS_BYTES = 1.0e9
-"""CUDA context, libraries' workspaces and the allocator's rounding on a GPU (ours; an estimate)."""
+"""CUDA context, workspaces of libraries and rounding of the allocator on a GPU (our estimate)."""
 
 
 def rank_memory(
@@ -27,10 +29,13 @@ def rank_memory(
     micro_batch_size: int,
     process_bytes: float = PROCESS_BYTES,
 ) -> dict[str, float]:
-    """Part -> bytes at the fullest moment of a step.
+    """Part -> bytes per rank at the peak of a step.
 
     Args:
+        policy: `plan.policy_of`.
         engine_config: from `resolve_engine_config`.
+        widths: of the student.
+        process_bytes: memory of the process itself.
     """
     layout, (trainable, frozen) = policy.layout, policy.parameter_counts(widths)
     split = {stage: 1 / layout.num_ranks if layout.stage >= stage else 1.0 for stage in (1, 2, 3)}
@@ -62,7 +67,7 @@ def rank_memory(
 
 
 def _teacher_parameters(resolved: ResolvedRun, num_ranks: int) -> float:
-    """That a rank holds at once (distill/teacher_sharding.py)."""
+    """Teacher parameters that a rank holds at once; with `teacher.shard`, its part of the layers and one layer."""
     if not resolved.config.teacher.shard:
         return resolved.teacher_parameters
     layers = resolved.teacher_layers
@@ -70,9 +75,10 @@ def _teacher_parameters(resolved: ResolvedRun, num_ranks: int) -> float:
 
 
 def buffer_bytes(engine_config: dict, num_trainable: float, element_bytes: int) -> float:
-    """Bytes of the buffers of ZeRO: gradients on their way, at most a bucket, twice where communication overlaps;
-    stage 3: parameters that
-    are gathered ahead."""
+    """Bytes of communication buffers: the flat gradients at stage 0; at other stages a bucket of gradients.
+
+    There are two buckets if communication overlaps; stage 3 also prefetches parameters.
+    """
     zero, stage = zero_section(engine_config), zero_stage(engine_config)
     if stage == 0:
         return num_trainable * element_bytes  # of the all-reduce, flattened

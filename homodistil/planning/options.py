@@ -12,10 +12,10 @@ from homodistil.errors import UserError
 from homodistil.planning.cluster import CPU, DEVICES, INTERCONNECTS
 
 _MOST = 1_000_000
-"""Machines, watts, dollars an hour: more is a slip of the finger."""
+"""Maximum number of machines, watts, or dollars per hour; a larger number is a typing error."""
 
 
-USAGE = """What a run will take, before it is started: memory of a rank part by part, time, energy, money.
+USAGE = """Predict memory per rank, time, energy and cost of a run before it is started.
 
 Takes the arguments of `homodistil train`, and the machines:
 
@@ -23,7 +23,7 @@ Takes the arguments of `homodistil train`, and the machines:
     homodistil plan --measure --ranks 2 recipe=quickstart
     homodistil plan --device cpu --devices-per-node 2 recipe=quickstart
 
-The second line takes some real steps on this machine and keeps what they say about it, for plans such as the third.
+The second command trains a few steps on this machine and stores its speed, which plans such as the third then use.
 """
 
 
@@ -35,25 +35,27 @@ def main(argv: list[str], num_ranks: int = 1) -> None:
         if not options.measure:
             raise UserError("--ranks: only with --measure; a plan's ranks are --devices-per-node times --nodes")
         start_ranks(num_ranks)
-    from homodistil.planning.command import measure, show  # not needed for --help and mistakes
+    from homodistil.planning.command import measure, show  # slow, and not needed for --help and bad options
 
     (measure if options.measure else show)(config, engine_config, options)
 
 
 def split_options(argv: list[str], description: str) -> tuple[argparse.Namespace, list[str]]:
-    """(own options, everything else). Raises `UserError`; exits by itself for --help."""
+    """(options of `homodistil plan`, all other arguments). Raises `UserError`; exits the process after --help."""
     parser = OneLineParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--device", default="cpu", help=f"one rank's: {', '.join(DEVICES)} or {CPU} (default)")
-    parser.add_argument("--devices-per-node", type=int, default=1, help="ranks of a machine")
+    parser.add_argument("--device", default="cpu", help=f"device of a rank: {', '.join(DEVICES)} or {CPU} (default)")
+    parser.add_argument("--devices-per-node", type=int, default=1, help="ranks per machine")
     parser.add_argument("--nodes", type=int, default=1, help="machines")
     parser.add_argument("--interconnect", help=f"between machines: {', '.join(INTERCONNECTS)}")
-    parser.add_argument("--price", type=float, nargs=2, metavar=("LOW", "HIGH"), help="USD of a device and hour")
-    parser.add_argument("--watts", type=float, help="of a device at full load")
-    parser.add_argument("--measure", action="store_true", help="take some real steps on this machine, keep the result")
-    parser.add_argument("--calibration", type=Path, help="what --measure made (default: in data.cache_dir, for cpu)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write it there (not into a run folder to be)")
+    parser.add_argument("--price", type=float, nargs=2, metavar=("LOW", "HIGH"), help="USD per device and hour")
+    parser.add_argument("--watts", type=float, help="power of a device at full load")
+    parser.add_argument("--measure", action="store_true", help="train a few steps on this machine, store its speed")
+    parser.add_argument("--calibration", type=Path, help="file of --measure (default for cpu: in data.cache_dir)")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="also write the plan as JSON (not to a new run folder)"
+    )
     options, rest = parser.parse_known_args(argv)
     for name in ("price", "watts"):
         values = getattr(options, name)

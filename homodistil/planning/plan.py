@@ -1,4 +1,4 @@
-"""The plan of a run: stretches of its schedule with memory and time, their sums, and what is advised."""
+"""The plan of a run: memory and time of each phase of constant widths, their sums, and advice."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from homodistil.training.resolve import ResolvedRun, resolve_run
 
 @dataclass(frozen=True)
 class StretchPlan:
-    """Steps between two events."""
+    """A phase of constant widths: the steps between two events."""
 
     hidden_size: int
     parameters: int
     first_step: int
     num_steps: int
     memory: dict[str, float]
-    """Part -> bytes of one rank."""
+    """Part -> bytes per rank (`memory.rank_memory`)."""
     flops: float
-    """FLOPs per step, all ranks together."""
+    """FLOPs per step over all ranks."""
     step: Seconds
     tokens_per_s: float
-    """Throughput of the whole job, at the middle of the range."""
+    """Tokens per second over all ranks, at the middle of the range of `step`."""
 
     @property
     def total_bytes(self) -> float:
@@ -49,12 +49,12 @@ class Plan:
     global_batch_size: int
     stretches: list[StretchPlan]
     hours: Seconds
-    """Low and high; the unit is hours here. Training alone: no start, evaluation, checkpoint or control."""
+    """Range of the training time in hours (not seconds), without start, evaluations, checkpoints and controls."""
     kwh: tuple[float, float]
     usd: tuple[float, float]
     advice: Advice
     basis: str
-    """What the numbers rest on."""
+    """Where the times come from: a calibration or a datasheet."""
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -66,7 +66,7 @@ class Plan:
         return self.hours.low * self.cluster.num_ranks, self.hours.high * self.cluster.num_ranks
 
     def to_dict(self) -> dict:
-        """For JSON: bytes, seconds, hours, FLOPs."""
+        """The plan for JSON; sizes are in bytes, times of steps in seconds, training time in hours."""
         values = asdict(self) | {"peak_bytes": self.peak_bytes, "device_hours": self.device_hours}
         for stretch, own in zip(values["stretches"], self.stretches, strict=True):
             stretch["total_bytes"] = own.total_bytes
@@ -81,13 +81,16 @@ def make_plan(
     price: tuple[float, float] | None = None,
     watts: float | None = None,
 ) -> Plan:
-    """Args:
+    """Plan a run on `cluster` without reading weights.
+
+    Args:
         raw_engine_config: DeepSpeed's JSON as the user wrote it.
-        price: of one device and hour (low, high); None: the device's usual range.
-        watts: of one device at full load; None: the datasheet's.
+        calibration: measurement of the machine; None: the datasheet is used.
+        price: USD per device and hour (low, high); None: the usual range of the device.
+        watts: power of one device at full load; None: that of the datasheet.
 
     Raises:
-        UserError: what a run would refuse as well, or a machine about which nothing is known.
+        UserError: a run would refuse the configs, too, or the speed of the machine is not known.
     """
     resolved = resolve_run(config)
     engine_config = _resolved(raw_engine_config, config, cluster)
@@ -119,15 +122,17 @@ def make_plan(
 
 
 def _resolved(raw_engine_config: dict, config: RunConfig, cluster: Cluster) -> dict:
-    """DeepSpeed's JSON as a rank of the cluster resolves it: fp16 is refused where there is no GPU, which is here,
-    not there."""
+    """DeepSpeed's JSON as a rank of the cluster would resolve it.
+
+    `resolve_engine_config` refuses fp16 if this machine has no GPU, although the cluster may have GPUs.
+    """
     fp16 = {name: raw_engine_config[name] for name in ("fp16",) if name in raw_engine_config and not cluster.is_cpu}
     rest = {name: value for name, value in raw_engine_config.items() if name not in fp16}
     return resolve_engine_config(rest, config.train, cluster.num_ranks) | fp16
 
 
 def policy_of(resolved: ResolvedRun, engine_config: dict, cluster: Cluster) -> MicroBatchPolicy:
-    """Counts of parameters and bytes for ranks of this cluster."""
+    """The `MicroBatchPolicy` of a run on this cluster, which counts parameters and bytes at any widths."""
     config, device_type = resolved.config, "cpu" if cluster.is_cpu else "cuda"
     auto = torch.float16 if device_type == "cuda" else student_dtype(engine_config)
     teacher = auto if config.teacher.dtype == "auto" else getattr(torch, config.teacher.dtype)
@@ -156,7 +161,7 @@ def _calibrated(memory: dict[str, float], calibration: Calibration | None) -> di
 
 
 def _bytes_at_start(resolved, raw_engine_config, cluster, calibration, stage: int, micro_batch_size: int) -> float:
-    """Bytes of a rank at the widest widths, under another stage or micro-batch than the config's."""
+    """Bytes per rank at the first (largest) widths, for any ZeRO stage and micro-batch size."""
     zero = {**zero_section(raw_engine_config), "stage": stage}
     engine_config = raw_engine_config | {"zero_optimization": zero}
     parts = rank_memory(

@@ -1,4 +1,4 @@
-"""The plan of the run that is starting, kept in its folder: the report shows it beside what came of it."""
+"""Writes the plan of a starting run into its folder; the report compares it with the measured values."""
 
 from __future__ import annotations
 
@@ -25,18 +25,21 @@ _NAMES = {
     r"L40S": "L40S",
     r"RTX 4090": "RTX-4090",
 }
-"""The driver's name -> ours; the first that fits."""
+"""Pattern in the driver's name -> key of `DEVICES`; the first match counts."""
 
 
 def keep_plan(folder: Path, config: RunConfig, raw_engine_config: dict, num_ranks: int, num_machines: int) -> None:
-    """Write plan.json into the run folder (one rank only), unless it is there or nothing is known of this machine."""
+    """Write plan.json into the run folder, unless it exists or the speed of this machine is not known.
+
+    Only one rank calls it. A plan that fails is reported as a warning.
+    """
     path = folder / PLAN_FILE
     try:
         machine = None if path.exists() else _this_machine(config, num_ranks, num_machines)
         if machine is not None:
             plan = make_plan(config, raw_engine_config, *machine)
             write_atomically(path, json.dumps(plan.to_dict(), indent=1) + "\n")
-    except Exception as error:  # a forecast that fails must not take the run with it
+    except Exception as error:  # a plan that fails must not end the run
         print(f"warning: {PLAN_FILE} is not written ({type(error).__name__}: {error})", file=sys.stderr, flush=True)
 
 
@@ -51,5 +54,5 @@ def _this_machine(config: RunConfig, num_ranks: int, num_machines: int) -> tuple
 
 
 def calibration_path(config: RunConfig) -> Path:
-    """Where `launcher/plan.py --measure` keeps what it found about this machine."""
+    """The file in which `launcher/plan.py --measure` stores the calibration of this machine."""
     return Path(config.data.cache_dir).expanduser() / "plans" / f"calibration-{platform.node()}.json"

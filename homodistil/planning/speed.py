@@ -1,4 +1,4 @@
-"""How long a step's work takes: from a measurement of this machine, or as a range from a datasheet."""
+"""Predicts the time of a step from its work: with a calibration of the machine, or as a range from a datasheet."""
 
 from __future__ import annotations
 
@@ -16,27 +16,37 @@ EFFICIENCY = (0.15, 0.45)
 _BANDWIDTH_SHARE = (0.5, 0.85)
 _LINK_SHARE = (0.4, 0.8)
 _PASSES = 10
-"""How often what is no matrix product goes over the activations, about."""
+"""Approximate number of passes over the activations of all operations that are not matrix products."""
 _S_PER_LAYER = (2.0e-4, 1.0e-4)
-"""Starting some thirty kernels, forward and backward, where they are too small to hide it."""
+"""Launch time of about thirty kernels (forward and backward) that are too small to hide it."""
 
 
 @dataclass(frozen=True)
 class Seconds:
-    """Time of one step: the fast and the slow end of what is to be expected."""
+    """Expected time of one step, as a range in seconds."""
 
     low: float
     high: float
 
     @property
     def middle(self) -> float:
+        """Geometric mean of both ends."""
         return (self.low * self.high) ** 0.5
 
 
 def step_seconds(
     work: StepWork, cluster: Cluster, dtype: torch.dtype, calibration: Calibration | None = None
 ) -> Seconds:
-    """Raises `UserError`: a CPU without a calibration, a GPU without this number format."""
+    """Expected time of a step with this work.
+
+    Args:
+        work: of one rank.
+        dtype: of the student.
+        calibration: measurement of the machine; None: the datasheet of the device is used.
+
+    Raises:
+        UserError: the device is a CPU without a calibration, or its datasheet lacks this number format.
+    """
     if calibration is not None:
         seconds = calibration.wall_s(work)
         return Seconds(seconds * (1 - calibration.error), seconds * (1 + calibration.error))
@@ -49,10 +59,10 @@ def step_seconds(
 
 
 def expected_seconds(cluster: Cluster, peak_flops: float) -> dict[str, float]:
-    """Field of `StepWork` -> seconds a unit that would be plausible, for `calibration.fit`.
+    """Field of `StepWork` -> plausible seconds per unit, for `machine_calibration.fit`.
 
     Args:
-        peak_flops: of a rank, as `flops.peak_flops` finds it.
+        peak_flops: FLOP/s per rank, from `device_peak.peak_flops`.
     """
     bandwidth = cluster.device.memory_bytes_per_s
     return {
@@ -67,7 +77,8 @@ def expected_seconds(cluster: Cluster, peak_flops: float) -> dict[str, float]:
 
 
 def _on_gpu(work: StepWork, cluster: Cluster, dtype: torch.dtype, end: int) -> float:
-    """`end`: 0 the slow one, where nothing overlaps; 1 the fast one, where what is sent hides behind computing."""
+    """Seconds at one end of the range: 0 is the slow end without overlap, 1 the fast end with full overlap of
+    communication and computation."""
     number_format = {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype, "fp32")
     peak = cluster.device.peak_flops(number_format)
     if peak is None:

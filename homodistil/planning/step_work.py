@@ -1,4 +1,4 @@
-"""The work of one optimizer step of one rank, as numbers that time is roughly linear in."""
+"""The work of one rank in one optimizer step, as numbers in which the time of the step is about linear."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from homodistil.models.axes import Widths, num_layers
 from homodistil.training.micro_batch import MicroBatchPolicy
 from homodistil.training.resolve import ResolvedRun
 
-_ADAM_BYTES = 28  # of one fp32 element: master, gradient and two moments read, all but the gradient written
+_ADAM_BYTES = 28  # per fp32 element: reads master weight, gradient and two moments, writes all except the gradient
 
 
 @dataclass(frozen=True)
@@ -18,17 +18,19 @@ class StepWork:
     """Work of one rank in one optimizer step."""
 
     flops: float
-    """Matrix products of teacher, student and losses."""
+    """FLOPs of the matrix products of teacher, student and losses."""
     activation_bytes: float
-    """Written and read once by the forward passes; everything that is no matrix product goes over these."""
+    """Activations of the forward passes, over which all operations pass that are not matrix products."""
     optimizer_bytes: float
+    """Bytes that AdamW reads and writes."""
     communicated_bytes: float
-    """Sent by this rank."""
+    """Bytes sent by this rank."""
     layers: float
-    """Layers gone through, over all micro-batches: what starting an operation costs."""
+    """Layers executed, over all micro-batches: stands for the launch time of kernels."""
     gathers: float
-    """Parameters that are put together, over all micro-batches: forward and backward (ZeRO-3), teacher.shard."""
+    """Parameters gathered by ZeRO-3 (forward and backward) and by `teacher.shard`, over all micro-batches."""
     steps: float = 1.0
+    """Stands for the fixed cost of a step."""
 
 
 NAMES = tuple(f.name for f in fields(StepWork))
@@ -39,7 +41,8 @@ def as_row(work: StepWork) -> tuple[float, ...]:
 
 
 def step_work(resolved: ResolvedRun, policy: MicroBatchPolicy, widths: Widths, micro_batch_size: int) -> StepWork:
-    """At widths of the student; ZeRO (Rajbhandari et al. 2020, section 7) says what is sent."""
+    """Work of one rank at the given widths of the student; communication as in ZeRO (Rajbhandari et al. 2020, section
+    7)."""
     config, layout = resolved.config, policy.layout
     num_ranks, sequences = layout.num_ranks, config.train.global_batch_size
     num_micro_batches = sequences // (num_ranks * micro_batch_size)
@@ -73,9 +76,11 @@ def step_work(resolved: ResolvedRun, policy: MicroBatchPolicy, widths: Widths, m
 
 
 def _sent_bytes(trainable: float, layout, num_micro_batches: int) -> float:
-    """A rank of N sends (N - 1) / N of a tensor when it is scattered or gathered, twice when it is reduced to all.
+    """Bytes that a rank sends per step.
 
-    Stages 0 and 1 reduce once a step, 2 and 3 after every micro-batch; 3 also gathers the weights twice for each.
+    Each of N ranks sends (N - 1) / N of a tensor in a reduce-scatter or all-gather, and twice that in an all-reduce.
+    Stages 0 and 1 reduce once per step, stages 2 and 3 after every micro-batch. Stage 3 also gathers the weights twice
+    per micro-batch.
     """
     part = (layout.num_ranks - 1) / layout.num_ranks * trainable
     gradients, weights = layout.accumulation_dtype.itemsize, layout.dtype.itemsize

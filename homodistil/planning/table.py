@@ -8,7 +8,7 @@ _SHOWN = 6
 
 
 def format_plan(plan: Plan) -> str:
-    """Three blocks: what is planned, the way through the widths, sums and advice. No trailing newline."""
+    """The plan as text in three blocks: run and machines, phases, sums with advice. No trailing newline."""
     return "\n\n".join(["\n".join(_head(plan)), _table(_some(plan.stretches)), "\n".join(_sums(plan))])
 
 
@@ -27,7 +27,7 @@ def _head(plan: Plan) -> list[str]:
 
 
 def _some(stretches: list[StretchPlan]) -> list[StretchPlan]:
-    """First, last, the fullest, and some between."""
+    """The phases to print: the first, the last, the one with most memory, and some between."""
     if len(stretches) <= _SHOWN:
         return stretches
     last = len(stretches) - 1
@@ -37,7 +37,7 @@ def _some(stretches: list[StretchPlan]) -> list[StretchPlan]:
 
 def _table(stretches: list[StretchPlan]) -> str:
     parts = list(stretches[0].memory)
-    heading = ["hidden", "parameters", "steps", *(f"{name} MB" for name in parts), "rank MB", "s a step", "tokens/s"]
+    heading = ["hidden", "parameters", "steps", *(f"{name} MB" for name in parts), "rank MB", "s per step", "tokens/s"]
     rows = [heading]
     for s in stretches:
         rows.append(
@@ -54,7 +54,7 @@ def _sums(plan: Plan) -> list[str]:
     advice = plan.advice
     stage = "no ZeRO stage fits" if advice.zero_stage is None else f"advised: ZeRO-{advice.zero_stage}"
     return [
-        f"fullest moment of a rank: {plan.peak_bytes / 1e9:.2f} GB of {plan.cluster.device.memory_bytes / 1e9:.0f} GB",
+        f"peak memory per rank: {plan.peak_bytes / 1e9:.2f} GB of {plan.cluster.device.memory_bytes / 1e9:.0f} GB",
         f"training: {_range(plan.hours.low, plan.hours.high)} h, {_range(low, high)} device hours, "
         f"{_range(*plan.kwh)} kWh, {_range(*plan.usd)} USD (no start, evaluation, checkpoints or controls)",
         f"{stage}, micro-batch up to {advice.micro_batch_size}: {advice.reason}",

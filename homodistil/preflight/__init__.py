@@ -1,10 +1,10 @@
-"""Before a run: would it start? Everything that can be known in a minute, on every rank and machine, in one table.
+"""Checks before a run whether it could start: everything that takes about a minute, on every rank, in one table.
 
     deepspeed launcher/train.py --check --deepspeed ds_configs/zero2.json ...
 
-Problems are collected, not met one by one. The step is tried only where nothing else is wrong. Every machine looks with
-its own eyes (its cache, its disks); no path of one machine is handed to another. Nothing is written but the cache of
-packaged teachers and texts.
+All problems are collected, instead of stopping at the first. A training step is tried only if nothing else is wrong.
+Every machine checks its own cache and disks; no path of one machine is passed to another. Nothing is written except to
+the cache of packaged teachers and texts.
 """
 
 from __future__ import annotations
@@ -33,16 +33,24 @@ from homodistil.preflight.text import Sample, blocks, check_text
 
 JOIN_TIMEOUT_S = 120.0
 PROBE_BLOCKS = 16
-"""Blocks a rank at least: the probe of the gap and the statistics of a compensated cut want some."""
+"""Minimum blocks per rank, enough for the gap probe and the statistics of a compensated cut."""
 
 
 def check(config: RunConfig, engine_config_path: Path) -> int:
-    """Print the table on rank 0. Every rank calls it; returns the exit code, 0 or USER_ERROR."""
+    """Run all checks and print the table on rank 0. Every rank calls it.
+
+    Returns:
+        The exit code: 0, or USER_ERROR if a check failed.
+
+    Raises:
+        UserError: the JSON at `engine_config_path` cannot be used.
+        RankLost: not all ranks have joined in time.
+    """
     start_s = time.perf_counter()
     raw_engine_config = load_engine_config(engine_config_path)
     findings = Findings()
     check_port(findings)
-    if not findings.are_good:  # nobody can be met: this rank alone says what it sees
+    if not findings.are_good:  # the ranks cannot join, so rank 0 reports alone
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         _look(findings, config, raw_engine_config, device)
         return _conclude(findings, start_s)
@@ -60,7 +68,7 @@ def _check_all(config: RunConfig, raw_engine_config: dict, device: torch.device)
     merged = _merged(local)
     if not merged.are_good:
         return merged
-    # The same rows everywhere: rank 0's. Its folder of the teacher is not handed on: that may be another machine's.
+    # All ranks use the rows of rank 0, but not its folder of the teacher, which may be on another machine.
     num_blocks = ranks.world_size() * max(config.train.micro_batch_size, PROBE_BLOCKS)
     seq_len = config.data.seq_len
     task = task_of(config.data)
@@ -82,7 +90,7 @@ def _merged(local: Findings) -> Findings:
 def _look(
     findings: Findings, config: RunConfig, raw_engine_config: dict, device: torch.device
 ) -> tuple[TeacherFacts | None, Sample | None]:
-    """What needs no other rank. One rank a machine looks at text and disks, every rank at its own memory."""
+    """The checks that need no other rank: text and disks on one rank per machine, memory on every rank."""
     engine_config = check_settings(findings, config, raw_engine_config, device)
     facts = check_model(findings, config)
     if facts and engine_config:
@@ -98,6 +106,6 @@ def _look(
 def _conclude(findings: Findings, start_s: float) -> int:
     if ranks.rank() == 0:
         num_bad = sum(not finding.is_good for finding in findings)
-        verdict = f"{num_bad} to set right before this run can start" if num_bad else "this run can start"
+        verdict = f"{num_bad} to fix before this run can start" if num_bad else "this run can start"
         print(f"{format_findings(findings)}\n\n{verdict} ({time.perf_counter() - start_s:.0f} s)", flush=True)
     return 0 if findings.are_good else USER_ERROR

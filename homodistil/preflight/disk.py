@@ -1,4 +1,4 @@
-"""Whether checkpoints, export and cache have room where they are to be written. Nothing is left there."""
+"""Checks that checkpoints, exports and cache can be written and fit on their disks. Leaves no files behind."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ ADAM_TENSORS = 3
 
 
 def run_bytes(config: RunConfig, num_parameters: int) -> int:
-    """Most bytes that a run writes into its folder, logs left out: checkpoints at the first widths, and the exports.
+    """Upper bound of the bytes that a run writes into its folder: checkpoints at the first widths, and exports.
 
-    One checkpoint more than are kept is there while the newest is written.
+    Logs are not counted. While the newest checkpoint is written, one more exists than `run.keep_checkpoints`.
     """
     checkpoint = ADAM_TENSORS * FP32_BYTES * num_parameters
     num_exports = 1 + len(config.run.export_milestones)
@@ -27,19 +27,20 @@ def run_bytes(config: RunConfig, num_parameters: int) -> int:
 
 
 def cache_bytes(config: RunConfig, num_parameters: int, text_bytes: int) -> int:
-    """Most bytes that preparing adds to `data.cache_dir`.
+    """Upper bound of the bytes that the preparation adds to `data.cache_dir`.
 
-    The text as Arrow, its tokens (4 bytes each, one for 4 characters) and the blocks; and the corrected teacher.
+    These are the text as Arrow, its tokens (4 bytes per token, about 4 characters), the blocks, and the corrected
+    teacher. `text_bytes` is the size of the text on disk.
     """
     corrected = FP32_BYTES * num_parameters if config.teacher.correction_steps else 0
     return 3 * text_bytes + corrected
 
 
 def check_disk(findings: Findings, subject: str, folder: Path, needed: int) -> None:
-    """Room and permission at `folder`, which need not exist yet."""
+    """Check for `needed` free bytes and write permission at `folder`, which need not exist yet."""
     there = next(parent for parent in (folder, *folder.parents) if parent.exists())
     try:
-        with tempfile.TemporaryFile(dir=there):  # a file without a name, where the file system has such
+        with tempfile.TemporaryFile(dir=there):  # has no name on most file systems, so nothing can stay behind
             pass
         free = shutil.disk_usage(there).free
     except OSError as error:
@@ -53,7 +54,12 @@ def check_disk(findings: Findings, subject: str, folder: Path, needed: int) -> N
 
 
 def check_folders(findings: Findings, config: RunConfig, num_parameters: int, text_bytes: int, is_first: bool) -> None:
-    """`is_first`: on rank 0, which alone writes into the run folder."""
+    """Check the cache folder and, on rank 0 (`is_first`), the run folder, which only rank 0 writes to.
+
+    Args:
+        num_parameters: of the teacher.
+        text_bytes: size of the text on disk.
+    """
     if is_first and (folder := findings.attempt("run folder", lambda: check_run_folder(config))):
         check_disk(findings, "run folder", folder, run_bytes(config, num_parameters))
     cache = Path(config.data.cache_dir).expanduser().absolute()

@@ -1,4 +1,4 @@
-"""What a check has found: subject, what is there, and whether a run could start with it; and the table of all."""
+"""Results of the checks (subject, finding, and how to fix it if necessary), and the table of all results."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Finding:
     subject: str
     found: str
     fix: str | None = None
-    """How to make it right; None: nothing is wrong."""
+    """How to fix the problem; None if nothing is wrong."""
 
     @property
     def is_good(self) -> bool:
@@ -27,7 +27,7 @@ class Finding:
 
 
 class Findings(list[Finding]):
-    """Rows in the order they were found in. What is wrong is collected, not raised."""
+    """The rows in the order of the checks. Problems are collected here, not raised."""
 
     def note(self, subject: str, found: str) -> None:
         self.append(Finding(subject, found))
@@ -36,7 +36,7 @@ class Findings(list[Finding]):
         self.append(Finding(subject, found, fix))
 
     def attempt(self, subject: str, action: Callable[[], T]) -> T | None:
-        """The result of `action`; None where it raised a `UserError`, which becomes a row."""
+        """The result of `action`; None if it raised a `UserError`, which becomes a row."""
         try:
             return action()
         except UserError as error:
@@ -49,16 +49,16 @@ class Findings(list[Finding]):
 
 
 def refusal(subject: str, error: BaseException) -> Finding:
-    """The row of an error. Its text says behind the last semicolon how to fix what stands before."""
+    """The row of an error. The text after the last semicolon of its message says how to fix the problem before it."""
     found, _, fix = str(error).rpartition("; ")
     return Finding(subject, found or fix, fix)
 
 
 def merged(of_ranks: list[list[Finding]]) -> Findings:
-    """One row for what several ranks found alike; where something is wrong, the ranks are named.
+    """Merge the findings of all ranks: one row for equal findings; for problems, the ranks are named.
 
     Args:
-        of_ranks: by rank; a rank that did not look into a subject has no row for it.
+        of_ranks: the findings by rank; a rank that did not check a subject has no row for it.
     """
     subjects = list(dict.fromkeys(finding.subject for findings in of_ranks for finding in findings))
     rows = Findings()
@@ -91,7 +91,7 @@ def _ranges(numbers: Iterable[int]) -> str:
 
 
 def format_findings(findings: Findings) -> str:
-    """Subject, verdict and what was found a line; below what is wrong, how to fix it."""
+    """The table as text: one line per finding with subject, verdict and result; below each problem its fix."""
     width = max((len(finding.subject) for finding in findings), default=0)
     lines = []
     for finding in findings:

@@ -1,4 +1,4 @@
-"""What a rank will hold at the first, widest step, against what its device has to offer."""
+"""Compares the memory that a rank needs for the first step, at full width, with the free memory of its device."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from homodistil.training.resolve import ResolvedRun
 
 
 def step_bytes(resolved: ResolvedRun, engine_config: dict, device: torch.device) -> float:
-    """Predicted bytes of one rank before the first cut: student, engine state, activations, and the frozen teacher.
+    """Predicted bytes per rank before the first cut: student, engine state, activations, and the frozen teacher.
 
     Args:
-        resolved: the student counts as the copy of the teacher that it starts as; projections are left out.
+        resolved: the resolved run. The student counts as a copy of the teacher; projections are not counted.
         engine_config: from `resolve_engine_config`.
     """
     config, widths, num_parameters = resolved.config, resolved.teacher_widths, resolved.teacher_parameters
@@ -45,7 +45,7 @@ def step_bytes(resolved: ResolvedRun, engine_config: dict, device: torch.device)
 
 
 def free_bytes(device: torch.device) -> tuple[float, str]:
-    """(bytes that this rank may take, what they are). On a CPU the host's are shared out among its ranks."""
+    """(bytes that this rank may use, description). On a CPU, the memory of the host is divided by its ranks."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0], "free on the GPU"
     num_local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", 1)))
@@ -53,9 +53,10 @@ def free_bytes(device: torch.device) -> tuple[float, str]:
 
 
 def check_memory(findings: Findings, needed: float, device: torch.device) -> None:
+    """Check that `device` has the `needed` bytes free for this rank."""
     free, what = free_bytes(device)
-    usage = f"{needed / 1e9:.2f} GB a rank predicted at full width, {free / 1e9:.1f} GB {what}"
+    usage = f"{needed / 1e9:.2f} GB per rank predicted at full width, {free / 1e9:.1f} GB {what}"
     if needed > free:
-        fix = "lower train.micro_batch_size, use a higher ZeRO stage (ds_configs/zero3.json), or more memory a rank"
+        fix = "lower train.micro_batch_size, use a higher ZeRO stage (ds_configs/zero3.json), or more memory per rank"
         return findings.refuse("memory", usage, fix)
     findings.note("memory", usage)

@@ -1,4 +1,4 @@
-"""Whether the port that the ranks meet at can be listened on. To be asked before they do."""
+"""Checks that MASTER_PORT, at which the ranks join, is free. Called before they join."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from homodistil.preflight.findings import Findings
 
 
 def check_port(findings: Findings) -> None:
-    """On the rank that will listen (rank 0), unless torchrun listens already. Other ranks find out by joining."""
+    """Check the port on rank 0, which will listen on it, unless torchrun listens already. Other ranks check nothing."""
     address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
     if address is None or port is None or os.environ.get("RANK", "0") != "0":
         return

@@ -1,4 +1,4 @@
-"""Run config, DeepSpeed's JSON and teacher against each other: the same rules that a run starts with, all of them."""
+"""Checks run config, DeepSpeed's JSON and teacher with all rules that a run applies at its start."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from homodistil.training.run_summary import run_summary
 
 
 class TeacherFacts(NamedTuple):
-    """A teacher that can be started from."""
+    """A valid teacher: its folder, tokenizer, and the run resolved for it."""
 
     folder: str
     tokenizer: PreTrainedTokenizerBase
@@ -31,7 +31,7 @@ class TeacherFacts(NamedTuple):
 
 
 def check_settings(findings: Findings, config: RunConfig, raw_engine_config: dict, device: torch.device) -> dict | None:
-    """The resolved engine config, None where it cannot be resolved."""
+    """Check the run config with DeepSpeed's JSON. Returns the resolved engine config, None if there is a problem."""
     before = len(findings)
     num_ranks = int(os.environ.get("WORLD_SIZE", 1))
     engine = findings.attempt("config", lambda: resolve_engine_config(raw_engine_config, config.train, num_ranks))
@@ -42,13 +42,17 @@ def check_settings(findings: Findings, config: RunConfig, raw_engine_config: dic
     if engine is not None:
         findings.attempt("config", lambda: check_student_compile(config.student, zero_stage(engine), device))
     if len(findings) == before:
-        summary = f"ZeRO-{zero_stage(engine)}, {num_ranks} ranks, {config.train.global_batch_size} sequences a step"
+        summary = f"ZeRO-{zero_stage(engine)}, {num_ranks} ranks, {config.train.global_batch_size} sequences per step"
         findings.note("config", f"{summary}, accumulated over {engine['gradient_accumulation_steps']}")
     return engine if len(findings) == before + 1 and findings[-1].is_good else None
 
 
 def check_model(findings: Findings, config: RunConfig) -> TeacherFacts | None:
-    """Teacher (fetched if it is packaged), its weights and tokenizer, and the student's target."""
+    """Check the teacher (downloaded if it is packaged), its weights and tokenizer, and the student's target.
+
+    Returns:
+        None if the teacher or its tokenizer cannot be used.
+    """
     folder = findings.attempt("model", lambda: check_teacher(config, lambda line: findings.note("model", line)))
     if folder is None:
         return None

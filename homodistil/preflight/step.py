@@ -1,4 +1,4 @@
-"""One real step on every rank: the run's own student, teacher and engine, a micro-batch each, and the first cut."""
+"""Tries one real training step on every rank with student, teacher and engine of the run, and then the first cut."""
 
 from __future__ import annotations
 
@@ -33,10 +33,13 @@ def try_step(
     rows: np.ndarray,
     device: torch.device,
 ) -> None:
-    """Every rank calls it. Nothing is written: no recorder is enabled, no checkpoint and no export is due.
+    """Train one step with one micro-batch per rank, make the first cut, and note time and memory in `findings`.
+
+    Every rank calls it. Nothing is written: the recorder is disabled, and no checkpoint or export is due.
 
     Args:
         raw_engine_config: DeepSpeed's JSON as the user wrote it.
+        teacher: folder of the teacher on this machine.
         rows: blocks of text, the same on every rank, (num_blocks, seq_len) int64.
     """
     start_s = time.perf_counter()
@@ -58,7 +61,7 @@ def try_step(
 
 
 def _first_cut(trainer: Trainer) -> str:
-    """The first event of the schedule, gone through now. What the row says of it."""
+    """Apply the first event of the schedule now. Returns its text for the row; "" if the schedule has no event."""
     student, table = trainer.student, trainer.shrinker.pruner.schedule.table
     widths = {axis: width for axis, width in table.get(min(table, default=0), {}).items()}
     due = {axis: width for axis, width in widths.items() if width < student.widths[axis]}

@@ -1,4 +1,4 @@
-"""Some documents of every source, read and tokenised: what a whole preparation would stumble over at once."""
+"""Reads and tokenises some documents of every source, to find problems on which the preparation would fail."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from homodistil.preflight.findings import Findings
 
 SAMPLE_DOCUMENTS = 20
 SAMPLE_PIECES = 20
-"""Pieces that are read of one document, each of at most 16 K characters."""
+"""Pieces read per document, each of at most 16 K characters."""
 FILES_LOOKED_INTO = 20
 
 
 class Sample(NamedTuple):
-    """What was read of all sources together."""
+    """The sample of all sources together."""
 
     tokens: np.ndarray
     """(N,) int64, without special tokens."""

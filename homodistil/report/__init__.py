@@ -1,8 +1,9 @@
-"""Run folder -> one self-contained HTML page: result table, curves, resize events, configuration. Many: comparison/.
+"""Run folder -> one self-contained HTML page: result table, curves, resize events, configuration.
 
-run.py reads the folder (it may still be growing), curves.py says which curves tell the story and from which values,
-speed.py how fast the run was, figures.py draws panels of lines as inline SVG, milestones.py is the table of a run with
-milestones, planned.py of one that was planned, page.py is the HTML; outputs.py checks where it may be written.
+run.py reads the folder (the run may still be writing it), curves.py chooses the curves and the logged values they show,
+speed.py describes the speed of the run, and figures.py draws panels of lines as inline SVG. milestones.py makes the
+table of a run with milestones, planned.py the table of a run with a plan, and page.py the HTML. outputs.py checks where
+the page may be written. comparison/ makes one page of several runs.
 """
 
 from __future__ import annotations
@@ -23,14 +24,15 @@ REPORT_FILE = "report.html"
 def write_report(run_dir: Path, path: Path | None = None, figures: Path | None = None) -> Path:
     """Write the page of one run (atomically; nothing else in its folder changes) and return its path.
 
-    Works while the run continues: what is not there yet is named on the page.
+    Works while the run continues: the page names the files that do not exist yet.
 
     Args:
-        path: of the page; None: report.html in the run folder.
-        figures: folder for every figure as PNG and SVG; None: none are exported.
+        run_dir: the run folder.
+        path: file of the page; None: report.html in the run folder.
+        figures: folder into which every figure is exported as PNG and SVG; None: no export.
 
     Raises:
-        UserError: not a run folder, nothing in it can be read, or the page cannot be written.
+        UserError: `run_dir` is not a run folder, nothing in it can be read, or the page cannot be written.
     """
     check_outputs(path, figures)
     run = read_run(Path(run_dir))

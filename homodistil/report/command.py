@@ -27,12 +27,12 @@ def main(argv: list[str]) -> None:
 
 
 def _each_once(paths: list[Path]) -> list[Path]:
-    """A run named twice, through a link or a detour, is one run."""
+    """`paths` without repetitions: two paths to the same folder (a link, "a/../b") are one run."""
     return list({os.path.realpath(path): path for path in reversed(paths)}.values())[::-1]
 
 
 def parser() -> argparse.ArgumentParser:
-    """Its options."""
+    """The options of `homodistil report`."""
     options = OneLineParser(description=__doc__.splitlines()[0])
     add = options.add_argument
     add("runs", metavar="RUN_DIR", type=Path, nargs="+", help="run folders, or JSON files of experiments/quality")

@@ -1,4 +1,4 @@
-"""Which curves tell the story of a run, and from which logged values. Drawn by report/figures.py."""
+"""The curves of a run's page, and the logged values that each of them shows. Drawn by report/figures.py."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from homodistil.report.run import Points, Run, number
 
 _PAPERS_TERMS = ("mlm", "kl", "hidden", "attention", "embedding")
 TEACHER_STYLE = 5
-"""Grey: the same in all figures."""
+"""Number of the line style of the teacher (grey), the same in all figures."""
 _LONGEST_LABEL = 24
 _MOST_CONTROLS = 4  # beside which a line can still be followed
 FAMILIES = {
@@ -30,10 +30,11 @@ class Curve:
     title: str
     caption: str
     panels: list[Panel]
-    """Empty: the run has not logged what this figure needs."""
+    """Empty if the run has not logged the values that this figure needs."""
 
 
 def curves(run: Run) -> list[Curve]:
+    """All figures of the page of `run`, in the order of the page."""
     builders: dict[str, tuple[str, Callable[[Run], list[Panel]]]] = {
         "Losses": ("Training loss: the weighted sum, and every term before its weight.", _losses),
         "Terms by layer": ("Distillation terms by layer; the number at the end of a line is the layer.", _layer_terms),
@@ -43,18 +44,18 @@ def curves(run: Run) -> list[Curve]:
             _gap,
         ),
         "Held-out values": (
-            "Held-out rows with masks that never change; beside the run its controls, and the teacher on all held-out "
-            "rows. Last, the terms on the probe batch.",
+            "Held-out rows with masks that never change: the run, its controls, and the teacher on all held-out rows. "
+            "The last panel shows the terms on the probe batch.",
             _heldout,
         ),
-        "Speed and memory": ("Tokens a second over all ranks, pauses left out, and what the first rank uses.", _speed),
+        "Speed and memory": ("Tokens per second over all ranks without pauses, and memory of the first rank.", _speed),
         "Optimizer": ("Learning rate, and the global gradient norm before clipping.", _optimizer),
     }
     return [curve(title, caption, build(run)) for title, (caption, build) in builders.items()]
 
 
 def curve(title: str, caption: str, panels: list[Panel]) -> Curve:
-    """Without the panels in which nothing would be drawn."""
+    """A figure of those `panels` in which there is something to draw."""
     panels = [panel for panel in panels if any(value is not None for x in panel.lines for _, value in x.points)]
     if any(len(line.points) > MAX_POINTS for panel in panels if not panel.saw_tooth for line in panel.lines):
         caption += f" Lines show at most {MAX_POINTS} of the logged points."
@@ -62,7 +63,7 @@ def curve(title: str, caption: str, panels: list[Panel]) -> Curve:
 
 
 def terms_of(*runs: Run) -> list[str]:
-    """Terms that may be drawn: the paper's, then all others that a run has logged, in that order."""
+    """Names of the loss terms to draw: those of the paper, then all further ones that any of `runs` has logged."""
     logged = [name.removeprefix("loss/") for run in runs for name in run.names("loss/")]
     return list(dict.fromkeys([*_PAPERS_TERMS, *(name for name in logged if "/" not in name and name != "total")]))
 
@@ -111,7 +112,10 @@ def _widths(run: Run) -> list[Panel]:
 
 
 def width_history(run: Run) -> list[tuple[int, dict[str, int]]]:
-    """(step, axis -> width): from the resize events, exact; from the logged widths where a run has no events."""
+    """(step, axis -> width) from the resize events, or from the logged widths if the run has no events.
+
+    Only the resize events give the exact step of every change.
+    """
     if run.events and all("widths_before" in event and "widths_after" in event for event in run.events):
         history = [(0, run.events[0]["widths_before"])]
         history += [(event["step"], event["widths_after"]) for event in run.events]
@@ -128,7 +132,7 @@ def mean_width(widths: dict[str, Any], family: str) -> float | None:
 
 
 def _gap(run: Run) -> list[Panel]:
-    """Terms of the probe batch at every resize, KL first: it is what the homotopic path is meant to keep small."""
+    """Terms of the probe batch at every resize; KL first, because small steps of pruning are meant to keep it small."""
     order = sorted(terms_of(run), key=lambda term: term != "kl")
     return [Panel(f"{term}, probe batch", [Line(term, _pairs(run, term))], saw_tooth=True) for term in order]
 
@@ -149,7 +153,7 @@ def gap(event: dict[str, Any], side: str, term: str) -> float | None:
 
 
 def _heldout(run: Run) -> list[Panel]:
-    """Results at every evaluation beside the teacher and the controls, then the terms of the probe batch."""
+    """Results of every evaluation with those of the teacher and the controls, then the terms of the probe batch."""
     names = [name for name in run.evaluation_names() if not name.startswith("gap/")]
     panels = [
         Panel(name.replace("_", " "), _compared(run, name), from_zero=name == "kl_to_teacher")
@@ -161,7 +165,7 @@ def _heldout(run: Run) -> list[Panel]:
 
 
 def _compared(run: Run, name: str) -> list[Line]:
-    """The run's own line, those of the controls of its final size, and the teacher's value all along them."""
+    """The line of the run, those of its controls at the final size, and a level line at the teacher's value."""
     lines = [Line(run.name[:_LONGEST_LABEL], run.evaluation_points(name))]
     for control in final_controls(run):
         points = run.controls[control].evaluation_points(name)
@@ -174,7 +178,10 @@ def _compared(run: Run, name: str) -> list[Line]:
 
 
 def final_controls(run: Run) -> list[str]:
-    """Names of the controls that end at the run's own size, as its config lists them; else the first few there are."""
+    """Names of the controls that end at the size of the run (`run.compare` of its config), at most 4.
+
+    If none of these has been run: the first few controls of the run folder.
+    """
     wanted = run.config.get("run", {}).get("compare") if isinstance(run.config.get("run"), dict) else None
     names = [name for name in run.controls if isinstance(wanted, list) and name in wanted]
     return (names or list(run.controls))[:_MOST_CONTROLS]

@@ -1,4 +1,4 @@
-"""Panels of lines as inline SVG. Readable in black and white: every line has a label at its end."""
+"""Panels of lines as inline SVG. Every line has a label at its end, so that figures are readable without colour."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
 from homodistil.report.run import Points
 
-MAX_POINTS = 400  # of one line: more cannot be told apart at this size, and pages of long runs stay small
-MAX_TICKS = 7  # of a logarithmic axis at this height: the numbers of more would touch
+MAX_POINTS = 400  # per line: more cannot be told apart at this size, and pages of long runs stay small
+MAX_TICKS = 7  # of a logarithmic axis at this height: with more, the numbers would touch
 WIDTH_INCHES, HEIGHT_INCHES = 9.0, 2.7
 _LABEL_GAP = 0.075  # between labels at the ends of lines, as a share of the height
 
@@ -53,12 +53,12 @@ _STYLE = {
 @dataclass(frozen=True)
 class Line:
     label: str
-    """Written at its end; empty: none, the line belongs to a group that is labelled already."""
+    """Written at the end of the line. Empty: no label, because another line of the same group has it."""
     points: Points
     color: str | None = None
-    """None: colour and dash by `style`. Given: solid and thin, told apart by shade and label."""
+    """None: `style` decides colour and dash. With a colour, the line is thin and solid."""
     style: int | None = None
-    """Number of the colour and dash; None: the position in the panel. Lines of one group share it."""
+    """Number of the colour and dash, shared by the lines of a group; None: the line's position in the panel."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Panel:
     title: str
     lines: list[Line] = field(default_factory=list)
     stairs: bool = False
-    """Draw values that hold until the next one (widths)."""
+    """Draw steps: each value holds until the next one (widths)."""
     saw_tooth: bool = False
     """Points come in pairs at one step, before and after a resize: hollow and filled markers."""
     log_when_wide: bool = False
@@ -75,17 +75,17 @@ class Panel:
 
 
 def draw(panels: Sequence[Panel], ident: str, description: str) -> str:
-    """One SVG element with the panels side by side, two a row. Arguments: see `inline`."""
+    """One SVG element with the panels side by side, two per row. For `ident` and `description` see `inline`."""
     return inline(compose(panels), ident, description)
 
 
 def compose(panels: Sequence[Panel]) -> Figure:
-    """The panels side by side, two a row."""
+    """A figure of the panels side by side, two per row."""
     return side_by_side([lambda axes, panel=panel: _draw_panel(axes, panel) for panel in panels])
 
 
 def side_by_side(drawers: Sequence[Callable[[Axes], None]], height_inches: float = HEIGHT_INCHES) -> Figure:
-    """A figure of axes, two a row, that the drawers fill."""
+    """A figure with one axes per drawer, two per row; each drawer is called with its axes."""
     columns = min(2, len(drawers))
     rows = math.ceil(len(drawers) / columns)
     with matplotlib.rc_context(_STYLE):
@@ -100,8 +100,8 @@ def inline(figure: Figure, ident: str, description: str) -> str:
     """The figure as one SVG element.
 
     Args:
-        ident: prefix of the ids inside, different for every figure of a page.
-        description: what the figure shows, for readers who do not see it.
+        ident: prefix of the ids in the SVG; must differ between the figures of a page.
+        description: what the figure shows, for screen readers.
     """
     buffer = io.StringIO()
     with matplotlib.rc_context(_STYLE):
@@ -110,7 +110,7 @@ def inline(figure: Figure, ident: str, description: str) -> str:
 
 
 def export(figure: Figure, folder: Path, name: str) -> None:
-    """folder/name.png and folder/name.svg. Raises `OSError`."""
+    """Write folder/name.png and folder/name.svg. Raises `OSError`."""
     folder.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context(_STYLE):
         figure.savefig(folder / f"{name}.png", dpi=200)
@@ -118,7 +118,7 @@ def export(figure: Figure, folder: Path, name: str) -> None:
 
 
 def look(i: int) -> dict[str, Any]:
-    """Colour and dash of the i-th line; 36 differ, and dashes alone tell neighbours apart without colour."""
+    """Colour and dash of the i-th line: 36 combinations; neighbours differ in their dash, too."""
     count = len(_COLORS)
     return {"color": _COLORS[i % count], "linestyle": _DASHES[(i + i // count) % count]}
 
@@ -165,7 +165,7 @@ def thinned(points: Points) -> Points:
 
 
 def _columns(points: Points) -> tuple[list[int], list[float]]:
-    """A value that was not finite leaves a hole in the line."""
+    """Steps and values of `points`; a value that was not finite becomes NaN, a gap in the line."""
     return [step for step, _ in points], [math.nan if value is None else value for _, value in points]
 
 
@@ -184,9 +184,9 @@ def _set_scale(axes: Axes, panel: Panel) -> None:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """Ticks between `low` and `high` of a logarithmic axis: as many as can be read, at least two where there are any.
+    """Ticks between `low` and `high` of a logarithmic axis, at most `MAX_TICKS`.
 
-    1, 2 and 5 of every decade, or 1 and 3, or 1 alone, or whole decades at equal distances.
+    The densest of these that fits: 1, 2 and 5 of every decade; 1 and 3; 1 alone; every n-th decade.
     """
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     ticks: list[float] = []
@@ -199,7 +199,10 @@ def log_ticks(low: float, high: float) -> list[float]:
 
 
 def _label_ends(axes: Axes, curves: Sequence[tuple[str, Line2D]]) -> None:
-    """Labels right of the last points, moved apart where lines end close together; a thin line leads to a moved one."""
+    """Write each label to the right of its line's last point.
+
+    Labels of lines that end close together are moved apart; a thin line then connects label and point.
+    """
     ends = []
     for label, curve in curves:
         finite = [(x, y) for x, y in zip(curve.get_xdata(), curve.get_ydata(), strict=True) if math.isfinite(y)]
@@ -220,7 +223,7 @@ def _label_ends(axes: Axes, curves: Sequence[tuple[str, Line2D]]) -> None:
 
 
 def within(heights: Sequence[float], gap: float) -> list[float]:
-    """Heights that are `gap` apart, moved into 0 to 1 as far as they have room there; their order is kept."""
+    """Move `heights`, which are `gap` apart, into the range 0 to 1 as far as there is space; their order is kept."""
     order = sorted(range(len(heights)), key=lambda i: heights[i])
     result, limit = list(heights), 1.0
     for i in reversed(order):
@@ -234,7 +237,7 @@ def within(heights: Sequence[float], gap: float) -> list[float]:
 
 
 def spread(heights: Sequence[float], gap: float) -> list[float]:
-    """Heights moved as little as needed to be `gap` apart, order kept: overlapping ones are centred as a block."""
+    """Move `heights` as little as needed to be `gap` apart, order kept. Overlapping ones are centred as a block."""
     order = sorted(range(len(heights)), key=lambda i: heights[i])
     blocks: list[tuple[float, int]] = []  # (centre, members), from below
     for i in order:
@@ -251,7 +254,7 @@ def spread(heights: Sequence[float], gap: float) -> list[float]:
 
 
 def _inline(svg: str, ident: str, description: str) -> str:
-    """The <svg> element alone, scaling with the page, its ids apart from those of the page's other figures."""
+    """The <svg> element of a document, scaling with the page; its ids get the prefix `ident`, unique on the page."""
     view_box = re.search(r'viewBox="([^"]*)"', svg).group(1)
     body = svg[svg.index(">", svg.index("<svg")) + 1 :]
     body = re.sub(r'\bid="', f'id="{ident}-', body)

@@ -1,7 +1,8 @@
-"""The family of a run as one table: size, quality and speed of every member, and what pruning at once would have given.
+"""The family of a run (its milestones) as one table: size, quality and speed of every member, and of its controls.
 
-A milestone's controls have its widths and have been trained for as many steps. "own": with a learning rate that falls
-to 0 within them; "run": with the rates that the milestone itself had seen (control_runs.py says why there are two).
+The controls of a milestone are pruned to its widths at once and trained for the same number of steps. The control "own"
+has a learning rate that falls to 0 within these steps; the control "run" has the learning rates that the milestone
+itself was trained with (control_runs.py says why there are two).
 """
 
 from __future__ import annotations
@@ -30,18 +31,18 @@ COLUMNS = {
     "masked_top1": ("masked top-1", "{:.1%}"),
     "kl_to_teacher": ("KL to teacher", "{:.3f}"),
     "tokens_per_s_training": ("training tokens/s", "{:,.0f}"),
-    "inference_latency_ms": ("ms a sequence", "{:.2f}"),
+    "inference_latency_ms": ("ms per sequence", "{:.2f}"),
     "inference_tokens_per_s": ("inference tokens/s", "{:,.0f}"),
 }
 CAPTION = (
-    "The members of the family, the controls of each below it, with how much higher (+: the member is better) or lower "
-    "their held-out loss is. Inference: the exported fp32 model, one sequence and a batch of "
+    "The members of the family, each with its controls below it, and how much higher (+: the member is better) or "
+    "lower the held-out loss of a control is. Inference: the exported fp32 model, one sequence and a batch of "
     "32, on the first rank's device."
 )
 
 
 def family_section(rows: Sequence[Row]) -> FamilySection | None:
-    """From the rows of result.json; None where the run had no milestones."""
+    """The section on the family, from the rows of result.json; None if the run had no milestones."""
     members = _members(rows)
     if not members:
         return None
@@ -57,7 +58,7 @@ def headings() -> list[str]:
 
 
 def family_text(rows: Sequence[Row]) -> str:
-    """Table and sentences for the terminal; empty where the run had no milestones."""
+    """Table and sentences for the terminal; empty if the run had no milestones."""
     members = _members(rows)
     if not members:
         return ""
@@ -66,7 +67,7 @@ def family_text(rows: Sequence[Row]) -> str:
 
 
 def sentences(rows: Sequence[Row]) -> list[str]:
-    """One a milestone: by how much its held-out loss is better or worse than that of each control."""
+    """One sentence per milestone: how much better or worse its held-out loss is than that of each control."""
     texts = []
     for member in _members(rows):
         against = [_verdict(member, control) for control in _controls(rows, member)]
@@ -87,7 +88,7 @@ def _verdict(member: Row, control: Row) -> str:
 
 
 def _difference(member: Row, control: Row) -> float | None:
-    """Positive: the member's held-out loss is lower."""
+    """Held-out loss of the control minus that of the member, in nats; positive if the member is better."""
     ours, theirs = number(member.get("heldout_mlm_loss")), number(control.get("heldout_mlm_loss"))
     return None if ours is None or theirs is None else theirs - ours
 
@@ -97,7 +98,7 @@ def _members(rows: Sequence[Row]) -> list[Row]:
 
 
 def _controls(rows: Sequence[Row], member: Row) -> list[Row]:
-    """Controls of the same student, where a job has several."""
+    """The controls of `member`: those of the same milestone and, in a job with several students, the same student."""
     of_student = [row for row in rows if "rates" in row and row.get("student") == member.get("student")]
     return [row for row in of_student if row.get("milestone") == member["milestone"]]
 

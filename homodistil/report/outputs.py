@@ -1,4 +1,4 @@
-"""Where a page and its figures go: refused before anything is read, so that nothing else is ever replaced by them."""
+"""Output paths of a page and its figures: checked before anything is read, so that no other file is overwritten."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _BEGINNING = b"<!doctype html"
 
 
 def check_outputs(path: Path | None, figures: Path | None) -> None:
-    """Raise `UserError` unless `path` can become a page and `figures` a folder (None: not asked for)."""
+    """Raise `UserError` unless a page can be written to `path` and `figures` can be a folder (None: not checked)."""
     if path is not None:
         _check("--out", path, "a name for the page, such as report.html")
     if figures is not None:
@@ -21,14 +21,14 @@ def check_outputs(path: Path | None, figures: Path | None) -> None:
 
 
 def write_page(path: Path, page: str) -> None:
-    """Atomically. Raises `OSError`."""
+    """Write the HTML text `page` to `path` atomically, making its folder if necessary. Raises `OSError`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, page.encode("utf-8", "replace").decode())
 
 
 @contextlib.contextmanager
 def writing_report(path: Path) -> Iterator[None]:
-    """Turn what goes wrong while page or figures are written into a `UserError` that names the file."""
+    """Turn an `OSError` while the page or its figures are written into a `UserError` that names the file."""
     try:
         yield
     except OSError as error:
@@ -39,7 +39,7 @@ def writing_report(path: Path) -> Iterator[None]:
 
 
 def _check(option: str, path: Path, wanted: str) -> None:
-    """`path`: of a file, below folders that may have to be made."""
+    """Raise `UserError` unless the file `path` can be written; its folders need not exist yet."""
     try:
         if path.is_dir():
             raise UserError(f"{option}: {path} is a folder; give {wanted}")

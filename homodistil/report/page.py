@@ -39,7 +39,7 @@ summary { cursor: pointer; }
 pre { font: .8rem/1.45 ui-monospace, "DejaVu Sans Mono", monospace; background: #f7f7f7; padding: .8rem 1rem;
       overflow-x: auto; }
 @media print { body { margin: 0; max-width: none; } figure, tr { break-inside: avoid; } }"""
-"""Of both pages."""
+"""Style sheet of the page of one run and of the comparison."""
 
 _TEMPLATE = """<!doctype html>
 <html lang="en">
@@ -152,7 +152,7 @@ _TEMPLATE = """<!doctype html>
 
 
 class FamilySection(NamedTuple):
-    """What a page shows of a family."""
+    """The section of a page on the family of a run, from `milestones.family_section`."""
 
     sentences: list[str]
     headings: list[str]
@@ -162,7 +162,12 @@ class FamilySection(NamedTuple):
 
 
 def render(run: Run, family: FamilySection | None = None, planned: PlannedSection | None = None) -> str:
-    """`family`: of a run with milestones; `planned`: of one that was planned."""
+    """The HTML text of the page of `run`.
+
+    Args:
+        family: section of a run with milestones; None: the page has none.
+        planned: section of a run with a plan; None: the page has none.
+    """
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined, keep_trailing_newline=True
     )
@@ -192,7 +197,7 @@ def render(run: Run, family: FamilySection | None = None, planned: PlannedSectio
 
 
 def drawn(curves: Sequence[Curve]) -> list[dict[str, Any]]:
-    """title, caption and svg (None where there is nothing to draw) of every figure of a page."""
+    """ "title", "caption" and "svg" of every figure of a page; svg is None if there is nothing to draw."""
     figures = []
     for i, curve in enumerate(curves):
         svg = Markup(draw(curve.panels, f"figure{i + 1}", f"{curve.title}. {curve.caption}")) if curve.panels else None
@@ -208,9 +213,10 @@ def _progress(run: Run) -> str:
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Compression and quality in words, a sentence for every model but the teacher.
+    """Compression and quality in words: one sentence per model except the teacher.
 
-    The teacher is the row whose name starts with "teacher"; without one there is nothing to compare with.
+    The teacher is the row whose name starts with "teacher". Without it there is nothing to compare with, and the list
+    is empty.
     """
     teacher = next((row for row in rows if is_teacher(row)), None)
     return [text for row in rows if row is not teacher and (text := _sentence(row, teacher or {}))]
@@ -248,7 +254,7 @@ def _event_cells(event: dict[str, Any], kinds: Sequence[str]) -> list[str]:
 
 
 def _change(before: dict[str, int], after: dict[str, int], family: str) -> str:
-    """ "128 -> 120"; layers that differ as a range; one number where nothing changes."""
+    """ "128 -> 120", or one number if nothing changes; a range such as "96-128" if the layers differ."""
     old, new = _range(before, family), _range(after, family)
     return new if old == new else f"{old} \N{RIGHTWARDS ARROW} {new}"
 

@@ -1,4 +1,4 @@
-"""What was planned before a run beside what was measured in it: time of a step and memory, width by width."""
+"""Planned and measured speed and memory of a run, for each phase of constant width."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from homodistil.metrics.result_table import DASH, PLAN_FILE
 from homodistil.report.run import Run, clean
 
 HEADINGS = ["hidden size", "steps", "tokens/s planned", "measured", "difference"]
-HEADINGS += ["MB of a rank planned", "measured", "difference"]
+HEADINGS += ["MB per rank planned", "measured", "difference"]
 _MOST_ROWS = 8
 
 
@@ -22,7 +22,10 @@ class PlannedSection:
 
 
 def planned_section(run: Run) -> PlannedSection | None:
-    """None for a run without plan.json, or before anything was logged. One that cannot be read is noted in the run."""
+    """The section that compares plan.json with the log; None without plan.json or before anything was logged.
+
+    If plan.json cannot be read, a note is added to `run.notes`.
+    """
     path = run.folder / PLAN_FILE
     if not path.is_file():
         return None
@@ -36,7 +39,7 @@ def planned_section(run: Run) -> PlannedSection | None:
 
 
 def _some(stretches: list[dict[str, Any]], run: Run) -> list[dict[str, Any]]:
-    """Phases with logged steps; the longest where there are many."""
+    """Phases with logged steps, in order; only the longest ones if there are many."""
     seen = [stretch for stretch in stretches if _lines(stretch, run.train)]
     longest = sorted(seen, key=lambda stretch: -stretch["num_steps"])[:_MOST_ROWS]
     return sorted(longest, key=lambda stretch: stretch["first_step"])

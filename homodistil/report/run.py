@@ -1,4 +1,4 @@
-"""Read a run folder as it is, finished or not. Feeds report/curves.py and report/page.py."""
+"""Reads a run folder, whether the run has finished or not. Used by report/curves.py and report/page.py."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from homodistil.errors import UserError
 from homodistil.metrics.log_files import EVENTS_FILE, METRICS_FILE
 from homodistil.metrics.result_table import RESULT_FILE
 
-# File -> when it appears; said on the page while it is missing.
+# File -> when it appears; the page says this while the file is missing.
 FILES = {
     "config.yaml": "written when a run starts",
     "ds_config.json": "written when a run starts",
@@ -23,7 +23,7 @@ FILES = {
     EVENTS_FILE: "written at the first resize",
     RESULT_FILE: "written when a run is complete",
 }
-_LARGEST = 1e15  # beyond, no count and no measurement of a run: a damaged digit
+_LARGEST = 1e15  # no count and no measurement of a run is larger: such a number comes from a damaged file
 _NESTED = ("widths_before", "widths_after", "gap_before", "gap_after")  # parts of a resize event
 _MOST_VALUES = 100_000  # of a config or a result table
 Points = list[tuple[int, float | None]]
@@ -32,7 +32,7 @@ Points = list[tuple[int, float | None]]
 
 @dataclass(frozen=True)
 class Run:
-    """Everything the page shows. Lists are empty and texts None where the file is missing."""
+    """Everything the page shows. A list or dict is empty if its file is missing or cannot be read."""
 
     folder: Path
     texts: dict[str, str]
@@ -42,9 +42,9 @@ class Run:
     events: list[dict[str, Any]]
     rows: list[dict[str, Any]]
     notes: list[str] = field(default_factory=list)
-    """What could not be read, where that is no error (`read_run`)."""
+    """Sentences on what could not be read although the run as a whole could (see `read_run`)."""
     controls: dict[str, Run] = field(default_factory=dict)
-    """Runs of the folder `compare`, by name: what this one is compared with."""
+    """The control runs in the folder `compare` of this run, by name."""
 
     @property
     def name(self) -> str:
@@ -62,7 +62,7 @@ class Run:
 
     @property
     def tokens_per_step(self) -> int | None:
-        """Over all ranks; every block is full."""
+        """Tokens per optimizer step over all ranks (blocks have no padding); None if the config does not say."""
         batch, length = _section(self.config, "train"), _section(self.config, "data")
         sizes = batch.get("global_batch_size"), length.get("seq_len")
         return sizes[0] * sizes[1] if all(isinstance(size, int) for size in sizes) else None
@@ -96,10 +96,10 @@ def is_teacher(row: Mapping[str, Any]) -> bool:
 
 
 def read_run(folder: Path) -> Run:
-    """Everything of a run folder that can be read; what cannot is left out and noted.
+    """Read a run folder. Files or lines that cannot be read are left out, and `Run.notes` says so.
 
     Raises:
-        UserError: `folder` does not exist, holds none of a run's files, or none that can be read.
+        UserError: `folder` does not exist, holds none of the files of a run, or none that can be read.
     """
     run = _read(folder)
     controls, notes = {}, list(run.notes)
@@ -113,7 +113,7 @@ def read_run(folder: Path) -> Run:
 
 
 def number(value: Any) -> float | None:
-    """`value` if it is a finite number that can be drawn, else None."""
+    """`value` if it is a finite number below 1e15 in size, else None."""
     return value if type(value) in (int, float) and abs(value) < _LARGEST else None
 
 
@@ -147,7 +147,7 @@ def _read(folder: Path) -> Run:
 
 
 def _texts(folder: Path) -> dict[str, str]:
-    """File -> content. Raises `UserError` where there is none of a run's files."""
+    """File -> content. Raises `UserError` if the folder holds none of the files of a run."""
     advice = "give one that training wrote, such as runs/quickstart"
     try:
         if not folder.is_dir():
@@ -164,7 +164,7 @@ def _texts(folder: Path) -> dict[str, str]:
 
 
 def _text(path: Path) -> str:
-    """Damaged bytes are replaced: what is around them can be shown."""
+    """Content of a file. Bytes that are not UTF-8 are replaced, so that the rest can be shown."""
     try:
         return path.read_text(encoding="utf-8", errors="replace")
     except OSError as error:
@@ -172,7 +172,10 @@ def _text(path: Path) -> str:
 
 
 def _lines(texts: dict[str, str], name: str, notes: list[str]) -> list[dict[str, Any]]:
-    """Objects with a step. A torn last line is how a run that is being written looks, and no damage."""
+    """The objects of a JSON-lines file that have a step; lines that cannot be read are counted in `notes`.
+
+    An incomplete last line is not counted: the run may be writing it just now.
+    """
     written = [line for line in texts.get(name, "").split("\n") if line.strip()]
     parsed = [_line(line) for line in written]
     good = [line for line in parsed if line is not None]
@@ -183,7 +186,7 @@ def _lines(texts: dict[str, str], name: str, notes: list[str]) -> list[dict[str,
 
 
 def _line(text: str) -> dict[str, Any] | None:
-    """The object of a log line, without values of another kind than a run writes; None for anything else."""
+    """The object of a log line, without values of types that a run never writes; None if the line is not an object."""
     try:
         line = json.loads(text)
     except (ValueError, RecursionError):
@@ -197,12 +200,12 @@ def _line(text: str) -> dict[str, Any] | None:
 
 
 def _numbers(values: dict[str, Any]) -> dict[str, float | None]:
-    """The numbers of a mapping. None where one was not finite."""
+    """The numbers in `values`; None for those that were not finite."""
     return {k: number(v) for k, v in values.items() if v is None or type(v) in (int, float)}
 
 
 def _parsed(texts: dict[str, str], name: str, parse, kind: type, notes: list[str]) -> Any:
-    """None where the file is missing, empty, or damaged, which is noted."""
+    """The parsed file; None if it is missing, empty or damaged. Damage is added to `notes`."""
     try:
         value = parse(texts[name]) if name in texts else None
         if value is not None and not isinstance(value, kind):
@@ -215,7 +218,10 @@ def _parsed(texts: dict[str, str], name: str, parse, kind: type, notes: list[str
 
 
 def check_size(value: Any) -> None:
-    """A few lines of YAML whose aliases refer to each other can stand for more than any memory holds: ValueError."""
+    """Raise ValueError if `value` has more than `_MOST_VALUES` items.
+
+    A few lines of YAML whose aliases refer to each other can stand for more items than any memory holds.
+    """
     waiting, num_seen = [value], 0
     while waiting:
         item = waiting.pop()
@@ -227,7 +233,10 @@ def check_size(value: Any) -> None:
 
 
 def clean(value: Any) -> Any:
-    """What JSON or YAML gave, with numbers that can be drawn and text that can be written; else None and "?"."""
+    """A value from JSON or YAML, made safe to show.
+
+    Numbers that are not finite become None, and characters that UTF-8 cannot encode become "?".
+    """
     if isinstance(value, str):
         return value.encode("utf-8", "replace").decode()
     if isinstance(value, dict):
@@ -247,5 +256,5 @@ def _names(lines: Sequence[dict[str, Any]], prefix: str) -> list[str]:
 
 
 def _points(lines: Sequence[dict[str, Any]], name: str) -> Points:
-    """The last value of a step wins: a job resumed at its very end evaluates that step again."""
+    """The last value logged for a step counts: a job that is resumed after its last step evaluates that step again."""
     return list({line["step"]: line[name] for line in lines if name in line}.items())

@@ -1,4 +1,4 @@
-"""What a run says of its speed and its memory, in sentences: medians of the logged intervals, width by width."""
+"""Sentences on the speed and memory of a run: medians of the logged intervals at each width."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from homodistil.report.run import Run
 Lines = Sequence[dict[str, Any]]
 
 _BUSY_SPREAD = 0.2
-"""Intervals at one width do the same work: where the middle half of them spreads over more than this share of their
-median, something else was using the machine."""
-_FEWEST_INTERVALS = 8  # that say anything about the spread
-_RISE = 1.05  # of the memory, that is worth a sentence
+"""Intervals at one width do the same work. If the interquartile range of their speeds is larger than this share of the
+median, another process was using the machine."""
+_FEWEST_INTERVALS = 8  # with fewer intervals the spread means nothing
+_RISE = 1.05  # smaller rises of the memory are not mentioned
 
 
 def speed_sentences(run: Run) -> list[str]:
-    """Speed at the first and the last logged width, and whether the machine was busy; [] where nothing was logged."""
+    """Speed at the first and the last logged width, and whether the machine was busy; [] if nothing was logged."""
     stretches = _stretches(run.train)
     if not stretches:
         return []
@@ -30,13 +30,13 @@ def speed_sentences(run: Run) -> list[str]:
 
 
 def memory_sentences(run: Run) -> list[str]:
-    """One for each kind of memory that grew although the student became narrower."""
+    """One sentence for each kind of memory that grew although the student became narrower."""
     kinds = {"memory/rss_bytes": "Resident memory", "memory/accelerator_bytes": "Peak memory on the accelerator"}
     return [text for name, label in kinds.items() if (text := _growth(run.train, name, label))]
 
 
 def _stretches(train: Lines) -> list[list[dict[str, Any]]]:
-    """Logged intervals that have a speed, one list for each set of widths, in the order of training."""
+    """Logged intervals that have a speed: one list per set of widths, in the order of training."""
     timed = [line for line in train if line.get("speed/tokens_per_s") and "widths/hidden" in line]
     return [list(lines) for _, lines in groupby(timed, key=_widths)]
 
@@ -46,7 +46,10 @@ def _widths(line: dict[str, Any]) -> tuple:
 
 
 def _rates(lines: Lines) -> list[float]:
-    """Tokens/s. The first interval may have begun wider, or warmed up, and counts only if it is alone."""
+    """Tokens/s of the intervals, without the first one if there are more.
+
+    The first interval may have begun at a larger width, or includes the warm-up of the machine.
+    """
     rates = [line["speed/tokens_per_s"] for line in lines]
     return rates[1:] or rates
 
@@ -65,7 +68,7 @@ def _hidden(line: dict[str, Any]) -> str:
 
 
 def _busy(stretches: Sequence[Lines]) -> list[str]:
-    """A sentence where intervals of equal work took very different times."""
+    """One sentence if the times of intervals with equal work differ strongly, else none."""
     for lines in stretches:
         rates = _rates(lines)
         if len(rates) < _FEWEST_INTERVALS:
@@ -75,13 +78,13 @@ def _busy(stretches: Sequence[Lines]) -> list[str]:
             return [
                 f"The machine was busy with something else as well: at hidden size {_hidden(lines[0])} the middle half "
                 f"of the intervals, all with the same work, went from {low:,.0f} to {high:,.0f} tokens/s. These speeds "
-                f"say little beside those of other runs."
+                f"cannot be compared well with those of other runs."
             ]
     return []
 
 
 def _growth(train: Lines, name: str, label: str) -> str:
-    """From the first logged value to the highest one at a smaller size."""
+    """Sentence on the rise from the first logged value to the highest one at a smaller size; "" if there is none."""
     lines = [line for line in train if line.get(name) and line.get("model/parameters")]
     narrower = [line for line in lines if line["model/parameters"] < lines[0]["model/parameters"]]
     if not narrower:

@@ -1,13 +1,13 @@
-"""Shrinks a live DeepSpeed engine in place: weights, master weights and optimizer state, on every rank alike.
+"""Shrinks a live DeepSpeed engine in place on all ranks: weights, master weights and optimizer state.
 
-    plan = make_plan(table, keep)          # pruning decides the keep, models/ the table
-    cost = resize(engine, plan)            # right after engine.step(); then the caller refreshes module attributes
+    plan = make_plan(table, keep)          # pruning decides `keep`, models/ defines the table
+    cost = resize(engine, plan)            # right after engine.step(); the caller then updates module attributes
 
-Engine, optimizer, scheduler, hooks and step counts stay the same objects and values. models/resize_plan.py translates
-axes into indices and maps; rewrite.py changes values in place, by maps too; flat.py, move.py and move_partitions.py
-do the arithmetic and the moving; adapters/ knows DeepSpeed's private fields; support.py says which engines are
-accepted, startup_check.py tries a resize at start, verify.py looks at every event. The other functions read or fill
-that state by parameter name, whatever the layout.
+Engine, optimizer, scheduler and hooks stay the same objects, and step counts keep their values. models/resize_plan.py
+translates axes into indices and maps. rewrite.py changes values in place; flat.py, move.py and move_partitions.py
+compute and move partitions; adapters/ access DeepSpeed's private fields. support.py decides which engines are accepted,
+startup_check.py tries a resize at start, and verify.py checks every event. The further functions of this module read or
+write the state by parameter name, independent of the layout.
 """
 
 from __future__ import annotations
@@ -56,24 +56,28 @@ __all__ = [
 @dataclass(frozen=True)
 class ResizeCost:
     milliseconds: float
-    """Wall time on this rank, accelerator synchronised on both ends."""
+    """Wall time on this rank, with the accelerator synchronised before and after."""
     bytes_moved: int
-    """Bytes that moving sent from one rank to another, over all ranks (0 at stage 0), without gathering for maps."""
+    """Bytes moved between ranks, summed over all ranks (0 at stage 0); the gathering for maps is not counted."""
 
 
 @torch.no_grad()
 def resize(engine, plan: ResizePlan) -> ResizeCost:
     """Apply `plan` to the engine's parameters and all their optimizer state, in place. Every rank calls it.
 
-    Where the plan has maps, weights and first moments are contracted with them, second moments with the squared maps.
+    If the plan has maps, weights and first moments are multiplied by them, second moments by the squared maps.
 
-    Only right after `engine.step()` at a gradient accumulation boundary (or before the first step). Sizes that modules
-    remember (Linear.in_features, ...) are the caller's to refresh. The engine has passed `check_supported`.
+    Call it only right after `engine.step()` at a gradient accumulation boundary, or before the first step. The caller
+    updates the sizes that modules store (Linear.in_features, ...).
+
+    Args:
+        engine: a DeepSpeed engine that has passed `check_supported`.
+        plan: the same on every rank.
 
     Raises:
-        ValueError: the plan was made for a model of other parameter names or sizes.
-        RuntimeError: gradients wait for a step, or ranks hold different plans.
-        CheckFailed: the state after the event is not what the plan says (verify.py).
+        ValueError: the plan was made for a model with other parameter names or sizes.
+        RuntimeError: accumulated gradients have not been applied yet, or ranks have different plans.
+        CheckFailed: the state after the event does not match the plan (verify.py).
     """
     adapter = adapter_of(engine)
     _check_boundary(adapter)
@@ -96,16 +100,15 @@ def resize(engine, plan: ResizePlan) -> ResizeCost:
 
 @torch.no_grad()
 def write_weights(engine, weights: Mapping[str, Tensor]) -> None:
-    """Overwrite parameters (frozen ones too, which round to their dtype); optimizer state stays. Every rank calls it.
-
-    Only when a resize would be allowed.
+    """Overwrite parameters, but not the optimizer state. Every rank calls it, only when `resize` would be allowed.
 
     Args:
-        weights: full, by parameter name, at the current widths, alike on every rank; those that are absent stay.
+        weights: parameter name -> full tensor at the current widths, the same on every rank. Other parameters keep
+            their values; frozen parameters are rounded to their dtype.
 
     Raises:
-        RuntimeError: gradients wait for a step.
-        ValueError: an unknown name, or another shape; nothing has changed.
+        RuntimeError: accumulated gradients have not been applied yet.
+        ValueError: a name is unknown or a shape differs; nothing has changed.
     """
     adapter = adapter_of(engine)
     _check_boundary(adapter)
@@ -114,52 +117,52 @@ def write_weights(engine, weights: Mapping[str, Tensor]) -> None:
 
 @torch.no_grad()
 def reset_moments(engine) -> None:
-    """Optimizer state as before the first step, moments and their counts. No communication."""
+    """Reset moments and step counts of the optimizer to their values before the first step. No communication."""
     reset_states(adapter_of(engine))
 
 
 @torch.no_grad()
 def gradient_fragments(engine, names: Container[str] | None = None) -> Iterator[GradientSlice]:
-    """This rank's share of the reduced gradients, with the fp32 weights they belong to. No communication.
+    """The reduced gradients that this rank holds, with the fp32 weights they belong to. No communication.
 
-    Call after `engine.backward` at the accumulation boundary and before `engine.step`. Over all ranks, every element
-    of every trainable parameter appears exactly once: sums over ranks are complete. Fragments may be views of live
-    state: read them, do not change them.
+    Call it after `engine.backward` at the accumulation boundary and before `engine.step`. Over all ranks, every element
+    of every trainable parameter appears exactly once, so that sums over ranks are complete. The tensors may be views
+    of the live state; do not change them.
 
     Args:
-        names: parameters that are wanted; None: all.
+        names: names of the parameters to return; None: all.
     """
     yield from adapter_of(engine).gradient_fragments(names)
 
 
 @torch.no_grad()
 def master_weights(engine) -> dict[str, Tensor]:
-    """Full fp32 weights by parameter name, frozen ones too, as new tensors on every rank. Every rank calls it."""
+    """Parameter name -> full fp32 weights, also frozen ones, as new tensors on every rank. Every rank calls it."""
     return adapter_of(engine).master_weights()
 
 
 def owned_state(engine) -> Iterator[StateSlice]:
-    """This rank's share of all weights and optimizer state, as views of the live tensors. No communication.
+    """The weights and optimizer state that this rank saves, as views of the live tensors. No communication.
 
-    Over all ranks, every element of every parameter (frozen ones too) appears exactly once.
+    Over all ranks, every element of every parameter (also frozen ones) appears exactly once.
     """
     yield from adapter_of(engine).owned_state()
 
 
 @torch.no_grad()
 def load_state(engine, state_names: list[str], scalars: dict, read: ReadState) -> None:
-    """Overwrite all weights and optimizer state, whatever the engine's layout. Every rank calls it.
+    """Overwrite all weights and optimizer state, for any layout of the engine. Every rank calls it.
 
     Args:
-        state_names: optimizer states with one value an element (`exp_avg`, ...); [] before the first step.
+        state_names: optimizer states with one value per element (`exp_avg`, ...); [] before the first step.
         scalars: optimizer states that are the same for all elements (`step`).
-        read: gives any stretch of any parameter; each rank asks for what it holds.
+        read: returns any range of elements of a parameter; each rank reads the ranges that it holds.
     """
     adapter_of(engine).load_state(state_names, scalars, read)
 
 
 def step_applied(engine) -> bool:
-    """Whether the last `engine.step()` at a boundary changed the weights: not when a gradient was not finite."""
+    """Whether the last `engine.step()` at a boundary changed the weights; DeepSpeed skips it on an overflow."""
     return bool(engine.was_step_applied())
 
 
@@ -170,18 +173,18 @@ def _check_boundary(adapter: Adapter) -> None:
 
 
 def _check_agreement(plan: ResizePlan, device: torch.device) -> None:
-    """Ranks with different plans would exchange garbage. Compares the first 63 bits of the hash."""
+    """Raise RuntimeError if ranks have different plans, judged by 63 bits of their hashes."""
     mine = torch.tensor([int(plan.hash[:16], 16) >> 1], device=device)
     hashes = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(hashes, mine)
     differing = [rank for rank, other in enumerate(hashes) if int(other) != int(hashes[0])]
     if differing:
         raise RuntimeError(
-            f"resize: ranks {differing} hold another plan than rank 0; the event must be the same everywhere"
+            f"resize: ranks {differing} hold another plan than rank 0; the event must be the same on all ranks"
         )
 
 
 def _synchronize(device: torch.device) -> None:
-    """Wait for kernels and for DeepSpeed's reduction stream; nothing to wait for on the CPU."""
+    """Wait for all kernels, including those of DeepSpeed's reduction stream; does nothing on the CPU."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)

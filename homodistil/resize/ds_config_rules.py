@@ -1,7 +1,7 @@
-"""Settings of DeepSpeed's JSON that resizing does not allow: one table, read before anything is prepared or trained.
+"""Settings of DeepSpeed's JSON that do not allow resizing, as one table.
 
-`support.check_config` asks it with the JSON alone, `support.check_supported` once more with that of the live engine.
-What the JSON does not show (expert layers, ranks of tensor parallelism) is checked on the engine there.
+`support.check_config` applies it to the JSON before anything is prepared or trained, and `support.check_supported` to
+the config of the live engine. The latter also checks what the JSON does not show (expert layers, tensor parallelism).
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ class Refusal(NamedTuple):
     field: str
     found: str
     allowed: str
-    """What is allowed, and how to fix it."""
+    """The allowed value, and how to fix the setting."""
 
 
 class _Rule(NamedTuple):
     field: str
     """Dotted path in the JSON."""
     is_allowed: Callable[[object], bool]
-    """Asked only when the field is there."""
+    """Called only if the JSON has the field."""
     allowed: str
 
 
@@ -72,7 +72,7 @@ _RULES = [
 
 
 def refusals(config: Mapping) -> Iterator[Refusal]:
-    """Every setting of DeepSpeed's JSON in the way of resizing."""
+    """All settings of DeepSpeed's JSON that do not allow resizing."""
     for rule in _RULES:
         value = _look_up(config, rule.field)
         if value is not _MISSING and not rule.is_allowed(value):
@@ -101,7 +101,7 @@ def _wrong_together(config: Mapping) -> Iterator[Refusal]:
 
 
 def offloads_optimizer(config: Mapping) -> bool:
-    """Whether DeepSpeed's JSON puts masters and optimizer state into host memory."""
+    """Whether DeepSpeed's JSON keeps master weights and optimizer state in host memory."""
     return _look_up(config, "zero_optimization.offload_optimizer.device", "none") == "cpu"
 
 

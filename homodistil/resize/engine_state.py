@@ -1,7 +1,7 @@
-"""The engine's own counts and settings as plain values: what a checkpoint holds beside weights and optimizer state.
+"""Counts and settings of the engine as plain values, which a checkpoint holds besides weights and optimizer state.
 
-Independent of ranks, stage and wrapper, like the rest of a checkpoint: what a wrapper lacks (a loss scaler, outside of
-fp16) is left alone, what depends on the number of micro-batches is computed anew.
+They are independent of ranks, stage and wrapper, like the rest of a checkpoint. Values that a wrapper does not have (a
+loss scaler without fp16) are skipped, and values that depend on the number of micro-batches are recomputed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis
 
 
 def engine_state(engine) -> dict:
-    """Counts, LR schedule, loss scale, settings of the parameter groups, per-state counts ("step"): JSON-able."""
+    """Counts, LR schedule, loss scale, settings of the parameter groups and step counts, as JSON values."""
     scaler = _dynamic_scaler(engine)
     return {
         "counts": {name: getattr(engine, name) for name in _COUNTS},
@@ -32,17 +32,17 @@ def engine_state(engine) -> dict:
 
 
 def load_engine_state(engine, state: dict) -> None:
-    """Set what `engine_state` gave, possibly on another engine. Right before or after `load_state`."""
+    """Set the values of `engine_state`, possibly of another engine. Call it right before or after `load_state`."""
     for name, value in state["counts"].items():
         setattr(engine, name, value)
-    # A checkpoint lies between optimizer steps; how many micro-batches make one may have changed.
+    # Checkpoints are saved between optimizer steps; the number of micro-batches per step may have changed.
     engine.micro_steps = engine.global_steps * engine.gradient_accumulation_steps()
     if engine.lr_scheduler and state["schedule"] is not None:
         engine.lr_scheduler.load_state_dict(state["schedule"])
     optimizer = engine.basic_optimizer
     for group, saved in zip(optimizer.param_groups, state["parameter_groups"], strict=True):
         group |= {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
-        if not _is_torchs(optimizer):  # apex counts steps a group, DeepSpeed's FusedAdam starts its counts from there
+        if not _is_torchs(optimizer):  # apex counts steps per group; DeepSpeed's FusedAdam starts from this count
             group |= state["scalars"]
     scaler = _dynamic_scaler(engine)
     if scaler and state["loss_scaler"]:
@@ -52,9 +52,9 @@ def load_engine_state(engine, state: dict) -> None:
 
 
 def state_scalars(engine, state: dict) -> dict:
-    """The per-state counts of `engine_state` as the engine's optimizer keeps them, for `load_state`."""
+    """The step counts in `state` (of `engine_state`) in the type that the engine's optimizer uses."""
     as_tensor = _is_torchs(engine.basic_optimizer)
-    # float32, as torch makes them: fused kernels accept nothing else.
+    # float32 as in torch; fused kernels accept no other dtype.
     return {
         name: torch.tensor(value, dtype=torch.float32) if as_tensor else int(value)
         for name, value in state["scalars"].items()
@@ -62,7 +62,7 @@ def state_scalars(engine, state: dict) -> dict:
 
 
 def _scalars(engine) -> dict[str, float]:
-    """Largest value over the groups: DeepSpeed's FusedAdam counts in one parameter of several only."""
+    """Maximum of each count over the groups: DeepSpeed's FusedAdam counts in one of several parameters only."""
     scalars: dict[str, float] = {}
     for group in adapter_of(engine).groups():
         for name, value in _counts_of(group).items():
@@ -79,7 +79,7 @@ def _counts_of(group: StateGroup) -> dict[str, float]:
 
 
 def _is_torchs(optimizer: torch.optim.Optimizer) -> bool:
-    return isinstance(optimizer, torch.optim.Adam)  # or derived from it; DeepSpeed's and apex's are not
+    return isinstance(optimizer, torch.optim.Adam)  # or a subclass; those of DeepSpeed and apex are not
 
 
 def _plain(value: object) -> object:
@@ -87,7 +87,10 @@ def _plain(value: object) -> object:
 
 
 def _dynamic_scaler(engine) -> object | None:
-    """ZeRO's wrappers own a scaler, the others a config that changes; None where the scale is fixed."""
+    """The object with the dynamic loss scale: a scaler in ZeRO's wrappers, a config in the fp16 wrappers of stage 0.
+
+    None if the scale is fixed.
+    """
     scaler = getattr(engine.optimizer, "loss_scaler", None) or getattr(engine.optimizer, "loss_scale_config", None)
     is_dynamic = getattr(scaler, "dynamic", False) or getattr(scaler, "dynamic_loss_scale", False)
     return scaler if is_dynamic else None

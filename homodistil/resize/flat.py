@@ -1,10 +1,11 @@
 """Arithmetic of flat buffers: many parameters laid end to end and cut into equal partitions, one per rank.
 
-`Layout` says where every parameter lies; `FlatMove` says how an event maps one layout to a smaller one. Pure integer
-arithmetic, evaluated identically on every rank: nobody has to tell anybody what will be sent.
+`Layout` describes where each parameter lies; `FlatMove` describes how an event maps a layout to a smaller one. This is
+integer arithmetic with the same result on every rank, so ranks need not exchange what they will send.
 
-Kept indices ascend, so survivors keep their order: numbered consecutively ("survivor numbers"), those of rank r are
-[kept[r], kept[r + 1]) before the event and [due[r], due[r + 1]) after it. Re-balancing moves contiguous ranges only.
+Elements that are kept ("survivors") keep their order, because kept indices ascend. With survivors numbered
+consecutively, rank r holds the numbers [kept[r], kept[r + 1]) before the event and [due[r], due[r + 1]) after it.
+Re-balancing between ranks therefore moves contiguous ranges only.
 """
 
 from __future__ import annotations
@@ -26,11 +27,11 @@ class Piece(NamedTuple):
     """The part of one parameter that lies in a window of the flat buffer."""
 
     parameter: int
-    """Which parameter, in the order of the layout."""
+    """Index of the parameter in the layout."""
     position: int
-    """Where the part begins, counted from the start of the window."""
+    """First element of the part, counted from the start of the window."""
     start: int
-    """Its first element, as a row-major index into the parameter."""
+    """First element of the part, as a row-major index into the parameter."""
     numel: int
 
 
@@ -41,7 +42,7 @@ class Layout:
     shapes: tuple[Shape, ...]
     offsets: tuple[int, ...]
     end: int
-    """One past the last element that belongs to a parameter; from here on there is only padding."""
+    """One past the last element of the last parameter; the rest of the buffer is padding."""
     numel: int
     num_partitions: int
 
@@ -52,8 +53,8 @@ class Layout:
         """Lay `shapes` end to end.
 
         Args:
-            alignment: the buffer's length is a multiple of this (elements); itself a multiple of `num_partitions`.
-            parameter_alignment: every parameter starts at a multiple of this (elements).
+            alignment: elements; the length of the buffer is a multiple of it. Must be a multiple of `num_partitions`.
+            parameter_alignment: elements; every parameter starts at a multiple of it.
         """
         offsets, end = [], 0
         for shape in shapes:
@@ -78,22 +79,22 @@ class Layout:
         return self.pieces(rank * self.partition_numel, (rank + 1) * self.partition_numel)
 
     def padding(self) -> tuple[int, ...]:
-        """Unused elements between each parameter and the next (after the last: 0)."""
+        """Unused elements between each parameter and the next one (0 for the last)."""
         ends = [offset + math.prod(shape) for shape, offset in zip(self.shapes, self.offsets, strict=True)]
         return tuple(following - end for end, following in zip(ends, self.offsets[1:] + (self.end,), strict=True))
 
 
 @dataclass(frozen=True)
 class FlatMove:
-    """From layout `old` to layout `new`, keeping `index` of each parameter."""
+    """The change from layout `old` to layout `new`, in which the elements `index` of each parameter are kept."""
 
     old: Layout
     new: Layout
     index: tuple[DimIndex, ...]
     kept: tuple[int, ...]
-    """Survivors before each old partition boundary, num_partitions + 1 numbers."""
+    """Number of survivors before each boundary of the old partitions, num_partitions + 1 numbers."""
     due: tuple[int, ...]
-    """Survivors before each new partition boundary, num_partitions + 1 numbers."""
+    """Number of survivors before each boundary of the new partitions, num_partitions + 1 numbers."""
 
     @classmethod
     def plan(cls, old: Layout, index: Sequence[DimIndex], alignment: int, parameter_alignment: int = 1) -> FlatMove:
@@ -108,15 +109,15 @@ class FlatMove:
         return cls(old, new, tuple(index), tuple(kept), tuple(due))
 
     def send_sizes(self, rank: int) -> list[int]:
-        """Survivors that `rank` holds now and each rank is due to hold."""
+        """By receiving rank: number of survivors that `rank` holds before the event and that rank after it."""
         return [_overlap(self.kept, rank, self.due, other) for other in range(self.old.num_partitions)]
 
     def receive_sizes(self, rank: int) -> list[int]:
-        """Survivors that each rank holds now and `rank` is due to hold."""
+        """By sending rank: number of survivors that that rank holds before the event and `rank` after it."""
         return [_overlap(self.kept, other, self.due, rank) for other in range(self.old.num_partitions)]
 
     def crossing_numel(self) -> int:
-        """Survivors that change rank, over all ranks, for one partitioned state."""
+        """Number of survivors of one partitioned state that change rank, over all ranks."""
         ranks = range(self.old.num_partitions)
         return sum(numel for r in ranks for other, numel in enumerate(self.send_sizes(r)) if other != r)
 
@@ -130,7 +131,7 @@ def shape_after(shape: Shape, index: DimIndex) -> Shape:
 
 
 def survivors_before(shape: Shape, index: DimIndex, stop: int) -> int:
-    """How many survivors of a parameter have a row-major index < `stop` (any integer, also negative)."""
+    """Number of survivors of a parameter with a row-major index < `stop` (any integer, also negative)."""
     stop = min(max(stop, 0), math.prod(shape))
     if not index:
         return stop
@@ -144,12 +145,12 @@ def survivors_before(shape: Shape, index: DimIndex, stop: int) -> int:
             rank_among_kept = int(torch.searchsorted(index[dim], coordinate))
         before += rank_among_kept * math.prod(new_shape[dim + 1 :])
         if dim in index and coordinate not in index[dim]:
-            break  # the slice that `stop` points into is leaving: nothing inside it counts
+            break  # the slice at this coordinate is removed, so nothing inside it survives
     return before
 
 
 def old_positions(shape: Shape, index: DimIndex, first: int, last: int, device: torch.device) -> Tensor:
-    """Row-major indices, in the old parameter, of its survivors number [first, last). int64, shape (last - first,)."""
+    """Row-major indices in the old parameter of its survivors [first, last), (last - first,) int64."""
     remainder = torch.arange(first, last, device=device)
     positions = torch.zeros_like(remainder)
     new_shape = shape_after(shape, index)

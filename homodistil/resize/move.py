@@ -1,10 +1,10 @@
-"""Moves surviving elements of flat buffers, inside a rank and between ranks. Knows shapes, not DeepSpeed.
+"""Moves surviving elements of flat buffers within and between ranks. Depends on shapes only, not on DeepSpeed.
 
-Survivors keep their order, so a rank compacts its own partition to the left in place, and the concatenation of the
-compacted partitions over ranks is the new buffer. One all-to-all of contiguous ranges then evens the partitions out:
-no packing, no metadata, and no more extra memory than the new partition itself (`move_partition`).
+Survivors keep their order. Each rank compacts its partition to the left in place; the concatenation of the compacted
+partitions is the new buffer. One all-to-all of contiguous ranges then makes the partitions equal again, without packing
+or metadata, and without extra memory besides the new partition (`move_partition`).
 
-Where every parameter is partitioned on its own (ZeRO-3), move_partitions.py exchanges many parameters together.
+For parameters that are partitioned one by one (ZeRO-3), move_partitions.py exchanges many parameters together.
 """
 
 from __future__ import annotations
@@ -20,28 +20,32 @@ from homodistil.models.resize_plan import DimIndex
 from homodistil.resize.flat import FlatMove, Shape, old_positions, survivors_before
 
 CHUNK_NUMEL = 1 << 18
-"""Elements copied at once: bounds temporaries to about 1 MiB, however large the embedding is."""
+"""Elements copied at once. This limits temporaries to about 1 MiB, even for large embeddings."""
 
 
 def move_partition(old: Tensor, move: FlatMove, rank: int, group: dist.ProcessGroup | None) -> Tensor:
-    """This rank's partition of the new buffer; `old` (flat, old partition) is freed. Collective over `group`."""
+    """The partition of `rank` in the new buffer. Collective over `group`.
+
+    Args:
+        old: the partition of `rank` in the old buffer, flat; its memory is freed.
+    """
     numel = compact(old, rank * move.old.partition_numel, move)
     new = exchange(old[:numel], move, rank, group)
-    # Freed by hand: gloo's thread may hold on to it a moment longer, and the next state's partition would come on top.
+    # Freed explicitly: gloo's thread may keep a reference for a moment, while the next partition is already allocated.
     free(old)
     return new
 
 
 def free(tensor: Tensor) -> None:
-    """Give back the memory of `tensor`, whoever else refers to it, unless it is part of something larger."""
+    """Free the memory of `tensor` even if there are other references, unless it is a view of a larger tensor."""
     storage = tensor.untyped_storage()
-    # Memory that is mapped from a checkpoint file cannot be resized: it goes when its last reader does.
+    # Memory that is mapped from a checkpoint file cannot be resized; it is freed with its last reference.
     if storage.nbytes() == tensor.nbytes and storage.resizable():
         storage.resize_(0)
 
 
 def exchange(survivors: Tensor, move: FlatMove, rank: int, group: dist.ProcessGroup | None) -> Tensor:
-    """New partition (padding zero) of `rank` from the compacted survivors of every rank. Collective over `group`."""
+    """The new partition of `rank`, with zero padding, from the compacted survivors of all ranks. Collective."""
     assert survivors.numel() == move.kept[rank + 1] - move.kept[rank], "compaction and plan disagree"
     start, numel = rank * move.new.partition_numel, move.due[rank + 1] - move.due[rank]
     new = torch.zeros(move.new.partition_numel, dtype=survivors.dtype, device=survivors.device)
@@ -57,7 +61,7 @@ def exchange(survivors: Tensor, move: FlatMove, rank: int, group: dist.ProcessGr
 
 
 def spread(survivors: Tensor, new: Tensor, start: int, move: FlatMove) -> None:
-    """Put consecutive survivors where parameters lie in `new`, the window of the new buffer that begins at `start`."""
+    """Copy consecutive survivors to the places of parameters in `new`, a window of the new buffer from `start` on."""
     read = 0
     for piece in move.new.pieces(start, start + new.numel()):
         new[piece.position : piece.position + piece.numel] = survivors[read : read + piece.numel]
@@ -66,15 +70,15 @@ def spread(survivors: Tensor, new: Tensor, start: int, move: FlatMove) -> None:
 
 
 def compact(buffer: Tensor, start: int, move: FlatMove, chunk_numel: int = CHUNK_NUMEL) -> int:
-    """Shift the survivors of `buffer` (flat, old elements [start, start + len)) to its front; returns their number."""
+    """Move the survivors of `buffer` (flat, old elements [start, start + len)) to its front. Returns their number."""
     written = 0
     for piece in move.old.pieces(start, start + buffer.numel()):
         fragment = buffer[piece.position : piece.position + piece.numel]
         shape, index = move.old.shapes[piece.parameter], move.index[piece.parameter]
-        if not index and piece.position == written:  # nothing has left so far: already in place
+        if not index and piece.position == written:  # nothing has been removed so far, so it is in place
             written += piece.numel
             continue
-        # Chunks are copies, taken one after the other: a write never passes what is still to be read.
+        # Chunks are copies in ascending order, so that writes never overtake elements that are still to be read.
         for chunk in _survivor_chunks(fragment, piece.start, shape, index, chunk_numel):
             buffer[written : written + chunk.numel()] = chunk
             written += chunk.numel()
@@ -99,7 +103,7 @@ def _survivor_chunks(fragment: Tensor, start: int, shape: Shape, index: DimIndex
 
 
 def _row_chunks(rows: Tensor, first_row: int, index: DimIndex, chunk_numel: int) -> Iterator[Tensor]:
-    """Survivors of whole rows, many times faster than element by element (no index as long as the data)."""
+    """Survivors of whole rows; many times faster than element by element, because no index per element is needed."""
     step = max(1, chunk_numel // math.prod(rows.shape[1:]))
     for begin in range(0, rows.shape[0], step):
         block = rows[begin : begin + step]
@@ -109,7 +113,7 @@ def _row_chunks(rows: Tensor, first_row: int, index: DimIndex, chunk_numel: int)
             i, j = torch.searchsorted(index[0], bounds).tolist()
             block = block.index_select(0, (index[0][i:j] - low).to(block.device))
         if 1 in index:
-            # gather: index_select along columns is several times slower for bf16 on the CPU.
+            # index_select along columns is several times slower than gather for bf16 on the CPU.
             columns = index[1].to(block.device).view(1, -1, *[1] * (block.ndim - 2))
             block = block.gather(1, columns.expand(block.shape[0], -1, *block.shape[2:]))
         yield block.reshape(-1)
@@ -118,8 +122,8 @@ def _row_chunks(rows: Tensor, first_row: int, index: DimIndex, chunk_numel: int)
 def _scattered_chunks(
     fragment: Tensor, start: int, first: int, last: int, shape: Shape, index: DimIndex, chunk_numel: int
 ) -> Iterator[Tensor]:
-    """Survivors of elements [first, last) of the parameter, one by one; fragment[0] is its element `start`."""
-    if first == last:  # most calls: fragments usually begin and end with a row
+    """Survivors of elements [first, last) of the parameter by index per element; fragment[0] is element `start`."""
+    if first == last:  # the usual case: fragments begin and end at row boundaries
         return
     first, last = survivors_before(shape, index, first), survivors_before(shape, index, last)
     for begin in range(first, last, chunk_numel):

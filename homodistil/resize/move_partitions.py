@@ -1,8 +1,8 @@
-"""Moves the partitions of many parameters at once, each partitioned on its own: what ZeRO-3 needs of the mover.
+"""Moves the partitions of many parameters that are partitioned one by one, as under ZeRO-3.
 
-Every parameter is a flat buffer of its own, so move.py's exchange would be an all-to-all a parameter. Here survivors
-that stay on their rank are copied straight into the new partition, and those that change rank travel for many
-parameters together, in rounds that bound the extra memory.
+Each parameter is a separate flat buffer, so the exchange of move.py would need one all-to-all per parameter. Here
+survivors that stay on their rank are copied directly into the new partition. Those that change rank are sent for many
+parameters together, in rounds that limit the extra memory.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from homodistil.resize.flat import FlatMove
 from homodistil.resize.move import CHUNK_NUMEL, compact
 
 EXCHANGE_SHARE = 16
-"""A rank sends, and receives, at most 1/16 of its new partitions in one round."""
+"""A rank sends and receives at most 1/16 of its new partitions per round."""
 
 
 class Crossing(NamedTuple):
     """Consecutive survivors of one parameter that change rank."""
 
     move: int
-    """Which parameter, by its place in the list of moves."""
+    """Index of the parameter in the list of moves."""
     sender: int
     receiver: int
     first: int
-    """Survivor number of the first of them."""
+    """Survivor number of the first element (see flat.py)."""
     numel: int
 
 
@@ -43,20 +43,20 @@ def move_partitions(
     device: torch.device,
     least_numel: int = CHUNK_NUMEL,
 ) -> None:
-    """Fill `new` from `old`, this rank's partitions of parameters that lie in a buffer each. Collective over `group`.
+    """Fill the new partitions of this rank from the old partitions of all ranks. Collective over `group`.
 
     Args:
-        old: flat, one per parameter; overwritten.
-        new: flat, one per parameter, zero; of the dtype of `old`.
-        moves: one per parameter, of layouts that hold this parameter alone.
-        device: where ranks can exchange (the tensors themselves may lie in host memory).
+        old: old partitions of this rank, flat, one per parameter; overwritten.
+        new: new partitions of this rank, flat, one per parameter; filled with zeros, of the dtype of `old`.
+        moves: one per parameter, with layouts that contain only this parameter.
+        device: device of the collectives; the partitions may be in host memory.
         least_numel: see `exchange_rounds`.
     """
     survivors = []
     for partition, target, move in zip(old, new, moves, strict=True):
         kept = partition[: compact(partition, rank * move.old.partition_numel, move)]
         first, last = max(move.kept[rank], move.due[rank]), min(move.kept[rank + 1], move.due[rank + 1])
-        if first < last:  # most survivors stay on their rank: past any buffer
+        if first < last:  # most survivors stay on their rank and need no buffer
             target[first - move.due[rank] : last - move.due[rank]] = kept[first - move.kept[rank] :][: last - first]
         survivors.append(kept)
     for crossings in exchange_rounds(moves, least_numel):
@@ -64,10 +64,10 @@ def move_partitions(
 
 
 def exchange_rounds(moves: Sequence[FlatMove], least_numel: int = CHUNK_NUMEL) -> Iterator[list[Crossing]]:
-    """Everything that changes rank, the same list on every rank, in rounds that are small for each rank.
+    """All survivors that change rank, in rounds of limited size per rank; the same on every rank.
 
     Args:
-        least_numel: elements that a round may always hold, however small the model.
+        least_numel: the limit of a round is at least this many elements, for small models.
     """
     limit = max(least_numel, sum(move.new.partition_numel for move in moves) // EXCHANGE_SHARE)
     crossings: list[Crossing] = []
@@ -84,7 +84,7 @@ def exchange_rounds(moves: Sequence[FlatMove], least_numel: int = CHUNK_NUMEL) -
 
 
 def _crossings(moves: Sequence[FlatMove], limit: int) -> Iterator[Crossing]:
-    """What changes rank, parameter by parameter, none longer than `limit`."""
+    """Survivors that change rank, parameter by parameter, in pieces of at most `limit` elements."""
     for i, move in enumerate(moves):
         ranks = range(move.old.num_partitions)
         for sender in ranks:
@@ -97,7 +97,7 @@ def _crossings(moves: Sequence[FlatMove], limit: int) -> Iterator[Crossing]:
 
 
 def _exchange_round(crossings, survivors, new, moves, rank, group, device) -> None:
-    """One all-to-all of the listed crossings, packed by the rank at the other end, in the order of the list."""
+    """One all-to-all of `crossings`, packed by the other rank and, within it, in the order of the list."""
     out = sorted((c for c in crossings if c.sender == rank), key=lambda c: c.receiver)
     into = sorted((c for c in crossings if c.receiver == rank), key=lambda c: c.sender)
     fragments = [survivors[c.move][c.first - moves[c.move].kept[rank] :][: c.numel] for c in out]

@@ -1,7 +1,7 @@
-"""Changes values of a live engine in place, whatever its layout: an event's linear maps, refitted weights, moments.
+"""Changes values of a live engine in place, for any layout: linear maps of an event, refitted weights, moments.
 
-What depends on old values is done one parameter at a time: gathered over the ranks, weight and optimizer state together
-in fp32, changed as a whole by every rank alike, and each rank's own share written back. Shapes stay.
+Changes that depend on old values are made one parameter at a time: weight and optimizer state are gathered in fp32,
+every rank computes the same change of the whole, and writes back the part that it holds. Shapes do not change.
 """
 
 from __future__ import annotations
@@ -18,17 +18,21 @@ from homodistil.models.resize_plan import ResizePlan, transform
 from homodistil.resize.adapters.adapter import Adapter, MasterSlice, StateGroup, held_part
 
 Values = dict[str, Tensor]
-"""Kind ("weight", "exp_avg", "exp_avg_sq") -> whole fp32 tensor; states are absent before the first step, and for
-frozen parameters."""
+"""Kind ("weight", "exp_avg", "exp_avg_sq") -> whole fp32 tensor. Optimizer states are absent before the first step and
+for frozen parameters."""
 
 Change = Callable[[str, Values], Values]
-"""(parameter name, its values) -> those to write, of the same shapes, alike on all ranks; absent kinds stay."""
+"""(parameter name, its values) -> new values of the same shapes, the same on all ranks. Absent kinds do not change."""
 
 Share = tuple[StateGroup, MasterSlice]
 
 
 def rewrite(adapter: Adapter, names: Iterable[str], change: Change) -> None:
-    """Change weight and optimizer state of `names`, the same on every rank; the model's weights follow. Collective."""
+    """Apply `change` to weight and optimizer state of the parameters `names`, and update the model. Collective.
+
+    Args:
+        names: the same on every rank, in the same order.
+    """
     shares, kinds = _shares_by_name(adapter), _state_kinds(adapter)
     for name in names:
         param = adapter.parameters[name]
@@ -40,7 +44,10 @@ def rewrite(adapter: Adapter, names: Iterable[str], change: Change) -> None:
 
 
 def apply_maps(adapter: Adapter, plan: ResizePlan) -> None:
-    """Contract what `plan.maps` names, second moments with the squared maps; results lie in the leading entries."""
+    """Multiply the parameters in `plan.maps` and their optimizer states by the maps (second moments: squared maps).
+
+    The results are in the leading entries of the unchanged shapes, the rest is zero. Collective.
+    """
 
     def change(name: str, values: Values) -> Values:
         maps = plan.maps[name]
@@ -50,7 +57,7 @@ def apply_maps(adapter: Adapter, plan: ResizePlan) -> None:
 
 
 def overwrite_weights(adapter: Adapter, weights: Mapping[str, Tensor]) -> None:
-    """See `homodistil.resize.write_weights`. Nothing is gathered: every rank has all the new values."""
+    """See `homodistil.resize.write_weights`. Needs no gathering, because every rank has all new values."""
     for name, weight in weights.items():
         shape = full_shape(adapter.parameters[name]) if name in adapter.parameters else None
         if shape != tuple(weight.shape):
@@ -62,7 +69,7 @@ def overwrite_weights(adapter: Adapter, weights: Mapping[str, Tensor]) -> None:
 
 
 def reset_states(adapter: Adapter) -> None:
-    """Optimizer states as before the first step: values and counts (Adam's bias correction starts anew as well)."""
+    """Reset optimizer states and step counts to their values before the first step; bias correction restarts, too."""
     for group in adapter.groups():
         for key, value in group.state.items():
             if torch.is_tensor(value):
@@ -70,7 +77,7 @@ def reset_states(adapter: Adapter) -> None:
             else:
                 group.state[key] = type(value)()
     for settings in adapter.torch_optimizer().param_groups:
-        if "step" in settings:  # apex and DeepSpeed's FusedAdam count a group
+        if "step" in settings:  # apex and DeepSpeed's FusedAdam count per group
             settings["step"] = type(settings["step"])()
 
 
@@ -83,8 +90,8 @@ def _shares_by_name(adapter: Adapter) -> dict[str, list[Share]]:
 
 
 def _state_kinds(adapter: Adapter) -> list[str]:
-    """Names of the optimizer states: equal on every rank, also where a rank holds nothing of a parameter: every rank
-    has every group."""
+    """Names of the optimizer states. The same on every rank, because every rank has every group, even if it holds no
+    elements of some parameters."""
     return sorted({kind for group in adapter.groups() for kind in group.per_element()})
 
 
@@ -98,7 +105,7 @@ def _gather(adapter: Adapter, name: str, shares: list[Share], kinds: list[str]) 
             if kind in tensors:
                 row[held.start : held.start + held.numel] = held_part(tensors[kind], held)
     if not any(group.replicated for group, _ in shares):
-        dist.all_reduce(whole)  # every element is on one rank, the others add zero
+        dist.all_reduce(whole)  # every element is on one rank; all other ranks add zero
     return {kind: row.view(shape) for kind, row in zip(kinds, whole, strict=True)}
 
 
@@ -110,7 +117,7 @@ def _write(shares: list[Share], kind: str, flat: Tensor) -> None:
 
 
 def _as_leading(small: Tensor, shape: torch.Size) -> Tensor:
-    """`small` in the leading entries of a tensor of `shape`, zero behind it."""
+    """A tensor of `shape` with `small` in its leading entries and zeros elsewhere."""
     large = small.new_zeros(shape)
     large[tuple(slice(size) for size in small.shape)] = small
     return large

@@ -1,7 +1,7 @@
-"""Trust at start: a resize that keeps everything, on the run's own live engine, must leave every bit as it was.
+"""A check at start: a resize of the live engine that keeps all elements must not change a single bit.
 
-It goes through the same compaction, exchange and rebuilding as a real event, so a DeepSpeed that is laid out
-differently than the ones known to `resize/` is found before the first step instead of after the first event.
+It uses the same compaction, exchange and rebuilding as a real event. A version of DeepSpeed with a layout that
+`resize/` does not know is thus detected before the first step, not after the first event.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Digest = tuple[tuple[int, ...], str, int]
 
 
 def try_resize(adapter: Adapter) -> None:
-    """Resize to the same widths and compare. Collective. Raises ValueError, naming what changed on this rank."""
+    """Resize to the same widths, and compare. Collective. Raises ValueError that names what changed on this rank."""
     with _probed(adapter):
         before, objects = _digests(adapter), _objects(adapter)
         adapter.resize(NOTHING)
@@ -40,7 +40,7 @@ def try_resize(adapter: Adapter) -> None:
 
 @contextmanager
 def _probed(adapter: Adapter) -> Iterator[None]:
-    """Before the first step there is no optimizer state to move: lend every group one, with distinct values."""
+    """Give every group an optimizer state with distinct values: before the first step there is none to move."""
     state = adapter.torch_optimizer().state
     lent = [group.master for group in adapter.groups()]
     was_empty = [not state.get(master) for master in lent]
@@ -54,12 +54,12 @@ def _probed(adapter: Adapter) -> Iterator[None]:
         for master, empty in zip(lent, was_empty, strict=True):
             del state[master][PROBE]
             if empty:
-                del state[master]  # torch makes its moments when it finds none
+                del state[master]  # torch creates the moments only if there is no state
         adapter.rebuild_maps()  # DeepSpeed's own references to the states, without the probe
 
 
 def _digests(adapter: Adapter) -> dict[str, Digest]:
-    """The model's own weights are not among them: `check_layout` compares these with the masters."""
+    """Checksums of master weights and optimizer states; `check_layout` compares the model with the masters."""
     digests = {}
     for i, group in enumerate(adapter.groups()):
         digests[f"master of group {i}"] = digest(group.master.detach())
@@ -68,9 +68,9 @@ def _digests(adapter: Adapter) -> dict[str, Digest]:
 
 
 def digest(tensor: Tensor) -> Digest:
-    """A checksum on the tensor's own device, in which every bit and its place count."""
+    """A checksum that depends on every bit and its position, computed on the device of `tensor`."""
     bits = tensor.contiguous().view(-1).view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
-    # Odd factors are invertible modulo 2^32: one changed bit always changes its product.
+    # Odd factors are invertible modulo 2^32, so one changed bit always changes the product.
     odd = torch.arange(min(CHUNK_NUMEL, bits.numel()), dtype=torch.int32, device=bits.device).mul_(2).add_(1)
     total = 0
     for chunk in bits.split(CHUNK_NUMEL):

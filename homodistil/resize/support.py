@@ -1,8 +1,8 @@
-"""Which engines can be resized: the check at start, and the choice of adapter.
+"""Decides which engines can be resized, and chooses the adapter.
 
-Resizing rewrites private fields of DeepSpeed. So an engine is accepted only when its version, configuration, wrapper
-class, fields and memory layout are all ones known to work; anything else is an error at start that names what differs,
-never silent corruption later.
+Resizing rewrites private fields of DeepSpeed. An engine is therefore accepted only if its configuration, wrapper class,
+fields and memory layout are known to work. Any difference is an error at start that names it, instead of silent
+corruption later.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from homodistil.resize.startup_check import try_resize
 
 DEEPSPEED_TESTED = "0.19.8"
 
-# Exact classes: a subclass (ZenFlow, SuperOffload, pipeline, hybrid engine) is laid out differently.
+# Exact classes, because subclasses (ZenFlow, SuperOffload, pipeline, hybrid engine) have other layouts.
 ENGINE_CLASS = "deepspeed.runtime.engine.DeepSpeedEngine"
 ADAPTERS: dict[str, type[Adapter]] = {
     "deepspeed.runtime.fp16.unfused_optimizer.FP16_UnfusedOptimizer": UnfusedAdapter,
@@ -39,9 +39,9 @@ ADAPTERS: dict[str, type[Adapter]] = {
 
 @torch.no_grad()
 def check_supported(engine) -> None:
-    """Raise `UserError` unless `engine` (a DeepSpeed engine) can be resized. Every rank calls it, before training.
+    """Raise `UserError` unless `engine` (a DeepSpeed engine) can be resized. Every rank calls it before training.
 
-    An untested version of DeepSpeed is let in, with a warning, when everything that is looked at is as expected.
+    An untested version of DeepSpeed is accepted with a warning if all checks pass.
     """
     check_config(engine._config._param_dict)
     for field, actual, allowed in _unsupported_structure(engine):
@@ -70,17 +70,17 @@ def _difference(check: Callable[[], None]) -> str | None:
 
 
 def check_config(engine_config: Mapping) -> None:
-    """The settings that a ds_config alone shows to be in the way: refused before anything is prepared or trained."""
+    """Raise `UserError` if DeepSpeed's JSON has a setting that does not allow resizing (ds_config_rules.py)."""
     for field, actual, allowed in refusals(engine_config):
         raise UserError(f"ds_config {field}: found {actual}; resizing allows {allowed}")
 
 
 def adapter_of(engine) -> Adapter:
-    """The adapter for the engine's optimizer wrapper. Raises `UserError` for a class that none is known for."""
+    """The adapter for the optimizer wrapper of the engine. Raises `UserError` for an unsupported class."""
     if _class_name(engine) != ENGINE_CLASS:
         raise UserError(f"engine: found {_class_name(engine)}, resizing allows {ENGINE_CLASS} only")
     optimizer = engine.optimizer
-    # A torch optimizer is the engine's own only at stage 0 in fp32.
+    # DeepSpeed uses a torch optimizer without a wrapper only at stage 0 in fp32.
     if isinstance(optimizer, torch.optim.Optimizer):
         return PlainAdapter(engine)
     name = _class_name(optimizer)
@@ -97,18 +97,18 @@ def adapter_of(engine) -> Adapter:
 
 
 def _warn_if_untested() -> None:
-    import deepspeed  # heavy; an engine exists, so it is loaded already
+    import deepspeed  # slow to import, but loaded already, because an engine exists
 
     if deepspeed.__version__ != DEEPSPEED_TESTED and ranks.rank() == 0:
         warnings.warn(
             f"deepspeed {deepspeed.__version__} is not the version that resizing was tested with ({DEEPSPEED_TESTED}); "
-            "its engine passed the self-check, so training goes on",
+            "its engine passed the self-check, so training continues",
             stacklevel=3,
         )
 
 
 def _unsupported_structure(engine) -> Iterator[tuple[str, str, str]]:
-    """(field, what was found, what is allowed): what the JSON alone does not show."""
+    """(field, value found, allowed values) of unsupported properties that the JSON alone does not show."""
     if "muon" in type(engine.basic_optimizer).__name__.lower():
         yield "optimizer.type", type(engine.basic_optimizer).__name__, "optimizers with a state per element, as AdamW"
     if engine.has_moe_layers:

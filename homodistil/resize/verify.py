@@ -1,7 +1,7 @@
-"""The gate behind every resize event: on any rank, does the engine now hold exactly what the plan said?
+"""Verification after every resize event that the engine on every rank matches the plan.
 
-A wrong shape, padding that is not zero (it would leak into gradient norms), a weight that is not finite or weights that
-are not the rounded masters stop the run on all ranks, with the checkpoint before the event intact.
+A wrong shape, padding that is not zero (it would enter gradient norms), a weight that is not finite, or weights that
+are not the rounded master weights stop the run on all ranks. The checkpoint before the event is intact.
 """
 
 from __future__ import annotations
@@ -18,12 +18,16 @@ from homodistil.resize.flat import Shape, shape_after
 
 
 def shapes_after(adapter: Adapter, plan: ResizePlan) -> dict[str, Shape]:
-    """Parameter name -> shape that it must have once `plan` (which fits the adapter's model) is applied."""
+    """Parameter name -> full shape after `plan`, which must be made for the adapter's model."""
     return {name: shape_after(full_shape(p), plan.index.get(name, {})) for name, p in adapter.parameters.items()}
 
 
 def verify_resize(adapter: Adapter, expected: dict[str, Shape]) -> None:
-    """Raise `CheckFailed`, the same on every rank, unless everything is as it must be. Every rank calls it."""
+    """Raise the same `CheckFailed` on every rank unless all checks pass on all ranks. Every rank calls it.
+
+    Args:
+        expected: from `shapes_after`, called before the event.
+    """
     failed = ranks.failures(_first_failure(adapter, expected))
     if failed:
         raise CheckFailed(f"resize: after the event {'; '.join(failed)}; training stops, the last checkpoint is intact")
@@ -47,7 +51,7 @@ def _first_failure(adapter: Adapter, expected: dict[str, Shape]) -> str | None:
 
 
 def _all_finite(tensor: Tensor) -> bool:
-    """One pass without a temporary: a sum is finite unless an element is not (or thousands are near the limit)."""
+    """Whether all elements are finite. The sum needs no temporary; if it overflows, the elements are checked."""
     return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
 
 

@@ -177,7 +177,7 @@ def test_bad_lines_of_the_logs_are_set_aside(server, broken, reference):
     codes, output = _run(server, broken.command())
     assert codes == [0, 0], output
     told = _warnings(output)
-    assert len(told) == 2 and all("cannot be read or are doubled; moved to" in line for line in told), told
+    assert len(told) == 2 and all("cannot be read or are duplicates; moved to" in line for line in told), told
     assert (broken.run / "metrics.jsonl.unreadable").read_bytes().split(b"\n")[:-1] == bad
     assert (broken.run / "events.jsonl.unreadable").read_bytes() == b"nonsense\n"
     assert differences(result(broken.run), result(reference)) == []
@@ -191,7 +191,7 @@ def test_lost_lines_are_told(server, broken):
     codes, output = _run(server, broken.command())
     assert codes == [0, 0], output
     (warning,) = _warnings(output)
-    assert f"{path} has " in warning and "up to step 9, the checkpoint knows of " in warning
+    assert f"{path} has " in warning and "up to step 9, the checkpoint recorded " in warning
     numbers = [int(word.strip(",;")) for word in warning.split() if word.strip(",;").isdigit()]
     assert numbers[-1] - numbers[0] == num_lost
 

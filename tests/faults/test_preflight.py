@@ -54,7 +54,7 @@ def test_everything_that_is_wrong_is_said_at_once(check, tmp_path):
     for part in ("train.global_batch_size: 7 is not divisible", "is not text: a NUL byte", "/nowhere/wiki"):
         assert part in output, output
     assert "teacher.own_stream: true needs an NVIDIA GPU" in output and "run.resume: must, but" in output
-    assert "choose a multiple of" in output and "5 to set right before" in output
+    assert "choose a multiple of" in output and "5 to fix before" in output
     assert ("step", "ok") not in _verdicts(output)
 
 

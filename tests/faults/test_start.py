@@ -24,7 +24,7 @@ def test_a_lock_without_a_holder_is_removed_with_a_warning(tmp_path, patience, c
     (tmp_path / "lock").touch()
     native_ops._wait_or_remove(tmp_path / "lock")
     assert not (tmp_path / "lock").exists()
-    assert f"warning: {tmp_path / 'lock'} was left by a process that is no more" in capsys.readouterr().err
+    assert f"warning: {tmp_path / 'lock'} was left by a process that has ended" in capsys.readouterr().err
 
 
 def test_a_lock_is_waited_for_as_long_as_its_holder_lives(server, tmp_path, patience):

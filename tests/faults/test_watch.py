@@ -31,7 +31,7 @@ def test_a_killed_rank_is_named_by_the_others(server, run_inputs, tmp_path, dead
     (line,) = _errors(job)
     assert f"error: rank {dead} (host " in line and f"pid {job.pids[dead]}) is gone: its process has ended" in line
     assert re.search(r"last seen in step \d, \w+ at homodistil/\S+:\d+ \S+, \d s ago", line), line
-    assert "run.resume=auto goes on from the last checkpoint" in line
+    assert "run.resume=auto resumes from the last checkpoint" in line
     assert (tmp_path / "run" / "checkpoints" / "latest").read_text().strip() == "step-000003"
 
 
@@ -125,7 +125,7 @@ def test_silence_from_another_machine_is_noticed_after_its_time(clock):
     judge.see(1, _sign())  # the same sign again is no sign of life
     assert judge.gone() is None
     clock[0] += 2
-    assert "rank 1 (host far, pid 99) is gone: no sign of life for 15 s" in judge.gone()
+    assert "rank 1 (host far, pid 99) is gone: no heartbeat for 15 s" in judge.gone()
     judge.reset()
     assert judge.gone() is None
     clock[0] += SILENT_S + 1

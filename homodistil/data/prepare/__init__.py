@@ -1,1 +1,1 @@
-"""Text -> tokenised, filtered, packed and cached corpus: shards, then one merge."""
+"""Text -> tokenised, filtered, packed and cached corpus: first shards, then one merge."""

@@ -1,4 +1,4 @@
-"""`--task N --tasks M` of launcher/prepare_data.py: which of several array tasks this one is."""
+"""`--task N --tasks M` of launcher/prepare_data.py: the index of this array task, and the number of array tasks."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from homodistil.errors import UserError
 
 
 def split_task(argv: list[str]) -> tuple[tuple[int, int], list[str]]:
-    """((task, tasks), the other arguments); (0, 1) where none is given.
+    """((task, tasks), all other arguments); (0, 1) if neither option is given.
 
     Raises:
-        UserError: only one of them, no numbers, or not 0 <= task < tasks.
+        UserError: only one option is given, a value is not a number, or not 0 <= task < tasks.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--task")

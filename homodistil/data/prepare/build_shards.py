@@ -1,7 +1,7 @@
-"""Makes the shards of a plan that are not made yet: here, in worker processes, or as one of several array tasks.
+"""Makes the missing shards of a plan: in this process, in worker processes, or as one of several array tasks.
 
-Whoever makes a shard holds its lock, which the system takes back when a process dies; so any number of starters share
-the work, none waits for another's, and a killed one is simply started again.
+A process that makes a shard holds its file lock, which the system releases if the process dies. Any number of jobs can
+thus share the work, take shards that are free without waiting, and be started again after they were killed.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ class Preparation:
     """The shards of one corpus in `folder`.
 
     Args:
-        folder: <cache_dir>/parts/<plan>; made as needed, given up once the corpus is there.
-        plan: the same for everybody who works on it.
+        folder: <cache_dir>/parts/<plan>; made if necessary, deleted once the corpus exists.
+        plan: the same in all processes that make shards.
         recipe: how a shard is made.
-        is_over: says whether the corpus is there already, so that no shard is needed any more.
+        is_over: returns whether the corpus exists already, so that no shard is needed any more.
     """
 
     def __init__(self, folder: Path, plan: Plan, recipe: Recipe, is_over: Callable[[], bool]) -> None:
@@ -44,12 +44,12 @@ class Preparation:
         return self.folder / f"{index:05d}"
 
     def unfinished(self, with_checksums: bool = False) -> list[int]:
-        """Numbers of shards that are missing or damaged."""
+        """Numbers of the shards that are missing or damaged. Without checksums, changed bytes are not noticed."""
         numbers = range(len(self.plan.shards))
         return [index for index in numbers if damage(self.shard_folder(index), with_checksums)]
 
     def set_aside_altered(self) -> list[int]:
-        """Take finished shards whose content is not what it was out of the way, with a warning; returns them."""
+        """Delete shards that are damaged, judged by their checksums, with a warning. Returns their numbers."""
         altered = self.unfinished(with_checksums=True)
         for index in altered:
             with self._lock(index):
@@ -58,7 +58,10 @@ class Preparation:
         return altered
 
     def make(self, wanted: Iterable[int], workers: int) -> None:
-        """Finish the shards with these numbers; returns once they are, whoever made them.
+        """Make the shards with the numbers `wanted`; returns once all are finished, by this or other processes.
+
+        Args:
+            workers: maximum number of worker processes; 0 or 1: none.
 
         Raises:
             UserError: a source cannot be read, the disk is full, or a worker process was killed.
@@ -71,7 +74,7 @@ class Preparation:
                 _in_processes(lambda count: self._make_free(missing, count), min(workers, len(missing)), advance)
             else:
                 self._make_free(missing, advance)
-            for index in missing:  # those that others have in hand
+            for index in missing:  # wait for those that other processes are making
                 self._finish(index, advance, timeout=-1)
 
     def _make_free(self, missing: list[int], advance: Callable[[int], None]) -> None:
@@ -89,7 +92,7 @@ class Preparation:
         except Timeout:
             return
         except FileNotFoundError:
-            if not self._is_over():  # else its folder was given up a moment ago
+            if not self._is_over():  # otherwise its folder has just been deleted
                 raise
 
     def _make_one(self, index: int, advance: Callable[[int], None]) -> None:
@@ -121,7 +124,7 @@ def _progress(total: int) -> Iterator[Callable[[int], None]]:
 
 
 def _in_processes(work: Callable, num: int, advance: Callable[[int], None]) -> None:
-    """Run `work(count)` in `num` forked processes. The first one that fails ends the others."""
+    """Run `work(count)` in `num` forked processes. The first failure ends all of them."""
     context = multiprocessing.get_context("fork")
     counter = context.Value("q", 0)
     pipes = [context.Pipe(duplex=False) for _ in range(num)]
@@ -162,10 +165,10 @@ def _raise_failure(process: multiprocessing.Process, receiver: Connection) -> No
 
 def _worker(work: Callable, counter, sender: Connection, parent: int) -> None:
     ignore_in_worker()
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core a worker
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core per worker
 
     def advance(num_bytes: int) -> None:
-        if os.getppid() != parent:  # killed: nobody wants this any more
+        if os.getppid() != parent:  # the parent was killed, so the work is no longer needed
             os._exit(1)
         with counter.get_lock():
             counter.value += num_bytes

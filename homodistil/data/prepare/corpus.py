@@ -2,7 +2,7 @@
 
     python launcher/prepare_data.py data.sources=[my_texts/]      # prepares it ahead of training
 
-`prepare_corpus` is called by every rank: the first one builds, the others wait, all map the same files.
+`prepare_corpus` may be called by several processes: the first one builds, all others wait, and all map the same files.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ from homodistil.data.tokenizer import check_text_is_known
 from homodistil.errors import UserError
 
 _FIRST_DOCUMENTS, _FIRST_TOKENS = 20, 200
-_FORMAT_VERSION = 1  # of the cached blocks; raise it when reading, splitting or packing changes
+_FORMAT_VERSION = 1  # of the cached blocks; increase it when reading, splitting or packing changes
 
 
 class Rows:
-    """Blocks of one split, memory-mapped. `rows[ids]` -> (n, seq_len) int64, padded at the end only."""
+    """Memory-mapped blocks of one split. `rows[ids]` is (n, seq_len) int64; only the last block has padding."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._blocks = np.load(path, mmap_mode="r")
-        # Deleting the file takes nothing from us while it is open; cutting it short does, and must be noticed.
+        # Deleting the file does no harm while it is open; truncating it does, and must be noticed.
         self._file = open(path, "rb")
         self._num_bytes = os.fstat(self._file.fileno()).st_size
 
@@ -52,7 +52,7 @@ class Rows:
         return len(self._blocks)
 
     def __getitem__(self, ids: np.ndarray | list[int]) -> np.ndarray:
-        if os.fstat(self._file.fileno()).st_size < self._num_bytes:  # touching the map beyond its end is fatal (SIGBUS)
+        if os.fstat(self._file.fileno()).st_size < self._num_bytes:  # reading the map beyond the end is fatal (SIGBUS)
             raise UserError(
                 f"{self.path}: was cut short while it was being read; run again with run.resume=auto, which prepares "
                 f"the corpus again"
@@ -60,7 +60,7 @@ class Rows:
         return np.asarray(self._blocks[np.asarray(ids, dtype=np.int64)], dtype=np.int64)
 
     def __reduce__(self) -> tuple:
-        # A memmap would travel to a loader process with its whole content.
+        # Otherwise a memmap would be pickled with its whole content for a loader process.
         return Rows, (self.path,)
 
 
@@ -69,17 +69,17 @@ class Corpus:
     train: Rows
     heldout: Rows
     fingerprint: str
-    """Hash of everything the blocks depend on; equal fingerprints mean equal blocks."""
+    """Hash of everything that the blocks depend on; equal fingerprints mean equal blocks."""
     description: str
     """One line: documents, tokens and blocks of each split."""
 
     def names(self) -> tuple[Path, Path, str, str]:
-        """What another process needs to map the same files."""
+        """Plain values from which another process can map the same files (`named`)."""
         return self.train.path, self.heldout.path, self.fingerprint, self.description
 
     @classmethod
     def named(cls, names: tuple[Path, Path, str, str]) -> Corpus:
-        """The corpus of these `names`, mapped by this process."""
+        """The corpus for the values of `names()`, mapped by this process."""
         train, heldout, fingerprint, description = names
         return cls(Rows(train), Rows(heldout), fingerprint, description)
 
@@ -87,16 +87,18 @@ class Corpus:
 def prepare_corpus(
     config: DataConfig, tokenizer: PreTrainedTokenizerBase, accept: Callable[[str], None] = lambda _: None
 ) -> Corpus:
-    """The corpus, from the cache where it has been prepared before; what a killed process finished is taken over.
+    """The corpus, from the cache if it has been prepared before. Shards that a killed process has finished are reused.
 
-    A cached one of up to `CHECKED_AT_ONCE_BYTES` is hashed here; a larger one is the caller's to check (integrity.py).
+    A cached corpus of up to `CHECKED_AT_ONCE_BYTES` is verified by its hashes; the caller must verify a larger one
+    (`integrity.BackgroundCheck`).
 
     Args:
-        accept: is given the fingerprint before anything is prepared, and may raise.
+        tokenizer: of the teacher.
+        accept: called with the fingerprint before anything is prepared; may raise.
 
     Raises:
-        UserError: a source is missing, unreadable or without text; fewer than two documents; `seq_len` too long for
-            the tokenizer's model; a package or hub data set cannot be fetched; a filter's library is not installed.
+        UserError: a source is missing, unreadable or without text; there are fewer than two documents; `seq_len` is too
+            long for the model; a package or hub data set cannot be downloaded; the library of a filter is missing.
     """
     order = _Order(config, tokenizer)
     accept(order.fingerprint)
@@ -104,24 +106,24 @@ def prepare_corpus(
 
 
 def prepare_share(config: DataConfig, tokenizer: PreTrainedTokenizerBase, task: int, tasks: int) -> Corpus | str:
-    """One array task's part of the work: every `tasks`-th shard.
+    """The work of one array task: make every `tasks`-th shard, beginning with number `task`.
 
     Returns:
-        The corpus for the task that finishes last, which merges the shards; for the others a line on what is left.
+        The corpus, in the task that finishes last and merges the shards; in all other tasks a line on what is left.
 
     Raises:
-        UserError: as `prepare_corpus`.
+        UserError: as in `prepare_corpus`.
     """
     return _Order(config, tokenizer).share(task, tasks)
 
 
 def shards_of(config: DataConfig, tokenizer: PreTrainedTokenizerBase, folder: Path) -> Preparation:
-    """The shards of a corpus, to be made in `folder` apart from the cache, whether the corpus is there or not."""
+    """The preparation of the shards of a corpus in `folder` instead of the cache, even if the corpus exists."""
     return _Order(config, tokenizer).preparation(folder, lambda: False)
 
 
 class _Order:
-    """A corpus that is asked for, with its sources opened."""
+    """A request for a corpus, with its sources opened."""
 
     def __init__(self, config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> None:
         self._backend, task = check_tokenizer(config, tokenizer), task_of(config)
@@ -133,7 +135,7 @@ class _Order:
         self._target = self._cache_dir / "corpora" / self.fingerprint
 
     def whole(self, checked_bytes: float = math.inf) -> Corpus:
-        """Args: checked_bytes: blocks of a cached corpus that are not more than this are hashed."""
+        """The corpus, built if necessary. A cached corpus of at most `checked_bytes` is verified by its hashes."""
 
         def damage(folder: Path) -> str | None:
             if problem := structure_damage(folder):
@@ -178,7 +180,7 @@ class _Order:
         )
 
     def _check_language(self, plan: Plan) -> None:
-        """Refuse a source whose first text the tokenizer does not know, before all of it is tokenised."""
+        """Raise `UserError` for a source whose first tokens are unknown, before all of it is tokenised."""
         first = {shard.source: shard.spans[0] for shard in reversed(plan.shards)}
         for index, span in first.items():
             source, ids = self._sources[index], []
@@ -208,7 +210,7 @@ def check_tokenizer(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> T
             f"data.seq_len: found {config.seq_len}, the teacher takes at most {tokenizer.model_max_length} tokens; "
             f"lower data.seq_len"
         )
-    # The copy is the caller's tokenizer as saved: settings of earlier calls must not change the fingerprint.
+    # Earlier calls may have changed the truncation of the tokenizer, which must not affect the fingerprint.
     content = json.loads(tokenizer.backend_tokenizer.to_str())
     content["truncation"] = content["padding"] = None
     return Tokenizer.from_str(json.dumps(content))
@@ -225,7 +227,7 @@ def _fingerprint(config: DataConfig, sources: list[Source], backend: Tokenizer, 
         "seq_len": config.seq_len,
         "heldout_fraction": config.heldout_fraction,
     }
-    # Only where they say something: corpora of before they existed stay what they were.
+    # Added only if they are used, so that older corpora keep their fingerprints.
     if any(source.weight != 1 for source in sources):
         parts["weights"] = [source.weight for source in sources]
     if used := versions(config):

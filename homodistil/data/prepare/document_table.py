@@ -1,4 +1,4 @@
-"""What is known of every document of a corpus, read from its finished shards; some 30 bytes per document in memory."""
+"""A table of all documents of a corpus, read from its finished shards; about 30 bytes per document in memory."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from homodistil.data.prepare.packing import Rows
 from homodistil.data.prepare.shard_plan import Plan
 from homodistil.data.prepare.shards import DOCUMENTS, TOKENS
 
-_ROW_TOKENS = 1 << 20  # of a document, and of all documents, in memory at once
+_ROW_TOKENS = 1 << 20  # maximum per row, and in memory at once
 
 
 @dataclass
 class DocumentTable:
-    """All documents in corpus order, (N,) each."""
+    """Columns of all N documents in corpus order, (N,) each."""
 
     hashes: np.ndarray  # uint64
     num_tokens: np.ndarray  # int64
@@ -25,16 +25,16 @@ class DocumentTable:
     dropped_by: np.ndarray  # uint8, 0 = kept
     source_of: np.ndarray  # int32
     first: list[int]
-    """Number of each shard's first document."""
+    """Number of the first document of each shard."""
 
     @property
     def is_kept(self) -> np.ndarray:
-        """Neither filtered out nor without tokens."""
+        """(N,) bool: documents that have tokens and were not filtered out."""
         return (self.dropped_by == 0) & (self.num_tokens > 0)
 
 
 def document_table(plan: Plan, folders: list[Path]) -> DocumentTable:
-    """Args: plan, and the folder of each of its shards."""
+    """Read the table from `folders`, the folders of the finished shards of `plan` in order."""
     sizes = [len(_documents(folder)) for folder in folders]
     first = np.cumsum([0, *sizes])
     total = int(first[-1])
@@ -57,7 +57,7 @@ def _documents(folder: Path) -> np.ndarray:
 
 
 def token_rows(folder: Path, first: int, dtype: np.dtype) -> Iterator[Rows]:
-    """A shard's tokens, a bounded number at a time.
+    """Tokens of a shard, a limited number at a time; long documents are several rows.
 
     Args:
         folder: of the shard.
@@ -82,7 +82,7 @@ def token_rows(folder: Path, first: int, dtype: np.dtype) -> Iterator[Rows]:
 
 
 def chosen(rows: Rows, is_chosen: np.ndarray) -> Rows:
-    """The rows of chosen documents.
+    """The rows of the chosen documents.
 
     Args:
         is_chosen: (N,) bool, over the documents of the corpus.

@@ -1,6 +1,6 @@
-"""Judgements on one document by well-kept libraries: Gopher's rules (datatrove), MinHash signatures (datasketch).
+"""Filters for documents from maintained libraries: Gopher's rules (datatrove), MinHash signatures (datasketch).
 
-Both are optional: they are imported, and missed, only when the config asks for them.
+Both libraries are optional, and imported only if the config uses them.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from homodistil.config.schema import DataConfig
 from homodistil.errors import UserError
 
 HEAD_CHARS = 1 << 18
-"""A document is judged by so many characters from its start, so that a long one need not be in memory."""
+"""A document is judged by this many characters at its start, so that a long one need not be in memory."""
 NUM_HASHES = 128
 SIMILARITY = 0.8
-"""Jaccard similarity of word 5-grams from which on two documents count as nearly the same."""
+"""Documents with at least this Jaccard similarity of their word 5-grams count as near-duplicates."""
 _SHINGLE_WORDS = 5
 
 KEPT, QUALITY, REPETITION, NEAR_DUPLICATE = range(4)
@@ -27,7 +27,7 @@ _WORD = re.compile(r"\w+(?:['\u2019-]\w+)*|[^\w\s]+")
 
 
 class Filters:
-    """The filters that a config asks for. Raises `UserError` where their library is not installed."""
+    """The filters of a config. Raises `UserError` if a library is not installed."""
 
     def __init__(self, config: DataConfig) -> None:
         self.near_duplicates = config.near_duplicates == "minhash"
@@ -36,18 +36,18 @@ class Filters:
         self.are_any = self.near_duplicates or self._rules is not None
 
     def judge(self, text: str) -> int:
-        """KEPT, or why the document goes: QUALITY, REPETITION."""
+        """KEPT, or the reason to drop the document: QUALITY or REPETITION."""
         return self._rules(text) if self._rules else KEPT
 
     def signature(self, text: str) -> np.ndarray:
-        """(NUM_HASHES,) uint32; equal entries of two documents estimate their similarity."""
+        """MinHash signature, (NUM_HASHES,) uint32. The share of equal entries estimates the similarity of documents."""
         words = text.lower().split()
         shingles = {" ".join(words[i : i + _SHINGLE_WORDS]) for i in range(max(1, len(words) - _SHINGLE_WORDS + 1))}
         return self._signature(shingles)
 
 
 def versions(config: DataConfig) -> dict[str, str]:
-    """Versions of the libraries that decide what stays; part of the corpus's fingerprint."""
+    """Versions of the libraries of the filters in use, which are part of the fingerprint of the corpus."""
     wanted = {"datatrove": config.boilerplate_filter != "none", "datasketch": config.near_duplicates != "none"}
     by_library = {}
     for name in (name for name, is_wanted in wanted.items() if is_wanted):
@@ -56,8 +56,8 @@ def versions(config: DataConfig) -> dict[str, str]:
     return by_library
 
 
-# datatrove's own package leaves out two that its filters import. Never the extra `homodistil[data]`: the package of
-# that name on the public index is not this project.
+# The package of datatrove does not require two packages that its filters import. The advice does not name the extra
+# `homodistil[data]`, because the package homodistil on the public index is not this project.
 _INSTALLED_AS = {"datatrove": "datatrove humanize loguru", "datasketch": "datasketch"}
 
 
@@ -78,13 +78,13 @@ def _gopher_rules() -> Callable[[str], int]:
     Whitespace = _need("datatrove", "datatrove.utils.word_tokenizers").WhitespaceTokenizer
 
     class Words(Whitespace):
-        """datatrove splits words with spaCy; its rules need no more than words and punctuation."""
+        """Splits text into words and punctuation, which suffices for the rules; datatrove itself uses spaCy."""
 
         def word_tokenize(self, text: str) -> list[str]:
             return _WORD.findall(text)
 
     words = Words()
-    # Books are longer than the rule for web pages allows, and are judged by their start anyway.
+    # Books are longer than the rule for web pages allows, and only their start is judged anyway.
     quality = filters.GopherQualityFilter(language=words, max_doc_words=None)
     repetition = filters.GopherRepetitionFilter(language=words)
 
@@ -107,11 +107,11 @@ def _minhash() -> Callable[[set[str]], np.ndarray]:
         return minhash.hashvalues.astype(np.uint32)
 
     first = datasketch.MinHash(NUM_HASHES, hashfunc=xxhash.xxh32_intdigest)
-    shared, scheme = first.permutations, first.scheme  # making them anew takes longer than a document's hashes
+    shared, scheme = first.permutations, first.scheme  # making them again takes longer than hashing a document
     return signature
 
 
 def bands() -> tuple[int, int]:
-    """(bands, rows a band) at which documents of SIMILARITY become candidates, as datasketch chooses them."""
+    """(number of bands, rows per band) that datasketch chooses for the threshold SIMILARITY."""
     lsh = _need("datasketch").MinHashLSH(threshold=SIMILARITY, num_perm=NUM_HASHES)
     return lsh.b, lsh.r

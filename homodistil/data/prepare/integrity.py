@@ -1,7 +1,7 @@
-"""Whether a prepared corpus still is what was written: its structure at a glance, its content by sha256.
+"""Verifies a prepared corpus: its structure quickly, its content by sha256.
 
-A small corpus is checked before training. A large one is hashed beside the start of training; whoever writes down what
-was trained on it waits for the answer first.
+A small corpus is verified before training. A large one is hashed in a thread while training starts; nothing that was
+trained on it is saved before the result is known.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from homodistil.data.prepare.merge import MANIFEST_FILE, SUMMARY_FILE
 from homodistil.files import file_sha256
 
 CHECKED_AT_ONCE_BYTES = 1 << 30
-"""Largest file of blocks that is hashed at start; that takes a second or two."""
+"""Largest corpus that is hashed before training, which takes a second or two."""
 _SPLITS = ("train", "heldout")
 _COUNTS = ("documents", "tokens", "blocks")
 
 
 def structure_damage(folder: Path) -> str | None:
-    """What is missing, cut short or of another form in a prepared corpus; None: nothing. Reads no block.
+    """What is missing, truncated or malformed in a prepared corpus; None if nothing is. Reads no blocks.
 
     Raises:
-        OSError: the folder is there and cannot be read.
+        OSError: the folder exists but cannot be read.
     """
     try:
         summary, manifest = json_object(folder / SUMMARY_FILE), json_object(folder / MANIFEST_FILE)
@@ -48,7 +48,7 @@ def structure_damage(folder: Path) -> str | None:
 
 
 def content_damage(folder: Path) -> str | None:
-    """Which blocks are not those that the manifest has the checksum of; None: all are. Reads everything."""
+    """Which split does not have the sha256 in the manifest; None if both have. Reads all blocks."""
     if problem := structure_damage(folder):
         return problem
     checksums = json_object(folder / MANIFEST_FILE)["sha256"]
@@ -59,12 +59,12 @@ def content_damage(folder: Path) -> str | None:
 
 
 def blocks_bytes(folder: Path) -> int:
-    """Size of both splits."""
+    """Bytes of the files of both splits."""
     return sum((folder / f"{split}.npy").stat().st_size for split in _SPLITS)
 
 
 def json_object(path: Path) -> dict[str, Any]:
-    """Content of a JSON file. Raises ValueError, which names the file, when it is not one object; OSError."""
+    """The object in a JSON file. Raises ValueError that names the file if it is not an object; OSError."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -76,11 +76,11 @@ def json_object(path: Path) -> dict[str, Any]:
 
 def _array_damage(path: Path, num_blocks: int, seq_len: int) -> str | None:
     try:
-        # Compares the file's size with the shape in its header.
+        # Also compares the size of the file with the shape in its header.
         blocks = np.lib.format.open_memmap(path, mode="r")
     except OSError:
         raise
-    except Exception as error:  # numpy evaluates the header: damaged bytes raise whatever its parsers do
+    except Exception as error:  # numpy evaluates the header, so damaged bytes can raise any exception
         return f"{path.name}: {type(error).__name__} in its header"
     if blocks.shape != (num_blocks, seq_len) or blocks.dtype.kind not in "iu":
         return f"{path.name} holds {blocks.shape} of {blocks.dtype}, expected {(num_blocks, seq_len)} token ids"
@@ -88,16 +88,16 @@ def _array_damage(path: Path, num_blocks: int, seq_len: int) -> str | None:
 
 
 class BackgroundCheck:
-    """Hashes a large corpus in a thread.
+    """Verifies a large corpus in a thread; does nothing for one that `prepare_corpus` has verified.
 
     Args:
-        folder: of the corpus; None: somebody else checks it.
+        folder: of the corpus; None: another process verifies it.
     """
 
     def __init__(self, folder: Path | None) -> None:
         self._folder, self._problem = folder, None
         self.is_settled = False
-        """Whether all ranks have heard the answer."""
+        """Whether all ranks know the result; set by the caller."""
         self._thread = threading.Thread(target=self._run, name="corpus check", daemon=True)
         if folder is not None and blocks_bytes(folder) > CHECKED_AT_ONCE_BYTES:
             self._thread.start()
@@ -115,7 +115,7 @@ class BackgroundCheck:
         )
 
     def problem(self) -> str | None:
-        """One line on what is wrong, None if nothing is; waits for the thread. What is damaged is removed."""
+        """Wait for the thread. Returns a line on the damage, None if there is none; a damaged corpus is deleted."""
         if self._thread.ident is None:
             return None
         self._thread.join()

@@ -1,7 +1,7 @@
 """Finished shards -> `train.npy`, `heldout.npy` (n, seq_len), `corpus.json` and `manifest.json`.
 
-Duplicates and the split are decided over all documents; then every shard is read once, in order. Whoever made the
-shards, in whatever pieces, the files are the same to the byte.
+Duplicates and the split are determined over all documents; then every shard is read once, in order. The files do not
+depend on how the text was divided into shards, nor on which processes made these.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def merge(folder: Path, plan: Plan, shards: list[Path], recipe: Recipe, frame: F
     """Fill `folder`.
 
     Args:
-        folder: an empty one.
+        folder: an empty folder.
         plan: of the corpus.
         shards: folder of each shard, all finished.
         recipe: that made them.
@@ -39,7 +39,8 @@ def merge(folder: Path, plan: Plan, shards: list[Path], recipe: Recipe, frame: F
         config: seq_len, heldout_fraction, and what the manifest reports.
 
     Raises:
-        UserError: a source holds no text (or none that the filters keep), or there are fewer than two documents.
+        UserError: a source has no text (or none that the filters keep), there are fewer than two documents, or no text
+            is left for training.
     """
     table = document_table(plan, shards)
     _drop_duplicates(table, shards, recipe, config)
@@ -68,11 +69,11 @@ def merge(folder: Path, plan: Plan, shards: list[Path], recipe: Recipe, frame: F
 
 
 class _Side:
-    """One split on its way to disk.
+    """Writes one split.
 
     Args:
-        is_on: (N,) bool, its documents.
-        weights: of the sources. Where they are not all 1, every source is packed by itself.
+        is_on: (N,) bool, the documents of the split.
+        weights: of the sources. Unless all are 1, every source is packed separately.
     """
 
     def __init__(
@@ -137,8 +138,7 @@ def _check_every_source_has_text(table: DocumentTable, recipe: Recipe) -> None:
 
 
 def _check_training_text(table: DocumentTable, config: DataConfig) -> None:
-    """Raise `UserError` unless of each source at least one document stays for training; a fraction that means all of
-    them is a mistake."""
+    """Raise `UserError` if `data.heldout_fraction` would leave no document for training."""
     num_documents = int(table.is_kept.sum())
     if num_documents > 1 and round(config.heldout_fraction * num_documents) >= num_documents:
         raise UserError(

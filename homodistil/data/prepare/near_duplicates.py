@@ -1,8 +1,7 @@
-"""Documents that are nearly the same as an earlier one: MinHash signatures of all shards, compared band by band.
+"""Finds documents that are near-duplicates of an earlier one: MinHash signatures of all shards, compared by bands.
 
-In each band, documents whose hashes in it are equal are candidates; each is compared with the first of them, whole
-signature with whole signature. The signatures stay on disk; in memory are the hashes of one band, a slice of their
-range at a time.
+Documents that agree in a whole band are candidates; the whole signature of each candidate is compared with that of the
+first of them. The signatures stay on disk. Only the hashes of one band, for a slice of their range, are in memory.
 """
 
 from __future__ import annotations
@@ -16,17 +15,17 @@ import xxhash
 from homodistil.data.prepare.filters import NUM_HASHES, SIMILARITY, bands
 from homodistil.data.prepare.shards import SIGNATURES
 
-_SLICE_DOCUMENTS = 16_000_000  # in memory at once, 16 bytes each; more documents mean more passes over the signatures
+_SLICE_DOCUMENTS = 16_000_000  # in memory at once, 16 bytes each; with more, the signatures are read several times
 _BATCH = 1 << 14
 
 
 def later_copies(shards: list[Path], first: list[int], is_wanted: np.ndarray) -> np.ndarray:
-    """Numbers (ascending) of documents that are nearly the same as an earlier one.
+    """Numbers (ascending) of the documents that are near-duplicates of an earlier one.
 
     Args:
         shards: folders of finished shards in corpus order.
-        first: number of each one's first document.
-        is_wanted: (N,) bool; others neither go nor make others go.
+        first: number of the first document of each shard.
+        is_wanted: (N,) bool; all other documents are ignored.
     """
     signatures = [_mapped(folder) for folder in shards]
     num_bands, rows = bands()
@@ -50,7 +49,7 @@ def _mapped(folder: Path) -> np.ndarray:
 
 
 def _keys(signatures, first, is_wanted, columns: slice, part: int, num_slices: int) -> tuple[np.ndarray, np.ndarray]:
-    """(hashes of one band, document numbers) of one slice of the hashes' range, (n,) each."""
+    """(hashes of one band, document numbers), (n,) each, for the hashes in slice `part` of `num_slices`."""
     keys, numbers = [np.empty(0, np.uint64)], [np.empty(0, np.int64)]
     for start, block in zip(first, signatures, strict=True):
         for offset in range(0, len(block), _BATCH):
@@ -64,7 +63,7 @@ def _keys(signatures, first, is_wanted, columns: slice, part: int, num_slices: i
 
 
 def _candidates(keys: np.ndarray, documents: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(first document of a set with equal keys, another one of it), in batches."""
+    """(first documents, later documents) of all sets of documents with equal keys, as pairs, in batches."""
     order = np.argsort(keys, kind="stable")  # documents ascend, so the first of a set is the earliest
     keys, documents = keys[order], documents[order]
     is_first = np.append(True, keys[1:] != keys[:-1])[: len(keys)]
@@ -82,7 +81,7 @@ def _similarity(signatures, first, left: np.ndarray, right: np.ndarray) -> np.nd
 
 
 def _rows(signatures, first, documents: np.ndarray) -> np.ndarray:
-    """Signatures of some documents, (n, NUM_HASHES) uint32."""
+    """Signatures of `documents`, (n, NUM_HASHES) uint32."""
     shard_of = np.searchsorted(first, documents, "right") - 1
     rows = np.empty((len(documents), NUM_HASHES), dtype=np.uint32)
     for shard in np.unique(shard_of):

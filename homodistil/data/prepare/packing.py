@@ -15,7 +15,7 @@ from homodistil.errors import UserError
 
 
 class Rows(NamedTuple):
-    """Some documents, or pieces of a long one, in order."""
+    """Consecutive rows, each a document or a part of a long one."""
 
     documents: np.ndarray  # (rows,) int64
     lengths: np.ndarray  # (rows,) int64, tokens per row
@@ -23,20 +23,23 @@ class Rows(NamedTuple):
 
 
 def split(hashes: np.ndarray, source_of: np.ndarray, fraction: float) -> np.ndarray:
-    """1 for held-out documents, 0 for training: the `fraction` of each source with the smallest content hashes.
+    """Split documents: the `fraction` of each source with the smallest content hashes is held out.
 
-    Depends on content alone; equal documents of a source fall on the same side, unless all of them are equal. Every
-    source with two documents or more is on both sides; sources of a single document are split as if they were one.
+    The split depends on content only, and equal documents of a source are on the same side, unless all are equal. Every
+    source with at least two documents is on both sides; sources with a single document are split as one source.
 
     Args:
-        hashes: (N,) uint64.
-        source_of: (N,) index of the source, -1 = not a document.
+        hashes: content hashes, (N,) uint64.
+        source_of: index of the source, (N,); -1 for documents that are left out.
         fraction: in (0, 1).
 
+    Returns:
+        (N,) int8: 1 for held-out documents, 0 for training.
+
     Raises:
-        UserError: nothing to hold out, that is, fewer than two documents.
+        UserError: there are fewer than two documents, so that none can be held out.
     """
-    counts = np.append(np.bincount(source_of[source_of >= 0]), 0)  # the last: looked up by -1
+    counts = np.append(np.bincount(source_of[source_of >= 0]), 0)  # the last entry is for source -1
     group_of = np.where(counts[source_of] == 1, len(counts), source_of).astype(np.int32)
     is_heldout = np.zeros(len(hashes), dtype=np.int8)
     for group in np.unique(group_of[group_of >= 0]):
@@ -54,7 +57,7 @@ def split(hashes: np.ndarray, source_of: np.ndarray, fraction: float) -> np.ndar
 
 
 def _smallest(hashes: np.ndarray, wanted: int) -> np.ndarray:
-    """(N,) whether a hash is among the `wanted` smallest; more or fewer, where a set of equal ones would be torn."""
+    """(N,) bool: the `wanted` smallest hashes; more or fewer if a set of equal hashes would be divided."""
     ordered = np.sort(hashes)
     low, high = (int(np.searchsorted(ordered, ordered[wanted], side)) for side in ("left", "right"))
     if low == 0 and high == len(ordered):  # all are equal
@@ -77,12 +80,12 @@ class BlockFile:
         self._sha256.update(content)
 
     def add(self, blocks: np.ndarray) -> None:
-        """Blocks (n, seq_len)."""
+        """Append blocks, (n, seq_len)."""
         self._left -= len(blocks)
         self.write(blocks.astype(self._dtype).tobytes())
 
     def close(self) -> str:
-        """Hex sha256, once everything is on the disk."""
+        """fsync and close the file. Returns its sha256 (hex)."""
         assert self._left == 0, self._left
         self._file.flush()
         os.fsync(self._file.fileno())
@@ -120,7 +123,7 @@ class Packer:
         return int(made * self._weight)
 
     def add(self, rows: Rows, out: BlockFile) -> None:
-        """The next documents; rows of no tokens do not count."""
+        """Append the next rows; write all full blocks."""
         values = np.concatenate((self._rest, self._joined(rows)))
         full = len(values) // self._body
         blocks = framed(values[: full * self._body].reshape(full, self._body), self._frame)

@@ -1,7 +1,7 @@
-"""Sources -> shards: a fixed list of about equally large pieces of work, cut between documents.
+"""Sources -> shards: a fixed list of units of work of about the same size, cut between documents.
 
-The list depends on the files and `data.shard_bytes` alone, so that any number of workers and array tasks, started at
-any time, means the same by shard 17.
+The list depends only on the files and `data.shard_bytes`. A shard number thus means the same text in all workers and
+array tasks, whenever they are started.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from homodistil.data.sources.sources import Source
 from homodistil.data.sources.text_files import TextFile
 
 _PART_BYTES = 16 << 20  # of a line in memory at once
-_PARTS_VERSION = 1  # of what shards.py writes; raise it when that changes
+_PARTS_VERSION = 1  # of the files that shards.py writes; increase it when they change
 
 
 class Shard(NamedTuple):
@@ -35,16 +35,16 @@ class Shard(NamedTuple):
 class Plan:
     shards: list[Shard]
     hash: str
-    """sha256 of everything that a finished shard depends on, and of what becomes of it."""
+    """sha256 of everything that the shards and the corpus depend on."""
 
 
 def make_plan(sources: list[Source], shard_bytes: int, fingerprint: str) -> Plan:
     """Shards in the order of sources, files and documents.
 
     Args:
-        sources: opened ones.
-        shard_bytes: text of a shard, about; a document that is longer stays whole.
-        fingerprint: of the corpus they are for.
+        sources: from `open_sources`.
+        shard_bytes: approximate bytes of text per shard; a longer document is not divided.
+        fingerprint: of the corpus.
 
     Raises:
         UserError: a file cannot be read.
@@ -59,7 +59,7 @@ def make_plan(sources: list[Source], shard_bytes: int, fingerprint: str) -> Plan
 
 
 def _grouped(spans: Iterator[Span], shard_bytes: int) -> Iterator[list[Span]]:
-    """Small files share a shard."""
+    """Group consecutive spans to shards of up to `shard_bytes`, so that small files share a shard."""
     held, num_bytes = [], 0
     for span in spans:
         if held and num_bytes + span.num_bytes > shard_bytes:
@@ -89,7 +89,7 @@ def _spans(source: Source, shard_bytes: int) -> Iterator[Span]:
 
 
 def _can_be_cut(source: Source, file: TextFile, size: int | None, shard_bytes: int) -> bool:
-    """Lines of a plain file whose documents are shorter than the file."""
+    """Whether a large, uncompressed file has several documents in lines, and can be read from any offset."""
     if size is None or size <= shard_bytes or file.compression:
         return False
     is_of_many = file.kind == ".jsonl" or (file.kind == ".txt" and source.text_documents == "paragraph")
@@ -97,7 +97,7 @@ def _can_be_cut(source: Source, file: TextFile, size: int | None, shard_bytes: i
 
 
 def _cuts(raw: BinaryIO, size: int, shard_bytes: int, is_blank_needed: bool) -> Iterator[int]:
-    """Offsets after a line end, or after a blank line, each the first one at least `shard_bytes` after the last."""
+    """Offsets of cuts after a line end or, if needed, a blank line: the first ones at least `shard_bytes` apart."""
     cut = shard_bytes
     while cut < size:
         raw.seek(cut - 1)
@@ -112,9 +112,9 @@ def _cuts(raw: BinaryIO, size: int, shard_bytes: int, is_blank_needed: bool) -> 
 
 
 def _line(raw: BinaryIO) -> tuple[int, bool]:
-    """(bytes of the next line, whether it is blank), however long it is."""
+    """(bytes of the next line, whether it is blank); a long line is read in parts."""
     num_bytes, is_blank = 0, True
-    limit = (_PART_BYTES,) if isinstance(raw, io.BufferedIOBase) else ()  # clients of stores know no limit
+    limit = (_PART_BYTES,) if isinstance(raw, io.BufferedIOBase) else ()  # clients of object stores have no limit
     while part := raw.readline(*limit):
         num_bytes += len(part)
         is_blank = is_blank and not part.decode("utf-8", "replace").strip()

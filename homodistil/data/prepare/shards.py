@@ -1,7 +1,7 @@
-"""One shard: text -> a folder of tokens, with a summary of counts and checksums. It appears whole or not at all.
+"""Makes one shard: text -> a folder of tokens with a summary of counts and checksums, published atomically.
 
 NNNNN/tokens.bin       token ids of all documents, one after the other
-NNNNN/documents.npy    a row of DOCUMENT a document
+NNNNN/documents.npy    one row of dtype DOCUMENT per document
 NNNNN/signatures.bin   with data.near_duplicates: (documents, NUM_HASHES) uint32
 NNNNN/summary.json     counts, and size and sha256 of each file
 """
@@ -28,7 +28,7 @@ from homodistil.files import file_sha256
 
 TOKENS, DOCUMENTS, SIGNATURES, SUMMARY = "tokens.bin", "documents.npy", "signatures.bin", "summary.json"
 DOCUMENT = np.dtype([("hash", "<u8"), ("num_tokens", "<i8"), ("num_bytes", "<i8"), ("dropped_by", "u1")])
-# The tokenizer's own objects need some 100 bytes per token.
+# Limits the memory: the objects of the tokenizer need about 100 bytes per token.
 _BATCH_PIECES, _BATCH_CHARS = 4096, 1 << 20
 
 
@@ -37,7 +37,7 @@ class Recipe(NamedTuple):
 
     sources: list[Source]
     tokenizer: Tokenizer
-    """Fast tokenizer, without truncation and padding."""
+    """The fast tokenizer without truncation and padding."""
     filters: Filters
 
     @property
@@ -46,16 +46,16 @@ class Recipe(NamedTuple):
 
 
 def make_shard(folder: Path, shard: Shard, recipe: Recipe, advance: Callable[[int], None]) -> None:
-    """Fill `folder`, which does not exist yet, through a workspace beside it.
+    """Write a shard to `folder`, which must not exist yet. The caller holds the lock of the shard.
 
     Args:
-        advance: called now and then with the bytes of text tokenised since the last call.
+        advance: called repeatedly with the bytes of text tokenised since the last call.
 
     Raises:
         UserError: a source cannot be read.
     """
     scratch = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(scratch, ignore_errors=True)  # of a killed process: whoever calls holds the shard's lock
+    shutil.rmtree(scratch, ignore_errors=True)  # left by a killed process, as the caller holds the lock
     scratch.mkdir(parents=True)
     writer = _Writer(scratch, recipe, advance)
     for span in shard.spans:
@@ -66,7 +66,7 @@ def make_shard(folder: Path, shard: Shard, recipe: Recipe, advance: Callable[[in
 
 
 def damage(folder: Path, with_checksums: bool = False) -> str | None:
-    """What is missing, cut short or (only looked for with checksums) altered in a finished shard."""
+    """What is missing, truncated or (only with checksums) changed in a finished shard; None if nothing is."""
     try:
         files = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))["files"]
         if not {TOKENS, DOCUMENTS} <= files.keys():
@@ -84,12 +84,12 @@ def damage(folder: Path, with_checksums: bool = False) -> str | None:
 
 
 class _Writer:
-    """Documents -> the files of a shard, a batch of pieces at a time."""
+    """Writes documents to the files of a shard, in batches of pieces."""
 
     def __init__(self, folder: Path, recipe: Recipe, advance: Callable[[int], None]) -> None:
         self._folder, self._dtype, self._filters, self._advance = folder, recipe.token_dtype, recipe.filters, advance
         self._tokenizer = recipe.tokenizer
-        self._tokenizer.encode_special_tokens = True  # a text that spells "[MASK]" is three ordinary tokens
+        self._tokenizer.encode_special_tokens = True  # "[MASK]" in a text becomes three ordinary tokens
         self._files = {name: _HashedFile(folder / name) for name in self._names()}
         self._rows = array("Q"), array("q"), array("q"), array("B")
         self._texts: list[str] = []
@@ -100,7 +100,7 @@ class _Writer:
         return [TOKENS, SIGNATURES] if self._filters.near_duplicates else [TOKENS]
 
     def add_document(self, pieces) -> None:
-        """A document without any text but white space is none."""
+        """Add a document; one that consists of white space only is ignored."""
         hashes, num_tokens, num_bytes, dropped_by = self._rows
         number, digest, size, head = len(hashes), hashlib.blake2b(digest_size=8), 0, _Head(self._filters)
         for piece in pieces:
@@ -158,7 +158,7 @@ class _Writer:
 
 
 class _Head:
-    """The start of a document, as far as filters look at it."""
+    """The start of a document, up to the length that filters use."""
 
     def __init__(self, filters: Filters) -> None:
         self._left = HEAD_CHARS if filters.are_any else 0
@@ -174,7 +174,7 @@ class _Head:
 
 
 class _HashedFile:
-    """A file that is written once, from start to end."""
+    """A file that is written sequentially, with its size and sha256."""
 
     def __init__(self, path: Path) -> None:
         self._file, self._sha256, self._num_bytes = open(path, "wb"), hashlib.sha256(), 0
@@ -185,7 +185,7 @@ class _HashedFile:
         self._num_bytes += len(content)
 
     def close(self) -> dict:
-        """Size and checksum, once everything is on the disk."""
+        """fsync and close the file. Returns its size and sha256."""
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()

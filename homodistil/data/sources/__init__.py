@@ -1,1 +1,1 @@
-"""Where text and packaged models come from: files, URLs, the hub, packages."""
+"""Sources of text and packaged models: files, URLs, the Hugging Face hub, packages."""

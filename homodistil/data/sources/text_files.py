@@ -1,4 +1,4 @@
-"""Text files by path or URL: what kind they are, how large, and how to read them, on a disk or in object storage."""
+"""Text files by path or URL: kind, size and reading, on disk, web servers or object stores."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from homodistil.errors import UserError
 
 KINDS = (".txt", ".jsonl", ".parquet", ".xml")
 COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}
-_BLOCK_BYTES = 8 << 20  # of a remote file fetched at once
+_BLOCK_BYTES = 8 << 20  # of a remote file per request
 _IDENTITY = ("ETag", "etag", "md5Hash", "generation", "LastModified", "last_modified", "mtime", "created", "size")
 
 
@@ -26,7 +26,7 @@ class TextFile:
     """One file of a source."""
 
     location: str
-    """Path, or URL that fsspec knows (s3://, gs://, memory://, https://, ...)."""
+    """Path, or URL supported by fsspec (s3://, gs://, memory://, https://, ...)."""
 
     @property
     def is_remote(self) -> bool:
@@ -44,12 +44,12 @@ class TextFile:
 
     @property
     def compression(self) -> str | None:
-        """Name of the compression in fsspec, None for plain text."""
+        """Name of the compression in fsspec; None for plain text."""
         return COMPRESSIONS.get(self._last)
 
     @property
     def kind(self) -> str | None:
-        """One of KINDS, None for a file that is not read. Dumps come as NAME.xml.bz2 and NAME.xml-p1p41242.bz2."""
+        """One of KINDS; None for other files. The names of dumps are NAME.xml.bz2 and NAME.xml-p1p41242.bz2."""
         stem = self.location.removesuffix(self._last) if self.compression else self.location
         last = os.path.splitext(stem)[1]
         if last.startswith(".xml-p"):
@@ -58,7 +58,7 @@ class TextFile:
         return last if last in KINDS and not is_packed_parquet else None
 
     def num_bytes(self) -> int | None:
-        """Size of the stored file; None where a server does not report it. Raises `UserError`."""
+        """Size of the stored (compressed) file; None if a server does not report it. Raises `UserError`."""
         with self._errors():
             if not self.is_remote:
                 return os.stat(self.location).st_size
@@ -66,7 +66,7 @@ class TextFile:
             return filesystem.info(path).get("size")
 
     def has_ranges(self) -> bool:
-        """Whether parts of the file can be asked for: some web servers only send the whole."""
+        """Whether ranges of the file can be requested; some web servers only send whole files."""
         if not self.location.startswith(("http://", "https://")):
             return True
         with self._errors():
@@ -74,8 +74,7 @@ class TextFile:
             return bool(filesystem.info(path).get("partial"))
 
     def identity(self) -> str:
-        """What identifies the content of a remote file: it changes when the store reports a change. Raises
-        `UserError`."""
+        """A text that changes when the store reports a change of a remote file. Raises `UserError`."""
         with self._errors():
             filesystem, path = _filesystem(self.location)
             info = filesystem.info(path)
@@ -83,7 +82,11 @@ class TextFile:
 
     @contextlib.contextmanager
     def reading(self, unpack: bool = True) -> Iterator[BinaryIO]:
-        """The file opened for reading bytes; what goes wrong inside becomes a `UserError` that names it."""
+        """Open the file for reading bytes; errors inside this context become a `UserError` that names the file.
+
+        Args:
+            unpack: whether to decompress.
+        """
         with self._errors():
             compression = self.compression if unpack else None
             if not self.is_remote and compression is None:
@@ -113,9 +116,10 @@ class TextFile:
                 ) from None
             if not self.is_remote and type(error).__name__ != "ZstdError":
                 raise
-            raise self.unreadable(error) from None  # stores and their clients raise types of their own
+            raise self.unreadable(error) from None  # clients of stores raise exceptions of many types
 
     def unreadable(self, error: Exception) -> UserError:
+        """The `UserError` for an `error` while the file was read."""
         reason = " ".join(str(getattr(error, "strerror", None) or error or type(error).__name__).split())
         if not self.is_remote:
             is_of_system = isinstance(error, OSError) and error.errno is not None
@@ -129,7 +133,7 @@ class TextFile:
 
 
 class _Forward(io.RawIOBase):
-    """Lines of what can only be read from start to end; fsspec's own would seek."""
+    """A raw stream that is only read from start to end; line reading in fsspec would seek."""
 
     def __init__(self, raw: BinaryIO) -> None:
         self._raw = raw
@@ -148,9 +152,9 @@ def _is_missing_codec(error: Exception) -> bool:
 
 
 def check_regular(path: Path) -> None:
-    """Raise `UserError` unless `path` is a file that has an end: a pipe or a device would be read for ever.
+    """Raise `UserError` unless `path` is a regular file; reading a pipe or a device could take for ever.
 
-    Links are followed; one that leads nowhere or in a circle is named.
+    Links are followed; a broken or circular link is an error, too. Raises FileNotFoundError if there is nothing.
     """
     try:
         mode = path.stat().st_mode
@@ -187,12 +191,12 @@ def is_url(name: str) -> bool:
 
 
 def local_path(name: str) -> str:
-    """file:// URLs are paths like any other."""
+    """`name` without file://."""
     return name.removeprefix("file://")
 
 
 def remote_files(url: str) -> list[TextFile]:
-    """The file, or the readable kinds of file below the folder, in the order of their names. Raises `UserError`."""
+    """The file at `url`, or all files of a readable kind below it, in the order of their names. Raises `UserError`."""
     asked = TextFile(url)
     if asked.kind:
         asked.num_bytes()

@@ -1,13 +1,13 @@
-"""Ranks watch over each other: one that is dead or stuck ends the job with a line that names it, never a silent hang.
+"""Watchdog: if a rank dies or hangs, the job ends with a line that names this rank, instead of hanging silently.
 
-    with watching(rank_timeout_s):                   # job.run; a thread a rank, a store of its own on rank 0
-        progress(step, "training")                   # an assignment; every rank reports the same sequence
-        for batch in each("evaluating", batches):    # one report a batch
-        with long_phase("preparing data"):           # however long it takes
+    with watching(rank_timeout_s):                   # around the job; one thread per rank, connected to rank 0
+        progress(step, "training")                   # only an assignment; every rank reports the same sequence
+        for batch in each("evaluating", batches):    # one report per batch
+        with long_phase("preparing data"):           # may take longer than rank_timeout_s
 
-Every second a rank publishes a heartbeat (heartbeat.py): how many reports it has made (reports.py), the last one,
-how long ago that was, and the line of ours that its main thread is in. Rank 0 reads all signs and judges
-(failure_detector.py); the others read rank 0's and judge rank 0 (watchdog.py).
+Every second each rank sends a heartbeat (heartbeat.py) with the number of reports that it has made (reports.py), the
+last report and its age, and the current line of its main thread in this package. Rank 0 reads the heartbeats of all
+ranks and detects failures (failure_detector.py); all other ranks only watch rank 0 (watchdog.py).
 """
 
 from homodistil.distributed.watchdog.reports import TRAINING, each, long_phase, progress

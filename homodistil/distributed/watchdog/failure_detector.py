@@ -1,10 +1,10 @@
-"""Finds the rank that is lost or stuck from heartbeats and the times at which they changed, and names it in a sentence.
+"""Detects ranks that are lost or stuck from heartbeats and the times at which they changed.
 
-No two clocks are compared: the age of a heartbeat is measured by the rank that sees that it does not change.
+Clocks of different machines are never compared: the receiving rank measures for how long a heartbeat has not changed.
 
-* Gone: its process does not exist any more (where that can be looked up), or no heartbeat for SILENT_S.
-* Stuck: no report for `rank_timeout_s`, and nobody is in a long phase. Of the ranks that have reported least, those
-  that are not in a collective are to blame: all others wait for them.
+* Gone: the process does not exist any more (if that can be looked up), or sent no heartbeat for SILENT_S.
+* Stuck: no report for `rank_timeout_s`, and no rank is in a long phase. Of the ranks with the fewest reports, those
+  that are not in a collective are stuck; all others wait for them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class FailureDetector:
 
     Args:
         own_rank: the rank of this process, which is never reported as lost.
-        rank_timeout_s: after which a rank without a report is stuck.
+        rank_timeout_s: seconds without a report after which a rank counts as stuck.
     """
 
     def __init__(self, own_rank: int, rank_timeout_s: float) -> None:
@@ -33,37 +33,40 @@ class FailureDetector:
         self._closed: set[int] = set()
 
     def see(self, rank: int, sign: Heartbeat) -> None:
+        """Take in the newest heartbeat of `rank`."""
         if rank not in self._signs or self._signs[rank].beat != sign.beat:
             self._seen_s[rank] = time.monotonic()
         self._signs[rank] = sign
 
     def lose(self, rank: int) -> None:
-        """The connection to its process has ended."""
+        """Note that the connection to `rank` has ended."""
         self._closed.add(rank)
 
     def reset(self) -> None:
-        """This process itself was away (suspended, say): it cannot know how long the others were silent."""
+        """Restart all clocks after this process was suspended: it cannot know how long other ranks were silent."""
         self._seen_s = dict.fromkeys(self._seen_s, time.monotonic())
 
     def end_of(self, rank: int) -> tuple[int, str] | None:
+        """(exit code, reason) that `rank` has reported; None if it has not ended by itself."""
         return self._signs[rank].end if rank in self._signs else None
 
     def num_ended(self) -> int:
-        """Ranks that have said so, or are no more."""
+        """Number of ranks that have reported their end or closed their connection."""
         return sum(1 for rank, sign in self._signs.items() if sign.end or rank in self._closed)
 
     def num_present(self) -> int:
+        """Number of ranks whose connection is open, this one included."""
         return len(self._signs.keys() - self._closed)
 
     def first_failure(self) -> tuple[int, int, str] | None:
-        """(rank, exit code, reason) of a rank that has said that it failed."""
+        """(rank, exit code, reason) of a rank that has reported a failure; None if there is none."""
         for rank, sign in self._signs.items():
             if rank != self._own and sign.end and sign.end[0]:
                 return rank, *sign.end
         return None
 
     def gone(self) -> str | None:
-        """The ranks that are no more, as a sentence."""
+        """A sentence that names the ranks that are gone; None if there are none."""
         reasons = {rank: self._reason(rank, sign) for rank, sign in self._signs.items() if rank != self._own}
         silent = [
             f"{self._signs[rank].name(rank)} is gone: {reason}; last seen in {self._signs[rank].doing()}, "
@@ -74,7 +77,7 @@ class FailureDetector:
         return "; ".join(silent) or None
 
     def stuck(self) -> str | None:
-        """The ranks that the others wait for, as a sentence."""
+        """A sentence that names the ranks that are stuck, for which all others wait; None if there are none."""
         running = {rank: sign for rank, sign in self._signs.items() if not sign.end}
         if not running or any(sign.is_long for sign in running.values()):
             return None
@@ -103,8 +106,8 @@ class FailureDetector:
         if self._age_s(rank) < SILENT_S:
             return None
         if state is None:
-            return f"no sign of life for {SILENT_S:.0f} s (machine or network lost, or stopped by a signal)"
-        # A process that is merely busy in one long call shows that in its state; rank_timeout_s is for that.
+            return f"no heartbeat for {SILENT_S:.0f} s (machine or network lost, or stopped by a signal)"
+        # A process that is busy in one long call is not stopped; rank_timeout_s applies to it.
         return f"stopped by a signal for {SILENT_S:.0f} s" if state == psutil.STATUS_STOPPED else None
 
     def _is_here(self, sign: Heartbeat) -> bool:

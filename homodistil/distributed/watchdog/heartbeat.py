@@ -1,4 +1,4 @@
-"""The heartbeat that a rank publishes every second, and how it is described to people."""
+"""The heartbeat that a rank sends every second, and its description for messages."""
 
 from __future__ import annotations
 
@@ -20,22 +20,24 @@ _COLLECTIVES = (os.path.join("torch", "distributed"), os.path.join("deepspeed", 
 
 class Heartbeat(NamedTuple):
     beat: int
+    """Number of this heartbeat."""
     host: str
     namespace: int
-    """The namespace of process numbers: a number means the same process only where host and namespace are the same."""
+    """Inode of the PID namespace: equal PIDs mean the same process only if host and namespace are equal."""
     pid: int
     count: int
+    """Reports made so far; this and the following three fields are those of `reports.Report`."""
     step: int
     phase: str
     is_long: bool
     idle_s: float
-    """Since the last report."""
+    """Seconds since the last report."""
     where: str
-    """Innermost line of this package that the main thread is in."""
+    """Innermost line of this package on the stack of the main thread."""
     waits: bool
-    """The main thread is in a collective."""
+    """Whether the main thread is in a collective."""
     end: tuple[int, str] | None
-    """(exit code, reason) once the rank has ended by itself; (0, "") when it has done everything."""
+    """(exit code, reason) once the rank has ended by itself, (0, "") on success; None before."""
 
     def encode(self) -> str:
         return json.dumps(self)
@@ -54,7 +56,7 @@ class Heartbeat(NamedTuple):
 
 
 def local_heartbeat(beat: int, end: tuple[int, str] | None) -> Heartbeat:
-    """This process now. Called by the watching thread."""
+    """The current heartbeat of this process. Called by the thread of the watchdog."""
     report = reports.last()
     where, waits = _main_thread()
     idle_s = time.monotonic() - report.at_s
@@ -63,7 +65,7 @@ def local_heartbeat(beat: int, end: tuple[int, str] | None) -> Heartbeat:
 
 
 def _main_thread() -> tuple[str, bool]:
-    """(innermost line of ours, whether a collective is somewhere on the stack)."""
+    """(innermost line of this package, whether a collective is on the stack above it)."""
     frame = sys._current_frames().get(threading.main_thread().ident)
     where, waits = "", False
     while frame is not None and not where:

@@ -1,4 +1,4 @@
-"""Progress of this rank, reported by its main thread. Read by the watching thread (watchdog.py) every second."""
+"""Progress reports of the main thread of this rank, which the thread of watchdog.py reads every second."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ T = TypeVar("T")
 
 class Report(NamedTuple):
     count: int
-    """Reports made so far: comparable between ranks, because all make the same ones in the same order."""
+    """Reports made so far; comparable between ranks, because all make the same reports in the same order."""
     step: int
     phase: str
     at_s: float
-    """time.monotonic()"""
+    """Time of the report (time.monotonic())."""
     is_long: bool = False
 
 
@@ -26,11 +26,12 @@ _has_trained = False
 
 
 def last() -> Report:
+    """The last report of this rank."""
     return _last
 
 
 def progress(step: int, phase: str) -> None:
-    """This rank has come so far. Every rank reports the same sequence; costs nothing."""
+    """Report the progress of this rank. Every rank must report the same sequence; a report costs almost nothing."""
     global _has_trained
     _has_trained = _has_trained or phase == TRAINING
     _set(step, phase)
@@ -42,7 +43,7 @@ def has_trained() -> bool:
 
 
 def each(phase: str, items: Iterable[T]) -> Iterator[T]:
-    """`items`, with a report for each; every rank has equally many."""
+    """Iterate over `items` with one report per item; every rank must have the same number of items."""
     for item in items:
         _set(_last.step, phase)
         yield item
@@ -50,17 +51,17 @@ def each(phase: str, items: Iterable[T]) -> Iterator[T]:
 
 @contextlib.contextmanager
 def long_phase(phase: str) -> Iterator[None]:
-    """However long this takes, nobody is called stuck: not this rank, nor those that wait for it. No others inside."""
+    """Inside this context no rank counts as stuck, neither this one nor those that wait for it. Must not be nested."""
     before = _last
     _set(before.step, phase, is_long=True)
     try:
         yield
     except BaseException:
-        _set(before.step, phase)  # what was being done when it happened
+        _set(before.step, phase)  # the phase in which the exception was raised
         raise
     _set(before.step, before.phase)
 
 
 def _set(step: int, phase: str, is_long: bool = False) -> None:
-    global _last  # one assignment of a whole tuple: the reading thread never sees half a report
+    global _last  # assigned as one tuple, so that the reading thread never sees a partial report
     _last = Report(_last.count + 1, step, phase, time.monotonic(), is_long)

@@ -1,7 +1,7 @@
 """Transport of heartbeats: one TCP connection between rank 0 and every other rank, one line per heartbeat.
 
-Not a torch store: a connection tells at once that the process at its other end has died, wherever that runs, and a
-store whose server is gone fills the log with C++ stack traces.
+This is not a torch store, because a connection ends at once if the process at its other end dies, on any machine, while
+a store without its server fills the log with C++ stack traces.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ _RECEIVE_BYTES = 1 << 16
 
 
 class Channel:
-    """Signs to and from rank 0 (or, on rank 0, all others). Used by one thread; nothing here ever waits.
+    """Sends and receives heartbeats: to and from rank 0 or, on rank 0, all other ranks. Never blocks.
+
+    An instance is used by one thread only.
 
     Args:
         connections: rank -> connected socket.
@@ -32,14 +34,15 @@ class Channel:
             connection.setblocking(False)
 
     def send(self, sign: Heartbeat) -> None:
+        """Send a heartbeat over all connections."""
         line = sign.encode().encode() + b"\n"
         for connection in self._connections.values():
-            # Refused: the other end is dead, which `receive` finds out, or does not read, which its silence shows.
+            # If this fails, the other end is dead (`receive` will notice it) or hangs (then it sends no heartbeats).
             with contextlib.suppress(OSError):
                 connection.send(line)
 
     def receive(self) -> tuple[dict[int, Heartbeat], list[int]]:
-        """(newest sign of each rank that has sent one, ranks whose connection has ended)."""
+        """(newest heartbeat of each rank that has sent one since the last call, ranks whose connection has ended)."""
         signs, ended = {}, []
         for rank, connection in list(self._connections.items()):
             is_open = self._fill(rank, connection)
@@ -52,7 +55,7 @@ class Channel:
         return signs, ended
 
     def _fill(self, rank: int, connection: socket.socket) -> bool:
-        """Take what has arrived. Returns whether more may come."""
+        """Read all bytes that have arrived. Returns whether the connection is still open."""
         try:
             while received := connection.recv(_RECEIVE_BYTES):
                 self._unread[rank] += received
@@ -69,7 +72,10 @@ class Channel:
 
 
 def connect() -> Channel:
-    """Every rank calls it; rank 0 listens on a free port. A token keeps out what else may knock there."""
+    """Connect all ranks to rank 0, which listens on a free port. Every rank calls it.
+
+    A random token identifies the ranks of this job, so that other programs cannot connect.
+    """
     listener = _listener() if ranks.rank() == 0 else None
     port, token = ranks.on_rank_zero(lambda: (listener.getsockname()[1], secrets.token_hex(16)))
     if listener is None:
@@ -95,10 +101,10 @@ def _listener() -> socket.socket:
 
 
 def _greeted(connection: socket.socket, token: str) -> int | None:
-    """The rank at the other end, None for a stranger."""
+    """The rank at the other end; None, and the connection is closed, if it does not send the token."""
     connection.settimeout(CONNECT_TIMEOUT_S)
     with contextlib.suppress(OSError, ValueError):
-        # Unbuffered: what follows the greeting is for `receive`.
+        # Unbuffered, because the data after the greeting is for `receive`.
         greeting, rank = connection.makefile("rb", buffering=0).readline(100).decode().split()
         if secrets.compare_digest(greeting, token):
             return int(rank)

@@ -1,7 +1,6 @@
-"""The watching thread of a rank: sends its sign, reads the others', ends the process when one of them is lost.
+"""The watchdog thread of a rank: sends heartbeats, receives those of other ranks, ends the process if one is lost.
 
-Rank 0 reads everyone's sign and judges; the others read rank 0's, so that the traffic grows with the number of ranks
-and not with its square.
+Rank 0 watches all ranks, and all other ranks watch only rank 0, so that the traffic is linear in the number of ranks.
 """
 
 from __future__ import annotations
@@ -23,23 +22,27 @@ from homodistil.errors import CheckFailed, RankLost, StopRequested, UserError
 
 BEAT_S = 1.0
 HURRIED_BEAT_S = 0.05
-# A rest of our own that took longer than it should by this much: the whole process was away, and saw nothing.
+# If the sleep of the thread takes this much longer than it should, the whole process was suspended.
 AWAY_S = 5.0
-# A rank that fails says so itself, after SPEAK_AFTER_S if rank 0 has not said the same; then the others follow it.
+# A rank that fails prints its error after SPEAK_AFTER_S unless rank 0 has printed the same; then all others end, too.
 SPEAK_AFTER_S = 2.0
 FOLLOW_AFTER_S = 4.0
-ADVICE = "the job ends; run.resume=auto goes on from the last checkpoint"
+ADVICE = "the job ends; run.resume=auto resumes from the last checkpoint"
 _ENDINGS = (UserError, CheckFailed, RankLost, StopRequested)
-# In messages of gloo's, NCCL's and torch's errors: their types tell nothing, most are plain RuntimeErrors.
+# Parts of error messages of gloo, NCCL and torch for lost connections; most of these are plain RuntimeErrors.
 _LOST_CONNECTION = ("onnection closed", "onnection reset", "onnection was", "roken pipe", "gloo", "NCCL", "imed out")
 
 
 @contextlib.contextmanager
 def watching(rank_timeout_s: float) -> Iterator[None]:
-    """Watch while the block runs. Every rank enters and leaves it, inside the process group.
+    """Run the watchdog inside this context. Every rank enters and leaves it, after joining the process group.
 
-    A lost rank ends this process with RANK_LOST, from the watching thread: the main thread may be in a collective that
-    never returns. An exception of this rank is told to the others, so that they end too; `is_said` is set on it.
+    If a rank is lost, the thread ends this process with the exit code RANK_LOST, because the main thread may be in a
+    collective that never returns. An exception on this rank is sent to all other ranks, so that they end, too. Its
+    attribute `is_said` is set to whether another rank prints it.
+
+    Args:
+        rank_timeout_s: seconds without progress after which a rank counts as stuck.
     """
     reports.progress(0, "starting")
     watcher = _Watcher(rank_timeout_s)
@@ -52,7 +55,7 @@ def watching(rank_timeout_s: float) -> Iterator[None]:
 
 
 class _Watcher:
-    """Construction starts the thread; every rank constructs one."""
+    """Watches until it is left. The constructor connects to the other ranks and starts the thread; collective."""
 
     def __init__(self, rank_timeout_s: float) -> None:
         self._rank, self._num_ranks = ranks.rank(), ranks.world_size()
@@ -68,21 +71,21 @@ class _Watcher:
     # -- leaving, in the main thread
 
     def leave(self) -> None:
-        """All is done, on every rank: nobody who has said so is missed afterwards."""
+        """Stop watching after success on all ranks; a rank that has reported its end no longer counts as lost."""
         self._say_end(0, "")
         ranks.barrier()
         self._wait_until(lambda: self._judge.num_ended() >= min(self._num_ranks, 2 if self._rank else self._num_ranks))
         self._stop()
 
     def leave_because_of(self, error: BaseException) -> None:
-        """Tell the others, and find out who prints it.
+        """Send the error to all other ranks, and decide which rank prints it.
 
-        Does not return, because the thread ends the process, when a connection broke and its other end is lost.
+        Does not return if the error is a broken connection to a lost rank: the thread then ends the process.
         """
         if _is_lost_connection(error):
             self._thread.join(timeout=SILENT_S + FOLLOW_AFTER_S + 5 * BEAT_S)
         self._say_end(code_of(error), _one_line(error))
-        if self._rank == 0:  # stay until all have read it
+        if self._rank == 0:  # stay until all ranks have received it
             self._wait_until(lambda: self._judge.num_ended() == self._num_ranks)
             is_said = False
         else:
@@ -143,18 +146,18 @@ class _Watcher:
             self._end_process(f"{stuck}; {ADVICE}")
 
     def _follow(self, rank: int, code: int, reason: str) -> None:
-        """Another rank has failed, and says why. This one may be about to say the same; if not, it ends as well."""
+        """React to the failure of another rank: end this process, unless its main thread fails itself before."""
         self._followed_s = self._followed_s or time.monotonic()
         if code == RANK_LOST:
             self._leave_process(code, reason)
         elif time.monotonic() - self._followed_s > FOLLOW_AFTER_S:
-            # Before there is anything to resume from, one rank's failure is the whole job's.
+            # Before training there is nothing to resume from, so that all ranks end with the code of the failed rank.
             if code == FAILED and reports.has_trained():
                 self._end_process(f"rank {rank} failed: {reason}; {ADVICE}")
             self._leave_process(code, reason)
 
     def _end_process(self, text: str) -> None:
-        """Say it once: rank 0, or rank 1 when rank 0 is lost; another only if it is still there a little later."""
+        """Print the error once and end: rank 0 or, if it is lost, rank 1 prints; other ranks wait to be ended first."""
         if self._rank > 1:
             time.sleep(SPEAK_AFTER_S)
         print(f"error: {text}", file=sys.stderr, flush=True)
@@ -164,7 +167,7 @@ class _Watcher:
         self._end = (code, text)
         deadline = time.monotonic() + SPEAK_AFTER_S
         while self._rank == 0 and self._judge.num_present() > 1 and time.monotonic() < deadline:
-            self._exchange()  # until the others have read it and left
+            self._exchange()  # until all other ranks have received it and left
             time.sleep(HURRIED_BEAT_S)
         os._exit(code)
 

@@ -1,4 +1,4 @@
-"""GLUE: fine-tune any checkpoint on the nine tasks (and two packaged sets) and put the scores into one table.
+"""GLUE: fine-tunes any checkpoint on the nine tasks (and a packaged set), and writes the scores to one table.
 
-tasks.py (what a task is) -> sources.py (examples) -> fine_tuning.py (one run) -> grid.py (all runs) -> result_table.py
+tasks.py (the tasks) -> sources.py (examples) -> fine_tuning.py (one run) -> grid.py (all runs) -> result_table.py
 """

@@ -1,4 +1,4 @@
-"""A checkpoint as a classifier: tokenizer and model of any Hugging Face folder or hub name, ours or stock."""
+"""Loads tokenizer and model of any Hugging Face folder or hub name with a new head for fine-tuning."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ FIELD = "--checkpoint"
 
 
 def checkpoint_folder(name: str | Path, cache_dir: Path) -> str:
-    """A path or hub name as it is; the folder of a packaged model (embedded:...), fetched if need be.
+    """The folder of a packaged model (embedded:...), downloaded if necessary; other paths and hub names unchanged.
 
     Raises:
-        UserError: a packaged model that does not exist or cannot be fetched.
+        UserError: the packaged model does not exist or cannot be downloaded.
     """
     name = str(name)
     if assets.is_embedded(name):
@@ -42,7 +42,7 @@ def checkpoint_folder(name: str | Path, cache_dir: Path) -> str:
 
 
 def checkpoint_identity(folder: str) -> str:
-    """sha256 over config, tokenizer and weights of a folder, so that results of another model are recognised."""
+    """sha256 over config, tokenizer and weights of a folder, to recognise results of another model; or the hub name."""
     if not Path(folder).is_dir():
         return f"hub:{folder}"
     kinds = (".json", ".safetensors", ".txt")
@@ -51,14 +51,15 @@ def checkpoint_identity(folder: str) -> str:
 
 
 def load_tokenizer(folder: str, max_length: int, num_texts: int = 1) -> PreTrainedTokenizerBase:
-    """The tokenizer, which neither cuts nor pads by itself.
+    """The tokenizer of a checkpoint, without default truncation and padding.
 
     Args:
-        num_texts: of an example, 1 or 2; each has room for a token.
+        max_length: tokens per example.
+        num_texts: texts per example, 1 or 2; `max_length` must have space for a token of each.
 
     Raises:
-        UserError: not loadable, more words than the model has, none that it knows, or a `max_length` that leaves no
-            room for text or is beyond the model's positions.
+        UserError: the tokenizer cannot be loaded, has more tokens than the model, or knows no words; or `max_length`
+            is too small for text, or larger than the model allows.
     """
     config, tokenizer = read_config(folder, FIELD), read_tokenizer(folder, FIELD)
     where = f"{FIELD}: the tokenizer of {folder!r}"
@@ -79,31 +80,32 @@ def load_tokenizer(folder: str, max_length: int, num_texts: int = 1) -> PreTrain
 
 
 def _max_tokens(config, otherwise: int) -> int:
-    """Longest sequence of a model with this configuration."""
+    """Longest sequence of a model with this configuration; `otherwise` if the configuration does not say."""
     if config.model_type in FAMILIES:
         return FAMILIES[config.model_type].shape(config).max_tokens
     return getattr(config, "max_position_embeddings", otherwise)
 
 
 def load_classifier(folder: str, task: Task) -> nn.Module:
-    """The model with a fresh head for `task` (drawn from torch's random state), fp32, in training mode.
+    """The model in fp32 and training mode, with a new head for `task` drawn from torch's random state.
 
     Raises:
-        UserError: as `load_encoder`.
+        UserError: as in `load_encoder`.
     """
     kind = {"num_labels": 1, "problem_type": "regression"} if task.is_regression else {"num_labels": len(task.labels)}
     return load_encoder(AutoModelForSequenceClassification, folder, **kind)
 
 
 def load_encoder(kind: type, folder: str, **options: Any) -> nn.Module:
-    """The encoder with a fresh head (drawn from torch's random state), fp32, in training mode.
+    """The encoder in fp32 and training mode, with a new head drawn from torch's random state.
 
     Args:
-        kind: one of the library's AutoModelFor... classes.
+        kind: an AutoModelFor... class of transformers.
+        options: further arguments of its `from_pretrained`.
 
     Raises:
-        UserError: not loadable, or only with code of its own or pickled weights; a part of the encoder is missing, of
-            another shape, or not finite.
+        UserError: the checkpoint cannot be loaded, or only with custom code or pickled weights; or a part of the
+            encoder is missing, has another shape, or is not finite.
     """
     _check_files(folder)
     with readable(folder):
@@ -112,13 +114,13 @@ def load_encoder(kind: type, folder: str, **options: Any) -> nn.Module:
             trust_remote_code=False,
             use_safetensors=True,
             dtype="float32",
-            # A checkpoint that was fine-tuned on another task brings a head of another shape.
+            # A checkpoint that was fine-tuned on another task has a head of another shape.
             ignore_mismatched_sizes=True,
             output_loading_info=True,
             **options,
         )
     inside, where = f"{model.base_model_prefix}.", f"{FIELD}: {folder!r}"
-    # A pooler belongs to the head: masked LMs have none.
+    # The pooler belongs to the head, because masked language models have none.
     missing = sorted(n for n in report["missing_keys"] if n.startswith(inside) and ".pooler." not in n)
     mismatched = [(n, tuple(a), tuple(b)) for n, a, b in sorted(report["mismatched_keys"]) if n.startswith(inside)]
     check_present(Difference(missing, [], mismatched), where)
@@ -127,7 +129,7 @@ def load_encoder(kind: type, folder: str, **options: Any) -> nn.Module:
 
 
 def _check_files(folder: str) -> None:
-    """The files against the config, before a model of what may be any size is built."""
+    """Check the files against the config before the model is built, which could have any size."""
     config, local = read_config(folder, FIELD), local_folder(folder, FIELD)
     stored = stored_tensors(local, FIELD) if local else {}
     if stored and config.model_type in FAMILIES:
@@ -142,17 +144,13 @@ def _check_files(folder: str) -> None:
 
 @contextlib.contextmanager
 def readable(folder: str) -> Iterator[None]:
-    """Read `folder` quietly (the report of missing heads says nothing new).
-
-    Raises:
-        UserError: in place of whatever the library raises for a checkpoint that it cannot load.
-    """
+    """Silence transformers inside this context, and turn its exceptions on loading `folder` into `UserError`."""
     verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
         yield
-    except Exception as error:  # safetensors, torch, the hub client and its transport raise types of their own
+    except Exception as error:  # safetensors, torch and the hub client raise exceptions of many types
         raise UserError(
             f"--checkpoint: cannot load {folder!r} ({first_line(error)}); give a folder with config.json, "
             f"model.safetensors and a tokenizer, a hub name, or one of {', '.join(assets.TEACHERS)}"

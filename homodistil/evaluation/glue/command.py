@@ -20,7 +20,7 @@ def main(argv: list[str]) -> None:
     """The command `homodistil glue`. Raises `UserError`."""
     with progress.watching("loading libraries, checkpoint and data"):
         arguments = parser().parse_args(argv)
-        # After parsing, so that --help and mistakes need no heavy imports.
+        # Imported after parsing, so that --help and bad options are fast.
         from homodistil.evaluation.glue.fine_tuning import Settings
         from homodistil.evaluation.glue.grid import Grid, run_grid
         from homodistil.evaluation.glue.result_table import write_table
@@ -43,7 +43,7 @@ def main(argv: list[str]) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    """Its options."""
+    """The options of `homodistil glue`."""
     options = fine_tuning_parser(
         __doc__.splitlines()[0], lr=(2e-5, 5e-5, 1e-4), epochs=3, seeds=(0, 1, 2), max_length=128
     )
@@ -54,6 +54,6 @@ def parser() -> argparse.ArgumentParser:
         "--patience",
         type=number(int, 0),
         default=2,
-        help="stop after so many epochs without a better dev score; 0: never",
+        help="epochs without a better dev score after which to stop; 0: never",
     )
     return options

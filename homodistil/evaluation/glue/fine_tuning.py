@@ -1,4 +1,4 @@
-"""One fine-tuning run: one checkpoint, one task, one setting, one seed, by Hugging Face's Trainer. Leaves no files."""
+"""One fine-tuning run (checkpoint, task, setting, seed) with Hugging Face's Trainer. Writes no files."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ _ONLY_DEV = "dev"
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(TrainerSettings):
-    """`max_length`: of a pair; the longer sentence is cut first."""
+    """Hyperparameters of a GLUE run. `max_length` is for both sentences; the longer one is truncated first."""
 
     patience: int | None = None
-    """Stop after so many epochs without a better dev score, and report the best epoch. None: train all epochs and
+    """Epochs without a better dev score after which to stop; the best epoch is reported. None: train all epochs, and
     report the last one."""
 
 
@@ -51,13 +51,13 @@ def fine_tune(checkpoint: str | Path, task: Task | str, data: TaskData, settings
     """Fine-tune and evaluate on dev. Sets the random state of torch, numpy and Python.
 
     Args:
-        checkpoint: folder or hub name of any Hugging Face encoder, such as our export.
-        task: or its name.
-        data: see `sources.load_task`.
+        checkpoint: folder or hub name of any Hugging Face encoder, such as an exported student.
+        task: a task, or its name.
+        data: from `sources.load_task`.
 
     Returns:
-        The task's metrics (fractions; `Task.result_names`), `score` (their mean on the first dev set), `epoch` (which
-        the metrics are of), `steps` (done in all), `seconds` (training and evaluation), `parameters` (with the head).
+        The metrics of the task (fractions; `Task.result_names`), `score` (their mean on the first dev set), `epoch` (of
+        these metrics), `steps` (all that were trained), `seconds` (training and evaluation), `parameters` (with head).
 
     Raises:
         UserError: the checkpoint cannot be loaded, or `max_length` is beyond its positions.
@@ -67,10 +67,12 @@ def fine_tune(checkpoint: str | Path, task: Task | str, data: TaskData, settings
 
 
 def encode(checkpoint: str | Path, task: Task, data: TaskData, max_length: int) -> Encoded:
-    """Tokenised once for all runs of a checkpoint on a task. Similarities get mean 0 and variance 1 over train.
+    """Tokenise the examples, once for all runs of a checkpoint on a task.
+
+    Similarity labels are standardised to mean 0 and variance 1 over the training set.
 
     Raises:
-        UserError: as `load_tokenizer`.
+        UserError: as in `load_tokenizer`.
     """
     tokenizer = load_tokenizer(str(checkpoint), max_length, len(task.texts))
     if task.is_regression:
@@ -80,7 +82,7 @@ def encode(checkpoint: str | Path, task: Task, data: TaskData, max_length: int) 
 
 
 def train(checkpoint: str | Path, task: Task, data: Encoded, settings: Settings) -> dict[str, float]:
-    """Fine-tune and score as `fine_tune` does, on examples that are encoded already."""
+    """The same as `fine_tune`, on examples from `encode`."""
     start = time.perf_counter()
     with alone(), quiet(), tempfile.TemporaryDirectory() as folder:
         set_seed(settings.seed)
@@ -111,8 +113,8 @@ def train(checkpoint: str | Path, task: Task, data: Encoded, settings: Settings)
 
 
 def _standardised(data: TaskData) -> TaskData:
-    # A fresh head gives about 0. AdamW moves its bias by at most lr a step: on the way to the mean of 2.7 a narrow
-    # model's few other weights are bent instead. Correlations do not see the scale.
+    # The output of a new head is about 0. AdamW moves its bias by at most lr per step, so to reach the mean of 2.7 a
+    # narrow model would change its few other weights instead. Correlations do not depend on the scale.
     mean, deviation = statistics.fmean(data.train.labels), statistics.pstdev(data.train.labels) or 1.0
 
     def change(split: Split) -> Split:
@@ -129,7 +131,7 @@ def _encode(split: Split, tokenizer: PreTrainedTokenizerBase, max_length: int) -
 
 
 def _best(task: Task, history: list[dict[str, float]]) -> dict[str, float]:
-    """The metrics of the epoch with the best score on the first dev set. Trainer logs each dev set on its own."""
+    """The metrics of the epoch with the best score on the first dev set. Trainer logs each dev set separately."""
     epochs: dict[float, dict[str, float]] = {}
     for entry in history:
         epochs.setdefault(entry["epoch"], {}).update(entry)

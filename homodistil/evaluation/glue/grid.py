@@ -1,7 +1,7 @@
-"""All runs of a command: tasks x learning rates x batch sizes x epochs x seeds, one JSON file a finished run.
+"""All runs of a command: tasks x learning rates x batch sizes x epochs x seeds, with one JSON file per finished run.
 
-An interrupted command continues where it stopped: what has a file is not run again. A file of another checkpoint, other
-data or other settings is a mistake, never overwritten.
+An interrupted command continues where it stopped: runs that have a file are not repeated. A file of another checkpoint,
+other data or other settings is an error, and is never overwritten.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _VARIED = ("lr", "batch_size", "epochs", "seed")
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
-    """What is varied, and the settings that all runs share."""
+    """The values of the hyperparameters that vary, and the settings that all runs share."""
 
     lrs: Sequence[float]
     batch_sizes: Sequence[int]
@@ -49,7 +49,7 @@ class Grid:
 
     @classmethod
     def of(cls, arguments: argparse.Namespace, shared: Settings) -> Grid:
-        """The grid of a command line (`command_line.fine_tuning_parser`)."""
+        """The grid of the arguments of a command (`command_line.fine_tuning_parser`)."""
         return cls(
             lrs=arguments.lr,
             batch_sizes=arguments.batch_size,
@@ -59,7 +59,7 @@ class Grid:
         )
 
     def settings(self) -> Iterator[Settings]:
-        """Every run, seeds innermost."""
+        """The settings of all runs; the seed varies fastest."""
         values = itertools.product(self.lrs, self.batch_sizes, self.epochs, self.seeds)
         for value in dict.fromkeys(values):
             yield dataclasses.replace(self.shared, **dict(zip(_VARIED, value, strict=True)))
@@ -68,19 +68,21 @@ class Grid:
 def run_grid(
     checkpoint: str, tasks: list[Task], source: str, grid: Grid, out: Path, cache_dir: Path, say: Callable[[str], None]
 ) -> list[Record]:
-    """Run what is not finished yet; give every record in `out`.
+    """Do all runs that are not finished yet, and return all records in `out`.
 
-    Everything that can be wrong with checkpoint, data or `out` is found before the first run.
+    Checkpoint, data and `out` are checked before the first run.
 
     Args:
         checkpoint: folder, hub name or embedded:NAME.
         source: see `sources.load_task`.
-        say: takes a line for each task, and two for each run, when it begins and when it is finished.
+        out: folder for the records.
+        cache_dir: folder for packaged data and models.
+        say: called with one line per task, and two per run, when it begins and when it has finished.
 
     Raises:
         UserError: checkpoint or data cannot be used, or `out` holds results of another checkpoint, data or settings.
     """
-    on_cpu(grid.shared.device)  # whether there is such a device
+    on_cpu(grid.shared.device)  # raises if there is no such device
     folder = checkpoint_folder(checkpoint, cache_dir)
     data = {task.name: load_task(task, source, cache_dir) for task in tasks}
     load_classifier(folder, tasks[0])
@@ -109,14 +111,14 @@ def run_grid(
 
 
 def run_label(title: str, number: int, num_runs: int, settings: TrainerSettings) -> str:
-    """What tells one run of a command from the others."""
+    """A line that identifies one run of a command."""
     epochs = f"{settings.epochs} epoch{'s'[: settings.epochs != 1]}"
     where = f"lr {settings.lr:g}, batch size {settings.batch_size}, {epochs}, seed {settings.seed}"
     return f"{title}: run {number} of {num_runs}, {where}"
 
 
 def check_out(out: Path) -> None:
-    """Make the folder for results. Raises `UserError` where nothing can be written to it."""
+    """Make the folder for results. Raises `UserError` if it cannot be written to."""
     probe = out / f".writable-{os.getpid()}"
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -130,7 +132,7 @@ def check_out(out: Path) -> None:
 
 
 def write_output(file: Path, text: str) -> None:
-    """Atomically. Raises `UserError` when the folder cannot be written."""
+    """Write `text` to `file` atomically. Raises `UserError` if it cannot be written."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(file, text)
@@ -142,7 +144,7 @@ def write_output(file: Path, text: str) -> None:
 
 
 def _identity(checkpoint: str, data: TaskData, shared: Settings) -> dict[str, Any]:
-    """Whatever changes a result and does not stand in the file's name. The device does not count."""
+    """Everything that affects a result and is not in the file name, except the device."""
     fixed = {name: value for name, value in dataclasses.asdict(shared).items() if name not in (*_VARIED, "device")}
     return {"checkpoint": checkpoint, "data": data.fingerprint, **fixed}
 
@@ -153,7 +155,8 @@ def _file(out: Path, task: Task, settings: Settings) -> Path:
 
 
 def _read_all(out: Path, checkpoint: str, identities: dict[str, dict]) -> dict[Path, Record]:
-    """Finished runs by file. Those of tasks that are not asked for now need the same checkpoint only."""
+    """File -> record of all finished runs. Records of tasks that are not requested now must only have the same
+    checkpoint."""
     records = {}
     for file in sorted(out.glob("*/lr*.json")):
         record = read_record(file, lambda record: find_task(record["task"]).result_names)
@@ -167,16 +170,16 @@ def _read_all(out: Path, checkpoint: str, identities: dict[str, dict]) -> dict[P
 
 
 def read_record(file: Path, names: Callable[[Record], Iterable[str]]) -> Record:
-    """The record in a file of results.
+    """Read the record of a finished run.
 
     Args:
-        names: of the numbers that its result must have.
+        names: record -> names of the numbers that its result must have.
 
     Raises:
-        UserError: it is no record, or a part of one.
+        UserError: the file is not a complete record.
     """
     try:
-        if not file.is_file():  # a pipe would be waited for
+        if not file.is_file():  # reading a pipe could wait for ever
             raise ValueError("no regular file")
         record = json.loads(file.read_text(encoding="utf-8"))
         setting, result = record["setting"], record["result"]

@@ -1,4 +1,4 @@
-"""GLUE's metrics out of scikit-learn and scipy. All are fractions (a correlation lies between -1 and 1)."""
+"""The metrics of GLUE, from scikit-learn and scipy. All are fractions; correlations are between -1 and 1."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from homodistil.evaluation.glue.tasks import Task
 
 def _correlation(function) -> Callable[[np.ndarray, np.ndarray], float]:
     def of(labels: np.ndarray, predictions: np.ndarray) -> float:
-        # Undefined for a constant: 0 says that nothing is told apart, as matthews_corrcoef does.
+        # Undefined for constant values; 0, as in matthews_corrcoef, means no correlation.
         if np.ptp(labels) == 0 or np.ptp(predictions) == 0:
             return 0.0
         return float(function(labels, predictions).statistic)
@@ -23,7 +23,7 @@ def _correlation(function) -> Callable[[np.ndarray, np.ndarray], float]:
 
 METRICS: Mapping[str, Callable[[np.ndarray, np.ndarray], float]] = {
     "accuracy": accuracy_score,
-    # Of class 1; 0 without a true or predicted one.
+    # F1 of class 1; 0 if class 1 is neither true nor predicted.
     "f1": lambda labels, predictions: f1_score(labels, predictions, zero_division=0.0),
     "matthews": matthews_corrcoef,
     "pearson": _correlation(pearsonr),
@@ -35,11 +35,11 @@ def compute(task: Task, outputs: np.ndarray, labels: np.ndarray) -> dict[str, fl
     """Metrics of one dev set.
 
     Args:
-        outputs: the model's logits, (N, classes), or (N, 1) for a regression.
-        labels: (N,) class numbers, or similarities.
+        outputs: logits of the model, (N, classes), or (N, 1) for a regression.
+        labels: class numbers or similarities, (N,).
 
     Returns:
-        One number a metric of the task, and `score`, their mean. Outputs that are not finite score 0.
+        One number per metric of the task, and `score`, their mean. All are 0 if an output is not finite.
     """
     outputs = np.asarray(outputs, dtype=np.float64)
     if not np.isfinite(outputs).all():

@@ -1,8 +1,8 @@
-"""Published dev scores of the rivals, put beside our own in the table. Each row was copied out of the source it names.
+"""Published dev scores of other models for the table. Each row was copied from the source that it names.
 
-Percent, with the metric of the source (MRPC and QQP: F1 in some, accuracy in others). Averages are left out: the
-sources average over different tasks. What could not be read at its source has no row: HomoDistil's own tables are
-among that.
+Scores are percentages, with the metric of the source (MRPC and QQP: F1 in some, accuracy in others). Averages are left
+out, because sources average over different tasks. Models whose source could not be read have no row; the tables of the
+HomoDistil paper are among these.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ _ELECTRA = "README of google-research/electra"
 
 @dataclass(frozen=True, kw_only=True)
 class Published:
-    """One model of a paper."""
+    """Published scores of one model."""
 
     model: str
     millions: float
-    """Parameters as the source counts them."""
+    """Million parameters, as counted by the source."""
     source: str
     scores: Mapping[str, float] = field(default_factory=dict)
-    """Task name -> percent; mnli is the matched set."""
+    """Task name -> score in percent; mnli is the matched set."""
 
 
 def _scores(*values: float | None) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""The comparison table out of finished runs: per task the best setting, its median and spread; published rows below."""
+"""The result table of finished runs: per task the best setting with median and spread; then published rows."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _HEADINGS = {"matthews": "MCC", "f1": "F1", "accuracy": "acc", "pearson": "Pears
 
 
 def summarise(records: Iterable[Record]) -> dict[str, dict[str, Any]]:
-    """Task name -> its best setting and the others.
+    """Task name -> summary of its best setting, and of all settings.
 
-    A setting's value of a metric is the median over its seeds. The best setting has the highest median `score`; of
-    equal ones the first by lr, batch size and epochs.
+    The value of a metric for a setting is the median over its seeds. The best setting has the highest median `score`;
+    of equal ones, the first in the order of lr, batch size and epochs.
 
     Returns:
         {"best": summary, "settings": [summary, ...]} with summary = {lr, batch_size, epochs, seeds, score,

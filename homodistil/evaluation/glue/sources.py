@@ -1,4 +1,4 @@
-"""Where labelled examples come from: folders of the official TSV files, the hub's nyu-mll/glue, or packages."""
+"""Loads labelled examples from folders of the official TSV files, nyu-mll/glue on the hub, or packaged data."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class TaskData(NamedTuple):
 
     train: Split
     dev: Mapping[str, Split]
-    """By the keys of `Task.dev`."""
+    """Key of `Task.dev` -> split."""
 
     @property
     def num_examples(self) -> int:
@@ -39,7 +39,7 @@ class TaskData(NamedTuple):
 
 
 def chosen_tasks(names: str, source: str) -> list[Task]:
-    """The tasks of a comma-separated list; `all` means every task that the source can have.
+    """The tasks of a comma-separated list; "all" means every task that the source has.
 
     Raises:
         UserError: an unknown task or source, or a task that the source does not have.
@@ -58,14 +58,15 @@ def chosen_tasks(names: str, source: str) -> list[Task]:
 
 
 def load_task(task: Task, source: str, cache_dir: Path) -> TaskData:
-    """Training and dev examples.
+    """Training and dev examples of a task.
 
     Args:
-        source: folder that holds TITLE/train.tsv (glue_data), `hub`, `embedded` or `embedded:sts-b|movie`.
-        cache_dir: where packages are kept.
+        source: folder with TITLE/train.tsv (glue_data), "hub", "embedded", "embedded:sts-b" or "embedded:movie".
+        cache_dir: folder for packaged data.
 
     Raises:
-        UserError: a folder, file or split is missing, or not of the task's layout; package or hub out of reach.
+        UserError: a folder, file or split is missing, or has not the layout of the task; or the package or hub cannot
+            be reached.
     """
     if source == HUB:
         return _from_hub(task)
@@ -110,7 +111,7 @@ def _from_hub(task: Task) -> TaskData:
 
     try:
         splits = datasets.load_dataset(HUB_NAME, task.name)
-    except Exception as error:  # datasets, the hub client and its transport raise types of their own
+    except Exception as error:  # datasets and the hub client raise exceptions of many types
         reason = (str(error).strip().splitlines() or ["no message"])[0][:300]
         raise UserError(
             f"--data: cannot load {HUB_NAME}, {task.name}, from the hub ({type(error).__name__}: {reason}); check the "
@@ -120,7 +121,7 @@ def _from_hub(task: Task) -> TaskData:
 
 
 def from_hub_splits(task: Task, splits: Mapping) -> TaskData:
-    """Examples out of the hub's splits. Raises `UserError` for a missing split or column, or other label names."""
+    """Examples from the splits on the hub. Raises `UserError` for a missing split or column, or other label names."""
     wanted = {key: name.removesuffix(".tsv").replace("dev", "validation") for key, name in task.dev.items()}
     for name in ("train", *wanted.values()):
         if name not in splits:
@@ -148,7 +149,7 @@ def _hub_split(task: Task, name: str, rows) -> Split:
             f"{where}: found labels {names}, {task.title} allows {list(task.labels.values())} in this order; "
             f"give the folder of the official files"
         )
-    # Through the same check as a file's: the hub marks what has no label with -1.
+    # The same check as for files; on the hub, examples without a label have -1.
     spelling = {i: label for i, label in enumerate(task.labels)} if task.labels else {}
     labels = [class_number(task, where, spelling.get(value, str(value))) for value in rows["label"]]
     return Split(list(zip(*(rows[column] for column in columns), strict=True)), labels)

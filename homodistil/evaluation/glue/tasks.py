@@ -1,4 +1,4 @@
-"""The nine GLUE tasks as one table: columns of the official TSV files, labels, metrics. Read by all of this package."""
+"""The nine GLUE tasks as one table: columns of the official TSV files, labels and metrics."""
 
 from __future__ import annotations
 
@@ -9,33 +9,33 @@ from types import MappingProxyType
 from homodistil.errors import UserError, nearest
 
 MAX_SIMILARITY = 5.0
-"""STS-B's scores lie between 0 and this."""
+"""Scores of STS-B are between 0 and this."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """One task. Layout: https://gluebenchmark.com (glue_data/TITLE/*.tsv); hub: nyu-mll/glue."""
+    """One task, in the layout of https://gluebenchmark.com (glue_data/TITLE/*.tsv) and nyu-mll/glue on the hub."""
 
     name: str
-    """Name on the command line and in the hub's repository."""
+    """Name on the command line and on the hub."""
     title: str
-    """Name in the papers, and of the folder."""
+    """Name in papers, and of the folder."""
     texts: tuple[str, ...]
     """Columns of the sentence or of both sentences."""
     label: str = "label"
     """Column of the label."""
     labels: Mapping[str, str] | None
-    """The file's spelling -> name; the order gives the class numbers. None: a similarity between 0 and 5."""
+    """Label in the file -> name, in the order of the class numbers. None: a similarity between 0 and 5."""
     metrics: tuple[str, ...]
     """Names in metrics.METRICS; the score of the task is their mean."""
     dev: Mapping[str, str] = field(default_factory=lambda: {"": "dev.tsv"})
-    """Suffix of the metrics -> file. The first one decides early stopping and the choice of a setting."""
+    """Suffix of the metrics -> file. The first one is used for early stopping and to choose the best setting."""
     columns: tuple[str, ...] | None = None
     """All columns of files without a header line."""
     hub_texts: tuple[str, ...] | None = None
-    """Where the hub's columns have other names than the files'."""
+    """Columns of the texts on the hub, if they have other names than in the files."""
     drops_broken_rows: bool = False
-    """The official files have rows with missing fields, which everybody leaves out."""
+    """Whether to leave out rows with missing fields, which the official files have."""
 
     @property
     def is_regression(self) -> bool:
@@ -43,12 +43,12 @@ class Task:
 
     @property
     def result_names(self) -> tuple[str, ...]:
-        """Every metric that a run reports, such as accuracy_m and accuracy_mm."""
+        """Names of all metrics that a run reports, such as accuracy_m and accuracy_mm."""
         return tuple(metric_name(metric, suffix) for suffix in self.dev for metric in self.metrics)
 
 
 def metric_name(metric: str, suffix: str) -> str:
-    """`accuracy` on dev set `m` is accuracy_m; tasks with one dev set have the bare name."""
+    """Name of a metric on one dev set: "accuracy_m" for the suffix "m", "accuracy" for the suffix ""."""
     return f"{metric}_{suffix}" if suffix else metric
 
 
@@ -113,11 +113,11 @@ _NINE = (
 TASKS: Mapping[str, Task] = MappingProxyType({task.name: task for task in _NINE})
 
 MOVIE = replace(TASKS["sst2"], name="movie", title="Movie sentences")
-"""Not a GLUE task: the packaged stand-in for SST-2, whose source text it has, with other labels and another split."""
+"""A packaged substitute for SST-2, not a GLUE task: the same source text with other labels and another split."""
 
 
 def find_task(name: str) -> Task:
-    """Raises `UserError` for a name that is none of the nine nor `movie`."""
+    """The task of this name, one of the nine or "movie". Raises `UserError` for other names."""
     known = {**TASKS, MOVIE.name: MOVIE}
     if name not in known:
         raise UserError(f"--tasks: found {name!r}, allowed: all, {', '.join(known)}{nearest(name, known)}")

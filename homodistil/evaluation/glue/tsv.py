@@ -1,4 +1,4 @@
-"""One split out of a TSV file of GLUE's official layout. Fields are never quoted: a quote mark belongs to the text."""
+"""Reads a split from a TSV file in the official GLUE layout. Fields are never quoted; quote marks are text."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import NamedTuple
 from homodistil.errors import UserError
 from homodistil.evaluation.glue.tasks import MAX_SIMILARITY, Task
 
-# The official QQP files lose a handful of 360,000 rows; more than this is another layout.
+# In the official QQP files a few of 360,000 rows are broken; more than this means another layout.
 _MAX_BROKEN, _MAX_BROKEN_FRACTION = 10, 0.01
 
 
@@ -17,18 +17,19 @@ class Split(NamedTuple):
     """Labelled examples."""
 
     texts: list[tuple[str, ...]]
-    """One or two sentences an example."""
+    """One or two sentences per example."""
     labels: list[int] | list[float]
-    """Class numbers, or similarities (0 to 5)."""
+    """Class numbers, or similarities from 0 to 5."""
     num_broken: int = 0
-    """Rows with missing fields, left out."""
+    """Number of rows with missing fields, which were left out."""
 
 
 def read_split(task: Task, file: Path) -> Split:
     """The labelled examples of `file`.
 
     Raises:
-        UserError: unreadable, without a column, a row with a wrong number of fields, an unknown label, or no example.
+        UserError: the file cannot be read, lacks a column, has a row with a wrong number of fields, an unknown label,
+            or no example.
     """
     rows = _rows(file)
     number, first = next(rows, (1, []))
@@ -44,7 +45,7 @@ def read_split(task: Task, file: Path) -> Split:
 
 
 def class_number(task: Task, where: str, label: str) -> int | float:
-    """What the model learns for a label as it stands in a file. `where` is for the message."""
+    """The class number or similarity of a label in a file. Raises `UserError`, whose message begins with `where`."""
     if task.labels is not None:
         if label not in task.labels:
             raise UserError(
@@ -65,7 +66,7 @@ def class_number(task: Task, where: str, label: str) -> int | float:
 
 
 def _rows(file: Path) -> Iterator[tuple[int, list[str]]]:
-    """(line number, fields). Lines end with a line feed alone: other line breaks of Unicode occur inside sentences."""
+    """(line number, fields) of each line. Only line feeds end lines; other Unicode line breaks occur in sentences."""
     try:
         with open(file, encoding="utf-8-sig", newline="\n") as lines:
             for number, line in enumerate(lines, start=1):

@@ -1,7 +1,7 @@
-"""Start and end logits of all windows -> one answer text a question.
+"""Start and end logits of all windows -> one answer text per question.
 
-The search is exact: the best of ALL spans of at most `max_answer_tokens`, where the BERT paper's code takes the best
-among the pairs of the 20 best starts and ends.
+The best of all spans of at most `max_answer_tokens` is found. (The code of the BERT paper searches only the pairs of
+the 20 best starts and ends.)
 """
 
 from __future__ import annotations
@@ -22,13 +22,15 @@ def answers(
     max_answer_tokens: int,
     null_threshold: float | None,
 ) -> dict[str, str]:
-    """Id -> answer text.
+    """Id of each example -> answer text; "" for no answer.
 
     Args:
-        start_logits, end_logits: (windows, tokens), padded on the right with anything.
-        null_threshold: answer nothing where the null score (start + end logit of [CLS], the lowest over the windows of
-            a question, as in the BERT paper's code) exceeds the best span's by more than this. None: always answer
-            (v1.1).
+        windows: from `features.windows`, for these examples.
+        start_logits, end_logits: (windows, tokens); the padding on the right may have any value.
+        max_answer_tokens: maximum length of an answer.
+        null_threshold: give no answer if the null score exceeds the score of the best span by more than this. The null
+            score is the sum of start and end logit of [CLS], the lowest over the windows of a question, as in the code
+            of the BERT paper. None: always answer (v1.1).
     """
     best: list[tuple[float, str]] = [(-np.inf, "")] * len(examples)
     null = [np.inf] * len(examples)
@@ -46,7 +48,7 @@ def answers(
 
 
 def _best_span(start: np.ndarray, end: np.ndarray, spans, max_answer_tokens: int) -> tuple[float, int, int] | None:
-    """(score, first token, last token) of the best span inside the context; None: no finite score."""
+    """(score, first token, last token) of the best span inside the context; None if no span has a finite score."""
     context = np.array([i for i, span in enumerate(spans) if span is not None and span[1] > span[0]])
     if not len(context):
         return None

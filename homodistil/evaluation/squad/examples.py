@@ -1,4 +1,4 @@
-"""Questions, contexts and answers out of SQuAD's official JSON files. Feeds features.py and metrics.py."""
+"""Reads questions, contexts and answers from SQuAD's official JSON files."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from homodistil.errors import UserError
 
 VERSIONS = ("v1.1", "v2.0")
-# A few answers of the official files do not stand where they are said to; more than this is another file.
+# In the official files the positions of a few answers are wrong; more than this means another file.
 _MAX_MISPLACED, _MAX_MISPLACED_FRACTION = 10, 0.01
 _OFFICIAL = "give the official file of https://rajpurkar.github.io/SQuAD-explorer"
 
@@ -18,7 +18,7 @@ _OFFICIAL = "give the official file of https://rajpurkar.github.io/SQuAD-explore
 class Answer(NamedTuple):
     text: str
     start: int
-    """Characters before it in the context; -1: the text does not stand where the file says."""
+    """Position of its first character in the context; -1 if the text is not where the file says."""
 
 
 class Example(NamedTuple):
@@ -26,7 +26,7 @@ class Example(NamedTuple):
     question: str
     context: str
     answers: tuple[Answer, ...]
-    """Empty: the context does not answer the question (v2.0)."""
+    """Empty if the context does not answer the question (v2.0)."""
 
 
 class SquadData(NamedTuple):
@@ -50,13 +50,14 @@ class SquadData(NamedTuple):
 
 
 def load_squad(folder: str | Path, version: str | None = None) -> SquadData:
-    """train-VERSION.json and dev-VERSION.json of `folder`.
+    """Read train-VERSION.json and dev-VERSION.json in `folder`.
 
     Args:
-        version: "v1.1" or "v2.0"; None: the one whose files the folder holds.
+        version: "v1.1" or "v2.0"; None: the version whose files are in the folder.
 
     Raises:
-        UserError: folder or file missing, both versions there and none chosen, or not the official layout.
+        UserError: the folder or a file is missing, the folder has both versions and none is chosen, or a file does not
+            have the official layout.
     """
     folder = Path(folder).expanduser()
     version = version or _only_version(folder)
@@ -78,10 +79,11 @@ def _only_version(folder: Path) -> str:
 
 
 def read_examples(file: Path, version: str) -> list[Example]:
-    """All questions of a file.
+    """Read all questions of a file.
 
     Raises:
-        UserError: unreadable, another layout or version, no question, or too many misplaced answers.
+        UserError: the file cannot be read, has another layout or version, no question, or too many answers that are
+            not at their position.
     """
     content = _parsed(file)
     articles = _field(content, "data", list, f"{file}")
@@ -106,13 +108,13 @@ def read_examples(file: Path, version: str) -> list[Example]:
 
 
 def _parsed(file: Path) -> dict[str, Any]:
-    if file.exists() and not file.is_file():  # a pipe would be waited for
+    if file.exists() and not file.is_file():  # reading a pipe could wait for ever
         raise UserError(f"{file}: is not a regular file; {_OFFICIAL}")
     try:
         content = json.loads(file.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror}); {_OFFICIAL}") from None
-    except (ValueError, RecursionError) as error:  # numbers of 5,000 digits are ValueErrors
+    except (ValueError, RecursionError) as error:  # also raised for numbers of 5,000 digits
         raise UserError(f"{file}: is not valid JSON ({error}); {_OFFICIAL}") from None
     if not isinstance(content, dict) or not isinstance(content.get("version", ""), str):
         raise UserError(f"{file}: found no object with `version` and `data` at the top; {_OFFICIAL}")

@@ -1,7 +1,7 @@
-"""Question and context as model inputs: overlapping windows of tokens, and where the answer stands in each.
+"""Question and context as model inputs: overlapping windows of tokens, with the position of the answer in each.
 
-As in the BERT paper's code: windows of `max_length` tokens, `stride` of them shared by neighbours; a window without the
-whole answer points at its first token ([CLS]), and so do questions without an answer.
+As in the code of the BERT paper, windows have `max_length` tokens, and consecutive windows share `stride` tokens of the
+context. The label of a window without the whole answer, or of a question without an answer, is the first token ([CLS]).
 """
 
 from __future__ import annotations
@@ -15,24 +15,24 @@ from homodistil.errors import UserError
 from homodistil.evaluation.squad.examples import Example
 
 MAX_QUESTION_TOKENS = 64
-_BATCH = 1000  # questions a call: bounds the memory of what the tokenizer returns
+_BATCH = 1000  # questions per call, which limits the memory of the tokenizer's output
 
 
 class Windows(NamedTuple):
-    """All windows of some examples, in their order."""
+    """All windows of some examples, in the order of the examples."""
 
     inputs: list[dict[str, Any]]
-    """input_ids, attention_mask, ...; for training also start_positions and end_positions (tokens)."""
+    """input_ids, attention_mask, ...; for training also start_positions and end_positions (token indices)."""
     owners: list[int]
     """Index of the example that the window belongs to."""
     spans: list[list[tuple[int, int] | None]]
-    """For each token (first, last + 1) character in the context, None outside the context."""
+    """For each token: (first, last + 1) character in the context; None for tokens outside the context."""
     null_tokens: list[int]
-    """Token that stands for "no answer"."""
+    """Index of the token that stands for "no answer"."""
 
 
 def check_lengths(tokenizer: PreTrainedTokenizerBase, max_length: int, stride: int) -> None:
-    """Raise `UserError` where a window has no room for the longest question and something new of the context."""
+    """Raise `UserError` if a window has no space for the longest question and at least one new token of context."""
     if not tokenizer.is_fast:
         raise UserError(
             "--checkpoint: its tokenizer has no tokenizer.json, so it knows no character positions; add one"
@@ -53,7 +53,15 @@ def check_lengths(tokenizer: PreTrainedTokenizerBase, max_length: int, stride: i
 def windows(
     examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_length: int, stride: int, labelled: bool
 ) -> Windows:
-    """Args: labelled: with the positions of the first answer, for training. Lengths are in tokens."""
+    """All windows of `examples`.
+
+    Args:
+        max_length, stride: in tokens, see above.
+        labelled: whether to add the position of the first answer, for training.
+
+    Raises:
+        UserError: as in `check_lengths`.
+    """
     check_lengths(tokenizer, max_length, stride)
     all_windows = Windows([], [], [], [])
     for first in range(0, len(examples), _BATCH):
@@ -86,7 +94,7 @@ def _add(target: Windows, examples, first: int, tokenizer, max_length: int, stri
 
 
 def _cut_questions(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Questions of at most `MAX_QUESTION_TOKENS`: the tokenizer itself cuts only one side."""
+    """Questions truncated to `MAX_QUESTION_TOKENS`; the tokenizer itself truncates only the context."""
     questions = [example.question for example in examples]
     encoded = tokenizer(questions, add_special_tokens=False, return_offsets_mapping=True)
     ends = [pairs[:MAX_QUESTION_TOKENS][-1][1] if pairs else 0 for pairs in encoded["offset_mapping"]]
@@ -94,12 +102,12 @@ def _cut_questions(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBa
 
 
 def _position(example: Example, spans: Sequence[tuple[int, int] | None]) -> tuple[int, int] | None:
-    """First and last token of the first answer; None where the window does not hold all of it."""
+    """First and last token of the first answer; None if the window does not contain all of it."""
     context = [i for i, span in enumerate(spans) if span is not None]
     if not example.answers or not context:
         return None
     start, end = example.answers[0].start, example.answers[0].start + len(example.answers[0].text)
     inside = [i for i in context if spans[i][1] > start and spans[i][0] < end]
-    # A window that begins or ends inside the answer shows a part of it only.
+    # A window that begins or ends inside the answer contains only a part of it.
     whole = inside and spans[context[0]][0] <= start and spans[context[-1]][1] >= end
     return (inside[0], inside[-1]) if whole else None

@@ -1,4 +1,4 @@
-"""One fine-tuning run: one checkpoint, one SQuAD version, one setting, one seed, by Hugging Face's Trainer."""
+"""One fine-tuning run (checkpoint, SQuAD version, setting, seed) with Hugging Face's Trainer."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ from homodistil.evaluation.trainer_arguments import TellsProgress, alone, quiet,
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(TrainerSettings):
-    """How one run is trained and read; lengths in tokens."""
+    """Hyperparameters of training and of the choice of answers; lengths are in tokens."""
 
     epochs: int = 2
     max_length: int = 384
-    """A window: question, context and special tokens."""
+    """Length of a window: question, context and special tokens."""
     stride: int = 128
-    """Context shared by neighbouring windows."""
+    """Tokens of context that consecutive windows share."""
     max_answer_tokens: int = 30
     null_threshold: float = 0.0
-    """v2.0: how far the score of no answer must exceed the best answer's."""
+    """v2.0: the score of "no answer" must exceed that of the best answer by more than this."""
 
 
 class Encoded(NamedTuple):
-    """Both splits as windows."""
+    """Training and dev questions as windows."""
 
     data: SquadData
     train: Windows
@@ -55,11 +55,11 @@ def fine_tune(checkpoint: str | Path, data: SquadData, settings: Settings) -> tu
     """Fine-tune and evaluate on dev. Sets the random state of torch, numpy and Python.
 
     Args:
-        checkpoint: folder or hub name of any Hugging Face encoder, such as our export.
+        checkpoint: folder or hub name of any Hugging Face encoder, such as an exported student.
 
     Returns:
-        Metrics (fractions; see `metrics.score`) with `steps`, `seconds` (training and evaluation) and `parameters`
-        (with the head), and the answers on dev (id -> text, what the official script reads).
+        The metrics (fractions; see `metrics.score`) with `steps`, `seconds` (training and evaluation) and `parameters`
+        (with head); and the answers on dev (id -> text), in the format of the official script.
 
     Raises:
         UserError: the checkpoint cannot be loaded, or the lengths do not fit it.
@@ -68,7 +68,10 @@ def fine_tune(checkpoint: str | Path, data: SquadData, settings: Settings) -> tu
 
 
 def encode(checkpoint: str | Path, data: SquadData, settings: Settings) -> Encoded:
-    """Tokenised once for all runs of a checkpoint. Questions whose first answer is misplaced are not trained on."""
+    """Tokenise the questions, once for all runs of a checkpoint.
+
+    Training questions whose first answer is not at its position are left out. Raises `UserError`.
+    """
     tokenizer = load_tokenizer(str(checkpoint), settings.max_length, num_texts=2)
     check_lengths(tokenizer, settings.max_length, settings.stride)
     lengths = (tokenizer, settings.max_length, settings.stride)
@@ -77,7 +80,7 @@ def encode(checkpoint: str | Path, data: SquadData, settings: Settings) -> Encod
 
 
 def train(checkpoint: str | Path, encoded: Encoded, settings: Settings) -> tuple[dict[str, float], dict[str, str]]:
-    """Fine-tune and score as `fine_tune` does, on examples that are encoded already."""
+    """The same as `fine_tune`, on examples from `encode`."""
     start = time.perf_counter()
     with alone(), quiet(), tempfile.TemporaryDirectory() as folder:
         set_seed(settings.seed)
@@ -90,7 +93,7 @@ def train(checkpoint: str | Path, encoded: Encoded, settings: Settings) -> tuple
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-        # Left as it was for training, Trainer would reorder the windows here too, and not say how.
+        # Otherwise Trainer would reorder the windows as in training, without returning the order.
         trainer.args.train_sampling_strategy = "sequential"
         start_logits, end_logits = trainer.predict(encoded.dev.inputs).predictions
     progress.now("choosing answers out of all windows")
@@ -103,5 +106,5 @@ def train(checkpoint: str | Path, encoded: Encoded, settings: Settings) -> tuple
 
 
 def load_reader(folder: str) -> nn.Module:
-    """The model with a fresh span head (drawn from torch's random state), fp32. Raises `UserError`."""
+    """The model in fp32, with a new span head drawn from torch's random state. Raises `UserError`."""
     return load_encoder(AutoModelForQuestionAnswering, folder)

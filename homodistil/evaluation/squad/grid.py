@@ -1,4 +1,4 @@
-"""All SQuAD runs of a command, one JSON file a finished run, and their table. An interrupted command continues."""
+"""All SQuAD runs of a command, with one JSON file per finished run, and their table. Continues after interruptions."""
 
 from __future__ import annotations
 
@@ -36,17 +36,19 @@ _VARIED = (*_SETTING, "seed")
 def run_grid(
     checkpoint: str, data: SquadData, grid: Grid, out: Path, cache_dir: Path, say: Callable[[str], None]
 ) -> list[Record]:
-    """Run what is not finished yet; give the records of this version in `out`.
+    """Do all runs that are not finished yet, and return all records of this version in `out`.
 
     Args:
         checkpoint: folder, hub name or embedded:NAME.
-        grid: its shared settings are `squad.fine_tuning.Settings`.
-        say: takes two lines for each run, when it begins and when it is finished.
+        grid: its shared settings are a `squad.fine_tuning.Settings`.
+        out: folder for the records.
+        cache_dir: folder for packaged models.
+        say: called with two lines per run, when it begins and when it has finished.
 
     Raises:
         UserError: the checkpoint cannot be used, or `out` holds results of another checkpoint, data or settings.
     """
-    on_cpu(grid.shared.device)  # whether there is such a device
+    on_cpu(grid.shared.device)  # raises if there is no such device
     folder = checkpoint_folder(checkpoint, cache_dir)
     load_reader(folder)
     identity = _identity(checkpoint_identity(folder), data, grid.shared)
@@ -63,7 +65,7 @@ def run_grid(
             result, predictions = train(folder, encoded, settings)
         record = {"version": data.version, "checkpoint": checkpoint, "identity": identity}
         record |= {"setting": {name: getattr(settings, name) for name in _VARIED}, "result": result}
-        # The record last: it says that the run is finished.
+        # The record is written last, because it marks the run as finished.
         write_output(place / f"predictions-{file.name}", json.dumps(predictions) + "\n")
         write_output(file, to_json(record) + "\n")
         finished[file] = record
@@ -72,7 +74,7 @@ def run_grid(
 
 
 def _identity(checkpoint: str, data: SquadData, shared: Settings) -> dict[str, Any]:
-    """Whatever changes a result and does not stand in the file's name. The device does not count."""
+    """Everything that affects a result and is not in the file name, except the device."""
     fixed = {name: value for name, value in dataclasses.asdict(shared).items() if name not in (*_VARIED, "device")}
     return {"checkpoint": checkpoint, "data": data.fingerprint, **fixed}
 
@@ -93,8 +95,11 @@ def _read(file: Path, identity: dict[str, Any]) -> Record:
 
 
 def summarise(records: Iterable[Record]) -> list[dict[str, Any]]:
-    """One dict a setting, the best median F1 first: lr, batch_size, epochs, seeds, and for each metric its median,
-    standard deviation (of the sample; None for one seed), min and max over the seeds."""
+    """One dict per setting, ordered by median F1, the best first.
+
+    Each has lr, batch_size, epochs, seeds, and "metrics" with median, standard_deviation (of the sample; None for one
+    seed), min and max of each metric over the seeds.
+    """
     groups: dict[tuple, list[Record]] = {}
     for record in records:
         groups.setdefault(tuple(record["setting"][name] for name in _SETTING), []).append(record)

@@ -1,6 +1,6 @@
 """Exact match and F1 as the official scripts (evaluate-v1.1.py, evaluate-v2.0.py) define them, as fractions.
 
-Written out: the libraries that have them bring a model framework or the network along, for four formulas.
+They are implemented here, because the libraries that have them need a model framework or network access.
 """
 
 from __future__ import annotations
@@ -17,16 +17,17 @@ _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def normalised(text: str) -> str:
-    """Lower case, without punctuation (ASCII) and articles, single spaces."""
+    """`text` in lower case, without ASCII punctuation and articles, with single spaces."""
     return " ".join(_ARTICLES.sub(" ", text.lower().translate(_NO_PUNCTUATION)).split())
 
 
 def exact_match(prediction: str, truth: str) -> float:
+    """1 if both texts are equal after normalisation, else 0."""
     return float(normalised(prediction) == normalised(truth))
 
 
 def f1(prediction: str, truth: str) -> float:
-    """F1 of the bags of words; where one side is empty, 1 if both are."""
+    """F1 of the bags of words after normalisation. If one of them is empty: 1 if both are, else 0."""
     predicted, true = normalised(prediction).split(), normalised(truth).split()
     if not predicted or not true:
         return float(predicted == true)
@@ -35,18 +36,18 @@ def f1(prediction: str, truth: str) -> float:
 
 
 def score(examples: Sequence[Example], predictions: Mapping[str, str]) -> dict[str, float]:
-    """Mean over the questions of the best value over a question's answers.
+    """Means over the questions, with the best value over all answers of a question.
 
     Args:
-        predictions: id -> answer text; "" says that there is none.
+        predictions: id -> answer text; "" means no answer.
 
     Returns:
-        exact, f1; where some questions have no answer also has_answer_exact, has_answer_f1 (the others alone) and
-        no_answer_accuracy.
+        "exact" and "f1". If some questions have no answer, also "has_answer_exact" and "has_answer_f1" (over the
+        questions with an answer) and "no_answer_accuracy" (over those without).
     """
     scores = {True: [], False: []}
     for example in examples:
-        # As officially: answers that normalise to nothing do not count, and no answer at all is the empty one.
+        # As in the official script: answers that normalise to "" are ignored; without an answer, "" is correct.
         truths = [answer.text for answer in example.answers if normalised(answer.text)] or [""]
         prediction = predictions[example.ident]
         pair = tuple(max(metric(prediction, truth) for truth in truths) for metric in (exact_match, f1))

@@ -1,7 +1,7 @@
-"""Many runs, or rows of a benchmark -> one page: models with their seeds, size-quality-speed scatter, curves, tables.
+"""Several runs, or rows of a benchmark -> one page: models with seeds, size-quality-speed scatter, curves, tables.
 
-runs.py reads the folders, benchmark.py the quality study's JSON, groups.py puts seeds together, scatter.py draws,
-page.py is the HTML.
+runs.py reads the run folders, benchmark.py the JSON of the quality study; groups.py combines seeds to models,
+scatter.py draws them, and page.py makes the HTML.
 """
 
 from __future__ import annotations
@@ -22,15 +22,18 @@ from homodistil.report.outputs import check_outputs, write_page, writing_report
 
 
 def write_run_comparison(inputs: Sequence[Path], path: Path, figures: Path | None = None) -> Path:
-    """The page of several run folders, finished or not, and JSON files of the quality benchmark.
+    """Write the page that compares several runs, finished or not, and results of the quality benchmark.
 
     Args:
-        inputs: folders are runs, files are what `experiments/quality` wrote.
-        path: of the page, replaced atomically.
-        figures: folder for every figure as PNG and SVG; None: none are exported.
+        inputs: run folders, and JSON files that `experiments/quality` wrote.
+        path: file of the page, replaced atomically.
+        figures: folder into which every figure is exported as PNG and SVG; None: no export.
+
+    Returns:
+        `path`.
 
     Raises:
-        UserError: a folder is no run folder, a file no benchmark's, or something cannot be written.
+        UserError: a folder is not a run folder, a file is not of the benchmark, or something cannot be written.
     """
     check_outputs(path, figures)
     files = [file for file in inputs if is_benchmark(file)]
@@ -51,13 +54,16 @@ def write_comparison(
     sources: Sequence[tuple[str, Mapping[str, Any]]] = (),
     figures: Path | None = None,
 ) -> Path:
-    """The page of any rows, such as those of the quality benchmark.
+    """Write the page of any rows, such as those of the quality benchmark.
 
     Args:
         rows: name, parameters, hidden_size, heldout_mlm_loss, masked_top1, kl_to_teacher, tokens_per_s, glue, seed, ...
-            (see `groups.models`): a row per seed, or lists with a number per seed.
+            (see `groups.models`): one row per seed, or lists with one number per seed.
         curves: further figures, see `curves.curve`; may be empty.
-        sources: see `page.render`.
+        notes, sources: see `page.render`.
+
+    Returns:
+        `path`.
 
     Raises:
         UserError: page or figures cannot be written.
@@ -73,7 +79,7 @@ def write_comparison(
 
 
 def export_curves(curves: Sequence[Curve], folder: Path | None) -> None:
-    """Every figure as PNG and SVG, named by its title. Raises `OSError`."""
+    """Write every figure as PNG and SVG, named after its title; nothing if `folder` is None. Raises `OSError`."""
     for curve in curves if folder else ():
         if curve.panels:
             export(compose(curve.panels), folder, re.sub(r"[^a-z0-9]+", "-", curve.title.lower()).strip("-"))

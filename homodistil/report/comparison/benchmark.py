@@ -9,12 +9,12 @@ from typing import Any
 from homodistil.errors import UserError
 from homodistil.report.run import clean
 
-# The benchmark's metric -> column of the comparison. Others keep their name.
+# Metric of the benchmark -> column of the comparison. Other metrics keep their names.
 _COLUMNS = {"mlm_loss": "heldout_mlm_loss", "tokens_per_cpu_s": "tokens_per_s"}
 
 
 def is_benchmark(path: Path) -> bool:
-    """Whether `path` is to be read as a benchmark's file; anything that cannot be a file is a run folder's name."""
+    """Whether `path` is to be read as a file of the benchmark; if it is not a file, it is taken for a run folder."""
     try:
         return path.is_file()
     except (OSError, ValueError):  # a name too long, a NUL byte
@@ -22,7 +22,7 @@ def is_benchmark(path: Path) -> bool:
 
 
 def read_benchmark(file: Path) -> list[dict[str, Any]]:
-    """Rows for `write_comparison`, lists of a number per seed. Raises `UserError` for any other file."""
+    """Rows for `write_comparison`, with lists of one number per seed. Raises `UserError` for any other file."""
     try:
         content = clean(json.loads(file.read_text(encoding="utf-8")))
         models: dict[tuple[str, str], dict[str, Any]] = {}

@@ -1,4 +1,4 @@
-"""Rows of many runs -> one model each, seeds together: mean and standard deviation. Feeds scatter.py and page.py."""
+"""Rows of several runs -> models: the seeds of one model are combined to a mean and a standard deviation."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from homodistil.metrics.result_table import DASH
 
-# Column -> (heading, how a number is written). Further numbers of the rows follow under their own names.
+# Column -> (heading, how a number is written). Further columns of the rows follow, with their names as headings.
 COLUMNS = {
     "parameters": ("parameters", "{:,.0f}"),
     "hidden_size": ("hidden size", "{:,.0f}"),
@@ -28,13 +28,13 @@ _OTHER_FORM = "{:.4g}"
 
 
 Values = dict[str, list[float]]
-"""Column -> its numbers."""
+"""Column -> its numbers, one per seed."""
 
 
 class Spread(NamedTuple):
     mean: float
     deviation: float | None
-    """Standard deviation of the sample (n - 1); None for one value."""
+    """Sample standard deviation (n - 1 in the denominator); None if there is only one value."""
 
 
 @dataclass(frozen=True)
@@ -43,11 +43,11 @@ class Model:
 
     name: str
     values: Mapping[str, Sequence[float]]
-    """Column -> a value per seed; a column that no seed measured is absent."""
+    """Column -> one value per seed; columns that were measured with no seed are absent."""
     num_seeds: int
 
     def spread(self, column: str) -> Spread | None:
-        """None: not measured."""
+        """Mean and deviation over the seeds; None if the column was not measured."""
         values = self.values.get(column)
         if not values:
             return None
@@ -59,11 +59,11 @@ class Model:
 
 
 def models(rows: Iterable[Mapping[str, Any]]) -> list[Model]:
-    """Rows with the same name, parameter count and hidden size are seeds of one model.
+    """Combine rows with the same name, parameter count and hidden size: they are seeds of one model.
 
-    A value may be a number or a list of numbers, one per seed. What is no finite number (None, text) is not measured.
-    Rows that name the same `seed` are one measurement, taken more than once: their mean counts. Rows without one that
-    are equal in everything count once.
+    A value may be a number or a list of numbers, one per seed. Values that are not finite numbers (None, text) count as
+    not measured. Rows with the same `seed` are repeated measurements: their mean counts once. Of rows without a seed,
+    those that are equal in every number count once.
     """
     groups: dict[tuple, dict[Any, list[Values]]] = {}
     for row in rows:
@@ -80,7 +80,7 @@ def models(rows: Iterable[Mapping[str, Any]]) -> list[Model]:
 
 
 def _once(same: Sequence[Values]) -> Values:
-    """Several measurements of one seed as one."""
+    """The mean of several measurements of one seed."""
     if len(same) == 1:
         return same[0]
     names = dict.fromkeys(name for numbers in same for name in numbers)
@@ -88,7 +88,7 @@ def _once(same: Sequence[Values]) -> Values:
 
 
 def _with_speed(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A run's row has two speeds: the one at the final width is what counts here."""
+    """The row with `tokens_per_s`: rows of runs have two speeds, and the one at the final width is used."""
     return {"tokens_per_s": row.get("tokens_per_s_last"), **row}
 
 
@@ -110,14 +110,14 @@ def _model(name: str, group: Sequence[Values]) -> Model:
 
 
 def columns(compared: Sequence[Model]) -> dict[str, tuple[str, str]]:
-    """`COLUMNS` and the rows' further numbers, without what no model has: name -> (heading, form)."""
+    """Column -> (heading, form): `COLUMNS` and further columns, without those that no model has a value for."""
     named = dict.fromkeys(column for model in compared for column in model.values)
     forms = COLUMNS | {name: (name.replace("_", " "), _OTHER_FORM) for name in named if name not in COLUMNS}
     return {name: form for name, form in forms.items() if name in named}
 
 
 def cell(model: Model, column: str, form: str) -> str:
-    """ "4.123 \u00b1 0.004", without the deviation where there is none, or a dash."""
+    """ "4.123 \u00b1 0.004"; the mean alone if there is no deviation; a dash if there is no value."""
     spread = model.spread(column)
     if spread is None:
         return DASH

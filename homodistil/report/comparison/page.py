@@ -16,10 +16,10 @@ from homodistil.report.figures import inline
 from homodistil.report.page import CSS, drawn
 
 SCATTER_CAPTION = (
-    "A shape and a label a model; bars are standard deviations over seeds. Over size, larger markers are faster."
+    "One shape and label per model; bars are standard deviations over seeds. Over size, larger markers are faster."
 )
 
-_MOST_COLUMNS = 10  # that fit beside each other on a screen
+_MOST_COLUMNS = 10  # more do not fit on a screen
 _TEMPLATE = """<!doctype html>
 <html lang="en">
 <head>
@@ -81,7 +81,13 @@ def render(
     notes: Sequence[str],
     sources: Sequence[tuple[str, Mapping[str, Any]]],
 ) -> str:
-    """Args: notes: what is missing, a sentence each; sources: (file or folder, row), listed as they are."""
+    """The HTML text of the page.
+
+    Args:
+        scatter: figure of size, quality and speed; None: the page has none.
+        notes: one sentence per input of which something is missing.
+        sources: (file or folder, row of its result table), listed unchanged at the end of the page.
+    """
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined, keep_trailing_newline=True
     )
@@ -102,7 +108,10 @@ def render(
 
 
 def _table(models: Sequence[Model]) -> tuple[list[str], list[list[str]]]:
-    """Headings and lines: a line per model, or a column a model where that is narrower and lines would not fit."""
+    """Headings and lines of a table with one line per model.
+
+    If there are too many columns for the screen and fewer models, the table is transposed: one column per model.
+    """
     shown = columns(models)
     headings = ["model", "seeds", *(heading for heading, _ in shown.values())]
     lines = [[m.name, str(m.num_seeds), *(cell(m, c, form) for c, (_, form) in shown.items())] for m in models]

@@ -1,4 +1,7 @@
-"""Many run folders -> rows for the tables and curves over one axis. Seeds of one setting are found by their config."""
+"""Several run folders -> rows for the tables, and curves over one axis.
+
+Runs whose configs differ in nothing but seed, name and folder are seeds of one setting.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ from homodistil.report.run import Points, Run, check_size, clean, is_teacher, re
 GLUE_FILE = Path("glue") / "glue.json"
 """Where `launcher/glue.py --out RUN/glue` writes."""
 TEACHER_FILE = "teacher.json"
-"""Which corrected teacher a run used (written by training/teacher_correction.py, which is too heavy to import here)."""
+"""Names the corrected teacher of a run. Written by training/teacher_correction.py, which is too slow to import here."""
 
 
 @dataclass
@@ -32,14 +35,18 @@ class Entry:
     label: str = ""
     """Label of the setting, shared by all its seeds."""
     found: list[dict[str, Any]] = field(default_factory=list)
-    """Rows as they stand in the folder."""
+    """Rows of the result table, unchanged."""
     rows: list[dict[str, Any]] = field(default_factory=list)
     """The rows under names that distinguish the runs."""
     notes: list[str] = field(default_factory=list)
 
 
 def read_entries(folders: Sequence[Path]) -> list[Entry]:
-    """Runs in any state: what is missing or damaged becomes a note. Raises `UserError` for a folder that is no run."""
+    """Read run folders, finished or not; what is missing or damaged becomes a note of the entry.
+
+    Raises:
+        UserError: a folder is not a run folder.
+    """
     runs = [read_run(Path(folder)) for folder in dict.fromkeys(map(Path, folders))]
     entries = [Entry(run, _setting(run), notes=list(run.notes)) for run in runs]
     _label(entries)
@@ -60,12 +67,12 @@ def _setting(run: Run) -> str:
 
 
 def _label(entries: Sequence[Entry]) -> None:
-    """The common beginning of the names of a setting's runs; told apart by number where two settings share one."""
+    """Set the labels: the common beginning of the names of a setting's runs, with a number if two settings share it."""
     taken: dict[str, str] = {}
     for entry in entries:
         names = [other.run.name for other in entries if other.setting == entry.setting]
         folders = [other.run.folder.resolve().name for other in entries if other.setting == entry.setting]
-        # Names are often left at the recipe's: folders tell settings apart then.
+        # `run.name` is often left at the value of the recipe; the folders then distinguish the settings.
         distinct = len({other.run.name for other in entries}) >= len({other.setting for other in entries})
         name = _common(names if distinct else folders)
         label, number = name, 2
@@ -81,7 +88,7 @@ def _common(names: Sequence[str]) -> str:
 
 
 def _add_rows(entry: Entry) -> None:
-    """result.json, else row.json (the student alone, written before the comparisons of a run)."""
+    """Take the rows of result.json or, before it exists, of row.json: the student alone, without controls."""
     rows = entry.run.rows
     path = entry.run.folder / ROW_FILE
     if not rows and path.is_file():
@@ -91,7 +98,7 @@ def _add_rows(entry: Entry) -> None:
     student = _student(rows)
     for row in rows:
         if is_teacher(row):
-            # However many runs used it, a teacher that has been corrected once is one measurement.
+            # A teacher is one measurement even if several runs used it.
             entry.rows.append({**row, "seed": _teacher_identity(entry.run)})
         else:
             entry.rows.append({**row, "name": _name(entry, row, student), "seed": _seed(entry.run)})
@@ -107,8 +114,10 @@ def _name(entry: Entry, row: dict[str, Any], student: dict[str, Any] | None) -> 
 
 
 def _student(rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """The row of the run's last student: neither teacher nor a member on the way, and in front of the controls. None
-    where a job had several students: each has its own name."""
+    """The row of the final student: the first one that is neither the teacher nor an earlier milestone.
+
+    None if the job had several students: their rows have different names already.
+    """
     if any("student" in row for row in rows):
         return None
     return next((row for row in rows if not is_teacher(row) and not _is_on_the_way(row)), None)
@@ -120,21 +129,21 @@ def _is_on_the_way(row: Mapping[str, Any]) -> bool:
 
 
 def _seed(run: Run) -> str:
-    """Identifies the seed: equal for runs that began alike; a run without a known seed counts as a seed of its own."""
+    """Identifies the seed; a run whose seed is unknown counts as a different seed from all other runs."""
     train = run.config.get("train")
     seed = train.get("seed") if isinstance(train, dict) else None
     return str(run.folder.resolve()) if seed is None else f"seed {seed}"
 
 
 def _teacher_identity(run: Run) -> str:
-    """The cached corrected teacher's name, else the checkpoint's."""
+    """Name of the cached corrected teacher, or that of the teacher's checkpoint if it was not corrected."""
     path, teacher = run.folder / TEACHER_FILE, run.config.get("teacher")
     corrected = _object(path, []).get("corrected") if path.is_file() else None
     return str(corrected or (teacher.get("name") if isinstance(teacher, dict) else run.folder.resolve()))
 
 
 def _add_glue(entry: Entry) -> None:
-    """Mean over the tasks of the best setting's score, in the student's row."""
+    """Add the GLUE score to the student's row: the mean over the tasks of the score of the best setting."""
     path = entry.run.folder / GLUE_FILE
     student = next((row for row in entry.rows if row["name"] == entry.label), None)
     if student is None or not path.is_file():
@@ -170,7 +179,7 @@ def _note_state(entry: Entry) -> None:
 
 
 def run_curves(entries: Sequence[Entry]) -> list[Curve]:
-    """All runs over one axis; seeds of a setting share colour and dash, the first of them carries the label."""
+    """Curves of all runs over one axis. Seeds of a setting share colour and dash; only the first one has a label."""
     order = list(dict.fromkeys(entry.setting for entry in entries))
 
     def lines(points_of) -> list[Line]:
@@ -216,13 +225,13 @@ def run_curves(entries: Sequence[Entry]) -> list[Curve]:
         curve("Distance to the teacher", f"Terms on the probe batch at every evaluation. {first}", distances),
         curve("Jump at a resize", "Just before (hollow) and just after (filled) every resize.", jumps),
         curve("Training loss", f"The weighted sum, and every term before its weight. {first}", [losses, *terms]),
-        curve("Widths", "What is left of the student.", widths),
-        curve("Speed", "Tokens a second over all ranks, pauses left out.", speed),
+        curve("Widths", "Hidden size and parameters of the student.", widths),
+        curve("Speed", "Tokens per second over all ranks, without pauses.", speed),
     ]
 
 
 def _control_lines(entries: Sequence[Entry], name: str, first_style: int) -> list[Line]:
-    """Lines of the first run of every setting; none where they would hide the runs themselves."""
+    """Control lines of the first run of every setting; none if they would be too many to see the runs themselves."""
     firsts = [entry for i, entry in enumerate(entries) if entry.setting not in {e.setting for e in entries[:i]}]
     pairs = [(entry, control) for entry in firsts for control in final_controls(entry.run)]
     if len(pairs) > _MOST_CONTROL_LINES:
@@ -235,7 +244,7 @@ def _control_lines(entries: Sequence[Entry], name: str, first_style: int) -> lis
 
 
 def _teacher_lines(entries: Sequence[Entry], name: str) -> list[Line]:
-    """One for each teacher, over the steps of all runs."""
+    """One level line per teacher, over the steps of all runs."""
     values = {_teacher_identity(entry.run): teacher_value(entry.run, name) for entry in entries}
     known = {identity: value for identity, value in values.items() if value is not None}
     steps = [step for entry in entries for step, _ in entry.run.evaluation_points(name)]

@@ -1,5 +1,4 @@
-"""Size, quality and speed of all models as scatter plots. Readable in black and white: a shape and a label per
-model."""
+"""Size, quality and speed of all models as scatter plots: one shape and label per model, readable without colour."""
 
 from __future__ import annotations
 
@@ -19,11 +18,11 @@ _QUALITY = ("heldout_mlm_loss", "kl_to_teacher", "glue", "masked_top1")
 
 
 def scatter(models: Sequence[Model]) -> Figure | None:
-    """Quality over size for every measured quality, and the first quality over speed; None: nothing to show.
+    """Quality over size for every measured quality, and the first quality over speed; None if nothing can be shown.
 
     Size is the number of parameters (hidden size where none of the models has it); larger markers are faster.
     """
-    # Last, so that the others have the colours that they have in the curves.
+    # The teacher comes last, so that all other models have the same colours as in the curves.
     models = sorted(models, key=lambda model: model.name.lower().startswith("teacher"))
     size = next((c for c in ("parameters", "hidden_size") if any(c in model.values for model in models)), None)
     qualities = [q for q in _QUALITY if any(q in model.values for model in models)]
@@ -50,7 +49,7 @@ def _drawer(models: Sequence[Model], x: str, y: str) -> Callable[[Axes], None]:
 
 
 def _point(axes: Axes, i: int, model: Model, x: str, y: str, diameter: float) -> None:
-    """Filled and hollow shapes take turns once all are used; bars are standard deviations over seeds."""
+    """Draw a model with bars of one standard deviation over seeds. Once all shapes are used, they repeat hollow."""
     color = look(i)["color"]
     fill = color if (i // len(_SHAPES)) % 2 == 0 else "white"
     bars = {"xerr": model.spread(x).deviation, "yerr": model.spread(y).deviation}
@@ -61,7 +60,7 @@ def _point(axes: Axes, i: int, model: Model, x: str, y: str, diameter: float) ->
 
 
 def _diameters(models: Sequence[Model]) -> list[float]:
-    """By tokens/s, between the slowest and the fastest; the middle where it is not known."""
+    """Marker diameters in points, linear in tokens/s; the middle one where the speed is not known."""
     speeds = [model.mean("tokens_per_s") for model in models]
     known = [speed for speed in speeds if speed is not None]
     low, high = (min(known), max(known)) if known else (0.0, 0.0)
@@ -73,7 +72,7 @@ def _diameters(models: Sequence[Model]) -> list[float]:
 
 
 def _x_scale(axes: Axes, values: Sequence[float]) -> None:
-    """Logarithmic where sizes span a factor of 4."""
+    """Make the x axis logarithmic if the values span more than a factor of 4."""
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
     if min(values) > 0 and max(values) > 4 * min(values):
         axes.set_xscale("log")
@@ -102,7 +101,7 @@ def _short(value: float) -> str:
 
 
 def _labels(axes: Axes, points: Sequence[tuple[int, str, float, float]]) -> None:
-    """Names right of the axes at their point's height, moved apart, with a thin line to the point."""
+    """Write the names to the right of the axes, at the height of their points or moved apart, with a thin line."""
     axes.set_xlim(axes.get_xlim())  # freeze: the heights below are fractions of the current range
     axes.set_ylim(axes.get_ylim())
     to_fraction = axes.transData + axes.transAxes.inverted()

@@ -1,10 +1,10 @@
-"""What `resize/` asks of each kind of DeepSpeed optimizer wrapper, and the bookkeeping they share.
+"""The interface of `resize/` to DeepSpeed's optimizer wrappers, and the code that all adapters share.
 
-One subclass per wrapper class, found by `support.adapter_of`. Private fields of DeepSpeed are touched in those
-subclasses only; each lists the ones it relies on, and `support.check_supported` verifies them at start.
+There is one subclass per wrapper class, chosen by `support.adapter_of`. Only these subclasses access private fields of
+DeepSpeed. Each lists the fields that it relies on, and `support.check_supported` verifies them at start.
 
-To everything that only reads or writes state (importance, checkpoints, export) a wrapper is a list of `StateGroup`:
-an fp32 tensor that the torch optimizer updates, its optimizer state, and which elements of which parameters lie in it.
+For code that reads or writes state (importance, checkpoints, export) a wrapper is a list of `StateGroup`: an fp32
+tensor that the torch optimizer updates, its optimizer state, and the elements of parameters that it contains.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ ReadState = Callable[[str, str, int, int], Tensor]
 
 
 CONVERTED_NUMEL = 1 << 19
-"""Elements of a gradient that are converted to fp32 at a time on a CPU: as many as its caches hold."""
+"""Elements of a gradient converted to fp32 at a time on a CPU, to fit into its caches."""
 
 
 class MasterSlice(NamedTuple):
-    """Elements [start, start + numel) of a parameter, row by row, at `position` of a flat tensor of this rank."""
+    """Elements [start, start + numel) of a parameter row-major, at `position` of a flat tensor of this rank."""
 
     name: str
     start: int
@@ -41,42 +41,43 @@ class MasterSlice(NamedTuple):
 
 class StateGroup(NamedTuple):
     master: Tensor
-    """What the optimizer updates, the key of its state: fp32; the parameter itself when frozen (its own dtype)."""
+    """The fp32 tensor that the optimizer updates, the key of its state; for a frozen parameter the parameter itself."""
     state: dict
-    """Optimizer state of `master`, live; empty before the first step."""
+    """The live optimizer state of `master`; empty before the first step."""
     held: list[MasterSlice]
+    """The elements of parameters that `master` contains."""
     replicated: bool
-    """Whether every rank holds the same whole group, instead of a partition."""
+    """Whether every rank holds the whole group, instead of a partition."""
 
     def per_element(self) -> dict[str, Tensor]:
-        """The states that have one value an element (both moments), without counts such as `step`."""
+        """The states with one value per element (both moments), without counts such as `step`."""
         return {k: v for k, v in self.state.items() if torch.is_tensor(v) and v.shape == self.master.shape}
 
 
 class StateSlice(NamedTuple):
-    """Elements [start, start + n) of a parameter and all their state; views of the live tensors."""
+    """Elements [start, start + n) of a parameter and their optimizer state, as views of the live tensors."""
 
     name: str
     start: int
     weight: Tensor
-    """(n,): fp32 master weight, or the value of a frozen parameter in its own dtype."""
+    """(n,) fp32 master weight, or the value of a frozen parameter in the dtype of the parameter."""
     states: dict[str, Tensor]
     """Optimizer state name -> (n,); empty for frozen parameters and before the first step."""
 
 
 class GradientSlice(NamedTuple):
-    """Elements [start, start + n) of a parameter, flattened row by row, as the optimizer is about to see them."""
+    """Weight and gradient of elements [start, start + n) of a parameter in row-major order, before the step."""
 
     name: str
     start: int
     weight: Tensor
-    """(n,) fp32, the master weight before the step."""
+    """(n,) fp32 master weight."""
     gradient: Tensor
     """(n,) fp32, averaged over micro-batches and ranks, unscaled, unclipped."""
 
 
 class Adapter(ABC):
-    """One engine's weights and optimizer state, as its wrapper holds them."""
+    """Access to weights and optimizer state of one engine, for one class of optimizer wrappers."""
 
     fields: ClassVar[dict[str, type]] = {}
     """Attributes of the wrapper that the adapter relies on, and their types."""
@@ -93,34 +94,34 @@ class Adapter(ABC):
 
     @abstractmethod
     def groups(self) -> list[StateGroup]:
-        """Everything that is trained, on this rank."""
+        """The groups of trained parameters on this rank."""
 
     @abstractmethod
     def gradients(self, i: int) -> Callable[[MasterSlice], Tensor]:
-        """Access to the reduced gradient (times the loss scale) of what `groups()[i]` holds."""
+        """A function from a slice held by `groups()[i]` to its reduced gradient (multiplied by the loss scale)."""
 
     @abstractmethod
     def check_layout(self) -> None:
-        """Raise ValueError, naming what differs, unless state lies where this adapter expects it."""
+        """Raise ValueError that names the first difference if the state is not laid out as this adapter expects."""
 
     @abstractmethod
     def has_pending_gradients(self) -> bool:
-        """Whether gradients wait for a step."""
+        """Whether there are accumulated gradients that no step has applied yet."""
 
     @abstractmethod
     def resize(self, plan: ResizePlan) -> int:
-        """Apply `plan` to weights and state in place. Collective. Returns bytes sent between ranks, over all ranks."""
+        """Apply `plan` to weights and state in place. Collective. Returns the bytes sent by all ranks."""
 
     @abstractmethod
     def weights_from_masters(self) -> None:
-        """Make the model compute with the current masters, after these or their states were written to. Collective."""
+        """Copy the masters to the model's weights, after masters or states have been changed. Collective."""
 
     def rebuild_maps(self) -> None:
-        """Derive anew what the wrapper keeps about groups and their states. Nothing in wrappers without such books."""
+        """Rebuild the wrapper's own tables about groups and their states. Does nothing for wrappers without tables."""
         return None
 
     def frozen_groups(self) -> list[StateGroup]:
-        """Parameters that no optimizer group holds: whole on every rank, unless a wrapper partitions them too."""
+        """Parameters in no optimizer group; they are whole on every rank, unless the wrapper partitions them, too."""
         trained = self._trained_names()
         return [
             StateGroup(param, {}, [MasterSlice(name, 0, 0, param.numel())], replicated=True)
@@ -132,7 +133,7 @@ class Adapter(ABC):
         return {name for name, param in self.parameters.items() if param.requires_grad}
 
     def padding(self) -> Iterator[Tensor]:
-        """Parts of flat tensors that belong to no parameter, and must be zero. None in wrappers without padding."""
+        """The parts of flat tensors that belong to no parameter, and must be zero. Empty without padding."""
         return iter(())
 
     def loss_scale(self) -> float:
@@ -156,7 +157,7 @@ class Adapter(ABC):
             yield from _unscaled(held, held_part(group.master, held), gradient, scale)
 
     def _shares(self, groups: list[StateGroup]) -> Iterator[tuple[StateGroup, MasterSlice]]:
-        """What this rank reports of `groups`: partitions whole, and its turn of what every rank has."""
+        """The slices of `groups` that this rank reports: all of its partitions, and its share of replicated groups."""
         turn, rank, world_size = itertools.count(), dist.get_rank(), dist.get_world_size()
         for group in groups:
             for held in group.held:
@@ -178,7 +179,7 @@ class Adapter(ABC):
             for group, held in held_by_name.get(name, ()):
                 full[held.start : held.start + held.numel] = held_part(group.master, held)
             if name not in whole:
-                dist.all_reduce(full)  # every element is on one rank, the others add zero
+                dist.all_reduce(full)  # every element is on one rank; all other ranks add zero
             weights[name] = full.view(full_shape(param))
         return weights
 
@@ -199,7 +200,7 @@ class Adapter(ABC):
         self.weights_from_masters()
 
     def _scalar(self, value: object, master: Tensor) -> object:
-        """Counts live where the torch optimizer wants them: with the masters when its kernels read them there."""
+        """A count for the optimizer state; as a tensor it must be on the device of the masters if kernels read it."""
         if not torch.is_tensor(value):
             return value
         settings = self.torch_optimizer().param_groups[0]
@@ -211,12 +212,12 @@ class Adapter(ABC):
 
 
 def held_part(tensor: Tensor, held: MasterSlice) -> Tensor:
-    """What `held` says of a flat (or flattened) tensor of this rank, as a view."""
+    """The part `held` of a flat (or flattened) tensor of this rank, as a view."""
     return tensor.detach().view(-1)[held.position : held.position + held.numel]
 
 
 def _unscaled(held: MasterSlice, weight: Tensor, gradient: Tensor, scale: float) -> Iterator[GradientSlice]:
-    """The gradient as it lies, or copied stretch by stretch where it is to be converted."""
+    """The gradient itself, or copies in chunks if it must be converted to fp32 or unscaled."""
     if gradient.dtype == torch.float32 and scale == 1.0:
         yield GradientSlice(held.name, held.start, weight, gradient)
         return
@@ -234,7 +235,7 @@ def select_param(param: nn.Parameter, index: DimIndex) -> None:
 
 
 def select_state(state: dict, shape: torch.Size, index: DimIndex) -> None:
-    """Slice, in place, every optimizer state tensor of a whole parameter of (old) `shape`; scalars stay."""
+    """Slice every optimizer state tensor of a parameter of old shape `shape` (in place); scalars do not change."""
     for key, value in state.items():
         if torch.is_tensor(value) and value.shape == shape:
             state[key] = select(value, index)

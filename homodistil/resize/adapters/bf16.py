@@ -1,9 +1,9 @@
 """ZeRO-1 in bf16 with gradients accumulated in fp32: BF16_Optimizer (DeepSpeed 0.19, runtime/bf16_optimizer.py).
 
 As in ZeRO-1/2, a parameter group is one flat buffer of bf16 weights and one fp32 partition per rank of masters and
-states. Beside them every rank holds the gradients of the whole group in fp32, in one buffer with many views; between
-steps it is all zero. So it is let go of before an event and made anew afterwards: the event then needs no memory that
-training has not needed before.
+states. In addition every rank holds the fp32 gradients of the whole group in one buffer with many views. Between steps
+this buffer is zero, so it is freed before an event and made again afterwards; an event thus needs no more memory than
+training.
 """
 
 from __future__ import annotations
@@ -83,14 +83,14 @@ class Bf16Adapter(FlatAdapter):
         return lambda held: local[held.position : held.position + held.numel]
 
     def drop_views(self) -> None:
-        """Everything that refers to the gradient buffers and the old weights, masters and moments."""
+        """Drop all references to the gradient buffers and the old weights, masters and moments."""
         drop_fragments(param for group in self.optimizer.bf16_groups for param in group)
         self._drop_gradients()
 
     def _drop_gradients(self) -> None:
         optimizer = self.optimizer
         for param in (param for group in optimizer.bf16_groups for param in group):
-            param._hp_grad = None  # safe_get_full_grad prefers it
+            param._hp_grad = None  # safe_get_full_grad would use it
         for master in self.masters():
             master.grad = None  # a view of the gradient buffer that stays set between steps
         optimizer.non_expert_gradients.clear()
@@ -107,7 +107,7 @@ class Bf16Adapter(FlatAdapter):
         return self.move_states(i, move) + self._rebuild_weights(i, move)
 
     def _rebuild_weights(self, i: int, move: FlatMove) -> int:
-        """The flat buffer that the model computes with, and the parameters as views of it; returns bytes as above."""
+        """Make the new flat buffer of model weights, with the parameters as views of it. Returns bytes sent."""
         optimizer, new = self.optimizer, move.new
         dtype, device = self.weights(i).dtype, self.weights(i).device
         self.release_weights(i)
@@ -126,7 +126,7 @@ class Bf16Adapter(FlatAdapter):
         rebuild_fragments(self.optimizer, self.masters())
 
     def _rebuild_gradients(self, i: int) -> None:
-        """The gradient buffer and its views, as the wrapper's constructor makes them."""
+        """Make the gradient buffer and its views as in the constructor of the wrapper."""
         optimizer, layout, flat = self.optimizer, self.layout(i), self.weights(i)
         gradients = torch.zeros_like(flat, dtype=optimizer.grad_acc_dtype)
         views = optimizer._split_flat_tensor(gradients, [param.numel() for param in self.params(i)])
@@ -145,5 +145,5 @@ class Bf16Adapter(FlatAdapter):
 
 
 def _group_padding(layout: Layout, rank: int) -> int:
-    """DeepSpeed books all padding on the last rank, even where it begins on the one before."""
+    """Padding of the last rank; DeepSpeed counts all padding there, even if it begins on the rank before."""
     return layout.numel - layout.end if rank == layout.num_partitions - 1 else 0

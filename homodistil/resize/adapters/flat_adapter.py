@@ -1,8 +1,8 @@
-"""Wrappers that lay parameter groups end to end in flat buffers and cut these into one partition per rank.
+"""Base class for wrappers that keep parameter groups end to end in flat buffers, one partition per rank.
 
-What they share: where parameters lie (`Layout`), how masters and optimizer states move (`move_states`), how the weights
-that the model computes with follow from the masters (`spread_weights`), and the checks of all that. Subclasses say
-under which names their wrapper keeps the buffers, and rebuild what it derives from them.
+It has the layout of parameters (`Layout`), the moving of masters and optimizer states (`move_states`), the update of
+the model's weights from the masters (`spread_weights`), and checks. Subclasses define the names of the buffers in their
+wrapper, and rebuild what the wrapper derives from them.
 """
 
 from __future__ import annotations
@@ -24,27 +24,27 @@ from homodistil.resize.move import move_partition
 
 class FlatAdapter(Adapter):
     masters_field: ClassVar[str]
-    """Attribute of the wrapper: fp32 partition of every group, the key of its state. The tensor objects always stay."""
+    """Attribute of the wrapper: the fp32 partition of each group, the key of its state. The objects always stay."""
     weights_field: ClassVar[str]
-    """Attribute of the wrapper: flat buffer of the model's weights of every group, all partitions."""
+    """Attribute of the wrapper: the flat buffer of model weights of each group, with all partitions."""
     params_field: ClassVar[str]
-    """Attribute of the wrapper: parameters of every group, in the order of its buffer."""
+    """Attribute of the wrapper: the parameters of each group, in the order of its buffer."""
 
     @abstractmethod
     def layout(self, i: int) -> Layout:
-        """How group `i` lies in its buffer, computed from the shapes alone."""
+        """The layout of group `i` in its buffer, computed from shapes alone."""
 
     @abstractmethod
     def alignment(self, i: int) -> tuple[int, int]:
-        """Alignment of the buffer and of each parameter, in elements (`Layout.packed`)."""
+        """Alignments of the buffer and of each parameter in elements, for `Layout.packed`."""
 
     @abstractmethod
     def process_group(self, i: int) -> dist.ProcessGroup | None:
-        """Ranks that the partitions of group `i` are spread over."""
+        """The ranks over which group `i` is partitioned."""
 
     @abstractmethod
     def resize_group(self, i: int, move: FlatMove) -> int:
-        """Apply `move` to everything of group `i`. Returns bytes sent between ranks, over all ranks."""
+        """Apply `move` to weights and state of group `i`. Returns the bytes sent between ranks, over all ranks."""
 
     def masters(self) -> list[Tensor]:
         return getattr(self.optimizer, self.masters_field)
@@ -56,7 +56,7 @@ class FlatAdapter(Adapter):
         return getattr(self.optimizer, self.weights_field)[i]
 
     def rank(self, i: int) -> int:
-        """Which partition of group `i` is ours."""
+        """Index of this rank's partition of group `i`."""
         return dist.get_rank(self.process_group(i))
 
     def torch_optimizer(self) -> torch.optim.Optimizer:
@@ -95,52 +95,52 @@ class FlatAdapter(Adapter):
         return bytes_moved
 
     def drop_views(self) -> None:
-        """Let go of everything that refers to the old buffers: kept, it would keep all of them allocated."""
+        """Drop all references to the old buffers, which would keep them allocated."""
 
     def move_states(self, i: int, move: FlatMove) -> int:
-        """Master partition and every state of its shape, one after the other; returns bytes sent, over all ranks."""
+        """Move the master partition and the states of its shape, one by one. Returns bytes sent by all ranks."""
         master = self.masters()[i]
         state = self.torch_optimizer().state.get(master, {})
         element_bytes = master.element_size()
         for key in [key for key, value in state.items() if torch.is_tensor(value) and value.shape == master.shape]:
             element_bytes += state[key].element_size()
-            # No second name for the old tensor: it must be free before the next state is moved.
+            # No second reference to the old tensor, so that it is freed before the next state is moved.
             state[key] = self.move_partition(i, state[key], move)
         master.grad = None
         master.data = self.move_partition(i, master.data, move)
         return move.crossing_numel() * element_bytes
 
     def move_partition(self, i: int, old: Tensor, move: FlatMove) -> Tensor:
-        """This rank's new partition of one master or state of group `i`; `old` is freed. Collective."""
+        """The new partition of this rank of one master or state of group `i`; frees `old`. Collective."""
         return move_partition(old, move, self.rank(i), self.process_group(i))
 
     def release_weights(self, i: int) -> None:
-        """Parameters let go of the flat buffer that they are views of."""
+        """Replace the data of the parameters, which are views of the flat buffer, by empty tensors."""
         for param in self.params(i):
             set_param_data(param, torch.empty(0, dtype=param.dtype, device=param.device))
 
     def bind_weights(self, i: int, layout: Layout) -> None:
-        """Parameters become views of the flat buffer of group `i`, as `layout` says."""
+        """Make the parameters views of the flat buffer of group `i`, according to `layout`."""
         flat = self.weights(i)
         for param, shape, offset in zip(self.params(i), layout.shapes, layout.offsets, strict=True):
             param.data = flat[offset : offset + math.prod(shape)].view(shape)
 
     def spread_weights(self, i: int, partitions: list[Tensor]) -> int:
-        """Fill the model's flat buffer of group `i`, given as its partitions, from every rank's masters.
+        """Fill the flat buffer of model weights of group `i`, given as its partitions, from the masters of all ranks.
 
-        Weights are the rounded masters, before and after every step, so they need not be moved themselves: that would
-        take a second buffer. Returns bytes as above.
+        Between steps the weights are the rounded masters. They are therefore not moved, which would need a second
+        buffer. Returns the bytes sent between ranks, over all ranks.
         """
         group = self.process_group(i)
         partitions[self.rank(i)].copy_(self.masters()[i])
         if len(partitions) == 1:
             return 0
-        for owner, partition in enumerate(partitions):  # not all_gather: gloo's needs a second buffer
+        for owner, partition in enumerate(partitions):  # not all_gather, which needs a second buffer with gloo
             dist.broadcast(partition, group=group, group_src=owner)
         return sum(p.nbytes for p in partitions) * (len(partitions) - 1)
 
     def _select_unowned(self, index_of: dict[nn.Parameter, DimIndex]) -> None:
-        """Frozen parameters: whole on every rank, in no group."""
+        """Slice frozen parameters, which are in no group, and whole on every rank."""
         owned = {param for i in range(len(self.masters())) for param in self.params(i)}
         for param, index in index_of.items():
             if param not in owned:
@@ -149,11 +149,11 @@ class FlatAdapter(Adapter):
     # -- checks
 
     def weights_follow_masters(self) -> bool:
-        """Whether the model's weights are the rounded masters by now."""
+        """Whether the model's weights must already be the rounded masters."""
         return True
 
     def check_group(self, i: int, compared: dict[str, tuple[object, object]]) -> None:
-        """Raise ValueError for the first of `compared` (field -> actual, expected) that differs, then check content."""
+        """Raise ValueError for the first difference in `compared` (field -> actual, expected) or in the content."""
         for field, (value, expected) in compared.items():
             if value != expected:
                 raise ValueError(f"{field}[{i}]: {_first_difference(value, expected)}")
@@ -171,13 +171,13 @@ class FlatAdapter(Adapter):
 
 
 def padding_in_partition(layout: Layout, rank: int) -> int:
-    """Elements of the partition that lie behind the last parameter."""
+    """Number of elements in the partition of `rank` after the last parameter."""
     stop = (rank + 1) * layout.partition_numel
     return min(layout.partition_numel, max(0, stop - layout.end))
 
 
 def gaps(pieces: list, numel: int) -> Iterator[tuple[int, int]]:
-    """Stretches of [0, numel) that none of `pieces` (ascending, with `position` and `numel`) covers."""
+    """Ranges of [0, numel) that are not covered by `pieces` (ascending, with `position` and `numel`)."""
     end = 0
     for piece in pieces:
         if piece.position > end:

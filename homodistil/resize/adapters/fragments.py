@@ -1,7 +1,7 @@
 """DeepSpeed's own views of masters, states and gradients (`param._hp_mapping`), for its safe_get_* functions.
 
-ZeRO-1/2 and BF16_Optimizer share them. Fragments are views of the flat buffers: dropped before these are moved, so
-that the old ones can go, and made anew afterwards by DeepSpeed's own methods.
+ZeRO-1/2 and BF16_Optimizer have them. These fragments are views of the flat buffers. They are dropped before the
+buffers are moved, so that the old buffers can be freed, and made again by DeepSpeed's own methods.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 
 def drop_fragments(params: Iterable[nn.Parameter]) -> None:
+    """Remove the views from `params`."""
     for param in params:
         param._hp_mapping = None
 
@@ -25,12 +26,12 @@ def link_fragments(wrapper, masters: list[Tensor]) -> None:
     """
     wrapper._link_all_hp_params()
     wrapper._hp_optimizer_states_linked = False
-    # Not yet when a group has no state, i.e. before the first step: DeepSpeed links after that step by itself.
+    # Only if all groups have a state: before the first step they have none, and DeepSpeed links them after that step.
     if all(wrapper.optimizer.state.get(master) for master in masters):
         wrapper._lazy_init_hp_params_optimizer_state()
 
 
 def rebuild_fragments(wrapper, masters: list[Tensor]) -> None:
-    """After a resize: the fragments, and the map of them that goes into DeepSpeed's checkpoints."""
+    """Make the views again after a resize, and the table of them that DeepSpeed saves in its checkpoints."""
     link_fragments(wrapper, masters)
     wrapper._param_slice_mappings = wrapper._create_param_mapping()

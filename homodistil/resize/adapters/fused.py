@@ -1,7 +1,7 @@
 """Stage 0 in bf16 or fp16 with DeepSpeed's FusedAdam: FP16_Optimizer (DeepSpeed 0.19, runtime/fp16/fused_optimizer.py).
 
-Each parameter group is one flat buffer of model weights and one of fp32 masters, both whole on every rank: a layout of
-one partition, and nothing to send.
+Each parameter group is one flat buffer of model weights and one of fp32 masters, both whole on every rank. This is a
+layout with one partition, so nothing is sent between ranks.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class FusedAdapter(FlatAdapter):
 
     def check_layout(self) -> None:
         masks = [mask.numel() for mask in self.optimizer.flatten_grad_norm_mask_list]
-        if any(masks):  # ranges of elements that the norm leaves out: only with model parallelism
+        if any(masks):  # ranges of elements that the norm excludes; only with model parallelism
             raise ValueError(f"flatten_grad_norm_mask_list: found {masks} entries, expected none")
         for i, master in enumerate(self.masters()):
             numel = self.layout(i).numel
@@ -55,7 +55,7 @@ class FusedAdapter(FlatAdapter):
             )
 
     def weights_follow_masters(self) -> bool:
-        # To create its states the wrapper steps once on zero gradients: weight decay moves the masters alone.
+        # The wrapper creates its states by a step on zero gradients, in which weight decay changes the masters only.
         return self.engine.global_steps > self.engine.skipped_steps
 
     def has_pending_gradients(self) -> bool:

@@ -1,8 +1,8 @@
 """ZeRO stages 1 and 2 with the optimizer offloaded to the CPU: DeepSpeedZeroOptimizer with `cpu_offload`.
 
-Masters and states live in host memory (masters and what is copied to and from the device pinned, if asked for), the
-model's weights on the accelerator. At a boundary each rank copies its share of the reduced gradients into the `.grad`
-of its master partition, which stays allocated, and keeps tables of what goes where.
+Masters and states are in host memory (masters and staging buffers in pinned memory, if configured), and the model's
+weights on the accelerator. At a boundary each rank copies its share of the reduced gradients to the `.grad` of its
+master partition, which stays allocated, and keeps tables of the positions.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class OffloadAdapter(ZeroAdapter):
         return self.optimizer.param_buffer_of_bit16_for_cpu_offload_groups
 
     def has_pending_gradients(self) -> bool:
-        # Gradients lie in buffers that stay allocated, so these tell nothing: backward counts up from -1, step resets.
+        # The gradient buffers stay allocated, so they show nothing. backward counts up from -1, and step resets to -1.
         return self.optimizer.micro_step_id >= 0 or super().has_pending_gradients()
 
     def gradients(self, i: int) -> Callable[[MasterSlice], Tensor]:
@@ -69,7 +69,7 @@ class OffloadAdapter(ZeroAdapter):
         return lambda held: gradient[held.position : held.position + held.numel]
 
     def drop_views(self) -> None:
-        """Fragments, and the tables of gradients: views of `.grad`, and host buffers as large as the parameters."""
+        """Drop fragments and tables of gradients, which have views of `.grad` and host buffers of parameter size."""
         super().drop_views()
         optimizer = self.optimizer
         optimizer._wait_for_offload_copies()
@@ -108,7 +108,7 @@ class OffloadAdapter(ZeroAdapter):
         optimizer._create_optimizer_mapping()
 
     def _rebuild_staging(self) -> None:
-        """Buffers for one gradient: as large as the largest parameter, which has become smaller."""
+        """Make new buffers for one gradient, with the new size of the largest parameter."""
         optimizer = self.optimizer
         numel = max(param.numel() for group in optimizer.bit16_groups for param in group)
         optimizer.temp_grad_buffer_for_cpu_offload = self._pin(torch.zeros(numel, dtype=optimizer.dtype))
@@ -116,17 +116,17 @@ class OffloadAdapter(ZeroAdapter):
         optimizer.temp_grad_buffer_for_gpu_offload = torch.zeros(numel, dtype=optimizer.dtype, device=on_device.device)
 
     def _pin(self, tensor: Tensor) -> Tensor:
-        """torch's pinned memory goes with its tensor; DeepSpeed's own kind would not (`support` refuses that)."""
+        """Pin `tensor` if configured. torch's pinned memory is freed with its tensor; `support` refuses DeepSpeed's."""
         return _accelerator().pin_memory(tensor) if self.optimizer.cpu_offload_pin_memory else tensor
 
 
 def move_host_partition(
     old: Tensor, move: FlatMove, rank: int, group: dist.ProcessGroup | None, device: torch.device
 ) -> Tensor:
-    """`move.move_partition` for a partition in host memory, of ranks that may only talk between accelerators (NCCL).
+    """`move.move_partition` for a partition in host memory, if ranks can communicate only between accelerators (NCCL).
 
-    What changes rank goes over `device` in rounds that need little memory there, what stays on its rank does not. A
-    gloo group beside NCCL's would want a network interface of its own configured, and is slower.
+    Only elements that change rank are copied to `device`, in rounds that need little memory there. An additional gloo
+    group would be slower, and would need a network interface to be configured.
     """
     numel, has_gaps = move.due[rank + 1] - move.due[rank], any(move.new.padding())
     new = torch.zeros(move.new.partition_numel, dtype=old.dtype)
@@ -139,6 +139,6 @@ def move_host_partition(
 
 
 def _accelerator():
-    from deepspeed.accelerator import get_accelerator  # heavy, and loaded: an engine exists
+    from deepspeed.accelerator import get_accelerator  # slow to import, but loaded already
 
     return get_accelerator()

@@ -1,4 +1,4 @@
-"""ZeRO stage 0, and modules without an optimizer: every rank holds everything, so resizing is local slicing."""
+"""ZeRO stage 0 without flat buffers: every rank holds everything, so resizing is local slicing."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from homodistil.resize.adapters.adapter import Adapter, MasterSlice, StateGroup,
 
 
 class PlainAdapter(Adapter):
-    """Stage 0 in fp32: the engine's optimizer is the torch optimizer over the module's own parameters."""
+    """Stage 0 in fp32: the engine's optimizer is the torch optimizer over the parameters of the module."""
 
     fields = {"state": dict, "param_groups": list}
 
     def masters(self) -> dict[nn.Parameter, Tensor]:
-        """Parameter of the model -> the fp32 tensor that the torch optimizer updates (here: itself)."""
+        """Parameter of the model -> the fp32 tensor that the torch optimizer updates (here the parameter itself)."""
         return {param: param for group in self.optimizer.param_groups for param in group["params"]}
 
     def torch_optimizer(self) -> torch.optim.Optimizer:
@@ -51,7 +51,7 @@ class PlainAdapter(Adapter):
     def resize(self, plan: ResizePlan) -> int:
         masters, state = self.masters(), self.torch_optimizer().state
         for param, index in self.index_by_parameter(plan).items():
-            master = masters.get(param)  # None: a frozen parameter that no group holds
+            master = masters.get(param)  # None for a frozen parameter, which is in no group
             if master is not None:
                 select_state(state.get(master, {}), param.shape, index)
             if master is not None and master is not param:

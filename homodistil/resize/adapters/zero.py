@@ -1,9 +1,9 @@
 """ZeRO stages 1 and 2: DeepSpeedZeroOptimizer, fp32 or bf16 (DeepSpeed 0.19, runtime/zero/stage_1_and_2.py).
 
-Each parameter group is one flat buffer of model weights, replicated, and one partition per rank of the fp32 masters and
-of every optimizer state. The tensor object of the master partition is the key of `optimizer.state` and stands in
-`param_groups`: it stays, only its data changes. Everything DeepSpeed derives from shapes is derived again, by its own
-methods where it has one.
+Each parameter group is one flat, replicated buffer of model weights, and one partition per rank of the fp32 masters and
+of every optimizer state. The tensor object of the master partition is the key of `optimizer.state` and an entry of
+`param_groups`, so the object is kept and only its data changes. Everything that DeepSpeed derives from shapes is
+derived again, by DeepSpeed's own methods where they exist.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from homodistil.resize.adapters.fragments import drop_fragments, link_fragments,
 from homodistil.resize.flat import FlatMove, Layout
 
 PARAMETER_ALIGNMENT_BYTES = 16
-"""What DeepSpeed's `parameter_alignment` aligns each parameter to."""
+"""Alignment of each parameter with DeepSpeed's `parameter_alignment`."""
 
 
 class ZeroAdapter(FlatAdapter):
@@ -87,7 +87,7 @@ class ZeroAdapter(FlatAdapter):
         return any(entry is not None for entry in [*waiting, *(param.grad for param in self.parameters.values())])
 
     def drop_views(self) -> None:
-        """Fragments are views of the old weights, masters and moments."""
+        """Drop the fragments, which are views of the old weights, masters and moments."""
         drop_fragments(param for group in self.optimizer.bit16_groups for param in group)
 
     def resize_group(self, i: int, move: FlatMove) -> int:
@@ -96,7 +96,7 @@ class ZeroAdapter(FlatAdapter):
         return bytes_moved
 
     def _rebuild_weights(self, i: int, move: FlatMove) -> int:
-        """The flat buffer that the model computes with, and the parameters as views of it; returns bytes as above."""
+        """Make the new flat buffer of model weights, with the parameters as views of it. Returns bytes sent."""
         optimizer = self.optimizer
         dtype, device = optimizer.bit16_groups_flat[i].dtype, optimizer.bit16_groups_flat[i].device
         for param in self.params(i):
@@ -116,7 +116,7 @@ class ZeroAdapter(FlatAdapter):
         return bytes_moved
 
     def _rebuild_partition_info(self, i: int, move: FlatMove) -> None:
-        """Partition bookkeeping of one group, as the wrapper's constructor does it."""
+        """Update the partition tables of group `i` as in the constructor of the wrapper."""
         optimizer = self.optimizer
         rank, size = self.rank(i), move.new.partition_numel
         optimizer.groups_padding[i] = padding_in_partition(move.new, rank)
@@ -128,14 +128,14 @@ class ZeroAdapter(FlatAdapter):
         optimizer.first_offset[i] = first_offset
 
     def rebuild_maps(self) -> None:
-        """What DeepSpeed derives from all groups together, in the order of its constructor."""
+        """Rebuild what DeepSpeed derives from all groups together, in the order of its constructor."""
         optimizer = self.optimizer
         for is_inside, groups in ((True, optimizer.params_in_partition), (False, optimizer.params_not_in_partition)):
             for param in (param for group in groups for param in group):
                 optimizer.is_param_in_current_partition[optimizer.get_param_id(param)] = is_inside
         optimizer._release_ipg_buffers()
         optimizer.extra_large_param_to_reduce.clear()
-        optimizer.averaged_gradients.clear()  # the same dict: fragments refer to it
+        optimizer.averaged_gradients.clear()  # not replaced, because fragments refer to this dict
         optimizer.all_grad_tensors.clear()
         optimizer.initialize_gradient_partitioning_data_structures()
         optimizer.reset_partition_gradient_structures()

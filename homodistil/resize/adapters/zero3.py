@@ -1,11 +1,11 @@
 """ZeRO stage 3: DeepSpeedZeroOptimizer_Stage3, fp32, bf16 or fp16 (DeepSpeed 0.19, runtime/zero/stage3.py).
 
-Every parameter is partitioned on its own, frozen ones too: each rank keeps an equal share of it (`ds_tensor`, padded to
-a multiple of the ranks) and gathers the rest around every use. The shares of a sub-group lie end to end in a flat
-buffer; masters and states have the same layout. In fp32 without offload the master IS that buffer, the same tensor
-object. With offload, masters, states and reduced gradients live in host memory.
+Every parameter, also a frozen one, is partitioned separately: each rank keeps an equal share of it (`ds_tensor`, padded
+to a multiple of the number of ranks) and gathers the rest for every use. The shares of a sub-group lie end to end in a
+flat buffer, and masters and states have the same layout. In fp32 without offload, the master is this buffer (the same
+tensor object). With offload, masters, states and reduced gradients are in host memory.
 
-No sizes are kept in the coordinator's trace of the modules, so it stays valid across an event.
+The trace of modules in DeepSpeed's parameter coordinator has no sizes, so it stays valid after an event.
 """
 
 from __future__ import annotations
@@ -67,15 +67,15 @@ class Zero3Adapter(Adapter):
         return self.optimizer.fp16_groups[i]
 
     def masters_are_weights(self) -> bool:
-        """In fp32 without offload DeepSpeed makes no second copy."""
+        """Whether masters and model weights are the same tensors, as in fp32 without offload."""
         flats = self.optimizer.fp16_partitioned_groups_flat
         return all(master is flat for master, flat in zip(self.masters(), flats, strict=True))
 
     def layout(self, param: nn.Parameter) -> Layout:
-        """How a parameter is spread over the ranks, computed from its shape alone."""
+        """The layout of `param` over the ranks, computed from its shape alone."""
         return Layout.packed([full_shape(param)], self.num_ranks, self.num_ranks)
 
-    # -- what there is
+    # -- weights and state
 
     def groups(self) -> list[StateGroup]:
         state = self.torch_optimizer().state
@@ -92,7 +92,7 @@ class Zero3Adapter(Adapter):
         return [param for param in self.parameters.values() if param not in trained]
 
     def held(self, params: list[nn.Parameter]) -> list[MasterSlice]:
-        """What lies where in this rank's shares of `params`, end to end."""
+        """The slices in this rank's shares of `params`, which lie end to end."""
         slices, position = [], 0
         for param in params:
             layout = self.layout(param)
@@ -114,7 +114,7 @@ class Zero3Adapter(Adapter):
         return lambda held: gradient_of_id[self.parameters[held.name].ds_id][: held.numel]
 
     def has_pending_gradients(self) -> bool:
-        # Gradients lie in a buffer that stays allocated, so it tells nothing. DeepSpeed's list of what was reduced
+        # The gradient buffer stays allocated, so it shows nothing. DeepSpeed's set of parameters that were reduced
         # since the last step does.
         optimizer = self.optimizer
         in_buckets = any(bucket.params for bucket in optimizer.ipg_buckets.values())
@@ -141,12 +141,12 @@ class Zero3Adapter(Adapter):
         return bytes_moved + self._gather_persistent()
 
     def _release_parameters(self) -> None:
-        """Back to shares alone: nothing gathered, nothing on its way, also no small parameters that usually stay."""
+        """Release all gathered parameters, also small ones that usually stay gathered, and wait for pending gathers."""
         self.optimizer.parameter_offload.partition_all_parameters()
 
     def _gather_persistent(self) -> int:
-        """Gather what is gathered after a step: parameters below DeepSpeed's threshold stay gathered. Returns bytes
-        sent over all ranks."""
+        """Gather the parameters below DeepSpeed's threshold, which stay gathered between steps. Returns bytes sent by
+        all ranks."""
         params = self.optimizer.persistent_parameters
         if not params:
             return 0
@@ -162,7 +162,7 @@ class Zero3Adapter(Adapter):
             master.grad = None
 
     def _move_masters(self, moves: Moves) -> int:
-        """Masters, and the weights that the model computes with. Returns bytes sent, over all ranks."""
+        """Move the masters and the model's weights. Returns bytes sent by all ranks."""
         shared = self.masters_are_weights()
         targets = self._allocate_weights(moves) if shared else self._drop_weights()
         bytes_moved = 0
@@ -176,7 +176,7 @@ class Zero3Adapter(Adapter):
                 self._bind(i, target, group_moves)
             free(old)
         if not shared:
-            # Not moved themselves: they are the rounded masters, before and after every step.
+            # The weights are not moved, because they are the rounded masters between steps.
             for i, weights in enumerate(self._allocate_weights(moves)):
                 weights.copy_(self.masters()[i])
                 self.optimizer.fp16_partitioned_groups_flat[i] = weights
@@ -184,7 +184,7 @@ class Zero3Adapter(Adapter):
         return bytes_moved
 
     def _drop_weights(self) -> list[None]:
-        """Free the shares of the model's weights, where the masters are a copy of their own."""
+        """Free the shares of the model's weights, if the masters are separate tensors."""
         optimizer = self.optimizer
         for param in (param for params in optimizer.fp16_groups for param in params):
             param.ds_tensor.data = param.ds_tensor.new_empty(0)
@@ -193,14 +193,14 @@ class Zero3Adapter(Adapter):
         return [None] * len(self.masters())
 
     def _allocate_weights(self, moves: Moves) -> list[Tensor]:
-        """One new buffer for the shares of all groups, as DeepSpeed makes it. Returns the part of each group."""
+        """Make one new buffer for the shares of all groups, as DeepSpeed does. Returns the part of each group."""
         sizes = [_numel_after([moves[param] for param in params]) for params in self.optimizer.fp16_groups]
         share = self.params(0)[0].ds_tensor
         self.optimizer.lp_param_buffer = torch.zeros(sum(sizes), dtype=share.dtype, device=share.device)
         return list(self.optimizer.lp_param_buffer.split(sizes))
 
     def _bind(self, i: int, flat: Tensor, moves: list[FlatMove]) -> None:
-        """The shares of group `i` become views of its part of the buffer."""
+        """Make the shares of group `i` views of its part of the buffer."""
         views = flat.detach().split([move.new.partition_numel for move in moves])
         for param, view in zip(self.params(i), views, strict=True):
             param.ds_tensor.data = view
@@ -210,7 +210,7 @@ class Zero3Adapter(Adapter):
         for i, group in enumerate(self.groups()):
             group_moves = [moves[param] for param in self.params(i)]
             for key, value in group.state.items():
-                # Not `per_element`: the masters have their new length already.
+                # Not `per_element`, because the masters already have their new length.
                 if torch.is_tensor(value) and value.ndim == 1 and value.numel() == _numel_before(group_moves):
                     group.state[key] = torch.zeros(_numel_after(group_moves), dtype=value.dtype, device=value.device)
                     bytes_moved += self._move(value, group.state[key], group_moves)
@@ -232,7 +232,7 @@ class Zero3Adapter(Adapter):
         return sum(move.crossing_numel() for move in moves) * old.element_size()
 
     def _rebuild_gradients(self) -> None:
-        """Buffers and maps of reduced gradients, as the wrapper's constructor makes them."""
+        """Make buffers and maps of reduced gradients as in the constructor of the wrapper."""
         optimizer = self.optimizer
         params = [param for group in optimizer.fp16_groups for param in group]
         sizes = [param.ds_tensor.ds_numel for param in params]
@@ -247,7 +247,7 @@ class Zero3Adapter(Adapter):
                 master.grad = self._pin(torch.zeros_like(master, requires_grad=False))
 
     def padding_size(self, param: nn.Parameter) -> int:
-        """What DeepSpeed notes down: the padding of the whole parameter, on the last rank."""
+        """Padding of `param` as DeepSpeed records it: all of it on the last rank."""
         return -full_numel(param) % self.num_ranks if self.rank == self.num_ranks - 1 else 0
 
     def weights_from_masters(self) -> None:
@@ -265,7 +265,7 @@ class Zero3Adapter(Adapter):
 
 
 def _describe(param: nn.Parameter, move: FlatMove) -> None:
-    """What DeepSpeed knows of a parameter; its data is empty until the next gathering."""
+    """Update the sizes that DeepSpeed keeps on a parameter; its data is empty until it is gathered."""
     (shape,) = move.new.shapes
     param.ds_shape, param.ds_numel = torch.Size(shape), move.new.end
     param.ds_numel_aligned, param.ds_tensor.ds_numel = move.new.numel, move.new.partition_numel
@@ -281,6 +281,6 @@ def _numel_after(moves: list[FlatMove]) -> int:
 
 
 def _accelerator():
-    from deepspeed.accelerator import get_accelerator  # heavy, and loaded: an engine exists
+    from deepspeed.accelerator import get_accelerator  # slow to import, but loaded already
 
     return get_accelerator()

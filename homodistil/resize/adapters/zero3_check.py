@@ -1,6 +1,6 @@
-"""Do DeepSpeed's books at stage 3 say what `Zero3Adapter` computes from shapes alone? Part of the check at start.
+"""Compares DeepSpeed's fields at stage 3 with the layout that `Zero3Adapter` computes from shapes alone.
 
-A share is the part of a parameter that this rank keeps; shares of a sub-group lie end to end in its flat buffer, and
+A share is the part of a parameter that this rank keeps. Shares of a sub-group lie end to end in its flat buffer, and
 their reduced gradients in the same order in one buffer for all groups.
 """
 
@@ -20,7 +20,7 @@ GRADIENT_OF_ID = "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition"
 
 
 class Stage3Layout(Protocol):
-    """What is held against DeepSpeed's fields: the layout as `Zero3Adapter` computes it."""
+    """The layout as `Zero3Adapter` computes it, with which DeepSpeed's fields are compared."""
 
     optimizer: Any
     """DeepSpeedZeroOptimizer_Stage3."""
@@ -36,7 +36,7 @@ class Stage3Layout(Protocol):
 
 
 def check_books(adapter: Stage3Layout) -> None:
-    """Raise ValueError, naming the private field that differs."""
+    """Raise ValueError that names the first private field that differs from the layout of `adapter`."""
     optimizer, before = adapter.optimizer, 0
     for i in range(len(adapter.masters())):
         _check_group(adapter, i)
@@ -68,7 +68,7 @@ def _check_group(adapter: Stage3Layout, i: int) -> None:
 
 
 def _check_shares(adapter: Stage3Layout, i: int, before: int) -> None:
-    """`before`: elements of the groups before this one, on this rank."""
+    """Check the shares of group `i`. `before`: number of elements on this rank in all groups before it."""
     optimizer, position = adapter.optimizer, 0
     flat, gradients = optimizer.fp16_partitioned_groups_flat[i], optimizer.grad_partitions_flat_buffer
     gradient_of_id = getattr(optimizer, GRADIENT_OF_ID)
@@ -94,7 +94,7 @@ def _check_sizes(name: str, param: nn.Parameter, layout: Layout) -> None:
 
 
 def _check_content(adapter: Stage3Layout, i: int) -> None:
-    """Weights are the rounded masters. Not asked of the padding, which DeepSpeed leaves uninitialised."""
+    """Check that weights are the rounded masters, except for the padding, which DeepSpeed leaves uninitialised."""
     flat, master = adapter.optimizer.fp16_partitioned_groups_flat[i].detach(), adapter.masters()[i].detach()
     if flat.data_ptr() == master.data_ptr():
         return
