@@ -29,7 +29,6 @@ from homodistil.resize.support import adapter_of, check_config, check_supported
 from homodistil.resize.verify import shapes_after, verify_resize
 
 __all__ = [
-    "Fragment",
     "ReadState",
     "ResizeCost",
     "ResizePlan",
