@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import BertConfig, PretrainedConfig
+from transformers import PretrainedConfig
 
 from homodistil.config.schema import RunConfig, StudentConfig
 from homodistil.data.sources.teachers import cached_teacher
@@ -30,14 +30,12 @@ from homodistil.models import family_of
 from homodistil.models.activations import ATTENTION
 from homodistil.models.axes import Widths
 from homodistil.models.family import ModelFamily
+from homodistil.models.known_configs import known_config
 from homodistil.models.shapes import Shape, check_multiples, student_widths
 from homodistil.models.size_search import find_shape
 from homodistil.pruning.milestones import Route, plan_route
 from homodistil.pruning.pruner import width_schedule
 from homodistil.pruning.schedule_protocol import Schedule
-
-# Hugging Face's `BertConfig()` is bert-base-uncased. A hub that cannot be reached takes its time to say so.
-_KNOWN = {"bert-base-uncased", "google-bert/bert-base-uncased"}
 
 
 @dataclass(frozen=True)
@@ -179,4 +177,4 @@ def named_teacher_config(config: RunConfig) -> PretrainedConfig:
     name = config.teacher.name
     if (folder := cached_teacher(name, Path(config.data.cache_dir).expanduser())) is not None:
         return load_config(str(folder))
-    return BertConfig() if name in _KNOWN else load_config(name)
+    return known_config(name) or load_config(name)
