@@ -210,7 +210,7 @@ def measured(server, tmp_path_factory):
 @pytest.mark.process
 def test_real_steps_calibrate_plans_of_this_machine(server, measured, tmp_path):
     folder, fields, printed = measured
-    assert printed.count(" s a step, ") == 4 and not (folder / "run").exists()
+    assert printed.count(" s per step, ") == 4 and not (folder / "run").exists()
     options = ["--json", str(tmp_path / "plan.json")]
     told = server.run(PLAN, [*options, *fields], num_ranks=1, timeout_s=120)
     assert "calibrated by steps measured on" in told, told
