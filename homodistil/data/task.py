@@ -113,7 +113,11 @@ TASKS: dict[str, Task] = {task.name: task for task in (MaskedLM(), CausalLM())}
 
 
 def task_of(data: DataConfig) -> Task:
-    """The task that `data.task` names. `auto`, which `settle_task` replaces as soon as a teacher is known: masked."""
+    """The task that `data.task` names.
+
+    `auto` counts as masked, for callers without a teacher; a run replaces it first (`settle_task`). A causal tokenizer
+    is then refused, since it has no mask token.
+    """
     return TASKS["mlm" if data.task == "auto" else data.task]
 
 

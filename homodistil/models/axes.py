@@ -99,6 +99,11 @@ class AxisTable:
         return {key: sum(map(self.size_of, blocks)) for key, blocks in self.blocks().items()}
 
 
+def linear_uses(name: str, out: tuple[str, ...], into: tuple[str, ...]) -> list[AxisUse]:
+    """The uses of an `nn.Linear` called `name`: its weight (out, in) and, where it has one, its bias (out,)."""
+    return [AxisUse(f"{name}.weight", 0, out), AxisUse(f"{name}.weight", 1, into), AxisUse(f"{name}.bias", 0, out)]
+
+
 def widths_after(widths: Widths, keep: Keep) -> dict[str, int]:
     """Widths once `keep` is applied."""
     return {axis: keep[axis].shape[-1] if axis in keep else size for axis, size in widths.items()}

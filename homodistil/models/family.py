@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from transformers import PretrainedConfig
@@ -20,7 +20,7 @@ from homodistil.models.axes import AxisTable, Widths
 
 
 class ModelShape(NamedTuple):
-    """The architecture of a model in numbers and words, read from its configuration (Hugging Face's names)."""
+    """The sizes of a model, read from its configuration (Hugging Face's names)."""
 
     hidden_size: int
     num_hidden_layers: int
@@ -31,11 +31,6 @@ class ModelShape(NamedTuple):
     vocab_size: int
     max_tokens: int
     """Longest sequence that the position embeddings hold."""
-    norm: Literal["layer", "rms"]
-    norm_placement: Literal["post", "pre"]
-    mlp: Literal["plain", "gated"]
-    positions: Literal["learned", "rotary", "relative"]
-    objective: Literal["masked", "causal", "none"]
 
 
 class LayerParts(NamedTuple):
@@ -79,8 +74,6 @@ class ModelFamily(ABC):
     """Name of the `transformers` class that loads an exported checkpoint."""
     pipeline_tag: str
     """The pipeline tag of a checkpoint on the hub: "fill-mask"."""
-    task: Literal["mlm", "causal"]
-    """What its language-modelling head predicts: masked tokens from both sides, or the next token (data/task.py)."""
     forward_options: Mapping[str, Any] = {}
     """Arguments of every call of the backbone, beside token ids and padding mask."""
 
@@ -90,7 +83,12 @@ class ModelFamily(ABC):
     @property
     def is_causal(self) -> bool:
         """Whether a position sees itself and earlier ones only."""
-        return self.task == "causal"
+        return self.architecture.is_causal
+
+    @property
+    def task(self) -> str:
+        """What the language-modelling head predicts, by its name in data/task.py: masked tokens or the next one."""
+        return "causal" if self.is_causal else "mlm"
 
     # --- configurations
 
@@ -155,7 +153,7 @@ class ModelFamily(ABC):
         """The module of every layer that calls the library's attention function."""
 
     def layer_options(self, model: nn.Module, hidden: Tensor, kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Keyword arguments that the layers of `model` have to be given instead of another model's of the family.
+        """Keyword arguments of the layers of `model` that must not be taken over from another model of the family.
 
         Args:
             hidden: what enters layer 0 of `model`, (B, T, D).

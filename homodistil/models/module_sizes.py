@@ -14,12 +14,20 @@ _FIELDS = {
 
 
 def refresh_sizes(model: nn.Module, table: AxisTable) -> None:
-    """Set `in_features`, `out_features`, `embedding_dim` and `normalized_shape` of every module that `table` names."""
-    for (name, dim), size in table.dim_sizes().items():
-        path, _, parameter = name.rpartition(".")
-        module = model.get_submodule(path)
-        if isinstance(module, nn.LayerNorm):
-            module.normalized_shape = (size,)
-        fields = next((fields for kind, fields in _FIELDS.items() if isinstance(module, kind)), {})
-        if (parameter, dim) in fields:
-            setattr(module, fields[parameter, dim], size)
+    """Set `in_features`, `out_features`, `embedding_dim` and `normalized_shape` of every module that holds a parameter
+    of `table`, tied ones under all their names."""
+    names_of: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names_of.setdefault(id(parameter), []).append(name)
+    for (first_name, dim), size in table.dim_sizes().items():
+        for name in names_of[id(model.get_parameter(first_name))]:
+            path, _, parameter_name = name.rpartition(".")
+            _refresh(model.get_submodule(path), parameter_name, dim, size)
+
+
+def _refresh(module: nn.Module, parameter_name: str, dim: int, size: int) -> None:
+    if isinstance(module, nn.LayerNorm):
+        module.normalized_shape = (size,)
+    fields = next((fields for kind, fields in _FIELDS.items() if isinstance(module, kind)), {})
+    if (parameter_name, dim) in fields:
+        setattr(module, fields[parameter_name, dim], size)

@@ -5,7 +5,6 @@ Adds to `models/memory.py` what is short-lived or not part of the model: communi
 
 from __future__ import annotations
 
-from homodistil.data.task import task_of
 from homodistil.distill.cost import logit_rows
 from homodistil.distill.losses.term import BatchSizes
 from homodistil.engine.ds_config import zero_section, zero_stage
@@ -47,7 +46,7 @@ def rank_memory(
     parts["optimizer"] = state_bytes(trainable, frozen, layout) - parts["parameters"] - parts["gradients"]
     parts["teacher"] = _teacher_parameters(resolved, layout.num_ranks) * policy.teacher_dtype.itemsize
     data, dtypes = resolved.config.data, (layout.dtype.itemsize, policy.teacher_dtype.itemsize)
-    rows = task_of(data).target_rows(data) * micro_batch_size
+    rows = resolved.task.target_rows(data) * micro_batch_size
     sizes = BatchSizes(
         widths,
         resolved.teacher_widths,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import astuple, dataclass, fields
 
-from homodistil.data.task import task_of
 from homodistil.distill.cost import step_flops
 from homodistil.models.axes import Widths, num_layers
 from homodistil.training.micro_batch import MicroBatchPolicy
@@ -52,7 +51,7 @@ def step_work(resolved: ResolvedRun, policy: MicroBatchPolicy, widths: Widths, m
         config.loss,
         num_sequences=sequences,
         seq_len=config.data.seq_len,
-        target_rows=sequences * task_of(config.data).target_rows(config.data),
+        target_rows=sequences * resolved.task.target_rows(config.data),
         vocab_size=resolved.vocab_size,
         architecture=resolved.family.architecture,
     )

@@ -7,7 +7,6 @@ import os
 import psutil
 import torch
 
-from homodistil.data.task import task_of
 from homodistil.distill.cost import sequence_bytes
 from homodistil.engine.ds_config import student_dtype, teacher_dtype
 from homodistil.models.attention import keeps_probabilities
@@ -32,7 +31,7 @@ def step_bytes(resolved: ResolvedRun, engine_config: dict, device: torch.device)
         widths,
         config.loss,
         seq_len=config.data.seq_len,
-        target_rows=task_of(config.data).target_rows(config.data),
+        target_rows=resolved.task.target_rows(config.data),
         vocab_size=resolved.vocab_size,
         student_bytes=student.itemsize,
         teacher_bytes=teacher.itemsize,

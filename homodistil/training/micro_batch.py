@@ -12,7 +12,7 @@ import torch
 
 from homodistil.config.schema import RunConfig
 from homodistil.data.prefetch import BatchPrefetcher
-from homodistil.data.task import task_of
+from homodistil.data.task import TASKS
 from homodistil.distill.cost import sequence_bytes
 from homodistil.distill.student import Student
 from homodistil.engine.ds_config import accumulation_dtype, offloads_optimizer, student_dtype, zero_stage
@@ -47,7 +47,7 @@ class MicroBatchPolicy:
         self.layout = state_layout(engine_config, num_ranks)
         self.start_widths = student.widths
         self._table = student.axis_table()
-        self._architecture = student.family.architecture
+        self._family = student.family
         self._shapes = {name: (tuple(p.shape), p.requires_grad) for name, p in student.named_parameters()}
         self._vocab_size = student.model.config.vocab_size
         self._device_type = device_type or student.model.device.type
@@ -81,13 +81,13 @@ class MicroBatchPolicy:
             self.start_widths,
             self.config.loss,
             seq_len=data.seq_len,
-            target_rows=task_of(data).target_rows(data),
+            target_rows=TASKS[self._family.task].target_rows(data),
             vocab_size=self._vocab_size,
             student_bytes=self.layout.dtype.itemsize,
             teacher_bytes=self.teacher_dtype.itemsize,
             lock_step=self.config.teacher.in_lock_step,
             keeps_probabilities=keeps_probabilities(self._device_type, self.layout.dtype),
-            architecture=self._architecture,
+            architecture=self._family.architecture,
         )
 
 

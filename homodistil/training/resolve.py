@@ -21,6 +21,7 @@ from transformers import PretrainedConfig
 
 from homodistil.config.schema import RunConfig, StudentConfig
 from homodistil.data.sources.teachers import cached_teacher
+from homodistil.data.task import TASKS, Task
 from homodistil.distill.build_student import build_student
 from homodistil.distill.layer_map import LayerMap, check_student, layer_map_of
 from homodistil.distill.student import Student
@@ -100,6 +101,11 @@ class ResolvedRun:
     def teacher_tensors(self) -> int:
         """Number of parameter tensors in all its layers."""
         return sum(1 for layer in self.family.layers(self.teacher) for _ in layer.parameters())
+
+    @property
+    def task(self) -> Task:
+        """What the models learn to predict."""
+        return TASKS[self.family.task]
 
     @property
     def vocab_size(self) -> int:

@@ -11,13 +11,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor, nn
 from transformers import MistralConfig, PretrainedConfig
 
 from homodistil.models.architecture import Architecture
-from homodistil.models.axes import AxisTable, AxisUse, Widths, layer_widths, num_layers, uniform_layer_widths
+from homodistil.models.axes import (
+    AxisTable,
+    AxisUse,
+    Widths,
+    layer_widths,
+    linear_uses,
+    num_layers,
+    uniform_layer_widths,
+)
 from homodistil.models.family import ModelShape
 from homodistil.models.module_sizes import refresh_sizes
 from homodistil.models.named_family import NamedFamily
@@ -37,7 +45,6 @@ class PreNormDecoder(NamedFamily):
     dropout_fields: tuple[str, ...] = ("attention_dropout",)
     auto_class: str = "AutoModelForCausalLM"
     pipeline_tag: str = "text-generation"
-    task: Literal["mlm", "causal"] = "causal"
     forward_options: Mapping[str, Any] = field(default_factory=lambda: dict(_USE_NO_CACHE))
     architecture: Architecture = Architecture(
         has_gated_mlp=True, has_head_transform=False, is_pre_norm=True, has_rotary_positions=True, is_causal=True
@@ -54,11 +61,6 @@ class PreNormDecoder(NamedFamily):
             intermediate_size=config.intermediate_size,
             vocab_size=config.vocab_size,
             max_tokens=min(config.max_position_embeddings, _window(config)),
-            norm="rms",
-            norm_placement="pre",
-            mlp="gated",
-            positions="rotary",
-            objective="causal",
         )
 
     def student_config(self, teacher: PretrainedConfig, widths: Widths) -> PretrainedConfig:
@@ -113,17 +115,16 @@ class PreNormDecoder(NamedFamily):
         context, value = (groups, heads, f"{axis}.vo_dim"), (groups, f"{axis}.vo_dim")
         attention = f"{layer}.{self.attention_name}"
         uses = [AxisUse(f"{layer}.{norm}.weight", 0, ("hidden",)) for norm in _NORMS]
-        uses += _linear(f"{attention}.q_proj", out=query, into=("hidden",))
-        uses += _linear(f"{attention}.k_proj", out=key, into=("hidden",))
-        uses += _linear(f"{attention}.v_proj", out=value, into=("hidden",))
-        uses += _linear(f"{attention}.o_proj", out=("hidden",), into=context)
-        uses += _linear(f"{layer}.mlp.gate_proj", out=(ffn,), into=("hidden",))
-        uses += _linear(f"{layer}.mlp.up_proj", out=(ffn,), into=("hidden",))
-        return uses + _linear(f"{layer}.mlp.down_proj", out=("hidden",), into=(ffn,))
+        uses += linear_uses(f"{attention}.q_proj", out=query, into=("hidden",))
+        uses += linear_uses(f"{attention}.k_proj", out=key, into=("hidden",))
+        uses += linear_uses(f"{attention}.v_proj", out=value, into=("hidden",))
+        uses += linear_uses(f"{attention}.o_proj", out=("hidden",), into=context)
+        uses += linear_uses(f"{layer}.mlp.gate_proj", out=(ffn,), into=("hidden",))
+        uses += linear_uses(f"{layer}.mlp.up_proj", out=(ffn,), into=("hidden",))
+        return uses + linear_uses(f"{layer}.mlp.down_proj", out=("hidden",), into=(ffn,))
 
     def refresh(self, model: nn.Module, widths: Widths) -> None:
         refresh_sizes(model, self.axis_table(model).with_widths(widths))
-        self.lm_head(model).in_features = widths["hidden"]  # of which the table knows nothing where it is tied
         for i, attention in enumerate(self.attentions(model)):
             attention.num_key_value_groups = widths[f"layer.{i}.heads_in_group"]
         model.config.hidden_size = widths["hidden"]
@@ -191,7 +192,3 @@ def _as_mistral(values: dict[str, Any]) -> PretrainedConfig:
 
 def _unchanged(rows: Tensor) -> Tensor:
     return rows
-
-
-def _linear(name: str, out: tuple[str, ...], into: tuple[str, ...]) -> list[AxisUse]:
-    return [AxisUse(f"{name}.weight", 0, out), AxisUse(f"{name}.weight", 1, into), AxisUse(f"{name}.bias", 0, out)]

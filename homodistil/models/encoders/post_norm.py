@@ -10,14 +10,23 @@ import functools
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from homodistil.models.axes import AxisTable, AxisUse, Widths, layer_widths, num_layers, uniform_layer_widths
+from homodistil.models.axes import (
+    AxisTable,
+    AxisUse,
+    Widths,
+    layer_widths,
+    linear_uses,
+    num_layers,
+    uniform_layer_widths,
+)
 from homodistil.models.family import Compensable, HeadParts, LayerParts, ModelShape
+from homodistil.models.module_sizes import refresh_sizes
 from homodistil.models.named_family import NamedFamily
 
 
@@ -81,7 +90,6 @@ class PostNormEncoder(NamedFamily, Compensable):
     """The first position id is pad_token_id + 1, so that fewer tokens fit than there are position embeddings."""
     auto_class: str = "AutoModelForMaskedLM"
     pipeline_tag: str = "fill-mask"
-    task: Literal["mlm", "causal"] = "mlm"
 
     def shape(self, config: PretrainedConfig) -> ModelShape:
         spent = config.pad_token_id + 1 if self.positions_start_behind_padding else 0
@@ -94,11 +102,6 @@ class PostNormEncoder(NamedFamily, Compensable):
             intermediate_size=config.intermediate_size,
             vocab_size=config.vocab_size,
             max_tokens=config.max_position_embeddings - spent,
-            norm="layer",
-            norm_placement="post",
-            mlp="plain",
-            positions="learned",
-            objective="masked",
         )
 
     def student_config(self, teacher: PretrainedConfig, widths: Widths) -> PretrainedConfig:
@@ -150,37 +153,22 @@ class PostNormEncoder(NamedFamily, Compensable):
         qk = (f"layer.{i}.heads", f"layer.{i}.qk_dim")
         vo = (f"layer.{i}.heads", f"layer.{i}.vo_dim")
         ffn = (f"layer.{i}.ffn",)
-        uses = _linear(f"{layer}.{names.query}", out=qk, into=("hidden",))
-        uses += _linear(f"{layer}.{names.key}", out=qk, into=("hidden",))
-        uses += _linear(f"{layer}.{names.value}", out=vo, into=("hidden",))
-        uses += _linear(f"{layer}.{names.attention_linear}", out=("hidden",), into=vo)
+        uses = linear_uses(f"{layer}.{names.query}", out=qk, into=("hidden",))
+        uses += linear_uses(f"{layer}.{names.key}", out=qk, into=("hidden",))
+        uses += linear_uses(f"{layer}.{names.value}", out=vo, into=("hidden",))
+        uses += linear_uses(f"{layer}.{names.attention_linear}", out=("hidden",), into=vo)
         uses += _vector(f"{layer}.{names.attention_norm}")
-        uses += _linear(f"{layer}.{names.ffn_linear}", out=ffn, into=("hidden",))
-        uses += _linear(f"{layer}.{names.ffn_output_linear}", out=("hidden",), into=ffn)
+        uses += linear_uses(f"{layer}.{names.ffn_linear}", out=ffn, into=("hidden",))
+        uses += linear_uses(f"{layer}.{names.ffn_output_linear}", out=("hidden",), into=ffn)
         return uses + _vector(f"{layer}.{names.ffn_norm}")
 
     def refresh(self, model: nn.Module, widths: Widths) -> None:
-        for module in model.modules():
-            if isinstance(module, nn.LayerNorm):
-                module.normalized_shape = (widths["hidden"],)
-        for table in (m for m in self.embeddings(model).modules() if isinstance(m, nn.Embedding)):
-            table.embedding_dim = widths["hidden"]
-        _resize_linear(self.head_parts(model).linear, widths["hidden"], widths["hidden"])
-        self.decoder(model).in_features = widths["hidden"]
-        for i in range(len(self.layers(model))):
-            self._refresh_layer(model, i, widths)
+        refresh_sizes(model, self.axis_table(model).with_widths(widths))
+        for i, attention in enumerate(self.attentions(model)):
+            layer = layer_widths(widths, i)
+            attention.num_attention_heads, attention.attention_head_size = layer.num_heads, layer.qk_dim
+            attention.all_head_size = layer.num_heads * layer.qk_dim
         model.config.hidden_size = widths["hidden"]
-
-    def _refresh_layer(self, model: nn.Module, i: int, widths: Widths) -> None:
-        hidden, layer = widths["hidden"], layer_widths(widths, i)
-        attention, parts = self.attentions(model)[i], self._layer_parts(self.layers(model)[i])
-        attention.num_attention_heads, attention.attention_head_size = layer.num_heads, layer.qk_dim
-        attention.all_head_size = side_by_side = layer.num_heads * layer.qk_dim
-        for projection in (parts.query, parts.key, parts.value):
-            _resize_linear(projection, hidden, side_by_side)
-        _resize_linear(parts.attention_linear, side_by_side, hidden)
-        _resize_linear(parts.ffn_linear, hidden, layer.intermediate_size)
-        _resize_linear(parts.ffn_output_linear, layer.intermediate_size, hidden)
 
     @torch.no_grad()
     def fold_softmax_scale(self, model: nn.Module, ratio: float) -> None:
@@ -244,14 +232,6 @@ _NORM_NAMES = {"gamma": "weight", "beta": "bias"}
 
 def _transformed(parts: HeadParts, rows: Tensor) -> Tensor:
     return parts.norm(parts.activation(parts.linear(rows)))
-
-
-def _resize_linear(linear: nn.Linear, into: int, out: int) -> None:
-    linear.in_features, linear.out_features = into, out
-
-
-def _linear(name: str, out: tuple[str, ...], into: tuple[str, ...]) -> list[AxisUse]:
-    return [AxisUse(f"{name}.weight", 0, out), AxisUse(f"{name}.weight", 1, into), AxisUse(f"{name}.bias", 0, out)]
 
 
 def _vector(name: str) -> list[AxisUse]:
