@@ -18,11 +18,11 @@ from homodistil.config.schema import TeacherConfig
 from homodistil.data.batch import Batch
 from homodistil.data.task import TASKS
 from homodistil.data.tokenizer import check_ids, check_special_tokens, check_words, read_tokenizer
+from homodistil.distill.losses.vocabulary import chunked_losses
 from homodistil.distill.runtime import Runtime, SideStream, build_runtime
 from homodistil.distill.teacher_outputs import Layerwise, TeacherOutputs, WholePass, own_lists, wanted_rows
 from homodistil.distill.teacher_sharding import shard_layers
 from homodistil.errors import UserError
-from homodistil.kernels.masked_lm import linear_masked_lm_losses
 from homodistil.models import family_of
 from homodistil.models.activations import ATTENTION, ActivationHooks, Activations
 from homodistil.models.checkpoint_files import first_line, local_folder
@@ -108,8 +108,7 @@ class Teacher(nn.Module):
         rows = self.family.lm_transform(self.model)(wanted_rows(self.run(batch).last, batch, "masked"))
         one, zero = rows.new_ones((), dtype=torch.float32), rows.new_zeros((), dtype=torch.float32)
         decoder = self.family.decoder(self.model)
-        theirs = (None, None, None)
-        loss, _, kl = linear_masked_lm_losses(rows, decoder.weight, decoder.bias, *theirs, batch.target_ids, one, zero)
+        loss, _, kl = chunked_losses(rows, decoder, None, batch.target_ids, one, zero)
         return loss, kl
 
 
@@ -191,7 +190,7 @@ def check_stored(folder: str, shape, allow_pickle: bool = False) -> None:
 def _from_pretrained(folder: str, allow_pickle: bool, auto_class: str = "AutoModelForMaskedLM", **options):
     """Weights out of safetensors; a pickle could run anything while it is read. Code beside weights is never run."""
     options |= {"trust_remote_code": False, "weights_only": True, "use_safetensors": None if allow_pickle else True}
-    # A bar and a report a rank and model would bury the training's own; `has_lm_head` reads what matters.
+    # A bar and a report per rank and model would bury the training's own; `has_lm_head` reads what matters.
     verbosity = logging.get_verbosity()
     logging.disable_progress_bar()
     logging.set_verbosity_error()

@@ -18,6 +18,7 @@ from homodistil import __version__
 from homodistil.config.schema import RunConfig
 from homodistil.export.provenance import Teacher, describe_sources, describe_teacher, hub_datasets, repeatable
 from homodistil.files import write_atomically, writing
+from homodistil.metrics.result_table import TASK_COLUMNS
 from homodistil.models.axes import Widths, layer_widths
 from homodistil.models.family import ModelFamily
 
@@ -40,15 +41,6 @@ METRICS = {
     "bits_per_byte": _Metric("held-out bits per byte (lower is better)", "bits_per_byte", "{:.4f}"),
     "kl_to_teacher": _Metric("KL to the teacher, nats (lower is better)", "kl_divergence", "{:.4f}"),
 }
-
-_TASKS = {
-    "heldout_mlm_loss": "mlm",
-    "masked_top1": "mlm",
-    "heldout_lm_loss": "causal",
-    "perplexity": "causal",
-    "bits_per_byte": "causal",
-}
-"""Metrics of one task alone."""
 
 _TEMPLATE = """---
 {metadata}
@@ -101,7 +93,7 @@ def model_card(
             list.
         command: the command line of the run.
     """
-    teacher, task = describe_teacher(config.teacher.name), family.task
+    teacher, metrics = describe_teacher(config.teacher.name), (*TASK_COLUMNS[family.task], "kl_to_teacher")
     told, meant = repeatable(command, config, num_ranks)
     not_listed = ("parameters", "folder", "data", *METRICS)
     listed = _settings(config) | {name: value for name, value in facts.items() if name not in not_listed}
@@ -115,7 +107,7 @@ def model_card(
         teacher=teacher.name,
         version=__version__,
         how=_how(config),
-        metrics="\n".join(_metric_line(name, facts.get(name)) for name in METRICS if _TASKS.get(name, task) == task),
+        metrics="\n".join(_metric_line(name, facts.get(name)) for name in metrics),
         rows="\n".join(f"| {name} | {_text(value)} |" for name, value in listed.items()),
         sources=", ".join(describe_sources(config.data.sources)),
         data=facts["data"],

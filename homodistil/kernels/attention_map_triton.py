@@ -18,8 +18,8 @@ import triton
 from torch import Tensor
 
 from homodistil.kernels import attention_map_kernels_triton as kernels
+from homodistil.kernels.attention_map_blocks_triton import Side
 from homodistil.kernels.attention_map_inputs import Gradients, Maps
-from homodistil.kernels.attention_map_kernels_triton import Side
 from homodistil.kernels.triton_support import padded
 
 FP16_SHIFT = 1024.0

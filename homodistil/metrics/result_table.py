@@ -38,7 +38,22 @@ COLUMNS = {
 }
 
 
-_OF_ONE_TASK = ("heldout_mlm_loss", "masked_top1", "heldout_lm_loss", "perplexity", "bits_per_byte")
+HELDOUT_COLUMNS = {
+    "mlm_loss": "heldout_mlm_loss",
+    "masked_top1": "masked_top1",
+    "lm_loss": "heldout_lm_loss",
+    "perplexity": "perplexity",
+    "bits_per_byte": "bits_per_byte",
+    "kl_to_teacher": "kl_to_teacher",
+}
+"""What evaluation on held-out text measures -> column."""
+
+TASK_COLUMNS = {
+    "mlm": ("heldout_mlm_loss", "masked_top1"),
+    "causal": ("heldout_lm_loss", "perplexity", "bits_per_byte"),
+}
+"""Task (data/task.py) -> columns that it alone has."""
+_OF_ONE_TASK = frozenset().union(*TASK_COLUMNS.values())
 
 
 def write_result(run_dir: Path, rows: Sequence[Row]) -> Path:

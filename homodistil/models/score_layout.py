@@ -74,5 +74,5 @@ class ScoreLayout:
         outer = axes.outer_axes(self.table.widths)
         grid = sums.view([self.table.widths[axis] for axis in block.axes])
         for axis in block.axes:
-            elsewhere = [i for i, other in enumerate(block.axes) if other not in (axis, outer.get(axis))]
+            elsewhere = [i for i, name in enumerate(block.axes) if name not in (axis, outer.get(axis))]
             scores[axis] += grid.sum(elsewhere) if elsewhere else grid

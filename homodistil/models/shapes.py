@@ -133,7 +133,7 @@ def target_widths(shape: Shape, teacher: Widths, num_key_value_heads: int | None
     """
     _check_limits(shape, teacher)
     of_kind = {"hidden": shape.hidden_size, "ffn": shape.intermediate_size}
-    heads = _heads if is_grouped(teacher) else _heads_of_their_own
+    heads = _grouped_heads if is_grouped(teacher) else _plain_heads
     of_kind |= heads(shape, teacher, num_key_value_heads)
     return {axis: of_kind[kind_of(axis)] for axis in teacher}
 
@@ -143,7 +143,7 @@ def is_grouped(widths: Widths) -> bool:
     return "layer.0.kv_heads" in widths
 
 
-def _heads(shape: Shape, teacher: Widths, num_key_value_heads: int | None) -> dict[str, int]:
+def _grouped_heads(shape: Shape, teacher: Widths, num_key_value_heads: int | None) -> dict[str, int]:
     """Kind of axis -> target width where query heads are grouped."""
     num_heads, layer = shape.num_attention_heads, layer_widths(teacher, 0)
     in_group = layer.num_heads // layer.num_kv_heads
@@ -168,7 +168,7 @@ def _heads(shape: Shape, teacher: Widths, num_key_value_heads: int | None) -> di
     }
 
 
-def _heads_of_their_own(shape: Shape, teacher: Widths, num_key_value_heads: int | None) -> dict[str, int]:
+def _plain_heads(shape: Shape, teacher: Widths, num_key_value_heads: int | None) -> dict[str, int]:
     """Kind of axis -> target width where every head has its own keys and values, and hidden = heads x head size."""
     if num_key_value_heads not in (None, shape.num_attention_heads):
         raise UserError(

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from homodistil.metrics.result_table import HELDOUT_COLUMNS
 from homodistil.report.figures import MAX_POINTS, Line, Panel
 from homodistil.report.run import Points, Run, number
 
@@ -189,8 +190,8 @@ def final_controls(run: Run) -> list[str]:
 
 def teacher_value(run: Run, name: str) -> float | None:
     """What the result table says of the teacher for a held-out value of the log; the KL to itself is left out."""
-    columns = {"mlm_loss": "heldout_mlm_loss", "lm_loss": "heldout_lm_loss", "masked_top1": "masked_top1"}
-    return number(run.teacher.get(columns[name])) if name in columns else None
+    column = HELDOUT_COLUMNS.get(name)
+    return number(run.teacher.get(column)) if column not in (None, "kl_to_teacher") else None
 
 
 def _speed(run: Run) -> list[Panel]:

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from homodistil.data.cache import as_user_error, set_aside, workspace
 from homodistil.data.prepare.integrity import json_object
 from homodistil.files import file_sha256, write_atomically
+from homodistil.training.heldout_scores import language_loss
 
 FACTS_FILE, CHECKSUMS_FILE = "correction.json", "checksums.json"
 
@@ -90,7 +91,7 @@ def _check_readable(folder: Path) -> None:
     json_object(folder / "config.json")
     facts = json_object(folder / FACTS_FILE)
     for moment in ("before", "after"):
-        float(facts[moment].get("mlm_loss", facts[moment].get("lm_loss")))
+        float(language_loss(facts[moment]))
     weights = list(folder.glob("*.safetensors"))
     if not weights:
         raise ValueError("no weights")

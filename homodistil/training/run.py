@@ -29,7 +29,7 @@ from homodistil.evaluation.gap_probe import PROBE_SEQUENCES, GapProbe
 from homodistil.files import write_atomically, writing
 from homodistil.metrics.progress import doing
 from homodistil.metrics.recorder import METRICS_FILE, Recorder, read_lines
-from homodistil.metrics.result_table import ROW_FILE
+from homodistil.metrics.result_table import HELDOUT_COLUMNS, ROW_FILE
 from homodistil.models.activations import show_values
 from homodistil.resize import check_supported
 from homodistil.training.exporter import Exporter
@@ -223,20 +223,9 @@ class DistillationRun:
             write_atomically(self.folder / ROW_FILE, json.dumps(row) + "\n")
 
 
-RESULT_COLUMNS = {
-    "mlm_loss": "heldout_mlm_loss",
-    "masked_top1": "masked_top1",
-    "lm_loss": "heldout_lm_loss",
-    "perplexity": "perplexity",
-    "bits_per_byte": "bits_per_byte",
-    "kl_to_teacher": "kl_to_teacher",
-}
-"""What evaluation measures -> column of the result table."""
-
-
 def result_row(name: str, parameters: int, hidden_size: int, measured: dict[str, float]) -> dict:
     """A row of the result table from held-out results, in the numbers of their task."""
-    columns = {column: measured[name] for name, column in RESULT_COLUMNS.items() if name in measured}
+    columns = {column: measured[name] for name, column in HELDOUT_COLUMNS.items() if name in measured}
     return {"name": name, "parameters": parameters, "hidden_size": hidden_size, **columns}
 
 
