@@ -21,7 +21,7 @@ class NextToken:
         positions = np.arange(blocks.size).reshape(blocks.shape)
         return _batch(blocks, positions[:, :-1].ravel(), num_sequences * (num_tokens - 1))
 
-    def unmasked(self, blocks: np.ndarray) -> Batch:
+    def without_targets(self, blocks: np.ndarray) -> Batch:
         """A batch with nothing to predict."""
         return _batch(blocks, np.empty(0, dtype=np.int64), 0)
 

@@ -206,4 +206,4 @@ def fixed_batches(
         if len(samples):
             yield to_batch(rows[samples], samples, np.zeros_like(samples))
         else:
-            yield to_batch.unmasked(rows[[0]])
+            yield to_batch.without_targets(rows[[0]])

@@ -47,7 +47,7 @@ class Masker:
         replaced = np.where(action < _MASKED, self._mask_id, replaced)
         return self._batch(blocks, np.where(chosen, replaced, blocks), chosen)
 
-    def unmasked(self, blocks: np.ndarray) -> Batch:
+    def without_targets(self, blocks: np.ndarray) -> Batch:
         """`blocks` (B, T) as a batch without rows to predict (M = 0)."""
         return self._batch(blocks, blocks, np.zeros(blocks.shape, dtype=bool))
 

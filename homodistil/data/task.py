@@ -42,7 +42,7 @@ class BatchMaker(Protocol):
     def __call__(self, blocks: np.ndarray, samples: np.ndarray, epochs: np.ndarray) -> Batch:
         """`blocks` (B, T) int64, which are the `samples` (B,) of the data set in `epochs` (B,)."""
 
-    def unmasked(self, blocks: np.ndarray) -> Batch:
+    def without_targets(self, blocks: np.ndarray) -> Batch:
         """A batch with nothing to predict."""
 
 
@@ -88,7 +88,7 @@ class MaskedLM(Task):
         return data.mask_probability * (data.seq_len - 2)
 
     def fingerprint(self, tokenizer: PreTrainedTokenizerBase) -> list:
-        """As it was before there were other tasks, so that corpora of that time stay what they were."""
+        """The list that corpora have been named by since before there was a second task: it must not change."""
         return [tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id]
 
 
@@ -129,7 +129,7 @@ def settle_task(data: DataConfig, wanted: str, teacher: str) -> None:
         teacher: what the user named it, for the message.
 
     Raises:
-        UserError: the config asks for the other task.
+        UserError: the config asks for another task.
     """
     if data.task not in ("auto", wanted):
         raise UserError(

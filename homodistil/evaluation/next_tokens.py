@@ -28,7 +28,7 @@ def evaluate_next_tokens(
         token_bytes: bytes of text of each token id, int64 (V,) on the CPU (data/token_bytes.py).
 
     Returns:
-        lm_loss (nats a token), perplexity (its exponential), bits_per_byte (comparable between tokenizers),
+        lm_loss (nats per token), perplexity (its exponential), bits_per_byte (comparable between tokenizers),
         kl_to_teacher (nats), predicted_tokens (count).
     """
     sums = torch.zeros(4, dtype=torch.float64, device=device)

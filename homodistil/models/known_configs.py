@@ -1,7 +1,7 @@
 """Configurations of checkpoints that many start from, so that a plan needs no hub: it takes its time to be unreachable.
 
-A run itself always reads the checkpoint's own config.json. Here stand sizes alone; tests hold their parameter counts
-against the published ones.
+A run itself reads the checkpoint's config.json. Only sizes are listed here; tests compare their parameter counts with
+the published ones.
 """
 
 from __future__ import annotations

@@ -80,7 +80,7 @@ class PreNormDecoder(NamedFamily):
         return type(teacher)(**values)
 
     def stock_head_dim(self, widths: Widths) -> int | None:
-        """That of the layers, where all are alike: it is a field of the configuration of its own."""
+        """The head size of the layers, if all are alike: these configurations have a field for it."""
         layer = uniform_layer_widths(widths)
         return None if layer is None else layer.qk_dim
 

@@ -33,7 +33,7 @@ def test_every_token_but_the_first_is_predicted_from_those_before_it():
 
 
 def test_a_batch_that_predicts_nothing():
-    batch = NextToken().unmasked(np.array([[5, 6, 7]]))
+    batch = NextToken().without_targets(np.array([[5, 6, 7]]))
     assert len(batch.target_index) == len(batch.target_ids) == 0 and batch.counts.target_rows == 0
 
 

@@ -96,7 +96,7 @@ def test_draws_depend_on_seed_epoch_and_sample_alone(tokenizer):
 
 
 def test_a_batch_may_have_nothing_to_predict(tokenizer):
-    batch = Masker(tokenizer, 0.15, 0).unmasked(blocks_of(2, 9))
+    batch = Masker(tokenizer, 0.15, 0).without_targets(blocks_of(2, 9))
     assert batch.target_index.shape == batch.target_ids.shape == (0,)
     assert batch.counts.target_rows == 0.0 and batch.counts.tokens > 0
     assert batch.to("cpu").counts == batch.counts

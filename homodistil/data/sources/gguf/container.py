@@ -49,7 +49,7 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True)
 class GgufFile:
-    """What a file says of itself. Tensors are read from a map of it, one at a time."""
+    """Contents of a GGUF file. Tensors are read from a memory map, one at a time."""
 
     where: str
     """Field and file; begins every message."""
@@ -172,8 +172,8 @@ def _begin(cursor: _Cursor, where: str) -> tuple[int, int]:
     """(number of tensors, number of metadata entries)."""
     size = cursor.left
     if size < _HEADER or (magic := cursor.take(len(_MAGIC)).tobytes()) != _MAGIC:
-        found = f"{size} bytes" if size < _HEADER else f"it begins with {magic!r}"
-        raise UserError(f"{where}: is no GGUF file ({found}, expected {_MAGIC!r} and a header); {AGAIN}")
+        actual = f"{size} bytes" if size < _HEADER else f"it begins with {magic!r}"
+        raise UserError(f"{where}: is no GGUF file ({actual}, expected {_MAGIC!r} and a header); {AGAIN}")
     if (version := cursor.number("<u4")) not in VERSIONS:
         raise UserError(
             f"{where}: found GGUF version {version}, allowed are {' and '.join(map(str, VERSIONS))} (little-endian); "
@@ -186,13 +186,13 @@ def _distinct(cursor: _Cursor, count: int, what: str, read: Callable[[], Any]) -
     """`count` pairs of a name and what `read` finds behind it."""
     if count > cursor.left:  # each needs more than a byte
         raise UserError(f"{cursor.where}: is damaged ({count} {what} in {cursor.left} bytes); {AGAIN}")
-    found: dict[str, Any] = {}
+    pairs: dict[str, Any] = {}
     for _ in range(count):
         name = cursor.text()
-        if name in found:
+        if name in pairs:
             raise UserError(f"{cursor.where}: is damaged ({short(name)!r} twice among the {what}); {AGAIN}")
-        found[name] = read()
-    return found
+        pairs[name] = read()
+    return pairs
 
 
 def _data_start(metadata: dict[str, Any], position: int, where: str) -> int:

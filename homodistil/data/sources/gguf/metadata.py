@@ -71,5 +71,5 @@ def _value(file: GgufFile, key: str, default: Any) -> Any:
 
 def _wrong(file: GgufFile, key: str, value: Any, allowed: str) -> UserError:
     # Of a list no more than what is shown.
-    found = short(repr(value[:20] if isinstance(value, list) else value))
-    return UserError(f"{file.where}: found {key} {found}, allowed are {allowed}; {_HOW}")
+    shown = short(repr(value[:20] if isinstance(value, list) else value))
+    return UserError(f"{file.where}: found {key} {shown}, allowed are {allowed}; {_HOW}")

@@ -105,9 +105,9 @@ def parameter(file: GgufFile, source: Source) -> np.ndarray:
 
 
 def _check_architecture(file: GgufFile) -> None:
-    if (found := metadata.text(file, "general.architecture")) != ARCHITECTURE:
+    if (kind := metadata.text(file, "general.architecture")) != ARCHITECTURE:
         raise UserError(
-            f"{file.where}: found general.architecture {short(repr(found))}, allowed is {ARCHITECTURE}; give the "
+            f"{file.where}: found general.architecture {short(repr(kind))}, allowed is {ARCHITECTURE}; give the "
             f"model's Hugging Face folder instead"
         )
     scaling = metadata.text(file, "llama.rope.scaling.type", default="none")

@@ -55,7 +55,7 @@ def _q4_1(packed: np.ndarray) -> np.ndarray:
 
 
 def _halves(column: np.ndarray) -> np.ndarray:
-    """The fp16 numbers in two columns of bytes, one a row: (N, 2) uint8 -> (N, 1) float32."""
+    """The fp16 numbers in two columns of bytes, one per row: (N, 2) uint8 -> (N, 1) float32."""
     return np.ascontiguousarray(column).view("<f2").astype(np.float32)
 
 

@@ -85,12 +85,12 @@ def _build(file: GgufFile, splitting: _Splitting) -> Tokenizer:
 
 def _splitting(file: GgufFile) -> _Splitting:
     for key, allowed in ((f"{_PREFIX}.model", (_MODEL,)), (f"{_PREFIX}.pre", tuple(_SPLITTINGS))):
-        if (found := metadata.text(file, key)) not in allowed:
+        if (name := metadata.text(file, key)) not in allowed:
             raise UserError(
-                f"{file.where}: found {key} {short(repr(found))}, allowed are {', '.join(allowed)}; give the model's "
+                f"{file.where}: found {key} {short(repr(name))}, allowed are {', '.join(allowed)}; give the model's "
                 f"Hugging Face folder instead"
             )
-    return _SPLITTINGS[found]
+    return _SPLITTINGS[name]
 
 
 def _bpe(file: GgufFile, splitting: _Splitting) -> models.BPE:
