@@ -11,7 +11,8 @@ import sys
 from pathlib import Path
 
 from homodistil.models import FAMILIES, REFUSED
-from homodistil.models.family import Compensable, ModelFamily
+from homodistil.models.compensable import Compensable
+from homodistil.models.family import ModelFamily
 
 PAGE = Path(__file__).with_name("families.md")
 _HEAD = """# Model families
@@ -25,15 +26,16 @@ hides, FLOPs are those that torch counts. How to add one: [Add a model family](a
 | family | model types | task | what shrinks | compensation | evaluation |
 |---|---|---|---|---|---|
 """
-_AXES = {
-    True: "hidden size, neurons, key/value heads, equally many query heads in each group; rotary heads keep their dims",
-    False: "hidden size, neurons, heads, dims of heads",
-}
+_ALL_AXES = "hidden size, neurons, heads, dims of heads"
+_SHARED_HEADS = "hidden size, neurons, the same heads in all layers, dims of heads"
+_GROUPED = "hidden size, neurons, key/value heads, equally many query heads in each group; rotary heads keep their dims"
+_PAIRS = f"{_GROUPED.rpartition(';')[0]}; pairs of rotary dims (`student.head_dim`)"
+_WHOLE_HEADS = "neurons, heads, and as much of the hidden size as they make up; rotary heads keep their dims"
 _SCORES = {
-    "mlm": "masked loss and top-1; `homodistil glue`, `homodistil squad`",
-    "causal": "held-out loss, perplexity, bits per byte",
+    "mlm": "masked loss and top-1, without a head distances to the teacher; `homodistil glue`, `homodistil squad`",
+    "causal": "held-out loss, perplexity, bits per byte; `homodistil lm-eval`",
 }
-_TASKS = {"mlm": "masked tokens (`mlm`)", "causal": "next token (`causal`)"}
+_TASKS = {"mlm": "masked tokens (`mlm`); without a head: nothing (`none`)", "causal": "next token (`causal`)"}
 _ENGINES = """
 Engines are the same for all: ZeRO stages 0 to 3, fp32 and bf16 (fp16 on a GPU), see [Engines](engines.md).
 
@@ -53,16 +55,31 @@ def page() -> str:
     return _HEAD + "\n".join(rows) + "\n" + _ENGINES + "\n".join(refused) + "\n"
 
 
+def _axes(family: ModelFamily) -> str:
+    if family.whole_heads:
+        return _WHOLE_HEADS
+    if family.architecture.has_position_bias:
+        return _SHARED_HEADS
+    if not family.architecture.has_rotary_positions:
+        return _ALL_AXES
+    return _PAIRS if family.narrows_heads else _GROUPED
+
+
 def _row(family: ModelFamily) -> str:
     cells = [
         family.name,
         ", ".join(f"`{name}`" for name in family.model_types),
         _TASKS[family.task],
-        _AXES[family.architecture.has_rotary_positions],
-        "`none`, `refit`, `full`" if isinstance(family, Compensable) else "`none`",
+        _axes(family),
+        _compensation(family),
         _SCORES[family.task],
     ]
     return f"| {' | '.join(cells)} |"
+
+
+def _compensation(family: ModelFamily) -> str:
+    condition = family.refit_condition if isinstance(family, Compensable) else None
+    return "`none`" if condition is None else f"`none`, `refit`, `full` {condition}".strip()
 
 
 def main() -> int:

@@ -41,8 +41,15 @@ class Distilled:
         """The exported student, a stock Hugging Face model in evaluation mode, on the CPU; loaded when first asked."""
         import transformers
 
-        architecture = transformers.AutoConfig.from_pretrained(self.export).architectures[0]
-        return getattr(transformers, architecture).from_pretrained(self.export).eval()
+        from homodistil.models import family_of
+        from homodistil.models.family import BACKBONE_CLASS
+
+        config = transformers.AutoConfig.from_pretrained(self.export)
+        kind = family_of(config.model_type).auto_class
+        backbone = transformers.MODEL_MAPPING.get(type(config), None)  # an outsider's may have none
+        if backbone is not None and backbone.__name__ in config.architectures:  # without a head
+            kind = BACKBONE_CLASS
+        return getattr(transformers, kind).from_pretrained(self.export).eval()
 
     @functools.cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -58,7 +65,7 @@ class Distilled:
 
     @property
     def report(self) -> Path:
-        """The HTML page of the run."""
+        """The HTML page of the run, there unless `run.report` is false."""
         return self.folder / "report.html"
 
     def __repr__(self) -> str:
@@ -67,8 +74,8 @@ class Distilled:
 
 def distill(
     teacher: Place | None = None,
-    *,
     text: Place | Sequence[Place] | None = None,
+    *,
     out: Place | None = None,
     recipe: str | None = None,
     deepspeed: Place | None = None,
@@ -76,8 +83,9 @@ def distill(
 ) -> Distilled:
     """Distil a student from `teacher` in this process and return what came of it.
 
-    One rank, unless a launcher (torchrun, deepspeed, srun) has started this program on several. A size that is left
-    open is chosen: half of the teacher's width, or what goes in proportion with the sizes that are given.
+    One rank, unless a launcher (torchrun, deepspeed, srun) has started this program on several. The student's size is
+    a fraction of the teacher's parameters (`size=0.5`), millions of them (`parameters=70`), or widths; one that is left
+    open is chosen: half of the teacher's width, or what goes in proportion with the widths that are given.
 
     Args:
         teacher: `teacher.name`: folder, hub name or packaged model. None: the recipe's.
@@ -136,13 +144,17 @@ def _with_size(job: Job, recipe: str | None, deepspeed: Place | None, fields: di
     is_sized = student.size is not None or student.parameters is not None
     if is_sized or student.preset != "custom" or None not in sizes.values():
         return job
+    import torch
+
     from homodistil.distill.teacher import load_config
     from homodistil.models import family_of
-    from homodistil.models.shapes import Shape, in_proportion
+    from homodistil.models.shapes import in_proportion
     from homodistil.training.inputs import found_teacher
 
     teacher = load_config(found_teacher(job.config))
-    family_of(teacher.model_type)  # refuses an architecture that has no axis table
-    chosen = in_proportion(sizes, Shape(*(getattr(teacher, name) for name in Shape._fields)))
+    family = family_of(teacher.model_type)  # refuses an architecture that has no axis table
+    with torch.device("meta"):
+        widths = family.axis_table(family.empty_model(teacher)).widths
+    chosen = in_proportion(sizes, widths, family.whole_heads)
     missing = {f"student.{name}": getattr(chosen, name) for name, size in sizes.items() if size is None}
     return _job(recipe, deepspeed, fields | missing)

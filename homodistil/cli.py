@@ -32,6 +32,7 @@ COMMANDS = {
     "prepare-data": Command("tokenise and cache the corpus ahead of a run", "homodistil.training.prepare_data:main"),
     "glue": Command("fine-tune a checkpoint on GLUE and write its table", "homodistil.evaluation.glue.command:main"),
     "squad": Command("fine-tune a checkpoint on SQuAD", "homodistil.evaluation.squad.command:main"),
+    "lm-eval": Command("score decoders on tasks of EleutherAI's harness", "homodistil.evaluation.lm_eval.command:main"),
     "report": Command("the HTML page of a run, or one that compares many", "homodistil.report.command:main"),
     "recipes": Command("list the shipped recipes; with a name, print one", "homodistil.cli:recipes"),
     "axes": Command("print what each axis of a teacher couples", "homodistil.training.show_axes:main"),
@@ -116,7 +117,7 @@ def train(arguments: list[str], num_ranks: int = 1) -> None:
     from homodistil.metrics.progress import doing
 
     tag_lines()
-    job = parse_job(arguments, description="Distil a student, or several, from a teacher.")
+    job = parse_job(arguments)
     if num_ranks > 1:
         _start_ranks(num_ranks)
     with doing("loading torch, DeepSpeed and Transformers"):  # not needed for --help and config errors

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from homodistil.config.plugins import load_plugins
 from homodistil.config.schema import RunConfig
 from homodistil.config.students import check_stage
 from homodistil.distill.losses.active import active_terms
@@ -63,6 +64,7 @@ def _run(
     engine_config = resolve_engine_config(raw_engine_config, config.train, ranks.world_size())
     teacher_dtype(config.teacher.dtype, engine_config, device)
     for one in (config, *students):
+        load_plugins(one.teacher.plugins, "teacher.plugins")
         check_implementation(one.optimizer.implementation)
         check_teacher_runtime(one.teacher, device)
         check_student_compile(one.student, zero_stage(engine_config), device)
@@ -99,7 +101,7 @@ def _run(
         with doing("loading teacher and student"):
             one = DistillationRun(config, engine_config, run_inputs, folder, command)
         rows = _train_one(one, correction)
-    ranks.on_rank_zero(lambda: _conclude(folder, rows))
+    ranks.on_rank_zero(lambda: _conclude(folder, rows, config.run.report))
     return rows
 
 
@@ -114,7 +116,9 @@ def _train_students(runs: Sequence[DistillationRun], folder: Path, correction: d
     teacher, rows = _teacher_row(runs[0], correction), []
     for run, row in zip(runs, finished, strict=True):
         student_rows = _student_rows(run, row)
-        ranks.on_rank_zero(lambda run=run, rows=student_rows: _store(run.folder, [teacher, *rows]))
+        ranks.on_rank_zero(
+            lambda run=run, rows=student_rows: _store(run.folder, [teacher, *rows], run.config.run.report)
+        )
         name = run.config.run.name
         rows += [
             r | {"student": name, "name": r["name"] if name in r["name"] else f"{name}: {r['name']}"}
@@ -150,14 +154,15 @@ def _teacher_row(run: DistillationRun, correction: dict) -> dict:
     return row
 
 
-def _conclude(folder: Path, rows: list[dict]) -> None:
-    with doing("writing the report"):
-        path, report = _store(folder, rows)
+def _conclude(folder: Path, rows: list[dict], with_report: bool) -> None:
+    with doing("writing the report" if with_report else "writing the results"):
+        files = _store(folder, rows, with_report)
     tables = "\n\n".join(filter(None, (format_table(rows), family_text(rows))))
-    print(f"\n{tables}\n\nresult: {path}\nreport: {report}", flush=True)
+    print("\n".join([f"\n{tables}\n", *(f"{what}: {path}" for what, path in files.items())]), flush=True)
 
 
-def _store(folder: Path, rows: list[dict]) -> tuple[Path, Path]:
-    """Result and report of one run folder; its model cards now know the teacher's results."""
+def _store(folder: Path, rows: list[dict], with_report: bool) -> dict[str, Path]:
+    """Result and report of one run folder, by what they are; its model cards now know the teacher's results."""
     complete_cards(folder, rows[0])
-    return write_result(folder, rows), write_report(folder)
+    files = {"result": write_result(folder, rows)}
+    return files | ({"report": write_report(folder)} if with_report else {})

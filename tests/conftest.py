@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+import setuptools  # noqa: F401  torch imports it to compile, and it fails where another library took distutils first
 from hypothesis import settings
 from support.job_fixtures import reference, run_inputs, server  # noqa: F401
 

@@ -7,6 +7,7 @@ suggest the nearest known one) and one-line errors.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import json
 from pathlib import Path
@@ -66,7 +67,7 @@ class Job(NamedTuple):
     """Whether to check the job without running it (preflight/)."""
 
 
-def parse_job(argv: list[str], description: str = "") -> Job:
+def parse_job(argv: list[str], description: str = "Distil a student, or several, from a teacher.") -> Job:
     """Parse the arguments of `homodistil train`; see `parse_with_engine`."""
     config, namespace = _parse(argv, description, with_engine=True)
     engine_config = engine_path(namespace.deepspeed)
@@ -90,10 +91,10 @@ def _student(argv: list[str], description: str, path: Path) -> RunConfig:
 
 
 def _parse(argv: list[str], description: str, with_engine: bool):
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = _build_parser(description, with_engine)
-    arguments = _normalise(argv)
-    arguments = _checked(arguments)
+    parser.prog = program()
+    normalised = _normalise(argv)
+    arguments = _checked(normalised)
     if "--print_config" in arguments:
         _check_engine_file(arguments)
     try:
@@ -101,8 +102,28 @@ def _parse(argv: list[str], description: str, with_engine: bool):
     except ArgumentError as error:
         raise UserError(_one_line(error)) from None
     config = RunConfig(**{name: _section(make, getattr(namespace, name)) for name, make in SECTIONS.items()})
+    config.given = _given(normalised)
     rules.check(config)
     return config, namespace
+
+
+def _given(arguments: list[str]) -> frozenset[str]:
+    """Dotted names of the fields that valid arguments, or the files among them, set."""
+    names: set[str] = set()
+    tokens = iter(arguments)
+    for token in tokens:
+        key, _, text = token.removeprefix("--").partition("=")
+        if token.startswith("--config="):
+            names |= _names_in(entries(read_yaml(Path(text), "--config"), "--config"))
+        elif token.startswith("--") and key in SECTIONS:  # train={steps: 3, lr: 1e-3}
+            names |= _names_in({key: parse_value(text or next(tokens, ""), key)})
+        elif token.startswith("--"):
+            names.add(key)
+    return frozenset(names)
+
+
+def _names_in(sections: dict[str, yaml.Node | None]) -> set[str]:
+    return {f"{section}.{name}" for section, fields in sections.items() for name in entries(fields, section)}
 
 
 def _section(make, parsed):
@@ -110,9 +131,11 @@ def _section(make, parsed):
     return parsed if isinstance(parsed, make) else make(**vars(parsed))
 
 
+@functools.cache
 def _build_parser(description: str, with_engine: bool) -> ArgumentParser:
+    """Built once in a process: reading the docstrings of all fields takes half a second."""
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(
-        prog=program(),
         exit_on_error=False,
         description=f"{description} Fields may be written as section.field=value. "
         f"recipe=NAME starts from a shipped recipe ({', '.join(recipe_names())}); without one, without --config and "

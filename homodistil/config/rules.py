@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from homodistil.config.option import Limits
-from homodistil.config.schema import OPTIONS, RunConfig, value_of
+from homodistil.config.schema import LM_HEAD_WEIGHTS, OPTIONS, RunConfig, value_of
 from homodistil.errors import UserError
 
 MAX_EVENTS = 100_000
@@ -33,6 +33,7 @@ def check(config: RunConfig) -> None:
     if not config.data.text_column.strip():
         raise UserError("data.text_column: found nothing, allowed is the name of a column; set data.text_column=text")
     _check_weights(config)
+    check_task(config)
     if not config.loss.weights:
         raise UserError("loss: every weight is 0; give at least one term a weight > 0")
     if 0 < config.train.lr_steps < config.train.steps:
@@ -65,6 +66,29 @@ def _check_weights(config: RunConfig) -> None:
         )
 
 
+def check_task(config: RunConfig) -> None:
+    """Nothing that needs a language-modelling head may be asked for where there is none."""
+    if config.data.task != "none":
+        return
+    for name in (*(name for name in LM_HEAD_WEIGHTS if name in config.given), "teacher.correction_steps"):
+        if value_of(config, name) > 0:
+            raise UserError(
+                f"{name}: found {value_of(config, name):g}, but data.task=none uses no language-modelling head; "
+                f"allowed is 0, or set data.task=mlm for a teacher with such a head"
+            )
+    pruning = config.pruning
+    if pruning.compensation == "full":
+        raise UserError(
+            "pruning.compensation: found full, whose basis is chosen by gradients of a language-modelling head, which "
+            "data.task=none leaves out; set pruning.compensation=refit, none or auto"
+        )
+    if pruning.importance == "teacher_kl":
+        raise UserError(
+            "pruning.importance: found teacher_kl, which draws labels from a language-modelling head, which "
+            "data.task=none leaves out; set pruning.importance=sensitivity"
+        )
+
+
 def _check_milestones(config: RunConfig) -> None:
     run, schedule = config.run, config.pruning.schedule
     if run.export_milestones and schedule in ("one_shot", "none"):
@@ -82,7 +106,8 @@ def _check_milestones(config: RunConfig) -> None:
 def _check_size(config: RunConfig) -> None:
     """The student's size is said in one way."""
     student = config.student
-    sizes = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "num_hidden_layers")
+    heads = ("num_attention_heads", "num_key_value_heads", "head_dim")
+    sizes = ("hidden_size", "intermediate_size", *heads, "num_hidden_layers")
     ways = {f"student.{name}": getattr(student, name) for name in ("size", "parameters", *sizes)}
     if student.preset != "custom":
         ways["student.preset"] = student.preset

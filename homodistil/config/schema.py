@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from homodistil.config.option import (
     COMPUTED,
@@ -84,6 +84,8 @@ class RunFolderConfig:
     """Seconds (> 0) without progress after which a rank counts as hung and the job ends; dead ranks are seen sooner."""
     rank_logs: bool = option(False, resume="free", students="own", derived=SAME)
     """Also write the output of each rank to logs/rank-NNNNN.txt in the run folder."""
+    report: bool = option(True, resume="free", students="shared", derived=SAME)
+    """Write report.html at the end. Without it, `homodistil report` makes the same page at any time."""
     export_milestones: list[float] = option(
         [],
         low=0,
@@ -124,6 +126,14 @@ class RunConfig:
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     run: RunFolderConfig = dataclasses.field(default_factory=RunFolderConfig)
 
+    given: ClassVar[frozenset[str]] = frozenset()
+    """Dotted names of the fields that the user has set; a parsed config has its own."""
+
+    def leaves_open(self, name: str) -> bool:
+        """Whether the teacher decides on the value of this field."""
+        needs_lm_head = name in LM_HEAD_WEIGHTS and name not in self.given and value_of(self, name) > 0
+        return value_of(self, name) == "auto" or (needs_lm_head and self.data.task in ("auto", "none"))
+
     @property
     def run_dir(self) -> str:
         return self.run.dir or f"runs/{self.run.name}"
@@ -131,6 +141,9 @@ class RunConfig:
     def to_dict(self) -> dict:
         return dataclasses.asdict(self)
 
+
+LM_HEAD_WEIGHTS = ("loss.mlm", "loss.kl")
+"""Weights of terms over the vocabulary: 0 where the task has no language-modelling head, unless the user set them."""
 
 SECTIONS: dict[str, type] = {section.name: section.default_factory for section in dataclasses.fields(RunConfig)}
 """Name of each section -> its dataclass."""

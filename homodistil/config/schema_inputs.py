@@ -41,13 +41,19 @@ class TeacherConfig:
     correction_steps: int = option(
         0, low=0, high=STEPS, resume="fixed", students="shared", derived={MEASUREMENT: 0, MEASUREMENT_INPUTS: 1}
     )
-    """Optimizer steps of plain MLM on the corpus before distillation (0 = none). The result is cached by content."""
+    """Optimizer steps of plain language modelling on the corpus before distillation (0 = none). The result is cached by
+    content."""
     correction_lr: float = option(1e-3, low=0, high=10, exclude="low", resume="fixed", students="shared", derived=SAME)
     """Peak learning rate of the correction (> 0)."""
     correction_seed: int = option(0, low=0, high=SEED, resume="fixed", students="shared", derived=SAME)
     """Seed of data order and masking of the correction (>= 0). Independent of train.seed: all seeds share a teacher."""
     allow_pickle: bool = option(False, resume="free", students="shared", derived=SAME)
     """Accept a teacher with pickled weights instead of .safetensors; they are loaded with weights_only."""
+    plugins: list[str] = option(
+        [], limited_by="config/plugins.py: can be imported", resume="free", students="shared", derived=SAME
+    )
+    """Python modules or .py files that register further model families. They are imported, and so executed, on every
+    rank."""
     runtime: Literal["torch", "compile", "deepspeed"] = option("torch", resume="fixed", students="shared", derived=SAME)
     """How the frozen teacher runs: in eager mode (torch), with torch.compile, or with deepspeed.init_inference."""
     lock_step: bool = option(True, resume="fixed", students="shared", derived={STUDENT: False, SHARED_JOB: False})
@@ -85,13 +91,13 @@ class StudentConfig:
     """Initial weights. teacher: a copy of the teacher, which is then pruned; random: random, at the target size."""
     num_hidden_layers: int | None = option(
         None,
-        limited_by="layer_map.py: a divisor of the teacher's",
+        limited_by="layer_map.py: up to the teacher's",
         resume="fixed",
         students="own",
         derived=SAME,
     )
-    """Layers M of the student (None: the N layers of the teacher). Student layer m is compared with teacher layer
-    (m + 1) x N / M - 1, and starts as a copy of the teacher layer given by init_layers."""
+    """Layers M of the student, 1 .. N (None: the N layers of the teacher). Student layer m is compared with the teacher
+    layer nearest to (m + 1) x N / M - 1, and starts as a copy of the teacher layer given by init_layers."""
     init_layers: list[int] = option(
         [],
         limited_by="layer_map.py: layers of the teacher",
@@ -99,7 +105,8 @@ class StudentConfig:
         students="own",
         derived=SAME,
     )
-    """Teacher layers that the layers of a shallower student start from, ascending, from 0; empty: every (N / M)-th."""
+    """Teacher layers that the layers of a shallower student start from, ascending, from 0; empty: those
+    nearest to m x N / M (at half the depth every second one, from the first)."""
     hidden_size: int | None = option(
         None,
         limited_by="models/shapes.py: up to the teacher's",
@@ -124,7 +131,7 @@ class StudentConfig:
         derived={MILESTONE: COMPUTED},
     )
     """Target heads of a layer (<= teacher's). Head size becomes hidden_size / num_attention_heads (<= teacher's), but
-    rotary heads keep theirs."""
+    rotary heads keep theirs (or have head_dim)."""
     num_key_value_heads: int | None = option(
         None,
         limited_by="models/shapes.py: up to the teacher's",
@@ -133,6 +140,15 @@ class StudentConfig:
         derived={MILESTONE: None},
     )
     """Target key/value heads of a layer where query heads share them (None: as many as num_attention_heads allows)."""
+    head_dim: int | None = option(
+        None,
+        limited_by="models/head_dim.py: even, up to the teacher's",
+        resume="fixed",
+        students="own",
+        derived={MILESTONE: None},
+    )
+    """Target dims of a head where positions are rotary, of rope_type default, and query heads grouped (None: the
+    teacher's). Pairs that stay are an arithmetic progression: the export is a stock model with another rope_theta."""
     dropout: float = option(0.0, low=0, high=1, exclude="high", resume="fixed", students="shared", derived=SAME)
     """Dropout probability during distillation, in [0, 1). The exported config keeps the teacher's values."""
     compile: bool = option(False, resume="fixed", students="own", derived=SAME)
@@ -159,8 +175,9 @@ class DataConfig:
         0.05, low=0, high=1, exclude="both", resume="fixed", students="shared", derived=SAME
     )
     """Fraction of documents kept for evaluation, in (0, 1). Split by document."""
-    task: Literal["auto", "mlm", "causal"] = option("auto", resume="free", students="shared", derived=SAME)
-    """What is predicted: masked tokens, or the next one. auto: what the teacher does."""
+    task: Literal["auto", "mlm", "causal", "none"] = option("auto", resume="free", students="shared", derived=SAME)
+    """What is predicted: masked tokens (mlm), the next one (causal), or nothing (none): an encoder then learns hidden
+    states, attention and embeddings alone, without a language-modelling head. auto: what the teacher does."""
     mask_probability: float = option(
         0.15, low=0.0001, high=1, exclude="high", resume="fixed", students="shared", derived={CORRECTION: KEY}
     )

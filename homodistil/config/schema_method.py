@@ -183,9 +183,9 @@ class LossConfig:
     """loss: weights and variants of the terms"""
 
     mlm: float = option(1.0, low=0, high=WEIGHT, resume="fixed", students="own", derived={CORRECTION: 1.0})
-    """Weight of masked language modelling (>= 0)."""
+    """Weight of language modelling (>= 0): of masked tokens, or of the next one, which lines and reports call lm."""
     kl: float = option(4.0, low=0, high=WEIGHT, resume="fixed", students="own", derived={CORRECTION: 0.0})
-    """alpha1: weight of KL(teacher || student) of the MLM head's output (>= 0; paper: 1)."""
+    """alpha1: weight of KL(teacher || student) of the vocabulary head's output (>= 0; paper: 1)."""
     hidden: float = option(1.0, low=0, high=WEIGHT, resume="fixed", students="own", derived={CORRECTION: 0.0})
     """alpha2: weight of the hidden-state MSE, summed over layers (>= 0)."""
     attention: float = option(1.0, low=0, high=WEIGHT, resume="fixed", students="own", derived={CORRECTION: 0.0})

@@ -21,6 +21,8 @@ class LossCounts(NamedTuple):
     """Valid (not padding) tokens."""
     pairs: float | Tensor
     """Valid query-key pairs, summed over the batch."""
+    window_pairs: float | Tensor | None = None
+    """Of these, pairs inside the window of the layers that have one; None: there is no such layer."""
 
 
 class Batch(NamedTuple):

@@ -45,6 +45,7 @@ class BatchLoader:
         global_batch_size: samples of an optimizer step over all ranks.
         micro_batch_size: samples of one micro-batch.
         rank, world_size: whose share.
+        window: of the model's layers that have one, to count pairs by (`LossCounts`).
 
     Raises:
         UserError: no rows, or a global batch size that is not a multiple of micro-batch size x ranks.
@@ -60,11 +61,12 @@ class BatchLoader:
         micro_batch_size: int,
         rank: int,
         world_size: int,
+        window: int | None = None,
     ) -> None:
         if not len(rows):
             raise UserError("data.sources: the training split holds no block of text; add text")
         self._rows, self._seed, self._workers = rows, seed, config.workers
-        self._to_batch = task_of(config).batch_maker(tokenizer, config, seed)
+        self._to_batch = task_of(config).batch_maker(tokenizer, config, seed, window)
         self.global_batch_size, self._rank, self._world = global_batch_size, rank, world_size
         self._order_epoch, self._order = -1, np.empty(0, dtype=np.uint32)
         self._processes: list[multiprocessing.Process] = []
@@ -186,6 +188,7 @@ def fixed_batches(
     rank: int,
     world_size: int,
     limit: int | None = None,
+    window: int | None = None,
 ) -> Iterator[Batch]:
     """The batches of this rank for evaluation on `rows`; masks depend only on (seed, sample index).
 
@@ -194,11 +197,11 @@ def fixed_batches(
 
     Args:
         rows: blocks of the held-out split.
-        tokenizer, config, seed, rank, world_size: see `BatchLoader`.
+        tokenizer, config, seed, rank, world_size, window: see `BatchLoader`.
         batch_size: maximum samples per batch and rank.
         limit: use only the first `limit` samples, over all ranks; None: all.
     """
-    to_batch = task_of(config).batch_maker(tokenizer, config, seed)
+    to_batch = task_of(config).batch_maker(tokenizer, config, seed, window)
     total = len(rows) if limit is None else min(limit, len(rows))
     for start in range(0, total, batch_size * world_size):
         round_ = np.arange(start, min(start + batch_size * world_size, total))

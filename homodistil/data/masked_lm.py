@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from homodistil.data.batch import Batch, LossCounts
+from homodistil.kernels.attention_map_inputs import MaskKind, num_pairs
 
 _MASKED, _RANDOM = 0.8, 0.1  # Devlin et al. 2019, section 3.1; the rest stays as it is
 
@@ -22,15 +23,19 @@ class Masker:
         tokenizer: its special tokens are never predicted, and never used as random tokens.
         mask_probability: probability that an ordinary token is chosen, independently for each token.
         seed: of all random numbers.
+        window: of the model's layers that have one, to count pairs by.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, mask_probability: float, seed: int) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, mask_probability: float, seed: int, window: int | None = None
+    ) -> None:
         self._mask_id, self._pad_id = tokenizer.mask_token_id, tokenizer.pad_token_id
         self._is_ordinary = np.ones(len(tokenizer), dtype=bool)
         self._is_ordinary[tokenizer.all_special_ids] = False
         self._ordinary_ids = np.flatnonzero(self._is_ordinary)
         self._probability = mask_probability
         self._seed = seed
+        self._kind = None if window is None else MaskKind(window=window)
 
     def __call__(self, blocks: np.ndarray, samples: np.ndarray, epochs: np.ndarray) -> Batch:
         """Mask `blocks`.
@@ -55,7 +60,8 @@ class Masker:
         valid = blocks != self._pad_id
         lengths = valid.sum(axis=1)
         index = np.flatnonzero(chosen)
-        counts = LossCounts(float(len(index)), float(lengths.sum()), float((lengths**2).sum()))
+        in_window = None if self._kind is None else float(num_pairs(lengths, self._kind))
+        counts = LossCounts(float(len(index)), float(lengths.sum()), float((lengths**2).sum()), in_window)
         arrays = (input_ids, valid.astype(np.int64), index, blocks.ravel()[index], np.flatnonzero(valid))
         return Batch(*map(torch.from_numpy, arrays), counts)
 
@@ -69,3 +75,11 @@ class Masker:
             bits.state = state  # a new generator per sample would take three times as long
             generator.random(out=uniform[row])
         return uniform.transpose(1, 0, 2)
+
+
+class Unmasked(Masker):
+    """The same batches with every token as it is, and nothing to predict."""
+
+    def __call__(self, blocks: np.ndarray, samples: np.ndarray, epochs: np.ndarray) -> Batch:
+        """Batch of `blocks` (B, T) int64; the other arguments are of masked language modelling."""
+        return self.without_targets(blocks)

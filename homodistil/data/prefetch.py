@@ -28,7 +28,7 @@ class _Share(NamedTuple):
 
     batches: list[Batch]
     counts: Tensor
-    """(3,) float64: mean of `LossCounts` over `batches`."""
+    """(3,) float64, or (4,) where pairs in a window are counted: mean of `LossCounts` over `batches`."""
     copied: torch.cuda.Event | None
     """Recorded after the copies to the GPU; None on the CPU."""
 
@@ -118,8 +118,10 @@ def mean_counts(batches: list[Batch], device: torch.device) -> LossCounts:
 
 
 def _own_counts(batches: list[Batch]) -> Tensor:
-    """Mean counts over `batches`, (3,) float64 on the CPU: pairs can exceed 2^24, above which fp32 is not exact."""
-    return torch.tensor([batch.counts for batch in batches], dtype=torch.float64).mean(0)
+    """Mean of the counts over `batches`, without those that are None, float64 on the CPU: pairs can exceed 2^24, above
+    which fp32 is not exact."""
+    counts = [[count for count in batch.counts if count is not None] for batch in batches]
+    return torch.tensor(counts, dtype=torch.float64).mean(0)
 
 
 def _means(local: Tensor, num_batches: int) -> LossCounts:

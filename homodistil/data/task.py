@@ -1,4 +1,4 @@
-"""What a language model learns to predict: masked tokens, or the next one. A family says which (ModelFamily.task).
+"""What a model learns to predict: masked tokens, the next one, or nothing. A family says which (ModelFamily.task).
 
 A task says how text is framed in blocks, what the tokenizer has to bring, how blocks become batches, and how many
 tokens of a block are predicted. Everything else of the data is the same for all tasks.
@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from homodistil.config.schema import DataConfig
 from homodistil.data.batch import Batch
 from homodistil.data.causal_lm import NextToken
-from homodistil.data.masked_lm import Masker
+from homodistil.data.masked_lm import Masker, Unmasked
 from homodistil.errors import UserError
 
 
@@ -52,14 +52,18 @@ class Task(ABC):
     """Attributes of a tokenizer that must not be None."""
     model: str
     """Whose tokenizer has them, for messages: "a masked language model"."""
+    has_lm_head: bool = True
+    """Whether models have a language-modelling head: losses over the vocabulary, and scores on held-out words."""
 
     @abstractmethod
     def frame(self, tokenizer: PreTrainedTokenizerBase) -> Frame:
         """How blocks are framed."""
 
     @abstractmethod
-    def batch_maker(self, tokenizer: PreTrainedTokenizerBase, data: DataConfig, seed: int) -> BatchMaker:
-        """`seed`: of all draws."""
+    def batch_maker(
+        self, tokenizer: PreTrainedTokenizerBase, data: DataConfig, seed: int, window: int | None = None
+    ) -> BatchMaker:
+        """`seed`: of all draws; `window`: of the model's layers that have one, to count pairs by."""
 
     @abstractmethod
     def target_rows(self, data: DataConfig) -> float:
@@ -81,8 +85,10 @@ class MaskedLM(Task):
         separator = tokenizer.sep_token_id
         return Frame(tokenizer.cls_token_id, separator, separator, tokenizer.pad_token_id)
 
-    def batch_maker(self, tokenizer: PreTrainedTokenizerBase, data: DataConfig, seed: int) -> Masker:
-        return Masker(tokenizer, data.mask_probability, seed)
+    def batch_maker(
+        self, tokenizer: PreTrainedTokenizerBase, data: DataConfig, seed: int, window: int | None = None
+    ) -> Masker:
+        return Masker(tokenizer, data.mask_probability, seed, window)
 
     def target_rows(self, data: DataConfig) -> float:
         return data.mask_probability * (data.seq_len - 2)
@@ -102,38 +108,65 @@ class CausalLM(Task):
     def frame(self, tokenizer: PreTrainedTokenizerBase) -> Frame:
         return Frame(first=None, last=None, between=tokenizer.eos_token_id, pad=None)
 
-    def batch_maker(self, tokenizer: PreTrainedTokenizerBase, data: DataConfig, seed: int) -> NextToken:
-        return NextToken()
+    def batch_maker(
+        self, tokenizer: PreTrainedTokenizerBase, data: DataConfig, seed: int, window: int | None = None
+    ) -> NextToken:
+        return NextToken(window)
 
     def target_rows(self, data: DataConfig) -> float:
         return data.seq_len - 1
 
 
-TASKS: dict[str, Task] = {task.name: task for task in (MaskedLM(), CausalLM())}
+class HiddenStatesOnly(MaskedLM):
+    """An encoder without a head, which learns from its teacher's hidden states, attention and embeddings alone.
+
+    Text is framed as for a masked language model, so that both share a prepared corpus.
+    """
+
+    name = "none"
+    special_tokens = ("pad_token", "cls_token", "sep_token")
+    model = "an encoder"
+    has_lm_head = False
+
+    def batch_maker(
+        self, tokenizer: PreTrainedTokenizerBase, data: DataConfig, seed: int, window: int | None = None
+    ) -> Unmasked:
+        return Unmasked(tokenizer, data.mask_probability, seed, window)
+
+    def target_rows(self, data: DataConfig) -> float:
+        return 0
 
 
-def task_of(data: DataConfig) -> Task:
+TASKS: dict[str, Task] = {task.name: task for task in (MaskedLM(), CausalLM(), HiddenStatesOnly())}
+ENCODER_TASKS = ("mlm", "none")
+"""What an encoder can be trained to do; its family's own first."""
+
+
+def task_of(data: DataConfig, of_family: str = "mlm") -> Task:
     """The task that `data.task` names.
 
-    `auto` counts as masked, for callers without a teacher; a run replaces it first (`settle_task`). A causal tokenizer
-    is then refused, since it has no mask token.
+    `auto` counts as `of_family` (`ModelFamily.task`), or as masked, for callers without a teacher; a run replaces it
+    first (training/settle.py). A causal tokenizer is then refused, since it has no mask token.
     """
-    return TASKS["mlm" if data.task == "auto" else data.task]
+    return TASKS[of_family if data.task == "auto" else data.task]
 
 
-def settle_task(data: DataConfig, wanted: str, teacher: str) -> None:
-    """Replace `auto` by what the teacher's family does, in place.
+def settle_task(data: DataConfig, wanted: str, teacher: str, has_head: bool = True) -> None:
+    """Replace `auto` by what the teacher does, in place.
 
     Args:
         wanted: `ModelFamily.task` of the teacher.
         teacher: what the user named it, for the message.
+        has_head: whether it has a language-modelling head, or will get one; an encoder needs none.
 
     Raises:
         UserError: the config asks for another task.
     """
-    if data.task not in ("auto", wanted):
+    allowed = ENCODER_TASKS if wanted in ENCODER_TASKS else (wanted,)
+    if data.task not in ("auto", *allowed):
         raise UserError(
             f"data.task: found {data.task}, but the teacher {teacher!r} is {TASKS[wanted].model}; set "
             f"data.task={wanted} (or leave it auto), or give another teacher"
         )
-    data.task = wanted
+    if data.task == "auto":
+        data.task = wanted if has_head else allowed[-1]

@@ -39,8 +39,7 @@ def step_flops(
     terms = active_terms(loss)
     sizes = BatchSizes(student, teacher, num_sequences, seq_len, target_rows, vocab_size, architecture=architecture)
     forward, of_teacher = (
-        backbone_flops(widths, sizes.tokens, seq_len, architecture)
-        + head_flops(widths["hidden"], rows, vocab_size, architecture)
+        backbone_flops(widths, sizes.tokens, seq_len, architecture) + head_flops(widths, rows, vocab_size, architecture)
         for widths, rows in zip((student, teacher), _head_rows(terms, sizes), strict=True)
     )
     return StepFlops(
@@ -86,10 +85,11 @@ def sequence_bytes(
     )
     student_rows, _ = _head_rows(terms, sizes)
     model = backbone_bytes(student, seq_len, student_bytes, architecture)
-    model += head_bytes(student["hidden"], student_rows, student_bytes, architecture)
-    if keeps_probabilities:
-        model += probability_bytes(student, seq_len, student_bytes)
-    held = 0 if lock_step or not any(term.needs_teacher for term in terms) else compared_elements(teacher, seq_len)
+    model += head_bytes(student, student_rows, student_bytes, architecture)
+    if keeps_probabilities or architecture.has_position_bias:
+        model += probability_bytes(student, seq_len, student_bytes, architecture)
+    runs_whole = not lock_step and any(term.needs_teacher for term in terms)
+    held = compared_elements(teacher, seq_len, architecture) if runs_whole else 0
     return SequenceBytes(model, sum(term.saved_bytes(sizes) for term in terms), teacher_bytes * held)
 
 

@@ -42,33 +42,31 @@ def num_student_layers(student: StudentConfig, num_teacher_layers: int) -> int:
 
 
 def compared_layers(student: StudentConfig, num_teacher_layers: int) -> tuple[int, ...]:
-    """Teacher layer of each student layer m, of M: (m + 1) x N / M - 1 (TinyBERT's uniform map, section 4.1).
+    """Teacher layer of each student layer m, of M: the last one of the block that it stands for (`_blocks`).
+
+    (m + 1) x N / M - 1, to the nearest: TinyBERT's uniform map (section 4.1) wherever M divides N. It depends on the
+    two depths alone, whatever layers a copy starts from.
 
     Raises:
-        UserError: N is not a multiple of M.
+        UserError: no layers, or more than the teacher has.
     """
-    num_layers = num_student_layers(student, num_teacher_layers)
-    if num_layers < 1 or num_teacher_layers % num_layers:
-        allowed = [n for n in range(1, num_teacher_layers + 1) if num_teacher_layers % n == 0]
-        raise UserError(
-            f"student.num_hidden_layers: found {num_layers}, the teacher has {num_teacher_layers}; allowed are its "
-            f"divisors {', '.join(map(str, allowed))} (each student layer answers for equally many of the teacher's)"
-        )
-    step = num_teacher_layers // num_layers
-    return tuple((m + 1) * step - 1 for m in range(num_layers))
+    return tuple(layer - 1 for layer in _blocks(student, num_teacher_layers)[1:])
 
 
 def copied_layers(student: StudentConfig, num_teacher_layers: int) -> tuple[int, ...]:
-    """Teacher layers that a student with init=teacher starts from: init_layers, or every (N / M)-th from the first.
+    """Teacher layers that a student with init=teacher starts from: init_layers, or the first one of each block.
 
-    The latter is "one layer out of two" of DistilBERT (arXiv 1910.01108, section 3).
+    The latter, m x N / M to the nearest, is "one layer out of two" of DistilBERT (arXiv 1910.01108, section 3) at half
+    the depth.
 
     Raises:
-        UserError: not as many as the student has layers, not ascending, or not among the teacher's.
+        UserError: no layers, or more than the teacher has; init_layers that are not as many as the student's layers,
+            not ascending, or not among the teacher's.
     """
-    num_layers = num_student_layers(student, num_teacher_layers)
+    blocks = _blocks(student, num_teacher_layers)
+    num_layers = len(blocks) - 1
     if not student.init_layers:
-        return tuple(m * (num_teacher_layers // num_layers) for m in range(num_layers))
+        return blocks[:-1]
     layers = student.init_layers
     ascending = all(low < high for low, high in zip(layers, layers[1:], strict=False))
     if len(layers) != num_layers or not ascending or layers[0] < 0 or layers[-1] >= num_teacher_layers:
@@ -77,6 +75,23 @@ def copied_layers(student: StudentConfig, num_teacher_layers: int) -> tuple[int,
             f"ascending order, each of 0 .. {num_teacher_layers - 1}"
         )
     return tuple(layers)
+
+
+def _blocks(student: StudentConfig, num_teacher_layers: int) -> tuple[int, ...]:
+    """The teacher's layers cut into M blocks as equal as can be: where each begins, and the end of the last, N.
+
+    m x N / M for m = 0 .. M, rounded half up, in whole numbers: 24 layers of 36 begin at 0, 2, 3, 5, 6, ...
+
+    Raises:
+        UserError: M is not in 1 .. N.
+    """
+    num_layers = num_student_layers(student, num_teacher_layers)
+    if not 1 <= num_layers <= num_teacher_layers:
+        raise UserError(
+            f"student.num_hidden_layers: found {num_layers}, the teacher has {num_teacher_layers}; allowed are 1 .. "
+            f"{num_teacher_layers} (each student layer stands for one or more of the teacher's); set a number of these"
+        )
+    return tuple((2 * m * num_teacher_layers + num_layers) // (2 * num_layers) for m in range(num_layers + 1))
 
 
 def check_student(student: StudentConfig, pruning: PruningConfig, loss: LossConfig, num_teacher_layers: int) -> None:

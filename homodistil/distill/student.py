@@ -163,6 +163,7 @@ class Student(nn.Module):
         widths = axes.widths_after(before, keep)
         self.origins = axes.compose(self.origins, keep, axes.outer_axes(before))
         self.family.refresh(self.model, widths)
+        self.family.follow_origins(self.model, self.origins)
         self._pruned_heads.clear()
         for projection in self.projections.values():
             projection.after_resize(self.origins["hidden"])

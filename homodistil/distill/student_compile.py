@@ -1,4 +1,4 @@
-"""student.compile: the student's encoder layers compiled in place, one code for all layers of a width.
+"""student.compile: the student's layers compiled in place, one code for all layers of a width and a kind.
 
 Layers, not the whole model: what is compiled is short and shared, hooks (taps, lock-step) stay outside between layers,
 and embeddings and losses remain as they are. torch's guards look at the shapes of parameters, so a resize event is
@@ -42,12 +42,15 @@ class CompiledLayers:
         layers: modules of one class.
         num_events: resize events to come; more widths than that are refused by torch.
         backend: of torch.compile.
+        num_kinds: codes that layers of one width need (`ModelFamily.num_layer_kinds`).
     """
 
-    def __init__(self, layers: Iterable[nn.Module], num_events: int, backend: str = "inductor") -> None:
+    def __init__(
+        self, layers: Iterable[nn.Module], num_events: int, backend: str = "inductor", num_kinds: int = 1
+    ) -> None:
         from torch._dynamo import lookup_backend  # not at import time: most runs compile nothing
 
-        torch_compile.prepare(num_events + 1 + SPARE_COMPILATIONS)
+        torch_compile.prepare(num_kinds * (num_events + 1) + SPARE_COMPILATIONS)
         self._backend = lookup_backend(backend)
         self._num_compilations = 0
         for layer in layers:

@@ -24,7 +24,7 @@ from homodistil.distill.teacher_outputs import Layerwise, TeacherOutputs, WholeP
 from homodistil.distill.teacher_sharding import shard_layers
 from homodistil.errors import UserError
 from homodistil.models import family_of
-from homodistil.models.activations import ATTENTION, ActivationHooks, Activations
+from homodistil.models.activations import ActivationHooks, Activations, attention_implementation
 from homodistil.models.checkpoint_files import first_line, local_folder
 from homodistil.models.config_file import read_config
 from homodistil.models.family import ModelFamily
@@ -125,7 +125,11 @@ def build_teacher(model: nn.Module, config: TeacherConfig, device: torch.device,
 
 
 def load_model(
-    folder: str, dtype: torch.dtype = torch.float32, dropout: float | None = None, allow_pickle: bool = False
+    folder: str,
+    dtype: torch.dtype = torch.float32,
+    dropout: float | None = None,
+    allow_pickle: bool = False,
+    with_head: bool = True,
 ) -> nn.Module:
     """A masked LM with tapped attention from a folder or hub name.
 
@@ -134,6 +138,7 @@ def load_model(
         dtype: of the weights.
         dropout: replaces both dropout probabilities of the config (None keeps them).
         allow_pickle: take pickled weights (with weights_only) where there are no safetensors.
+        with_head: False leaves out its language-modelling head.
 
     Raises:
         UserError: nothing there, unreadable, pickled, or an architecture without a table of axes.
@@ -142,8 +147,11 @@ def load_model(
     family = family_of(config.model_type)
     if dropout is not None:
         family.set_dropout(config, dropout)
-    options = {"config": config, "dtype": dtype, "attn_implementation": ATTENTION}
-    return _from_pretrained(folder, allow_pickle, family.auto_class, **options)
+    options = {"config": config, "dtype": dtype, "attn_implementation": attention_implementation(family)}
+    model = _from_pretrained(folder, allow_pickle, family.auto_class, **options)
+    if not with_head:
+        family.drop_head(model)
+    return model
 
 
 def has_lm_head(folder: str, allow_pickle: bool = False, say: Callable[[str], None] = lambda line: None) -> bool:
@@ -172,8 +180,11 @@ def has_lm_head(folder: str, allow_pickle: bool = False, say: Callable[[str], No
     return has_head
 
 
-def check_stored(folder: str, shape, allow_pickle: bool = False) -> None:
+def check_stored(folder: str, shape, allow_pickle: bool = False) -> bool | None:
     """The files of a local teacher against its config `shape`, without reading the weights (milliseconds).
+
+    Returns:
+        Whether they have a language-modelling head; None where reading the weights alone can tell.
 
     Raises:
         UserError: files missing or damaged, whole numbers for weights, tensors missing or of another shape.
@@ -184,7 +195,8 @@ def check_stored(folder: str, shape, allow_pickle: bool = False) -> None:
         check_layers(stored, shape.num_hidden_layers, family, where)
         with torch.device("meta"):
             model = family.empty_model(shape)
-        check_whole(difference(stored, model, family), model, family, where)
+        return check_whole(difference(stored, model, family), model, family, where)
+    return None
 
 
 def _from_pretrained(folder: str, allow_pickle: bool, auto_class: str = "AutoModelForMaskedLM", **options):
@@ -229,24 +241,28 @@ def load_config(folder: str):
     return shape
 
 
-def load_tokenizer(folder: str, teacher_config) -> PreTrainedTokenizerBase:
+def load_tokenizer(folder: str, teacher_config, task: str | None = None) -> PreTrainedTokenizerBase:
     """The teacher's tokenizer.
 
     Args:
         teacher_config: the teacher's Hugging Face configuration.
+        task: name of the task; None: that of the teacher's family.
 
     Raises:
         UserError: it is missing, damaged or of another kind, does not fit the embeddings, lacks a special token that
-            the teacher's task needs, or knows no words.
+            the task needs, or knows no words.
     """
     tokenizer, where = read_tokenizer(folder, FIELD), f"{FIELD}: the tokenizer at {folder!r}"
     check_ids(tokenizer, teacher_config.vocab_size, where)
-    check_special_tokens(tokenizer, TASKS[family_of(teacher_config.model_type).task], where)
+    check_special_tokens(tokenizer, TASKS[task or family_of(teacher_config.model_type).task], where)
     check_words(tokenizer, where)
     return tokenizer
 
 
 def head_only_parameters(model: nn.Module, family: ModelFamily) -> list[nn.Parameter]:
-    """Parameters of the MLM head that nothing else uses (the tied word embeddings are not among them)."""
+    """Parameters of the MLM head that nothing else uses (the tied word embeddings are not among them); [] where there
+    is none."""
+    if not family.has_head(model):
+        return []
     shared = {id(p) for p in family.backbone(model).parameters()}
     return [p for p in family.lm_head(model).parameters() if id(p) not in shared]

@@ -8,8 +8,9 @@ changes.
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -122,8 +123,9 @@ class Layerwise(TeacherOutputs, ActivationVisitor):
 
     def __init__(self, model: nn.Module, family: ModelFamily, batch: Batch, taps: ActivationHooks) -> None:
         super().__init__(model, family, batch, taps.scale)
-        self._embeddings, self._layers = family.embeddings(model), family.layers(model)
-        self._model_options: Mapping[str, Any] | None = None
+        self._layers = family.layers(model)
+        self._names = list(inspect.signature(self._layers[0].forward).parameters)
+        self._model_options: Sequence[Mapping[str, Any]] | None = None
         self._taps = taps
         self._hidden: Tensor | None = None
         self._tap: LayerActivations | None = None
@@ -132,17 +134,23 @@ class Layerwise(TeacherOutputs, ActivationVisitor):
 
     @torch.no_grad()
     def run_embedding(self, args: tuple, kwargs: dict) -> None:
-        self._hidden = self._embeddings(*args, **kwargs)
+        self._hidden = self.family.embed(self.model, self.batch.input_ids, args, kwargs)
 
     @torch.no_grad()
     def run_layer(self, i: int, args: tuple, kwargs: dict) -> None:
-        _students_hidden, *rest = args
-        if self._model_options is None:  # once for the batch: they are the same for all layers
-            self._model_options = self.family.layer_options(self.model, self._hidden, kwargs)
+        kwargs = dict(zip(self._names, args, strict=False)) | kwargs
+        del kwargs[self._names[0]]  # the student's hidden states
+        if self._model_options is None:  # once for the batch
+            self._model_options = self.family.layer_options(self.model, self._hidden, kwargs, self.batch.padding_mask)
         with self._taps.shown_to(self):
-            for layer in self._layers[self._num_run : i + 1]:
-                layer(self._hidden, *rest, **{**kwargs, **self._model_options})
+            for layer, options in self._layers_to(i):
+                layer(self._hidden, **{**kwargs, **options})
         self._num_run = i + 1
+
+    def _layers_to(self, i: int) -> list[tuple[nn.Module, Mapping[str, Any]]]:
+        """The layers up to `i` that have not run, each with arguments of its own."""
+        start, end = self._num_run, i + 1
+        return list(zip(self._layers[start:end], self._model_options[start:end], strict=True))
 
     def layer(self, _i: int, tap: LayerActivations) -> None:
         self._tap, self._hidden = tap, tap.hidden

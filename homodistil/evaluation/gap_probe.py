@@ -21,8 +21,9 @@ PROBE_SEQUENCES = 48
 class GapProbe:
     """Measures the MLM, KL, hidden, attention and embedding terms, in total and per layer.
 
-    KL, MLM and attention are measured even if their weight in the run is 0. The hidden and embedding terms need
-    projections, so they are measured only in runs that train with these terms.
+    KL, MLM and attention are measured even if their weight in the run is 0; of models without a language-modelling
+    head, attention alone. The hidden and embedding terms need projections, so they are measured only in runs that train
+    with these terms.
 
     Args:
         batches: held-out batches of this rank, the same for every measurement.
@@ -33,9 +34,14 @@ class GapProbe:
         batches = list(batches)
         counts = mean_counts(batches, device)
         self.batches = [batch._replace(counts=counts).to(device) for batch in batches]
-        measured = dataclasses.replace(student.objective.config, mlm=1.0, kl=1.0, kl_positions="masked", attention=1.0)
+        has_head = student.family.has_head(student.model)
+        measured = dataclasses.replace(student.objective.config, attention=1.0)
+        if has_head:
+            measured = dataclasses.replace(measured, mlm=1.0, kl=1.0, kl_positions="masked")
         self.objective = Objective(measured)
-        self.kl_alone = Objective(measured.only(kl=1.0))
+        self.distance = "kl" if has_head else "total"
+        """The one number of `measure` that says how far the student is: the KL (nats); without a head, the total."""
+        self._distance_alone = Objective(measured.only(kl=1.0)) if has_head else student.objective
 
     def measure(self) -> dict[str, float]:
         """Term -> mean over the probe, the same on every rank. "total" is their sum with the weights of the run.
@@ -43,14 +49,17 @@ class GapProbe:
         Every rank calls it.
         """
         sums = self._sums(self.student, self.objective)
-        weights = self.student.objective.weights
-        sums["total"] = sum(weight * sums[name] for name, weight in weights.items())
+        sums["total"] = self._total(sums)
         return ranks.mean_of(sums, self.batches[0].input_ids.device)
 
-    def kl_of(self, student: Student) -> float:
-        """The term "kl" of `measure` (nats) for another `student`. Every rank calls it."""
-        sums = self._sums(student, self.kl_alone)
-        return ranks.mean_of({"kl": sums["kl"]}, self.batches[0].input_ids.device)["kl"]
+    def distance_of(self, student: Student) -> float:
+        """`distance` of `measure` for another `student`. Every rank calls it."""
+        sums = self._sums(student, self._distance_alone)
+        value = sums["kl"] if self.distance == "kl" else self._total(sums)
+        return ranks.mean_of({self.distance: value}, self.batches[0].input_ids.device)[self.distance]
+
+    def _total(self, sums: dict[str, torch.Tensor]) -> torch.Tensor:
+        return sum(weight * sums[name] for name, weight in self.student.objective.weights.items())
 
     @torch.no_grad()
     def _sums(self, student: Student, objective: Objective) -> dict[str, torch.Tensor]:

@@ -16,11 +16,13 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from homodistil import __version__
 from homodistil.config.schema import RunConfig
+from homodistil.data.task import task_of
 from homodistil.export.provenance import Teacher, describe_sources, describe_teacher, hub_datasets, repeatable
 from homodistil.files import write_atomically, writing
 from homodistil.metrics.result_table import TASK_COLUMNS
+from homodistil.metrics.term_labels import term_label
 from homodistil.models.axes import Widths, layer_widths
-from homodistil.models.family import ModelFamily
+from homodistil.models.family import BACKBONE_CLASS, BACKBONE_TAG, ModelFamily
 
 CARD_FILE = "README.md"
 NOT_YET = "-"
@@ -40,6 +42,9 @@ METRICS = {
     "perplexity": _Metric("held-out perplexity (lower is better)", "perplexity", "{:.2f}"),
     "bits_per_byte": _Metric("held-out bits per byte (lower is better)", "bits_per_byte", "{:.4f}"),
     "kl_to_teacher": _Metric("KL to the teacher, nats (lower is better)", "kl_divergence", "{:.4f}"),
+    "hidden_distance": _Metric("distance of hidden states (lower is better)", "loss", "{:.4g}"),
+    "attention_distance": _Metric("distance of attention maps (lower is better)", "loss", "{:.4g}"),
+    "embedding_distance": _Metric("distance of embeddings (lower is better)", "loss", "{:.4g}"),
 }
 
 _TEMPLATE = """---
@@ -55,10 +60,10 @@ from transformers import {auto_class}, AutoTokenizer
 model = {auto_class}.from_pretrained("{folder}")
 tokenizer = AutoTokenizer.from_pretrained("{folder}")
 ```
-
+{note}
 ## Results
 
-On documents that were held out of the training text, with masks that never change.
+On documents that were held out of the training text, {masks}.
 
 | | this model | teacher |
 |---|--:|--:|
@@ -82,6 +87,12 @@ The command, with {num_ranks}:
 {placeholders}"""
 
 
+_WITHOUT_HEAD = """
+An encoder without a head: `last_hidden_state` is what was trained. There is no pooler; a class that has one
+(`BertModel`, for example) starts it with random weights, unless it is made with `add_pooling_layer=False`.
+"""
+
+
 def model_card(
     config: RunConfig, family: ModelFamily, facts: Mapping[str, object], command: str, num_ranks: int = 1
 ) -> str:
@@ -93,13 +104,16 @@ def model_card(
             list.
         command: the command line of the run.
     """
-    teacher, metrics = describe_teacher(config.teacher.name), (*TASK_COLUMNS[family.task], "kl_to_teacher")
+    teacher, task = describe_teacher(config.teacher.name), task_of(config.data, family.task)
+    metrics = (*TASK_COLUMNS[task.name], *(["kl_to_teacher"] if task.has_lm_head else []))
     told, meant = repeatable(command, config, num_ranks)
     not_listed = ("parameters", "folder", "data", *METRICS)
     listed = _settings(config) | {name: value for name, value in facts.items() if name not in not_listed}
     return _TEMPLATE.format(
         metadata=_metadata(config, family, facts, teacher),
-        auto_class=family.auto_class,
+        auto_class=family.auto_class if task.has_lm_head else BACKBONE_CLASS,
+        note="" if task.has_lm_head else _WITHOUT_HEAD,
+        masks="with masks that never change" if task.has_lm_head else "as terms of the training loss",
         name=config.run.name,
         parameters=facts["parameters"],
         hidden_size=facts["hidden_size"],
@@ -159,10 +173,12 @@ def _metric_line(name: str, value: object) -> str:
 
 def _metadata(config: RunConfig, family: ModelFamily, facts: Mapping[str, object], teacher: Teacher) -> str:
     """The head's YAML, as the hub's own client writes it."""
+    has_head = task_of(config.data, family.task).has_lm_head
+    pipeline_tag = family.pipeline_tag if has_head else BACKBONE_TAG
     held_out = f"held-out documents of {', '.join(describe_sources(config.data.sources))}"
     results = [
         EvalResult(
-            task_type=family.pipeline_tag,
+            task_type=pipeline_tag,
             dataset_type=(hub_datasets(config.data.sources) or ["text"])[0],
             dataset_name=held_out,
             metric_type=metric.hub_type,
@@ -174,7 +190,7 @@ def _metadata(config: RunConfig, family: ModelFamily, facts: Mapping[str, object
     ]
     data = ModelCardData(
         library_name="transformers",
-        pipeline_tag=family.pipeline_tag,
+        pipeline_tag=pipeline_tag,
         tags=["homodistil", "distillation", "pruning", family.name],
         license=teacher.licence,
         base_model=teacher.base_model,
@@ -193,7 +209,7 @@ def _settings(config: RunConfig) -> dict[str, object]:
         "peak learning rate": config.train.lr,
         "pruning": f"{config.pruning.schedule} until {config.pruning.end_fraction:g} of the steps, "
         f"importance {config.pruning.importance}",
-        "loss weights": ", ".join(f"{term} {weight:g}" for term, weight in loss.weights.items()),
+        "loss weights": ", ".join(f"{term_label(t, config.data.task)} {w:g}" for t, w in loss.weights.items()),
     }
 
 

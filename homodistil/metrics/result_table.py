@@ -19,8 +19,9 @@ DASH = "-"
 
 Row = Mapping[str, Any]
 """One model: name, parameters, hidden_size, heldout_mlm_loss (nats) and masked_top1 (fraction), or of a causal model
-heldout_lm_loss (nats), perplexity and bits_per_byte; kl_to_teacher (nats), tokens_per_s_first and tokens_per_s_last
-(training, first and last logged interval). Absent or None: not measured."""
+heldout_lm_loss (nats), perplexity and bits_per_byte; kl_to_teacher (nats); of a model without a head the
+hidden_distance, attention_distance and embedding_distance to its teacher (loss terms on held-out text);
+tokens_per_s_first and tokens_per_s_last (training, first and last logged interval). Absent or None: not measured."""
 
 # Column -> (heading, how a number is written)
 COLUMNS = {
@@ -33,6 +34,9 @@ COLUMNS = {
     "perplexity": ("perplexity", "{:,.2f}"),
     "bits_per_byte": ("bits per byte", "{:.3f}"),
     "kl_to_teacher": ("KL to teacher", "{:.3f}"),
+    "hidden_distance": ("hidden distance", "{:.3g}"),
+    "attention_distance": ("attention distance", "{:.3g}"),
+    "embedding_distance": ("embedding distance", "{:.3g}"),
     "tokens_per_s_first": ("tokens/s first", "{:,.0f}"),
     "tokens_per_s_last": ("tokens/s last", "{:,.0f}"),
 }
@@ -45,12 +49,16 @@ HELDOUT_COLUMNS = {
     "perplexity": "perplexity",
     "bits_per_byte": "bits_per_byte",
     "kl_to_teacher": "kl_to_teacher",
+    "hidden_distance": "hidden_distance",
+    "attention_distance": "attention_distance",
+    "embedding_distance": "embedding_distance",
 }
 """What evaluation on held-out text measures -> column."""
 
 TASK_COLUMNS = {
     "mlm": ("heldout_mlm_loss", "masked_top1"),
     "causal": ("heldout_lm_loss", "perplexity", "bits_per_byte"),
+    "none": ("hidden_distance", "attention_distance", "embedding_distance"),
 }
 """Task (data/task.py) -> columns that it alone has."""
 _OF_ONE_TASK = frozenset().union(*TASK_COLUMNS.values())
@@ -73,7 +81,10 @@ def read_result(run_dir: Path) -> list[dict[str, Any]]:
 def columns_of(rows: Sequence[Row]) -> dict[str, tuple[str, str]]:
     """The columns that these rows need: of what one task alone measures, those that any row has."""
     used = set().union(*rows)
-    return {column: how for column, how in COLUMNS.items() if column not in _OF_ONE_TASK or column in used}
+    unused = _OF_ONE_TASK - used
+    if not used.isdisjoint(TASK_COLUMNS["none"]):
+        unused |= {"kl_to_teacher"}  # of logits, which such a model has not
+    return {column: how for column, how in COLUMNS.items() if column not in unused}
 
 
 def cells(row: Row, columns: Mapping[str, tuple[str, str]] = COLUMNS) -> list[str]:

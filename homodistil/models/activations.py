@@ -26,6 +26,11 @@ ATTENTION = "homodistil_sdpa"
 """Value for `attn_implementation`: SDPA that shows its queries and keys to the taps, and values where wanted."""
 
 
+def attention_implementation(family: ModelFamily) -> str:
+    """The `attn_implementation` of a model whose activations are to be seen."""
+    return ATTENTION if family.calls_attention_functions else "eager"
+
+
 class LayerActivations(NamedTuple):
     """One layer. B batch, T tokens, D hidden, N heads, H dims of a head."""
 
@@ -79,6 +84,11 @@ def show_values(model: nn.Module, family: ModelFamily, i: int) -> None:
     family.attentions(model)[i].homodistil_shows_values = True
 
 
+def shows_values(attention: nn.Module) -> bool:
+    """Whether `show_values` was called for the layer of this attention module."""
+    return getattr(attention, "homodistil_shows_values", False)
+
+
 class ActivationHooks:
     """Hooks on one model, silent unless `visit` or `run` is under way.
 
@@ -86,32 +96,27 @@ class ActivationHooks:
     """
 
     def __init__(self, model: nn.Module, family: ModelFamily) -> None:
-        self._backbone, self._family = family.backbone(model), family
+        self._backbone, self._family, self._config = family.backbone(model), family, model.config
         self._visitor: ActivationVisitor | None = None
         self._queries: Tensor | None = None
         self._keys: Tensor | None = None
         self._values: Tensor | None = None
-        self.scale = float(family.attentions(model)[0].scaling)
-        embeddings = family.embeddings(model)
-        embeddings.register_forward_pre_hook(self._before_embedding, with_kwargs=True)
-        embeddings.register_forward_hook(self._after_embedding)
+        self.scale = family.softmax_scale(model)
+        family.embedding_entry(model).register_forward_pre_hook(self._before_embedding, with_kwargs=True)
+        family.embeddings(model).register_forward_hook(self._after_embedding)
         for i, layer in enumerate(family.layers(model)):
             # No closures: a copy of the model is to have hooks of its own.
             layer.register_forward_pre_hook(functools.partial(self._before_layer, i), with_kwargs=True)
             layer.register_forward_hook(functools.partial(self._after_layer, i))
-        for attention in family.attentions(model):
-            attention.homodistil_taps = self
+        family.tap_attention(model, self.record)
 
     def visit(self, input_ids: Tensor, padding_mask: Tensor | None, visitor: ActivationVisitor) -> Tensor:
         """The model's backbone forward, shown to `visitor`. Returns what it puts out, (B, T, D).
 
         input_ids and padding_mask: int64, (B, T); mask 1 = token, 0 = padding, None: no padding (see Batch).
         """
-        # Of two dims, the library would ask the device whether it masks anything; one of four dims it takes as final,
-        # which for a causal model it is not.
-        if padding_mask is not None and not self._family.is_causal:
-            padding_mask = padding_mask[:, None, None, :].bool().expand(-1, 1, padding_mask.shape[1], -1)
-        options = {"input_ids": input_ids, "attention_mask": padding_mask, **self._family.forward_options}
+        mask = self._family.attention_mask(self._config, input_ids, padding_mask)
+        options = {"input_ids": input_ids, "attention_mask": mask, **self._family.forward_options}
         with self.shown_to(visitor):
             return self._backbone(**options).last_hidden_state
 
@@ -134,7 +139,7 @@ class ActivationHooks:
         return Activations(collector.embedded, hidden, queries, keys, last, self.scale, relations)
 
     def record(self, queries: Tensor, keys: Tensor, values: Tensor | None) -> None:
-        """Called by the attention function, inside a layer."""
+        """Called where attention is computed, inside a layer; with values where they are shown. (B, N or G, T, H)."""
         if self._visitor is not None:
             self._queries, self._keys, self._values = queries, keys, values
 
@@ -168,9 +173,9 @@ class _Collector(ActivationVisitor):
 
 
 def _tapped_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask, **kwargs):
-    taps = getattr(module, "homodistil_taps", None)
-    if taps is not None:
-        taps.record(query, key, value if getattr(module, "homodistil_shows_values", False) else None)
+    record = getattr(module, "homodistil_record", None)
+    if record is not None:
+        record(query, key, value if shows_values(module) else None)
     return attend(module, query, key, value, attention_mask, **kwargs)
 
 

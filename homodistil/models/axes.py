@@ -4,15 +4,19 @@ A family states one declarative table; importance, selection, resize, export and
 know nothing else about the model.
 
     hidden                    width of the residual stream, one for the whole model
+    embedding                 width of embeddings and of what enters the decoder, where it is not the residual stream's
     layer.{i}.ffn             neurons of the feed-forward block of layer i
     layer.{i}.heads           attention heads of layer i, each with keys and values of its own
+    heads                     where layers share something by head: the heads of all layers, of which the same ones go
     layer.{i}.kv_heads        where several query heads share keys and values: the key/value heads, one for each group
     layer.{i}.heads_in_group  the query heads of one group
     layer.{i}.qk_dim          dims of one head shared by query and key
     layer.{i}.vo_dim          dims of one head shared by value and output projection
+    head_norm                 where queries and keys have norms head by head: dims of these, as many as of rotary heads
 
-A layer has either `heads`, or `kv_heads` and `heads_in_group`. The last three are nested: every head (or group) has
-entries of its own, equally many.
+A layer has either `heads` (of its own or shared), or `kv_heads` and `heads_in_group`. `heads_in_group`, `qk_dim` and
+`vo_dim` are nested: every head (or group) has entries of its own, equally many. Of rotary heads in groups, `qk_dim`
+loses the same pairs of dims in all groups of all layers (rotary_pairs.py).
 """
 
 from __future__ import annotations
@@ -132,7 +136,8 @@ def compose(kept: Keep, keep: Keep, outer: Mapping[str, str]) -> dict[str, Tenso
 def outer_axis(axis: str, widths: Widths) -> str | None:
     """The axis that `axis` is nested in (`layer.0.qk_dim` -> `layer.0.heads`); None for one that is not nested."""
     prefix, _, kind = axis.rpartition(".")
-    names = (f"{prefix}.{outer_kind}" for outer_kind in _OUTER_KINDS.get(kind, ()))
+    kinds = _OUTER_KINDS.get(kind, ())
+    names = (*(f"{prefix}.{outer_kind}" for outer_kind in kinds), *kinds)
     return next((name for name in names if name in widths), None)
 
 
@@ -168,6 +173,11 @@ def expand_to_teacher(kept: dict[str, Tensor], teacher_widths: dict[str, int]) -
     return keep
 
 
+def embedding_width(widths: Widths) -> int:
+    """Width of embeddings and of what enters the decoder: nearly always that of the residual stream."""
+    return widths.get("embedding", widths["hidden"])
+
+
 def num_layers(widths: Widths) -> int:
     return sum(axis.endswith(".ffn") for axis in widths)
 
@@ -188,7 +198,8 @@ class LayerWidths(NamedTuple):
 
 def layer_widths(widths: Widths, layer: int) -> LayerWidths:
     """Widths of layer `layer` (0-based)."""
-    of = {kind: widths.get(f"layer.{layer}.{kind}") for kind in ("heads", "kv_heads", "heads_in_group")}
+    kinds = ("heads", "kv_heads", "heads_in_group")
+    of = {kind: widths.get(f"layer.{layer}.{kind}", widths.get(kind)) for kind in kinds}
     ffn, qk_dim, vo_dim = (widths[f"layer.{layer}.{kind}"] for kind in ("ffn", "qk_dim", "vo_dim"))
     if of["heads"] is not None:
         return LayerWidths(ffn, of["heads"], of["heads"], qk_dim, vo_dim)
@@ -201,7 +212,7 @@ def head_origins(kept: Keep, teacher_widths: Widths, layer: int) -> Tensor:
     Args:
         kept: axis -> teacher indices of the current entries.
     """
-    if (heads := kept.get(f"layer.{layer}.heads")) is not None:
+    if (heads := kept.get(f"layer.{layer}.heads", kept.get("heads"))) is not None:
         return heads
     groups, in_group = kept[f"layer.{layer}.kv_heads"], kept[f"layer.{layer}.heads_in_group"]
     return (groups[:, None] * teacher_widths[f"layer.{layer}.heads_in_group"] + in_group).flatten()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from typing import Any
 
 from transformers import AutoConfig
 from transformers.activations import ACT2FN
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from homodistil.errors import UserError, nearest
 from homodistil.models import FAMILIES
@@ -19,15 +21,20 @@ _MAX_SIZE = 2**31 - 1
 _SIZES = (
     "vocab_size",
     "hidden_size",
+    "embedding_size",
     "num_hidden_layers",
     "num_attention_heads",
     "intermediate_size",
     "max_position_embeddings",
     "type_vocab_size",
+    "num_key_value_heads",
     "head_dim",
 )
+_MAY_BE_NULL = ("num_key_value_heads", "head_dim", "n_inner")
+"""Of these sizes: they follow from the others then."""
 _DECODERS = ("is_decoder", "add_cross_attention", "is_encoder_decoder")
-_PROBABILITIES = ("hidden_dropout_prob", "attention_probs_dropout_prob")
+_EPSILONS = {"layer_norm_eps": 1e-12, "rms_norm_eps": 1e-6}
+"""Field -> what many models have."""
 
 
 def read_config(name: str, field: str):
@@ -73,19 +80,39 @@ def check_values(values: Mapping[str, Any], where: str) -> None:
             f"they were made from (float32, float16 or bfloat16)"
         )
     if model_type in FAMILIES:
-        _check_kind(values, where)
-        _check_sizes(values, where)
-        _check_numbers(values, where)
+        fields = _Fields(values)
+        _check_kind(fields, where)
+        _check_required(values, where)
+        _check_sizes(fields, where)
+        _check_numbers(fields, where)
+        _check_rotary(values, where)
 
 
-def _check_kind(values: Mapping[str, Any], where: str) -> None:
+class _Fields:
+    """The values of a config.json of a supported architecture, by the common names of the fields."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        self.family = FAMILIES[values["model_type"]]
+        self._values = values
+
+    def name(self, common: str) -> str:
+        """What the file calls the field."""
+        special = self.family.config_names.get(common)
+        return special if special is not None and common not in self._values else common
+
+    def get(self, common: str, default: Any = None) -> Any:
+        return self._values.get(self.name(common), default)
+
+
+def _check_kind(values: _Fields, where: str) -> None:
     for name in _DECODERS:
         if values.get(name, False) is not False:
             raise UserError(
-                f"{where}: found {name} {values[name]!r}, allowed is false: only encoders that look at both sides can "
-                f"be used; give a masked language model"
+                f"{where}: found {name} {values.get(name)!r}, allowed is false: only encoders that look at both sides "
+                f"can be used; give a masked language model"
             )
-    if (kind := values.get("position_embedding_type")) not in (None, "absolute"):
+    rotates = values.family.architecture.has_rotary_positions  # such a model does not read the field
+    if not rotates and (kind := values.get("position_embedding_type")) not in (None, "absolute"):
         raise UserError(
             f"{where}: found position_embedding_type {short(repr(kind))}, allowed is absolute: relative positions "
             f"would be ignored; give a model with absolute positions"
@@ -94,15 +121,24 @@ def _check_kind(values: Mapping[str, Any], where: str) -> None:
     if not isinstance(name, str) or name not in ACT2FN:
         known = nearest(name, ACT2FN) if isinstance(name, str) else ""
         raise UserError(
-            f"{where}: found hidden_act {short(repr(name))}, which is no activation of transformers{known}; set the "
-            f"one that the model was trained with (gelu, say)"
+            f"{where}: found {values.name('hidden_act')} {short(repr(name))}, which is no activation of "
+            f"transformers{known}; set the one that the model was trained with (gelu, say)"
         )
 
 
-def _check_sizes(values: Mapping[str, Any], where: str) -> None:
-    for name in _SIZES:
-        largest = MAX_LAYERS if name == "num_hidden_layers" else _MAX_SIZE
-        size = 1 if name == "head_dim" and values.get(name) is None else values.get(name, 1)
+def _check_required(values: Mapping[str, Any], where: str) -> None:
+    for name, required in FAMILIES[values["model_type"]].required_values.items():
+        value = values.get(name, required.allowed[0])
+        if value not in required.allowed:
+            allowed = " or ".join(json.dumps(each) for each in required.allowed)
+            raise UserError(f"{where}: found {name} {short(repr(value))}, allowed is {allowed}: {required.reason}")
+
+
+def _check_sizes(values: _Fields, where: str) -> None:
+    for common in _SIZES:
+        largest = MAX_LAYERS if common == "num_hidden_layers" else _MAX_SIZE
+        name = values.name(common)
+        size = 1 if name in _MAY_BE_NULL and values.get(common) is None else values.get(common, 1)
         if not isinstance(size, int) or isinstance(size, bool) or not 1 <= size <= largest:
             raise UserError(
                 f"{where}: found {name} {short(repr(size))}, allowed are whole numbers 1 .. {largest}; set the size "
@@ -116,8 +152,8 @@ def _check_sizes(values: Mapping[str, Any], where: str) -> None:
         )
     if hidden and heads and not values.get("head_dim") and hidden % heads:
         raise UserError(
-            f"{where}: found hidden_size {hidden} with num_attention_heads {heads}, which does not divide it; set the "
-            f"numbers that the model was trained with"
+            f"{where}: found {values.name('hidden_size')} {hidden} with {values.name('num_attention_heads')} {heads}, "
+            f"which does not divide it; set the numbers that the model was trained with"
         )
     words, pad = values.get("vocab_size"), values.get("pad_token_id")
     if words and pad is not None and (not isinstance(pad, int) or not 0 <= pad < words):
@@ -127,12 +163,35 @@ def _check_sizes(values: Mapping[str, Any], where: str) -> None:
         )
 
 
-def _check_numbers(values: Mapping[str, Any], where: str) -> None:
-    for name in _PROBABILITIES:
+def _check_numbers(values: _Fields, where: str) -> None:
+    for name in values.family.dropout_fields:
         if not _is_number(value := values.get(name, 0.0)) or not 0 <= value < 1:
             raise UserError(f"{where}: found {name} {short(repr(value))}, allowed [0, 1); set 0.1, say")
-    if not _is_number(value := values.get("layer_norm_eps", 1e-12)) or value <= 0:
-        raise UserError(f"{where}: found layer_norm_eps {short(repr(value))}, allowed are numbers > 0; set 1e-12, say")
+    for common, usual in _EPSILONS.items():
+        if not _is_number(value := values.get(common, usual)) or value <= 0:
+            name = values.name(common)
+            raise UserError(f"{where}: found {name} {short(repr(value))}, allowed are numbers > 0; set {usual:g}, say")
+
+
+def _check_rotary(values: Mapping[str, Any], where: str) -> None:
+    """One setting for all layers, or one for each kind of layer."""
+    given = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    if not isinstance(given, Mapping):
+        return  # the configuration's class refuses it
+    settings = [one for one in given.values() if isinstance(one, Mapping)] or [given]
+    kinds = ("default", *ROPE_INIT_FUNCTIONS)
+    for one in (values, *settings):
+        kind, theta = one.get("rope_type", "default"), one.get("rope_theta", 1.0)
+        if kind not in kinds:
+            raise UserError(
+                f"{where}: found rope_type {short(repr(kind))}, allowed are {', '.join(kinds)}; set the one that the "
+                f"model was trained with"
+            )
+        if not _is_number(theta) or theta <= 0:
+            raise UserError(
+                f"{where}: found rope_theta {short(repr(theta))}, allowed are numbers > 0; set the one that the model "
+                f"was trained with (10000, say)"
+            )
 
 
 def _is_number(value: Any) -> bool:

@@ -10,57 +10,19 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
+from homodistil.kernels.attention_map_inputs import MaskKind
 from homodistil.models.architecture import BERT_LIKE, Architecture
-from homodistil.models.axes import AxisTable, Widths
+from homodistil.models.axes import AxisTable, Keep, Widths
+from homodistil.models.compensable import Compensable
+from homodistil.models.model_shape import ModelShape, RequiredValue
 
-
-class ModelShape(NamedTuple):
-    """The sizes of a model, read from its configuration (Hugging Face's names)."""
-
-    hidden_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    intermediate_size: int
-    vocab_size: int
-    max_tokens: int
-    """Longest sequence that the position embeddings hold."""
-
-
-class LayerParts(NamedTuple):
-    """One layer as residual blocks: `attend`, then `attention_output`; `ffn`, then `ffn_output`; and what is in these.
-
-    Each output block is LayerNorm(linear(input) + residual), dropout aside.
-    """
-
-    query: nn.Linear
-    key: nn.Linear
-    value: nn.Linear
-    attention_linear: nn.Linear
-    attention_output: nn.Module
-    """(heads side by side, residual) -> residual stream after attention."""
-    attention_norm: nn.LayerNorm
-    ffn_linear: nn.Linear
-    ffn: nn.Module
-    """Residual stream -> activated neurons."""
-    ffn_output_linear: nn.Linear
-    ffn_output: nn.Module
-    """(activated neurons, residual) -> residual stream after the layer."""
-    ffn_norm: nn.LayerNorm
-
-
-class HeadParts(NamedTuple):
-    """The MLM head before the decoder: LayerNorm(activation(linear(hidden)))."""
-
-    linear: nn.Linear
-    activation: Callable[[Tensor], Tensor]
-    norm: nn.LayerNorm
+BACKBONE_CLASS, BACKBONE_TAG = "AutoModel", "feature-extraction"
+"""`auto_class` and `pipeline_tag` of a checkpoint without a language-modelling head."""
 
 
 class ModelFamily(ABC):
@@ -79,6 +41,15 @@ class ModelFamily(ABC):
 
     architecture: Architecture = BERT_LIKE
     """What FLOPs and bytes depend on beside widths."""
+    whole_heads: bool = False
+    """The hidden size shrinks by whole heads only: heads keep their dims (rotary positions), and a stock configuration
+    has hidden size = heads x dims of a head."""
+    dropout_fields: tuple[str, ...] = ()
+    """Fields of the configuration that are dropout probabilities."""
+    config_names: Mapping[str, str] = {}
+    """Common name of a field of a configuration -> its name here, where that is another ("hidden_size" -> "n_embd")."""
+    required_values: Mapping[str, RequiredValue] = {}
+    """Field of a configuration -> what it has to be for a model that this family describes."""
 
     @property
     def is_causal(self) -> bool:
@@ -92,6 +63,10 @@ class ModelFamily(ABC):
 
     # --- configurations
 
+    def field(self, usual: str) -> str:
+        """The name in config.json of what other families call `usual`."""
+        return self.config_names.get(usual, usual)
+
     @abstractmethod
     def shape(self, config: PretrainedConfig) -> ModelShape:
         """The architecture that `config` describes."""
@@ -104,13 +79,34 @@ class ModelFamily(ABC):
     def student_config(self, teacher: PretrainedConfig, widths: Widths) -> PretrainedConfig:
         """Stock configuration with these widths, alike in all layers, and their layers; the rest as in `teacher`."""
 
+    def set_layer_kinds(self, config: PretrainedConfig, model_config: PretrainedConfig) -> None:
+        """Give the layers of `config` the kinds of those of `model_config`, in place: equally many, perhaps not the
+        teacher's first ones."""
+        if getattr(model_config, "layer_types", None):
+            config.layer_types = list(model_config.layer_types)
+
     @abstractmethod
     def stock_head_dim(self, widths: Widths) -> int | None:
         """Head size of the stock configuration that can hold these widths; None when none can."""
 
+    def head_dim_obstacle(self, config: PretrainedConfig) -> str | None:
+        """Why student.head_dim cannot be set for a model with this configuration, for a message; None where it can."""
+        return f"the head size of the {self.name} family is fixed by hidden_size and num_attention_heads"
+
+    def refit_obstacle(self, config: PretrainedConfig) -> str | None:
+        """Why cuts of a model with this configuration cannot be compensated, for a message; None where they can."""
+        return None if isinstance(self, Compensable) else f"as blocks of the {self.name} family cannot be refitted yet"
+
     @abstractmethod
     def empty_model(self, config: PretrainedConfig) -> nn.Module:
         """A freshly initialised model of this shape (put it on the meta device to look at shapes only)."""
+
+    def empty(self, config: PretrainedConfig, with_head: bool) -> nn.Module:
+        """`empty_model`, with its language-modelling head or without (`drop_head`)."""
+        model = self.empty_model(config)
+        if not with_head:
+            self.drop_head(model)
+        return model
 
     # --- what shrinks
 
@@ -126,6 +122,22 @@ class ModelFamily(ABC):
         the queries at export (`fold_softmax_scale`).
         """
 
+    def follow_origins(self, model: nn.Module, origins: Keep) -> None:
+        """Make agree with `origins` what runs over entries of an axis and is no parameter: angles of rotary pairs.
+
+        Args:
+            origins: axis -> indices of the current entries in the model as it was made.
+        """
+        return None
+
+    def set_positions(self, config: PretrainedConfig, model: nn.Module, origins: Keep) -> None:
+        """Give a stock `config` of the widths of `model` its positions, in place. `origins`: as in `follow_origins`.
+
+        Raises:
+            ValueError: no stock configuration has them.
+        """
+        return None
+
     @abstractmethod
     def keep_layers(self, model: nn.Module, kept: Sequence[int]) -> None:
         """Leave out all layers but these (ascending), in place. Call before anything holds on to layers."""
@@ -133,6 +145,11 @@ class ModelFamily(ABC):
     @abstractmethod
     def fold_softmax_scale(self, model: nn.Module, ratio: float) -> None:
         """Multiply what the queries of every layer are made with by `ratio`, in place."""
+
+    def fold_embedding_scale(self, stock: nn.Module, trained: nn.Module) -> None:
+        """Change `stock` in place where its class multiplies embeddings with another number than `trained` does, so
+        that its logits are the same. Such a number depends on the hidden size; it stays the teacher's in training."""
+        return None
 
     # --- parts of the forward pass
 
@@ -142,24 +159,76 @@ class ModelFamily(ABC):
 
     @abstractmethod
     def embeddings(self, model: nn.Module) -> nn.Module:
-        """Token ids -> what enters layer 0, shape (batch, tokens, hidden)."""
+        """The module that puts out what enters layer 0, shape (batch, tokens, hidden)."""
+
+    def embedding_entry(self, model: nn.Module) -> nn.Module:
+        """What token ids enter: `embeddings`, or a module before it."""
+        return self.embeddings(model)
+
+    def embed(self, model: nn.Module, input_ids: Tensor, args: tuple, kwargs: Mapping[str, Any]) -> Tensor:
+        """What enters layer 0 of `model`, (B, T, D).
+
+        Args:
+            input_ids: int64, (B, T).
+            args, kwargs: what another model of the family gives its `embedding_entry`, of the same batch.
+        """
+        return self.embeddings(model)(*args, **kwargs)
 
     @abstractmethod
     def layers(self, model: nn.Module) -> nn.ModuleList:
         """The layers, in order."""
 
+    def num_layer_kinds(self, model: nn.Module) -> int:
+        """Kinds of layers that run by different code, or with arguments of different kinds."""
+        return 1
+
     @abstractmethod
     def attentions(self, model: nn.Module) -> list[nn.Module]:
-        """The module of every layer that calls the library's attention function."""
+        """The module of every layer that computes attention."""
 
-    def layer_options(self, model: nn.Module, hidden: Tensor, kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Keyword arguments of the layers of `model` that must not be taken over from another model of the family.
+    calls_attention_functions: bool = True
+    """Whether attention goes through the library's registry of attention functions."""
+
+    def tap_attention(self, model: nn.Module, record: Callable[[Tensor, Tensor, Tensor | None], None]) -> None:
+        """Have `record` (`ActivationHooks.record`) called with queries, keys and values of every layer, inside it."""
+        for attention in self.attentions(model):
+            attention.homodistil_record = record
+
+    def softmax_scale(self, model: nn.Module) -> float:
+        """What the softmax of every layer multiplies q.k with."""
+        return float(self.attentions(model)[0].scaling)
+
+    def attention_mask(self, config: PretrainedConfig, input_ids: Tensor, padding_mask: Tensor | None) -> Any:
+        """What the backbone takes as its `attention_mask`.
+
+        Args:
+            input_ids, padding_mask: int64, (B, T); mask 1 = token, 0 = padding, None: no padding.
+        """
+        # Of two dims, the library would ask the device whether it masks anything; one of four dims it takes as final,
+        # which for a causal model it is not.
+        if padding_mask is None or self.is_causal:
+            return padding_mask
+        return padding_mask[:, None, None, :].bool().expand(-1, 1, padding_mask.shape[1], -1)
+
+    def window(self, config: PretrainedConfig) -> int | None:
+        """The window (see `MaskKind`) of those layers of a model that have one; None: every layer sees all."""
+        return None
+
+    def mask_kind(self, model: nn.Module, i: int) -> MaskKind:
+        """Which keys a query of layer `i` sees, padding aside."""
+        return MaskKind(self.is_causal)
+
+    def layer_options(
+        self, model: nn.Module, hidden: Tensor, kwargs: Mapping[str, Any], padding_mask: Tensor | None
+    ) -> Sequence[Mapping[str, Any]]:
+        """For each layer of `model`: keyword arguments that must not be taken over from another model of the family.
 
         Args:
             hidden: what enters layer 0 of `model`, (B, T, D).
             kwargs: what the other model gives its layer 0, of the same batch, so that masks and position ids fit.
+            padding_mask: of the batch, as in `attention_mask`.
         """
-        return {}
+        return [{}] * len(self.layers(model))
 
     @abstractmethod
     def output_modules(self, model: nn.Module, with_values: bool) -> list[nn.Module]:
@@ -188,6 +257,18 @@ class ModelFamily(ABC):
         Under ZeRO-3 weight and bias exist only inside a call of this module.
         """
 
+    def has_head(self, model: nn.Module) -> bool:
+        """Whether `model` has a language-modelling head: an encoder may go without (`drop_head`)."""
+        backbone = self.backbone(model)
+        return any(child is not backbone for child in model.children())
+
+    def drop_head(self, model: nn.Module) -> None:
+        """Leave out everything but the backbone, in place: the methods about the head may not be called any more."""
+        backbone = self.backbone(model)
+        for name, child in list(model.named_children()):
+            if child is not backbone:
+                delattr(model, name)
+
     # --- what is measured
 
     @abstractmethod
@@ -211,27 +292,3 @@ class ModelFamily(ABC):
     @abstractmethod
     def num_stored_layers(self, names: Iterable[str]) -> int:
         """Layers that the tensors in a checkpoint's files belong to."""
-
-
-class Compensable(ABC):
-    """What compensation refits (pruning/compensation): a family that has it can be cut with refit or full."""
-
-    @abstractmethod
-    def attend(self, model: nn.Module, i: int, hidden: Tensor, seen: Tensor | None) -> Tensor:
-        """Attention of layer `i` before its output projection: (B, T, hidden) -> (B, T, heads x dims of a head).
-
-        Args:
-            seen: bool, (B, 1, 1 or T, T), True = looked at; None: everything is. For SDPA, as `layers` take it.
-        """
-
-    @abstractmethod
-    def layer_parts(self, model: nn.Module) -> list[LayerParts]:
-        """The parts of every layer."""
-
-    @abstractmethod
-    def head_parts(self, model: nn.Module) -> HeadParts:
-        """The parts of `lm_transform`."""
-
-    @abstractmethod
-    def embedding_norm(self, model: nn.Module) -> nn.LayerNorm:
-        """The LayerNorm that ends the embeddings."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from homodistil.models.architecture import BERT_LIKE, Architecture
-from homodistil.models.axes import Widths, layer_widths, num_layers
+from homodistil.models.axes import Widths, embedding_width, layer_widths, num_layers
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,9 @@ class StepFlops:
 
 
 def backbone_flops(widths: Widths, tokens: float, seq_len: int, architecture: Architecture = BERT_LIKE) -> float:
-    """One forward pass of all layers over `tokens`, in sequences of `seq_len`."""
-    return sum(_layer(widths, i, tokens, seq_len, architecture) for i in range(num_layers(widths)))
+    """One forward pass of all layers over `tokens`, in sequences of `seq_len`, and of a linear in front of them."""
+    layers = sum(_layer(widths, i, tokens, seq_len, architecture) for i in range(num_layers(widths)))
+    return layers + 2 * tokens * widths.get("embedding", 0) * widths["hidden"]
 
 
 def _layer(widths: Widths, i: int, tokens: float, seq_len: int, architecture: Architecture) -> float:
@@ -46,6 +47,7 @@ def _layer(widths: Widths, i: int, tokens: float, seq_len: int, architecture: Ar
     return 2 * tokens * (weights + products)
 
 
-def head_flops(hidden: int, rows: float, vocab_size: int, architecture: Architecture = BERT_LIKE) -> float:
+def head_flops(widths: Widths, rows: float, vocab_size: int, architecture: Architecture = BERT_LIKE) -> float:
     """One forward pass of the vocabulary head over `rows`: transform, where there is one, and decoder."""
-    return 2 * rows * hidden * ((hidden if architecture.has_head_transform else 0) + vocab_size)
+    decoder_width = embedding_width(widths)
+    return 2 * rows * decoder_width * ((widths["hidden"] if architecture.has_head_transform else 0) + vocab_size)

@@ -8,7 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from transformers import BertConfig, LlamaConfig, PretrainedConfig, Qwen3Config, RobertaConfig, XLMRobertaConfig
+from transformers import (
+    BertConfig,
+    DistilBertConfig,
+    ElectraConfig,
+    Gemma3TextConfig,
+    GPT2Config,
+    LlamaConfig,
+    ModernBertConfig,
+    MPNetConfig,
+    PretrainedConfig,
+    Qwen3Config,
+    RobertaConfig,
+    XLMRobertaConfig,
+)
 
 
 def known_config(name: str) -> PretrainedConfig | None:
@@ -19,6 +32,22 @@ def known_config(name: str) -> PretrainedConfig | None:
 
 def _roberta(kind: type[PretrainedConfig], vocab_size: int) -> PretrainedConfig:
     return kind(vocab_size=vocab_size, max_position_embeddings=514, type_vocab_size=1, layer_norm_eps=1e-5)
+
+
+def _modernbert_large() -> PretrainedConfig:
+    return ModernBertConfig(hidden_size=1024, intermediate_size=2624, num_hidden_layers=28, num_attention_heads=16)
+
+
+def _ettin(hidden_size: int, intermediate_size: int, layers: int, heads: int) -> PretrainedConfig:
+    return ModernBertConfig(
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        max_position_embeddings=7999,
+        global_rope_theta=160000.0,
+        local_rope_theta=160000.0,
+    )
 
 
 def _smollm2(hidden_size: int, intermediate_size: int, layers: int, heads: int, groups: int) -> PretrainedConfig:
@@ -63,10 +92,34 @@ def _qwen3_600m() -> PretrainedConfig:
     )
 
 
+def _gemma3(hidden_size: int, intermediate_size: int, layers: int) -> PretrainedConfig:
+    return Gemma3TextConfig(
+        vocab_size=262144,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=1,
+        head_dim=256,
+        max_position_embeddings=32768,
+        sliding_window=512,
+    )
+
+
 _KNOWN: dict[str, Callable[[], PretrainedConfig]] = {
     **dict.fromkeys(("bert-base-uncased", "google-bert/bert-base-uncased"), BertConfig),
+    **dict.fromkeys(("distilbert-base-uncased", "distilbert/distilbert-base-uncased"), DistilBertConfig),
+    "google/electra-small-generator": ElectraConfig,
+    "google/electra-base-generator": lambda: ElectraConfig(embedding_size=768),
+    "microsoft/mpnet-base": lambda: MPNetConfig(max_position_embeddings=514, layer_norm_eps=1e-5),
     **dict.fromkeys(("roberta-base", "FacebookAI/roberta-base"), lambda: _roberta(RobertaConfig, 50265)),
     **dict.fromkeys(("xlm-roberta-base", "FacebookAI/xlm-roberta-base"), lambda: _roberta(XLMRobertaConfig, 250002)),
+    "answerdotai/ModernBERT-base": ModernBertConfig,
+    "answerdotai/ModernBERT-large": _modernbert_large,
+    "jhu-clsp/ettin-encoder-17m": lambda: _ettin(256, 384, 7, 4),
+    "jhu-clsp/ettin-encoder-32m": lambda: _ettin(384, 576, 10, 6),
+    "jhu-clsp/ettin-encoder-68m": lambda: _ettin(512, 768, 19, 8),
+    "jhu-clsp/ettin-encoder-150m": lambda: _ettin(768, 1152, 22, 12),
     **dict.fromkeys(
         ("HuggingFaceTB/SmolLM2-135M", "HuggingFaceTB/SmolLM2-135M-Instruct"), lambda: _smollm2(576, 1536, 30, 9, 3)
     ),
@@ -74,5 +127,9 @@ _KNOWN: dict[str, Callable[[], PretrainedConfig]] = {
         ("HuggingFaceTB/SmolLM2-360M", "HuggingFaceTB/SmolLM2-360M-Instruct"), lambda: _smollm2(960, 2560, 32, 15, 5)
     ),
     "meta-llama/Llama-3.2-1B": _llama_1b,
+    **dict.fromkeys(("gpt2", "openai-community/gpt2"), GPT2Config),
+    **dict.fromkeys(("distilgpt2", "distilbert/distilgpt2"), lambda: GPT2Config(n_layer=6)),
+    **dict.fromkeys(("google/gemma-3-270m", "google/gemma-3-270m-it"), lambda: _gemma3(640, 2048, 18)),
+    **dict.fromkeys(("google/gemma-3-1b-pt", "google/gemma-3-1b-it"), lambda: _gemma3(1152, 6912, 26)),
     **dict.fromkeys(("Qwen/Qwen3-0.6B", "Qwen/Qwen3-0.6B-Base"), _qwen3_600m),
 }

@@ -3,7 +3,8 @@ sequence adds to it in the model. distill/cost.py adds what the terms of the obj
 compares the sums at two widths.
 
 Counted at the moment where the backward pass begins, when everything saved for it is alive. Not counted, because it
-is short-lived: what one operation needs while it runs, and buckets and gathered parameters on their way between ranks.
+is short-lived: what one operation needs while it runs, and buckets and gathered parameters on their way between ranks;
+and what a micro-batch has once, however many sequences it is of: rotary tensors, and the masks of windows.
 tests/unit/models/test_step_memory.py holds the counts against what autograd really saves.
 """
 
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from homodistil.models.architecture import BERT_LIKE, Architecture
-from homodistil.models.axes import Widths, layer_widths, num_layers
+from homodistil.models.axes import LayerWidths, Widths, embedding_width, layer_widths, num_layers
 
 FP32_BYTES = 4
 INT64_BYTES = 8
@@ -71,8 +72,10 @@ def backbone_bytes(widths: Widths, seq_len: int, element_bytes: int, architectur
     layer = _pre_norm_layer if architecture.is_pre_norm else _post_norm_layer
     layers = sum(layer(widths, i, element_bytes, architecture) for i in range(num_layers(widths)))
     if architecture.is_pre_norm:
-        return seq_len * (layers + INT64_BYTES + _rms_norm(widths["hidden"], element_bytes))  # the final norm
-    return seq_len * (layers + 2 * INT64_BYTES + _LAYER_NORM_BYTES + widths["hidden"] * element_bytes)
+        return seq_len * (layers + INT64_BYTES + _norm(widths["hidden"], element_bytes, architecture))  # the final one
+    # What the norm of the embeddings sees, and a linear behind it, where there is one.
+    embeddings = embedding_width(widths) + widths.get("embedding", 0)
+    return seq_len * (layers + 2 * INT64_BYTES + _LAYER_NORM_BYTES + embeddings * element_bytes)
 
 
 def _post_norm_layer(widths: Widths, i: int, element_bytes: int, architecture: Architecture) -> float:
@@ -82,8 +85,12 @@ def _post_norm_layer(widths: Widths, i: int, element_bytes: int, architecture: A
 
 
 def _pre_norm_layer(widths: Widths, i: int, element_bytes: int, architecture: Architecture) -> float:
-    """Bytes of a token. Of the residual stream only what the two norms keep."""
-    norms = 2 * _rms_norm(widths["hidden"], element_bytes)
+    """Bytes of a token: what the norms keep, and what enters both blocks."""
+    layer = layer_widths(widths, i)
+    norms = architecture.norms_per_layer * _norm(widths["hidden"], element_bytes, architecture)
+    norms += 2 * widths["hidden"] * element_bytes
+    if architecture.has_head_norms:
+        norms += (layer.num_heads + layer.num_kv_heads) * _norm(layer.qk_dim, element_bytes, architecture)
     return norms + _inside(widths, i, architecture) * element_bytes + _log_sum_exp(widths, i)
 
 
@@ -92,7 +99,16 @@ def _inside(widths: Widths, i: int, architecture: Architecture) -> int:
     activation, and of a gated block also what the activation is multiplied with, and the product."""
     layer = layer_widths(widths, i)
     heads = layer.num_heads * (layer.qk_dim + layer.vo_dim) + layer.num_kv_heads * (layer.qk_dim + layer.vo_dim)
-    return heads + (4 if architecture.has_gated_mlp else 2) * layer.intermediate_size
+    heads += _before_rotation(layer, architecture)
+    num_neurons = architecture.activation_tensors + (3 if architecture.has_gated_mlp else 1)
+    return heads + num_neurons * layer.intermediate_size
+
+
+def _before_rotation(layer: LayerWidths, architecture: Architecture) -> int:
+    """Elements of a token's queries and keys that stay as a fused linear put them out, because its values are a part of
+    the same tensor."""
+    stays = architecture.has_fused_qkv and architecture.has_rotary_positions
+    return (layer.num_heads + layer.num_kv_heads) * layer.qk_dim if stays else 0
 
 
 def _log_sum_exp(widths: Widths, i: int) -> int:
@@ -100,28 +116,42 @@ def _log_sum_exp(widths: Widths, i: int) -> int:
     return layer_widths(widths, i).num_heads * FP32_BYTES
 
 
-def _rms_norm(hidden: int, element_bytes: int) -> int:
-    """Its input in fp32 with the reciprocal root of its mean square, the quotient, and the product with its weight."""
-    return hidden * (FP32_BYTES + 2 * element_bytes) + FP32_BYTES
+def _norm(size: int, element_bytes: int, architecture: Architecture) -> int:
+    """What a norm of `size` elements keeps: its input and statistics. RMSNorm: its input in fp32 with the reciprocal
+    root of its mean square, and the quotient."""
+    if not architecture.has_rms_norm:
+        return size * element_bytes + _LAYER_NORM_BYTES
+    quotient_bytes = FP32_BYTES if architecture.scales_in_fp32 else element_bytes
+    return size * (FP32_BYTES + quotient_bytes) + FP32_BYTES
 
 
-def probability_bytes(widths: Widths, seq_len: int, element_bytes: int) -> float:
-    """More than `backbone_bytes` where attention saves its probabilities, instead of a logarithm for each row."""
-    num_heads = sum(layer_widths(widths, i).num_heads for i in range(num_layers(widths)))
-    return num_heads * seq_len * (seq_len * element_bytes - FP32_BYTES)
+def probability_bytes(
+    widths: Widths, seq_len: int, element_bytes: int, architecture: Architecture = BERT_LIKE
+) -> float:
+    """More than `backbone_bytes` where attention saves its probabilities, instead of a logarithm for each row, and
+    keys and values of a group once for each of its query heads; its products copy the values out of what a fused
+    linear put out."""
+    layers = [layer_widths(widths, i) for i in range(num_layers(widths))]
+    num_heads = sum(layer.num_heads for layer in layers)
+    repeated = sum((layer.num_heads - layer.num_kv_heads) * (layer.qk_dim + layer.vo_dim) for layer in layers)
+    freed = sum(_before_rotation(layer, architecture) for layer in layers)
+    return seq_len * (num_heads * (seq_len * element_bytes - FP32_BYTES) + (repeated - freed) * element_bytes)
 
 
-def head_bytes(hidden: int, rows: float, element_bytes: int, architecture: Architecture = BERT_LIKE) -> float:
+def head_bytes(widths: Widths, rows: float, element_bytes: int, architecture: Architecture = BERT_LIKE) -> float:
     """Saved by the vocabulary head before its decoder: input, before and after GELU, after LayerNorm; without a
     transform the rows and, made in the forward chunk by chunk, their gradient."""
+    hidden, decoder_width = widths["hidden"], embedding_width(widths)
     if not architecture.has_head_transform:
         return rows * 2 * hidden * element_bytes
-    return rows * (4 * hidden * element_bytes + _LAYER_NORM_BYTES) if rows else 0
+    return rows * ((hidden + 3 * decoder_width) * element_bytes + _LAYER_NORM_BYTES) if rows else 0
 
 
-def compared_elements(widths: Widths, seq_len: int) -> float:
-    """Elements that one sequence's pass leaves: the embedding output, every layer's output, and its queries and
-    keys."""
+def compared_elements(widths: Widths, seq_len: int, architecture: Architecture = BERT_LIKE) -> float:
+    """Elements that one sequence's pass leaves: the embedding output, every layer's output, and its queries and keys,
+    with the values that these cannot be freed without."""
     layers = [layer_widths(widths, i) for i in range(num_layers(widths))]
-    queries_and_keys = sum((layer.num_heads + layer.num_kv_heads) * layer.qk_dim for layer in layers)
-    return seq_len * ((1 + len(layers)) * widths["hidden"] + queries_and_keys)
+    heads = sum((layer.num_heads + layer.num_kv_heads) * layer.qk_dim for layer in layers)
+    if architecture.has_fused_qkv and not architecture.has_rotary_positions:  # rotation copies queries and keys
+        heads += sum(layer.num_kv_heads * layer.vo_dim for layer in layers)
+    return seq_len * ((1 + len(layers)) * widths["hidden"] + heads)

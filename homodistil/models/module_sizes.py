@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from homodistil.models.axes import AxisTable
 
 _FIELDS = {
     nn.Linear: {("weight", 0): "out_features", ("weight", 1): "in_features"},
     nn.Embedding: {("weight", 1): "embedding_dim"},
+    Conv1D: {("weight", 0): "nx", ("weight", 1): "nf"},
 }
 """Module -> its parameter and dimension -> attribute. Norms without an entry remember no size."""
 
 
 def refresh_sizes(model: nn.Module, table: AxisTable) -> None:
-    """Set `in_features`, `out_features`, `embedding_dim` and `normalized_shape` of every module that holds a parameter
-    of `table`, tied ones under all their names."""
+    """Set what every module that holds a parameter of `table` remembers of its sizes (`in_features`, `out_features`,
+    `embedding_dim`, `normalized_shape`, `nf`, `nx`), tied ones under all their names."""
     names_of: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names_of.setdefault(id(parameter), []).append(name)

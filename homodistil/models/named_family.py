@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING, PretrainedConfig
 
+from homodistil.models.axes import AxisTable, AxisUse
 from homodistil.models.family import ModelFamily
+from homodistil.models.model_shape import RequiredValue
 
 _CLASSES = {"AutoModelForMaskedLM": MODEL_FOR_MASKED_LM_MAPPING, "AutoModelForCausalLM": MODEL_FOR_CAUSAL_LM_MAPPING}
 
@@ -25,16 +28,35 @@ class NamedFamily(ModelFamily):
     """Inside the backbone."""
     attention_name: str
     """Inside a layer: the module that calls the library's attention function."""
-    head_prefix: str
+    head_prefix: str | tuple[str, ...]
     """Parameters that begin with this belong to the language-modelling head alone."""
     dropout_fields: tuple[str, ...]
-    """Fields of the configuration that are dropout probabilities."""
+    config_names: Mapping[str, str] = field(default_factory=dict)
+    required_values: Mapping[str, RequiredValue] = field(default_factory=dict)
     unused: tuple[str, ...] = ()
     """Beginnings of names of stored tensors that the language model has no use for."""
 
+    @abstractmethod
+    def _widths(self, model: nn.Module) -> dict[str, int]:
+        """Axis -> width, from what `refresh` keeps, not from the weights: under ZeRO-3 these are empty between uses."""
+
+    @abstractmethod
+    def _shared_uses(self, model: nn.Module) -> list[AxisUse]:
+        """Uses of what is outside the layers. Parameters that a model lacks (biases, a tied decoder) may be named."""
+
+    @abstractmethod
+    def _layer_uses(self, i: int) -> list[AxisUse]:
+        """Uses of layer `i`, likewise."""
+
+    def axis_table(self, model: nn.Module) -> AxisTable:
+        names = {name for name, _ in model.named_parameters()}
+        of_layers = [use for i in range(len(self.layers(model))) for use in self._layer_uses(i)]
+        uses = [*self._shared_uses(model), *of_layers]
+        return AxisTable(self._widths(model), tuple(use for use in uses if use.parameter in names))
+
     def set_dropout(self, config: PretrainedConfig, probability: float) -> None:
-        for field in self.dropout_fields:
-            setattr(config, field, probability)
+        for name in self.dropout_fields:
+            setattr(config, name, probability)
 
     def empty_model(self, config: PretrainedConfig) -> nn.Module:
         return _CLASSES[self.auto_class][type(config)](config)

@@ -7,7 +7,9 @@ from typing import NamedTuple
 
 from homodistil.config.schema import PruningConfig, StudentConfig
 from homodistil.errors import UserError
-from homodistil.models.axes import Widths, kind_of, layer_of, layer_widths, num_layers
+from homodistil.models.axes import Widths, embedding_width, kind_of, layer_of, layer_widths, num_layers
+from homodistil.models.family import ModelFamily
+from homodistil.models.head_dim import with_head_dim
 
 
 class Shape(NamedTuple):
@@ -29,23 +31,28 @@ NAMES = ("teacher", *PRESETS)
 """Names of all sizes that need no further field."""
 
 
-def target_shape(student: StudentConfig, teacher: Widths) -> Shape:
-    """Preset with the fields that are set on top. Raises `UserError` when a custom shape is incomplete."""
+def target_shape(student: StudentConfig, teacher: Widths, whole_heads: bool = False) -> Shape:
+    """Preset with the fields that are set on top. Raises `UserError` when a custom shape is incomplete.
+
+    Args:
+        whole_heads: `ModelFamily.whole_heads`, for what is proposed then.
+    """
     preset = shape_of(teacher) if student.preset == "teacher" else PRESETS.get(student.preset)
     values = [getattr(student, name) for name in Shape._fields]
     if preset is not None:
         return Shape(*(base if value is None else value for base, value in zip(preset, values, strict=True)))
     if None in values:
-        raise _incomplete(student, shape_of(teacher))
+        raise _incomplete(student, teacher, whole_heads)
     return Shape(*values)
 
 
-def _incomplete(student: StudentConfig, teacher: Shape) -> UserError:
+def _incomplete(student: StudentConfig, teacher: Widths, whole_heads: bool) -> UserError:
     """No target, or a part of one: says what is missing, and proposes it in the form to be typed."""
     missing = [name for name in Shape._fields if getattr(student, name) is None]
-    half = half_of(teacher)._asdict()
+    half = half_of(teacher, whole_heads)._asdict()
     proposal = " ".join(f"student.{name}={half[name]}" for name in missing)
-    presets = f"(or student.preset=NAME: {', '.join(NAMES)})"
+    # The presets' heads are narrower than those of common teachers.
+    presets = "(or student.size=0.5)" if whole_heads else f"(or student.preset=NAME: {', '.join(NAMES)})"
     if len(missing) == len(Shape._fields):
         return UserError(f"student: no target size; for half of this teacher's width set {proposal} {presets}")
     given = ", ".join(f"{name}={getattr(student, name)}" for name in Shape._fields if name not in missing)
@@ -55,45 +62,69 @@ def _incomplete(student: StudentConfig, teacher: Shape) -> UserError:
     )
 
 
-def half_of(teacher: Shape) -> Shape:
+def half_of(widths: Widths, whole_heads: bool = False) -> Shape:
     """Half the teacher's width, with half its heads, or as near to that as a stock configuration can have.
 
-    The head size divides the width, and is not above the teacher's. An odd width is rounded down to one that fits.
+    The number of heads is one of `possible_heads`. An odd width is rounded down to one that fits.
+
+    Args:
+        widths: of the teacher.
     """
-    head_dim = teacher.hidden_size // teacher.num_attention_heads
-    hidden_size = max(1, teacher.hidden_size // 2)
-    while not (heads := possible_heads(hidden_size, teacher.num_attention_heads, head_dim)):
+    teacher = shape_of(widths)
+    hidden_size = max(layer_widths(widths, 0).qk_dim if whole_heads else 1, teacher.hidden_size // 2)
+    while not (heads := possible_heads(hidden_size, widths, whole_heads)):
         hidden_size -= 1
     num_heads = min(heads, key=lambda count: abs(2 * count - teacher.num_attention_heads))
     return Shape(hidden_size, max(1, teacher.intermediate_size // 2), num_heads)
 
 
-def in_proportion(sizes: Mapping[str, int | None], teacher: Shape) -> Shape:
+def in_proportion(sizes: Mapping[str, int | None], widths: Widths, whole_heads: bool = False) -> Shape:
     """`sizes` (a name of `Shape` -> size, None: open) with what is open filled in; all open: `half_of` the teacher.
 
     The open ones shrink by as much as hidden_size does, or, where that is open, the number of heads or the neurons.
     Whether the teacher can be cut to the result is for `target_widths` to say.
+
+    Args:
+        widths: of the teacher.
     """
+    teacher = shape_of(widths)
     order = ("hidden_size", "num_attention_heads", "intermediate_size")
     first = next((name for name in order if sizes[name] is not None), None)
     if first is None:
-        return half_of(teacher)
+        return half_of(widths, whole_heads)
     ratio = sizes[first] / getattr(teacher, first)
-    heads, head_dim = sizes["num_attention_heads"], teacher.hidden_size // teacher.num_attention_heads
+    heads, wanted = sizes["num_attention_heads"], ratio * teacher.num_attention_heads
     hidden_size, intermediate_size = sizes["hidden_size"], sizes["intermediate_size"]
     if hidden_size is None:
-        heads = heads or max(1, round(ratio * teacher.num_attention_heads))
-        hidden_size = heads * min(head_dim, max(1, round(ratio * teacher.hidden_size / heads)))
+        heads = heads or min(_head_counts(widths), key=lambda count: abs(count - round(wanted)))
+        most = teacher.hidden_size // heads if is_grouped(widths) else layer_widths(widths, 0).qk_dim
+        in_head = most if whole_heads else min(most, max(1, round(ratio * teacher.hidden_size / heads)))
+        hidden_size = heads * in_head
     if heads is None:
-        wanted = ratio * teacher.num_attention_heads
-        possible = possible_heads(hidden_size, teacher.num_attention_heads, head_dim) or [max(1, round(wanted))]
+        possible = possible_heads(hidden_size, widths, whole_heads) or [max(1, round(wanted))]
         heads = min(possible, key=lambda count: abs(count - wanted))
     return Shape(hidden_size, intermediate_size or max(1, round(ratio * teacher.intermediate_size)), heads)
 
 
-def possible_heads(hidden_size: int, most: int, head_dim: int) -> list[int]:
-    """Numbers of heads, up to `most`, that divide `hidden_size` into heads no wider than `head_dim`."""
-    return [n for n in range(1, most + 1) if hidden_size % n == 0 and hidden_size // n <= head_dim]
+def possible_heads(hidden_size: int, teacher: Widths, whole_heads: bool = False) -> list[int]:
+    """Numbers of heads that a student of `hidden_size` can have, ascending.
+
+    They divide it, into heads no wider than the teacher's, or exactly so wide (`whole_heads`). Grouped heads keep their
+    size; the classes of some families (Llama, Gemma 3) want a multiple of their number all the same.
+    """
+    head_dim = layer_widths(teacher, 0).qk_dim
+    most, least = hidden_size if is_grouped(teacher) else head_dim, head_dim if whole_heads else 1
+    counts = [count for count in _head_counts(teacher) if hidden_size % count == 0]
+    return [count for count in counts if least <= hidden_size // count <= most]
+
+
+def _head_counts(teacher: Widths) -> list[int]:
+    """Numbers of heads to which the teacher can be cut: grouped ones leave equally many in each group."""
+    layer = layer_widths(teacher, 0)
+    if not is_grouped(teacher):
+        return [*range(1, layer.num_heads + 1)]
+    in_group = layer.num_heads // layer.num_kv_heads
+    return sorted({g * r for g in range(1, layer.num_kv_heads + 1) for r in range(1, in_group + 1)})
 
 
 def shape_of(widths: Widths) -> Shape:
@@ -102,7 +133,7 @@ def shape_of(widths: Widths) -> Shape:
 
 
 def student_widths(
-    student: StudentConfig, teacher: Widths, sized: Shape | None = None
+    student: StudentConfig, teacher: Widths, sized: Shape | None = None, whole_heads: bool = False
 ) -> tuple[dict[str, int], dict[str, int]]:
     """Axis -> width of the student as it starts, and as it ends, for every axis that it has.
 
@@ -112,30 +143,52 @@ def student_widths(
     Args:
         teacher: widths, alike in all layers.
         sized: the target where student.size or student.parameters say how large it is to be.
+        whole_heads: `ModelFamily.whole_heads`.
 
     Raises:
         UserError: as `target_shape` and `target_widths`.
     """
     layers = student.num_hidden_layers or num_layers(teacher)
     widths = {axis: width for axis, width in teacher.items() if (layer_of(axis) or 0) < layers}
-    target = target_widths(sized or target_shape(student, teacher), widths, student.num_key_value_heads)
+    shape = sized or target_shape(student, teacher, whole_heads)
+    target = target_widths(shape, widths, student.num_key_value_heads, whole_heads)
+    target = with_head_dim(target, student.head_dim)
     return (target if student.init == "random" else widths), target
 
 
-def target_widths(shape: Shape, teacher: Widths, num_key_value_heads: int | None = None) -> dict[str, int]:
+def target_widths(
+    shape: Shape, teacher: Widths, num_key_value_heads: int | None = None, whole_heads: bool = False
+) -> dict[str, int]:
     """Axis -> final width for every axis of the teacher.
 
     Args:
         num_key_value_heads: groups of query heads, of a teacher that has such; None: as many as fit.
+        whole_heads: `ModelFamily.whole_heads`.
 
     Raises:
         UserError: wider than the teacher, or not expressible by a stock configuration.
     """
     _check_limits(shape, teacher)
-    of_kind = {"hidden": shape.hidden_size, "ffn": shape.intermediate_size}
+    _check_embedding(shape, teacher)
+    if whole_heads:
+        _check_whole_heads(shape, teacher)
+    of_kind = {"hidden": shape.hidden_size, "ffn": shape.intermediate_size, "embedding": embedding_width(teacher)}
     heads = _grouped_heads if is_grouped(teacher) else _plain_heads
     of_kind |= heads(shape, teacher, num_key_value_heads)
     return {axis: of_kind[kind_of(axis)] for axis in teacher}
+
+
+def check_stock(family: ModelFamily, target: Widths, teacher: Widths) -> None:
+    """Raise `UserError` where no stock configuration of `family` can hold `target`, with the nearest hidden sizes."""
+    if family.stock_head_dim(target) is not None:
+        return
+    sizes = [h for h in range(1, teacher["hidden"] + 1) if family.stock_head_dim({**target, "hidden": h}) is not None]
+    nearest = sorted(sorted(sizes, key=lambda size: abs(size - target["hidden"]))[:2])
+    raise UserError(
+        f"student.hidden_size: found {target['hidden']} with {layer_widths(target, 0).num_heads} heads, which no stock "
+        f"configuration of {family.name} holds: it wants a multiple of the heads; nearest are "
+        f"{' and '.join(map(str, nearest))} (or set another student.num_attention_heads)"
+    )
 
 
 def is_grouped(widths: Widths) -> bool:
@@ -148,15 +201,16 @@ def _grouped_heads(shape: Shape, teacher: Widths, num_key_value_heads: int | Non
     num_heads, layer = shape.num_attention_heads, layer_widths(teacher, 0)
     in_group = layer.num_heads // layer.num_kv_heads
     fitting = [g for g in range(1, layer.num_kv_heads + 1) if num_heads % g == 0 and num_heads // g <= in_group]
-    wanted = num_key_value_heads or max(fitting, default=0)
+    wanted = max(fitting, default=0) if num_key_value_heads is None else num_key_value_heads
     if wanted not in fitting:
         possible = {g: [g * r for r in range(1, in_group + 1)] for g in range(1, layer.num_kv_heads + 1)}
         counts = sorted(
             {count for g, counts in possible.items() if num_key_value_heads in (None, g) for count in counts}
         )
-        field = "num_attention_heads" if num_key_value_heads is None else "num_key_value_heads"
+        is_open = num_key_value_heads is None
+        field, given = ("num_attention_heads", num_heads) if is_open else ("num_key_value_heads", num_key_value_heads)
         raise UserError(
-            f"student.{field}: found {num_key_value_heads or num_heads} (with num_attention_heads {num_heads}); the "
+            f"student.{field}: found {given} (with num_attention_heads {num_heads}); the "
             f"teacher has {layer.num_kv_heads} groups of {in_group} query heads, of which equally many stay in each; "
             f"allowed numbers of heads are {', '.join(map(str, counts)) or 'none for so many groups'}"
         )
@@ -165,6 +219,7 @@ def _grouped_heads(shape: Shape, teacher: Widths, num_key_value_heads: int | Non
         "heads_in_group": num_heads // wanted,
         "qk_dim": layer.qk_dim,
         "vo_dim": layer.vo_dim,
+        "head_norm": layer.qk_dim,
     }
 
 
@@ -187,6 +242,28 @@ def _check_limits(shape: Shape, teacher: Widths) -> None:
                 f"student.{name}: found {wanted}, the teacher has {limit}; allowed 1 .. {limit} "
                 f"(a student is cut out of its teacher; choose a smaller value or another teacher)"
             )
+
+
+def _check_whole_heads(shape: Shape, teacher: Widths) -> None:
+    head_dim, most = layer_widths(teacher, 0).qk_dim, shape_of(teacher).num_attention_heads
+    if shape.hidden_size != shape.num_attention_heads * head_dim:
+        heads = min(max(1, round(shape.hidden_size / head_dim)), most)
+        raise UserError(
+            f"student.hidden_size: found {shape.hidden_size} with student.num_attention_heads "
+            f"{shape.num_attention_heads}, but heads of this teacher keep their {head_dim} dims (rotary positions) and "
+            f"its stock class has hidden_size = heads x {head_dim}; nearest is student.hidden_size={heads * head_dim} "
+            f"student.num_attention_heads={heads}"
+        )
+
+
+def _check_embedding(shape: Shape, teacher: Widths) -> None:
+    if shape.hidden_size == teacher.get("embedding"):
+        step = shape.num_attention_heads
+        raise UserError(
+            f"student.hidden_size: found {shape.hidden_size}, the width of the teacher's embeddings, which stay as "
+            f"they are: the stock class has no linear between embeddings and layers where both are equal; use "
+            f"{shape.hidden_size - step} or {shape.hidden_size + step}, or student.size=0.5, which avoids it"
+        )
 
 
 def _check_head_size(shape: Shape, teacher: Widths) -> None:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from homodistil.errors import UserError
 from homodistil.models.axes import AxisTable, layer_widths
-from homodistil.models.shapes import Shape, is_grouped, possible_heads, shape_of, target_widths
+from homodistil.models.shapes import Shape, possible_heads, shape_of, target_widths
 
 _STEPS = ((512, 64), (128, 16), (0, 4))
 """(teacher's width from which on, multiple that student widths are): what matrix kernels like, as far as there is room.
@@ -21,7 +21,9 @@ class SizedShape(NamedTuple):
     """Of the student, tied ones counted once."""
 
 
-def find_shape(table: AxisTable, shapes: Mapping[str, Sequence[int]], wanted: float, field: str) -> SizedShape:
+def find_shape(
+    table: AxisTable, shapes: Mapping[str, Sequence[int]], wanted: float, field: str, whole_heads: bool = False
+) -> SizedShape:
     """The shape whose number of parameters is nearest to `wanted`, all widths in proportion to the teacher's.
 
     Args:
@@ -29,11 +31,12 @@ def find_shape(table: AxisTable, shapes: Mapping[str, Sequence[int]], wanted: fl
         shapes: parameter name -> shape, of all its parameters, tied ones once.
         wanted: number of parameters.
         field: what the user gave it as, for messages.
+        whole_heads: `ModelFamily.whole_heads`.
 
     Raises:
         UserError: more than the teacher has, or less than the narrowest shape.
     """
-    candidates = [SizedShape(shape, _count(table, shapes, shape)) for shape in _candidates(table)]
+    candidates = [SizedShape(shape, _count(table, shapes, shape)) for shape in _candidates(table, whole_heads)]
     smallest, largest = (size(c.parameters for c in candidates) for size in (min, max))
     if not 0.9 * smallest <= wanted <= largest:
         raise UserError(
@@ -43,34 +46,24 @@ def find_shape(table: AxisTable, shapes: Mapping[str, Sequence[int]], wanted: fl
     return min(candidates, key=lambda candidate: abs(candidate.parameters - wanted))
 
 
-def _candidates(table: AxisTable) -> list[Shape]:
+def _candidates(table: AxisTable, whole_heads: bool) -> list[Shape]:
     """One shape for each hidden size, the teacher's own among them."""
     teacher = shape_of(table.widths)
-    step = _step(teacher.hidden_size)
+    step = layer_widths(table.widths, 0).qk_dim if whole_heads else _step(teacher.hidden_size)
     sizes = [*range(step, teacher.hidden_size, step), teacher.hidden_size]
-    shapes = [_in_proportion(size, teacher, table) for size in sizes]
+    shapes = [_in_proportion(size, teacher, table, whole_heads) for size in sizes]
     return [shape for shape in shapes if shape is not None]
 
 
-def _in_proportion(hidden_size: int, teacher: Shape, table: AxisTable) -> Shape | None:
-    """None where no number of heads goes with this hidden size."""
-    ratio = hidden_size / teacher.hidden_size
-    if not (heads := _allowed_heads(hidden_size, teacher, table)):
+def _in_proportion(hidden_size: int, teacher: Shape, table: AxisTable, whole_heads: bool) -> Shape | None:
+    """None where no number of heads goes with this hidden size, or no stock class has it."""
+    ratio, heads = hidden_size / teacher.hidden_size, possible_heads(hidden_size, table.widths, whole_heads)
+    if hidden_size == table.widths.get("embedding") or not heads:
         return None
     num_heads = min(heads, key=lambda count: (abs(count - ratio * teacher.num_attention_heads), -count))
     step = _step(teacher.intermediate_size)
     neurons = max(step, round(ratio * teacher.intermediate_size / step) * step)
     return Shape(hidden_size, min(neurons, teacher.intermediate_size), num_heads)
-
-
-def _allowed_heads(hidden_size: int, teacher: Shape, table: AxisTable) -> list[int]:
-    layer = layer_widths(table.widths, 0)
-    if not is_grouped(table.widths):
-        return possible_heads(hidden_size, teacher.num_attention_heads, layer.qk_dim)
-    in_group = layer.num_heads // layer.num_kv_heads
-    counts = {g * r for g in range(1, layer.num_kv_heads + 1) for r in range(1, in_group + 1)}
-    # Llama's own class wants a hidden size that is a multiple of the heads.
-    return sorted(count for count in counts if hidden_size % count == 0) or sorted(counts)
 
 
 def _step(width: int) -> int:

@@ -23,6 +23,8 @@ from homodistil.models.family import ModelFamily
 
 SAFETENSORS, INDEX, PICKLED = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
 _FLOATS = ("F64", "F32", "F16", "BF16", "float64", "float32", "float16", "bfloat16")
+_BUFFERS = ("_ids", "_tracked", ".attn.bias", ".attn.masked_bias")
+"""Ends of names that older checkpoints kept: positions, token types and causal masks, which are not trained."""
 _NAMED = 3
 
 
@@ -105,8 +107,7 @@ def _pickled(path: Path) -> dict[str, Stored]:
 
 
 def _check_types(stored: Mapping[str, Stored], folder: Path, field: str) -> None:
-    # Buffers that older checkpoints kept: positions and token types are counted, not trained.
-    unusable = {n: t for n, t in stored.items() if t.dtype not in _FLOATS and not n.endswith(("_ids", "_tracked"))}
+    unusable = {n: t for n, t in stored.items() if t.dtype not in _FLOATS and not n.endswith(_BUFFERS)}
     if unusable:
         types = ", ".join(sorted({tensor.dtype for tensor in unusable.values()}))
         raise UserError(
@@ -157,7 +158,9 @@ def check_whole(compared: Difference, model: nn.Module, family: ModelFamily, whe
     """
     head_missing = [name for name in compared.missing if family.is_head(name)]
     check_present(compared._replace(missing=[name for name in compared.missing if not family.is_head(name)]), where)
-    num_in_head = sum(family.is_head(name) for name, _ in model.named_parameters())
+    # A tied decoder may go by its name in the head (XLM-R's class makes its head first).
+    in_backbone = {id(parameter) for parameter in family.backbone(model).parameters()}
+    num_in_head = sum(family.is_head(name) and id(p) not in in_backbone for name, p in model.named_parameters())
     if 0 < len(head_missing) < num_in_head:
         raise UserError(
             f"{where}: the weights have a part of the MLM head and lack {len(head_missing)} of its tensors "

@@ -57,7 +57,7 @@ def check_model(findings: Findings, config: RunConfig) -> TeacherFacts | None:
     if folder is None:
         return None
     shape = load_config(folder)
-    tokenizer = findings.attempt("model", lambda: load_tokenizer(folder, shape))
+    tokenizer = findings.attempt("model", lambda: load_tokenizer(folder, shape, config.data.task))
     if tokenizer is None:
         return None
     resolved = resolve_run(config, shape)

@@ -13,11 +13,12 @@ from transformers import PreTrainedTokenizerBase
 from homodistil.config.derive import small_config
 from homodistil.config.schema import RunConfig
 from homodistil.data.prepare.corpus import Corpus
+from homodistil.distill.teacher import load_config
 from homodistil.distributed import ranks
 from homodistil.engine.build import resolve_engine_config
 from homodistil.metrics.recorder import Recorder, memory_bytes
 from homodistil.preflight.findings import Findings
-from homodistil.training.inputs import RunInputs
+from homodistil.training.inputs import RunInputs, window_of
 from homodistil.training.run import DistillationRun
 from homodistil.training.trainer import Trainer, TrainState
 
@@ -46,7 +47,8 @@ def try_step(
     small = small_config(config, ranks.world_size())
     raw = {name: value for name, value in raw_engine_config.items() if name not in _BATCH_ENTRIES}
     corpus = Corpus(rows, rows, "preflight", "a sample")
-    run_inputs = RunInputs(teacher, tokenizer, corpus, device, config.teacher.allow_pickle)
+    window = window_of(load_config(teacher))
+    run_inputs = RunInputs(teacher, tokenizer, corpus, device, config.teacher.allow_pickle, window=window)
     engine_config = resolve_engine_config(raw, small.train, ranks.world_size())
     run = DistillationRun(small, engine_config, run_inputs, Path(config.run_dir), command="")
     with Recorder(run.folder, small.train.steps, 0, enabled=False) as recorder:

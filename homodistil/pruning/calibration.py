@@ -78,3 +78,27 @@ def drawn_label_loss(student: Student, teacher: Teacher, seed: int) -> Callable[
         return functional.cross_entropy(logits, drawn, reduction="sum") / batch.counts.target_rows
 
     return loss
+
+
+def drawn_direction_loss(student: Student, seed: int) -> Callable[[Batch], Tensor]:
+    """For a copy of a teacher without a head: micro-batch -> mean over tokens of last hidden state times a direction.
+
+    All distances of a copy are 0, and so are their gradients. With standard normal directions the squared gradient is,
+    in expectation, the diagonal of J'J: the curvature of half the squared distance of the hidden states. The loss has a
+    graph.
+
+    Args:
+        student: plain.
+        seed: of the directions; another one on every rank.
+    """
+    backbone = student.family.backbone(student.model)
+    device = next(student.parameters()).device
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def loss(batch: Batch) -> Tensor:
+        last = backbone(input_ids=batch.input_ids, attention_mask=batch.padding_mask)[0]
+        directions = torch.randn(last.shape, generator=generator, device=device)
+        products = (last.float() * directions).sum(-1) * batch.attention_mask
+        return products.sum() / batch.counts.tokens
+
+    return loss

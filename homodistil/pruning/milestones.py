@@ -109,7 +109,8 @@ def _nearest(wanted: float, before: Shape, final: Shape, initial: Widths, prunin
     """The final shape, or the stock shape nearest to `wanted`; of equally near ones the heads most in proportion."""
     start = shape_of(initial)
     widest = min(before.hidden_size, start.hidden_size - 1)
-    between = [_filled(h, n, start, final, before, pruning) for h, n in _stock(widest, before, final, pruning)]
+    stock = [(h, n) for h, n in _stock(widest, before, final, pruning) if h != initial.get("embedding")]
+    between = [_filled(h, n, start, final, before, pruning) for h, n in stock]
 
     def distance(shape: Shape) -> tuple[float, float, int]:
         heads = _between(start.num_attention_heads, final.num_attention_heads, _left(shape.hidden_size, start, final))

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from homodistil.config.schema import PruningConfig
 from homodistil.models.axes import Keep, Widths
 from homodistil.models.resize_plan import ResizePlan
+from homodistil.models.rotary_pairs import width_multiple
 from homodistil.pruning.gap_schedule import GapSchedule
 from homodistil.pruning.importance import Importance
 from homodistil.pruning.milestones import NO_MILESTONES, Milestone, Route
+from homodistil.pruning.pair_selection import select_dims
 from homodistil.pruning.schedule import WidthSchedule
 from homodistil.pruning.schedule_protocol import Look, Schedule
 from homodistil.pruning.selection import select
@@ -25,6 +30,9 @@ def width_schedule(
         route: milestones that it passes (`plan_route`).
     """
     kind = GapSchedule if pruning.schedule == "gap" else WidthSchedule
+    multiples = [width_multiple(axis, initial) for axis, width in target.items() if width < initial[axis]]
+    if 2 in multiples:  # rotary pairs
+        pruning = replace(pruning, head_dim_multiple=math.lcm(2, pruning.head_dim_multiple))
     return kind(initial, target, pruning, num_steps, route)
 
 
@@ -65,24 +73,35 @@ class Pruner:
         """
         return self.schedule.is_due(step, widths)
 
-    def due(self, step: int, widths: Widths, kept_hidden: Tensor, look: Look | None = None) -> Keep | None:
+    def due(
+        self,
+        step: int,
+        widths: Widths,
+        kept_hidden: Tensor,
+        look: Look | None = None,
+        kept_pairs: Tensor | None = None,
+    ) -> Keep | None:
         """What stays of the axes that are cut after update `step`; None: no event. Every rank asks.
 
         Args:
             widths: the student's current ones, by axis.
             kept_hidden: teacher index of each current residual dim, (hidden,).
             look: asked only by a schedule that tries cuts.
+            kept_pairs: origin of each rotary pair that is left, (pairs,); None: heads are not made of such.
         """
         decision = self.schedule.choose(step, widths, look)
         if decision is None:
             return None
         self._is_forced = decision.forced
-        return self.keep_of(decision.widths, kept_hidden)
+        return self.keep_of(decision.widths, kept_hidden, kept_pairs)
 
-    def keep_of(self, due: Widths, kept_hidden: Tensor) -> Keep:
-        """What stays of axes that are cut to the widths `due`, by the current scores. `kept_hidden`: as in `due`."""
-        protected = torch.isin(kept_hidden, self.protected).nonzero().squeeze(1)
-        return select(self.importance.scores(), due, protected)
+    def keep_of(self, due: Widths, kept_hidden: Tensor, kept_pairs: Tensor | None = None) -> Keep:
+        """What stays of axes that are cut to the widths `due`, by the current scores. The rest: as in `due`."""
+        protected, scores = torch.isin(kept_hidden, self.protected).nonzero().squeeze(1), self.importance.scores()
+        keep = select(scores, due, protected)
+        if kept_pairs is None:
+            return keep
+        return keep | select_dims(scores, due, kept_pairs, self.schedule.target["layer.0.qk_dim"])
 
     def after_resize(self, plan: ResizePlan) -> None:
         self.importance.narrow(plan.keep)

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from homodistil.config.schema import PruningConfig
 from homodistil.errors import UserError
 from homodistil.models.axes import Widths, kind_of
+from homodistil.models.rotary_pairs import width_multiple
 from homodistil.pruning.milestones import Milestone, Route
 from homodistil.pruning.schedule_protocol import Decision, Look
 
@@ -212,11 +213,16 @@ def stage_widths(initial: Widths, target: Widths, num_stages: int) -> list[dict[
     for stage in range(1, num_stages + 1):
         share = stage / num_stages
         exact = {axis: initial[axis] ** (1 - share) * width**share for axis, width in target.items()}
-        wanted = {axis: max(target[axis], round(width)) for axis, width in exact.items()}
+        rounded = {axis: _to_multiple(width, width_multiple(axis, initial)) for axis, width in exact.items()}
+        wanted = {axis: max(target[axis], width) for axis, width in rounded.items()}
         due = {axis: width for axis, width in wanted.items() if width < now[axis]}
         now |= due
         stages.append(due)
     return [due for due in stages if due]
+
+
+def _to_multiple(width: float, multiple: int) -> int:
+    return round(width / multiple) * multiple
 
 
 def walking_steps(config: PruningConfig, steps: int, route: Route, target: Widths) -> tuple[int, list[int]]:
@@ -288,4 +294,4 @@ def multiple_of(axis: str, config: PruningConfig) -> int:
         return config.width_multiple
     if kind_of(axis) == "ffn":
         return config.ffn_multiple
-    return 1 if kind_of(axis) == "heads" else config.head_dim_multiple
+    return config.head_dim_multiple if kind_of(axis) in ("qk_dim", "vo_dim", "head_norm") else 1

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from homodistil.metrics.result_table import HELDOUT_COLUMNS
+from homodistil.metrics.term_labels import term_label
 from homodistil.report.figures import MAX_POINTS, Line, Panel
 from homodistil.report.run import Points, Run, number
 
@@ -45,7 +46,7 @@ def curves(run: Run) -> list[Curve]:
             _gap,
         ),
         "Held-out values": (
-            "Held-out rows with masks that never change: the run, its controls, and the teacher on all held-out rows. "
+            f"Held-out {fixed_rows(run)}: the run, its controls, and the teacher on all held-out rows. "
             "The last panel shows the terms on the probe batch.",
             _heldout,
         ),
@@ -53,6 +54,11 @@ def curves(run: Run) -> list[Curve]:
         "Optimizer": ("Learning rate, and the global gradient norm before clipping.", _optimizer),
     }
     return [curve(title, caption, build(run)) for title, (caption, build) in builders.items()]
+
+
+def fixed_rows(*runs: Run) -> str:
+    """What held-out values are taken over, in words."""
+    return "rows" if all(run.task == "causal" for run in runs) else "rows with masks that never change"
 
 
 def curve(title: str, caption: str, panels: list[Panel]) -> Curve:
@@ -75,7 +81,7 @@ def _line(run: Run, name: str, label: str) -> list[Line]:
 
 
 def _losses(run: Run) -> list[Panel]:
-    terms = [line for term in terms_of(run) for line in _line(run, f"loss/{term}", term)]
+    terms = [line for term in terms_of(run) for line in _line(run, f"loss/{term}", term_label(term, run.task))]
     total = Panel("total", _line(run, "loss/total", "total"), log_when_wide=True)
     return [total, Panel("terms", terms, log_when_wide=True)]
 
@@ -87,7 +93,7 @@ def _layer_terms(run: Run) -> list[Panel]:
         labels = [name.rsplit(".", 1)[1] for name in names]
         shades = [_shade(i, len(names)) for i in range(len(names))]
         lines = [Line(x, run.points(name), shade) for name, x, shade in zip(names, labels, shades, strict=True)]
-        panels.append(Panel(f"{term}, by layer", lines, log_when_wide=True))
+        panels.append(Panel(f"{term_label(term, run.task)}, by layer", lines, log_when_wide=True))
     return panels
 
 
@@ -135,7 +141,11 @@ def mean_width(widths: dict[str, Any], family: str) -> float | None:
 def _gap(run: Run) -> list[Panel]:
     """Terms of the probe batch at every resize; KL first, because small steps of pruning are meant to keep it small."""
     order = sorted(terms_of(run), key=lambda term: term != "kl")
-    return [Panel(f"{term}, probe batch", [Line(term, _pairs(run, term))], saw_tooth=True) for term in order]
+    labels = [term_label(term, run.task) for term in order]
+    return [
+        Panel(f"{label}, probe batch", [Line(label, _pairs(run, term))], saw_tooth=True)
+        for term, label in zip(order, labels, strict=True)
+    ]
 
 
 def _pairs(run: Run, term: str) -> Points:
@@ -161,7 +171,7 @@ def _heldout(run: Run) -> list[Panel]:
         for name in names
         if run.evaluation_points(name)
     ]
-    probe = [Line(term, run.evaluation_points(f"gap/{term}")) for term in terms_of(run)]
+    probe = [Line(term_label(term, run.task), run.evaluation_points(f"gap/{term}")) for term in terms_of(run)]
     return [*panels, Panel("terms, probe batch", [line for line in probe if line.points], log_when_wide=True)]
 
 

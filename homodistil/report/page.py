@@ -186,8 +186,7 @@ def render(run: Run, family: FamilySection | None = None, planned: PlannedSectio
         event_headings=[
             "step",
             *(FAMILIES[kind] for kind in _kinds(run)),
-            "KL before",
-            "KL after",
+            *(f"{_distance_name(run)} {when}" for when in ("before", "after")),
             "ms",
             "moved",
             "hash",
@@ -240,13 +239,24 @@ def _kinds(run: Run) -> list[str]:
     return [kind for kind in FAMILIES if kind not in ("kv_heads", "heads_in_group") or kind in named]
 
 
+def _distance_name(run: Run) -> str:
+    has_words = not run.events or any(gap(event, "gap_before", "kl") is not None for event in run.events)
+    return "KL" if has_words else "loss"
+
+
+def _distance(event: dict[str, Any], side: str) -> float | None:
+    """The KL; of models without a head the weighted sum of all terms."""
+    kl = gap(event, side, "kl")
+    return gap(event, side, "total") if kl is None else kl
+
+
 def _event_cells(event: dict[str, Any], kinds: Sequence[str]) -> list[str]:
     before, after = event.get("widths_before") or {}, event.get("widths_after") or {}
     return [
         f"{event['step']:,}",
         *(_change(before, after, kind) for kind in kinds),
-        _number(gap(event, "gap_before", "kl"), "{:.4f}"),
-        _number(gap(event, "gap_after", "kl"), "{:.4f}"),
+        _number(_distance(event, "gap_before"), "{:.4f}"),
+        _number(_distance(event, "gap_after"), "{:.4f}"),
         _number(event.get("milliseconds"), "{:,.1f}"),
         _bytes(event.get("bytes_moved")),
         str(event.get("hash") or DASH)[:8],

@@ -56,6 +56,11 @@ class Run:
         return steps if isinstance(steps, int) else None
 
     @property
+    def task(self) -> Any:
+        """`data.task` of the config; None where it is not there."""
+        return _section(self.config, "data").get("task")
+
+    @property
     def teacher(self) -> dict[str, Any]:
         """The teacher's row of the result table; {} where there is none (yet)."""
         return next((row for row in self.rows if is_teacher(row)), {})

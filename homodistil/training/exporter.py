@@ -67,7 +67,9 @@ class Exporter:
         """Speed of a stock model of the teacher's shape (rank 0 alone): its weights do not matter for it."""
         config, device = load_config(self.run_inputs.teacher), self.run_inputs.device
         with _own_random_state(device):
-            model = self.student.family.empty_model(config).eval()
+            family = self.student.family
+            model = family.empty(config, self.run_inputs.with_head).eval()
+            model = model if self.run_inputs.with_head else family.backbone(model)
             return inference_speed(model, self.config.data.seq_len, device)
 
     def _facts(self, folder: Path, measured: dict) -> dict[str, object]:

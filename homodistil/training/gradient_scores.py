@@ -10,7 +10,7 @@ from homodistil.distill.teacher import Teacher
 from homodistil.distributed import ranks
 from homodistil.engine.engine import TrainingEngine
 from homodistil.models.axes import AxisTable, Keep
-from homodistil.pruning.calibration import calibrate, drawn_label_loss
+from homodistil.pruning.calibration import calibrate, drawn_direction_loss, drawn_label_loss
 from homodistil.pruning.importance import Importance
 from homodistil.resize import gradient_fragments
 
@@ -42,6 +42,22 @@ def score_by_drawn_labels(
     Args:
         seed: of the run, and the updates done: a resumed run draws the same labels.
     """
-    of_run, step = seed
-    loss = drawn_label_loss(student, teacher, (of_run * 1_000_003 + step) * 4096 + ranks.rank())
+    loss = drawn_label_loss(student, teacher, _seed_here(seed))
     calibrate(importance, student, student.axis_table(), steps, loss)
+
+
+def score_by_drawn_directions(
+    importance: Importance, student: Student, steps: Iterator[list[Batch]], seed: tuple[int, int]
+) -> None:
+    """Feed `importance` from a plain fp32 copy of a teacher without a head, whose gradients are left cleared.
+
+    Args:
+        seed: as in `score_by_drawn_labels`.
+    """
+    calibrate(importance, student, student.axis_table(), steps, drawn_direction_loss(student, _seed_here(seed)))
+
+
+def _seed_here(seed: tuple[int, int]) -> int:
+    """Of this rank."""
+    of_run, step = seed
+    return (of_run * 1_000_003 + step) * 4096 + ranks.rank()

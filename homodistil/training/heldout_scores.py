@@ -10,6 +10,7 @@ from homodistil.config.schema import RunConfig
 from homodistil.data.token_bytes import token_bytes
 from homodistil.distill.student import Student
 from homodistil.distill.teacher import Teacher
+from homodistil.evaluation.distances import evaluate_distances, measured_distances
 from homodistil.evaluation.heldout import evaluate
 from homodistil.evaluation.next_tokens import evaluate_next_tokens
 from homodistil.models.family import ModelFamily
@@ -23,13 +24,18 @@ class HeldoutScores:
         self.config, self.run_inputs, self.family = config, run_inputs, family
 
     def of_student(self, student: Student, teacher: Teacher | None, limit: int | None = None) -> dict[str, float]:
-        """`teacher`: for the KL; None leaves it out."""
+        """`teacher`: for the KL; None leaves it out. Without a language-modelling head it must be there."""
+        if not self.run_inputs.with_head:
+            batches = self.run_inputs.heldout(self.config, limit)
+            return evaluate_distances(student, teacher, batches, self.run_inputs.device)
         if not self.family.is_causal:
             return self._masked(student.predict, teacher and teacher.predict, limit)
         return self._causal(student, functools.partial(student.lm_losses, teacher=teacher), teacher is not None, limit)
 
     def of_teacher(self, teacher: Teacher, limit: int | None = None) -> dict[str, float]:
-        """Its KL to itself is 0."""
+        """Its distance to itself is 0."""
+        if not self.run_inputs.with_head:
+            return dict.fromkeys(measured_distances(self.config.loss), 0.0)
         if not self.family.is_causal:
             measured = self._masked(teacher.predict, None, limit)
         else:

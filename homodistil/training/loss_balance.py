@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
+from homodistil.metrics.term_labels import term_label
+
 LIMIT = 0.8
 """Share of the total from which on a term is warned of."""
 _NEVER_WARNED_OF = ("mlm",)
@@ -22,10 +24,11 @@ class Balance:
         name: of the run, for the lines.
         weights: of the terms that are trained.
         extra: names of those whose weights stand in loss.extra.
+        task: of the run (data.task), for what the terms are called in the lines.
     """
 
-    def __init__(self, name: str, weights: Mapping[str, float], extra: Collection[str] = ()) -> None:
-        self._name, self._weights, self._extra = name, dict(weights), extra
+    def __init__(self, name: str, weights: Mapping[str, float], extra: Collection[str] = (), task: str = "mlm") -> None:
+        self._name, self._weights, self._extra, self._task = name, dict(weights), extra, task
         self._told: set[bool] = set()
 
     def shares(self, losses: Mapping[str, float]) -> dict[str, float]:
@@ -50,7 +53,7 @@ class Balance:
             return []
         self._told.add(is_cut)
         total = sum(weight * losses[f"loss/{name}"] for name, weight in self._weights.items())
-        named = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
+        named = ", ".join(f"{term_label(name, self._task)} {share:.0%}" for name, share in shares.items())
         return [f"{self._name}: at step {step}, hidden {hidden}, the loss is {total:.4g}: {named}"] + [
             self._warning(name, share, total)
             for name, share in shares.items()

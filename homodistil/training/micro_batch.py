@@ -12,7 +12,7 @@ import torch
 
 from homodistil.config.schema import RunConfig
 from homodistil.data.prefetch import BatchPrefetcher
-from homodistil.data.task import TASKS
+from homodistil.data.task import task_of
 from homodistil.distill.cost import sequence_bytes
 from homodistil.distill.student import Student
 from homodistil.engine.ds_config import accumulation_dtype, offloads_optimizer, student_dtype, zero_stage
@@ -81,7 +81,7 @@ class MicroBatchPolicy:
             self.start_widths,
             self.config.loss,
             seq_len=data.seq_len,
-            target_rows=TASKS[self._family.task].target_rows(data),
+            target_rows=task_of(data, self._family.task).target_rows(data),
             vocab_size=self._vocab_size,
             student_bytes=self.layout.dtype.itemsize,
             teacher_bytes=self.teacher_dtype.itemsize,

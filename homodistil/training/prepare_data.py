@@ -13,6 +13,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from homodistil.config.command_line import parse
+from homodistil.config.plugins import load_plugins
 from homodistil.data.prepare.array_tasks import split_task
 from homodistil.distributed.graceful_stop import on_signals
 
@@ -30,11 +31,13 @@ def main(argv: list[str]) -> None:
 
     with on_signals(how_to_go_on="the same command goes on with the shards that are finished"):
         check_sources(config.data)
+        load_plugins(config.teacher.plugins, "teacher.plugins")
         name, cache_dir = config.teacher.name, Path(config.data.cache_dir).expanduser()
         folder = str(cached_teacher(name, cache_dir) or name)
         teacher_config = load_config(folder)
+        # A missing head changes nothing here: text is framed alike.
         settle_task(config.data, family_of(teacher_config.model_type).task, config.teacher.name)
-        tokenizer = load_tokenizer(folder, teacher_config)
+        tokenizer = load_tokenizer(folder, teacher_config, config.data.task)
         corpus = prepare_share(config.data, tokenizer, *task)
     if isinstance(corpus, str):
         print(corpus)

@@ -19,20 +19,22 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
+from homodistil.config.plugins import load_plugins
 from homodistil.config.schema import RunConfig, StudentConfig
 from homodistil.data.sources.teachers import cached_teacher
-from homodistil.data.task import TASKS, Task
+from homodistil.data.task import Task, task_of
 from homodistil.distill.build_student import build_student
 from homodistil.distill.layer_map import LayerMap, check_student, layer_map_of
 from homodistil.distill.student import Student
 from homodistil.distill.teacher import load_config
 from homodistil.distill.teacher_sharding import num_parameters
 from homodistil.models import family_of
-from homodistil.models.activations import ATTENTION
+from homodistil.models.activations import attention_implementation
 from homodistil.models.axes import Widths
 from homodistil.models.family import ModelFamily
+from homodistil.models.head_dim import check_head_dim
 from homodistil.models.known_configs import known_config
-from homodistil.models.shapes import Shape, check_multiples, student_widths
+from homodistil.models.shapes import Shape, check_multiples, check_stock, student_widths
 from homodistil.models.size_search import find_shape
 from homodistil.pruning.milestones import Route, plan_route
 from homodistil.pruning.pruner import width_schedule
@@ -78,15 +80,16 @@ class ResolvedRun:
         """The student at its first widths. `load_teacher`: as in `distill.build_student`."""
         config = self.config
         sections = config.student, config.loss, config.train.seed
-        return build_student(*sections, self.teacher_config, self.layer_map, self.target, load_teacher)
+        shapes = self.teacher_config, self.layer_map, self.target
+        return build_student(*sections, *shapes, load_teacher, self.task.has_lm_head)
 
     @functools.cached_property
     def student(self) -> Student:
         """On the meta device, at its first widths."""
         shape = copy.deepcopy(self.teacher_config)
-        shape._attn_implementation = ATTENTION
+        shape._attn_implementation = attention_implementation(self.family)
         with torch.device("meta"):
-            return self.build_student(lambda: self.family.empty_model(shape))
+            return self.build_student(lambda: self.family.empty(shape, self.task.has_lm_head))
 
     @functools.cached_property
     def teacher_parameters(self) -> int:
@@ -105,7 +108,7 @@ class ResolvedRun:
     @property
     def task(self) -> Task:
         """What the models learn to predict."""
-        return TASKS[self.family.task]
+        return task_of(self.config.data, self.family.task)
 
     @property
     def vocab_size(self) -> int:
@@ -143,11 +146,14 @@ def resolve_run(config: RunConfig, teacher_config: PretrainedConfig | None = Non
     shape = teacher_config or named_teacher_config(config)
     family = family_of(shape.model_type)
     with torch.device("meta"):
-        teacher = family.empty_model(shape)
+        teacher = family.empty(shape, task_of(config.data, family.task).has_lm_head)
     widths = family.axis_table(teacher).widths
     check_student(config.student, config.pruning, config.loss, shape.num_hidden_layers)
     check_multiples(config.pruning, widths)
-    initial, target = student_widths(config.student, widths, _sized(config.student, family, teacher))
+    check_head_dim(config.student.head_dim, family, shape, widths)
+    sized = _sized(config.student, family, teacher)
+    initial, target = student_widths(config.student, widths, sized, family.whole_heads)
+    check_stock(family, target, widths)
     route = plan_route(config.run, config.pruning, widths, initial, target)
     schedule = width_schedule(config.pruning, config.train.steps, initial, target, route)
     return ResolvedRun(
@@ -175,11 +181,12 @@ def _sized(student: StudentConfig, family: ModelFamily, teacher: nn.Module) -> S
     shapes = {name: tuple(parameter.shape) for name, parameter in teacher.named_parameters()}
     field = "student.parameters" if student.size is None else "student.size"
     wanted = student.size * num_parameters(teacher) if student.parameters is None else student.parameters * 1e6
-    return find_shape(family.axis_table(teacher), shapes, wanted, field).shape
+    return find_shape(family.axis_table(teacher), shapes, wanted, field, family.whole_heads).shape
 
 
 def named_teacher_config(config: RunConfig) -> PretrainedConfig:
     """Configuration of `teacher.name`, without its weights; of one that everybody knows without asking the hub."""
+    load_plugins(config.teacher.plugins, "teacher.plugins")
     name = config.teacher.name
     if (folder := cached_teacher(name, Path(config.data.cache_dir).expanduser())) is not None:
         return load_config(str(folder))

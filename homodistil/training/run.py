@@ -132,7 +132,9 @@ class DistillationRun:
         with doing("building DeepSpeed's engine, and trying a resize of it"):
             engine = build_engine(self.student, config.train, config.optimizer, engine_config)
         if config.student.compile:
-            CompiledLayers(self.student.family.layers(self.student.model), self.pruner.schedule.num_events)
+            family, model = self.student.family, self.student.model
+            num_kinds = family.num_layer_kinds(model)
+            CompiledLayers(family.layers(model), self.pruner.schedule.num_events, num_kinds=num_kinds)
         if checkpoint:
             with doing(f"reading {checkpoint.folder}"):
                 self.checkpoints.restore(engine.deepspeed, checkpoint)

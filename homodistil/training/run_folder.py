@@ -80,7 +80,7 @@ def _check_same_run(folder: Path, config: RunConfig) -> None:
     free = ("free", "content") if saved_fingerprints(folder / "checkpoints") else ("free",)
     for field, facts in OPTIONS.items():
         value = value_of(config, field)
-        if facts.resume in free or value == "auto":  # of the latter the teacher decides, and it is looked at again
+        if facts.resume in free or config.leaves_open(field):  # of the latter it is looked at again, once settled
             continue
         section, _, name = field.partition(".")
         old = before[section].get(name, _of_before(before, section, name, value))

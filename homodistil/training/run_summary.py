@@ -1,35 +1,81 @@
-"""What a run will make, in four lines: target, parameters, losses, schedule. Known before anything is paid for."""
+"""What a run will make, in six lines: task, target, layers, parameters, losses, schedule. Known before any cost."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 
 from homodistil.config.schema import RunConfig
+from homodistil.distill.layer_map import copied_layers
+from homodistil.distill.losses.active import active_terms
 from homodistil.distill.teacher_sharding import num_parameters
+from homodistil.metrics.term_labels import term_label
 from homodistil.models.axes import Widths, layer_widths
+from homodistil.models.shapes import is_grouped
 from homodistil.pruning.schedule_protocol import Schedule
 from homodistil.training.resolve import ResolvedRun
 
 
 def run_summary(resolved: ResolvedRun) -> dict[str, str]:
-    """Subject -> what is known of it: student, parameters, losses, pruning."""
+    """Subject -> what is known of it: task, student, layers, parameters, losses, pruning."""
     config, family, target = resolved.config, resolved.family, resolved.target
     if config.pruning.schedule == "none":
         target = resolved.initial
-    layers = len(resolved.layer_map.layers)
     with torch.device("meta"):
-        student = family.empty_model(family.student_config(resolved.teacher_config, target))
+        shape = family.student_config(resolved.teacher_config, target)
+        student = family.empty(shape, resolved.task.has_lm_head)
     start = "fresh weights" if config.student.init == "random" else f"from a copy of {config.teacher.name}"
     before, after = resolved.teacher_parameters, num_parameters(student)
-    width = layer_widths(target, 0)
-    depth = f"{layers} layer{'s' if layers > 1 else ''}"
     return {
-        "student": f"{depth}, hidden {target['hidden']}, ffn {width.intermediate_size}, "
-        f"{width.num_heads} heads of {width.qk_dim}; {start}",
+        "task": _task(resolved),
+        "student": f"{_shape(target, len(resolved.layer_map.layers))}; {start}",
+        "layers": _layers(resolved),
         "parameters": f"{before:,} (teacher) -> {after:,} ({after / before:.0%})",
-        "losses": ", ".join(f"{name} x {weight:g}" for name, weight in config.loss.weights.items()),
+        "losses": ", ".join(
+            f"{term_label(name, resolved.task.name)} x {weight:g}" for name, weight in config.loss.weights.items()
+        ),
         "pruning": _pruning(config, resolved.make_schedule(), resolved.initial, target),
     }
+
+
+def _task(resolved: ResolvedRun) -> str:
+    data, task = resolved.config.data, resolved.task
+    if not task.has_lm_head:
+        return f"{task.name}; nothing is masked or predicted"
+    return f"{task.name}; {task.target_rows(data):g} tokens of each block of {data.seq_len} are predicted, on average"
+
+
+def _shape(widths: Widths, layers: int) -> str:
+    width = layer_widths(widths, 0)
+    groups = f" in {_count(width.num_kv_heads, 'group')}" if is_grouped(widths) else ""
+    return (
+        f"{_count(layers, 'layer')}, hidden {widths['hidden']}, ffn {width.intermediate_size}, "
+        f"{_count(width.num_heads, 'head')} of {width.qk_dim}{groups}"
+    )
+
+
+def _layers(resolved: ResolvedRun) -> str:
+    """Where each layer comes from, and what it is compared with; in the teacher's numbers, from 0."""
+    config, num_teacher_layers = resolved.config, resolved.teacher_config.num_hidden_layers
+    compared = resolved.layer_map.layers
+    copied = () if config.student.init == "random" else copied_layers(config.student, num_teacher_layers)
+    origin = f"copies of {_teachers(copied, num_teacher_layers)}" if copied else "fresh weights"
+    by_layer = [term.name for term in active_terms(config.loss) if term.needs & {"hidden", "queries_keys"}]
+    if not by_layer:
+        return f"{origin}; no loss compares them with the teacher's"
+    with_which = "their own" if copied == compared else _teachers(compared, num_teacher_layers)
+    return f"{origin}; compared ({', '.join(by_layer)}) with {with_which}"
+
+
+def _teachers(layers: Sequence[int], num_teacher_layers: int) -> str:
+    if len(layers) == num_teacher_layers:
+        return f"all {num_teacher_layers} of the teacher's"
+    return f"the teacher's {', '.join(map(str, layers))}"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'s' if number > 1 else ''}"
 
 
 def _pruning(config: RunConfig, schedule: Schedule, initial: Widths, target: Widths) -> str:

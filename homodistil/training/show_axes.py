@@ -2,6 +2,7 @@
 
     homodistil axes --teacher runs/quickstart/export
     homodistil axes --teacher bert-base-uncased
+    homodistil axes --teacher models/mine --plugins my_family.py
 
 Weights are not read: a folder with a config.json is enough.
 """
@@ -12,12 +13,14 @@ import argparse
 from pathlib import Path
 
 from homodistil.config.one_line_parser import OneLineParser
+from homodistil.config.plugins import load_plugins
 from homodistil.config.schema import DataConfig, TeacherConfig
 
 
 def main(argv: list[str]) -> None:
     """The command `homodistil axes`. Raises `UserError`."""
     arguments = _parser().parse_args(argv)
+    load_plugins(arguments.plugins, "--plugins")
     print(axes_of(arguments.teacher, arguments.cache_dir.expanduser()))
 
 
@@ -45,6 +48,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = OneLineParser(description=__doc__.splitlines()[0])
     text = "folder, hub name, or packaged model (embedded:bert-tiny, the default)"
     parser.add_argument("--teacher", default=TeacherConfig().name, help=text)
+    text = "modules or .py files that register further model families, as teacher.plugins"
+    parser.add_argument("--plugins", nargs="*", default=[], metavar="PLUGIN", help=text)
     text = "where packaged models are kept"
     parser.add_argument("--cache-dir", type=Path, default=Path(DataConfig().cache_dir), help=text)
     return parser

@@ -22,6 +22,7 @@ from homodistil.metrics.recorder import Recorder
 from homodistil.models.axes import Keep, Widths, expand_to_teacher
 from homodistil.models.parameter_shape import full_shape
 from homodistil.models.resize_plan import ResizePlan, make_plan
+from homodistil.models.rotary_pairs import kept_pairs
 from homodistil.pruning.calibration import calibrate
 from homodistil.pruning.compensation.student import EventChange
 from homodistil.pruning.importance import Importance
@@ -29,7 +30,11 @@ from homodistil.pruning.protected_dims import protected_dims, variance_shares
 from homodistil.pruning.pruner import Pruner
 from homodistil.pruning.schedule import stage_widths
 from homodistil.training.compensated_events import Compensation
-from homodistil.training.gradient_scores import measure_importance, score_by_drawn_labels
+from homodistil.training.gradient_scores import (
+    measure_importance,
+    score_by_drawn_directions,
+    score_by_drawn_labels,
+)
 from homodistil.training.inputs import RunInputs
 from homodistil.training.resolve import ResolvedRun
 from homodistil.training.shrinkable import PlainStudent, Shrinkable
@@ -95,7 +100,8 @@ class Shrinker:
         # 0 steps where milestones do not cool down (a bool as a factor).
         settled = target.settle(self.pruner.settle_steps(change.plan.widths_after) * self.config.run.settle_cooldown)
         after = self._measure(done)
-        outcome = self.pruner.after_event(done.step, before["kl"], after["kl"])
+        distance = self.gap.distance
+        outcome = self.pruner.after_event(done.step, before[distance], after[distance])
         recorder.log_event(resize_event(done.step, change.plan, before, after) | outcome | refit | settled | moved)
 
     def _measure(self, done: TrainState) -> dict[str, float]:
@@ -119,9 +125,9 @@ class Shrinker:
         """Give the target, which has been cut, its refitted weights. Returns entries of the event's line."""
         if not change.weights:
             return {}
-        kl_after_cut = self.gap.measure()["kl"]
+        after_cut = {f"{self.gap.distance}_after_cut": self.gap.measure()[self.gap.distance]}
         written = target.write(change.weights)
-        return change.report | {"kl_after_cut": kl_after_cut} | written
+        return change.report | after_cut | written
 
     # -- before training: resume, and the one_shot schedule before step 0
 
@@ -138,7 +144,9 @@ class Shrinker:
         due = self.pruner.schedule.table.get(0, {})
         for widths in stage_widths(self.student.widths, due, self.config.pruning.one_shot_stages):
             self._calibrate(target)
-            self.shrink(target, self.pruner.keep_of(widths, self.student.origins["hidden"]), done, recorder)
+            origins = self.student.origins
+            keep = self.pruner.keep_of(widths, origins["hidden"], kept_pairs(origins))
+            self.shrink(target, keep, done, recorder)
 
     def _check_rotation(self) -> None:
         """compensation=full: which residual dims must stay coordinates. A checkpoint remembers them."""
@@ -154,6 +162,8 @@ class Shrinker:
         prefetcher = self.run_inputs.prefetcher(self.config, self.config.train.seed)
         if not self.pruner.importance.uses_training:
             return self._score_by_drawn_labels(target, prefetcher, 0)
+        if self._is_copy():
+            return self._score_by_drawn_directions(target, prefetcher, 0)
         steps, table = self._calibration_steps(prefetcher, 0), self.student.axis_table()
         calibrate(self.pruner.importance, self.student, table, steps, lambda b: self.student(b, self.teacher(b)).total)
 
@@ -162,7 +172,7 @@ class Shrinker:
     def snapshots(self) -> StudentSnapshots | None:
         """What `LiveStudent.snapshot` needs, to be made before an engine takes the student; None where nothing asks."""
         tries_cuts = self.config.pruning.schedule == "gap"
-        is_asked = tries_cuts or self.compensation or not self.pruner.importance.uses_training
+        is_asked = tries_cuts or self.compensation or not self.pruner.importance.uses_training or self._is_copy()
         return StudentSnapshots(self.student) if is_asked else None
 
     def measure(self, engine: TrainingEngine, step: int) -> Keep | None:
@@ -187,17 +197,29 @@ class Shrinker:
             return None
         if not self.pruner.importance.uses_training:
             self._score_by_drawn_labels(target, prefetcher, done.step)
-        kept_hidden = self.student.origins["hidden"]
+        elif self._is_copy():
+            self._score_by_drawn_directions(target, prefetcher, done.step)
+        kept_hidden, pairs = self.student.origins["hidden"], kept_pairs(self.student.origins)
 
         def prepare(student: Student, due: Widths) -> EventChange:
-            return self._prepare(student, self.pruner.keep_of(due, kept_hidden), done)
+            return self._prepare(student, self.pruner.keep_of(due, kept_hidden, pairs), done)
 
         trials = TrialCuts(self.gap, target, prepare, self._dtype)
-        return self.pruner.due(done.step, self.student.widths, kept_hidden, trials)
+        return self.pruner.due(done.step, self.student.widths, kept_hidden, trials, pairs)
 
     def _score_by_drawn_labels(self, target: Shrinkable, prefetcher: BatchPrefetcher, step: int) -> None:
         steps, seed = self._calibration_steps(prefetcher, step), (self.config.train.seed, step)
         score_by_drawn_labels(self.pruner.importance, target.snapshot(), self.teacher, steps, seed)
+
+    def _is_copy(self) -> bool:
+        """Whether the student is still the teacher and has no head: then every term and every gradient is 0."""
+        family, student = self.student.family, self.student
+        is_whole = student.widths == family.axis_table(self.teacher.model).widths
+        return not self.run_inputs.with_head and self.config.student.init == "teacher" and is_whole
+
+    def _score_by_drawn_directions(self, target: Shrinkable, prefetcher: BatchPrefetcher, step: int) -> None:
+        steps, seed = self._calibration_steps(prefetcher, step), (self.config.train.seed, step)
+        score_by_drawn_directions(self.pruner.importance, target.snapshot(), steps, seed)
 
     def _calibration_steps(self, prefetcher: BatchPrefetcher, step: int) -> Iterator[list[Batch]]:
         """What is trained on after `step` updates."""

@@ -27,6 +27,7 @@ from homodistil.engine.engine import TrainingEngine
 from homodistil.errors import CheckFailed
 from homodistil.metrics.device_peak import peak_flops
 from homodistil.metrics.recorder import Recorder, StepTimer, memory_bytes
+from homodistil.metrics.term_labels import term_label
 from homodistil.models.axes import Widths
 from homodistil.training.loss_balance import Balance
 
@@ -74,7 +75,7 @@ class StepLogger:
         self.config, self.recorder, self.student = config, recorder, student
         self.teacher_widths, self.device = teacher_widths, device
         self.peak = peak_flops(device, dtype)
-        self._balance = Balance(config.run.name, student.objective.weights, config.loss.extra)
+        self._balance = Balance(config.run.name, student.objective.weights, config.loss.extra, config.data.task)
         self.timer = StepTimer()
         self._micro_batches: list[dict[str, Tensor]] = []
         self._steps: list[_Step] = []
@@ -180,7 +181,7 @@ def require_finite(terms: dict[str, float], step: int, config: RunConfig) -> Non
     bad = [name.removeprefix("loss/") for name, value in terms.items() if not math.isfinite(value)]
     if bad:
         # The single terms say more than their sum.
-        named = [name for name in bad if name != "total"] or bad
+        named = [term_label(name, config.data.task) for name in bad if name != "total"] or bad
         raise CheckFailed(
             f"loss: {', '.join(named)} is not finite at step {step}; training stops, the last checkpoint is kept. "
             f"Lower train.lr ({config.train.lr:g}), lengthen train.warmup_fraction or lower that term's weight"

@@ -27,6 +27,7 @@ from homodistil.export.stock_model import save_checkpoint, stock_model
 from homodistil.files import write_atomically
 from homodistil.metrics.progress import doing
 from homodistil.metrics.recorder import METRICS_FILE, Recorder, read_lines
+from homodistil.metrics.term_labels import language_modelling
 from homodistil.resize import master_weights
 from homodistil.training.corrected_teacher import (
     FACTS_FILE,
@@ -75,7 +76,8 @@ def corrected(
     facts = json.loads((final / FACTS_FILE).read_text(encoding="utf-8"))
     if ranks.rank() == 0:
         before, after = language_loss(facts["before"]), language_loss(facts["after"])
-        print(f"teacher corrected on the corpus: held-out MLM loss {before:.3f} -> {after:.3f}", flush=True)
+        what = f"held-out {language_modelling(config.data.task)} loss"
+        print(f"teacher corrected on the corpus: {what} {before:.3f} -> {after:.3f}", flush=True)
     fingerprints = {**run_inputs.fingerprints, **fingerprints}
     return dataclasses.replace(run_inputs, teacher=str(final), fingerprints=fingerprints), facts
 
@@ -117,7 +119,8 @@ class _Correction:
     def run(self) -> None:
         """Train, and leave a stock checkpoint with FACTS_FILE in `work`."""
         if ranks.rank() == 0:
-            print(f"correcting the teacher: {self.config.train.steps} steps of MLM on the corpus", flush=True)
+            what = f"{self.config.train.steps} steps of {language_modelling(self.config.data.task)}"
+            print(f"correcting the teacher: {what} on the corpus", flush=True)
         before = self._evaluate()
         with doing("building DeepSpeed's engine, and trying a resize of it"):
             config = self.config
@@ -149,7 +152,8 @@ class _Correction:
     def _save(self, weights: dict, facts: dict) -> None:
         facts |= speeds(read_lines(self.work / "run" / METRICS_FILE))
         model = stock_model(weights, self.student, load_config(self.run_inputs.teacher))
-        card = f"# {self.config.teacher.name}, {facts['steps']} steps of MLM on: {self.run_inputs.corpus.description}\n"
+        how = f"{facts['steps']} steps of {language_modelling(self.config.data.task)}"
+        card = f"# {self.config.teacher.name}, {how} on: {self.run_inputs.corpus.description}\n"
         save_checkpoint(model, self.run_inputs.tokenizer, card, self.work)
         (self.work / FACTS_FILE).write_text(json.dumps(facts), encoding="utf-8")
         write_checksums(self.work)

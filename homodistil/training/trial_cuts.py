@@ -35,11 +35,11 @@ class TrialCuts:
         self._copy: Student | None = None
 
     def kl(self) -> float:
-        return self._gap.measure()["kl"]
+        return self._gap.measure()[self._gap.distance]
 
     def kl_after(self, due: Widths) -> float:
         if self._copy is None:  # not made before anybody asks: it holds all weights on every rank
             self._copy = self._target.snapshot()
         trial = duplicate(self._copy)
         cut = PlainStudent(trial).after(self._prepare(trial, due))
-        return self._gap.kl_of(cut.to(self._dtype))
+        return self._gap.distance_of(cut.to(self._dtype))

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 from support.small import small_model
-from transformers import BertTokenizerFast, GPT2Config
+from transformers import BertTokenizerFast, OPTConfig
 
 from homodistil.config.command_line import parse, parse_job
 from homodistil.errors import UserError
@@ -103,9 +103,9 @@ def test_unknown_packaged_teacher(attempt):
 
 
 def test_unsupported_architecture(attempt, tmp_path):
-    GPT2Config().save_pretrained(tmp_path / "gpt")
+    OPTConfig().save_pretrained(tmp_path / "gpt")
     message = attempt(f"teacher.name={tmp_path / 'gpt'}")
-    assert "architecture 'gpt2' is not supported; supported: bert" in message
+    assert "architecture 'opt' is not supported; supported: bert" in message
 
 
 def test_teacher_without_weights(attempt, teacher):

@@ -41,6 +41,7 @@ def _arguments(run_dir: Path, cache_dir: Path, *overrides: str) -> list[str]:
         "data.heldout_fraction": 0.002,
         "run.dir": run_dir,
         "run.compare": "[]",
+        "run.report": "false",
     }
     fields = [f"{name}={value}" for name, value in fields.items()]
     return ["--deepspeed", str(ROOT / "ds_configs" / "zero2_fp32.json"), *fields, *overrides]
@@ -53,7 +54,7 @@ def finished(tmp_path_factory, cache_dir):
     launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", "2"]
     port = free_port()
     command = [*launcher, "--master_port", str(port), str(TRAIN)]
-    command += _arguments(folder, cache_dir, "run.compare=[one_shot]", "run.rank_logs=true")
+    command += _arguments(folder, cache_dir, "run.compare=[one_shot]", "run.report=true", "run.rank_logs=true")
     env = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
     done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=ROOT, timeout=500)

@@ -115,6 +115,7 @@ def _arguments(folder: Path, teacher: Path, cache_dir: Path, *overrides: str) ->
         "pruning.interval_steps": 3,
         "run.dir": folder,
         "run.compare": "[]",
+        "run.report": "false",
         "run.keep_checkpoints": 9,
     }
     values = [f"{name}={value}" for name, value in fields.items()]

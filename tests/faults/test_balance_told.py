@@ -19,14 +19,16 @@ def test_shares_are_told_and_one_term_alone_is_warned_of(server, run_inputs, tmp
     assert job.wait(timeout_s=120) == [0, 0], job.output()
     told = job.output(0).splitlines()
     order = [
+        "task: mlm; ",
         "student: 3 layers, hidden 12, ffn 20, 4 heads of 3;",
+        "layers: copies of all 3 of the teacher's; compared (hidden, attention) with their own",
         "parameters: ",
         "losses: ",
         "pruning: ",
         "teacher: ",
     ]
     first = [next(i for i, line in enumerate(told) if line.startswith(text)) for text in order]
-    assert first == list(range(first[0], first[0] + 4)) + first[4:] and first[4] > first[3]
+    assert first == list(range(first[0], first[0] + 6)) + first[6:] and first[6] > first[5]
     assert sum("the loss is" in line for line in told) == 2  # before and after the first cut
     warned = [line for line in told if line.startswith("warning: the attention term is ")]
     assert (len(warned) > 0) == (weight == 1000), told

@@ -67,7 +67,7 @@ def _differences(folder, alone) -> dict[str, list[str]]:
 
 def test_each_student_is_bitwise_that_of_a_job_of_its_own(server, run_inputs, alone, files, tmp_path):
     folder = tmp_path / "run"
-    job = server.start(TRAIN, _own(run_inputs, folder, files))
+    job = server.start(TRAIN, _own(run_inputs, folder, files, "run.report=true"))
     assert job.wait(timeout_s=180) == [0, 0], job.output()
     assert _differences(folder, alone) == {"half": [], "wide": []}
     for name in STUDENTS:

@@ -83,6 +83,8 @@ CASES = [
     field("width_multiple_above_the_width", "pruning.width_multiple=64", "found 64", "hidden size"),
     field("ffn_multiple_above_the_width", "pruning.ffn_multiple=1000", "found 1000"),
     field("head_dim_multiple_above_the_width", "pruning.head_dim_multiple=100", "found 100"),
+    field("no_layers", "student.num_hidden_layers=0", "found 0", "allowed are 1 .. 3"),
+    field("more_layers_than_the_teacher", "student.num_hidden_layers=4", "found 4", "allowed are 1 .. 3"),
     # other kinds
     field("bool_as_number", "teacher.shard=1", "true or false"),
     field("bool_as_yes", "teacher.shard=yes", "found 'yes'"),

@@ -28,6 +28,7 @@ QUICKSTART = [
     "pruning.interval_steps=2",
     "teacher.correction_steps=0",
     "run.compare=[]",
+    "run.report=false",
     "train.log_every_steps=1",
     "train.save_every_steps=3",
     "train.eval_batch_size=256",

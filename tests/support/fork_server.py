@@ -253,10 +253,24 @@ def _free_port() -> int:
         return listener.getsockname()[1]
 
 
+def _do_once() -> None:
+    """What every rank would otherwise do anew, beside imports: read all fields' docstrings, transformers' renamings."""
+    from transformers import BertConfig, BertForMaskedLM
+
+    from homodistil.config.command_line import parse_job
+
+    parse_job([])
+    sizes = {"hidden_size": 4, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 4}
+    with tempfile.TemporaryDirectory() as folder:
+        BertForMaskedLM(BertConfig(vocab_size=9, **sizes)).save_pretrained(folder)
+        BertForMaskedLM.from_pretrained(folder)
+
+
 def main() -> None:
     sys.path[:0] = [str(path) for path in SEARCHED]
     for name in IMPORTED:
         importlib.import_module(name)
+    _do_once()
     gc.collect()
     gc.freeze()  # a rank's collector need not look through (and copy the pages of) what the imports have made
     # A test that is interrupted closes the socket: nothing else ends the server.

@@ -67,6 +67,18 @@ def plain_run() -> RunConfig:
     return config
 
 
+def plain_widths(hidden: int, ffn: int, heads: int) -> dict[str, int]:
+    """Widths of one layer whose heads have keys and values of their own."""
+    of_layer = {"ffn": ffn, "heads": heads, "qk_dim": hidden // heads, "vo_dim": hidden // heads}
+    return {"hidden": hidden} | {f"layer.0.{kind}": width for kind, width in of_layer.items()}
+
+
+def grouped_widths(hidden: int, ffn: int, groups: int, in_group: int, head_dim: int) -> dict[str, int]:
+    """Widths of one layer with groups of query heads."""
+    of_layer = {"ffn": ffn, "kv_heads": groups, "heads_in_group": in_group, "qk_dim": head_dim, "vo_dim": head_dim}
+    return {"hidden": hidden} | {f"layer.0.{kind}": width for kind, width in of_layer.items()}
+
+
 def random_keep(table: AxisTable, widths: dict[str, int], seed: int = 0) -> dict[str, torch.Tensor]:
     """Random survivors for the given new widths; each head gets its own dims."""
     generator = torch.Generator().manual_seed(seed)

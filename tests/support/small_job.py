@@ -64,6 +64,7 @@ def arguments(run_inputs: Path, run_dir: Path, *overrides: str, engine: Path | N
         "pruning.max_event_fraction": 1.0,
         "loss.kl": 1.0,
         "run.dir": run_dir,
+        "run.report": "false",
         "run.rank_timeout_s": 100,  # also how long the survivor of a kill during the start waits for the other
     }
     fields = [f"{name}={value}" for name, value in fields.items()]

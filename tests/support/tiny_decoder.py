@@ -7,7 +7,13 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    PretrainedConfig,
+    PreTrainedTokenizerFast,
+)
 
 END = "<|endoftext|>"
 SIZES = {
@@ -21,6 +27,12 @@ SIZES = {
     "tie_word_embeddings": True,
 }
 """Three groups of two query heads."""
+_SIZES_OF: dict[type[PretrainedConfig], dict[str, object]] = {
+    Gemma3TextConfig: SIZES
+    | {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 32, "query_pre_attn_scalar": 6},
+    GPT2Config: {"n_embd": 48, "n_inner": 80, "n_layer": 2, "n_head": 6, "n_positions": 64},
+}
+"""Of the classes that do not take `SIZES` as they are."""
 _WORDS = "the a cat dog bird sees finds hears red blue small old house tree river and then because slowly again".split()
 
 
@@ -48,10 +60,12 @@ def make_tokenizer(text: Path, vocab_size: int = 300) -> PreTrainedTokenizerFast
 def make_decoder(kind: type[PretrainedConfig], vocab_size: int = 300, **sizes: object) -> torch.nn.Module:
     """A model of the configuration class `kind` with weights that are far from nothing."""
     torch.manual_seed(0)
-    config = kind(**SIZES | sizes, vocab_size=vocab_size, pad_token_id=None, bos_token_id=0, eos_token_id=0)
+    config = kind(
+        **_SIZES_OF.get(kind, SIZES) | sizes, vocab_size=vocab_size, pad_token_id=None, bos_token_id=0, eos_token_id=0
+    )
     model = AutoModelForCausalLM.from_config(config)
     for name, parameter in model.named_parameters():
-        torch.nn.init.normal_(parameter, mean=1.0 if "norm" in name else 0.0, std=0.2)
+        torch.nn.init.normal_(parameter, mean=1.0 if "norm" in name or ".ln_" in name else 0.0, std=0.2)
     return model.eval()
 
 

@@ -6,12 +6,9 @@ every rank and wherever a config is judged or planned, and loss.extra gives its 
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 
+from homodistil.config.plugins import load_plugins
 from homodistil.config.schema import LossConfig
 from homodistil.distill.losses.term import Term, registered
 from homodistil.errors import UserError, nearest
@@ -24,7 +21,7 @@ def active_terms(loss: LossConfig) -> list[Term]:
     Raises:
         UserError: a plugin cannot be imported, or nothing is registered for a name of loss.extra.
     """
-    load_plugins(loss.plugins)
+    load_plugins(loss.plugins, "loss.plugins")
     known = registered()
     for name in loss.extra:
         _check_name(name, loss, list(known))
@@ -41,40 +38,6 @@ def check_terms(loss: LossConfig, teacher: Widths, student: Sequence[Widths]) ->
 def field_of(loss: LossConfig, name: str) -> str:
     """Name of the config field that holds the weight of a term: loss.kl, loss.extra.gram."""
     return f"loss.extra.{name}" if name in loss.extra else f"loss.{name}"
-
-
-def load_plugins(names: Sequence[str]) -> None:
-    """Import what registers further terms; nothing happens for what has been imported before.
-
-    Args:
-        names: of modules that Python finds, or paths of files (.py).
-
-    Raises:
-        UserError: one cannot be imported.
-    """
-    for name in names:
-        try:
-            _import_file(Path(name).expanduser().resolve()) if name.endswith(".py") else importlib.import_module(name)
-        except Exception as error:  # whatever the module itself does
-            text = " ".join(str(error).split())[:200]
-            raise UserError(
-                f"loss.plugins: cannot import {name!r} ({type(error).__name__}: {text}); allowed is a file such as "
-                f"./my_terms.py, or a module that Python finds on every machine (PYTHONPATH, or installed)"
-            ) from None
-
-
-def _import_file(path: Path) -> None:
-    name = f"homodistil_plugin_{path.stem}"
-    if getattr(sys.modules.get(name), "__file__", None) == str(path):
-        return
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[name]
-        raise
 
 
 def _check_name(name: str, loss: LossConfig, known: list[str]) -> None:

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from homodistil.config.schema import LossConfig
 from homodistil.distill.losses.term import BatchSizes, Step, Term
+from homodistil.errors import UserError
 from homodistil.kernels.attention_map import attention_map_loss
 from homodistil.models.activations import LayerActivations
+from homodistil.models.architecture import Architecture
 from homodistil.models.axes import layer_widths
 
 
 class Attention(Term):
-    """Distance of q.k / sqrt(d), or of its softmax. A head is compared with the teacher's head that it came from."""
+    """Distance of q.k / sqrt(d), or of its softmax. A head is compared with the teacher's head that it came from, over
+    the keys that both see."""
 
     names = ("attention",)
     needs = frozenset({"queries_keys"})
 
     def on_layer(self, i: int, student: LayerActivations, teacher: LayerActivations, step: Step) -> Tensor:
-        counts = step.batch.counts
+        kind, counts = step.mask_kind(i), step.batch.counts
         loss = attention_map_loss(
             student.queries,
             student.keys,
@@ -29,9 +33,12 @@ class Attention(Term):
             heads=step.student.pruned_heads(i, student.queries.device),
             target=self.loss.attention_target,
             implementation=self.loss.kernels,
-            causal=step.student.family.is_causal,
+            causal=kind.causal,
+            window=kind.window,
         )
-        return loss / (counts.tokens if self.loss.attention_target == "probabilities_kl" else counts.pairs)
+        if self.loss.attention_target == "probabilities_kl":
+            return loss / counts.tokens
+        return loss / (counts.pairs if kind.window is None else counts.window_pairs)
 
     def flops(self, sizes: BatchSizes) -> float:
         """q.k of the student (forward and backward) and of the teacher's heads that the student still has."""
@@ -47,3 +54,15 @@ class Attention(Term):
         layers = (layer_widths(sizes.student, i) for i in sizes.student_layers)
         elements = (sizes.tokens * (layer.num_heads + layer.num_kv_heads) * layer.qk_dim for layer in layers)
         return sum(elements) * sizes.student_bytes
+
+
+def check_target(loss: LossConfig, architecture: Architecture) -> None:
+    """Raise `UserError` where the maps to compare do not follow from queries and keys: the term would compare others.
+
+    Whatever the term's weight: the gap probe measures it in any case.
+    """
+    if architecture.has_position_bias and loss.attention_target != "scores":
+        raise UserError(
+            f"loss.attention_target: found {loss.attention_target}, allowed is scores for this teacher: its attention "
+            f"adds a bias by distance before the softmax, which the term does not see; set it to scores"
+        )

@@ -27,7 +27,9 @@ class Relations(Term):
 
     def on_last_layer(self, student: LayerActivations, teacher: LayerActivations, step: Step) -> Tensor:
         num_heads = num_relation_heads(self.loss, step.student.layer_map.num_heads)
-        options = {"implementation": self.loss.kernels, "causal": step.student.family.is_causal}
+        layers = step.student.layer_map.layers
+        kind = step.mask_kind(len(layers) - 1, relation_layer(self.loss, layers[-1] + 1))
+        options = {"implementation": self.loss.kernels, "causal": kind.causal, "window": kind.window}
         loss = relation_loss(student, teacher, step.batch.attention_mask, num_heads, **options)
         return loss / step.batch.counts.tokens
 
@@ -69,6 +71,7 @@ def relation_loss(
     num_heads: int,
     implementation: str = "auto",
     causal: bool = False,
+    window: int | None = None,
 ) -> Tensor:
     """KL(teacher || student) of Q-Q, K-K and V-V, summed over the three and over valid query rows, mean over relation
     heads. Count: tokens.
@@ -77,7 +80,7 @@ def relation_loss(
         student, teacher: with values; (B, N, T, H) each, of N and H of their own.
         attention_mask: (B, T), 1 = token, 0 = padding.
         num_heads: relation heads.
-        implementation, causal: of the kernel, see `attention_map_loss`.
+        implementation, causal, window: of the kernel, see `attention_map_loss`.
 
     Returns:
         fp32 0-dim.
@@ -99,6 +102,7 @@ def relation_loss(
             target="probabilities_kl",
             implementation=implementation,
             causal=causal,
+            window=window,
         )
     return total
 

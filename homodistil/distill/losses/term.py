@@ -15,6 +15,7 @@ class as well, so that nothing outside has to know which terms there are.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
@@ -24,6 +25,7 @@ from homodistil.config.schema import LossConfig
 from homodistil.data.batch import Batch
 from homodistil.distill.layer_map import LayerMap
 from homodistil.distill.teacher_outputs import TeacherOutputs
+from homodistil.kernels.attention_map_inputs import MaskKind
 from homodistil.models.activations import LayerActivations
 from homodistil.models.architecture import BERT_LIKE, Architecture
 from homodistil.models.axes import Widths, num_layers
@@ -59,6 +61,23 @@ class Step(NamedTuple):
     """None where no teacher runs: then `at_end` is the only moment, for terms of the student alone."""
     batch: Batch
     """With `counts` = means over all micro-batches of the step on all ranks: divide sums by these."""
+
+    def mask_kind(self, i: int, teacher_layer: int | None = None) -> MaskKind:
+        """Keys that queries of the student's layer `i` see, and those of the teacher's layer as well.
+
+        A window of either, where texts are long enough for it to hide anything.
+
+        Args:
+            teacher_layer: None: the one that the student's layer is compared with.
+        """
+        layer = self.student.layer_map.layers[i] if teacher_layer is None else teacher_layer
+        ours = self.student.family.mask_kind(self.student.model, i)
+        theirs = self.teacher.family.mask_kind(self.teacher.model, layer)
+        windows = [kind.window for kind in (ours, theirs) if kind.window is not None]
+        kind = replace(ours, window=min(windows, default=None))
+        unbounded = replace(kind, window=None)
+        num_tokens = self.batch.input_ids.shape[1]
+        return unbounded if kind.within(num_tokens) == unbounded.within(num_tokens) else kind
 
 
 class Weighted(NamedTuple):

@@ -58,10 +58,12 @@ def load_tokenizer(folder: str, max_length: int, num_texts: int = 1) -> PreTrain
         num_texts: texts per example, 1 or 2; `max_length` must have space for a token of each.
 
     Raises:
-        UserError: the tokenizer cannot be loaded, has more tokens than the model, or knows no words; or `max_length`
-            is too small for text, or larger than the model allows.
+        UserError: the model is a decoder; the tokenizer cannot be loaded, has more tokens than the model, or knows no
+            words; or `max_length` is too small for text, or larger than the model allows.
     """
-    config, tokenizer = read_config(folder, FIELD), read_tokenizer(folder, FIELD)
+    config = read_config(folder, FIELD)
+    _check_reads_both_sides(config.model_type, folder)
+    tokenizer = read_tokenizer(folder, FIELD)
     where = f"{FIELD}: the tokenizer of {folder!r}"
     check_ids(tokenizer, config.vocab_size, where)
     check_words(tokenizer, where)
@@ -77,6 +79,15 @@ def load_tokenizer(folder: str, max_length: int, num_texts: int = 1) -> PreTrain
     if max_length > allowed:
         raise UserError(f"--max-length: found {max_length}, {folder!r} allows {allowed}; lower --max-length")
     return tokenizer
+
+
+def _check_reads_both_sides(model_type: str, folder: str) -> None:
+    """Raise `UserError` for a decoder, whose heads for sentences are trained and padded in another way."""
+    if model_type in FAMILIES and FAMILIES[model_type].is_causal:
+        raise UserError(
+            f"{FIELD}: {folder!r} is a {model_type}, a causal language model, and this command fine-tunes encoders; "
+            f"score it with homodistil lm-eval"
+        )
 
 
 def _max_tokens(config, otherwise: int) -> int:
@@ -131,6 +142,7 @@ def load_encoder(kind: type, folder: str, **options: Any) -> nn.Module:
 def _check_files(folder: str) -> None:
     """Check the files against the config before the model is built, which could have any size."""
     config, local = read_config(folder, FIELD), local_folder(folder, FIELD)
+    _check_reads_both_sides(config.model_type, folder)
     stored = stored_tensors(local, FIELD) if local else {}
     if stored and config.model_type in FAMILIES:
         family, where = family_of(config.model_type), f"{FIELD}: {folder!r}"

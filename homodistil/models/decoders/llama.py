@@ -1,10 +1,19 @@
-"""Llama and the models of its block: SmolLM2 and Llama 3 (model_type llama), Mistral, Qwen2 and Qwen3.
+"""Llama and the models of its block: SmolLM2 and Llama 3 (model_type llama), SmolLM3, Mistral, Ministral, Qwen2, Qwen3.
 
-Qwen2 has biases at queries, keys and values; Qwen3 norms of every head's queries and keys, which stay whole.
+Qwen2 has biases at queries, keys and values; SmolLM3 layers without positions; Qwen3 norms of every head's queries and
+keys, which are as wide as a head.
 """
 
 from __future__ import annotations
 
-from homodistil.models.decoders.pre_norm import PreNormDecoder
+from homodistil.models.decoders.pre_norm import LLAMA_LIKE, PreNormDecoder
 
-LLAMA = PreNormDecoder(name="llama", model_types=("llama", "mistral", "qwen2", "qwen3"))
+LLAMA = PreNormDecoder(
+    name="llama", model_types=("llama", "smollm3", "mistral", "ministral", "qwen2"), narrows_heads=True
+)
+QWEN3 = PreNormDecoder(
+    name="qwen3",
+    model_types=("qwen3",),
+    architecture=LLAMA_LIKE._replace(has_head_norms=True),
+    narrows_heads=True,
+)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from homodistil.models.encoders.post_norm import HeadNames, PostNormEncoder
+from homodistil.models.encoders.block_names import HeadNames
+from homodistil.models.encoders.post_norm import PostNormEncoder
 
 BERT = PostNormEncoder(
     name="bert",

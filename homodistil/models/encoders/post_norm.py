@@ -10,14 +10,13 @@ import functools
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
+from homodistil.models.architecture import BERT_LIKE, Architecture
 from homodistil.models.axes import (
-    AxisTable,
     AxisUse,
     Widths,
     layer_widths,
@@ -25,55 +24,11 @@ from homodistil.models.axes import (
     num_layers,
     uniform_layer_widths,
 )
-from homodistil.models.family import Compensable, HeadParts, LayerParts, ModelShape
+from homodistil.models.compensable import Compensable, HeadParts, LayerParts
+from homodistil.models.encoders.block_names import BERT_LAYER, BERT_SIZES, HeadNames, LayerNames, SizeNames
+from homodistil.models.model_shape import ModelShape
 from homodistil.models.module_sizes import refresh_sizes
 from homodistil.models.named_family import NamedFamily
-
-
-class LayerNames(NamedTuple):
-    """Modules of one layer, by their names inside it."""
-
-    attention: str
-    """Calls the library's attention function."""
-    query: str
-    key: str
-    value: str
-    attention_output: str
-    attention_linear: str
-    attention_norm: str
-    ffn: str
-    ffn_linear: str
-    ffn_output: str
-    ffn_output_linear: str
-    ffn_norm: str
-
-
-BERT_LAYER = LayerNames(
-    attention="attention.self",
-    query="attention.self.query",
-    key="attention.self.key",
-    value="attention.self.value",
-    attention_output="attention.output",
-    attention_linear="attention.output.dense",
-    attention_norm="attention.output.LayerNorm",
-    ffn="intermediate",
-    ffn_linear="intermediate.dense",
-    ffn_output="output",
-    ffn_output_linear="output.dense",
-    ffn_norm="output.LayerNorm",
-)
-
-
-class HeadNames(NamedTuple):
-    """The MLM head. `transform` is the module of all that comes before the decoder, None where there is no such."""
-
-    head: str
-    linear: str
-    norm: str
-    decoder: str
-    transform: str | None
-    activation: str | Callable[[Tensor], Tensor]
-    """Name of a module, or a function."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,37 +37,42 @@ class PostNormEncoder(NamedFamily, Compensable):
 
     head_names: HeadNames
     layer_names: LayerNames = BERT_LAYER
+    size_names: SizeNames = BERT_SIZES
     embedding_tables: tuple[str, ...] = ("word_embeddings", "position_embeddings", "token_type_embeddings")
+    backbone_parts: tuple[str, ...] = ("embeddings.", "encoder.", "pooler.")
+    """Beginnings of names of tensors in a checkpoint of the backbone alone."""
     layers_name: str = "encoder.layer"
     attention_name: str = BERT_LAYER.attention
     dropout_fields: tuple[str, ...] = ("hidden_dropout_prob", "attention_probs_dropout_prob")
     positions_start_behind_padding: bool = False
     """The first position id is pad_token_id + 1, so that fewer tokens fit than there are position embeddings."""
+    architecture: Architecture = BERT_LIKE
     auto_class: str = "AutoModelForMaskedLM"
     pipeline_tag: str = "fill-mask"
 
     def shape(self, config: PretrainedConfig) -> ModelShape:
         spent = config.pad_token_id + 1 if self.positions_start_behind_padding else 0
+        num_heads, hidden_size = config.num_attention_heads, config.hidden_size
         return ModelShape(
-            hidden_size=config.hidden_size,
+            hidden_size=hidden_size,
             num_hidden_layers=config.num_hidden_layers,
-            num_attention_heads=config.num_attention_heads,
-            num_key_value_heads=config.num_attention_heads,
-            head_dim=config.hidden_size // config.num_attention_heads,
-            intermediate_size=config.intermediate_size,
+            num_attention_heads=num_heads,
+            num_key_value_heads=num_heads,
+            head_dim=hidden_size // num_heads,
+            intermediate_size=getattr(config, self.field("intermediate_size")),
             vocab_size=config.vocab_size,
             max_tokens=config.max_position_embeddings - spent,
         )
 
     def student_config(self, teacher: PretrainedConfig, widths: Widths) -> PretrainedConfig:
         layer = layer_widths(widths, 0)
-        values = teacher.to_dict()
-        values |= {
+        sizes = {
             "hidden_size": widths["hidden"],
             "intermediate_size": layer.intermediate_size,
             "num_attention_heads": layer.num_heads,
             "num_hidden_layers": num_layers(widths),
         }
+        values = teacher.to_dict() | {self.field(name): size for name, size in sizes.items()}
         return type(teacher)(**values)
 
     def stock_head_dim(self, widths: Widths) -> int | None:
@@ -123,35 +83,36 @@ class PostNormEncoder(NamedFamily, Compensable):
         fits = widths["hidden"] % layer.num_heads == 0 and widths["hidden"] // layer.num_heads >= layer.qk_dim
         return widths["hidden"] // layer.num_heads if fits else None
 
-    def axis_table(self, model: nn.Module) -> AxisTable:
-        names = {name for name, _ in model.named_parameters()}
-        uses = self._shared_uses() + [u for i in range(model.config.num_hidden_layers) for u in self._layer_uses(i)]
-        return AxisTable(self._widths(model), tuple(u for u in uses if u.parameter in names))
-
     def _widths(self, model: nn.Module) -> dict[str, int]:
-        # From what `refresh` keeps, not from the weights: under ZeRO-3 these are empty between uses.
-        widths = {"hidden": self.embeddings(model).word_embeddings.embedding_dim}
+        widths = self._shared_widths(model)
         for i, (parts, attention) in enumerate(zip(self.layer_parts(model), self.attentions(model), strict=True)):
             widths[f"layer.{i}.ffn"] = parts.ffn_linear.out_features
-            widths[f"layer.{i}.heads"] = attention.num_attention_heads
-            widths[f"layer.{i}.qk_dim"] = attention.attention_head_size
-            widths[f"layer.{i}.vo_dim"] = attention.attention_head_size
+            widths[self._heads(i)] = getattr(attention, self.size_names.heads)
+            widths[f"layer.{i}.qk_dim"] = getattr(attention, self.size_names.head_dim)
+            widths[f"layer.{i}.vo_dim"] = getattr(attention, self.size_names.head_dim)
         return widths
 
-    def _shared_uses(self) -> list[AxisUse]:
+    def _heads(self, i: int) -> str:
+        """The axis of the heads of layer `i`."""
+        return f"layer.{i}.heads"
+
+    def _shared_widths(self, model: nn.Module) -> dict[str, int]:
+        return {"hidden": self.embeddings(model).word_embeddings.embedding_dim}
+
+    def _shared_uses(self, model: nn.Module, embedding: str = "hidden") -> list[AxisUse]:
+        """What is in no layer. `embedding`: the axis that embeddings and what enters the decoder run over."""
         embeddings, head = f"{self.backbone_name}.embeddings", self.head_names
-        uses = [AxisUse(f"{embeddings}.{table}.weight", 1, ("hidden",)) for table in self.embedding_tables]
-        uses += _vector(f"{embeddings}.LayerNorm")
-        uses += [AxisUse(f"{head.linear}.weight", dim, ("hidden",)) for dim in (0, 1)]
-        uses += [AxisUse(f"{head.linear}.bias", 0, ("hidden",))]
-        uses += _vector(head.norm)
+        uses = [AxisUse(f"{embeddings}.{table}.weight", 1, (embedding,)) for table in self.embedding_tables]
+        uses += _vector(f"{embeddings}.LayerNorm", embedding)
+        uses += linear_uses(head.linear, out=(embedding,), into=("hidden",))
+        uses += _vector(head.norm, embedding)
         # Present only when the decoder is not tied to the word embeddings.
-        return uses + [AxisUse(f"{head.decoder}.weight", 1, ("hidden",))]
+        return uses + [AxisUse(f"{head.decoder}.weight", 1, (embedding,))]
 
     def _layer_uses(self, i: int) -> list[AxisUse]:
         layer, names = f"{self.backbone_name}.{self.layers_name}.{i}", self.layer_names
-        qk = (f"layer.{i}.heads", f"layer.{i}.qk_dim")
-        vo = (f"layer.{i}.heads", f"layer.{i}.vo_dim")
+        qk = (self._heads(i), f"layer.{i}.qk_dim")
+        vo = (self._heads(i), f"layer.{i}.vo_dim")
         ffn = (f"layer.{i}.ffn",)
         uses = linear_uses(f"{layer}.{names.query}", out=qk, into=("hidden",))
         uses += linear_uses(f"{layer}.{names.key}", out=qk, into=("hidden",))
@@ -166,8 +127,9 @@ class PostNormEncoder(NamedFamily, Compensable):
         refresh_sizes(model, self.axis_table(model).with_widths(widths))
         for i, attention in enumerate(self.attentions(model)):
             layer = layer_widths(widths, i)
-            attention.num_attention_heads, attention.attention_head_size = layer.num_heads, layer.qk_dim
-            attention.all_head_size = layer.num_heads * layer.qk_dim
+            sizes = SizeNames(layer.num_heads, layer.qk_dim, layer.num_heads * layer.qk_dim)
+            for name, size in zip(self.size_names, sizes, strict=True):
+                setattr(attention, name, size)
         model.config.hidden_size = widths["hidden"]
 
     @torch.no_grad()
@@ -180,17 +142,24 @@ class PostNormEncoder(NamedFamily, Compensable):
         return self.backbone(model).embeddings
 
     def attend(self, model: nn.Module, i: int, hidden: Tensor, seen: Tensor | None) -> Tensor:
-        return self.attentions(model)[i](hidden, attention_mask=seen)[0]
+        attention, linear = self.attentions(model)[i], self.layer_parts(model)[i].attention_linear
+        if not self.layer_names.attention_linear.startswith(f"{self.attention_name}."):
+            return attention(hidden, attention_mask=seen)[0]
+        return _input_of(linear, functools.partial(attention, hidden, attention_mask=seen))
 
     def output_modules(self, model: nn.Module, with_values: bool) -> list[nn.Module]:
         parts = self.layer_parts(model)[-1]
-        return [*([parts.value] if with_values else []), parts.attention_output, parts.ffn, parts.ffn_output]
+        attention, ffn = [parts.attention_linear, parts.attention_norm], [parts.ffn_output_linear, parts.ffn_norm]
+        return [*([parts.value] if with_values else []), *attention, parts.ffn_linear, *ffn]
 
     def final_norm(self, model: nn.Module) -> None:
         return None
 
     def lm_head(self, model: nn.Module) -> nn.Module:
-        return model.get_submodule(self.head_names.head)
+        if self.head_names.head is not None:
+            return model.get_submodule(self.head_names.head)
+        parts = self.head_parts(model)
+        return nn.Sequential(parts.linear, parts.activation, parts.norm, self.decoder(model))
 
     def lm_transform(self, model: nn.Module) -> Callable[[Tensor], Tensor]:
         if self.head_names.transform is not None:
@@ -204,9 +173,13 @@ class PostNormEncoder(NamedFamily, Compensable):
         return [self._layer_parts(layer) for layer in self.layers(model)]
 
     def _layer_parts(self, layer: nn.Module) -> LayerParts:
-        return LayerParts(
-            **{field: layer.get_submodule(getattr(self.layer_names, field)) for field in LayerParts._fields}
-        )
+        of = {field: name and layer.get_submodule(name) for field, name in self.layer_names._asdict().items()}
+        blocks = {
+            "attention_output": functools.partial(_output_block, of["attention_linear"], of["attention_norm"]),
+            "ffn": functools.partial(_activated, of["ffn_linear"], of["ffn_activation"]),
+            "ffn_output": functools.partial(_output_block, of["ffn_output_linear"], of["ffn_norm"]),
+        }
+        return LayerParts(**{field: of[field] or blocks[field] for field in LayerParts._fields})
 
     def head_parts(self, model: nn.Module) -> HeadParts:
         names = self.head_names
@@ -222,8 +195,7 @@ class PostNormEncoder(NamedFamily, Compensable):
 
     def tensor_name(self, stored: str) -> str:
         """LayerNorms had gamma and beta, an encoder alone no prefix."""
-        is_encoder_alone = stored.startswith(("embeddings.", "encoder.", "pooler."))
-        name = f"{self.backbone_name}.{stored}" if is_encoder_alone else stored
+        name = f"{self.backbone_name}.{stored}" if stored.startswith(self.backbone_parts) else stored
         return re.sub(r"LayerNorm\.(gamma|beta)$", lambda m: f"LayerNorm.{_NORM_NAMES[m[1]]}", name)
 
 
@@ -234,5 +206,24 @@ def _transformed(parts: HeadParts, rows: Tensor) -> Tensor:
     return parts.norm(parts.activation(parts.linear(rows)))
 
 
-def _vector(name: str) -> list[AxisUse]:
-    return [AxisUse(f"{name}.weight", 0, ("hidden",)), AxisUse(f"{name}.bias", 0, ("hidden",))]
+def _activated(linear: nn.Linear, activation: nn.Module, inputs: Tensor) -> Tensor:
+    return activation(linear(inputs))
+
+
+def _output_block(linear: nn.Linear, norm: nn.LayerNorm, inputs: Tensor, residual: Tensor) -> Tensor:
+    return norm(linear(inputs) + residual)
+
+
+def _input_of(module: nn.Module, run: Callable[[], object]) -> Tensor:
+    """What `module` is given while `run` runs."""
+    taken_in: list[Tensor] = []
+    handle = module.register_forward_pre_hook(lambda _module, args: taken_in.append(args[0]))
+    try:
+        run()
+    finally:
+        handle.remove()
+    return taken_in[0]
+
+
+def _vector(name: str, axis: str = "hidden") -> list[AxisUse]:
+    return [AxisUse(f"{name}.weight", 0, (axis,)), AxisUse(f"{name}.bias", 0, (axis,))]

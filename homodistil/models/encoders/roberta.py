@@ -6,22 +6,14 @@ padding token: of 514 position embeddings 512 are used.
 
 from __future__ import annotations
 
-from transformers.activations import gelu
-
-from homodistil.models.encoders.post_norm import HeadNames, PostNormEncoder
+from homodistil.models.encoders.block_names import ROBERTA_HEAD
+from homodistil.models.encoders.post_norm import PostNormEncoder
 
 ROBERTA = PostNormEncoder(
     name="roberta",
     model_types=("roberta", "xlm-roberta", "camembert"),
     backbone_name="roberta",
-    head_names=HeadNames(
-        head="lm_head",
-        linear="lm_head.dense",
-        norm="lm_head.layer_norm",
-        decoder="lm_head.decoder",
-        transform=None,
-        activation=gelu,
-    ),
+    head_names=ROBERTA_HEAD,
     head_prefix="lm_head.",
     unused=(
         "roberta.pooler.",

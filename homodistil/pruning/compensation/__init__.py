@@ -154,6 +154,8 @@ def _refit(refit: Refit, decoder_gram: Tensor | None) -> float:
     """
     refit.run()
     lost = refit.lost()
+    if not refit.family.has_head(refit.new):
+        return lost
     if decoder_gram is not None and is_straight(refit.family.head_parts(refit.new).activation):
         straighten_head(refit, decoder_gram)
     elif refit.is_affected:

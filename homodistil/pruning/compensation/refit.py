@@ -198,7 +198,7 @@ class Refit:
         self._fit([parts.ffn_output_linear], pairs)
         self._norm(parts.ffn_output, parts.ffn_norm, active, [t.output for t in targets])
 
-    def _norm(self, block: nn.Module, norm: nn.LayerNorm, inputs: list[Tensor], targets: list[Tensor]) -> None:
+    def _norm(self, block: Callable, norm: nn.LayerNorm, inputs: list[Tensor], targets: list[Tensor]) -> None:
         """Fit the LayerNorm that ends an output block, and move the new side of the streams behind it."""
         sums = [inputs_of(norm, block, h, s.new) for s, h in zip(self.streams, inputs, strict=True)]
         fit_norm(norm, ((s.rows(z), t) for s, z, t in zip(self.streams, sums, targets, strict=True)), self.ridge)

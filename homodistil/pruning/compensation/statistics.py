@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from homodistil.data.batch import Batch
 from homodistil.distributed import ranks
+from homodistil.models.axes import layer_widths
 from homodistil.models.family import ModelFamily
 from homodistil.pruning.compensation.least_squares import TINY
 
@@ -102,7 +103,7 @@ class _Collector:
 
     def _hook_heads(self, i: int) -> list:
         parts = self.family.layer_parts(self.model)[i]
-        add = partial(self._add_heads, self.family.attentions(self.model)[i].num_attention_heads)
+        add = partial(self._add_heads, layer_widths(self.family.axis_table(self.model).widths, i).num_heads)
         return [
             parts.query.register_forward_hook(lambda _module, _args, output: add(f"query.{i}", output)),
             parts.key.register_forward_hook(lambda _module, _args, output: add(f"key.{i}", output)),

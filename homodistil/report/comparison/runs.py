@@ -15,7 +15,17 @@ from pathlib import Path
 from typing import Any
 
 from homodistil.metrics.result_table import ROW_FILE
-from homodistil.report.curves import TEACHER_STYLE, Curve, curve, final_controls, gap, teacher_value, terms_of
+from homodistil.metrics.term_labels import term_label
+from homodistil.report.curves import (
+    TEACHER_STYLE,
+    Curve,
+    curve,
+    final_controls,
+    fixed_rows,
+    gap,
+    teacher_value,
+    terms_of,
+)
 from homodistil.report.figures import Line, Panel
 from homodistil.report.run import Points, Run, check_size, clean, is_teacher, read_run
 
@@ -197,12 +207,15 @@ def run_curves(entries: Sequence[Entry]) -> list[Curve]:
     def compared(name: str) -> list[Line]:
         return [*evaluated(name), *_control_lines(entries, name, len(order)), *_teacher_lines(entries, name)]
 
-    fixed = "On held-out rows with masks that never change; the teacher on all of them."
+    runs = [entry.run for entry in entries]
+    tasks = {run.task for run in runs}
+    task = tasks.pop() if len(tasks) == 1 else None
+    fixed = f"On held-out {fixed_rows(*runs)}; the teacher on all of them."
     first = "Lines of one kind are seeds of one setting."
     losses = Panel("total", lines(lambda run: run.points("loss/total")), log_when_wide=True)
     terms = [
-        Panel(term, lines(lambda run, t=term: run.points(f"loss/{t}")), log_when_wide=True)
-        for term in terms_of(*(entry.run for entry in entries))
+        Panel(term_label(term, task), lines(lambda run, t=term: run.points(f"loss/{t}")), log_when_wide=True)
+        for term in terms_of(*runs)
     ]
     heldout = [Panel(title, compared(name)) for name, title in _HELDOUT.items()]
     distances = [

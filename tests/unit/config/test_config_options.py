@@ -85,6 +85,7 @@ def test_the_facts_that_runs_in_old_folders_depend_on():
     assert free == {
         "teacher.dtype",
         "teacher.allow_pickle",
+        "teacher.plugins",
         "teacher.shard",
         "data.task",  # auto, which follows from the teacher, is written down as what it follows to
         "data.cache_dir",

@@ -9,6 +9,7 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from support.small import plain_widths
 
 import homodistil
 from homodistil.config.field_names import as_arguments, full_name, full_names
@@ -22,11 +23,12 @@ from homodistil.models.axis_listing import axis_listing, entry_parameters
 from homodistil.models.shapes import Shape, half_of, in_proportion
 from homodistil.training.show_axes import axes_of
 
-BERT_BASE = Shape(768, 3072, 12)
+BERT_BASE = plain_widths(768, 3072, 12)
 
 
 def test_fields_go_by_their_last_name_where_it_is_the_only_one():
     assert full_name("steps") == "train.steps" and full_name("hidden_size") == "student.hidden_size"
+    assert full_name("size") == "student.size" and full_name("parameters") == "student.parameters"
     assert all(full_name(name) == name for name in full_names()) and "pruning.schedule" in full_names()
     wanted = ["--train.steps=3", '--data.sources=["a.txt", "b"]', "--run.dir=x/y", "--train.lr=0.5"]
     values = {"steps": np.int64(3), "sources": (Path("a.txt"), "b"), "run.dir": Path("x/y"), "lr": torch.tensor(0.5)}

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from homodistil.data.masked_lm import Masker
+from homodistil.data.prefetch import mean_counts
 
 PAD, CLS, SEP, MASK, UNK = 0, 101, 102, 103, 100
 
@@ -77,9 +78,19 @@ def test_labels_restore_the_blocks_and_counts_are_right(tokenizer, count, width,
     np.testing.assert_array_equal(restored.view(count, width).numpy(), blocks)
     lengths = [sum(1 for token in row if token != PAD) for row in blocks.tolist()]
     assert batch.attention_mask.tolist() == [[1] * n + [0] * (width - n) for n in lengths]
-    assert batch.counts == (len(batch.target_index), sum(lengths), sum(n * n for n in lengths))
+    assert batch.counts == (len(batch.target_index), sum(lengths), sum(n * n for n in lengths), None)
     assert batch.token_index.tolist() == np.flatnonzero(blocks != PAD).tolist()
     assert len(batch.tensors) == 5 and all(t.dtype == torch.int64 for t in batch.tensors)
+
+
+def test_pairs_in_a_window_are_counted(tokenizer):
+    blocks, window = blocks_of(5, 23, seed=3), 4
+    tokens = torch.from_numpy(blocks != PAD)
+    near = (torch.arange(23)[:, None] - torch.arange(23)).abs() <= window
+    expected = (tokens[:, :, None] & tokens[:, None, :] & near).sum()
+    batches = [Masker(tokenizer, 0.15, 0, window).without_targets(blocks)] * 2
+    assert batches[0].counts.window_pairs == expected < batches[0].counts.pairs
+    assert mean_counts(batches, torch.device("cpu")).window_pairs == expected
 
 
 def test_draws_depend_on_seed_epoch_and_sample_alone(tokenizer):

@@ -1,9 +1,13 @@
 """How a student may start: layer maps, fresh weights, and what is refused."""
 
+import copy
+from fractions import Fraction
+
 import pytest
 import torch
 from support.small import VOCABULARY, plain_run, small_batch, small_model
-from transformers import BertConfig
+from support.tiny_decoder import make_decoder
+from transformers import BertConfig, Qwen2Config
 
 from homodistil.config.schema import RunConfig, StudentConfig
 from homodistil.distill.layer_map import check_student, compared_layers, copied_layers
@@ -11,6 +15,7 @@ from homodistil.distill.losses.active import check_terms
 from homodistil.distill.teacher import Teacher
 from homodistil.errors import UserError
 from homodistil.export.stock_model import stock_model
+from homodistil.models.activations import ATTENTION
 from homodistil.models.encoders.bert import BERT as bert
 from homodistil.models.shapes import student_widths
 from homodistil.training.resolve import resolve_run
@@ -46,12 +51,46 @@ def test_layers_are_compared_uniformly():
     assert copied_layers(StudentConfig(num_hidden_layers=6, init_layers=published), 12) == tuple(published)
 
 
+def nearest_layers(num_layers: int, num_teacher_layers: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """(compared, copied) by looking at every layer of the teacher; of two equally near ones the later."""
+
+    def nearest(point: Fraction) -> int:
+        return max(range(num_teacher_layers), key=lambda layer: (-abs(layer - point), layer))
+
+    step = Fraction(num_teacher_layers, num_layers)
+    return tuple(zip(*((nearest((m + 1) * step - 1), nearest(m * step)) for m in range(num_layers)), strict=True))
+
+
+def test_any_depth_up_to_the_teachers():
+    for num_teacher_layers in range(1, 41):
+        for num_layers in range(1, num_teacher_layers + 1):
+            student = StudentConfig(num_hidden_layers=num_layers)
+            compared, copied = (layers(student, num_teacher_layers) for layers in (compared_layers, copied_layers))
+            assert (compared, copied) == nearest_layers(num_layers, num_teacher_layers)
+            assert len(compared) == num_layers and list(compared) == sorted(set(compared))
+            assert compared[-1] == num_teacher_layers - 1 and copied[0] == 0
+            # Each student layer stands for a block of the teacher's: copied from its first, compared with its last.
+            assert copied[1:] == tuple(layer + 1 for layer in compared[:-1])
+            if num_teacher_layers % num_layers == 0:
+                step = num_teacher_layers // num_layers
+                assert compared == tuple(range(step - 1, num_teacher_layers, step))
+                assert copied == tuple(range(0, num_teacher_layers, step))
+
+
+def test_minitrons_depths():
+    """32 -> 16 and 36 -> 24 layers (arXiv 2407.14679), the latter in blocks of two layers and of one by turns."""
+    compared = compared_layers(StudentConfig(num_hidden_layers=24), 36)
+    assert compared == tuple(layer for i in range(0, 36, 3) for layer in (i + 1, i + 2))
+    assert compared_layers(StudentConfig(num_hidden_layers=16), 32) == tuple(range(1, 32, 2))
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"student__num_hidden_layers": 4}, "student.num_hidden_layers: found 4, the teacher has 6.*1, 2, 3, 6"),
-        ({"student__num_hidden_layers": 0}, "student.num_hidden_layers: found 0"),
-        ({"student__num_hidden_layers": 12}, "student.num_hidden_layers: found 12"),
+        ({"student__num_hidden_layers": 0}, r"student.num_hidden_layers: found 0, the teacher has 6.*1 \.\. 6"),
+        ({"student__num_hidden_layers": -1}, "student.num_hidden_layers: found -1"),
+        ({"student__num_hidden_layers": 7}, r"student.num_hidden_layers: found 7, the teacher has 6.*1 \.\. 6"),
+        ({"student__init_layers": [*range(7)], "student__num_hidden_layers": 7}, "num_hidden_layers: found 7"),
         ({"student__init_layers": [0, 3], "student__num_hidden_layers": 3}, r"student.init_layers: found \[0, 3\].*3 "),
         ({"student__init_layers": [3, 0], "student__num_hidden_layers": 2}, "ascending"),
         ({"student__init_layers": [0, 6], "student__num_hidden_layers": 2}, r"0 \.\. 5"),
@@ -104,6 +143,47 @@ def test_a_copy_of_some_layers_has_the_teachers_weights():
         assert all(torch.equal(a, b) for a, b in zip(layer.parameters(), origin.parameters(), strict=True))
     batch = small_batch()
     assert torch.isfinite(student(batch, Teacher(teacher)(batch)).total)
+
+
+@pytest.mark.parametrize("lock_step", [True, False])
+def test_a_depth_that_does_not_divide_the_teachers(lock_step):
+    """4 layers of 6, each term against the teacher's own pass, whichever way the teacher runs."""
+    config = config_of(student__num_hidden_layers=4, pruning__schedule="none", loss__hidden=1.0)
+    student, teacher = student_of(config)
+    layers, theirs = student.model.bert.encoder.layer, teacher.bert.encoder.layer
+    assert student.layer_map.layers == (1, 2, 4, 5)
+    for layer, origin in zip(layers, (theirs[0], theirs[2], theirs[3], theirs[5]), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(layer.parameters(), origin.parameters(), strict=True))
+    batch = small_batch()
+    terms = student(batch, Teacher(teacher, lock_step=lock_step)(batch)).terms
+    hidden = [hidden_states(model, batch) for model in (student.model, teacher)]
+    for i, compared in enumerate((1, 2, 4, 5)):
+        expected = (hidden[0][i + 1] - hidden[1][compared + 1])[batch.attention_mask.bool()].square().mean()
+        torch.testing.assert_close(terms[f"hidden/layer.{i}"], expected, rtol=1e-5, atol=1e-6)
+
+
+@torch.no_grad()
+def hidden_states(model, batch) -> tuple[torch.Tensor, ...]:
+    """What enters layer 0, and what each layer puts out, by the library."""
+    return model(batch.input_ids, attention_mask=batch.attention_mask, output_hidden_states=True).hidden_states
+
+
+def test_an_export_keeps_the_kinds_of_the_layers_that_it_was_made_of():
+    """Full and windowed layers: 3 of 4, by depth; the stock checkpoint sees what the student saw, beyond the window."""
+    kinds = ["full_attention", "sliding_attention", "full_attention", "sliding_attention"]
+    window = {"layer_types": kinds, "use_sliding_window": True, "sliding_window": 8}
+    teacher = make_decoder(Qwen2Config, num_hidden_layers=4, **window)
+    config = config_of(student__preset="teacher", student__num_hidden_layers=3, pruning__schedule="none")
+    config.student.hidden_size = config.student.intermediate_size = config.student.num_attention_heads = None
+    load = copy.deepcopy(teacher)
+    load.set_attn_implementation(ATTENTION)
+    student = resolve_run(config, teacher.config).build_student(lambda: load)
+    weights = {name: p.detach() for name, p in student.named_parameters()}
+    stock = stock_model(weights, student, teacher.config)
+    assert stock.config.layer_types == [kinds[0], kinds[1], kinds[3]] and student.layer_map.layers == (0, 2, 3)
+    assert teacher.config.layer_types == kinds
+    ids = torch.randint(300, (2, 20), generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(stock(ids).logits, student.model(ids).logits, rtol=1e-5, atol=1e-5)
 
 
 def test_fresh_weights_follow_the_seed_alone():

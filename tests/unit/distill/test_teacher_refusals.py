@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from families.cases import make_model
 from safetensors.torch import load_file, save_file
 from support.small import small_model
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -85,7 +86,6 @@ def nan(tensors: dict) -> None:
         lambda t: edit(t, lambda tensors: {n: x for n, x in tensors.items() if n != QUERY}),
         lambda t: edit(t, lambda tensors: {n: x.to(torch.int8) for n, x in tensors.items()}),
         lambda t: edit(t, lambda tensors: {n: x for n, x in tensors.items() if n != f"{HEAD}bias"}),
-        lambda t: edit(t, lambda tensors: {n: x for n, x in tensors.items() if not n.startswith(HEAD)}),
         lambda t: (t / "model.safetensors").write_bytes(b"\xff" * 999),
         lambda t: set_json(t / "config.json", num_hidden_layers=10**6),
         lambda t: set_json(t / "config.json", hidden_size=48, num_attention_heads=4),
@@ -124,7 +124,7 @@ def test_a_missing_head_is_named_once_where_it_need_not_be_there(teacher):
     said: list[str] = []
     check_teacher(config_of(teacher, teacher__correction_steps=7), said.append)
     assert said == [f"teacher: {teacher} has no MLM head; teacher.correction_steps=7 trains one"]
-    unused = {"loss__mlm": 0.0, "loss__kl": 0.0, "pruning__compensation": "none"}
+    unused = {"data__task": "mlm", "loss__mlm": 0.0, "loss__kl": 0.0, "pruning__compensation": "none"}
     check_teacher(config_of(teacher, **unused), said.append)
     assert said[1:] == [f"teacher: {teacher} has no MLM head, and none is used (loss.mlm=0, loss.kl=0)"]
     full = config_of(teacher, **unused | {"pruning__compensation": "full"})
@@ -195,3 +195,17 @@ def test_an_encoder_of_another_family_is_evaluated_and_looked_at_as_well(tmp_pat
     assert f"lack 1 tensor that config.json asks for (distilbert.{name})" in refusal(load)
     save_file(tensors | {name: tensors[name] * torch.inf}, tmp_path / "model.safetensors", {"format": "pt"})
     assert f"distilbert.{name} holds" in refusal(load)
+
+
+def test_the_first_gpt2_files_are_read(tmp_path):
+    """Of the backbone alone, with the causal masks as whole numbers."""
+    model = make_model("gpt2")
+    model.save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    stored = {name.removeprefix("transformer."): t for name, t in stored.items() if name != "lm_head.weight"}
+    stored |= {f"h.{i}.attn.bias": torch.ones(1, 1, 40, 40, dtype=torch.uint8).tril() for i in range(2)}
+    save_file(stored, tmp_path / "model.safetensors", {"format": "pt"})
+    said = []
+    assert has_lm_head(str(tmp_path), say=said.append) and not said
+    loaded = load_model(str(tmp_path)).state_dict()
+    assert all(torch.equal(loaded[name], weight) for name, weight in model.state_dict().items())

@@ -9,9 +9,10 @@ import torch
 from support.small import small_batch, small_model
 from torch import nn
 
+from homodistil.config.plugins import load_plugins
 from homodistil.config.schema import LossConfig
 from homodistil.distill.losses import term as terms
-from homodistil.distill.losses.active import active_terms, load_plugins
+from homodistil.distill.losses.active import active_terms
 from homodistil.distill.losses.projection import Projection
 from homodistil.distill.losses.term import BatchSizes, Term, register, registered
 from homodistil.distill.objective import Objective
@@ -155,7 +156,7 @@ def test_a_plugin_that_fails_is_refused_each_time_in_one_line(tmp_path):
     (tmp_path / "broken.py").write_text("raise RuntimeError('two\\nlines')")
     for _ in range(2):
         with pytest.raises(UserError, match=r"cannot import '.*broken.py' \(RuntimeError: two lines\)") as caught:
-            load_plugins([str(tmp_path / "broken.py")])
+            load_plugins([str(tmp_path / "broken.py")], "loss.plugins")
         assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match="cannot import 'nowhere.py' .FileNotFoundError"):
-        load_plugins(["nowhere.py"])
+        load_plugins(["nowhere.py"], "loss.plugins")

@@ -15,10 +15,14 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from families.cases import write_export
+from safetensors.torch import load_file
 from support.glue_files import write_checkpoint, write_glue
 
 from homodistil.errors import UserError
 from homodistil.evaluation.glue import published
+from homodistil.evaluation.glue.checkpoint import load_classifier
 from homodistil.evaluation.glue.fine_tuning import Settings, _best, encode, fine_tune
 from homodistil.evaluation.glue.grid import Grid, run_grid
 from homodistil.evaluation.glue.result_table import summarise, write_table
@@ -88,6 +92,20 @@ def test_training_learns_and_leaves_nothing_behind(checkpoint, tmp_path, monkeyp
     again = fine_tune(checkpoint, TASKS["sst2"], data, dataclasses.replace(settings, epochs=1))
     same = fine_tune(checkpoint, TASKS["sst2"], data, dataclasses.replace(settings, epochs=1))
     assert {**again, "seconds": 0} == {**same, "seconds": 0}
+
+
+@pytest.mark.parametrize("model_type", ["distilbert", "electra", "mpnet"])
+def test_other_families_are_fine_tuned(model_type, tmp_path, tokenizer):
+    """Exports of other classes: the encoder as it is stored, a head of its own kind, with or without token types."""
+    write_export(model_type, tokenizer, tmp_path)
+    stored, model = load_file(tmp_path / "model.safetensors"), load_classifier(str(tmp_path), TASKS["rte"])
+    inside = {name: weight for name, weight in model.state_dict().items() if name.startswith(model.base_model_prefix)}
+    assert all(torch.equal(weight, stored[name]) for name, weight in inside.items())
+    assert len(inside) < len(model.state_dict())
+    pairs = Split([(f"number {i}", "a film, good or bad") for i in range(8)], [0, 1] * 4)
+    settings = dataclasses.replace(SHARED, lr=1e-3, batch_size=4, epochs=1)
+    result = fine_tune(str(tmp_path), TASKS["rte"], TaskData(pairs, {"": pairs}), settings)
+    assert result["steps"] == 2 and 0 <= result["accuracy"] <= 1
 
 
 def test_similarities_are_standardised_by_train(checkpoint):

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from families.cases import write_export
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
@@ -64,10 +65,7 @@ def write_files(folder: Path, *versions: str) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory) -> Path:
-    """A tiny random BERT with a word-level fast tokenizer of its own."""
-    folder = tmp_path_factory.mktemp("checkpoint")
+def word_level_tokenizer() -> PreTrainedTokenizerFast:
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *dict.fromkeys(w.lower() for w in (*PLACES, *PEOPLE, *WORDS))]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
     tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.BertPreTokenizer()
@@ -75,10 +73,17 @@ def checkpoint(tmp_path_factory) -> Path:
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
     special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    """A tiny random BERT with a word-level fast tokenizer of its own."""
+    folder, tokenizer = tmp_path_factory.mktemp("checkpoint"), word_level_tokenizer()
+    tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
     config = BertConfig(
-        vocab_size=len(words),
+        vocab_size=len(tokenizer),
         hidden_size=48,
         num_hidden_layers=2,
         num_attention_heads=4,
@@ -192,6 +197,15 @@ def test_a_model_that_overfits_gets_everything_right(tmp_path, checkpoint, versi
     assert predictions["q3"] == "old town of Cairo"
     if version == "v2.0":
         assert predictions["n3"] == "" and found["no_answer_accuracy"] == found["has_answer_exact"] == 1.0
+
+
+@pytest.mark.parametrize("model_type", ["distilbert", "electra", "mpnet"])
+def test_other_families_are_fine_tuned(tmp_path, model_type):
+    write_export(model_type, word_level_tokenizer(), tmp_path)
+    data = load_squad(write_files(tmp_path, "v1.1"))
+    settings = Settings(lr=1e-3, batch_size=8, epochs=1, max_length=96, stride=8, device="cpu")
+    found, predictions = fine_tune(tmp_path, data, settings)
+    assert found["steps"] >= 1 and set(predictions) == {f"q{i}" for i in range(8)}
 
 
 def test_runs_are_kept_and_not_repeated(tmp_path, checkpoint):

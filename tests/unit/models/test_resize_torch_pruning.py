@@ -1,6 +1,6 @@
-"""Our slicing of a real BERT gives the logits of Torch-Pruning's: same neurons and heads gone, their code against ours.
+"""Our slicing of a real BERT gives the logits of Torch-Pruning's: the same heads gone, their code against ours.
 
-Torch-Pruning follows its own dependency graph (traced by autograd) from one layer to all that must shrink with it.
+Neurons and residual dims of every family, by Torch-Pruning's dependency graph: tests/families/test_torch_pruning.py.
 """
 
 from __future__ import annotations
@@ -41,14 +41,6 @@ def input_ids() -> torch.Tensor:
     return torch.randint(0, 97, (3, TOKENS), generator=torch.Generator().manual_seed(1))
 
 
-def prune_theirs(model: BertForMaskedLM, input_ids: torch.Tensor, root: torch.nn.Linear, gone: list[int]) -> None:
-    """Remove outputs `gone` of `root`, and whatever Torch-Pruning finds to depend on them."""
-    graph = tp.DependencyGraph().build_dependency(model, example_inputs={"input_ids": input_ids})
-    group = graph.get_pruning_group(root, tp.prune_linear_out_channels, idxs=gone)
-    assert graph.check_pruning_group(group)
-    group.prune()
-
-
 def prune_ours(model: BertForMaskedLM, keep: dict[str, torch.Tensor]) -> None:
     plan = make_plan(bert.axis_table(model), keep)
     slice_module(model, plan)
@@ -63,17 +55,6 @@ def assert_same(ours: BertForMaskedLM, theirs: BertForMaskedLM, input_ids: torch
         expected, found = theirs(input_ids=input_ids).logits, ours(input_ids=input_ids).logits
     assert torch.equal(found, expected)  # the same operations on the same numbers
     assert (expected - before).abs().max() > 0.1, "nothing that mattered was removed"
-
-
-def test_ffn_neurons(model, input_ids):
-    before, theirs = model(input_ids=input_ids).logits.detach(), copy.deepcopy(model)
-    gone = {0: [0, 7, 8, 30, 54], 1: [3]}
-    for i, neurons in gone.items():
-        prune_theirs(theirs, input_ids, theirs.bert.encoder.layer[i].intermediate.dense, neurons)
-    keep = {f"layer.{i}.ffn": torch.tensor([n for n in range(FFN) if n not in gone[i]]) for i in gone}
-    prune_ours(model, keep)
-    assert model.bert.encoder.layer[0].output.dense.weight.shape == (NUM_HEADS * HEAD_DIM, FFN - 5)
-    assert_same(model, theirs, input_ids, before)
 
 
 def test_heads(model, input_ids):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import BertConfig, LlamaConfig, MistralConfig, Qwen2Config
+from transformers import BertConfig, Gemma3TextConfig, GPT2Config, LlamaConfig, MistralConfig, Qwen2Config
 
 from homodistil.config.rules import check
 from homodistil.config.schema import RunConfig
@@ -35,9 +35,9 @@ def _table(config):
 
 
 @pytest.mark.parametrize("size", [0.25, 0.5, 0.75, 1.0])
-@pytest.mark.parametrize("kind", [BertConfig, LlamaConfig, Qwen2Config])
+@pytest.mark.parametrize("kind", [BertConfig, GPT2Config, LlamaConfig, Qwen2Config, Gemma3TextConfig])
 def test_the_count_is_the_stock_models_and_near_what_was_wanted(kind, size):
-    config = kind() if kind is BertConfig else kind(**SMOLLM2)
+    config = kind() if kind in (BertConfig, GPT2Config) else kind(**SMOLLM2)
     family, table, shapes = _table(config)
     whole = sum(int(torch.tensor(shape).prod()) for shape in shapes.values())
     shape, parameters = find_shape(table, shapes, size * whole, "student.size")
@@ -109,6 +109,13 @@ def test_known_architectures_are_refused_by_name(model_type):
     [
         ({"num_key_value_heads": 2}, "num_attention_heads 9 with num_key_value_heads 2, which does not divide it"),
         ({"head_dim": -1}, "found head_dim -1, allowed are whole numbers"),
+        ({"num_key_value_heads": 0}, "found num_key_value_heads 0, allowed are whole numbers"),
+        ({"num_key_value_heads": "3"}, "found num_key_value_heads '3', allowed are whole numbers"),
+        ({"rms_norm_eps": 0}, "found rms_norm_eps 0, allowed are numbers > 0; set 1e-06, say"),
+        ({"attention_dropout": 2}, "found attention_dropout 2, allowed"),
+        ({"rope_parameters": {"rope_type": "nope"}}, "found rope_type 'nope', allowed are default, linear, "),
+        ({"rope_parameters": {"full_attention": {"rope_theta": -1}}}, "found rope_theta -1, allowed are numbers > 0"),
+        ({"rope_theta": "10000"}, "found rope_theta '10000', allowed are numbers > 0"),
         ({"auto_map": {"AutoConfig": "x.Y"}}, "found auto_map"),
     ],
     ids=lambda value: str(value)[:20],
@@ -117,6 +124,38 @@ def test_a_decoders_config_that_no_run_could_use(values, message):
     content = SMOLLM2 | {"model_type": "llama"} | values
     with pytest.raises(UserError, match=message):
         check_values(content, "teacher.name: config.json")
+
+
+def test_a_gemma_that_is_not_computed_as_it_was_trained():
+    for name, value in (("final_logit_softcapping", 30.0), ("use_bidirectional_attention", True)):
+        content = SMOLLM2 | {"model_type": "gemma3_text", name: value}
+        with pytest.raises(UserError, match=rf"^teacher.name: config.json: found {name} {value}, allowed is .*; give"):
+            check_values(content, "teacher.name: config.json")
+        check_values(content | {name: None}, "teacher.name: config.json")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"n_head": 5}, "found n_embd 48 with n_head 5, which does not divide it"),
+        ({"n_layer": 0}, "found n_layer 0, allowed are whole numbers 1"),
+        ({"n_inner": -4}, "found n_inner -4, allowed are whole numbers 1"),
+        ({"activation_function": "gelo"}, "found activation_function 'gelo', which is no activation"),
+        ({"embd_pdrop": 2.0}, r"found embd_pdrop 2.0, allowed \[0, 1\)"),
+        ({"layer_norm_epsilon": 0}, "found layer_norm_epsilon 0, allowed are numbers > 0"),
+        (
+            {"scale_attn_by_inverse_layer_idx": True},
+            "found scale_attn_by_inverse_layer_idx True, allowed is false: the",
+        ),
+        ({"scale_attn_weights": False}, "found scale_attn_weights False, allowed is true: the softmax scale"),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_a_gpt2s_config_in_its_own_names(values, message):
+    content = {"model_type": "gpt2", "n_embd": 48, "n_head": 6, "n_layer": 2, "n_inner": None}
+    check_values(content, "teacher.name: config.json")
+    with pytest.raises(UserError, match=f"^teacher.name: config.json: {message}"):
+        check_values(content | values, "teacher.name: config.json")
 
 
 def test_one_way_to_say_a_size():

@@ -2,12 +2,22 @@
 
 import pytest
 import torch
+from support.small import grouped_widths, plain_widths
 from transformers import BertConfig, BertForMaskedLM
 
 from homodistil.config.schema import StudentConfig
 from homodistil.errors import UserError
+from homodistil.models import family_of
 from homodistil.models.encoders.bert import BERT as bert
-from homodistil.models.shapes import PRESETS, Shape, half_of, target_shape, target_widths
+from homodistil.models.shapes import (
+    PRESETS,
+    Shape,
+    check_stock,
+    half_of,
+    in_proportion,
+    target_shape,
+    target_widths,
+)
 
 BERT_BASE = BertConfig()  # Hugging Face's defaults are bert-base-uncased
 
@@ -77,17 +87,33 @@ def test_impossible_shapes_name_the_field(student, message):
 @pytest.mark.parametrize("heads", [1, 2, 3, 5, 12])
 @pytest.mark.parametrize("head_dim", [1, 2, 7, 64])
 def test_the_proposed_half_can_be_cut_from_its_teacher(heads, head_dim):
-    teacher = Shape(heads * head_dim, 2 * head_dim, heads)
+    teacher = plain_widths(heads * head_dim, 2 * head_dim, heads)
     half = half_of(teacher)
-    widths = {"hidden": teacher.hidden_size, "layer.0.ffn": teacher.intermediate_size, "layer.0.heads": heads}
-    widths |= {"layer.0.qk_dim": head_dim, "layer.0.vo_dim": head_dim}
-    assert target_widths(half, widths)["hidden"] == half.hidden_size
-    assert half.hidden_size <= max(1, teacher.hidden_size // 2) and half.hidden_size >= teacher.hidden_size // 3
+    assert target_widths(half, teacher)["hidden"] == half.hidden_size
+    assert max(1, teacher["hidden"] // 2) >= half.hidden_size >= teacher["hidden"] // 3
+
+
+@pytest.mark.parametrize(("groups", "in_group"), [(1, 4), (3, 3), (5, 1), (4, 3)])
+@pytest.mark.parametrize("hidden", [35, 36, 640])
+def test_the_proposed_sizes_of_grouped_heads_are_multiples_of_their_number(groups, in_group, hidden):
+    teacher = grouped_widths(hidden, 80, groups, in_group, head_dim=8)
+    for given in ({}, {"intermediate_size": 30}, {"hidden_size": hidden - 7}):
+        shape = in_proportion({name: given.get(name) for name in Shape._fields}, teacher)
+        check_stock(family_of("gemma3_text"), target_widths(shape, teacher), teacher)
+
+
+def test_a_hidden_size_that_no_stock_class_holds_names_the_nearest():
+    teacher = grouped_widths(48, 80, 3, 2, head_dim=8)
+    target = target_widths(Shape(35, 40, 6), teacher)
+    message = r"^student.hidden_size: found 35 with 6 heads, .* gemma3 .* nearest are 30 and 36 \(or set"
+    with pytest.raises(UserError, match=message):
+        check_stock(family_of("gemma3_text"), target, teacher)
+    check_stock(family_of("llama"), target, teacher)  # Mistral's class holds it
 
 
 def test_half_of_a_teacher_of_even_sizes_is_half_of_everything():
-    assert half_of(Shape(384, 1536, 12)) == Shape(192, 768, 6)
-    assert half_of(Shape(128, 512, 2)) == Shape(64, 256, 1)
+    assert half_of(plain_widths(384, 1536, 12)) == Shape(192, 768, 6)
+    assert half_of(plain_widths(128, 512, 2)) == Shape(64, 256, 1)
 
 
 def test_fields_override_the_preset():

@@ -222,7 +222,7 @@ def test_real_steps_calibrate_plans_of_this_machine(server, measured, tmp_path):
 @pytest.mark.process
 def test_the_report_shows_the_plan_beside_the_run(server, measured):
     folder, fields, _ = measured
-    server.run(ROOT / "launcher" / "train.py", fields, num_ranks=1, timeout_s=300)
+    server.run(ROOT / "launcher" / "train.py", [*fields, "run.report=true"], num_ranks=1, timeout_s=300)
     assert json.loads((folder / "run" / "plan.json").read_text())["stretches"]
     page = (folder / "run" / "report.html").read_text()
     assert "Planned and measured" in page and "calibrated by steps measured on" in page

@@ -25,6 +25,12 @@ def test_told_before_and_after_the_first_cut_and_no_more():
     assert told[2][0].startswith("mine: at step 3, hidden 64,")
 
 
+def test_a_decoders_term_is_called_lm_where_people_read_it():
+    (line, _) = Balance("mine", WEIGHTS, task="causal").lines(1, LOSSES, 128, is_cut=False)
+    assert line == "mine: at step 1, hidden 128, the loss is 31: lm 6%, kl 6%, attention 87%"
+    assert "mlm" in Balance("x", WEIGHTS, task="causal").shares(LOSSES)  # as metrics.jsonl has it
+
+
 def test_the_proposed_weight_makes_a_term_half_of_all():
     (_, warning) = Balance("x", WEIGHTS).lines(1, LOSSES, 64, is_cut=True)
     assert warning.startswith("warning: the attention term is 87% of the loss (27 of 31); loss.attention=0.44 would")

@@ -1,0 +1,104 @@
+"""What a config leaves to its teacher: the task, weights of terms that need logits, and how cuts are compensated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from homodistil.config.rules import check_task
+from homodistil.config.schema import LM_HEAD_WEIGHTS, RunConfig, set_value, value_of
+from homodistil.data.task import settle_task, task_of
+from homodistil.distill.losses.active import active_terms, field_of
+from homodistil.errors import UserError
+from homodistil.metrics.term_labels import language_modelling
+from homodistil.models import family_of
+
+
+def settle(config: RunConfig, teacher_config, has_head: bool = True) -> None:
+    """Replace what the config leaves to the teacher, in place: data.task, loss.mlm, loss.kl, pruning.compensation.
+
+    Args:
+        has_head: whether the teacher has a language-modelling head that has been trained.
+
+    Raises:
+        UserError: the config asks for what the teacher's family does not have.
+    """
+    family, pruning = family_of(teacher_config.model_type), config.pruning
+    settle_task(config.data, family.task, config.teacher.name, has_head or _wants_head(config))
+    if not task_of(config.data).has_lm_head:
+        _leave_out_words(config)
+    obstacle = family.refit_obstacle(teacher_config)
+    if pruning.compensation == "auto":
+        strongest = "full" if task_of(config.data).has_lm_head else "refit"  # the basis is chosen by the head
+        pruning.compensation = "none" if obstacle else strongest
+    if pruning.compensation != "none" and pruning.schedule != "none" and obstacle:
+        raise UserError(
+            f"pruning.compensation: found {pruning.compensation}, allowed is none for this teacher, {obstacle}; set it "
+            f"to none or auto"
+        )
+
+
+def _wants_head(config: RunConfig) -> bool:
+    """Whether the config, which leaves the task to the teacher, makes or uses a language-modelling head."""
+    given = any(name in config.given and value_of(config, name) > 0 for name in LM_HEAD_WEIGHTS)
+    return given or config.teacher.correction_steps > 0
+
+
+def _leave_out_words(config: RunConfig) -> None:
+    """Weights of the terms over the vocabulary become 0; the user has set none (`rules.check`)."""
+    for name in LM_HEAD_WEIGHTS:
+        set_value(config, name, 0.0)
+    readers = [field_of(config.loss, n) for t in active_terms(config.loss) if "logits" in t.needs for n in t.names]
+    if readers:
+        raise UserError(
+            f"{readers[0]}: needs logits, but data.task=none has no language-modelling head; set {readers[0]}=0"
+        )
+    if not config.loss.weights:
+        raise UserError(
+            "loss: every weight but those of terms over the vocabulary is 0, and data.task=none has no logits; give "
+            "loss.hidden or loss.attention a weight > 0"
+        )
+
+
+def check_head(config: RunConfig, has_head: bool, say: Callable[[str], None]) -> None:
+    """Refuse a head that nobody has trained where the config uses it."""
+    name, steps = config.teacher.name, config.teacher.correction_steps
+    head = f"{language_modelling(config.data.task)} head"
+    if not task_of(config.data).has_lm_head:
+        _tell_without_words(config, has_head, say)
+        return
+    if has_head:
+        return
+    if steps:
+        say(f"teacher: {name} has no {head}; teacher.correction_steps={steps} trains one")
+        return
+    readers = [term for term in active_terms(config.loss) if "logits" in term.needs]
+    if readers:
+        fields = [field_of(config.loss, name) for term in readers for name in term.names]
+        raise UserError(
+            f"teacher.name: {name!r} has no {head}, so {' and '.join(fields)} would teach noise; "
+            f"set teacher.correction_steps (1000, say) to train one, or {'=0 '.join(fields)}=0"
+        )
+    if config.pruning.compensation == "full" and config.pruning.schedule != "none":
+        raise UserError(
+            f"pruning.compensation: found full, but the teacher {name!r} has no trained {head}, whose gradients "
+            f"choose the basis and whose loss checks it, so that it would do harm; set pruning.compensation=refit or "
+            f"none, or teacher.correction_steps (1000, say) to train a head"
+        )
+    if config.pruning.importance == "teacher_kl":
+        raise UserError(
+            f"pruning.importance: found teacher_kl, but the teacher {name!r} has no trained {head} to sample labels "
+            f"from; set pruning.importance=sensitivity, or teacher.correction_steps (1000, say) to train a head"
+        )
+    say(f"teacher: {name} has no {head}, and none is used (loss.mlm=0, loss.kl=0)")
+
+
+def _tell_without_words(config: RunConfig, has_head: bool, say: Callable[[str], None]) -> None:
+    """Raise `UserError` where something needs words all the same that was left open at first."""
+    check_task(config)
+    why = f"the language-modelling head of {config.teacher.name} is left out"
+    if not has_head:
+        why = f"{config.teacher.name} has no language-modelling head"
+    say(
+        f"teacher: {why}: task none, which masks and predicts nothing (loss.mlm=0, loss.kl=0); the student learns from "
+        f"{', '.join(config.loss.weights)}"
+    )
