@@ -76,13 +76,7 @@ def check_task(config: RunConfig) -> None:
                 f"{name}: found {value_of(config, name):g}, but data.task=none uses no language-modelling head; "
                 f"allowed is 0, or set data.task=mlm for a teacher with such a head"
             )
-    pruning = config.pruning
-    if pruning.compensation == "full":
-        raise UserError(
-            "pruning.compensation: found full, whose basis is chosen by gradients of a language-modelling head, which "
-            "data.task=none leaves out; set pruning.compensation=refit, none or auto"
-        )
-    if pruning.importance == "teacher_kl":
+    if config.pruning.importance == "teacher_kl":
         raise UserError(
             "pruning.importance: found teacher_kl, which draws labels from a language-modelling head, which "
             "data.task=none leaves out; set pruning.importance=sensitivity"

@@ -152,8 +152,8 @@ class PruningConfig:
         "auto", resume="fixed", students="own", derived={PLAIN_CONTROL: "none", MEASUREMENT: "none"}
     )
     """What a cut does about what it takes away: none (the paper), refit (least squares of what remains), full (rotated
-    heads and a projected residual stream, then refit). auto: full where the teacher's family has it, else none. Without
-    effect where nothing is cut."""
+    heads and a projected residual stream, then refit). auto: full; refit where there is no language-modelling head;
+    none where the teacher's family has no compensation. Without effect where nothing is cut."""
     compensation_sequences: int = option(
         128, low=1, high=COUNT, resume="fixed", students="own", derived={TRIAL: COMPUTED}
     )
@@ -163,7 +163,8 @@ class PruningConfig:
     )
     """Ridge of the refit, as a share of the mean variance of its inputs (> 0)."""
     compensation_limit: float = option(0.25, low=0, high=1000, resume="fixed", students="own", derived=SAME)
-    """full: largest rise of the held-out loss (nats) that a rotation alone may cause at full width, measured at start.
+    """full: largest rise of the held-out loss (nats) that a rotation alone may cause at full width, measured at start
+    where blocks end with a LayerNorm (without a head: largest share of the hidden states' variance that it may lose).
     Above it, the residual dims protected by protect_outliers are not rotated. If the rise is still too large, nothing
     is rotated, events are compensated as with refit, and the run reports it."""
     one_shot_stages: int = option(

@@ -68,7 +68,8 @@ class Compensation:
         """The check before step 0 of compensation=full: dims that must stay coordinates, none or `protected`; None
         where a rotation costs too much even with `protected` left out, so that events may only refit.
 
-        A LayerNorm's weights do not commute with a rotation. Where they differ much between dims, rotating alone
+        Where gains of norms can be folded there is nothing to check. The weights of a LayerNorm that ends a block do
+        not commute with a rotation. Where they differ much between dims, rotating alone
         costs more than it can win. The teacher as it came does not tell what it will cost after the correction (four
         with ever more uneven LayerNorms: KL between rotated and not .15 to .16 before, rises of .07 to .20 after), so
         this looks at the corrected one, and refuses nothing.
@@ -77,7 +78,9 @@ class Compensation:
             student: plain, at the teacher's widths; not changed.
             protected: what protect_outliers names.
         """
-        limit, before = self.config.pruning.compensation_limit, loss(student)
+        if student.family.rotation_is_exact(student.model):
+            return protected[:0]
+        limit, before = self.config.pruning.compensation_limit, loss(student) if self.run_inputs.with_head else 0.0
         rises: list[float] = []
         for fixed in [protected[:0]] + ([protected] if len(protected) else []):
             rises.append(self._rotated_loss(student, fixed, loss) - before)
@@ -88,23 +91,27 @@ class Compensation:
         return None
 
     def _rotated_loss(self, student: Student, fixed: Tensor, loss: HeldOutLoss) -> float:
+        """Held-out loss of the rotated student; of one without a head the share of its hidden states' variance that is
+        lost, 0 before."""
         table, options = student.family.axis_table(student.model), self._options(0)
         rotated = rotation_only(student.model, student.family, table, self.batches(0), options, fixed)
-        return loss(Student(rotated, student.objective.config, distil=False))
+        if not self.run_inputs.with_head:
+            return rotated.report["lost"]
+        return loss(Student(rotated.model, student.objective.config, distil=False))
 
     def _tell(self, before: float, rises: list[float], limit: float, fixed: Tensor | None) -> None:
         if ranks.rank() == 0:
             measured = ", then ".join(f"{rise:+.3f}" for rise in rises)
-            print(
-                f"rotation at full width: held-out loss {before:.3f}, {measured} (limit {limit:g}){_outcome(fixed)}",
-                flush=True,
-            )
+            of = f"held-out loss {before:.3f}" if self.run_inputs.with_head else "variance of hidden states lost"
+            print(f"rotation at full width: {of}, {measured} (limit {limit:g}){_outcome(fixed)}", flush=True)
 
     def _options(self, consumed_samples: int) -> Options:
         pruning, train = self.config.pruning, self.config.train
         # A prime above the number of steps: runs of neighbouring seeds share no draw.
         seed = train.seed * 1_000_003 + consumed_samples // train.global_batch_size
-        return Options(mode=pruning.compensation, ridge=pruning.compensation_ridge, seed=seed)
+        # Gradients of a head that is not there cannot say what matters.
+        basis = "fisher" if self.run_inputs.with_head else "pca"
+        return Options(mode=pruning.compensation, ridge=pruning.compensation_ridge, basis=basis, seed=seed)
 
 
 def _outcome(fixed: Tensor | None) -> str:

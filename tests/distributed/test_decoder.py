@@ -1,4 +1,5 @@
-"""A decoder with grouped heads through the launcher's own script: events on a live engine, resume, stock export."""
+"""A decoder with grouped heads through the launcher's own script: compensated events on a live engine, resume, stock
+export."""
 
 import json
 import math
@@ -22,7 +23,8 @@ from transformers import (
 )
 
 STUDENT = {"hidden_size": 36, "intermediate_size": 48, "num_attention_heads": 4}
-_PAIR_BY_PAIR = ("pruning.max_event_fraction=0.3",)
+_FULL = "pruning.compensation=full"
+_PAIR_BY_PAIR = (_FULL, "pruning.max_event_fraction=0.3")
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +43,7 @@ def _write_materials(folder: Path, kind: type[PretrainedConfig]) -> Path:
 def runs(server, materials) -> dict[int, Path]:
     """ZeRO stage -> finished run folder."""
     for stage in (2, 3):
-        output = launched_run.run(server, arguments(materials, materials / f"run{stage}", stage, STUDENT))
+        output = launched_run.run(server, arguments(materials, materials / f"run{stage}", stage, STUDENT, _FULL))
         (materials / f"zero{stage}.txt").write_text(output)
     return {stage: materials / f"run{stage}" for stage in (2, 3)}
 
@@ -49,7 +51,7 @@ def runs(server, materials) -> dict[int, Path]:
 @pytest.mark.parametrize("stage", [2, 3])
 def test_groups_and_heads_in_them_fall_in_events(runs, stage):
     events = launched_run.lines(runs[stage] / "events.jsonl")
-    assert len(events) >= 3
+    assert len(events) >= 3 and all(0 < event["variance_lost"] < 1 for event in events)
     last = events[-1]["widths_after"]
     assert (last["layer.0.kv_heads"], last["layer.0.heads_in_group"], last["layer.1.qk_dim"]) == (2, 2, 8)
     assert (last["hidden"], last["layer.1.ffn"]) == (36, 48)
@@ -97,7 +99,7 @@ def test_the_teachers_loss_is_the_librarys(runs, materials):
 @pytest.mark.parametrize("stage", [2, 3])
 def test_resume_is_bitwise(server, runs, materials, tmp_path, stage):
     copy = launched_run.without_end(runs[stage], tmp_path / "run")
-    launched_run.run(server, arguments(materials, copy, stage, STUDENT, "run.resume=auto"))
+    launched_run.run(server, arguments(materials, copy, stage, STUDENT, _FULL, "run.resume=auto"))
     assert launched_run.same_export(copy, runs[stage])
 
 
@@ -116,7 +118,7 @@ def test_the_export_of_another_family_is_its_student(server, tmp_path, kind, hea
     """Events on a live engine, then the student's held-out loss by the library alone."""
     materials = _write_materials(tmp_path, kind)
     student = STUDENT | {"num_attention_heads": heads}
-    few = (f"train.save_every_steps={launched_run.STEPS}", "run.keep_checkpoints=1")
+    few = (_FULL, f"train.save_every_steps={launched_run.STEPS}", "run.keep_checkpoints=1")
     launched_run.run(server, arguments(materials, materials / "run", 2, student, *few))
     events = launched_run.lines(materials / "run" / "events.jsonl")
     assert len(events) >= 3 and events[-1]["widths_after"]["hidden"] == 36

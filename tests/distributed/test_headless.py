@@ -115,3 +115,13 @@ def test_it_serves_features(runs):
     features = pipeline("feature-extraction", model=str(runs[2] / "export"))("the cat sees a dog")
     assert len(features[0]) == 7 and len(features[0][0]) == 16
     assert type(Distilled(runs[2], []).student) is BertModel
+
+
+def test_a_projection_is_chosen_by_hidden_states(server, materials):
+    """compensation=full without a head: nothing predicts anything, and the check looks at hidden states."""
+    run_dir = materials / "full"
+    output = launched_run.run(server, arguments(materials, run_dir, 2, "pruning.compensation=full"))
+    assert "rotation at full width: variance of hidden states lost, +" in output
+    events = launched_run.lines(run_dir / "events.jsonl")
+    assert len(events) >= 3 and all(event["gap_after"]["total"] < event["total_after_cut"] for event in events)
+    assert AutoModel.from_pretrained(run_dir / "export").config.hidden_size == 16

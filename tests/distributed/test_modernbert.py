@@ -12,6 +12,7 @@ from support.tiny_modernbert import write_modernbert
 from transformers import AutoModelForMaskedLM, pipeline
 
 STUDENT = {"hidden_size": 32, "intermediate_size": 40, "num_attention_heads": 4}
+_FULL = "pruning.compensation=full"
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +27,7 @@ def materials(tmp_path_factory) -> Path:
 def runs(server, materials) -> dict[int, Path]:
     """ZeRO stage -> finished run folder."""
     for stage in (2, 3):
-        launched_run.run(server, arguments(materials, materials / f"run{stage}", stage, STUDENT))
+        launched_run.run(server, arguments(materials, materials / f"run{stage}", stage, STUDENT, _FULL))
     return {stage: materials / f"run{stage}" for stage in (2, 3)}
 
 
@@ -45,7 +46,7 @@ def test_stages_agree_and_the_start_is_the_teacher(runs):
 @pytest.mark.parametrize("stage", [2, 3])
 def test_resume_is_bitwise(server, runs, materials, tmp_path, stage):
     copy = launched_run.without_end(runs[stage], tmp_path / "run")
-    launched_run.run(server, arguments(materials, copy, stage, STUDENT, "run.resume=auto"))
+    launched_run.run(server, arguments(materials, copy, stage, STUDENT, _FULL, "run.resume=auto"))
     assert launched_run.same_export(copy, runs[stage])
 
 

@@ -239,12 +239,7 @@ def test_layers_are_compiled_once_for_each_kind(case):
     torch.testing.assert_close(last, plain)
 
 
-def test_it_is_cut_without_compensation():
+def test_its_cuts_are_compensated():
     config, teacher = RunConfig(), CASES["modernbert"].make_config()
     settle(config, teacher)
-    assert config.pruning.compensation == "none" and config.data.task == "mlm"
-    config.pruning.compensation = "full"
-    with pytest.raises(
-        UserError, match="pruning.compensation: found full, allowed is none .* of the modernbert family"
-    ):
-        settle(config, teacher)
+    assert config.pruning.compensation == "full" and config.data.task == "mlm"

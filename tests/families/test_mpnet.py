@@ -73,11 +73,8 @@ def test_maps_that_the_term_cannot_see_are_refused(target):
     config, shape = RunConfig(), MPNetConfig(num_hidden_layers=2)
     config.student.preset, config.student.num_hidden_layers = "homobert-small", 2
     settle(config, shape)
-    assert config.pruning.compensation == "none"
+    assert config.pruning.compensation == "full"
     check_shape(resolve_run(config, shape))
     config.loss.attention_target = target
     with pytest.raises(UserError, match=f"loss.attention_target: found {target}, allowed is scores for this teacher"):
         check_shape(resolve_run(config, shape))
-    config.pruning.compensation = "refit"
-    with pytest.raises(UserError, match="found refit, allowed is none for this teacher, whose attention adds a bias"):
-        settle(config, shape)

@@ -43,10 +43,10 @@ def bert_model() -> nn.Module:
 
 def modules_of(model: nn.Module, family: ModelFamily) -> list[nn.Module]:
     """Linears and norms that compensation refits, in an order that all families share."""
-    parts = [part for layer in family.layer_parts(model) for part in layer]
+    parts = [part for i in range(len(family.layers(model))) for part in family.modules(model, i)]
     layers = [part for part in parts if isinstance(part, nn.Linear | nn.LayerNorm)]
     head = family.head_parts(model)
-    return [family.embedding_norm(model), *layers, head.linear, head.norm]
+    return [family.embedding_norm(model).module, *layers, head.linear, head.norm.module]
 
 
 @torch.no_grad()

@@ -118,11 +118,6 @@ TASKS = [
     ),
     Case("decoder_without_an_end", _without_end, says=["has no eos_token", "a causal language model"]),
     Case("encoder_without_padding", _without_padding, says=["has no pad_token", "a masked language model"]),
-    Case(
-        "decoder_with_full_compensation",
-        lambda w: _decoder(w, "pruning.compensation=full"),
-        says=["pruning.compensation: found full", "llama family", "set it to none or auto"],
-    ),
     _fine_tuned("glue"),
     _fine_tuned("squad"),
 ]
@@ -135,7 +130,6 @@ WITHOUT_WORDS = [
     ),
     _none("loss.mlm=1", "loss.mlm: found 1", "data.task=none uses no language-modelling head"),
     _none("teacher.correction_steps=3", "teacher.correction_steps: found 3", "allowed is 0"),
-    _none("pruning.compensation=full", "pruning.compensation: found full", "refit, none or auto"),
 ]
 
 SHAPES = [

@@ -187,18 +187,6 @@ WEIGHTS = [
         lambda w: _shards(w, {"bert.nothing": "model-00001-of-00002.safetensors"}),
         says=["names bert.nothing, which are in none of its files"],
     ),
-    Case(
-        "full_compensation_without_a_head",
-        lambda w: (
-            w.edit_weights(_without(HEAD)),
-            w.train(*HEADLESS, "pruning.compensation=full"),
-        )[1],
-        says=[
-            "pruning.compensation: found full",
-            "language-modelling head",
-            "pruning.compensation=refit, none or auto",
-        ],
-    ),
 ]
 
 TOKENIZERS = [

@@ -8,13 +8,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from homodistil.models.compensable import Compensable
 from homodistil.models.named_family import NamedFamily
 
 _USE_NO_CACHE = {"use_cache": False}  # a cache would be filled anew in every step of training
 
 
 @dataclass(frozen=True, kw_only=True)
-class CausalDecoder(NamedFamily):
+class CausalDecoder(NamedFamily, Compensable):
     """A family of such models."""
 
     head_prefix: str = "lm_head."
@@ -27,6 +28,9 @@ class CausalDecoder(NamedFamily):
         super().keep_layers(model, kept)
         for i, attention in enumerate(self.attentions(model)):
             attention.layer_idx = i
+
+    def embedding_norm(self, model: nn.Module) -> None:
+        return None
 
     def lm_head(self, model: nn.Module) -> nn.Linear:
         return model.lm_head

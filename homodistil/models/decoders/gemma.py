@@ -25,6 +25,8 @@ _BIDIRECTIONAL = RequiredValue((False, None), "it then sees what it is to predic
 class GemmaDecoder(PreNormDecoder):
     """What does not follow from the names of Gemma's parts."""
 
+    gain_offset: float = 1.0
+
     @torch.no_grad()
     def fold_embedding_scale(self, stock: nn.Module, trained: nn.Module) -> None:
         """Into the embeddings; where the decoder shares them, the final norm takes it back."""

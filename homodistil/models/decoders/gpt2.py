@@ -17,6 +17,7 @@ from transformers import PretrainedConfig
 
 from homodistil.models.architecture import Architecture
 from homodistil.models.axes import AxisUse, Widths, layer_widths, num_layers, uniform_layer_widths
+from homodistil.models.compensable import Block
 from homodistil.models.decoders.causal import CausalDecoder
 from homodistil.models.model_shape import ModelShape, RequiredValue
 from homodistil.models.module_sizes import refresh_sizes
@@ -107,6 +108,13 @@ class GPT2Decoder(CausalDecoder):
         """Without what makes the values: that makes queries and keys too."""
         layer = self.layers(model)[-1]
         return [layer.attn.c_proj, layer.ln_2, layer.mlp]
+
+    def blocks(self, model: nn.Module, i: int) -> tuple[Block, Block]:
+        layer, norm = self.layers(model)[i], self.norm
+        return (
+            Block(norm(layer.ln_1), (layer.attn.c_attn,), layer.attn.c_proj, None, None),
+            Block(norm(layer.ln_2), (layer.mlp.c_fc,), layer.mlp.c_proj, None, None, inner=layer.mlp),
+        )
 
     def final_norm(self, model: nn.Module) -> nn.LayerNorm:
         return self.backbone(model).ln_f

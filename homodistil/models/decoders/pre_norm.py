@@ -28,9 +28,11 @@ from homodistil.models.axes import (
     num_layers,
     uniform_layer_widths,
 )
+from homodistil.models.compensable import Block
 from homodistil.models.decoders.causal import CausalDecoder
 from homodistil.models.model_shape import ModelShape
 from homodistil.models.module_sizes import refresh_sizes
+from homodistil.models.norms import Norm
 from homodistil.models.rotary_pairs import kept_pairs, progression_of, stock_rotary
 
 _BY_LAYER = ("layer_types", "no_rope_layers")
@@ -205,6 +207,20 @@ class PreNormDecoder(CausalDecoder):
         values = [layer.self_attn.v_proj] if with_values else []
         norms = [layer.get_submodule(name) for name in self.stream_norms[1:] + self.output_norms]
         return [*values, layer.self_attn.o_proj, *norms, layer.mlp]
+
+    def blocks(self, model: nn.Module, i: int) -> tuple[Block, Block]:
+        layer = self.layers(model)[i]
+        attention, mlp = layer.self_attn, layer.mlp
+        reads, puts_out = self._norms(layer, self.stream_norms), self._norms(layer, self.output_norms)
+        qkv = (attention.q_proj, attention.k_proj, attention.v_proj)
+        return (
+            Block(reads[0], qkv, attention.o_proj, puts_out[0], None),
+            Block(reads[1], (mlp.gate_proj, mlp.up_proj), mlp.down_proj, puts_out[1], None, inner=mlp),
+        )
+
+    def _norms(self, layer: nn.Module, names: Sequence[str]) -> list[Norm | None]:
+        """One for each block."""
+        return [self.norm(layer.get_submodule(name)) for name in names] or [None, None]
 
     def final_norm(self, model: nn.Module) -> nn.Module:
         return self.backbone(model).norm

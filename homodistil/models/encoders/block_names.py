@@ -5,29 +5,42 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.activations import gelu
 
 
+class LayerModules(NamedTuple):
+    """What compensation, the axis table and export ask for of one layer."""
+
+    query: nn.Module
+    key: nn.Module
+    value: nn.Module
+    attention_linear: nn.Module
+    attention_norm: nn.Module
+    ffn: nn.Module
+    """Residual stream -> activated neurons, as its result or on the way to it."""
+    ffn_linear: nn.Module
+    ffn_output_linear: nn.Module
+    ffn_norm: nn.Module
+
+
 class LayerNames(NamedTuple):
-    """Modules of one layer, by their names inside it. A block without a module of its own (None) is put together from
-    its linear and its activation, or from linear, residual and norm."""
+    """Modules of one layer, by their names inside it: those of `LayerModules`, and what computes attention."""
 
     attention: str
     """Calls the library's attention function; its output linear may be a part of it."""
     query: str
     key: str
     value: str
-    attention_output: str | None
     attention_linear: str
     attention_norm: str
-    ffn: str | None
+    ffn: str
     ffn_linear: str
-    ffn_output: str | None
     ffn_output_linear: str
     ffn_norm: str
-    ffn_activation: str | None = None
-    """Where `ffn` is None."""
+
+    def modules(self, layer: nn.Module) -> LayerModules:
+        return LayerModules(*(layer.get_submodule(getattr(self, field)) for field in LayerModules._fields))
 
 
 BERT_LAYER = LayerNames(
@@ -35,12 +48,10 @@ BERT_LAYER = LayerNames(
     query="attention.self.query",
     key="attention.self.key",
     value="attention.self.value",
-    attention_output="attention.output",
     attention_linear="attention.output.dense",
     attention_norm="attention.output.LayerNorm",
     ffn="intermediate",
     ffn_linear="intermediate.dense",
-    ffn_output="output",
     ffn_output_linear="output.dense",
     ffn_norm="output.LayerNorm",
 )

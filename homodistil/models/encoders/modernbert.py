@@ -27,16 +27,18 @@ from homodistil.models.axes import (
     num_layers,
     uniform_layer_widths,
 )
+from homodistil.models.compensable import Block, Compensable, HeadParts
 from homodistil.models.model_shape import ModelShape
 from homodistil.models.module_sizes import refresh_sizes
 from homodistil.models.named_family import NamedFamily
+from homodistil.models.norms import Norm
 
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 _WITHOUT_HEAD = ("embeddings.", "layers.", "final_norm.")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModernBertFamily(NamedFamily):
+class ModernBertFamily(NamedFamily, Compensable):
     """A family of such models."""
 
     backbone_name: str = "model"
@@ -181,6 +183,19 @@ class ModernBertFamily(NamedFamily):
 
     def decoder(self, model: nn.Module) -> nn.Linear:
         return model.decoder
+
+    def blocks(self, model: nn.Module, i: int) -> tuple[Block, Block]:
+        layer, norm = self.layers(model)[i], self.norm
+        return (
+            Block(norm(layer.attn_norm), (layer.attn.Wqkv,), layer.attn.Wo, None, None),
+            Block(norm(layer.mlp_norm), (layer.mlp.Wi,), layer.mlp.Wo, None, None, inner=layer.mlp),
+        )
+
+    def embedding_norm(self, model: nn.Module) -> Norm:
+        return self.norm(self.embeddings(model).norm)
+
+    def head_parts(self, model: nn.Module) -> HeadParts:
+        return HeadParts(model.head.dense, model.head.act, self.norm(model.head.norm))
 
     def layer_norms(self, model: nn.Module) -> dict[str, nn.LayerNorm]:
         inside = self.backbone(model).named_modules()

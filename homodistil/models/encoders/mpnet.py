@@ -35,10 +35,6 @@ class PositionBiasEncoder(PostNormEncoder):
     """A family with such a table."""
 
     calls_attention_functions = False
-    refit_condition = None
-
-    def refit_obstacle(self, config: PretrainedConfig) -> str:
-        return "whose attention adds a bias by distance, with which blocks cannot be refitted yet"
 
     def shape(self, config: PretrainedConfig) -> ModelShape:
         return super().shape(config)._replace(max_tokens=config.max_position_embeddings - _FIRST_POSITION)
@@ -116,7 +112,6 @@ MPNET = PositionBiasEncoder(
         query=f"{_ATTENTION}.q",
         key=f"{_ATTENTION}.k",
         value=f"{_ATTENTION}.v",
-        attention_output=None,
         attention_linear=f"{_ATTENTION}.o",
         attention_norm="attention.LayerNorm",
     ),

@@ -24,11 +24,19 @@ from homodistil.models.axes import (
     num_layers,
     uniform_layer_widths,
 )
-from homodistil.models.compensable import Compensable, HeadParts, LayerParts
-from homodistil.models.encoders.block_names import BERT_LAYER, BERT_SIZES, HeadNames, LayerNames, SizeNames
+from homodistil.models.compensable import Block, Compensable, HeadLinears, HeadParts
+from homodistil.models.encoders.block_names import (
+    BERT_LAYER,
+    BERT_SIZES,
+    HeadNames,
+    LayerModules,
+    LayerNames,
+    SizeNames,
+)
 from homodistil.models.model_shape import ModelShape
 from homodistil.models.module_sizes import refresh_sizes
 from homodistil.models.named_family import NamedFamily
+from homodistil.models.norms import Norm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,8 +93,8 @@ class PostNormEncoder(NamedFamily, Compensable):
 
     def _widths(self, model: nn.Module) -> dict[str, int]:
         widths = self._shared_widths(model)
-        for i, (parts, attention) in enumerate(zip(self.layer_parts(model), self.attentions(model), strict=True)):
-            widths[f"layer.{i}.ffn"] = parts.ffn_linear.out_features
+        for i, attention in enumerate(self.attentions(model)):
+            widths[f"layer.{i}.ffn"] = self.modules(model, i).ffn_linear.out_features
             widths[self._heads(i)] = getattr(attention, self.size_names.heads)
             widths[f"layer.{i}.qk_dim"] = getattr(attention, self.size_names.head_dim)
             widths[f"layer.{i}.vo_dim"] = getattr(attention, self.size_names.head_dim)
@@ -134,21 +142,16 @@ class PostNormEncoder(NamedFamily, Compensable):
 
     @torch.no_grad()
     def fold_softmax_scale(self, model: nn.Module, ratio: float) -> None:
-        for parts in self.layer_parts(model):
-            parts.query.weight.mul_(ratio)
-            parts.query.bias.mul_(ratio)
+        for i in range(len(self.layers(model))):
+            query = self.modules(model, i).query
+            query.weight.mul_(ratio)
+            query.bias.mul_(ratio)
 
     def embeddings(self, model: nn.Module) -> nn.Module:
         return self.backbone(model).embeddings
 
-    def attend(self, model: nn.Module, i: int, hidden: Tensor, seen: Tensor | None) -> Tensor:
-        attention, linear = self.attentions(model)[i], self.layer_parts(model)[i].attention_linear
-        if not self.layer_names.attention_linear.startswith(f"{self.attention_name}."):
-            return attention(hidden, attention_mask=seen)[0]
-        return _input_of(linear, functools.partial(attention, hidden, attention_mask=seen))
-
     def output_modules(self, model: nn.Module, with_values: bool) -> list[nn.Module]:
-        parts = self.layer_parts(model)[-1]
+        parts = self.modules(model, -1)
         attention, ffn = [parts.attention_linear, parts.attention_norm], [parts.ffn_output_linear, parts.ffn_norm]
         return [*([parts.value] if with_values else []), *attention, parts.ffn_linear, *ffn]
 
@@ -159,7 +162,7 @@ class PostNormEncoder(NamedFamily, Compensable):
         if self.head_names.head is not None:
             return model.get_submodule(self.head_names.head)
         parts = self.head_parts(model)
-        return nn.Sequential(parts.linear, parts.activation, parts.norm, self.decoder(model))
+        return nn.Sequential(parts.linear, parts.activation, parts.norm.module, self.decoder(model))
 
     def lm_transform(self, model: nn.Module) -> Callable[[Tensor], Tensor]:
         if self.head_names.transform is not None:
@@ -169,25 +172,29 @@ class PostNormEncoder(NamedFamily, Compensable):
     def decoder(self, model: nn.Module) -> nn.Linear:
         return model.get_submodule(self.head_names.decoder)
 
-    def layer_parts(self, model: nn.Module) -> list[LayerParts]:
-        return [self._layer_parts(layer) for layer in self.layers(model)]
+    def modules(self, model: nn.Module, i: int) -> LayerModules:
+        """The parts of layer `i`."""
+        return self.layer_names.modules(self.layers(model)[i])
 
-    def _layer_parts(self, layer: nn.Module) -> LayerParts:
-        of = {field: name and layer.get_submodule(name) for field, name in self.layer_names._asdict().items()}
-        blocks = {
-            "attention_output": functools.partial(_output_block, of["attention_linear"], of["attention_norm"]),
-            "ffn": functools.partial(_activated, of["ffn_linear"], of["ffn_activation"]),
-            "ffn_output": functools.partial(_output_block, of["ffn_output_linear"], of["ffn_norm"]),
-        }
-        return LayerParts(**{field: of[field] or blocks[field] for field in LayerParts._fields})
+    def blocks(self, model: nn.Module, i: int) -> tuple[Block, Block]:
+        of, norm = self.modules(model, i), self.norm
+        qkv = (of.query, of.key, of.value)
+        return (
+            Block(None, qkv, of.attention_linear, None, norm(of.attention_norm)),
+            Block(None, (of.ffn_linear,), of.ffn_output_linear, None, norm(of.ffn_norm), inner=of.ffn),
+        )
+
+    def head_linears(self, model: nn.Module, i: int) -> HeadLinears:
+        of = self.modules(model, i)
+        return HeadLinears(of.query, of.key, of.value, of.attention_linear)
 
     def head_parts(self, model: nn.Module) -> HeadParts:
         names = self.head_names
         activation = names.activation if callable(names.activation) else model.get_submodule(names.activation)
-        return HeadParts(model.get_submodule(names.linear), activation, model.get_submodule(names.norm))
+        return HeadParts(model.get_submodule(names.linear), activation, self.norm(model.get_submodule(names.norm)))
 
-    def embedding_norm(self, model: nn.Module) -> nn.LayerNorm:
-        return self.embeddings(model).LayerNorm
+    def embedding_norm(self, model: nn.Module) -> Norm:
+        return self.norm(self.embeddings(model).LayerNorm)
 
     def layer_norms(self, model: nn.Module) -> dict[str, nn.LayerNorm]:
         inside = self.backbone(model).named_modules()
@@ -203,26 +210,7 @@ _NORM_NAMES = {"gamma": "weight", "beta": "bias"}
 
 
 def _transformed(parts: HeadParts, rows: Tensor) -> Tensor:
-    return parts.norm(parts.activation(parts.linear(rows)))
-
-
-def _activated(linear: nn.Linear, activation: nn.Module, inputs: Tensor) -> Tensor:
-    return activation(linear(inputs))
-
-
-def _output_block(linear: nn.Linear, norm: nn.LayerNorm, inputs: Tensor, residual: Tensor) -> Tensor:
-    return norm(linear(inputs) + residual)
-
-
-def _input_of(module: nn.Module, run: Callable[[], object]) -> Tensor:
-    """What `module` is given while `run` runs."""
-    taken_in: list[Tensor] = []
-    handle = module.register_forward_pre_hook(lambda _module, args: taken_in.append(args[0]))
-    try:
-        run()
-    finally:
-        handle.remove()
-    return taken_in[0]
+    return parts.norm.module(parts.activation(parts.linear(rows)))
 
 
 def _vector(name: str, axis: str = "hidden") -> list[AxisUse]:

@@ -2,9 +2,10 @@
 
 `compensate` turns the widths that are due into a plan (selections and linear maps) and the weights after it. Modes:
 refit: entries are selected by importance, then every remaining part is fitted by least squares to what it put out;
-full: heads are rotated so that their leading dims matter most, the residual stream is projected onto its best
-subspace, neurons and whole heads are selected, then the same fit. It works on plain stock models; bringing the result
-to a live engine is the caller's part (student.py). Source: compensation study, sections 4 and 5.
+full: heads are rotated so that their leading dims matter most (not those with rotary positions), the residual stream is
+projected onto its best subspace, neurons and whole heads are selected, then the same fit. It works on plain stock
+models; bringing the result to a live engine is the caller's part (student.py). Source: compensation study,
+sections 4 and 5.
 """
 
 from __future__ import annotations
@@ -21,14 +22,16 @@ from torch import Tensor, nn
 
 from homodistil.data.batch import Batch
 from homodistil.distributed import ranks
-from homodistil.models.axes import AxisTable, Keep
+from homodistil.models.axes import AxisTable, Keep, compose, outer_axes
 from homodistil.models.family import ModelFamily
 from homodistil.models.resize_plan import ResizePlan, make_plan, slice_module
 from homodistil.pruning.compensation.axis_maps import AxisMaps, is_mapped, layer_of, leading
-from homodistil.pruning.compensation.head import is_straight, refit_head, straighten_head
+from homodistil.pruning.compensation.folding import fold_gains
+from homodistil.pruning.compensation.head import can_straighten, refit_head, straighten_head
 from homodistil.pruning.compensation.projection import residual_projection
 from homodistil.pruning.compensation.refit import Refit
 from homodistil.pruning.compensation.statistics import Statistics, collect
+from homodistil.pruning.compensation.uneven_gains import uneven_dims
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ class Options:
     ridge: float = 1e-2
     """Ridge of the refit, as a share of the mean variance of a linear's inputs (> 0)."""
     basis: Literal["fisher", "pca"] = "fisher"
-    """full: what the residual stream's subspace is chosen by (projection.py)."""
+    """full: what the residual stream's subspace is chosen by (projection.py). fisher needs a trained head."""
     seed: int = 0
     """full: of drawn labels and of the mixed basis."""
 
@@ -59,27 +62,35 @@ def compensate(
     batches: Sequence[Batch],
     options: Options,
     fixed_dims: Tensor | None = None,
+    origins: Keep | None = None,
 ) -> Compensated:
     """One event, compensated. Every rank calls it and gets the same bits.
 
     Args:
-        model: the current network, a plain fp32 masked LM with tapped attention; not changed.
+        model: the current network, a plain fp32 language model or backbone with tapped attention; not changed.
         family: its table of names.
         table: axes at the current widths, by the names of `model.named_parameters()`.
-        keep: selection by importance for the axes that are due. full: of `hidden`, `qk_dim` and `vo_dim` only the
-            widths count.
+        keep: selection by importance for the axes that are due. full: of `hidden`, and of `qk_dim` and `vo_dim` where
+            heads are rotated, only the widths count.
         batches: this rank's calibration micro-batches on the model's device, one at least.
         fixed_dims: full: int64, residual dims that stay coordinate axes; in the new network they come first.
+        origins: where the entries of `model` came from (`ModelFamily.follow_origins`); None: from itself.
 
     Raises:
         ValueError: a keep that does not fit the table; no more dims than fixed ones.
     """
     start_s = time.perf_counter()
+    mapped = [axis for axis in keep if options.mode == "full" and is_mapped(axis, model, family)]
+    if "hidden" in mapped:
+        model = copy.deepcopy(model)
+        fold_gains(model, family)
     with _frozen(model):
-        plan, statistics = _plan(model, family, table, keep, batches, options, fixed_dims)
+        plan, statistics = _plan(model, family, table, keep, mapped, batches, options, fixed_dims)
         new = copy.deepcopy(model)
         slice_module(new, plan)
         family.refresh(new, plan.widths_after)
+        if origins is not None:
+            family.follow_origins(new, compose(origins, plan.keep, outer_axes(table.widths)))
         refit = Refit(model, new, family, plan, batches, options.ridge)
         lost = _refit(refit, statistics.decoder if statistics else None)
     return Compensated(plan, new, {"seconds": time.perf_counter() - start_s, "lost": lost})
@@ -92,11 +103,11 @@ def rotation_only(
     batches: Sequence[Batch],
     options: Options,
     fixed_dims: Tensor | None = None,
-) -> nn.Module:
+) -> Compensated:
     """The model with its residual stream rotated at full width, and refitted: what rotating alone costs (LayerNorm's
     gammas do not commute with it). Arguments as of `compensate`."""
     keep = {"hidden": torch.arange(table.widths["hidden"])}
-    return compensate(model, family, table, keep, batches, options, fixed_dims).model
+    return compensate(model, family, table, keep, batches, options, fixed_dims)
 
 
 @contextmanager
@@ -119,30 +130,41 @@ def _plan(
     family: ModelFamily,
     table: AxisTable,
     keep: Keep,
+    mapped: Sequence[str],
     batches: Sequence[Batch],
     options: Options,
     fixed_dims: Tensor | None,
 ) -> tuple[ResizePlan, Statistics | None]:
-    """The event's plan, and what a projection was chosen by. `model` is frozen."""
-    mapped = [axis for axis in keep if is_mapped(axis)] if options.mode == "full" else []
+    """The event's plan, and what a projection was chosen by. `model` is frozen.
+
+    Args:
+        mapped: axes that are rotated or projected.
+    """
     if not mapped:
         return make_plan(table, keep), None
     head_layers = {layer_of(axis) for axis in mapped if axis != "hidden"}
-    statistics = collect(model, family, batches, head_layers, "hidden" in mapped, options.seed)
+    basis = options.basis if "hidden" in mapped else None
+    statistics = collect(model, family, batches, head_layers, basis, options.seed)
     maps = AxisMaps(model, family, table, keep)
     for axis in mapped:
         if axis == "hidden":
-            maps.project(_projection(statistics, len(keep[axis]), options, fixed_dims))
+            fixed = _fixed_dims(model, family, statistics, fixed_dims)
+            projection = residual_projection(statistics, len(keep[axis]), fixed, options.seed)
+            maps.project(ranks.from_first(projection))
         else:
             maps.rotate(axis, statistics.heads[layer_of(axis)])
     kept = {axis: leading(table, keep, axis) if axis in mapped else keep[axis] for axis in keep}
     return make_plan(table, kept, maps.by_parameter), statistics
 
 
-def _projection(statistics: Statistics, width: int, options: Options, fixed_dims: Tensor | None) -> Tensor:
-    fixed = torch.empty(0, dtype=torch.int64) if fixed_dims is None else fixed_dims
-    fixed = fixed.to(statistics.decoder.device)
-    return ranks.from_first(residual_projection(statistics, width, fixed, options.basis, options.seed))
+def _fixed_dims(model: nn.Module, family: ModelFamily, statistics: Statistics, wanted: Tensor | None) -> Tensor:
+    """Residual dims that stay coordinates: those that are wanted, and what the final norm's gain asks for."""
+    device = statistics.residual[0].sums.device
+    fixed = torch.empty(0, dtype=torch.int64) if wanted is None else wanted
+    final = family.norm(family.final_norm(model))
+    if final is None:
+        return fixed.to(device)
+    return torch.cat([fixed.to(device), uneven_dims(final, statistics.residual[-1])]).unique()
 
 
 @torch.no_grad()
@@ -150,13 +172,14 @@ def _refit(refit: Refit, decoder_gram: Tensor | None) -> float:
     """Fit the whole of the new network. Returns the share that `Compensated.report` calls lost.
 
     Args:
-        decoder_gram: where the residual stream has been projected, for the MLM head.
+        decoder_gram: where the residual stream has been projected, for the vocabulary head.
     """
     refit.run()
     lost = refit.lost()
-    if not refit.family.has_head(refit.new):
+    head = refit.family.head_parts(refit.new) if refit.family.has_head(refit.new) else None
+    if head is None:
         return lost
-    if decoder_gram is not None and is_straight(refit.family.head_parts(refit.new).activation):
+    if decoder_gram is not None and can_straighten(head):
         straighten_head(refit, decoder_gram)
     elif refit.is_affected:
         refit_head(refit)

@@ -25,23 +25,22 @@ class AxisMaps:
         self.by_parameter: dict[str, dict[int, Tensor]] = {}
 
     def project(self, projection: Tensor) -> None:
-        """Contract the residual stream with P (D, d). Of a gamma, the diagonal of P' diag(gamma) P stays."""
-        norms = [module for module in self._model.modules() if isinstance(module, nn.LayerNorm)]
-        gammas = {self._names[id(norm.weight)] for norm in norms}
+        """Contract the residual stream with P (D, d). Of a gain, the diagonal of P' diag(gain) P stays."""
+        modules = [module for module in self._model.modules() if getattr(module, "weight", None) is not None]
+        gains = {self._names[id(module.weight)] for module in modules if module.weight.ndim == 1}
         for use in self._table.uses:
             if use.axes == ("hidden",):
-                matrix = projection.square() if use.parameter in gammas else projection
+                matrix = projection.square() if use.parameter in gains else projection
                 self._set(use.parameter, use.dim, matrix)
 
     def rotate(self, axis: str, heads: HeadMoments) -> None:
         """Rotate the dims of every head of `axis` (`layer.3.qk_dim`), keep the leading ones of the heads that stay."""
-        parts = self._family.layer_parts(self._model)[layer_of(axis)]
+        parts = self._family.head_linears(self._model, layer_of(axis))
         if kind_of(axis) == "qk_dim":
-            matrices = query_key_maps(heads)
-            places = [(parts.query.weight, 0), (parts.query.bias, 0)], [(parts.key.weight, 0), (parts.key.bias, 0)]
+            matrices, places = query_key_maps(heads), (_outputs_of(parts.query), _outputs_of(parts.key))
         else:
-            matrices = value_output_maps(heads, parts.attention_linear.weight)
-            places = [(parts.value.weight, 0), (parts.value.bias, 0)], [(parts.attention_linear.weight, 1)]
+            matrices = value_output_maps(heads, parts.output.weight)
+            places = _outputs_of(parts.value), [(parts.output.weight, 1)]
         kept_heads, width = self._keep.get(outer_axis(axis, self._table.widths)), self._keep[axis].shape[-1]
         for matrix, of_matrix in zip(matrices, places, strict=True):
             whole = ranks.from_first(head_map(matrix, kept_heads, width))
@@ -52,9 +51,17 @@ class AxisMaps:
         self.by_parameter.setdefault(parameter, {})[dim] = matrix.cpu()
 
 
-def is_mapped(axis: str) -> bool:
+def _outputs_of(linear: nn.Module) -> list[tuple[nn.Parameter, int]]:
+    parameters = [linear.weight, linear.bias]
+    return [(parameter, 0) for parameter in parameters if parameter is not None]
+
+
+def is_mapped(axis: str, model: nn.Module, family: ModelFamily) -> bool:
     """Whether an axis is rotated or projected; entries of the others are selected."""
-    return kind_of(axis) in ("hidden", "qk_dim", "vo_dim")
+    if axis == "hidden":
+        return True
+    is_of_heads = kind_of(axis) in ("qk_dim", "vo_dim")
+    return is_of_heads and family.head_linears(model, layer_of(axis)) is not None
 
 
 def leading(table: AxisTable, keep: Keep, axis: str) -> Tensor:

@@ -1,4 +1,4 @@
-"""Ridge regression in fp64 from sums over all ranks' rows: linears and LayerNorms, drawn to what they are already.
+"""Ridge regression in fp64 from sums over all ranks' rows: linears and norms, drawn to what they are already.
 
 Every rank calls these functions with its own rows; all end with the same bits.
 Source: compensation study, section 4 (sequential refit).
@@ -7,85 +7,101 @@ Source: compensation study, section 4 (sequential refit).
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from homodistil.distributed import ranks
+from homodistil.models.linears import matrix_of
+from homodistil.models.norms import Norm
 
-Pairs = Iterable[tuple[Tensor, Tensor]]
-"""This rank's (inputs (rows, K), targets (rows, M)), one pair a micro-batch."""
+
+class Rows(NamedTuple):
+    """This rank's rows of one micro-batch."""
+
+    inputs: Tensor
+    """(rows, K)."""
+    targets: Tensor
+    """(rows, M)."""
+    weights: Tensor | None = None
+    """(rows, 1): what a row's error is multiplied with; None: all count alike."""
+
 
 TINY = 1e-30
 """Keeps quotients of sums that are all zero (a dead layer, no rows) finite."""
 
 
 @torch.no_grad()
-def fit_linear(linears: Sequence[nn.Linear], pairs: Pairs, ridge: float) -> None:
-    """Fit weights and biases of `linears`, which share their inputs, to the targets (in place).
+def fit_linear(linears: Sequence[nn.Module], rows: Iterable[Rows], ridge: float) -> None:
+    """Fit weights, and biases where there are, of `linears`, which share their inputs, to the targets (in place).
 
-    With X and Y centred and R = Y - X W0^T: W = W0 + ((X'X + ridge mean(diag X'X) I)^-1 X'R)^T. What the inputs say
-    nothing about (a dead neuron, fewer rows than inputs) stays as in W0.
+    With X and Y centred, where there are biases, and R = Y - X W0^T:
+    W = W0 + ((X'X + ridge mean(diag X'X) I)^-1 X'R)^T. What the inputs say nothing about (a dead
+    neuron, fewer rows than inputs) stays as in W0.
 
     Args:
-        linears: the targets are those of the first, then those of the second, ...
+        linears: the targets are those of the first, then those of the second, ...; all have a bias or none.
         ridge: as a share of the mean variance of the inputs.
     """
-    weight = torch.cat([linear.weight for linear in linears]).double()
+    weight = torch.cat([matrix_of(linear) for linear in linears]).double()
     num_inputs = weight.shape[1]
-    sums = sum_over_rows(_products(x, y) for x, y in pairs)
+    sums = sum_over_rows(_products(part) for part in rows)
     means = sums[-1] / sums[-1, -1].clamp(min=TINY)
+    if linears[0].bias is None:
+        means = torch.zeros_like(means)
     mean_x, mean_y = means[:num_inputs], means[num_inputs:-1]
     covariance = sums[:-1, :-1] / sums[-1, -1].clamp(min=TINY) - torch.outer(mean_x, means[:-1])
     among_inputs, with_targets = covariance[:, :num_inputs], covariance[:, num_inputs:]
     penalty = (ridge * among_inputs.diagonal().mean()).clamp(min=TINY)
     regular = among_inputs + penalty * torch.eye(num_inputs, dtype=weight.dtype, device=weight.device)
     weight = weight + torch.linalg.solve(regular, with_targets - among_inputs @ weight.T).T
-    write_linears(linears, weight, mean_y - weight @ mean_x)
+    _write_linears(linears, weight, mean_y - weight @ mean_x)
 
 
-def _products(inputs: Tensor, targets: Tensor) -> Tensor:
+def _products(rows: Rows) -> Tensor:
     """Sums over rows of [X 1]' [X Y 1], fp64, (K + 1, K + M + 1)."""
-    x, y = inputs.double(), targets.double()
+    x, y = rows.inputs.double(), rows.targets.double()
     ones = x.new_ones(len(x), 1)
+    if rows.weights is not None:
+        x, y, ones = (part * rows.weights for part in (x, y, ones))
     return torch.cat([x, ones], 1).T @ torch.cat([x, y, ones], 1)
 
 
-def write_linears(linears: Sequence[nn.Linear], weight: Tensor, bias: Tensor) -> None:
+def _write_linears(linears: Sequence[nn.Module], weight: Tensor, bias: Tensor) -> None:
     """Write (outputs of all, inputs) and (outputs of all,) into `linears`: rank 0's values on every rank."""
     weight, bias = ranks.from_first(weight.contiguous()), ranks.from_first(bias.contiguous())
-    sizes = [len(linear.weight) for linear in linears]
-    for linear, rows, offsets in zip(linears, weight.split(sizes), bias.split(sizes), strict=True):
-        linear.weight.copy_(rows)
-        linear.bias.copy_(offsets)
+    sizes = [len(matrix_of(linear)) for linear in linears]
+    for linear, matrix, offsets in zip(linears, weight.split(sizes), bias.split(sizes), strict=True):
+        matrix_of(linear).copy_(matrix)
+        if linear.bias is not None:
+            linear.bias.copy_(offsets)
 
 
 @torch.no_grad()
-def fit_norm(norm: nn.LayerNorm, pairs: Pairs, ridge: float) -> None:
-    """Fit gamma and beta of `norm`, one dim at a time, so that it puts out the targets (in place).
+def fit_norm(norm: Norm, rows: Iterable[Rows], ridge: float) -> None:
+    """Fit gain, and shift where it has one, of `norm`, one dim at a time, so that it puts out the targets (in place).
 
-    Inputs are those of the LayerNorm; each dim is a ridge regression of the target on the standardised input, drawn to
-    the present gamma.
+    Inputs are those of the norm; each dim is a ridge regression of the target on the standardised input, drawn to the
+    present gain.
     """
-    gamma = norm.weight.double()
-    sums = sum_over_rows(_norm_sums(standardise(z, norm.eps), y.double()) for z, y in pairs)
+    gain = norm.gain
+    sums = sum_over_rows(_norm_sums(norm.standardise(part.inputs), part) for part in rows)
     mean_z, mean_y, square_z, product = sums[:-1] / sums[-1].clamp(min=TINY)
+    if norm.shift is None:
+        mean_z, mean_y = torch.zeros_like(mean_z), torch.zeros_like(mean_y)
     variance, covariance = square_z - mean_z.square(), product - mean_z * mean_y
     penalty = (ridge * variance.mean()).clamp(min=TINY)
-    gamma = gamma + (covariance - variance * gamma) / (variance.clamp(min=0) + penalty)
-    norm.weight.copy_(ranks.from_first(gamma))
-    norm.bias.copy_(ranks.from_first(mean_y - gamma * mean_z))
+    gain = gain + (covariance - variance * gain) / (variance.clamp(min=0) + penalty)
+    norm.write(ranks.from_first(gain), ranks.from_first(mean_y - gain * mean_z))
 
 
-def _norm_sums(z: Tensor, y: Tensor) -> Tensor:
+def _norm_sums(z: Tensor, rows: Rows) -> Tensor:
     """(5, D): sums over rows of z, y, z z, z y and 1."""
-    return torch.stack([z.sum(0), y.sum(0), z.square().sum(0), (z * y).sum(0), torch.full_like(z[:1].sum(0), len(z))])
-
-
-def standardise(rows: Tensor, eps: float) -> Tensor:
-    """What a LayerNorm does before gamma and beta, in fp64."""
-    return functional.layer_norm(rows.double(), rows.shape[-1:], eps=eps)
+    y, ones = rows.targets.double(), torch.ones_like(z)
+    if rows.weights is not None:
+        z, y, ones = (part * rows.weights for part in (z, y, ones))
+    return torch.stack([(z * ones).sum(0), (y * ones).sum(0), z.square().sum(0), (z * y).sum(0), ones.square().sum(0)])
 
 
 def sum_over_rows(sums: Iterable[Tensor]) -> Tensor:

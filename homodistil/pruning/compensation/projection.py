@@ -16,23 +16,25 @@ IDENTITY_SHARE = 0.5
 """Share of the identity in the weights, added to the gradients' and the decoder rows' (0.1 to 2 give the same)."""
 
 
-def residual_projection(statistics: Statistics, width: int, fixed: Tensor, basis: str, seed: int) -> Tensor:
+def residual_projection(statistics: Statistics, width: int, fixed: Tensor, seed: int) -> Tensor:
     """P, fp64 (D, width) with orthonormal columns: first unit vectors of `fixed`, then a basis of the best rest.
 
     Args:
+        statistics: with gradients, directions are weighed by these; without, all count alike.
         width: of the new residual stream, above the number of `fixed`.
         fixed: int64, dims that stay coordinate axes; on the device of the statistics.
-        basis: "fisher" weighs directions by the gradients there, "pca" by variance alone.
         seed: of the mixing.
     """
-    size = len(statistics.decoder)
+    spread, weights = _spread(statistics), _weights(statistics)
+    if statistics.hides_mean:
+        spread, weights = _without_mean(spread), _without_mean(weights)
+    size = len(spread)
     if not len(fixed) < width <= size:
         raise ValueError(f"{width} residual dims of {size}, of which {len(fixed)} are fixed")
     rest = torch.ones(size, dtype=torch.bool, device=fixed.device)
     rest[fixed] = False
-    spread = _spread(statistics)[rest][:, rest]
-    weights = _weights(statistics, basis, size)[rest][:, rest]
-    best = _mix(_leading(spread, weights, width - len(fixed)), seed)
+    leading = _leading(spread[rest][:, rest], weights[rest][:, rest], width - len(fixed))
+    best = _mix(leading, seed, statistics.is_centred)
     projection = best.new_zeros(size, width)
     projection[fixed, torch.arange(len(fixed), device=fixed.device)] = 1
     projection[rest, len(fixed) :] = best
@@ -40,18 +42,30 @@ def residual_projection(statistics: Statistics, width: int, fixed: Tensor, basis
 
 
 def _spread(statistics: Statistics) -> Tensor:
-    """What there is to keep: mean over places of covariance / trace, plus the decoder rows' by predicted token."""
-    covariances = torch.stack([_per_trace(moments.covariance) for moments in statistics.residual])
-    return covariances.mean(0) + _per_trace(statistics.decoder)
+    """What there is to keep: mean over places of covariance / trace, plus the decoder rows' by predicted token.
+
+    Where no mean is taken out of rows (RMSNorm, linears without biases), second moments instead of covariances.
+    """
+    is_centred = statistics.is_centred
+    moments = [part.covariance if is_centred else part.second for part in statistics.residual]
+    spread = torch.stack([_per_trace(matrix) for matrix in moments]).mean(0)
+    return spread if statistics.decoder is None else spread + _per_trace(statistics.decoder)
 
 
-def _weights(statistics: Statistics, basis: str, size: int) -> Tensor:
+def _weights(statistics: Statistics) -> Tensor:
     """How much an error in each direction matters, (D, D)."""
-    identity = torch.eye(size, dtype=torch.float64, device=statistics.decoder.device)
-    if basis == "pca":
-        return identity
+    sums = statistics.residual[0].sums
+    size = len(sums) - 1
+    weights = torch.eye(size, dtype=torch.float64, device=sums.device)
+    if statistics.gradient is None:
+        return weights
     of_gradient, of_head = (_per_trace(m) * size for m in (statistics.gradient, statistics.head_rows.second))
-    return of_gradient + of_head + IDENTITY_SHARE * identity
+    return of_gradient + of_head + IDENTITY_SHARE * weights
+
+
+def _without_mean(matrix: Tensor) -> Tensor:
+    """Without the direction in which all dims are equal: no other one of an eigenbasis has a part of it then."""
+    return matrix - matrix.mean(0, keepdim=True) - matrix.mean(1, keepdim=True) + matrix.mean()
 
 
 def _per_trace(matrix: Tensor) -> Tensor:
@@ -66,19 +80,26 @@ def _leading(spread: Tensor, weights: Tensor, width: int) -> Tensor:
     return torch.linalg.qr(root @ directions[:, -width:].flip(1)).Q
 
 
-def _mix(basis: Tensor, seed: int) -> Tensor:
-    """The subspace in coordinates that suit a LayerNorm.
+def _mix(basis: Tensor, seed: int, is_centred: bool = True) -> Tensor:
+    """The subspace in coordinates that suit its norms.
 
-    It removes the mean over dims: the least important direction is put there (a Householder reflection swaps it with
-    the mean direction). The others are mixed at random, so that no coordinate dominates: random vectors projected onto
-    their subspace, made orthonormal. That depends on the subspace alone, not on the signs that an eigensolver gives its
-    vectors, which rounding can turn: runs on other numbers of ranks go the same way.
+    LayerNorm removes the mean over dims: the least important direction is put there (a Householder reflection swaps it
+    with the mean direction). The others are mixed at random, so that no coordinate dominates: random vectors projected
+    onto their subspace, made orthonormal. That depends on the subspace alone, not on the signs that an eigensolver
+    gives its vectors, which rounding can turn: runs on other numbers of ranks go the same way.
+
+    Args:
+        is_centred: whether norms take out the mean; otherwise all directions are mixed.
     """
     size, width = basis.shape
+    num_mixed = width - 1 if is_centred else width
     generator = torch.Generator().manual_seed(seed)
-    random = torch.randn(size, width - 1, generator=generator, dtype=torch.float64).to(basis.device)
-    mixing, triangle = torch.linalg.qr(basis[:, :-1].T @ random)
-    mixed = torch.cat([basis[:, :-1] @ (mixing * triangle.diagonal().sign()), _pointed(basis[:, -1:])], 1)
+    random = torch.randn(size, num_mixed, generator=generator, dtype=torch.float64).to(basis.device)
+    mixing, triangle = torch.linalg.qr(basis[:, :num_mixed].T @ random)
+    mixed = basis[:, :num_mixed] @ (mixing * triangle.diagonal().sign())
+    if not is_centred:
+        return mixed
+    mixed = torch.cat([mixed, _pointed(basis[:, -1:])], 1)
     normal = torch.full((width,), width**-0.5, dtype=basis.dtype, device=basis.device)
     normal[-1] -= 1
     length = normal.norm()

@@ -6,19 +6,25 @@ Rows are valid tokens, N heads, H dims of a head, D hidden, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.hooks import RemovableHandle
 
 from homodistil.data.batch import Batch
 from homodistil.distributed import ranks
 from homodistil.models.axes import layer_widths
+from homodistil.models.backbone import run_backbone
 from homodistil.models.family import ModelFamily
+from homodistil.models.norms import Norm
 from homodistil.pruning.compensation.least_squares import TINY
+
+_LOGITS_AT_ONCE = 1 << 25
+"""Elements: 128 MiB of probabilities in fp32."""
 
 
 class Moments(NamedTuple):
@@ -56,12 +62,17 @@ class HeadMoments(NamedTuple):
 class Statistics(NamedTuple):
     heads: dict[int, HeadMoments]
     """By layer."""
+    is_centred: bool = True
+    """Whether the norms of the residual stream take the mean over dims out of every row."""
+    hides_mean: bool = False
+    """Whether nothing but such norms reads the stream, so that its mean over dims does not matter."""
     residual: list[Moments] | None = None
-    """Moments of the residual stream behind each LayerNorm; None, like what follows, when not measured."""
+    """Moments of the residual stream as each block reads it, behind a norm; None when not measured."""
     gradient: Tensor | None = None
-    """(D, D): E[g g'] of the log-likelihood of labels drawn from the model itself, summed over these places."""
+    """(D, D): E[g g'] of the log-likelihood of labels drawn from the model itself, summed over these places; None where
+    directions are not weighed by it."""
     head_rows: Moments | None = None
-    """Moments of what enters the decoder at masked positions, (D + 1, D + 1)."""
+    """Moments of what enters the decoder at the rows to predict, (D + 1, D + 1); None: the model has no head."""
     decoder: Tensor | None = None
     """(D, D): `decoder_gram` by the mean predicted probabilities there."""
 
@@ -71,43 +82,65 @@ def collect(
     family: ModelFamily,
     batches: Sequence[Batch],
     head_layers: Collection[int],
-    with_residual: bool,
+    basis: Literal["fisher", "pca"] | None,
     seed: int,
 ) -> Statistics:
     """Statistics of a frozen `model` in evaluation mode. Every rank calls it with its own micro-batches.
 
     Args:
         head_layers: layers whose heads are looked at.
-        with_residual: whether the residual stream is; gradients are taken on the first half of the batches.
+        basis: None: the residual stream is not looked at. pca: its activations are, and what the head predicts, if the
+            model has one, on the first half of the batches; fisher: gradients there, too.
         seed: of the labels that are drawn.
     """
-    collector = _Collector(model, family, sorted(head_layers), with_residual)
-    num_with_gradients = -(-len(batches) // 2) if with_residual else 0
+    collector = _Collector(model, family, sorted(head_layers), basis)
+    num_with_head = -(-len(batches) // 2) if basis is not None and family.has_head(model) else 0
     try:
         for i, batch in enumerate(batches):
             first = (i * ranks.world_size() + ranks.rank()) * len(batch.input_ids)
-            collector.run(batch, uniform_numbers(batch, first, seed) if i < num_with_gradients else None)
+            collector.run(batch, uniform_numbers(batch, first, seed) if i < num_with_head else None)
     finally:
         collector.remove_hooks()
     return collector.result()
 
 
+class _Place(NamedTuple):
+    """Where the residual stream is looked at: behind `norm`, or in front of `entry`, which reads it as it is."""
+
+    norm: Norm | None
+    entry: nn.Module | None = None
+
+    def observe(self, see: Callable[[Tensor], None]) -> RemovableHandle:
+        if self.norm is None:
+            return self.entry.register_forward_pre_hook(lambda _module, args: see(args[0]))
+        return self.norm.module.register_forward_hook(lambda _module, _args, output: see(output))
+
+
+def _places(model: nn.Module, family: ModelFamily) -> list[_Place]:
+    """In forward order; the last one is what the backbone puts out."""
+    blocks = [block for i in range(len(family.layers(model))) for block in family.blocks(model, i)]
+    ends = family.embedding_norm(model), family.norm(family.final_norm(model))
+    places = [_Place(block.input_norm or block.stream_norm, block.entry) for block in blocks]
+    return [_Place(ends[0])] * (ends[0] is not None) + places + [_Place(ends[1])] * (ends[1] is not None)
+
+
 class _Collector:
-    def __init__(self, model: nn.Module, family: ModelFamily, head_layers: list[int], with_residual: bool) -> None:
+    def __init__(self, model: nn.Module, family: ModelFamily, head_layers: list[int], basis: str | None) -> None:
         self.model, self.family, self.head_layers = model, family, head_layers
+        self._with_gradients = basis == "fisher"
         self._sums: dict[str, Tensor] = {}
         self._batch: Batch | None = None
         self._handles = [handle for i in head_layers for handle in self._hook_heads(i)]
-        self._norms = list(family.layer_norms(model).values()) if with_residual else []
-        self._handles += [norm.register_forward_hook(partial(self._on_norm, j)) for j, norm in enumerate(self._norms)]
+        self._places = _places(model, family) if basis is not None else []
+        self._handles += [place.observe(partial(self._on_place, j)) for j, place in enumerate(self._places)]
 
     def _hook_heads(self, i: int) -> list:
-        parts = self.family.layer_parts(self.model)[i]
+        parts = self.family.head_linears(self.model, i)
         add = partial(self._add_heads, layer_widths(self.family.axis_table(self.model).widths, i).num_heads)
         return [
             parts.query.register_forward_hook(lambda _module, _args, output: add(f"query.{i}", output)),
             parts.key.register_forward_hook(lambda _module, _args, output: add(f"key.{i}", output)),
-            parts.attention_linear.register_forward_pre_hook(lambda _module, args: add(f"context.{i}", args[0])),
+            parts.output.register_forward_pre_hook(lambda _module, args: add(f"context.{i}", args[0])),
         ]
 
     def remove_hooks(self) -> None:
@@ -115,29 +148,37 @@ class _Collector:
             handle.remove()
 
     def run(self, batch: Batch, numbers: Tensor | None) -> None:
-        """One micro-batch; with gradients when there are `numbers` to draw the labels with."""
+        """One micro-batch; with the head where there are `numbers` to draw labels with."""
         self._batch = batch
-        with torch.set_grad_enabled(numbers is not None):
-            hidden = self.family.backbone(self.model)(input_ids=batch.input_ids, attention_mask=batch.padding_mask)[0]
+        with torch.set_grad_enabled(numbers is not None and self._with_gradients):
+            hidden = run_backbone(self.model, self.family, batch.input_ids, batch.padding_mask)
             if numbers is not None:
-                self._head(hidden.flatten(0, 1)[batch.target_index], numbers)
+                rows = self.family.lm_transform(self.model)(hidden.flatten(0, 1)[batch.target_index])
+                gradient = self._head_gradient(rows.detach(), numbers)
+                if rows.requires_grad:
+                    rows.backward(gradient)
 
-    def _head(self, hidden: Tensor, numbers: Tensor) -> None:
-        rows, decoder = self.family.lm_transform(self.model)(hidden), self.family.decoder(self.model)
-        with torch.no_grad():
-            probabilities = decoder(rows).softmax(-1)
-            self._add("head_rows", _products(rows))
-            self._add("predictions", probabilities.sum(0).double())
-            labels = draw_labels(probabilities, numbers)
-            gradient = probabilities @ decoder.weight - decoder.weight[labels]  # of -log p(label)
-        rows.backward(gradient)
+    @torch.no_grad()
+    def _head_gradient(self, rows: Tensor, numbers: Tensor) -> Tensor:
+        """Gradient of -log p(label) with respect to what enters the decoder, (rows, D), by chunks of rows."""
+        decoder = self.family.decoder(self.model)
+        self._add("head_rows", _products(rows))
+        size = max(1, _LOGITS_AT_ONCE // len(decoder.weight))
+        parts = zip(rows.split(size), numbers.split(size), strict=True)
+        return torch.cat([self._chunk_gradient(decoder, *part) for part in parts])
 
-    def _on_norm(self, j: int, _module: nn.Module, _args: tuple, output: Tensor) -> None:
-        self._add(f"residual.{j}", _products(self._rows(output.detach())))
+    def _chunk_gradient(self, decoder: nn.Linear, rows: Tensor, numbers: Tensor) -> Tensor:
+        probabilities = decoder(rows).softmax(-1)
+        self._add("predictions", probabilities.sum(0).double())
+        labels = draw_labels(probabilities, numbers)
+        return probabilities @ decoder.weight - decoder.weight[labels]
+
+    def _on_place(self, j: int, stream: Tensor) -> None:
+        self._add(f"residual.{j}", _products(self._rows(stream.detach())))
         if torch.is_grad_enabled():
-            if not output.requires_grad:  # the embeddings: all parameters are frozen
-                output.requires_grad_()
-            output.register_hook(lambda gradient: self._add("gradient", _products(self._rows(gradient))))
+            if not stream.requires_grad:  # the first place: all parameters are frozen
+                stream.requires_grad_()
+            stream.register_hook(lambda gradient: self._add("gradient", _products(self._rows(gradient))))
 
     @torch.no_grad()
     def _add_heads(self, num_heads: int, name: str, output: Tensor) -> None:
@@ -157,18 +198,23 @@ class _Collector:
         heads = {
             i: HeadMoments(*(Moments(sums[f"{part}.{i}"]) for part in HeadMoments._fields)) for i in self.head_layers
         }
-        if not self._norms:
+        if not self._places:
             return Statistics(heads)
-        residual = [Moments(sums[f"residual.{j}"]) for j in range(len(self._norms))]
+        residual = [Moments(sums[f"residual.{j}"]) for j in range(len(self._places))]
+        is_centred = all(place.norm.is_centred for place in self._places if place.norm is not None)
+        kinds = is_centred, is_centred and self.family.rotation_is_exact(self.model)
+        if "predictions" not in sums:
+            return Statistics(heads, *kinds, residual)
         head_rows = Moments(sums["head_rows"])
         predictions = sums["predictions"] / sums["predictions"].sum().clamp(min=TINY)
         gram = decoder_gram(self.family.decoder(self.model).weight, predictions)
-        return Statistics(heads, residual, Moments(sums["gradient"]).second, head_rows, gram)
+        gradient = Moments(sums["gradient"]).second if "gradient" in sums else None
+        return Statistics(heads, *kinds, residual, gradient, head_rows, gram)
 
 
 def uniform_numbers(batch: Batch, first_sequence: int, seed: int) -> Tensor:
-    """Random numbers in [0, 1), fp32, one for each masked row of `batch`: the same however sequences are dealt out to
-    micro-batches.
+    """Random numbers in [0, 1), fp32, one for each row to predict of `batch`: the same however sequences are dealt out
+    to micro-batches.
 
     Args:
         first_sequence: place of the batch's first sequence among those of all ranks.

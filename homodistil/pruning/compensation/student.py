@@ -41,7 +41,7 @@ def propose(student: Student, keep: Keep, batches: Sequence[Batch], options: Opt
         fixed: residual dims (the current numbering) that stay coordinates, int64 (k,), ascending.
     """
     table = student.family.axis_table(student.model)
-    compensated = compensate(student.model, student.family, table, keep, batches, options, fixed)
+    compensated = compensate(student.model, student.family, table, keep, batches, options, fixed, student.origins)
     maps: dict[str, DimMaps] = {f"model.{name}": dims for name, dims in compensated.plan.maps.items()}
     maps |= _projection_maps(student, compensated.plan)
     weights = {f"model.{name}": parameter.detach() for name, parameter in compensated.model.named_parameters()}

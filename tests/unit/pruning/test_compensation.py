@@ -140,7 +140,7 @@ def test_leading_dims_of_a_head_are_the_best_that_few_dims_can_do(model):
 
 def test_gradients_are_those_of_the_drawn_labels(model):
     model.requires_grad_(False)
-    statistics = collect(model, bert, BATCHES, [], True, seed=4)
+    statistics = collect(model, bert, BATCHES, [], "fisher", seed=4)
     weights, scale = weights_of(model), bert.attentions(model)[0].scaling
     found = []
     for i, batch in enumerate(BATCHES[:2]):
@@ -180,8 +180,8 @@ def test_labels_are_drawn_by_their_probability():
 @pytest.mark.parametrize("fixed", [[], [3, 12]])
 @pytest.mark.parametrize("width", [3, 10, 15])
 def test_projection_is_orthonormal_and_keeps_fixed_dims(model, basis, fixed, width):
-    statistics = collect(model.requires_grad_(False), bert, BATCHES, [], True, seed=0)
-    found = residual_projection(statistics, width, torch.tensor(fixed, dtype=torch.int64), basis, seed=0)
+    statistics = collect(model.requires_grad_(False), bert, BATCHES, [], basis, seed=0)
+    found = residual_projection(statistics, width, torch.tensor(fixed, dtype=torch.int64), seed=0)
     torch.testing.assert_close(found.T @ found, torch.eye(width).double(), rtol=0, atol=1e-12)
     assert torch.equal(found[fixed, : len(fixed)], torch.eye(len(fixed)).double())
     assert not found[fixed, len(fixed) :].any()
@@ -196,11 +196,11 @@ def test_mixing_looks_at_the_subspace_and_not_at_signs():
 
 
 def test_projection_keeps_the_principal_directions_and_hides_the_last(model):
-    statistics = collect(model.requires_grad_(False), bert, BATCHES, [], True, seed=0)
+    statistics = collect(model.requires_grad_(False), bert, BATCHES, [], "pca", seed=0)
     spread = sum(m.covariance / m.covariance.trace() for m in statistics.residual) / len(statistics.residual)
     spread += statistics.decoder / statistics.decoder.trace()
     principal = torch.linalg.svd(spread).U[:, :6]
-    found = residual_projection(statistics, 6, torch.empty(0, dtype=torch.int64), "pca", seed=0)
+    found = residual_projection(statistics, 6, torch.empty(0, dtype=torch.int64), seed=0)
     torch.testing.assert_close(found @ found.T, principal @ principal.T, rtol=0, atol=1e-10)
     mean_direction = found.mean(1) * 6**0.5
     torch.testing.assert_close(mean_direction.abs(), principal[:, 5].abs(), rtol=0, atol=1e-8)
@@ -277,7 +277,7 @@ def test_each_mode_comes_nearer_than_the_plain_cut(model):
 
 @torch.no_grad()
 def test_rotation_only_stays_near_the_model(model):
-    rotated = rotation_only(model, bert, bert.axis_table(model), BATCHES, Options())
+    rotated = rotation_only(model, bert, bert.axis_table(model), BATCHES, Options()).model
     assert bert.axis_table(rotated).widths == bert.axis_table(model).widths
     assert kl(model, rotated) < 0.5 * kl(model, cut(model, {"hidden": 10}).model)
 
@@ -285,7 +285,7 @@ def test_rotation_only_stays_near_the_model(model):
 @pytest.mark.parametrize("mode", ["refit", "full"])
 @pytest.mark.parametrize("case", ["dead neuron", "dead head", "few tokens", "no masked rows"])
 def test_degenerate_inputs_stay_finite(model, mode, case):
-    batches, layer = BATCHES, bert.layer_parts(model)[0]
+    batches, layer = BATCHES, bert.modules(model, 0)
     with torch.no_grad():
         if case == "dead neuron":
             layer.ffn_linear.weight[:20] = 0
