@@ -36,7 +36,7 @@ pytestmark = pytest.mark.gpu
 
 
 def on(batch: Batch, device: torch.device) -> Batch:
-    counts = type(batch.counts)(*(count.to(device) for count in batch.counts))
+    counts = type(batch.counts)(*(count if count is None else count.to(device) for count in batch.counts))
     return batch.to(device)._replace(counts=counts)
 
 
