@@ -243,6 +243,7 @@ def test_it_is_cut_without_compensation():
     config, teacher = RunConfig(), CASES["modernbert"].make_config()
     settle(config, teacher)
     assert config.pruning.compensation == "none" and config.data.task == "mlm"
+    assert (config.loss.attention_target, config.loss.hidden_space) == ("scores", "normalised")
     config.pruning.compensation = "full"
     with pytest.raises(
         UserError, match="pruning.compensation: found full, allowed is none .* of the modernbert family"

@@ -30,6 +30,8 @@ LOSSES = [
     {"attention_target": "scores"},
     {"attention_target": "probabilities", "kl_positions": "all", "kl_temperature": 2.0},
     {"attention_target": "probabilities_kl", "projection": "teacher"},
+    {"attention_target": "centred_scores", "hidden_space": "normalised"},
+    {"attention_target": "centred_scores", "hidden_space": "normalised", "projection": "teacher"},
 ]
 
 pytestmark = pytest.mark.gpu
