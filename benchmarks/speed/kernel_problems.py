@@ -16,6 +16,7 @@ from torch.nn import functional
 from homodistil.kernels.attention_map import attention_map_loss
 from homodistil.kernels.hidden_mse import hidden_mse
 from homodistil.kernels.masked_lm import linear_masked_lm_losses, masked_lm_losses
+from homodistil.kernels.normalised_hidden_mse import EPS, normalised_hidden_mse
 
 VOCABULARY = 30522
 TEMPERATURE = 2.0
@@ -49,10 +50,10 @@ def problems(device: torch.device, size: str) -> list[Problem]:
     found += [_rows(rows, device) for rows in shapes["rows"]]
     found += [_linear(*shape, device) for shape in shapes["linear"]]
     found += [_head(sequences, device) for sequences in shapes["head"]]
-    return found + [_hidden(*shape, device) for shape in shapes["hidden"]]
+    return found + [_hidden(*shape, device, space) for shape in shapes["hidden"] for space in ("raw", "normalised")]
 
 
-_TARGETS = ["scores", "probabilities", "probabilities_kl"]
+_TARGETS = ["scores", "centred_scores", "probabilities", "probabilities_kl"]
 _SHAPES = {
     ("cuda", "quick"): {
         "attention": [(64, 12, 128, 64, 64), (16, 12, 512, 64, 64)],
@@ -135,7 +136,10 @@ def eager_attention(x: Inputs, target: str) -> Tensor:
         scores.float() * q.shape[-1] ** -0.5 for scores, q in zip(maps, (x["qs"], x["qt"]), strict=True)
     )
     pairs = valid[:, :, None] & valid[:, None, :]
-    if target == "scores":
+    if target == "centred_scores":
+        keys = valid[:, None, None, :]
+        student, teacher = (s - (s * keys).sum(-1, True) / keys.sum(-1, True).clamp(min=1) for s in (student, teacher))
+    if target in ("scores", "centred_scores"):
         return ((student - teacher).square().mean(1) * pairs).sum()
     padding, lowest = ~valid[:, None, None, :], torch.finfo(torch.float32).min
     log_q, log_p = (scores.masked_fill(padding, lowest).log_softmax(-1) for scores in (student, teacher))
@@ -314,22 +318,27 @@ def _labels(m: int, device: torch.device) -> Tensor:
 # -- hidden states
 
 
-def _hidden(b: int, t: int, ds: int, dt: int, device: torch.device) -> Problem:
+def _hidden(b: int, t: int, ds: int, dt: int, device: torch.device, space: str) -> Problem:
+    distance = {"raw": hidden_mse, "normalised": normalised_hidden_mse}[space]
+
     def make(device: torch.device, dtype: torch.dtype) -> Inputs:
         found = {"student": _randn(b, t, ds, device=device, dtype=dtype), "mask": _mask(b, t, device)}
         found["teacher"] = _randn(b, t, dt, device=device, dtype=dtype)
         return found | {"weight": _randn(dt, ds, device=device, dtype=dtype, scale=ds**-0.5)}
 
     def eager(x: Inputs) -> Tensor:
-        projected = functional.linear(x["student"], x["weight"])
-        squared = (projected.float() - x["teacher"].float()).square().mean(-1)
+        both = functional.linear(x["student"], x["weight"]).float(), x["teacher"].float()
+        if space == "normalised":
+            both = (rows * (rows.square().mean(-1, True) + EPS).rsqrt() for rows in both)
+        student, teacher = both
+        squared = (student - teacher).square().mean(-1)
         return (squared * x["mask"]).sum()
 
     def ours(x: Inputs) -> Tensor:
-        return hidden_mse(x["student"], x["teacher"], x["mask"], x["weight"], "student")
+        return distance(x["student"], x["teacher"], x["mask"], x["weight"], "student")
 
     return Problem(
-        operation="hidden MSE with projection",
+        operation=f"hidden MSE with projection, {space}",
         shape=f"B{b} T{t} D{ds}/{dt}",
         make=make,
         leaves=("student", "weight"),

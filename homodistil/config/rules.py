@@ -45,6 +45,11 @@ def check(config: RunConfig) -> None:
     _check_milestones(config)
     _check_size(config)
     _check_compensation(config)
+    if config.loss.skip_first_tokens >= config.data.seq_len:
+        raise UserError(
+            f"loss.skip_first_tokens: found {config.loss.skip_first_tokens}, which leaves nothing of sequences of "
+            f"{config.data.seq_len} tokens (data.seq_len); allowed is 0 .. {config.data.seq_len - 1}"
+        )
 
 
 def _check_num_events(config: RunConfig) -> None:

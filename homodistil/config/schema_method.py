@@ -211,11 +211,20 @@ class LossConfig:
     """Temperature of the KL term (> 0); the term is multiplied by its square."""
     kl_positions: Literal["masked", "all"] = option("masked", resume="fixed", students="own", derived=SAME)
     """Tokens over which the KL term is computed: the masked ones or all."""
-    attention_target: Literal["scores", "probabilities", "probabilities_kl"] = option(
-        "scores", resume="fixed", students="own", derived=SAME
+    attention_target: Literal["auto", "scores", "centred_scores", "probabilities", "probabilities_kl"] = option(
+        "auto", resume="fixed", students="own", derived=SAME
     )
     """What the attention term compares. scores: q.k/sqrt(d) before the softmax, by MSE (as in TinyBERT's code);
-    probabilities: after it, by MSE; probabilities_kl: KL(teacher || student) per query."""
+    centred_scores: the same without each query's mean over the keys it sees, which softmax ignores; probabilities:
+    after the softmax, by MSE; probabilities_kl: KL(teacher || student) per query. auto: probabilities_kl for causal
+    models, else scores."""
+    hidden_space: Literal["auto", "raw", "normalised"] = option("auto", resume="fixed", students="own", derived=SAME)
+    """What the hidden and embedding terms compare. raw: states as they are; normalised: each token's states divided by
+    their root mean square, so that no massive activation decides the term. auto: raw for models with a LayerNorm at the
+    end of each block (the paper), normalised for those whose norms stand before the blocks."""
+    skip_first_tokens: int = option(0, low=0, high=COUNT, resume="fixed", students="shared", derived=SAME)
+    """Tokens at the beginning of each sequence that the hidden term leaves out (>= 0, < data.seq_len): attention sinks
+    have massive activations."""
     projection: Literal["student", "teacher"] = option("student", resume="fixed", students="own", derived=SAME)
     """Side of W in the hidden and embedding terms: MSE(H_s W, H_t), or MSE(H_s, H_t W) as on the paper's slide."""
     projection_learned: bool = option(True, resume="fixed", students="own", derived=SAME)

@@ -23,6 +23,9 @@ class LossCounts(NamedTuple):
     """Valid query-key pairs, summed over the batch."""
     window_pairs: float | Tensor | None = None
     """Of these, pairs inside the window of the layers that have one; None: there is no such layer."""
+    tokens_behind: float | Tensor | None = None
+    """Of the tokens, those behind the first ones of each sequence, which loss.skip_first_tokens leaves out; None: it
+    leaves out none."""
 
 
 class Batch(NamedTuple):
@@ -48,6 +51,24 @@ class Batch(NamedTuple):
         """All but the counts."""
         return self[:-1]
 
+    def behind(self, num_first: int) -> tuple[Tensor, float | Tensor]:
+        """What hidden states are compared by: `attention_mask` and `counts.tokens` without the first tokens of each
+        sequence.
+
+        Args:
+            num_first: how many, as `counts` was made with (`with_tokens_behind`).
+        """
+        if not num_first:
+            return self.attention_mask, self.counts.tokens
+        return tokens_behind(self.attention_mask, num_first), self.counts.tokens_behind
+
+    def with_tokens_behind(self, num_first: int) -> Batch:
+        """The batch with `counts.tokens_behind`, where tokens are left out. To be called on the CPU."""
+        if not num_first:
+            return self
+        count = float(tokens_behind(self.attention_mask, num_first).sum())
+        return self._replace(counts=self.counts._replace(tokens_behind=count))
+
     def pinned(self) -> Batch:
         """A copy in page-locked memory, out of which a GPU copies while the host continues."""
         return Batch(*(tensor.pin_memory() for tensor in self.tensors), self.counts)
@@ -55,3 +76,8 @@ class Batch(NamedTuple):
     def to(self, device: torch.device | str) -> Batch:
         """The batch with its tensors on `device`; from pinned memory without waiting for the copies."""
         return Batch(*(tensor.to(device, non_blocking=True) for tensor in self.tensors), self.counts)
+
+
+def tokens_behind(attention_mask: Tensor, num_first: int) -> Tensor:
+    """`attention_mask` (B, T) without the first `num_first` tokens of each sequence, wherever its padding is."""
+    return attention_mask * (attention_mask.cumsum(1) > num_first)

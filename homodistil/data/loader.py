@@ -46,6 +46,7 @@ class BatchLoader:
         micro_batch_size: samples of one micro-batch.
         rank, world_size: whose share.
         window: of the model's layers that have one, to count pairs by (`LossCounts`).
+        num_first: tokens at the beginning of each sequence that a count leaves out (`LossCounts.tokens_behind`).
 
     Raises:
         UserError: no rows, or a global batch size that is not a multiple of micro-batch size x ranks.
@@ -62,10 +63,12 @@ class BatchLoader:
         rank: int,
         world_size: int,
         window: int | None = None,
+        num_first: int = 0,
     ) -> None:
         if not len(rows):
             raise UserError("data.sources: the training split holds no block of text; add text")
         self._rows, self._seed, self._workers = rows, seed, config.workers
+        self._num_first = num_first
         self._to_batch = task_of(config).batch_maker(tokenizer, config, seed, window)
         self.global_batch_size, self._rank, self._world = global_batch_size, rank, world_size
         self._order_epoch, self._order = -1, np.empty(0, dtype=np.uint32)
@@ -126,7 +129,7 @@ class BatchLoader:
         for epoch in np.unique(epochs):
             here = epochs == epoch
             samples[here] = self._order_of(int(epoch))[offsets[here]]
-        return self._to_batch(self._rows[samples], samples, epochs)
+        return self._to_batch(self._rows[samples], samples, epochs).with_tokens_behind(self._num_first)
 
     def _order_of(self, epoch: int) -> np.ndarray:
         if epoch != self._order_epoch:  # cached, because shuffling 10^8 samples takes seconds
@@ -189,6 +192,7 @@ def fixed_batches(
     world_size: int,
     limit: int | None = None,
     window: int | None = None,
+    num_first: int = 0,
 ) -> Iterator[Batch]:
     """The batches of this rank for evaluation on `rows`; masks depend only on (seed, sample index).
 
@@ -197,7 +201,7 @@ def fixed_batches(
 
     Args:
         rows: blocks of the held-out split.
-        tokenizer, config, seed, rank, world_size, window: see `BatchLoader`.
+        tokenizer, config, seed, rank, world_size, window, num_first: see `BatchLoader`.
         batch_size: maximum samples per batch and rank.
         limit: use only the first `limit` samples, over all ranks; None: all.
     """
@@ -207,6 +211,7 @@ def fixed_batches(
         round_ = np.arange(start, min(start + batch_size * world_size, total))
         samples = np.array_split(round_, world_size)[rank]
         if len(samples):
-            yield to_batch(rows[samples], samples, np.zeros_like(samples))
+            batch = to_batch(rows[samples], samples, np.zeros_like(samples))
         else:
-            yield to_batch.without_targets(rows[[0]])
+            batch = to_batch.without_targets(rows[[0]])
+        yield batch.with_tokens_behind(num_first)

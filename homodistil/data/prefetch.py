@@ -28,7 +28,7 @@ class _Share(NamedTuple):
 
     batches: list[Batch]
     counts: Tensor
-    """(3,) float64, or (4,) where pairs in a window are counted: mean of `LossCounts` over `batches`."""
+    """(3,) float64, or more where more is counted: mean over `batches` of those of `LossCounts` that are not None."""
     copied: torch.cuda.Event | None
     """Recorded after the copies to the GPU; None on the CPU."""
 
@@ -61,7 +61,7 @@ class BatchPrefetcher:
         share = self._take(consumed_samples)
         self._prepare(consumed_samples + self.loader.global_batch_size)
         self.wait_s += time.perf_counter() - start_s
-        counts = _means(share.counts, len(share.batches))
+        counts = _means(share.counts, share.batches)
         return [batch._replace(counts=counts) for batch in share.batches]
 
     def set_micro_batch_size(self, micro_batch_size: int) -> None:
@@ -112,9 +112,10 @@ def _use_on_current_stream(share: _Share) -> None:
 def mean_counts(batches: list[Batch], device: torch.device) -> LossCounts:
     """Mean counts per micro-batch over `batches` and all ranks, as 0-dim fp32 tensors on `device`.
 
-    Every rank calls it (one small all-reduce). At least one masked row per step is assumed, to avoid 0 / 0.
+    Every rank calls it (one small all-reduce). At least one masked row per step is assumed, and one token behind those
+    that are left out, to avoid 0 / 0.
     """
-    return _means(_own_counts(batches).to(device), len(batches))
+    return _means(_own_counts(batches).to(device), batches)
 
 
 def _own_counts(batches: list[Batch]) -> Tensor:
@@ -124,8 +125,12 @@ def _own_counts(batches: list[Batch]) -> Tensor:
     return torch.tensor(counts, dtype=torch.float64).mean(0)
 
 
-def _means(local: Tensor, num_batches: int) -> LossCounts:
+def _means(local: Tensor, batches: list[Batch]) -> LossCounts:
     counts = ranks.mean(local)
     # Every rank has the same number of micro-batches, so the mean of the losses divided by these means is global.
-    counts[0].clamp_(min=1.0 / (num_batches * ranks.world_size()))
-    return LossCounts(*counts.float().unbind())
+    least = 1.0 / (len(batches) * ranks.world_size())
+    names = [name for name, count in zip(LossCounts._fields, batches[0].counts, strict=True) if count is not None]
+    means = dict(zip(names, counts.float().unbind(), strict=True))
+    for name in {"target_rows", "tokens_behind"} & means.keys():  # there may be none
+        means[name] = means[name].clamp(min=least)
+    return LossCounts(**means)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from homodistil.config.schema import LossConfig
 from homodistil.data.batch import Batch
 from homodistil.distill.layer_map import LayerMap
+from homodistil.distill.losses.settled import settled
 from homodistil.distill.objective import Comparison, LossTerms, Objective
 from homodistil.distill.teacher import Teacher, head_only_parameters
 from homodistil.distill.teacher_outputs import TeacherOutputs, wanted_rows
@@ -33,7 +34,7 @@ class Student(nn.Module):
 
     Args:
         model: masked LM with tapped attention.
-        config: weights and options of the terms.
+        config: weights and options of the terms; what is auto becomes what suits the model (losses/settled.py).
         distil: False trains MLM alone (teacher correction): the terms' modules are not made.
         layer_map: the teacher's measures; None: `model` is a copy of the teacher, as it is.
     """
@@ -44,7 +45,7 @@ class Student(nn.Module):
         super().__init__()
         self.model = model
         self.family = family_of(model.config.model_type)
-        self.objective = Objective(config)
+        self.objective = Objective(settled(config, self.family.architecture))
         self.layer_map = layer_map or _copied_from(model.config)
         self._passed: dict[tuple[str, str], str] = {}
         """(moment, term) -> name of the module that the term calls then."""

@@ -37,12 +37,27 @@ def evaluate_distances(
     """
     objective = Objective(dataclasses.replace(student.objective.config, attention=1.0))
     names = [name.removesuffix("_distance") for name in measured_distances(student.objective.config)]
-    sums = torch.zeros(len(names) + 1, dtype=torch.float64, device=device)
+    sums = torch.zeros(2, len(names) + 1, dtype=torch.float64, device=device)
     for batch in batches:
-        tokens, batch = batch.counts.tokens, batch.to(device)
+        batch = _with_least_counts(batch).to(device)
+        tokens = sums.new_tensor([*(_tokens(name, batch) for name in names), batch.counts.tokens])
         terms = student.compare(batch, teacher(batch), objective).terms
-        sums += tokens * torch.stack([*(terms[name].double() for name in names), sums.new_ones(())])
-    *values, tokens = ranks.total(sums).tolist()
-    return {f"{name}_distance": value / tokens for name, value in zip(names, values, strict=True)} | {
-        "evaluated_tokens": tokens
-    }
+        values = torch.stack([*(terms[name].double() for name in names), sums.new_ones(())])
+        sums += torch.stack([tokens * values, tokens])
+    (*values, _), (*tokens, evaluated) = ranks.total(sums).tolist()
+    distances = {f"{name}_distance": value / n for name, value, n in zip(names, values, tokens, strict=True)}
+    return distances | {"evaluated_tokens": evaluated}
+
+
+def _tokens(name: str, batch: Batch) -> float:
+    """How many the term `name` is a mean over."""
+    left_out = name == "hidden" and batch.counts.tokens_behind is not None
+    return batch.counts.tokens_behind if left_out else batch.counts.tokens
+
+
+def _with_least_counts(batch: Batch) -> Batch:
+    """A batch of short texts alone may have no token behind those that are left out: its sum is 0, not 0 / 0."""
+    counts = batch.counts
+    if counts.tokens_behind is None:
+        return batch
+    return batch._replace(counts=counts._replace(tokens_behind=max(counts.tokens_behind, 1.0)))

@@ -8,6 +8,8 @@ With w_i = 1 for real tokens, m_ij = 1 where query i sees key j (w_j = 1, and j 
 model nor outside its window: MaskKind), S = scale * Q K^T, P = softmax(S) over m_ij = 1 and 0 elsewhere, and S', P' of
 the teacher:
     scores            sum_ij w_i m_ij (S - S')^2       dS = 2 w_i m_ij (S - S')
+    centred_scores    sum_ij w_i m_ij E^2              dS = 2 w_i m_ij E,  E = S - S' - c_i,  c_i = mean of S - S' over
+                      the keys that query i sees: a constant for each query, which softmax ignores, is not compared
     probabilities     sum_ij w_i m_ij (P - P')^2       dS = 2 w_i P (D - c),  D = P - P',  c_i = sum_j P D
     probabilities_kl  sum_ij w_i P' (log P' - log P)   dS = w_i (P - P')
     dQ = scale * dS K,   dK = scale * sum of dS^T Q over the heads of queries that share the head of keys
@@ -26,7 +28,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from homodistil.errors import UserError
-from homodistil.kernels.attention_map_inputs import MASKED, TARGETS, Gradients, Maps, MaskKind
+from homodistil.kernels.attention_map_inputs import MASKED, SCORE_TARGETS, TARGETS, Gradients, Maps, MaskKind
 from homodistil.kernels.triton_support import use_triton
 
 
@@ -47,9 +49,10 @@ def attention_map_loss(
 ) -> Tensor:
     """Difference of attention maps, mean over N, summed over valid pairs (L_attn). Count: pairs; for KL: tokens.
 
-    `scores` compares before the softmax (TinyBERT's published code), `probabilities` after it, `probabilities_kl` is
-    KL(teacher || student) of each query's distribution over keys. fp32 arithmetic between the products; exactly 0 where
-    student and teacher are the same. Gradients flow to the student's queries and keys alone.
+    `scores` compares before the softmax (TinyBERT's published code), `centred_scores` too, but for the mean of each
+    query's row, `probabilities` after it, `probabilities_kl` is KL(teacher || student) of each query's distribution
+    over keys. fp32 arithmetic between the products; exactly 0 where student and teacher are the same. Gradients flow to
+    the student's queries and keys alone.
 
     Args:
         student_queries, student_keys: (B, N, T, Hs) and (B, Gs, T, Hs), fp32, bf16 or fp16; strided views are welcome.
@@ -60,7 +63,7 @@ def attention_map_loss(
             the key.
         heads: (N,) int64 on the same device, the teacher's head of queries of each of the student; None = the same
             order.
-        target: "scores", "probabilities" or "probabilities_kl".
+        target: "scores", "centred_scores", "probabilities" or "probabilities_kl".
         implementation: "auto", "torch" or "triton"; auto takes Triton for bf16 and fp16 on a GPU.
         causal: query i sees key j only if j <= i, in student and teacher.
         window: and only if |i - j| <= window, or of a causal model i - j < window (see MaskKind); None = no bound.
@@ -133,12 +136,13 @@ def _blockwise(maps: Maps, with_gradients: bool) -> tuple[Tensor, Gradients | No
 
     On a CPU faster than the same formula left to autograd (LOG.md), which reads and writes a dozen whole maps.
     """
-    evaluate = {"scores": _scores, "probabilities": _probabilities, "probabilities_kl": _probabilities_kl}[maps.target]
+    evaluate = _EVALUATE[maps.target]
     total = torch.zeros((), dtype=torch.float32, device=maps.student_queries.device)
     gradients = maps.gradient_buffers() if with_gradients else None
-    hidden = None if maps.target == "scores" else maps.kind.bias(maps.attention_mask.shape[1], total.device)
+    hidden = None if maps.target in SCORE_TARGETS else maps.kind.bias(maps.attention_mask.shape[1], total.device)
     for text in range(len(maps.attention_mask)):
-        loss, of_scores = evaluate(*_score_maps(maps, text, hidden), with_gradients)
+        mask = _mask_of(maps, text, hidden)
+        loss, of_scores = evaluate(*_score_maps(maps, text, mask), mask, with_gradients)
         total += loss
         if with_gradients:
             _write_gradients(maps, text, of_scores, gradients)
@@ -173,20 +177,30 @@ class _Hidden(NamedTuple):
     bias: Tensor | None
     """(1, 1 or T, T), MASKED where a key is hidden; None where hidden scores are to be 0."""
 
+    def seen(self) -> Tensor:
+        """(1 or T, T) fp32, 1 where the query sees the key, if it is itself a token."""
+        keys = self.tokens.transpose(0, 1)
+        if self.kind.before is None and self.kind.after is None:
+            return keys
+        return self.kind.clear_hidden(keys.expand(len(self.tokens), -1).clone())
 
-def _score_maps(maps: Maps, text: int, hidden: Tensor | None) -> tuple[Tensor, Tensor]:
+
+def _mask_of(maps: Maps, text: int, hidden: Tensor | None) -> _Hidden:
+    """`hidden`: (T, T), MASKED where a query does not see a key, padding aside; None: targets before the softmax, or
+    every query sees all."""
+    tokens = maps.attention_mask[text].float()[:, None]
+    if maps.target in SCORE_TARGETS:
+        return _Hidden(tokens, maps.kind, None)
+    bias = ((1 - tokens) * MASKED).transpose(0, 1)[None]
+    return _Hidden(tokens, maps.kind, bias if hidden is None else bias + hidden)
+
+
+def _score_maps(maps: Maps, text: int, mask: _Hidden) -> tuple[Tensor, Tensor]:
     """S of student and teacher, (N, T, T) fp32. Products of bf16 would round the score, which is most of what there is
     to compare when the student is near the teacher.
 
-    Padded queries are 0 on both sides, so their rows are equal and add nothing to loss or gradient. hidden: (T, T),
-    MASKED where a query does not see a key, padding aside.
+    Padded queries are 0 on both sides, so their rows are equal and add nothing to loss or gradient.
     """
-    tokens = maps.attention_mask[text].float()[:, None]
-    bias = None
-    if maps.target != "scores":
-        bias = ((1 - tokens) * MASKED).transpose(0, 1)[None]
-        bias = bias if hidden is None else bias + hidden
-    mask = _Hidden(tokens, maps.kind, bias)
     # Both sides take one product a head, of one shape, so that equal models give equal maps to the last bit. Keys that
     # are shared are therefore repeated, of one text: small next to its map.
     return (
@@ -221,14 +235,27 @@ def _masked_product(queries: Tensor, keys: Tensor, scale: float, mask: _Hidden) 
     return torch.baddbmm(mask.bias, queries, keys.float().transpose(-1, -2))
 
 
-def _scores(student: Tensor, teacher: Tensor, with_gradients: bool) -> tuple[Tensor, Tensor | None]:
-    """The loss of two maps of scores, (N, T, T), and its gradient w.r.t. the student's. The maps are used up."""
-    difference = student.sub_(teacher)
+_Evaluated = tuple[Tensor, Tensor | None]
+"""The loss of two maps of scores, (N, T, T), and its gradient w.r.t. the student's. The maps are used up."""
+
+
+def _scores(student: Tensor, teacher: Tensor, mask: _Hidden, with_gradients: bool) -> _Evaluated:
+    return _squares(student.sub_(teacher), with_gradients)
+
+
+def _centred_scores(student: Tensor, teacher: Tensor, mask: _Hidden, with_gradients: bool) -> _Evaluated:
+    difference, seen = student.sub_(teacher), mask.seen()  # 0 where a key is hidden
+    mean = difference.sum(-1, keepdim=True).div_(seen.sum(-1, keepdim=True).clamp_(min=1))
+    # To centre is a projection, so the gradient of the squares is what they are of: as without.
+    return _squares(difference.sub_(mean).mul_(seen), with_gradients)
+
+
+def _squares(difference: Tensor, with_gradients: bool) -> _Evaluated:
     loss = _sum_of_squares(difference)
     return loss, difference.mul_(2) if with_gradients else None
 
 
-def _probabilities(student: Tensor, teacher: Tensor, with_gradients: bool) -> tuple[Tensor, Tensor | None]:
+def _probabilities(student: Tensor, teacher: Tensor, mask: _Hidden, with_gradients: bool) -> _Evaluated:
     student, teacher = student.softmax(-1), teacher.softmax(-1)
     difference = torch.sub(student, teacher, out=teacher)
     loss = _sum_of_squares(difference)
@@ -239,13 +266,21 @@ def _probabilities(student: Tensor, teacher: Tensor, with_gradients: bool) -> tu
     return loss, gradient.addcmul_(student, mean, value=-1).mul_(2)
 
 
-def _probabilities_kl(student: Tensor, teacher: Tensor, with_gradients: bool) -> tuple[Tensor, Tensor | None]:
+def _probabilities_kl(student: Tensor, teacher: Tensor, mask: _Hidden, with_gradients: bool) -> _Evaluated:
     student, teacher = student.log_softmax(-1), teacher.log_softmax(-1)
     probabilities = teacher.exp()
     divergence = teacher.sub_(student).mul_(probabilities).sum()
     gradient = student.exp_().sub_(probabilities)
     # Sums to 0 but for rounding, which it shares with the logarithms: near the teacher that is the larger part.
     return divergence + gradient.sum(), gradient
+
+
+_EVALUATE = {
+    "scores": _scores,
+    "centred_scores": _centred_scores,
+    "probabilities": _probabilities,
+    "probabilities_kl": _probabilities_kl,
+}
 
 
 def _sum_of_squares(rows: Tensor) -> Tensor:

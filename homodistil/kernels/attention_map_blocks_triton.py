@@ -148,6 +148,17 @@ def plain_scores(queries, keys, scale):
 
 
 @triton.jit
+def score_difference(queries, keys, scale, teacher_queries, teacher_keys, teacher_scale):
+    return plain_scores(queries, keys, scale) - plain_scores(teacher_queries, teacher_keys, teacher_scale)
+
+
+@triton.jit
+def mean_of_seen(total, num_seen):
+    """Per row; 0 where a query of padding sees nothing."""
+    return total / tl.maximum(num_seen, 1.0)
+
+
+@triton.jit
 def log2_scores(queries, keys, scale, seen):
     """In units of log2."""
     return tl.where(seen, plain_scores(queries, keys, scale * LOG2_E), MASKED)

@@ -14,7 +14,9 @@ from torch import Tensor
 
 from homodistil.errors import UserError
 
-TARGETS = ("scores", "probabilities", "probabilities_kl")
+TARGETS = ("scores", "centred_scores", "probabilities", "probabilities_kl")
+SCORE_TARGETS = ("scores", "centred_scores")
+"""Those that compare before the softmax."""
 
 MASKED = -1.0e30
 """Score of a key that its query does not see. Finite: in a row of padding alone the softmax stays a number (its weight

@@ -25,7 +25,8 @@ from homodistil.kernels.attention_map_blocks_triton import (
     load_valid,
     log2_scores,
     log2_softmax,
-    plain_scores,
+    mean_of_seen,
+    score_difference,
     seen_keys,
     store_keys,
     store_queries,
@@ -63,11 +64,12 @@ def tile_kernel(
     teacher_head = teachers_head(heads, head)
     teacher_queries = load_queries(teacher, head_start(teacher, text, teacher_head), tokens, num_tokens, TEACHER_DIMS)
     teacher_keys = load_keys(teacher, key_start(teacher, text, teacher_head), tokens, num_tokens, TEACHER_DIMS)
-    if TARGET == "scores":
-        difference = plain_scores(queries, keys, student_scale) - plain_scores(
-            teacher_queries, teacher_keys, teacher_scale
-        )
+    if TARGET == "scores" or TARGET == "centred_scores":
+        difference = score_difference(queries, keys, student_scale, teacher_queries, teacher_keys, teacher_scale)
         gradient = tl.where(seen, difference, 0.0)
+        if TARGET == "centred_scores":
+            mean = mean_of_seen(tl.sum(gradient, 1), tl.sum(tl.where(seen, 1.0, 0.0), 1))
+            gradient = tl.where(seen, difference - mean[:, None], 0.0)
         loss = tl.sum(gradient * gradient, 1)
     else:
         ours = log2_softmax(log2_scores(queries, keys, student_scale, seen))
@@ -132,6 +134,42 @@ def _row_sums(
 
 
 @triton.jit
+def _mean_difference(
+    student,
+    teacher,
+    student_start,
+    teacher_start,
+    queries,
+    teacher_queries,
+    attention_mask,
+    text,
+    block,
+    student_scale,
+    teacher_scale,
+    num_tokens,
+    QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,
+    STUDENT_DIMS: tl.constexpr,
+    TEACHER_DIMS: tl.constexpr,
+    BEFORE: tl.constexpr,
+    AFTER: tl.constexpr,
+):
+    """First pass over the keys: of each row the mean of S - S' over the keys that are seen."""
+    rows = block * QUERIES + tl.arange(0, QUERIES)
+    total = tl.zeros((queries.shape[0],), tl.float32)
+    num_seen = tl.zeros((queries.shape[0],), tl.float32)
+    for first in range(first_in_reach(block, QUERIES, BEFORE), end_of_reach(block, num_tokens, QUERIES, AFTER), KEYS):
+        tokens = first + tl.arange(0, KEYS)
+        seen = seen_keys(load_valid(attention_mask, text, tokens, num_tokens), rows, tokens, BEFORE, AFTER)
+        keys = load_keys(student, student_start, tokens, num_tokens, STUDENT_DIMS)
+        teacher_keys = load_keys(teacher, teacher_start, tokens, num_tokens, TEACHER_DIMS)
+        difference = score_difference(queries, keys, student_scale, teacher_queries, teacher_keys, teacher_scale)
+        total += tl.sum(tl.where(seen, difference, 0.0), 1)
+        num_seen += tl.sum(tl.where(seen, 1.0, 0.0), 1)
+    return mean_of_seen(total, num_seen)
+
+
+@triton.jit
 def row_kernel(
     student,
     teacher,
@@ -153,7 +191,8 @@ def row_kernel(
     BEFORE: tl.constexpr,
     AFTER: tl.constexpr,
 ):
-    """QUERIES rows of one map: loss (1 value), dQ, and of each row the 3 sums that `column_kernel` needs."""
+    """QUERIES rows of one map: loss (1 value), dQ, and of each row the sums that `column_kernel` needs, 3 places for
+    each row: two log-sum-exps and the sum of P * D, or in its place the mean of S - S'."""
     num_blocks = tl.cdiv(num_tokens, QUERIES)
     map_index, block = tl.program_id(0) // num_blocks, tl.program_id(0) % num_blocks
     text, head = map_index // num_heads, map_index % num_heads
@@ -164,13 +203,20 @@ def row_kernel(
     queries = load_queries(student, student_start, rows, num_tokens, STUDENT_DIMS)
     teacher_queries = load_queries(teacher, teacher_start, rows, num_tokens, TEACHER_DIMS)
     student_start, teacher_start = key_start(student, text, head), key_start(teacher, text, teacher_head)
-    if TARGET != "scores":
+    sums = row_sums + map_index.to(tl.int64) * 3 * num_tokens + rows
+    if TARGET == "centred_scores":
+        mean = _mean_difference(
+            student, teacher, student_start, teacher_start, queries, teacher_queries, attention_mask, text, block,
+            student_scale, teacher_scale, num_tokens, QUERIES, KEYS, STUDENT_DIMS, TEACHER_DIMS, BEFORE, AFTER,
+        )  # fmt: skip
+        if gradients.queries is not None:
+            tl.store(sums + 2 * num_tokens, mean, mask=rows < num_tokens)
+    elif TARGET != "scores":
         our_log, their_log, mean = _row_sums(
             student, teacher, student_start, teacher_start, queries, teacher_queries, attention_mask, text, block,
             student_scale, teacher_scale, num_tokens, QUERIES, KEYS, STUDENT_DIMS, TEACHER_DIMS, BEFORE, AFTER,
         )  # fmt: skip
         if gradients.queries is not None:
-            sums = row_sums + map_index.to(tl.int64) * 3 * num_tokens + rows
             tl.store(sums, our_log, mask=rows < num_tokens)
             tl.store(sums + num_tokens, their_log, mask=rows < num_tokens)
             tl.store(sums + 2 * num_tokens, mean, mask=rows < num_tokens)
@@ -181,10 +227,10 @@ def row_kernel(
         seen = seen_keys(load_valid(attention_mask, text, tokens, num_tokens), rows, tokens, BEFORE, AFTER)
         keys = load_keys(student, student_start, tokens, num_tokens, STUDENT_DIMS)
         teacher_keys = load_keys(teacher, teacher_start, tokens, num_tokens, TEACHER_DIMS)
-        if TARGET == "scores":
-            difference = plain_scores(queries, keys, student_scale) - plain_scores(
-                teacher_queries, teacher_keys, teacher_scale
-            )
+        if TARGET == "scores" or TARGET == "centred_scores":
+            difference = score_difference(queries, keys, student_scale, teacher_queries, teacher_keys, teacher_scale)
+            if TARGET == "centred_scores":
+                difference -= mean[:, None]
             gradient = tl.where(seen, difference, 0.0)
             loss += tl.sum(gradient * gradient, 1)
         else:
@@ -239,12 +285,12 @@ def _add_head(
         seen = seen_keys(valid, rows, columns, BEFORE, AFTER)
         queries = load_queries(student, student_start, rows, num_tokens, STUDENT_DIMS)
         teacher_queries = load_queries(teacher, teacher_start, rows, num_tokens, TEACHER_DIMS)
-        if TARGET == "scores":
-            gradient = plain_scores(queries, keys, student_scale) - plain_scores(
-                teacher_queries, teacher_keys, teacher_scale
-            )
+        sums = row_sums + map_index.to(tl.int64) * 3 * num_tokens + rows
+        if TARGET == "scores" or TARGET == "centred_scores":
+            gradient = score_difference(queries, keys, student_scale, teacher_queries, teacher_keys, teacher_scale)
+            if TARGET == "centred_scores":
+                gradient -= tl.load(sums + 2 * num_tokens, mask=rows < num_tokens, other=0.0)[:, None]
         else:
-            sums = row_sums + map_index.to(tl.int64) * 3 * num_tokens + rows
             our_log = tl.load(sums, mask=rows < num_tokens, other=0.0)
             their_log = tl.load(sums + num_tokens, mask=rows < num_tokens, other=0.0)
             mean = tl.load(sums + 2 * num_tokens, mask=rows < num_tokens, other=0.0)

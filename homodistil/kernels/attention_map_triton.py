@@ -19,7 +19,7 @@ from torch import Tensor
 
 from homodistil.kernels import attention_map_kernels_triton as kernels
 from homodistil.kernels.attention_map_blocks_triton import Side
-from homodistil.kernels.attention_map_inputs import Gradients, Maps
+from homodistil.kernels.attention_map_inputs import SCORE_TARGETS, Gradients, Maps
 from homodistil.kernels.triton_support import padded
 
 FP16_SHIFT = 1024.0
@@ -88,7 +88,7 @@ def _in_blocks(dims: dict[str, int], capability: int, max_registers: int | None)
 def options(target: str, student_dtype: torch.dtype) -> dict[str, str | float]:
     """The constexprs that do not follow from shapes."""
     # Differences of scores are not bounded as those of probabilities are: larger, they could overflow fp16.
-    shift = FP16_SHIFT if student_dtype == torch.float16 and target != "scores" else 1.0
+    shift = FP16_SHIFT if student_dtype == torch.float16 and target not in SCORE_TARGETS else 1.0
     return {"TARGET": target, "SHIFT": shift}
 
 

@@ -76,7 +76,7 @@ def _selected(student: Tensor, inputs: _Inputs, kept: Tensor) -> Tensor:
     if inputs.side == "teacher":
         return _Difference.apply(student, gathered, len(kept))
     dropped = torch.ones(size, dtype=teacher.dtype, device=teacher.device).index_fill_(0, kept, 0)
-    return _Difference.apply(student, gathered, size) + _square_sum(teacher * dropped, inputs.valid) / size
+    return _Difference.apply(student, gathered, size) + square_sum(teacher * dropped, inputs.valid) / size
 
 
 class _Difference(torch.autograd.Function):
@@ -88,7 +88,7 @@ class _Difference(torch.autograd.Function):
         if inputs.wants_student:
             ctx.save_for_backward(residual, inputs.valid)
             ctx.factor = 2 / size
-        return _square_sum(residual, inputs.valid) / size
+        return square_sum(residual, inputs.valid) / size
 
     @staticmethod
     def backward(ctx, upstream: Tensor) -> tuple[Tensor | None, ...]:
@@ -105,8 +105,8 @@ class _Projected(torch.autograd.Function):
             signs = {"beta": -1} if on_student else {"alpha": -1}
             residual = torch.addmm(addend, factor, weight.t(), **signs)
             residual *= inputs.valid[:, None].to(residual.dtype)
-            loss = _square_sum(residual, inputs.valid) / residual.shape[1]
-            weight_gradient = _product(residual.t(), factor) if wants_weight else None
+            loss = square_sum(residual, inputs.valid) / residual.shape[1]
+            weight_gradient = fp32_product(residual.t(), factor) if wants_weight else None
             gradient = None
             if inputs.wants_student:
                 gradient = residual @ weight if on_student else residual
@@ -123,12 +123,12 @@ class _Projected(torch.autograd.Function):
         return student, weight, None, None
 
 
-def _square_sum(rows: Tensor, valid: Tensor) -> Tensor:
+def square_sum(rows: Tensor, valid: Tensor) -> Tensor:
     """Squares summed over valid rows, in the dtype of `valid`, without a copy of `rows` in it."""
     return (torch.linalg.vector_norm(rows, dim=-1, dtype=valid.dtype).square() * valid).sum()
 
 
-def _product(left: Tensor, right: Tensor) -> Tensor:
+def fp32_product(left: Tensor, right: Tensor) -> Tensor:
     """left @ right in fp32 at least: a sum over all tokens may leave fp16's range."""
     if left.dtype in (torch.float32, torch.float64):
         return left @ right

@@ -93,6 +93,7 @@ class RunInputs:
             ranks.rank(),
             ranks.world_size(),
             self.window,
+            config.loss.skip_first_tokens,
         )
 
     def heldout(self, config: RunConfig, limit: int | None = None, batch_size: int | None = None) -> Iterator[Batch]:
@@ -107,6 +108,7 @@ class RunInputs:
             ranks.world_size(),
             limit,
             self.window,
+            config.loss.skip_first_tokens,
         )
         return watchdog.each("evaluating", batches)
 

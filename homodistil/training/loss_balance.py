@@ -13,8 +13,9 @@ from homodistil.metrics.term_labels import term_label
 
 LIMIT = 0.8
 """Share of the total from which on a term is warned of."""
-_NEVER_WARNED_OF = ("mlm",)
-"""A cross-entropy to text never falls to 0, and a copy of its teacher begins with nothing else, whatever it weighs."""
+NOT_OF_A_COPY = ("mlm",)
+"""Terms that a copy of its teacher has: a cross-entropy to text never falls to 0, and a copy begins with nothing else,
+whatever it weighs."""
 
 
 class Balance:
@@ -30,6 +31,8 @@ class Balance:
     def __init__(self, name: str, weights: Mapping[str, float], extra: Collection[str] = (), task: str = "mlm") -> None:
         self._name, self._weights, self._extra, self._task = name, dict(weights), extra, task
         self._told: set[bool] = set()
+        self.warned: set[str] = set()
+        """Terms that were warned of."""
 
     def shares(self, losses: Mapping[str, float]) -> dict[str, float]:
         """Term -> its share of the total, in [0, 1]; {} where there are not two terms to compare.
@@ -53,18 +56,20 @@ class Balance:
             return []
         self._told.add(is_cut)
         total = sum(weight * losses[f"loss/{name}"] for name, weight in self._weights.items())
+        heavy = [name for name, share in shares.items() if LIMIT < share < 1 and name not in NOT_OF_A_COPY]
+        self.warned |= set(heavy)
         named = ", ".join(f"{term_label(name, self._task)} {share:.0%}" for name, share in shares.items())
-        return [f"{self._name}: at step {step}, hidden {hidden}, the loss is {total:.4g}: {named}"] + [
-            self._warning(name, share, total)
-            for name, share in shares.items()
-            if LIMIT < share < 1 and name not in _NEVER_WARNED_OF
-        ]
+        line = f"{self._name}: at step {step}, hidden {hidden}, the loss is {total:.4g}: {named}"
+        return [line, *(self._warning(name, shares[name], total) for name in heavy)]
+
+    def setting(self, name: str, weight: float) -> str:
+        """How the config gives this weight to a term."""
+        return f"loss.extra={{{name}: {weight:.2g}}}" if name in self._extra else f"loss.{name}={weight:.2g}"
 
     def _warning(self, name: str, share: float, total: float) -> str:
         """The weight it proposes makes the term as large as all others together."""
         weight = self._weights[name] * (1 - share) / share
-        setting = f"loss.extra={{{name}: {weight:.2g}}}" if name in self._extra else f"loss.{name}={weight:.2g}"
         return (
             f"warning: the {name} term is {share:.0%} of the loss ({share * total:.3g} of {total:.3g}); "
-            f"{setting} would make it as large as all the others together"
+            f"{self.setting(name, weight)} would make it as large as all the others together"
         )

@@ -139,7 +139,10 @@ class DistillationRun:
             with doing(f"reading {checkpoint.folder}"):
                 self.checkpoints.restore(engine.deepspeed, checkpoint)
                 check_supported(engine.deepspeed)  # what was loaded is laid out as resizing expects
-        return self._trainer(engine, snapshots, recorder, start)
+        trainer = self._trainer(engine, snapshots, recorder, start)
+        if checkpoint and (state := checkpoint.state.get("step_log")):  # checkpoints of before have none
+            trainer.step_log.load_state_dict(state)
+        return trainer
 
     # -- parts
 

@@ -18,6 +18,8 @@ from homodistil.errors import UserError
 from homodistil.files import write_atomically
 
 CONFIG_FILE = "config.yaml"
+_STATES_BEFORE = {"hidden_space": "raw", "skip_first_tokens": 0}
+"""Fields of the loss -> how hidden states were compared before there were these fields."""
 ENGINE_FILE = "ds_config.json"
 
 
@@ -107,6 +109,9 @@ def _of_before(before: dict, section: str, name: str, value: object) -> object:
     """What a run had whose config.yaml does not know the field yet: the default, as far as it was what happened."""
     if (section, name) == ("teacher", "correction_seed") and before["teacher"].get("correction_steps"):
         return before["train"].get("seed", value)  # it seeded the correction, too
+    compares_states = any(before["loss"].get(name) for name in ("hidden", "embedding"))
+    if section == "loss" and name in _STATES_BEFORE and compares_states:
+        return _STATES_BEFORE[name]
     return value
 
 

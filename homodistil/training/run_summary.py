@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from homodistil.config.schema import RunConfig
+from homodistil.config.schema import LossConfig, RunConfig
 from homodistil.distill.layer_map import copied_layers
 from homodistil.distill.losses.active import active_terms
 from homodistil.distill.teacher_sharding import num_parameters
@@ -32,9 +32,7 @@ def run_summary(resolved: ResolvedRun) -> dict[str, str]:
         "student": f"{_shape(target, len(resolved.layer_map.layers))}; {start}",
         "layers": _layers(resolved),
         "parameters": f"{before:,} (teacher) -> {after:,} ({after / before:.0%})",
-        "losses": ", ".join(
-            f"{term_label(name, resolved.task.name)} x {weight:g}" for name, weight in config.loss.weights.items()
-        ),
+        "losses": _losses(config.loss, resolved.task.name),
         "pruning": _pruning(config, resolved.make_schedule(), resolved.initial, target),
     }
 
@@ -44,6 +42,15 @@ def _task(resolved: ResolvedRun) -> str:
     if not task.has_lm_head:
         return f"{task.name}; nothing is masked or predicted"
     return f"{task.name}; {task.target_rows(data):g} tokens of each block of {data.seq_len} are predicted, on average"
+
+
+def _losses(loss: LossConfig, task: str) -> str:
+    """Weights, and what terms compare that may compare more than one thing."""
+    spaces = {"hidden": loss.hidden_space, "embedding": loss.hidden_space, "attention": loss.attention_target}
+    compared = {name: f" ({space})" for name, space in spaces.items() if space != "auto"}
+    return ", ".join(
+        f"{term_label(name, task)} x {weight:g}{compared.get(name, '')}" for name, weight in loss.weights.items()
+    )
 
 
 def _shape(widths: Widths, layers: int) -> str:

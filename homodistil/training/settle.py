@@ -1,4 +1,5 @@
-"""What a config leaves to its teacher: the task, weights of terms that need logits, and how cuts are compensated."""
+"""What a config leaves to its teacher: the task, weights of terms that need logits, what the terms compare, and how
+cuts are compensated."""
 
 from __future__ import annotations
 
@@ -8,13 +9,15 @@ from homodistil.config.rules import check_task
 from homodistil.config.schema import LM_HEAD_WEIGHTS, RunConfig, set_value, value_of
 from homodistil.data.task import settle_task, task_of
 from homodistil.distill.losses.active import active_terms, field_of
+from homodistil.distill.losses.settled import settled_fields
 from homodistil.errors import UserError
 from homodistil.metrics.term_labels import language_modelling
 from homodistil.models import family_of
 
 
 def settle(config: RunConfig, teacher_config, has_head: bool = True) -> None:
-    """Replace what the config leaves to the teacher, in place: data.task, loss.mlm, loss.kl, pruning.compensation.
+    """Replace what the config leaves to the teacher, in place: data.task, loss.mlm, loss.kl, loss.attention_target,
+    loss.hidden_space, pruning.compensation.
 
     Args:
         has_head: whether the teacher has a language-modelling head that has been trained.
@@ -26,6 +29,8 @@ def settle(config: RunConfig, teacher_config, has_head: bool = True) -> None:
     settle_task(config.data, family.task, config.teacher.name, has_head or _wants_head(config))
     if not task_of(config.data).has_lm_head:
         _leave_out_words(config)
+    for name, value in settled_fields(config.loss, family.architecture).items():
+        set_value(config, f"loss.{name}", value)
     obstacle = family.refit_obstacle(teacher_config)
     if pruning.compensation == "auto":
         strongest = "full" if task_of(config.data).has_lm_head else "refit"  # the basis is chosen by the head

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ from homodistil.metrics.device_peak import peak_flops
 from homodistil.metrics.recorder import Recorder, StepTimer, memory_bytes
 from homodistil.metrics.term_labels import term_label
 from homodistil.models.axes import Widths
+from homodistil.training.event_rise import EventRises
 from homodistil.training.loss_balance import Balance
 
 
@@ -75,11 +76,15 @@ class StepLogger:
         self.config, self.recorder, self.student = config, recorder, student
         self.teacher_widths, self.device = teacher_widths, device
         self.peak = peak_flops(device, dtype)
-        self._balance = Balance(config.run.name, student.objective.weights, config.loss.extra, config.data.task)
+        loss = student.objective.config
+        self._balance = Balance(config.run.name, loss.weights, loss.extra, config.data.task)
+        self._rises = EventRises(loss, self._balance, config.data.task)
         self.timer = StepTimer()
         self._micro_batches: list[dict[str, Tensor]] = []
         self._steps: list[_Step] = []
         self._kept, self._widths, self._num_parameters = None, {}, 0
+        self._is_behind_event = False
+        """Whether the first step is the one behind an event: where the run was resumed from."""
         self._data_wait_s = 0.0
 
     def add(self, terms: LossTerms) -> None:
@@ -91,7 +96,8 @@ class StepLogger:
         Args:
             data_wait_s: seconds that this rank has waited for data so far (`BatchPrefetcher.wait_s`).
         """
-        self._note_widths()
+        if self._note_widths():
+            self._rises.hold(step, self._means([name.removeprefix("loss/") for name in self._rises.names]))
         self._steps.append(_Step(len(batches) * ranks.world_size(), batches[0].counts, self._widths))
         if step % self.config.train.log_every_steps == 0 or step == self.config.train.steps:
             self._log(step, engine, data_wait_s)
@@ -99,11 +105,36 @@ class StepLogger:
         self._micro_batches.clear()
         self.recorder.advance(step)
 
-    def _note_widths(self) -> None:
-        """They change with a resize event alone, which gives the student another `kept`."""
-        if self._kept is not self.student.origins:
-            self._kept, self._widths = self.student.origins, self.student.widths
-            self._num_parameters = self.student.num_parameters()
+    def _note_widths(self) -> bool:
+        """They change with a resize event alone, which gives the student another `kept`.
+
+        Returns:
+            Whether this is the step behind one.
+        """
+        if self._kept is self.student.origins:
+            return False
+        is_behind_event, self._kept, self._widths = self._is_next_behind(), self.student.origins, self.student.widths
+        self._num_parameters = self.student.num_parameters()
+        return is_behind_event
+
+    def _is_next_behind(self) -> bool:
+        """Whether an event lies between the last step and the next one."""
+        return self._is_behind_event if self._kept is None else self._kept is not self.student.origins
+
+    def state_dict(self) -> dict:
+        """What the lines of a resumed run depend on, as JSON values. Every rank calls it."""
+        if held := self._rises.held:
+            self._rises.receive(ranks.mean(torch.cat(held)).tolist())
+        return {"rises": self._rises.state_dict(), "is_behind_event": self._is_next_behind()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._rises.load_state_dict(state["rises"])
+        self._is_behind_event = state["is_behind_event"]
+
+    def _means(self, names: Sequence[str]) -> Tensor:
+        """Means of terms over the micro-batches of this step on this rank, float64 (names,)."""
+        terms = torch.stack([terms[name] for terms in self._micro_batches for name in names])
+        return terms.double().view(-1, len(names)).mean(0)
 
     def _log(self, step: int, engine: TrainingEngine, data_wait_s: float) -> None:
         read = self._read(engine.gradient_norm, data_wait_s - self._data_wait_s)
@@ -112,31 +143,37 @@ class StepLogger:
         values = {"optim/lr": engine.learning_rate, "train/micro_batch_size": engine.micro_batch_size}
         values |= {} if read.grad_norm is None else {"optim/grad_norm": read.grad_norm}
         shares = {f"share/{name}": share for name, share in self._balance.shares(read.losses).items()}
+        shares |= {f"event_rise/{name}": ratio for name, ratio in self._rises.ratios().items()}
         self.recorder.log_step(step, read.losses | shares | values | self._size() | self._speed(read))
-        self._tell_balance(step, read.losses)
+        self._tell(step, read)
 
-    def _tell_balance(self, step: int, losses: dict[str, float]) -> None:
-        if not self.recorder.enabled:
-            return
+    def _tell(self, step: int, read: _Read) -> None:
+        """What is to be said of the terms, and what the next events are compared with."""
         widths = self._steps[-1].widths
         is_cut = any(width < self.teacher_widths[axis] for axis, width in widths.items())
-        for line in self._balance.lines(step, losses, widths["hidden"], is_cut):
+        lines = self._balance.lines(step, read.losses, widths["hidden"], is_cut)
+        lines += self._rises.lines()
+        self._rises.end(step, read.losses, is_cut)
+        if not self.recorder.enabled:
+            return
+        for line in lines:
             tqdm.write(line)  # above a progress bar, where there is one
         sys.stdout.flush()
 
     def _read(self, grad_norm: float | Tensor | None, data_wait_s: float) -> _Read:
         """Each term: mean over micro-batches and ranks, which is the mean over the global batch (see prefetch.py)."""
-        # One vector and one reduction for everything: [terms, (rows, tokens) per step, norm, wait].
-        names = list(self._micro_batches[0])
-        terms = torch.stack([terms[name] for terms in self._micro_batches for name in names])
+        # One vector and one reduction for everything: [terms, also behind events, (rows, tokens) per step, norm, wait].
+        names, held = list(self._micro_batches[0]), self._rises.held
         counts = [count for step in self._steps for count in (step.counts.target_rows, step.counts.tokens)]
         further = [torch.as_tensor(v, dtype=torch.float64, device=self.device) for v in (grad_norm or 0.0, data_wait_s)]
-        sums = [terms.double().view(-1, len(names)).mean(0), torch.stack(counts).double(), torch.stack(further)]
+        sums = [self._means(names), *held, torch.stack(counts).double(), torch.stack(further)]
         *values, norm, wait_s = ranks.mean(torch.cat(sums)).tolist()
+        num_terms, num_held = len(names), sum(map(len, held))
+        self._rises.receive(values[num_terms : num_terms + num_held])
         # Behind the terms, rows and tokens alternate.
-        rows, tokens = values[len(names) :: 2], values[len(names) + 1 :: 2]
+        rows, tokens = values[num_terms + num_held :: 2], values[num_terms + num_held + 1 :: 2]
         return _Read(
-            {f"loss/{name}": value for name, value in zip(names, values[: len(names)], strict=True)},
+            {f"loss/{name}": value for name, value in zip(names, values[:num_terms], strict=True)},
             [mean * step.num_batches for mean, step in zip(rows, self._steps, strict=True)],
             [mean * step.num_batches for mean, step in zip(tokens, self._steps, strict=True)],
             None if grad_norm is None else norm,

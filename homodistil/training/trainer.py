@@ -142,6 +142,7 @@ class Trainer:
             "kept": self.student.origins,
             "num_lines": dict(self.step_log.recorder.num_lines),
             "pruner": self.shrinker.pruner.state_dict() if self.shrinker else None,
+            "step_log": self.step_log.state_dict(),
         }
         self.checkpoints.save(self.engine.deepspeed, self.state.step, state)
 

@@ -250,6 +250,28 @@ def test_a_run_of_before_the_corrections_own_seed_keeps_its_teacher(tmp_path):
     check_run_folder(parse([*fields, "run.resume=auto", "teacher.correction_seed=3"]))
 
 
+@pytest.mark.parametrize(("weight", "is_refused"), [(1, True), (0, False)])
+def test_a_run_of_before_there_were_spaces_keeps_to_raw_states(tmp_path, weight, is_refused):
+    """A decoder's, whose default is another now: refused where it had a term that compared them."""
+    fields = ["recipe=quickstart", f"run.dir={tmp_path / 'run'}", f"loss.hidden={weight}", f"loss.embedding={weight}"]
+    before = parse(fields)
+    claim_run_folder(check_run_folder(before), before, {})
+    lines = (tmp_path / "run" / "config.yaml").read_text().splitlines(keepends=True)
+    names = ("hidden_space", "skip_first_tokens")
+    kept = [line for line in lines if not any(name in line for name in names)]
+    (tmp_path / "run" / "config.yaml").write_text("".join(kept))
+    resumed = [*fields, "run.resume=auto"]
+    check_run_folder(parse(resumed))  # auto: settled, and looked at again, once the teacher is known
+    check_run_folder(parse([*resumed, "loss.hidden_space=raw"]))
+    for field, found in (("hidden_space", "normalised"), ("skip_first_tokens", 1)):
+        config = parse([*resumed, f"loss.{field}={found}"])
+        if not is_refused:
+            check_run_folder(config)
+            continue
+        with pytest.raises(UserError, match=f"loss.{field}: the run in '.*' has (raw|0), this config {found}; go on"):
+            check_run_folder(config)
+
+
 REMOVED = "teacher.kernel_inject: .*the field was removed because .*teacher.runtime=compile"
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from families.cases import CASES, LAYERS, TOKENS, VOCABULARY, batch_of, make_model, token_ids
 from support.small import random_keep
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
@@ -18,8 +19,10 @@ from homodistil.config.schema import LossConfig, PruningConfig
 from homodistil.distill.student import Student
 from homodistil.distill.teacher import Teacher
 from homodistil.export.stock_model import stock_model
+from homodistil.kernels.attention_map import TARGETS
 from homodistil.models import FAMILIES, family_of
 from homodistil.models.activations import ActivationHooks
+from homodistil.models.axes import Keep
 from homodistil.models.flops import backbone_flops, head_flops
 from homodistil.models.resize_plan import make_plan, slice_module
 from homodistil.models.shapes import Shape, shape_of, target_widths
@@ -38,11 +41,19 @@ def cut_student(model_type: str, cut: dict[str, int]) -> Student:
     return cut_to(model_type, target_widths(Shape(**sizes), teacher, cut.get("num_key_value_heads"), whole_heads))
 
 
-def cut_to(model_type: str, target: dict[str, int]) -> Student:
-    """A copy of the model, cut to `target` by random selection."""
-    student = Student(make_model(model_type), LossConfig())
+def cut_to(
+    model_type: str,
+    target: dict[str, int],
+    loss: LossConfig | None = None,
+    model: nn.Module | None = None,
+    keep: Keep | None = None,
+) -> Student:
+    """A copy of the model, cut to `target` by random selection, or to what is to be kept."""
+    student = Student(make_model(model_type) if model is None else model, loss or LossConfig())
     table = student.axis_table()
-    keep = random_keep(table, {axis: width for axis, width in target.items() if width < table.widths[axis]}, seed=5)
+    keep = keep or random_keep(
+        table, {axis: width for axis, width in target.items() if width < table.widths[axis]}, seed=5
+    )
     slice_module(student, make_plan(table, keep))
     student.after_resize(keep)
     return student.eval()
@@ -66,11 +77,12 @@ def test_every_parameter_is_named_or_listed(model_type):
     assert all(any(part in name for part in tables) for name in whole)
 
 
-@pytest.mark.parametrize("target", ["scores", "probabilities", "probabilities_kl"])
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("space", ["raw", "normalised"])
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
-def test_all_terms_of_a_copy_are_zero(model_type, target):
+def test_all_terms_of_a_copy_are_zero(model_type, space, target):
     model, batch = make_model(model_type), batch_of(token_ids())
-    config = LossConfig(kl=1.0, attention_target=target)
+    config = LossConfig(kl=1.0, attention_target=target, hidden_space=space)
     for lock_step in (True, False):
         student = Student(copy.deepcopy(model), config)
         terms = student(batch, Teacher(copy.deepcopy(model), lock_step)(batch)).terms

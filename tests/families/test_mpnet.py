@@ -74,7 +74,10 @@ def test_maps_that_the_term_cannot_see_are_refused(target):
     config.student.preset, config.student.num_hidden_layers = "homobert-small", 2
     settle(config, shape)
     assert config.pruning.compensation == "full"
-    check_shape(resolve_run(config, shape))
+    for allowed in (config.loss.attention_target, "centred_scores"):  # without the bias, as the scores are
+        config.loss.attention_target = allowed
+        check_shape(resolve_run(config, shape))
     config.loss.attention_target = target
-    with pytest.raises(UserError, match=f"loss.attention_target: found {target}, allowed is scores for this teacher"):
+    message = f"loss.attention_target: found {target}, allowed is scores or centred_scores for this teacher"
+    with pytest.raises(UserError, match=message):
         check_shape(resolve_run(config, shape))

@@ -9,13 +9,16 @@ import pytest
 import torch
 import unit.kernels.test_attention_map as attention
 import unit.kernels.test_hidden_mse as hidden
+import unit.kernels.test_mask_kinds as kinds
 import unit.kernels.test_masked_lm as vocabulary
+import unit.kernels.test_normalised_hidden_mse as normalised
 from torch import Tensor
 from unit.kernels.test_masked_lm import expect_near
 
 from homodistil.kernels.attention_map import TARGETS
 from homodistil.kernels.hidden_mse import hidden_mse
 from homodistil.kernels.masked_lm import linear_masked_lm_losses, masked_lm_losses
+from homodistil.kernels.normalised_hidden_mse import normalised_hidden_mse
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
@@ -64,6 +67,24 @@ def test_attention_map(device, case, target, dtype):
         expect_near(gradient, wanted, TOLERANCE[dtype])
         padding = (inputs.mask == 0)[:, None, :, None].expand_as(gradient)
         assert not gradient[padding].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("case", kinds.SHORT + kinds.LONG, ids=str)
+def test_attention_map_of_other_masks_and_shared_keys(device, case, target, dtype):
+    made = kinds.make(case, dtype)
+    inputs = made._replace(
+        student=[leaf(x, device) for x in made.student],
+        teacher=[x.to(device) for x in made.teacher],
+        mask=made.mask.to(device),
+        heads=None if made.heads is None else made.heads.to(device),
+    )
+    expected, expected_gradients = kinds.reference(made, target)
+    loss = inputs.loss(target, "auto")
+    expect_near(loss.cpu(), expected, SUM_TOLERANCE)
+    for gradient, wanted in zip(torch.autograd.grad(loss, inputs.student), expected_gradients, strict=True):
+        expect_near(gradient.cpu(), wanted, TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -147,3 +168,25 @@ def test_hidden_mse_of_a_selection(device, side):
     selection = hidden.selection(kept, side).to(device)
     expected = hidden.reference(student, teacher, mask, selection, side)
     expect_near(found, expected, TOLERANCE[torch.bfloat16])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("side", ["student", "teacher"])
+@pytest.mark.parametrize("selects", [False, True], ids=["projection", "selection"])
+def test_normalised_hidden_mse(device, side, dtype, selects):
+    student, teacher, mask, kept = hidden.make(dtype)
+    student, teacher, mask = leaf(student, device), teacher.to(device), mask.to(device)
+    weight = hidden.selection(kept, side)
+    if not selects:
+        weight = weight + 0.1 * torch.randn(weight.shape)
+    weight = leaf(weight.to(dtype), device)
+    leaves = (student,) if selects else (student, weight)
+    expected = normalised.reference(student, teacher, mask, weight, side)
+    found = normalised_hidden_mse(
+        student, teacher, mask, None if selects else weight, side, kept.to(device) if selects else None
+    )
+    expect_near(found, expected, TOLERANCE[dtype])
+    found, expected = (torch.autograd.grad(value, leaves) for value in (found, expected))
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == dtype
+        expect_near(one, other, TOLERANCE[dtype])

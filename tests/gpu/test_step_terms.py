@@ -30,13 +30,15 @@ LOSSES = [
     {"attention_target": "scores"},
     {"attention_target": "probabilities", "kl_positions": "all", "kl_temperature": 2.0},
     {"attention_target": "probabilities_kl", "projection": "teacher"},
+    {"attention_target": "centred_scores", "hidden_space": "normalised"},
+    {"attention_target": "centred_scores", "hidden_space": "normalised", "projection": "teacher"},
 ]
 
 pytestmark = pytest.mark.gpu
 
 
 def on(batch: Batch, device: torch.device) -> Batch:
-    counts = type(batch.counts)(*(count.to(device) for count in batch.counts))
+    counts = type(batch.counts)(*(count if count is None else count.to(device) for count in batch.counts))
     return batch.to(device)._replace(counts=counts)
 
 

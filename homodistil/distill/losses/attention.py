@@ -8,6 +8,7 @@ from homodistil.config.schema import LossConfig
 from homodistil.distill.losses.term import BatchSizes, Step, Term
 from homodistil.errors import UserError
 from homodistil.kernels.attention_map import attention_map_loss
+from homodistil.kernels.attention_map_inputs import SCORE_TARGETS
 from homodistil.models.activations import LayerActivations
 from homodistil.models.architecture import Architecture
 from homodistil.models.axes import layer_widths
@@ -59,10 +60,12 @@ class Attention(Term):
 def check_target(loss: LossConfig, architecture: Architecture) -> None:
     """Raise `UserError` where the maps to compare do not follow from queries and keys: the term would compare others.
 
+    Scores are q.k without the bias, with or without a constant for each query; probabilities are not those of q.k.
     Whatever the term's weight: the gap probe measures it in any case.
     """
-    if architecture.has_position_bias and loss.attention_target != "scores":
+    if architecture.has_position_bias and loss.attention_target not in SCORE_TARGETS:
         raise UserError(
-            f"loss.attention_target: found {loss.attention_target}, allowed is scores for this teacher: its attention "
-            f"adds a bias by distance before the softmax, which the term does not see; set it to scores"
+            f"loss.attention_target: found {loss.attention_target}, allowed is {' or '.join(SCORE_TARGETS)} for this "
+            f"teacher: its attention adds a bias by distance before the softmax, which the term does not see; set it "
+            f"to scores"
         )

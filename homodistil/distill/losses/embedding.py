@@ -10,7 +10,10 @@ from homodistil.distill.losses.term import BatchSizes, Step, Term
 
 
 class Embedding(Term):
-    """MSE(E_s W, E_t), mean over dims and valid tokens (HomoDistil's L_emb)."""
+    """MSE(E_s W, E_t), mean over dims and valid tokens (HomoDistil's L_emb), by loss.hidden_space.
+
+    Of all tokens, whatever loss.skip_first_tokens is: a token becomes a sink in the layers.
+    """
 
     names = ("embedding",)
     needs = frozenset({"embedding"})

@@ -11,15 +11,16 @@ from homodistil.models.activations import LayerActivations
 
 
 class Hidden(Term):
-    """MSE(H_s W, H_t) of every layer, mean over dims and valid tokens (HomoDistil's L_hidden)."""
+    """MSE(H_s W, H_t) of every layer, mean over dims and valid tokens (HomoDistil's L_hidden), by loss.hidden_space and
+    behind loss.skip_first_tokens."""
 
     names = ("hidden",)
     needs = frozenset({"hidden"})
     module_prefix = ""
 
     def on_layer(self, i: int, student: LayerActivations, teacher: LayerActivations, step: Step) -> Tensor:
-        projection, batch = self.module(step, f"layer_{i}"), step.batch
-        return projection(student.hidden, teacher.hidden, batch.attention_mask) / batch.counts.tokens
+        projection, (mask, tokens) = self.module(step, f"layer_{i}"), step.batch.behind(self.loss.skip_first_tokens)
+        return projection(student.hidden, teacher.hidden, mask) / tokens
 
     def modules(self, layer_map: LayerMap, hidden_size: int) -> dict[str, nn.Module]:
         return {f"layer_{i}": make_projection(self.loss, layer_map, hidden_size) for i in range(len(layer_map.layers))}

@@ -13,6 +13,10 @@ from homodistil.config.schema import LossConfig
 from homodistil.distill.layer_map import LayerMap
 from homodistil.distill.losses.term import BatchSizes
 from homodistil.kernels.hidden_mse import hidden_mse
+from homodistil.kernels.normalised_hidden_mse import normalised_hidden_mse
+
+_DISTANCES = {"raw": hidden_mse, "normalised": normalised_hidden_mse}
+"""loss.hidden_space, once it is settled (settled.py) -> the distance."""
 
 
 class Projection(nn.Linear):
@@ -20,7 +24,8 @@ class Projection(nn.Linear):
 
     Args:
         hidden_size: of the teacher, and at first of the student.
-        config: `projection` says on which side W stands, `projection_learned` whether it is trained.
+        config: `projection` says on which side W stands, `projection_learned` whether it is trained, `hidden_space`
+            whether rows are normalised, behind W, before they are compared.
         own_size: hidden size of a student that was not cut out of the teacher: W then starts as nn.Linear does.
     """
 
@@ -32,7 +37,8 @@ class Projection(nn.Linear):
         # torch keeps (out, in): a student-side W reads the shrinking width, a teacher-side W writes it.
         self.student_dim = 1 if config.projection == "student" else 0
         self.weight.requires_grad_(config.projection_learned)
-        self._side, self._kernels = config.projection, config.kernels
+        self._side = config.projection
+        self._distance = _DISTANCES[config.hidden_space]
         self._selection = None if config.projection_learned else torch.arange(hidden_size)
 
     def forward(self, student: Tensor, teacher: Tensor | None, attention_mask: Tensor | None) -> Tensor | None:
@@ -45,9 +51,9 @@ class Projection(nn.Linear):
         if teacher is None:
             return None
         if self._selection is None:
-            return hidden_mse(student, teacher, attention_mask, self.weight, self._side)
+            return self._distance(student, teacher, attention_mask, self.weight, self._side)
         self._selection = self._selection.to(student.device)  # at the first call only
-        return hidden_mse(student, teacher, attention_mask, None, self._side, self._selection)
+        return self._distance(student, teacher, attention_mask, None, self._side, self._selection)
 
     def after_resize(self, kept: Tensor) -> None:
         """`kept`: teacher index of each residual dim of the student now, int64 (Ds,)."""

@@ -8,6 +8,7 @@ import torch
 from support.tiny_decoder import END, make_tokenizer, write_text
 
 from homodistil.config.schema import DataConfig
+from homodistil.data.batch import LossCounts
 from homodistil.data.causal_lm import NextToken
 from homodistil.data.prepare.packing import BlockFile, Packer, Rows
 from homodistil.data.task import TASKS, Frame, settle_task, task_of
@@ -28,7 +29,7 @@ def test_every_token_but_the_first_is_predicted_from_those_before_it():
     assert batch.target_ids.tolist() == [int(blocks[b, t + 1]) for b, t in rows]
     assert torch.equal(batch.input_ids, torch.from_numpy(blocks)) and batch.padding_mask is None
     pairs = sum(j <= i for _ in range(3) for i in range(4) for j in range(4))
-    assert tuple(batch.counts) == (9.0, 12.0, float(pairs), None)
+    assert batch.counts == LossCounts(9.0, 12.0, float(pairs))
     assert TASKS["causal"].target_rows(DataConfig(seq_len=4)) == 3
     in_window = NextToken(window=2).without_targets(blocks).counts.window_pairs
     assert in_window == sum(0 <= i - j < 2 for _ in range(3) for i in range(4) for j in range(4))

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from homodistil.data.batch import LossCounts, tokens_behind
 from homodistil.data.masked_lm import Masker
 from homodistil.data.prefetch import mean_counts
 
@@ -78,7 +79,7 @@ def test_labels_restore_the_blocks_and_counts_are_right(tokenizer, count, width,
     np.testing.assert_array_equal(restored.view(count, width).numpy(), blocks)
     lengths = [sum(1 for token in row if token != PAD) for row in blocks.tolist()]
     assert batch.attention_mask.tolist() == [[1] * n + [0] * (width - n) for n in lengths]
-    assert batch.counts == (len(batch.target_index), sum(lengths), sum(n * n for n in lengths), None)
+    assert batch.counts == LossCounts(len(batch.target_index), sum(lengths), sum(n * n for n in lengths))
     assert batch.token_index.tolist() == np.flatnonzero(blocks != PAD).tolist()
     assert len(batch.tensors) == 5 and all(t.dtype == torch.int64 for t in batch.tensors)
 
@@ -91,6 +92,28 @@ def test_pairs_in_a_window_are_counted(tokenizer):
     batches = [Masker(tokenizer, 0.15, 0, window).without_targets(blocks)] * 2
     assert batches[0].counts.window_pairs == expected < batches[0].counts.pairs
     assert mean_counts(batches, torch.device("cpu")).window_pairs == expected
+
+
+@pytest.mark.parametrize("num_first", [1, 3, 22])
+def test_tokens_behind_the_first_ones_are_counted(tokenizer, num_first):
+    blocks = blocks_of(5, 23, seed=3)
+    blocks[4, 2:] = PAD  # a text so short that little or nothing is behind
+    made = [Masker(tokenizer, 0.15, 0).without_targets(rows) for rows in (blocks[:3], blocks[3:])]
+    batches = [batch.with_tokens_behind(num_first) for batch in made]
+    lengths = (blocks != PAD).sum(1)
+    counted = [sum(max(int(length) - num_first, 0) for length in part) for part in (lengths[:3], lengths[3:])]
+    assert [batch.counts.tokens_behind for batch in batches] == counted and made[0].counts.tokens_behind is None
+    mean = mean_counts(batches, torch.device("cpu"))
+    assert mean.tokens_behind == max(sum(counted) / 2, 0.5) and mean.window_pairs is None
+    mask, count = batches[0]._replace(counts=mean).behind(num_first)
+    assert count is mean.tokens_behind and mask.sum() == counted[0] and not mask[:, :num_first].any()
+    mask, count = made[0].behind(0)
+    assert mask is made[0].attention_mask and count == lengths[:3].sum()
+
+
+def test_first_tokens_are_those_behind_padding_in_front():
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 0], [0, 1, 0, 0, 0]])
+    assert tokens_behind(mask, 1).tolist() == [[0, 0, 0, 1, 1], [0, 1, 1, 1, 0], [0, 0, 0, 0, 0]]
 
 
 def test_draws_depend_on_seed_epoch_and_sample_alone(tokenizer):

@@ -17,16 +17,18 @@ CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 
 @pytest.mark.parametrize("projection", ["student", "teacher"])
 @pytest.mark.parametrize("positions", ["masked", "all"])
-@pytest.mark.parametrize("target", ["scores", "probabilities"])
-def test_distillation_terms_are_zero_at_step_0(projection, positions, target):
-    student, teacher = small_pair(projection=projection, kl_positions=positions, attention_target=target)
+@pytest.mark.parametrize("target", ["scores", "centred_scores", "probabilities"])
+@pytest.mark.parametrize("space", ["raw", "normalised"])
+def test_distillation_terms_are_zero_at_step_0(projection, positions, target, space):
+    options = {"attention_target": target, "hidden_space": space}
+    student, teacher = small_pair(projection=projection, kl_positions=positions, **options)
     batch = small_batch()
     terms = student(batch, teacher(batch)).terms
     assert all(abs(terms[name].item()) <= 1e-6 for name in TERMS), terms
     assert terms["mlm"].item() > 1
 
 
-def _naive_terms(student_model, teacher_model, batch, positions):
+def _naive_terms(student_model, teacher_model, batch, positions, space="raw", num_first=0):
     """The same terms from stock outputs (eager attention, all hidden states), in float64."""
     outputs = []
     for model in (student_model, teacher_model):
@@ -38,7 +40,14 @@ def _naive_terms(student_model, teacher_model, batch, positions):
     rows = valid if positions == "all" else torch.zeros_like(valid).flatten().index_fill(0, batch.target_index, True)
     rows = rows.view_as(valid)
     p, q = (o.logits[rows].softmax(-1) for o in reversed(outputs))
-    hidden = [(s[valid] - t[valid]).square().mean() for s, t in zip(*(o.hidden_states for o in outputs), strict=True)]
+    states = [o.hidden_states for o in outputs]
+    if space == "normalised":
+        states = [[x / x.square().mean(-1, keepdim=True).sqrt() for x in side] for side in states]
+    behind = torch.stack([row & (torch.arange(len(row)) >= num_first) for row in valid])
+    hidden = [
+        (s[seen] - t[seen]).square().mean()
+        for s, t, seen in zip(*states, [valid] + [behind] * (len(states[0]) - 1), strict=True)
+    ]
     labels = outputs[0].logits.flatten(0, 1)[batch.target_index].log_softmax(-1)
     return {
         "mlm": -labels.gather(1, batch.target_ids[:, None]).mean(),
@@ -56,6 +65,23 @@ def test_terms_equal_stock_outputs_of_two_different_models(positions):
     naive = _naive_terms(small_model(seed=1), small_model(), batch, positions)
     for name, expected in naive.items():
         torch.testing.assert_close(terms[name].double(), expected, **CLOSE)
+
+
+@pytest.mark.parametrize("num_first", [0, 1, 3])
+@pytest.mark.parametrize("space", ["raw", "normalised"])
+@pytest.mark.parametrize("projection", ["student", "teacher"])
+def test_hidden_states_normalised_and_without_the_first_tokens(projection, space, num_first):
+    """The embedding term has all tokens; the others know nothing of either."""
+    batch = small_batch().with_tokens_behind(num_first)
+    options = {"hidden_space": space, "skip_first_tokens": num_first, "projection": projection}
+    student, teacher = Student(small_model(seed=1), LossConfig(kl=1.0, **options)), Teacher(small_model())
+    plain = Student(small_model(seed=1), LossConfig(kl=1.0))
+    terms, without = student(batch, teacher(batch)).terms, plain(batch, teacher(batch)).terms
+    naive = _naive_terms(small_model(seed=1), small_model(), batch, "masked", space, num_first)
+    for name, expected in naive.items():
+        torch.testing.assert_close(terms[name].double(), expected, **CLOSE)
+    assert all(torch.equal(terms[name], without[name]) for name in ("mlm", "kl", "attention"))
+    assert torch.equal(terms["hidden"], without["hidden"]) == (space == "raw" and not num_first)
 
 
 def test_total_is_the_weighted_sum_and_zero_weights_are_left_out():

@@ -11,6 +11,7 @@ from homodistil.distill.losses.vocabulary import Vocabulary
 from homodistil.distill.student import Student
 from homodistil.distill.teacher import Teacher
 from homodistil.distill.teacher_outputs import Layerwise, WholePass
+from homodistil.kernels.attention_map import TARGETS
 from homodistil.models.resize_plan import make_plan, slice_module
 
 NARROW = {"hidden": 19, "layer.0.ffn": 21, "layer.1.heads": 3, "layer.2.qk_dim": 5, "layer.2.vo_dim": 5}
@@ -25,7 +26,7 @@ def _student(config):
 
 
 @pytest.mark.parametrize("positions", ["masked", "all"])
-@pytest.mark.parametrize("target", ["scores", "probabilities", "probabilities_kl"])
+@pytest.mark.parametrize("target", TARGETS)
 def test_lock_step_changes_no_bit(positions, target):
     config, batch = LossConfig(kl=1.0, kl_positions=positions, attention_target=target), small_batch()
     found = []

@@ -46,6 +46,7 @@ def the_term(name: str, **options) -> Term:
         ("embedding", {}, 3 * 2 * TOKENS * 15 * 24, TOKENS * 15 * 2),
         ("embedding", {"projection_learned": False}, 2 * 2 * TOKENS * 15 * 24, TOKENS * 15 * 2),
         ("hidden", {}, 2 * 3 * 2 * TOKENS * 15 * 24, 2 * TOKENS * 15 * 2),
+        ("hidden", {"hidden_space": "normalised"}, 2 * 3 * 2 * TOKENS * 15 * 24, 2 * TOKENS * 15 * 2),
         ("hidden", {"projection": "teacher"}, 2 * 2 * 2 * TOKENS * 15 * 24, 2 * TOKENS * 15 * 2),
         # Scores of the student's heads, their two gradients, and the teacher's scores of as many heads.
         ("attention", {}, 2 * 2 * TOKENS * SEQ_LEN * 3 * (3 * 4 + 6), 2 * 2 * TOKENS * 3 * 4 * 2),

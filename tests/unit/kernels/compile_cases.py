@@ -65,6 +65,9 @@ USUAL_ATTENTION = {
     ("scores", 512, 64, "bf16"),
     ("scores", 128, 20, "bf16"),
     ("scores", 512, 64, "fp32"),
+    ("centred_scores", 128, 64, "bf16"),
+    ("centred_scores", 512, 64, "bf16"),
+    ("centred_scores", 512, 48, "fp16"),
     ("probabilities", 128, 64, "bf16"),
     ("probabilities", 512, 48, "fp16"),
     ("probabilities", 128, 28, "fp32"),
@@ -87,6 +90,7 @@ CAUSAL, WINDOW = MaskKind(causal=True), MaskKind(window=64)
 KINDS = (CAUSAL, WINDOW, MaskKind(True, 64))
 USUAL_DECODERS = {
     ("scores", 512, 64, "bf16", CAUSAL, (1, 1)),
+    ("centred_scores", 512, 64, "bf16", WINDOW, (2, 2)),
     ("probabilities_kl", 512, 128, "bf16", CAUSAL, (2, 2)),
     ("probabilities", 64, 64, "bf16", WINDOW, (1, 2)),
 }

@@ -5,6 +5,7 @@ The reference builds whole maps and leaves the gradient to autograd; nothing of 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import pytest
@@ -85,6 +86,9 @@ def reference(inputs: Inputs, target: str) -> tuple[Tensor, tuple[Tensor, ...]]:
             s, t = q @ k.T / q.shape[-1] ** 0.5, tq @ tk.T / tq.shape[-1] ** 0.5
             if target == "scores":
                 total = total + ((s - t) ** 2).sum()
+            elif target == "centred_scores":
+                centred = [x - x.mean(-1, keepdim=True) for x in (s, t)]  # each side by itself
+                total = total + ((centred[0] - centred[1]) ** 2).sum()
             elif target == "probabilities":
                 total = total + ((s.softmax(-1) - t.softmax(-1)) ** 2).sum()
             else:
@@ -215,15 +219,33 @@ def test_triton_takes_any_layout(case, target):
     check(inputs._replace(student=student, teacher=teacher), target, "triton")
 
 
-class _LargestTensor(TorchDispatchMode):
-    """Watches every operation inside the forward and notes the largest tensor that one puts out."""
+@pytest.mark.parametrize("case", CASES[:2], ids=str)
+def test_a_constant_for_each_query_is_not_compared(case):
+    """One vector added to all keys adds a constant to each query's row, which softmax ignores."""
+    inputs = near(make(case, torch.float32), 0.0)
+    queries, keys = inputs.student
+    shifted = inputs._replace(teacher=[queries.detach(), keys.detach() + 3 * torch.randn(keys.shape[-1])])
+    of_scores = shifted.loss("scores", "torch")
+    # fp32 rounds scores of about 30 in the seventh digit, and the loss is a square of that.
+    assert of_scores > 100 and shifted.loss("centred_scores", "torch") < 1e-10 * of_scores
+    assert shifted.loss("probabilities_kl", "torch") < 1e-4
 
-    numel = 0
+
+class LargestTensor(TorchDispatchMode):
+    """Watches every operation inside the forward and notes the largest tensor that one puts out.
+
+    Args:
+        counts: whether a tensor is looked at; None: every one.
+    """
+
+    def __init__(self, counts: Callable[[Tensor], bool] | None = None) -> None:
+        super().__init__()
+        self.numel, self._counts = 0, counts or (lambda tensor: True)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
+            if isinstance(leaf, Tensor) and self._counts(leaf):
                 self.numel = max(self.numel, leaf.numel())
         return result
 
@@ -231,7 +253,7 @@ class _LargestTensor(TorchDispatchMode):
 @pytest.mark.parametrize("target", TARGETS)
 def test_torch_never_holds_the_maps_of_a_batch(target):
     inputs = make(Case(6, 64, 16, 16, None), torch.bfloat16)
-    with _LargestTensor() as largest:
+    with LargestTensor() as largest:
         torch.autograd.grad(inputs.loss(target, "torch"), inputs.student)
     one_text = 3 * 64 * 64
     assert one_text <= largest.numel <= 6 * 3 * 64 * 16  # a map of one text, or the batch's queries

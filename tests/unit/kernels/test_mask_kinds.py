@@ -49,6 +49,7 @@ LONG = [
     ),  # blocks of 64 rows and keys: some hidden, some seen in part or whole
     Case(140, (4, 2), (4, 1), (8, 24), True, None),
     Case(140, (2, 1), (4, 2), (24, 8), True, 70, (3, 0)),
+    Case(140, (2, 2), (2, 1), (8, 24), True, 65),
 ]
 
 
@@ -126,7 +127,7 @@ def reference(inputs: Inputs, target: str) -> tuple[Tensor, tuple[Tensor, ...]]:
     seen = seen_pairs(case.num_tokens, case.causal, case.window) & tokens[:, None, None, :]
     seen = seen.expand_as(ours)
     valid = seen & tokens[:, None, :, None]
-    if target != "scores":
+    if target.startswith("probabilities"):
         # A row that sees nothing is one of padding.
         ours, theirs = (x.masked_fill(~seen, -torch.inf).masked_fill(~valid.any(-1, True), 0.0) for x in (ours, theirs))
     if target == "probabilities_kl":
@@ -134,6 +135,10 @@ def reference(inputs: Inputs, target: str) -> tuple[Tensor, tuple[Tensor, ...]]:
         terms = theirs.exp() * (theirs - ours)
     elif target == "probabilities":
         terms = (ours.softmax(-1) - theirs.softmax(-1)) ** 2
+    elif target == "centred_scores":
+        num_seen = seen.sum(-1, keepdim=True).clamp(min=1)
+        ours, theirs = (x - (x * seen).sum(-1, keepdim=True) / num_seen for x in (ours, theirs))
+        terms = (ours - theirs) ** 2
     else:
         terms = (ours - theirs) ** 2
     total = terms.masked_fill(~valid, 0.0).sum() / ours.shape[1]
@@ -181,11 +186,11 @@ def test_torch_student_that_equals_its_teacher(case, named, target):
     check_zero(equal(make(case, torch.float32), list(range(case.student_heads[0])) if named else None), target, "torch")
 
 
-# The interpreter is slow: of most cases one text, and of the long ones, with padding in front, one target.
+# The interpreter is slow: of most cases one text, and of the long ones, with padding in front, one target or two.
 SHORT_INTERPRETED = [
     (case, [torch.bfloat16, torch.float32][i % 2], [0, 1] if i < 2 else [i % 2]) for i, case in enumerate(SHORT)
 ]
-LONG_INTERPRETED = list(zip(LONG, TARGETS, strict=True))
+LONG_INTERPRETED = [*zip(LONG, TARGETS, strict=True), (LONG[0], "centred_scores")]
 
 
 @pytest.mark.interpreted

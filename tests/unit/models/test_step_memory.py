@@ -78,12 +78,13 @@ def shrink(student: Student, widths: Widths) -> None:
         {},
         {"kl_positions": "all", "attention_target": "probabilities"},
         {"projection": "teacher", "projection_learned": False},
+        {"hidden_space": "normalised", "attention_target": "centred_scores"},
         {"attention": 0.0, "kl": 0.0},
         {"mlm": 0.0, "hidden": 0.0, "embedding": 0.0},
         {"kl": 0.0, "hidden": 0.0, "attention": 0.0, "embedding": 0.0},
         {"kl": 0.0, "hidden": 0.0, "attention": 0.0, "embedding": 0.0, "cosine": 1.0, "relations": 1.0},
     ],
-    ids=["all", "kl_all", "teacher_side", "hidden", "kl_attention", "mlm", "last_layer"],
+    ids=["all", "kl_all", "teacher_side", "normalised", "hidden", "kl_attention", "mlm", "last_layer"],
 )
 def test_sequence_bytes_are_what_autograd_saves(loss, dtype, narrow):
     config, batch = LossConfig(**({"kl": 1.0} | loss)), full_batch()

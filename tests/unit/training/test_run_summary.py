@@ -10,6 +10,7 @@ from homodistil.config.command_line import parse
 from homodistil.errors import UserError
 from homodistil.training.resolve import resolve_run
 from homodistil.training.run_summary import run_summary
+from homodistil.training.settle import settle
 
 BASE = BertConfig()
 TINY = BertConfig(hidden_size=128, num_hidden_layers=2, num_attention_heads=2, intermediate_size=512)
@@ -84,6 +85,20 @@ def test_a_decoder_in_numbers():
     assert told["task"] == "causal; 127 tokens of each block of 128 are predicted, on average"
     assert told["student"] == "4 layers, hidden 36, ffn 40, 4 heads of 8 in 2 groups; from a copy of /models/mine"
     assert told["layers"] == "copies of the teacher's 0, 2, 3, 5; compared (hidden) with the teacher's 1, 2, 4, 5"
+
+
+def test_what_terms_compare_is_told_once_it_is_settled():
+    sizes = {"hidden_size": 48, "intermediate_size": 80, "num_attention_heads": 6, "num_key_value_heads": 3}
+    teacher = LlamaConfig(**sizes, num_hidden_layers=6, vocab_size=300)
+    fields = ["student.hidden_size=36", "student.intermediate_size=40", "student.num_attention_heads=6"]
+    config = parse(["teacher.name=/models/mine", *fields, "loss.cosine=1"])
+    settle(config, teacher)
+    told = "lm x 1, kl x 4, hidden x 1 (normalised), attention x 1 (probabilities_kl), embedding x 1 (normalised)"
+    assert run_summary(resolve_run(config, teacher))["losses"] == f"{told}, cosine x 1"
+    config = parse(["loss.attention_target=centred_scores"])
+    settle(config, TINY)
+    told = "mlm x 1, kl x 4, hidden x 1 (raw), attention x 1 (centred_scores), embedding x 1 (raw)"
+    assert run_summary(resolve_run(config, TINY))["losses"] == told
 
 
 def test_no_target_proposes_half_of_this_teacher():
