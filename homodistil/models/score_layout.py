@@ -55,15 +55,21 @@ class ScoreLayout:
             return None
         return Target(shape[-1], offsets[0] if len(shape) == 2 else -1, offsets[-1])
 
-    def per_axis(self, sums: Tensor) -> Keep:
-        """Sums per dimension, (numel,) -> sums per axis entry; a (heads, dims) dimension counts for both its axes."""
+    def per_axis(self, sums: Tensor, per_tensor: bool = False) -> Keep:
+        """Sums per dimension, (numel,) -> sums per axis entry; a (heads, dims) dimension counts for both its axes.
+
+        Args:
+            sums: over all ranks.
+            per_tensor: divide the sums of every parameter by their total first, so that each use has an equal say.
+        """
         scores = {axis: torch.zeros(i.shape, device=sums.device) for axis, i in axes.whole(self.table.widths).items()}
         position = 0
         for keys in self.dims_over.values():
             blocks = self._blocks[keys[0]]
             sizes = [self.table.size_of(block) for block in blocks]
             length = len(keys) * sum(sizes)
-            together = sums[position : position + length].view(len(keys), -1).sum(0)
+            stacked = sums[position : position + length].view(len(keys), -1)
+            together = (_shares(stacked) if per_tensor else stacked).sum(0)
             position += length
             for block, part in zip(blocks, together.split(sizes), strict=True):
                 self._add_block(block, part, scores)
@@ -74,5 +80,13 @@ class ScoreLayout:
         outer = axes.outer_axes(self.table.widths)
         grid = sums.view([self.table.widths[axis] for axis in block.axes])
         for axis in block.axes:
-            elsewhere = [i for i, name in enumerate(block.axes) if name not in (axis, outer.get(axis))]
-            scores[axis] += grid.sum(elsewhere) if elsewhere else grid
+            scores[axis] += axes.entry_sums(grid, block.axes, axis, outer)
+
+
+def _shares(sums: Tensor) -> Tensor:
+    """Sums over all of a dimension of some parameters, (parameters, length), as shares of each parameter's total.
+
+    A parameter without any score keeps its zeros; one that is not finite stays so.
+    """
+    totals = sums.sum(1, keepdim=True)
+    return sums / totals.where(totals != 0, 1.0)

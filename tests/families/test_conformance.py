@@ -195,15 +195,20 @@ def test_flops_are_what_torch_counts(model_type, cut):
     assert counter.get_total_flops() - angles == expected
 
 
+@pytest.mark.parametrize("normalisation", ["none", "per_tensor"])
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
-def test_importance_is_theta_times_gradient_by_brute_force(model_type):
-    """Every axis entry's score: the sum over all elements that an event would remove with it."""
+def test_importance_is_theta_times_gradient_by_brute_force(model_type, normalisation):
+    """Every axis entry's score: the sum over all elements that an event would remove with it, or over their shares of
+    what their parameters have."""
     student = Student(make_model(model_type), LossConfig(kl=0.0, hidden=0.0, attention=0.0, embedding=0.0))
     student(batch_of(token_ids())).total.backward()
     table, parameters = student.axis_table(), dict(student.named_parameters())
     no_gradient = torch.zeros(())
     scored = {n: (p.detach() * (p.grad if p.grad is not None else no_gradient)).abs() for n, p in parameters.items()}
-    importance = Importance(table, PruningConfig(ema_beta=0.0), 0, torch.device("cpu"))
+    if normalisation == "per_tensor":
+        scored = {name: score / score.sum() if score.any() else score for name, score in scored.items()}
+    config = PruningConfig(ema_beta=0.0, score_normalisation=normalisation)
+    importance = Importance(table, config, 0, torch.device("cpu"))
     pieces = [_Piece(name, p) for name, p in parameters.items() if p.grad is not None]
     shapes = {name: tuple(p.shape) for name, p in parameters.items()}
     scores = importance.measure(pieces, table, shapes)
