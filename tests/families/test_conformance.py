@@ -206,7 +206,7 @@ def test_importance_is_theta_times_gradient_by_brute_force(model_type, normalisa
     no_gradient = torch.zeros(())
     scored = {n: (p.detach() * (p.grad if p.grad is not None else no_gradient)).abs() for n, p in parameters.items()}
     if normalisation == "per_tensor":
-        scored = {name: score / score.sum() if score.any() else score for name, score in scored.items()}
+        scored = {name: score / (_total(name, scored) or 1) for name, score in scored.items()}
     config = PruningConfig(ema_beta=0.0, score_normalisation=normalisation)
     importance = Importance(table, config, 0, torch.device("cpu"))
     pieces = [_Piece(name, p) for name, p in parameters.items() if p.grad is not None]
@@ -220,6 +220,13 @@ def test_importance_is_theta_times_gradient_by_brute_force(model_type, normalisa
             index = make_plan(table, {axis: kept}).index
             removed = [_removed(scored[name], dim, kept) for name, dims in index.items() for dim, kept in dims.items()]
             assert float(score[entry]) == pytest.approx(sum(removed), rel=1e-4), (axis, entry)
+
+
+def _total(name: str, scored: dict[str, torch.Tensor]) -> float:
+    """Of the parameter, a bias and its weight together. The projections of the losses are not scored."""
+    ends = ("weight", "bias") if name.endswith((".weight", ".bias")) else (name.rpartition(".")[2],)
+    beside = (f"{name.rpartition('.')[0]}.{end}" for end in ends)
+    return sum(float(scored[each].sum()) for each in beside if each in scored)
 
 
 def _removed(scored: torch.Tensor, dim: int, kept: torch.Tensor) -> float:

@@ -94,20 +94,26 @@ def test_sensitivity_by_hand():
 
 
 def test_per_tensor_gives_every_parameter_the_same_say():
-    """A table whose scores are a thousand times those of the query decides nothing alone; one without any has none."""
-    table = AxisTable(TABLE.widths, (*TABLE.uses, AxisUse("table", 1, ("hidden",)), AxisUse("silent", 0, ("hidden",))))
+    """A table whose scores are a thousand times those of the query decides nothing alone; a bias, which may be nothing
+    but rounding, counts with its weight; and what has no scores has none."""
+    uses = [AxisUse("query.weight", 0, TABLE.uses[0].axes), AxisUse("query.bias", 0, TABLE.uses[0].axes)]
+    uses += [AxisUse(name, 1, ("hidden",)) for name in ("query.weight", "table.weight")]
+    uses += [AxisUse("silent.bias", 0, ("hidden",))]
     weight = torch.tensor([[1.0, -2, 0], [0, 1, 1], [3, 0, 0], [0, 0, -1]])
     gradient = torch.tensor([[1.0, 1, 9], [9, 2, -1], [-1, 9, 9], [9, 9, 4]])
     words = torch.tensor([1e3, 1e3, 2e3, 0, 0, 4e3])  # (2, 3)
+    pieces = [_Piece("query.weight", 0, weight.flatten()[:5], gradient.flatten()[:5])]
+    pieces += [_Piece("query.weight", 5, weight.flatten()[5:], gradient.flatten()[5:])]
+    pieces += [_Piece("query.bias", 0, torch.tensor([0.0, 1, 0, -2]), torch.ones(4))]
+    pieces += [_Piece("table.weight", 0, words, torch.ones(6))]
+    pieces += [_Piece("silent.bias", 0, torch.ones(3), torch.zeros(3))]
+    shapes = {"query.weight": (4, 3), "query.bias": (4,), "table.weight": (2, 3), "silent.bias": (3,)}
     importance = _importance(score_normalisation="per_tensor")
-    pieces = [*_pieces(weight, gradient), _Piece("table", 0, words, torch.ones(6))]
-    pieces.append(_Piece("silent", 0, torch.ones(3), torch.zeros(3)))
-    importance.accumulate(pieces, table, SHAPES | {"table": (2, 3), "silent": (3,)})
+    importance.accumulate(pieces, AxisTable(TABLE.widths, tuple(uses)), shapes)
     scores = importance.scores()
-    expected = [4 / 13 + 1 / 8, 4 / 13 + 1 / 8, 5 / 13 + 6 / 8]
-    assert scores["hidden"].tolist() == pytest.approx(expected)
-    assert scores["layer.0.heads"].tolist() == pytest.approx([6 / 13, 7 / 13])
-    assert scores["layer.0.qk_dim"].flatten().tolist() == pytest.approx([3 / 13, 3 / 13, 3 / 13, 4 / 13])
+    assert scores["hidden"].tolist() == pytest.approx([4 / 16 + 1 / 8, 4 / 16 + 1 / 8, 5 / 16 + 6 / 8])
+    assert scores["layer.0.heads"].tolist() == pytest.approx([7 / 16, 9 / 16])
+    assert scores["layer.0.qk_dim"].flatten().tolist() == pytest.approx([3 / 16, 4 / 16, 3 / 16, 6 / 16])
 
 
 def test_an_overflow_is_no_share():
