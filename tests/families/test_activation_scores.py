@@ -9,14 +9,18 @@ import torch
 from families.cases import LAYERS, batch_of, make_model, token_ids
 from torch import Tensor, nn
 
-from homodistil.config.schema import LossConfig
+from homodistil.config.schema import LossConfig, PruningConfig
 from homodistil.data.batch import Batch
 from homodistil.distill.student import Student
 from homodistil.errors import UserError
-from homodistil.models import FAMILIES, family_of
+from homodistil.models import FAMILIES
 from homodistil.models.axes import AxisTable, AxisUse, kind_of, outer_axes
+from homodistil.models.head_dim import with_head_dim
 from homodistil.models.resize_plan import make_plan, slice_module
+from homodistil.models.rotary_pairs import kept_pairs, runs_over_pairs
 from homodistil.pruning.activation_scores import activation_scores
+from homodistil.pruning.importance import Importance
+from homodistil.pruning.pruner import Pruner, width_schedule
 
 MODEL_TYPES = sorted(FAMILIES)
 FFN_OUTPUTS = ("output.dense", "lin2", "down_proj", "mlp.Wo", "mlp.c_proj")
@@ -132,31 +136,6 @@ def test_scores_are_those_of_a_naive_loop(model_type):
         torch.testing.assert_close(scores[axis], value.float(), msg=lambda text, a=axis: f"{a}: {text}", **TOLERANCE)
 
 
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
-def test_an_entry_without_weights_has_no_activations(model_type):
-    """Of every axis: once all that an event would remove with an entry is 0, so is its score, and no other's."""
-    before = activation_scores(make_student(model_type), make_batches())
-    for axis, score in before.items():
-        if score.ndim > 1 or len(score) == 1 or axis == "embedding":
-            continue
-        entry = len(score) // 2
-        model = make_model(model_type)
-        silence(model, family_of(model_type).axis_table(model), axis, entry)
-        after = activation_scores(make_student(model_type, model), make_batches())[axis]
-        assert float(after[entry]) == 0 < float(score[entry]), axis
-        assert float(after[torch.arange(len(after)) != entry].min()) > 0, axis
-
-
-@torch.no_grad()
-def silence(model: nn.Module, table: AxisTable, axis: str, entry: int) -> None:
-    kept = torch.tensor([i for i in range(table.widths[axis]) if i != entry])
-    for name, dims in make_plan(table, {axis: kept}).index.items():
-        parameter = model.get_parameter(name)
-        for dim, index in dims.items():
-            left = torch.zeros(parameter.shape[dim]).index_fill(0, index, 1)
-            parameter.mul_(left.view([-1 if i == dim else 1 for i in range(parameter.ndim)]))
-
-
 @pytest.mark.parametrize("model_type", ["llama", "modernbert", "mpnet"])
 def test_scores_follow_a_cut(model_type):
     """A cut student is scored at its current widths, and an axis that has lost nothing keeps its shape."""
@@ -173,6 +152,30 @@ def test_scores_follow_a_cut(model_type):
 
 def _may_fall(axis: str) -> bool:
     return kind_of(axis) in ("hidden", "ffn", "heads", "kv_heads")
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen3"])
+def test_rotary_pairs_go_by_queries_and_keys(model_type):
+    """The best progression of two of the four pairs, by what all queries and keys of all layers have of them."""
+    student = make_student(model_type)
+    importance = Importance(student.axis_table(), PruningConfig(importance="activation"), 0, torch.device("cpu"))
+    importance.accept(activation_scores(student, make_batches()))
+    target = with_head_dim(student.widths, 4)
+    due = {axis: width for axis, width in target.items() if width < student.widths[axis]}
+    schedule = width_schedule(PruningConfig(schedule="one_shot"), 10, student.widths, target)
+    pruner = Pruner(schedule, importance, torch.tensor([], dtype=torch.int64))
+    keep = pruner.keep_of(due, student.origins["hidden"], kept_pairs(student.origins))
+    expected = naive_scores(model_type, make_batches())
+    of_dims = sum(expected[f"layer.{i}.qk_dim"].sum(0) for i in range(LAYERS)).tolist()
+    of_pairs = [of_dims[pair] + of_dims[pair + 4] for pair in range(4)]
+    best = max(([0, 1], [0, 2], [0, 3], [1, 2], [1, 3], [2, 3]), key=lambda pairs: sum(of_pairs[p] for p in pairs))
+    rotary = [axis for axis in due if runs_over_pairs(axis, student.widths)]
+    assert len(rotary) == LAYERS + (model_type == "qwen3")
+    for axis in rotary:
+        assert keep[axis].unique().tolist() == [*best, *(pair + 4 for pair in best)]
+    slice_module(student, make_plan(student.axis_table(), keep))
+    student.after_resize(keep)
+    assert student.widths == target
 
 
 def test_an_axis_that_shows_nowhere_is_refused():

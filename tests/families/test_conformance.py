@@ -20,9 +20,11 @@ from homodistil.distill.teacher import Teacher
 from homodistil.export.stock_model import stock_model
 from homodistil.models import FAMILIES, family_of
 from homodistil.models.activations import ActivationHooks
+from homodistil.models.axes import AxisTable, Keep
 from homodistil.models.flops import backbone_flops, head_flops
 from homodistil.models.resize_plan import make_plan, slice_module
 from homodistil.models.shapes import Shape, shape_of, target_widths
+from homodistil.pruning.activation_scores import activation_scores
 from homodistil.pruning.importance import Importance
 
 AUTO = {"AutoModelForMaskedLM": AutoModelForMaskedLM, "AutoModelForCausalLM": AutoModelForCausalLM}
@@ -239,6 +241,34 @@ class _Piece:
     def __init__(self, name: str, parameter: torch.nn.Parameter) -> None:
         self.name, self.start = name, 0
         self.weight, self.gradient = parameter.detach().flatten(), parameter.grad.flatten()
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_an_entry_without_weights_has_no_activations(model_type):
+    """Of every axis: once all that an event would remove with an entry is 0, so is its score, and no other's."""
+    before = _activation_scores(make_model(model_type))
+    for axis, score in before.items():
+        if score.ndim > 1 or len(score) == 1 or axis == "embedding":
+            continue
+        entry, model = len(score) // 2, make_model(model_type)
+        _silence(model, family_of(model_type).axis_table(model), axis, entry)
+        after = _activation_scores(model)[axis]
+        assert float(after[entry]) == 0 < float(score[entry]), axis
+        assert float(after[torch.arange(len(after)) != entry].min()) > 0, axis
+
+
+def _activation_scores(model: torch.nn.Module) -> Keep:
+    return activation_scores(Student(model, LossConfig()), [[batch_of(token_ids())]])
+
+
+@torch.no_grad()
+def _silence(model: torch.nn.Module, table: AxisTable, axis: str, entry: int) -> None:
+    kept = torch.tensor([i for i in range(table.widths[axis]) if i != entry])
+    for name, dims in make_plan(table, {axis: kept}).index.items():
+        parameter = model.get_parameter(name)
+        for dim, index in dims.items():
+            left = torch.zeros(parameter.shape[dim]).index_fill(0, index, 1)
+            parameter.mul_(left.view([-1 if i == dim else 1 for i in range(parameter.ndim)]))
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
