@@ -17,6 +17,7 @@ from homodistil.pruning.activation_scores import activation_scores
 
 WORKER = Path(__file__).with_name("worker_activation.py")
 FIELDS = ("pruning.importance=activation", "pruning.calibration_batches=2", "run.keep_checkpoints=9")
+FIELDS += ("run.compare=[one_shot]",)
 
 
 def test_two_ranks_have_the_scores_of_one_with_all_batches(server, tmp_path):
