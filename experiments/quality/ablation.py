@@ -29,6 +29,8 @@ VARIANTS: dict[str, dict[str, tuple[str, ...]]] = {
         "random": ("pruning.importance=random",),
         "PLATON": ("pruning.importance=platon",),
         "KL to drawn labels of the teacher": ("pruning.importance=teacher_kl",),
+        "sizes of activations (Minitron)": ("pruning.importance=activation",),
+        "sensitivity, normalised per tensor": ("pruning.score_normalisation=per_tensor",),
     },
     "projection": {
         "student's side, learned": ("loss.projection=student", "loss.projection_learned=true"),

@@ -44,6 +44,7 @@ def check(config: RunConfig) -> None:
     _check_num_events(config)
     _check_milestones(config)
     _check_size(config)
+    _check_normalisation(config)
     _check_compensation(config)
     if config.loss.skip_first_tokens >= config.data.seq_len:
         raise UserError(
@@ -115,6 +116,15 @@ def _check_size(config: RunConfig) -> None:
         raise UserError(
             f"{given[0]}: found {ways[given[0]]:g} beside {', '.join(given[1:])}; {given[0]} chooses all widths at the "
             f"teacher's depth, so give one or the other"
+        )
+
+
+def _check_normalisation(config: RunConfig) -> None:
+    pruning = config.pruning
+    if pruning.score_normalisation != "none" and pruning.importance in ("random", "activation"):
+        raise UserError(
+            f"pruning.score_normalisation: found {pruning.score_normalisation}, allowed with pruning.importance="
+            f"{pruning.importance} is none, as these are no scores of weights; set it to none, or another importance"
         )
 
 

@@ -134,18 +134,22 @@ class PruningConfig:
     gap_recovery: float = option(0.5, low=0, high=1, resume="fixed", students="own", derived=SAME)
     """schedule=gap: share of the KL rise of the last event that training must recover before the next event, in [0, 1].
     It is not waited for while pruning is behind a straight line to the target."""
-    importance: Literal["sensitivity", "magnitude", "random", "platon", "teacher_kl"] = option(
+    importance: Literal["sensitivity", "magnitude", "random", "platon", "teacher_kl", "activation"] = option(
         "sensitivity", resume="fixed", students="own", derived=SAME
     )
-    """Importance of a weight. sensitivity: |theta * gradient| (the paper); magnitude: |theta|; random; platon:
-    sensitivity x uncertainty (PLATON); teacher_kl: |theta * gradient| of the cross-entropy to labels sampled from the
-    teacher."""
+    """Importance of a neuron, summed over its weights. sensitivity: |theta * gradient| (the paper); magnitude: |theta|;
+    random; platon: sensitivity x uncertainty (PLATON); teacher_kl: |theta * gradient| of the cross-entropy to labels
+    sampled from the teacher. Or activation: size of its activations, without gradients (Minitron)."""
+    score_normalisation: Literal["none", "per_tensor"] = option("none", resume="fixed", students="own", derived=SAME)
+    """Before the scores of weights are summed over a neuron's parameters: none, or per_tensor: scores of each parameter
+    (a bias with its weight) are divided by their sum, so that a tied embedding has no more say than another matrix."""
     ema_beta: float = option(0.85, low=0, high=1, exclude="high", resume="fixed", students="own", derived=SAME)
     """Decay of the moving average of the scores over steps, in [0, 1)."""
     uncertainty_beta: float = option(0.95, low=0, high=1, exclude="high", resume="fixed", students="own", derived=SAME)
     """Decay of the moving average of PLATON's uncertainty, in [0, 1)."""
     calibration_batches: int = option(10, low=1, high=COUNT, resume="fixed", students="own", derived={TRIAL: 1})
-    """Global batches over which one_shot measures importance before step 0 (>= 1)."""
+    """Global batches over which importance is measured before step 0 by one_shot, and before each event by
+    importance=teacher_kl and activation (>= 1)."""
     protect_outliers: float = option(0.1, low=0, high=1, resume="fixed", students="own", derived=SAME)
     """Residual dims with more than this share of the variance at any LayerNorm stay (0 = protect none)."""
     compensation: Literal["auto", "none", "refit", "full"] = option(

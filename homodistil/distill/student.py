@@ -24,7 +24,7 @@ from homodistil.distill.objective import Comparison, LossTerms, Objective
 from homodistil.distill.teacher import Teacher, head_only_parameters
 from homodistil.distill.teacher_outputs import TeacherOutputs, wanted_rows
 from homodistil.models import axes, family_of
-from homodistil.models.activations import ActivationHooks, show_values
+from homodistil.models.activations import ActivationHooks, ActivationVisitor, show_values
 from homodistil.models.axes import AxisTable, AxisUse, Keep
 from homodistil.models.parameter_shape import full_numel
 
@@ -126,6 +126,11 @@ class Student(nn.Module):
     def predict(self, batch: Batch) -> Tensor:
         """Logits (M, V) of the masked rows."""
         return self(batch, only_logits=True)
+
+    @torch.no_grad()
+    def show(self, batch: Batch, visitor: ActivationVisitor) -> None:
+        """Show the backbone's forward pass to `visitor`. Not of a student that an engine holds."""
+        self._taps.visit(batch.input_ids, batch.padding_mask, visitor)
 
     @torch.no_grad()
     def lm_losses(self, batch: Batch, teacher: Teacher | None) -> tuple[Tensor, Tensor]:

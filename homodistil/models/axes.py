@@ -22,7 +22,7 @@ loses the same pairs of dims in all groups of all layers (rotary_pairs.py).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -145,6 +145,17 @@ def outer_axes(widths: Widths) -> dict[str, str]:
     """Nested axis -> the axis around it, for all axes in `widths`."""
     outer = {axis: outer_axis(axis, widths) for axis in widths}
     return {axis: around for axis, around in outer.items() if around is not None}
+
+
+def entry_sums(grid: Tensor, along: Sequence[str], axis: str, outer: Mapping[str, str]) -> Tensor:
+    """Sums of `grid` for every entry of `axis`, (width,), or (entries of the axis around it, width) of a nested one.
+
+    Args:
+        grid: a dim for each axis of `along`, as long as its width.
+        outer: from `outer_axes`.
+    """
+    elsewhere = [i for i, name in enumerate(along) if name not in (axis, outer.get(axis))]
+    return grid.sum(elsewhere) if elsewhere else grid
 
 
 def whole(widths: Widths) -> dict[str, Tensor]:

@@ -1,4 +1,5 @@
-"""The sizes that modules remember, set from the axis table after their parameters have been sliced."""
+"""The sizes that modules remember, set from the axis table after their parameters have been sliced; and which of them
+is that of the input."""
 
 from __future__ import annotations
 
@@ -13,6 +14,14 @@ _FIELDS = {
     Conv1D: {("weight", 0): "nx", ("weight", 1): "nf"},
 }
 """Module -> its parameter and dimension -> attribute. Norms without an entry remember no size."""
+
+
+_INPUT_SIZES = ("in_features", "nx")
+
+
+def input_dim(module: nn.Module) -> int | None:
+    """The dimension of `module.weight` that its inputs run over; None: it is no linear."""
+    return next((dim for (_, dim), name in _fields_of(module).items() if name in _INPUT_SIZES), None)
 
 
 def refresh_sizes(model: nn.Module, table: AxisTable) -> None:
@@ -30,6 +39,10 @@ def refresh_sizes(model: nn.Module, table: AxisTable) -> None:
 def _refresh(module: nn.Module, parameter_name: str, dim: int, size: int) -> None:
     if isinstance(module, nn.LayerNorm):
         module.normalized_shape = (size,)
-    fields = next((fields for kind, fields in _FIELDS.items() if isinstance(module, kind)), {})
+    fields = _fields_of(module)
     if (parameter_name, dim) in fields:
         setattr(module, fields[parameter_name, dim], size)
+
+
+def _fields_of(module: nn.Module) -> dict[tuple[str, int], str]:
+    return next((fields for kind, fields in _FIELDS.items() if isinstance(module, kind)), {})

@@ -6,6 +6,7 @@ addition a parameter; and the whole buffer crosses the ranks in one all-reduce.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -55,24 +56,51 @@ class ScoreLayout:
             return None
         return Target(shape[-1], offsets[0] if len(shape) == 2 else -1, offsets[-1])
 
-    def per_axis(self, sums: Tensor) -> Keep:
-        """Sums per dimension, (numel,) -> sums per axis entry; a (heads, dims) dimension counts for both its axes."""
+    def per_axis(self, sums: Tensor, per_tensor: bool = False) -> Keep:
+        """Sums per dimension, (numel,) -> sums per axis entry; a (heads, dims) dimension counts for both its axes.
+
+        Args:
+            sums: over all ranks.
+            per_tensor: divide the sums of every parameter by their total first, so that each use has an equal say.
+        """
         scores = {axis: torch.zeros(i.shape, device=sums.device) for axis, i in axes.whole(self.table.widths).items()}
-        position = 0
-        for keys in self.dims_over.values():
+        stacks = self._stacks(sums)
+        for keys, stack in self._shares(stacks) if per_tensor else stacks:
             blocks = self._blocks[keys[0]]
             sizes = [self.table.size_of(block) for block in blocks]
-            length = len(keys) * sum(sizes)
-            together = sums[position : position + length].view(len(keys), -1).sum(0)
-            position += length
-            for block, part in zip(blocks, together.split(sizes), strict=True):
+            for block, part in zip(blocks, stack.sum(0).split(sizes), strict=True):
                 self._add_block(block, part, scores)
         return scores
+
+    def _stacks(self, sums: Tensor) -> list[tuple[list[tuple[str, int]], Tensor]]:
+        """The dimensions that run over the same axes, and their sums, (dimensions, length)."""
+        lengths = [len(keys) * sum(map(self.table.size_of, self._blocks[keys[0]])) for keys in self.dims_over.values()]
+        parts = zip(self.dims_over.values(), sums.split(lengths), strict=True)
+        return [(keys, part.view(len(keys), -1)) for keys, part in parts]
+
+    def _shares(
+        self, stacks: list[tuple[list[tuple[str, int]], Tensor]]
+    ) -> Iterator[tuple[list[tuple[str, int]], Tensor]]:
+        """`stacks` as shares of each parameter's total, which all its dimensions have. A bias counts with its weight:
+        the gradient of a key's bias, which the softmax ignores, is nothing but rounding."""
+        totals: dict[str, Tensor] = {}
+        for keys, stack in stacks:
+            totals |= {name: total for (name, _), total in zip(keys, stack.sum(1), strict=True)}
+        whole = dict.fromkeys(totals, torch.zeros((), device=stacks[0][1].device))
+        for name, total in totals.items():
+            whole[self._tensor_of(name)] = whole[self._tensor_of(name)] + total
+        for keys, stack in stacks:
+            of_keys = torch.stack([whole[self._tensor_of(name)] for name, _ in keys])
+            yield keys, stack / of_keys.where(of_keys != 0, 1.0)[:, None]
+
+    def _tensor_of(self, name: str) -> str:
+        """The parameter that `name` counts with."""
+        weight = name.removesuffix(".bias") + ".weight"
+        return weight if name.endswith(".bias") and any((weight, dim) in self._offset for dim in (0, 1)) else name
 
     def _add_block(self, block: AxisUse, sums: Tensor, scores: dict[str, Tensor]) -> None:
         """Add a block's sums, (its length,), to the scores of every axis that it runs over."""
         outer = axes.outer_axes(self.table.widths)
         grid = sums.view([self.table.widths[axis] for axis in block.axes])
         for axis in block.axes:
-            elsewhere = [i for i, name in enumerate(block.axes) if name not in (axis, outer.get(axis))]
-            scores[axis] += grid.sum(elsewhere) if elsewhere else grid
+            scores[axis] += axes.entry_sums(grid, block.axes, axis, outer)

@@ -33,7 +33,8 @@ class Importance:
 
     `sensitivity` (HomoDistil): EMA of sum |theta * g|. `platon` (Zhang et al. 2022): that EMA times the EMA of its
     deviation. `magnitude`: sum |theta| of today. `random`: seeded noise (the control that any criterion must beat).
-    `teacher_kl`: like sensitivity, fed by pruning/teacher_labels.py instead of by training.
+    `teacher_kl`: like sensitivity, of another loss (calibration.py). `activation` (Minitron): sizes of activations of
+    today (activation_scores.py). The last two are fed just before an event instead of by training.
     """
 
     def __init__(self, table: AxisTable, config: PruningConfig, seed: int, device: torch.device) -> None:
@@ -59,8 +60,8 @@ class Importance:
 
     @property
     def uses_training(self) -> bool:
-        """Whether every training step counts; if not, gradients of their own are taken just before an event."""
-        return self.config.importance != "teacher_kl"
+        """Whether every training step counts; if not, scores are measured apart, just before an event."""
+        return self.config.importance not in ("teacher_kl", "activation")
 
     def accept(self, sums: Keep) -> None:
         """Take in what `measure` gave, once its step has been applied: an overflow's sums are not finite."""
@@ -98,11 +99,11 @@ class Importance:
         total = sums.to(self.device)
         if distributed.is_initialized() and distributed.get_world_size() > 1:
             distributed.all_reduce(total)
-        return layout.per_axis(total)
+        return layout.per_axis(total, per_tensor=self.config.score_normalisation == "per_tensor")
 
     def _smooth(self, fresh: Keep) -> None:
         beta, beta_uncertainty = self.config.ema_beta, self.config.uncertainty_beta
-        if self.config.importance == "magnitude":
+        if self.config.importance in ("magnitude", "activation"):
             beta = 0.0
         if not fresh:
             return

@@ -23,6 +23,7 @@ from homodistil.models.axes import Keep, Widths, expand_to_teacher
 from homodistil.models.parameter_shape import full_shape
 from homodistil.models.resize_plan import ResizePlan, make_plan
 from homodistil.models.rotary_pairs import kept_pairs
+from homodistil.pruning.activation_scores import activation_scores
 from homodistil.pruning.calibration import calibrate
 from homodistil.pruning.compensation.student import EventChange
 from homodistil.pruning.importance import Importance
@@ -160,10 +161,8 @@ class Shrinker:
     def _calibrate(self, target: PlainStudent) -> None:
         """Importance from a few batches of the same data and losses, without an update."""
         prefetcher = self.run_inputs.prefetcher(self.config, self.config.train.seed)
-        if not self.pruner.importance.uses_training:
-            return self._score_by_drawn_labels(target, prefetcher, 0)
-        if self._is_copy():
-            return self._score_by_drawn_directions(target, prefetcher, 0)
+        if self._score_apart(target, prefetcher, 0):
+            return
         steps, table = self._calibration_steps(prefetcher, 0), self.student.axis_table()
         calibrate(self.pruner.importance, self.student, table, steps, lambda b: self.student(b, self.teacher(b)).total)
 
@@ -195,10 +194,7 @@ class Shrinker:
         """What stays after the event behind the update just applied; None, nearly always: there is no event."""
         if not self.pruner.is_due(done.step, self.student.widths):
             return None
-        if not self.pruner.importance.uses_training:
-            self._score_by_drawn_labels(target, prefetcher, done.step)
-        elif self._is_copy():
-            self._score_by_drawn_directions(target, prefetcher, done.step)
+        self._score_apart(target, prefetcher, done.step)
         kept_hidden, pairs = self.student.origins["hidden"], kept_pairs(self.student.origins)
 
         def prepare(student: Student, due: Widths) -> EventChange:
@@ -207,19 +203,26 @@ class Shrinker:
         trials = TrialCuts(self.gap, target, prepare, self._dtype)
         return self.pruner.due(done.step, self.student.widths, kept_hidden, trials, pairs)
 
-    def _score_by_drawn_labels(self, target: Shrinkable, prefetcher: BatchPrefetcher, step: int) -> None:
-        steps, seed = self._calibration_steps(prefetcher, step), (self.config.train.seed, step)
-        score_by_drawn_labels(self.pruner.importance, target.snapshot(), self.teacher, steps, seed)
+    def _score_apart(self, target: Shrinkable, prefetcher: BatchPrefetcher, step: int) -> bool:
+        """Importance that training does not give, from the text that is trained on after `step` updates. Returns
+        whether there was any to measure."""
+        importance, seed = self.pruner.importance, (self.config.train.seed, step)
+        steps = self._calibration_steps(prefetcher, step)
+        if self.config.pruning.importance == "activation":
+            importance.accept(activation_scores(target.snapshot(), steps))
+        elif self.config.pruning.importance == "teacher_kl":
+            score_by_drawn_labels(importance, target.snapshot(), self.teacher, steps, seed)
+        elif self._is_copy():
+            score_by_drawn_directions(importance, target.snapshot(), steps, seed)
+        else:
+            return False
+        return True
 
     def _is_copy(self) -> bool:
         """Whether the student is still the teacher and has no head: then every term and every gradient is 0."""
         family, student = self.student.family, self.student
         is_whole = student.widths == family.axis_table(self.teacher.model).widths
         return not self.run_inputs.with_head and self.config.student.init == "teacher" and is_whole
-
-    def _score_by_drawn_directions(self, target: Shrinkable, prefetcher: BatchPrefetcher, step: int) -> None:
-        steps, seed = self._calibration_steps(prefetcher, step), (self.config.train.seed, step)
-        score_by_drawn_directions(self.pruner.importance, target.snapshot(), steps, seed)
 
     def _calibration_steps(self, prefetcher: BatchPrefetcher, step: int) -> Iterator[list[Batch]]:
         """What is trained on after `step` updates."""

@@ -2,7 +2,8 @@
 
     torchrun --nproc_per_node 2 worker_importance.py '[{"stage": 2}]'      (cases: see test_importance_sums.py)
 
-Prints one line `CASE {json}` a case: the largest relative difference of any sum, and how strongly clipping acted.
+Prints one line `CASE {json}` a case: the largest relative difference of any sum, and of any score of an axis that is
+normalised per tensor, and how strongly clipping acted.
 """
 
 from __future__ import annotations
@@ -17,8 +18,11 @@ from support import reference, tiny_bert
 from support.reference import ROWS
 from torch import Tensor, nn
 
+from homodistil.config.schema import PruningConfig
+from homodistil.models.axes import whole
 from homodistil.models.encoders.bert import BERT as bert
 from homodistil.models.resize_plan import make_plan
+from homodistil.pruning.importance import Importance
 from homodistil.resize import check_supported, gradient_fragments, master_weights, resize
 
 ACCUMULATION, NUM_STEPS, EVENT_STEP = 2, 5, 3
@@ -79,9 +83,32 @@ def sums_in_one_process(model: nn.Module, weights: dict[str, Tensor], step: int)
     return {name: sums((p.detach() * p.grad).abs()) for name, p in trained.items()}, norm
 
 
+def normalised_scores(engine, model: nn.Module, shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
+    """Scores by axis, each parameter with its weight's or its own total over all ranks divided out."""
+    table = bert.axis_table(model)
+    config = PruningConfig(score_normalisation="per_tensor")
+    return Importance(table, config, 0, torch.device("cpu")).measure(gradient_fragments(engine), table, shapes)
+
+
+def naive_normalised_scores(model: nn.Module, sums: dict[str, list[Tensor]]) -> dict[str, Tensor]:
+    """The same from whole sums, one use after another."""
+    table = bert.axis_table(model)
+    scores = {axis: torch.zeros(index.shape) for axis, index in whole(table.widths).items()}
+    totals = {name: float(of_dims[0].sum()) for name, of_dims in sums.items()}
+    for use in table.uses:
+        if use.parameter not in sums:
+            continue
+        weight, bias = (f"{use.parameter.rpartition('.')[0]}.{kind}" for kind in ("weight", "bias"))
+        part = sums[use.parameter][use.dim] / (totals.get(weight, 0) + totals.get(bias, 0))
+        grid = part.view([table.widths[axis] for axis in use.axes])
+        for axis in use.axes:
+            scores[axis] += grid.sum(1) if axis.endswith(".heads") else grid
+    return scores
+
+
 def run_case(case: dict) -> dict:
     model, plain, rank = tiny_bert.make_model(), tiny_bert.make_model(), dist.get_rank()
-    engine, worst, smallest_norm = make_engine(model, case), 0.0, float("inf")
+    engine, worst, smallest_norm, worst_score = make_engine(model, case), 0.0, float("inf"), 0.0
     check_supported(engine)
     for step in range(NUM_STEPS):
         if step == EVENT_STEP:
@@ -99,6 +126,7 @@ def run_case(case: dict) -> dict:
                 trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
                 shapes = {name: getattr(p, "ds_shape", p.shape) for name, p in trained.items()}
                 found = sums_from_fragments(engine, shapes)
+                scores = normalised_scores(engine, model, shapes)
             engine.step()
         assert found.keys() == expected.keys()
         for name in found:
@@ -107,9 +135,12 @@ def run_case(case: dict) -> dict:
             for got, wanted in zip(found[name], expected[name], strict=True):
                 # Biases start at exactly 0, and a key bias has no gradient but rounding: sums of 0, hence the floor.
                 worst = max(worst, ((got - wanted).abs().max() / wanted.max().clamp_min(1e-8)).item())
+        for axis, score in naive_normalised_scores(model, expected).items():
+            worst_score = max(worst_score, ((scores[axis] - score).abs().max() / score.max()).item())
         smallest_norm = min(smallest_norm, norm)
     wrapper = type(engine.optimizer).__name__
-    return {"wrapper": wrapper, "relative": worst, "smallest_gradient_norm": smallest_norm, "clip": reference.CLIP}
+    relative = {"relative": worst, "relative_normalised": worst_score}
+    return {"wrapper": wrapper, "smallest_gradient_norm": smallest_norm, "clip": reference.CLIP} | relative
 
 
 def main() -> None:

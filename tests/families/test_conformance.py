@@ -22,10 +22,11 @@ from homodistil.export.stock_model import stock_model
 from homodistil.kernels.attention_map import TARGETS
 from homodistil.models import FAMILIES, family_of
 from homodistil.models.activations import ActivationHooks
-from homodistil.models.axes import Keep
+from homodistil.models.axes import AxisTable, Keep
 from homodistil.models.flops import backbone_flops, head_flops
 from homodistil.models.resize_plan import make_plan, slice_module
 from homodistil.models.shapes import Shape, shape_of, target_widths
+from homodistil.pruning.activation_scores import activation_scores
 from homodistil.pruning.importance import Importance
 
 AUTO = {"AutoModelForMaskedLM": AutoModelForMaskedLM, "AutoModelForCausalLM": AutoModelForCausalLM}
@@ -207,15 +208,20 @@ def test_flops_are_what_torch_counts(model_type, cut):
     assert counter.get_total_flops() - angles == expected
 
 
+@pytest.mark.parametrize("normalisation", ["none", "per_tensor"])
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
-def test_importance_is_theta_times_gradient_by_brute_force(model_type):
-    """Every axis entry's score: the sum over all elements that an event would remove with it."""
+def test_importance_is_theta_times_gradient_by_brute_force(model_type, normalisation):
+    """Every axis entry's score: the sum over all elements that an event would remove with it, or over their shares of
+    what their parameters have."""
     student = Student(make_model(model_type), LossConfig(kl=0.0, hidden=0.0, attention=0.0, embedding=0.0))
     student(batch_of(token_ids())).total.backward()
     table, parameters = student.axis_table(), dict(student.named_parameters())
     no_gradient = torch.zeros(())
     scored = {n: (p.detach() * (p.grad if p.grad is not None else no_gradient)).abs() for n, p in parameters.items()}
-    importance = Importance(table, PruningConfig(ema_beta=0.0), 0, torch.device("cpu"))
+    if normalisation == "per_tensor":
+        scored = {name: score / (_total(name, scored) or 1) for name, score in scored.items()}
+    config = PruningConfig(ema_beta=0.0, score_normalisation=normalisation)
+    importance = Importance(table, config, 0, torch.device("cpu"))
     pieces = [_Piece(name, p) for name, p in parameters.items() if p.grad is not None]
     shapes = {name: tuple(p.shape) for name, p in parameters.items()}
     scores = importance.measure(pieces, table, shapes)
@@ -229,6 +235,13 @@ def test_importance_is_theta_times_gradient_by_brute_force(model_type):
             assert float(score[entry]) == pytest.approx(sum(removed), rel=1e-4), (axis, entry)
 
 
+def _total(name: str, scored: dict[str, torch.Tensor]) -> float:
+    """Of the parameter, a bias and its weight together. The projections of the losses are not scored."""
+    ends = ("weight", "bias") if name.endswith((".weight", ".bias")) else (name.rpartition(".")[2],)
+    beside = (f"{name.rpartition('.')[0]}.{end}" for end in ends)
+    return sum(float(scored[each].sum()) for each in beside if each in scored)
+
+
 def _removed(scored: torch.Tensor, dim: int, kept: torch.Tensor) -> float:
     """Sum over what is not `kept` along `dim`."""
     rows = scored.movedim(dim, 0).reshape(scored.shape[dim], -1).sum(1)
@@ -239,6 +252,34 @@ class _Piece:
     def __init__(self, name: str, parameter: torch.nn.Parameter) -> None:
         self.name, self.start = name, 0
         self.weight, self.gradient = parameter.detach().flatten(), parameter.grad.flatten()
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_an_entry_without_weights_has_no_activations(model_type):
+    """Of every axis: once all that an event would remove with an entry is 0, so is its score, and no other's."""
+    before = _activation_scores(make_model(model_type))
+    for axis, score in before.items():
+        if score.ndim > 1 or len(score) == 1 or axis == "embedding":
+            continue
+        entry, model = len(score) // 2, make_model(model_type)
+        _silence(model, family_of(model_type).axis_table(model), axis, entry)
+        after = _activation_scores(model)[axis]
+        assert float(after[entry]) == 0 < float(score[entry]), axis
+        assert float(after[torch.arange(len(after)) != entry].min()) > 0, axis
+
+
+def _activation_scores(model: torch.nn.Module) -> Keep:
+    return activation_scores(Student(model, LossConfig()), [[batch_of(token_ids())]])
+
+
+@torch.no_grad()
+def _silence(model: torch.nn.Module, table: AxisTable, axis: str, entry: int) -> None:
+    kept = torch.tensor([i for i in range(table.widths[axis]) if i != entry])
+    for name, dims in make_plan(table, {axis: kept}).index.items():
+        parameter = model.get_parameter(name)
+        for dim, index in dims.items():
+            left = torch.zeros(parameter.shape[dim]).index_fill(0, index, 1)
+            parameter.mul_(left.view([-1 if i == dim else 1 for i in range(parameter.ndim)]))
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)

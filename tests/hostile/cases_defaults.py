@@ -67,5 +67,10 @@ CASES = [
         lambda w: w.train(f"teacher.correction_seed={2**63}"),
         says=["teacher.correction_seed", str(2**63)],
     ),
+    Case(
+        "shares_of_what_has_no_weights",
+        lambda w: w.train("pruning.importance=activation", "pruning.score_normalisation=per_tensor"),
+        says=["pruning.score_normalisation: found per_tensor", "pruning.importance=activation is none"],
+    ),
     Case("train_seed_negative", lambda w: w.train("train.seed=-1"), says=["train.seed: found -1, allowed [0"]),
 ]

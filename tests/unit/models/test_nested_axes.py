@@ -95,12 +95,15 @@ def test_two_events_are_one_event():
     assert torch.equal(select(weight, at_once.index["qkv"]), tensor)
 
 
-def test_scores_of_an_entry_are_all_elements_that_go_with_it():
+@pytest.mark.parametrize("per_tensor", [False, True])
+def test_scores_of_an_entry_are_all_elements_that_go_with_it(per_tensor):
     sizes = TABLE.dim_sizes()
     layout = ScoreLayout(TABLE)
     values = {key: torch.rand(size, generator=torch.Generator().manual_seed(size)) for key, size in sizes.items()}
-    sums = torch.cat([values[key] for keys in layout.dims_over.values() for key in keys])
-    scores = layout.per_axis(sums)
+    shares = {key: value / value.sum() for key, value in values.items()}  # all dims of a parameter have one total
+    sums = torch.cat([7 * shares[key] for keys in layout.dims_over.values() for key in keys])
+    values = shares if per_tensor else {key: 7 * share for key, share in shares.items()}
+    scores = layout.per_axis(sums, per_tensor)
     for axis, score in scores.items():
         expected = torch.zeros_like(score)
         for (name, dim), blocks in TABLE.blocks().items():

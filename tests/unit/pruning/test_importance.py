@@ -93,6 +93,35 @@ def test_sensitivity_by_hand():
     assert scores["layer.0.qk_dim"].tolist() == [[3, 3], [3, 4]]
 
 
+def test_per_tensor_gives_every_parameter_the_same_say():
+    """A table whose scores are a thousand times those of the query decides nothing alone; a bias, which may be nothing
+    but rounding, counts with its weight; and what has no scores has none."""
+    uses = [AxisUse("query.weight", 0, TABLE.uses[0].axes), AxisUse("query.bias", 0, TABLE.uses[0].axes)]
+    uses += [AxisUse(name, 1, ("hidden",)) for name in ("query.weight", "table.weight")]
+    uses += [AxisUse("silent.bias", 0, ("hidden",))]
+    weight = torch.tensor([[1.0, -2, 0], [0, 1, 1], [3, 0, 0], [0, 0, -1]])
+    gradient = torch.tensor([[1.0, 1, 9], [9, 2, -1], [-1, 9, 9], [9, 9, 4]])
+    words = torch.tensor([1e3, 1e3, 2e3, 0, 0, 4e3])  # (2, 3)
+    pieces = [_Piece("query.weight", 0, weight.flatten()[:5], gradient.flatten()[:5])]
+    pieces += [_Piece("query.weight", 5, weight.flatten()[5:], gradient.flatten()[5:])]
+    pieces += [_Piece("query.bias", 0, torch.tensor([0.0, 1, 0, -2]), torch.ones(4))]
+    pieces += [_Piece("table.weight", 0, words, torch.ones(6))]
+    pieces += [_Piece("silent.bias", 0, torch.ones(3), torch.zeros(3))]
+    shapes = {"query.weight": (4, 3), "query.bias": (4,), "table.weight": (2, 3), "silent.bias": (3,)}
+    importance = _importance(score_normalisation="per_tensor")
+    importance.accumulate(pieces, AxisTable(TABLE.widths, tuple(uses)), shapes)
+    scores = importance.scores()
+    assert scores["hidden"].tolist() == pytest.approx([4 / 16 + 1 / 8, 4 / 16 + 1 / 8, 5 / 16 + 6 / 8])
+    assert scores["layer.0.heads"].tolist() == pytest.approx([7 / 16, 9 / 16])
+    assert scores["layer.0.qk_dim"].flatten().tolist() == pytest.approx([3 / 16, 4 / 16, 3 / 16, 6 / 16])
+
+
+def test_an_overflow_is_no_share():
+    importance, weight = _importance(score_normalisation="per_tensor"), torch.ones(4, 3)
+    overflow = importance.measure(_pieces(weight, weight * torch.inf), TABLE, SHAPES)
+    assert not overflow["hidden"].isfinite().any()
+
+
 def test_smoothing_is_an_exponential_average():
     importance = _importance(ema_beta=0.75)
     one = torch.ones(4, 3)
@@ -118,6 +147,14 @@ def test_magnitude_ignores_gradients_and_random_repeats():
     assert torch.equal(first.scores()["hidden"], second.scores()["hidden"])
     second.accumulate(iter(()), TABLE, SHAPES)
     assert not torch.equal(first.scores()["hidden"], second.scores()["hidden"])
+
+
+def test_activation_keeps_nothing_of_before():
+    importance = _importance(importance="activation", ema_beta=0.9)
+    for size in (5.0, 2.0):
+        importance.accept({"hidden": torch.full((3,), size)})
+    assert importance.scores()["hidden"].tolist() == [2.0] * 3
+    assert not importance.uses_training and importance.num_updates == 2
 
 
 def test_narrow_keeps_the_scores_of_survivors():
