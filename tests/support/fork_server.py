@@ -14,9 +14,9 @@ The other side is rank_forks.py. Lanes of one test run share it: whoever needs i
 
         output = server.run(worker, ["[1, 2]"], num_ranks=2, timeout_s=60)  # to its end, which must be a good one
 
-A target is a script (run as `__main__`, its arguments are strings) or "module:function" (called with the arguments,
-which travel as JSON; the module is found on PYTHONPATH, tests/ or tests/faults/). Ranks have what
-a launcher would give them: RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT (a free one), and
+A target is a script or "-m module" (run as `__main__`, its arguments are strings) or "module:function" (called with the
+arguments, which travel as JSON; the module is found on PYTHONPATH, tests/ or tests/faults/). Ranks have what a launcher
+would give them: RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT (a free one), and
 a session of their own. Nothing is shared with the server afterwards but the memory of its imports. No launcher watches
 them: a rank that dies leaves the others to themselves, until `wait` times out and ends them.
 """

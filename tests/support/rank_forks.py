@@ -129,7 +129,10 @@ def _run_rank(target: str, arguments: list, env: dict[str, str], output: Path, c
 
 
 def _call(target: str, arguments: list) -> None:
-    if target.endswith(".py"):
+    if target.startswith("-m "):
+        sys.argv = [target.removeprefix("-m "), *arguments]
+        runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+    elif target.endswith(".py"):
         sys.argv = [target, *arguments]
         sys.path.insert(0, str(Path(target).parent))
         runpy.run_path(target, run_name="__main__")
