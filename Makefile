@@ -19,12 +19,15 @@ FREE_PORT = $(shell $(BIN)/python -c "import socket; s = socket.socket(); s.bind
 
 .PHONY: setup train quality test test-fast test-full lint docs slurm clean prepared
 
-setup: $(VENV)/.ready
+setup: $(VENV)/.ops
 
 $(VENV)/.ready: requirements.txt requirements-dev.txt setup.py pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(PIP_INSTALL) -r requirements-dev.txt setuptools wheel
 	$(PIP_INSTALL) --no-build-isolation --no-deps -e .
+	touch $@
+
+$(VENV)/.ops: $(VENV)/.ready
 	$(BIN)/python launcher/build_ops.py
 	touch $@
 
@@ -39,27 +42,28 @@ quality: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m experiments.quality main
 
 # Three lanes on two cores, for tests often wait. A file is in one lane. They are dealt out in the order of the folders,
-# the files of many short tests last: so all lanes end at about the same time. What is marked `serial` comes afterwards,
-# two files at a time: they wait for the most part.
+# the files of many short tests last: so all lanes end at about the same time. What is judged by the clock comes
+# afterwards, not beside tests that need the processor; two files at a time, for they wait for the most part.
 LANES ?= 3
+BY_THE_CLOCK = tests/faults/test_interrupt.py tests/faults/test_watch.py
 PYTEST = OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu $(BIN)/python -m pytest -q --durations=30 --durations-min=1
-IN_LANES = -n $(LANES) --dist loadfile --no-loadscope-reorder
-AFTERWARDS = -n 2 --dist loadfile
+IN_LANES = -n $(LANES) --dist loadfile --no-loadscope-reorder $(BY_THE_CLOCK:%=--ignore=%)
+AFTERWARDS = -n 2 --dist loadfile $(BY_THE_CLOCK)
 
 test-fast: setup
 	$(PYTEST) $(IN_LANES) tests/unit -m "not full and not process"
 
 test: prepared
-	$(PYTEST) $(IN_LANES) -m "not full and not serial"
-	$(PYTEST) $(AFTERWARDS) -m "not full and serial"
+	$(PYTEST) $(IN_LANES)
+	$(PYTEST) $(AFTERWARDS)
 
 test-full: prepared
-	$(PYTEST) $(IN_LANES) -m "not serial"
-	$(PYTEST) $(AFTERWARDS) -m serial
+	$(PYTEST) $(IN_LANES) -m "full or not full"
+	$(PYTEST) $(AFTERWARDS) -m "full or not full"
 
 # All that waits for a compiler or a mirror, at the same time.
-prepared: setup
-	@$(MAKE) --no-print-directory -j 3 lint $(VENV)/.optimizers slurm
+prepared:
+	@$(MAKE) --no-print-directory -j 4 slurm lint setup $(VENV)/.optimizers
 
 # DeepSpeed's own optimizers for the CPU: `make train` does without them.
 $(VENV)/.optimizers: $(VENV)/.ready
@@ -70,7 +74,7 @@ $(VENV)/.optimizers: $(VENV)/.ready
 slurm:
 	@tests/slurm/install.sh
 
-lint: setup
+lint: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-cache

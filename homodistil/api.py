@@ -107,7 +107,7 @@ def distill(
     job = _with_size(_job(recipe, deepspeed, fields), recipe, deepspeed, fields)
     from homodistil.train import run
 
-    rows = run(job.config, job.engine_config)
+    rows = run(job)
     return Distilled(Path(job.config.run_dir).expanduser().absolute(), rows)
 
 

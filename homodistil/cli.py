@@ -126,8 +126,8 @@ def train(arguments: list[str], num_ranks: int = 1) -> None:
         else:
             from homodistil.train import run as carry_out
     if job.is_check:
-        sys.exit(carry_out_check(job.config, job.engine_config))
-    carry_out(job.config, job.engine_config, job.students)
+        sys.exit(carry_out_check(job))
+    carry_out(job)
 
 
 def check(arguments: list[str], num_ranks: int = 1) -> None:

@@ -2,73 +2,61 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
+from homodistil.config.command_line import Job
 from homodistil.config.plugins import load_plugins
-from homodistil.config.schema import RunConfig
 from homodistil.config.students import check_stage
-from homodistil.distill.losses.active import active_terms
-from homodistil.distill.runtime import check_teacher_runtime
-from homodistil.distill.student_compile import check_student_compile
 from homodistil.distill.teacher_sharding import num_parameters
 from homodistil.distributed import graceful_stop, groups, invocation, rank_log, ranks, watchdog
 from homodistil.distributed.fault_injection import fault_point
 from homodistil.engine.build import init_ranks, load_engine_config, resolve_engine_config
-from homodistil.engine.ds_config import teacher_dtype, zero_stage
-from homodistil.engine.optimizer import check_implementation
+from homodistil.engine.ds_config import zero_stage
 from homodistil.export.model_card import complete_cards
 from homodistil.metrics.progress import doing
 from homodistil.metrics.result_table import format_table, write_result
-from homodistil.planning.save_plan import keep_plan
+from homodistil.planning.save_plan import calibration_path, keep_plan
 from homodistil.report import write_report
 from homodistil.report.milestones import family_text
 from homodistil.training.control_runs import controls
 from homodistil.training.inputs import check_teacher, prepare_inputs
 from homodistil.training.milestone_exports import family_rows, read_family
 from homodistil.training.multi_student import student_runs, train_together
+from homodistil.training.resolve import resolve_run
 from homodistil.training.run import DistillationRun, result_row
 from homodistil.training.run_folder import check_run_folders, claim_run_folder
+from homodistil.training.settings import settings_checks
 from homodistil.training.startup_report import StartReport
 from homodistil.training.teacher_correction import corrected
 
 
-def run(config: RunConfig, engine_config_path: Path, students: Sequence[RunConfig] = ()) -> list[dict]:
+def run(job: Job) -> list[dict]:
     """Everything from raw text to the result table. Every rank calls it; returns the table's rows.
 
     The ranks stay joined, so that this process may call it again.
-
-    Args:
-        students: several instead of the one of `config` (config/students.py).
     """
-    report = StartReport()
-    raw_engine_config = load_engine_config(engine_config_path)
+    report, timeout_s = StartReport(), job.config.run.rank_timeout_s
+    raw_engine_config = load_engine_config(job.engine_config)
     with report.part("joining"), doing("waiting for all ranks"):
-        device = init_ranks(config.run.rank_timeout_s)
+        device = init_ranks(timeout_s)
     with (
         graceful_stop.on_signals(f"run it again with run.resume=auto to go on{graceful_stop.go_on_with()}"),
-        watchdog.watching(config.run.rank_timeout_s),
+        watchdog.watching(timeout_s),
     ):
-        return _run(config, raw_engine_config, device, students, report)
+        return _run(job, raw_engine_config, device, report)
 
 
-def _run(
-    config: RunConfig,
-    raw_engine_config: dict,
-    device: torch.device,
-    students: Sequence[RunConfig],
-    report: StartReport,
-) -> list[dict]:
+def _run(job: Job, raw_engine_config: dict, device: torch.device, report: StartReport) -> list[dict]:
+    config, students = job.config, job.students
     engine_config = resolve_engine_config(raw_engine_config, config.train, ranks.world_size())
-    teacher_dtype(config.teacher.dtype, engine_config, device)
     for one in (config, *students):
         load_plugins(one.teacher.plugins, "teacher.plugins")
-        check_implementation(one.optimizer.implementation)
-        check_teacher_runtime(one.teacher, device)
-        check_student_compile(one.student, zero_stage(engine_config), device)
-        active_terms(one.loss)  # imports loss.plugins on this rank
+        for check in settings_checks(one, engine_config, device):
+            check()
     if students:
         check_stage(zero_stage(engine_config))
     folder, *own_folders = ranks.on_rank_zero(lambda: check_run_folders(config, students))
@@ -84,8 +72,9 @@ def _run(
         ranks.on_rank_zero(lambda path=path, one=one: claim_run_folder(path, one, engine_config))
     num_machines = len(set(groups.machine_groups()))
     if not students:
-        sizes = (ranks.world_size(), num_machines)
-        ranks.on_rank_zero(lambda: keep_plan(Path(folder), config, raw_engine_config, *sizes))
+        subject = functools.partial(resolve_run, config), calibration_path(config.data), raw_engine_config
+        sizes = ranks.world_size(), num_machines
+        ranks.on_rank_zero(lambda: keep_plan(Path(folder), *subject, *sizes))
     if config.run.rank_logs:
         rank_log.keep_in(Path(folder) / "logs")
     with report.part("teacher's correction"):

@@ -20,18 +20,13 @@ ONLY_IN_FULL = [
     if line and not line.startswith("#")
 ]
 
-SERIAL = ("faults/test_interrupt.py", "faults/test_watch.py")
-"""Judged by the clock: not beside tests that need the processor."""
-
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest selects by marker
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what only_in_full.txt names, and what runs alone."""
+    """Mark what only_in_full.txt names."""
     for item in items:
-        if item.path.relative_to(Path(__file__).parent).as_posix().startswith(SERIAL):
-            item.add_marker(pytest.mark.serial)
         name = f"{item.path.name}::{item.nodeid.partition('::')[2]}"
         if name.startswith(tuple(ONLY_IN_FULL)):
             item.add_marker(pytest.mark.full)

@@ -28,13 +28,15 @@ from benchmarks.harness.rows import Rows
 from benchmarks.harness.run import page, parser, publish
 from benchmarks.harness.shapes import SHAPES, Plan, Shape
 from benchmarks.harness.table import table
+from homodistil.config.derive import compressed_schedule
 from homodistil.metrics.device_peak import peak_flops
 from homodistil.planning.cluster import find_cluster
 from homodistil.planning.command import machine_name
 from homodistil.planning.machine_calibration import Sample, fit
-from homodistil.planning.measure import compressed_schedule, measure_trainer, samples_of
+from homodistil.planning.measure import measure_trainer, samples_of
 from homodistil.planning.speed import expected_seconds
 from homodistil.planning.step_work import StepWork
+from homodistil.training.resolve import resolve_run
 
 MODULE = "benchmarks.memory.plan"
 NUM_RANKS = 2
@@ -82,7 +84,7 @@ def measure_cells(model: str, stage: int, work: Path) -> dict:
     path = work / "engine.json"
     path.write_text(json.dumps(engine))
     cells = measure_trainer(build_trainer(shape, config, path, work, device), device)
-    samples = samples_of(config, engine, find_cluster("cpu", NUM_RANKS), cells)
+    samples = samples_of(resolve_run(config), engine, find_cluster("cpu", NUM_RANKS), cells)
     return {"widths": [c.widths["hidden"] for c in cells], "samples": [dataclasses.asdict(s) for s in samples]}
 
 

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import itertools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,15 +34,27 @@ from homodistil.config.values import (
 from homodistil.errors import UserError, nearest
 
 
+class Job(NamedTuple):
+    """The arguments of `homodistil train`."""
+
+    config: RunConfig
+    engine_config: Path
+    """Path of DeepSpeed's JSON."""
+    students: Sequence[RunConfig] = ()
+    """Configs of the students of `--teachers-once`; empty if `config` describes the only student."""
+    is_check: bool = False
+    """Whether to check the job without running it (preflight/)."""
+
+
 def parse(argv: list[str], description: str = "", with_engine: bool = False) -> RunConfig:
     """The validated run config. Scripts that also take DeepSpeed's JSON use `parse_with_engine`. Raises `UserError`."""
     return _parse(argv, description, with_engine)[0]
 
 
-def parse_with_engine(argv: list[str], description: str = "") -> tuple[RunConfig, Path]:
-    """(run config, path of DeepSpeed's JSON). Raises `UserError`; exits the process after --help or --print_config."""
+def parse_with_engine(argv: list[str], description: str = "") -> Job:
+    """The job of one student. Raises `UserError`; exits the process after --help or --print_config."""
     config, namespace = _parse(argv, description, with_engine=True)
-    return config, engine_path(namespace.deepspeed)
+    return Job(config, engine_path(namespace.deepspeed))
 
 
 def _check_engine_file(arguments: list[str]) -> None:
@@ -55,24 +68,12 @@ def _check_engine_file(arguments: list[str]) -> None:
             raise UserError(f"--deepspeed: {name!r} is not valid JSON ({str(error)[:200]}); correct it there") from None
 
 
-class Job(NamedTuple):
-    """The arguments of `homodistil train`."""
-
-    config: RunConfig
-    engine_config: Path
-    """Path of DeepSpeed's JSON."""
-    students: list[RunConfig]
-    """Configs of the students of `--teachers-once`; empty if `config` describes the only student."""
-    is_check: bool = False
-    """Whether to check the job without running it (preflight/)."""
-
-
 def parse_job(argv: list[str], description: str = "Distil a student, or several, from a teacher.") -> Job:
     """Parse the arguments of `homodistil train`; see `parse_with_engine`."""
     config, namespace = _parse(argv, description, with_engine=True)
     engine_config = engine_path(namespace.deepspeed)
     if namespace.teachers_once is None:
-        return Job(config, engine_config, [], namespace.check)
+        return Job(config, engine_config, is_check=namespace.check)
     if namespace.check:
         raise UserError(
             "--check: looks at one student, found --teachers-once; check each with its fields on the command line"

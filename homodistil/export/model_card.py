@@ -15,12 +15,11 @@ from typing import NamedTuple
 from huggingface_hub import EvalResult, ModelCardData
 
 from homodistil import __version__
-from homodistil.config.schema import RunConfig
+from homodistil.config.schema import DataConfig
 from homodistil.data.task import task_of
-from homodistil.export.provenance import Teacher, describe_sources, describe_teacher, hub_datasets, repeatable
+from homodistil.export.provenance import Origin, Teacher, describe_sources, describe_teacher, hub_datasets, repeatable
 from homodistil.files import write_atomically, writing
 from homodistil.metrics.result_table import TASK_COLUMNS
-from homodistil.metrics.term_labels import term_label
 from homodistil.models.axes import Widths, layer_widths
 from homodistil.models.family import BACKBONE_CLASS, BACKBONE_TAG, ModelFamily
 
@@ -93,8 +92,24 @@ An encoder without a head: `last_hidden_state` is what was trained. There is no 
 """
 
 
+class Method(NamedTuple):
+    """How a model was made, in words."""
+
+    name: str
+    """`run.name`, which becomes the model's."""
+    how: str
+    """What was done, in half a sentence."""
+    settings: Mapping[str, object]
+    """What -> value, as the table of the card lists them first."""
+
+
 def model_card(
-    config: RunConfig, family: ModelFamily, facts: Mapping[str, object], command: str, num_ranks: int = 1
+    origin: Origin,
+    method: Method,
+    family: ModelFamily,
+    facts: Mapping[str, object],
+    command: str,
+    num_ranks: int = 1,
 ) -> str:
     """Markdown with a YAML head. No path of this machine is in it.
 
@@ -104,26 +119,26 @@ def model_card(
             list.
         command: the command line of the run.
     """
-    teacher, task = describe_teacher(config.teacher.name), task_of(config.data, family.task)
+    teacher, task = describe_teacher(origin.teacher), task_of(origin.data, family.task)
     metrics = (*TASK_COLUMNS[task.name], *(["kl_to_teacher"] if task.has_lm_head else []))
-    told, meant = repeatable(command, config, num_ranks)
+    told, meant = repeatable(command, origin, num_ranks)
     not_listed = ("parameters", "folder", "data", *METRICS)
-    listed = _settings(config) | {name: value for name, value in facts.items() if name not in not_listed}
+    listed = {**method.settings} | {name: value for name, value in facts.items() if name not in not_listed}
     return _TEMPLATE.format(
-        metadata=_metadata(config, family, facts, teacher),
+        metadata=_metadata(origin.data, method.name, family, facts, teacher),
         auto_class=family.auto_class if task.has_lm_head else BACKBONE_CLASS,
         note="" if task.has_lm_head else _WITHOUT_HEAD,
         masks="with masks that never change" if task.has_lm_head else "as terms of the training loss",
-        name=config.run.name,
+        name=method.name,
         parameters=facts["parameters"],
         hidden_size=facts["hidden_size"],
         folder=facts["folder"],
         teacher=teacher.name,
         version=__version__,
-        how=_how(config),
+        how=method.how,
         metrics="\n".join(_metric_line(name, facts.get(name)) for name in metrics),
         rows="\n".join(f"| {name} | {_text(value)} |" for name, value in listed.items()),
-        sources=", ".join(describe_sources(config.data.sources)),
+        sources=", ".join(describe_sources(origin.data.sources)),
         data=facts["data"],
         licence=_licence(teacher),
         num_ranks="one rank" if num_ranks == 1 else f"{num_ranks} ranks",
@@ -171,22 +186,22 @@ def _metric_line(name: str, value: object) -> str:
     return f"| {metric.label} | {shown} | {NOT_YET} |"
 
 
-def _metadata(config: RunConfig, family: ModelFamily, facts: Mapping[str, object], teacher: Teacher) -> str:
+def _metadata(text: DataConfig, name: str, family: ModelFamily, facts: Mapping[str, object], teacher: Teacher) -> str:
     """The head's YAML, as the hub's own client writes it."""
-    has_head = task_of(config.data, family.task).has_lm_head
+    has_head = task_of(text, family.task).has_lm_head
     pipeline_tag = family.pipeline_tag if has_head else BACKBONE_TAG
-    held_out = f"held-out documents of {', '.join(describe_sources(config.data.sources))}"
+    held_out = f"held-out documents of {', '.join(describe_sources(text.sources))}"
     results = [
         EvalResult(
             task_type=pipeline_tag,
-            dataset_type=(hub_datasets(config.data.sources) or ["text"])[0],
+            dataset_type=(hub_datasets(text.sources) or ["text"])[0],
             dataset_name=held_out,
             metric_type=metric.hub_type,
             metric_name=metric.label,
-            metric_value=float(facts[name]),
+            metric_value=float(facts[column]),
         )
-        for name, metric in METRICS.items()
-        if _is_number(facts.get(name))
+        for column, metric in METRICS.items()
+        if _is_number(facts.get(column))
     ]
     data = ModelCardData(
         library_name="transformers",
@@ -194,23 +209,11 @@ def _metadata(config: RunConfig, family: ModelFamily, facts: Mapping[str, object
         tags=["homodistil", "distillation", "pruning", family.name],
         license=teacher.licence,
         base_model=teacher.base_model,
-        datasets=hub_datasets(config.data.sources) or None,
-        model_name=config.run.name,
+        datasets=hub_datasets(text.sources) or None,
+        model_name=name,
         eval_results=results or None,
     )
     return data.to_yaml()
-
-
-def _settings(config: RunConfig) -> dict[str, object]:
-    loss = config.loss
-    return {
-        "steps": config.train.steps,
-        "global batch": f"{config.train.global_batch_size} sequences of {config.data.seq_len} tokens",
-        "peak learning rate": config.train.lr,
-        "pruning": f"{config.pruning.schedule} until {config.pruning.end_fraction:g} of the steps, "
-        f"importance {config.pruning.importance}",
-        "loss weights": ", ".join(f"{term_label(t, config.data.task)} {w:g}" for t, w in loss.weights.items()),
-    }
 
 
 def _licence(teacher: Teacher) -> str:
@@ -220,16 +223,6 @@ def _licence(teacher: Teacher) -> str:
             f"this model on."
         )
     return f"Licence: `{teacher.name}`, which this model was made from, is under {teacher.licence}."
-
-
-def _how(config: RunConfig) -> str:
-    """What was done, in a few words."""
-    if config.student.init == "random":
-        return "the student starts with fresh weights at its final size and is trained on the teacher's outputs or text"
-    if config.pruning.schedule == "none":
-        return "the student starts with weights of the teacher and keeps its width"
-    when = "at once" if config.pruning.schedule == "one_shot" else "while it is trained"
-    return f"the student starts as the teacher, loses its least important neurons {when}, and learns to imitate it"
 
 
 def _is_number(value: object) -> bool:

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 import yaml
 from huggingface_hub import hf_hub_download, metadata_load, try_to_load_from_cache
 
-from homodistil.config.schema import RunConfig
+from homodistil.config.schema import DataConfig
 from homodistil.config.shipped import ENGINES, engine_names
 from homodistil.data.sources import assets
 from homodistil.data.sources.hub import hub_repository, is_hub_name
@@ -31,6 +31,16 @@ _FILES = {
     "--teachers-once": ("STUDENTS", "the YAML files of the students, separated by commas"),
 }
 _LOCAL_PATH = re.compile(r"""(?<![\w.:/-])(?:~[\w.-]*|\.\.)?/[^\s,\]"']*""")
+
+
+class Origin(NamedTuple):
+    """Where a model comes from, as the run's config names it."""
+
+    teacher: str
+    """`teacher.name`."""
+    data: DataConfig
+    run_dir: str | None
+    """`run.dir`."""
 
 
 class Teacher(NamedTuple):
@@ -66,7 +76,7 @@ def hub_datasets(sources: list[str]) -> list[str]:
     return [hub_repository(source) for source in sources if is_hub_name(source)]
 
 
-def repeatable(command: str, config: RunConfig, num_ranks: int) -> tuple[str, dict[str, str]]:
+def repeatable(command: str, origin: Origin, num_ranks: int) -> tuple[str, dict[str, str]]:
     """The command line of a run for another machine.
 
     Args:
@@ -76,7 +86,7 @@ def repeatable(command: str, config: RunConfig, num_ranks: int) -> tuple[str, di
         The command, and what stands for what: placeholder -> what to put there.
     """
     script, arguments = _script(shlex.split(command))
-    places, meant, tokens = _places(config), {}, []
+    places, meant, tokens = _places(origin), {}, []
     for token in _split_flags(arguments):
         is_file = bool(tokens) and tokens[-1] in _FILES
         if is_file and token not in engine_names() and not (token := _shipped(token)).startswith(f"{_SHIPPED}/"):
@@ -109,16 +119,16 @@ def _split_flags(arguments: list[str]) -> list[str]:
     return [part for pair in parts for part in pair]
 
 
-def _places(config: RunConfig) -> list[tuple[str, str, str]]:
+def _places(origin: Origin) -> list[tuple[str, str, str]]:
     """(what was typed, placeholder, what to put there), of the fields that name places of this machine."""
-    local = [source for source in config.data.sources if not assets.is_embedded(source) and not is_hub_name(source)]
+    local = [source for source in origin.data.sources if not assets.is_embedded(source) and not is_hub_name(source)]
     numbers = [f"_{i + 1}" for i in range(len(local))] if len(local) > 1 else [""]
     places = [(s, f"TEXT{n}", f"the text `{_source(s)}`") for s, n in zip(local, numbers, strict=False)]
-    teacher = config.teacher.name
+    teacher = origin.teacher
     if not assets.is_embedded(teacher) and Path(teacher).expanduser().exists():
         places.append((teacher, "TEACHER", f"the folder of the teacher `{describe_name(teacher)}`"))
-    places += [(config.run.dir, "RUN_DIR", "a new folder for the run")] if _is_local(config.run.dir) else []
-    cache = config.data.cache_dir
+    places += [(origin.run_dir, "RUN_DIR", "a new folder for the run")] if _is_local(origin.run_dir) else []
+    cache = origin.data.cache_dir
     return places + ([(cache, "CACHE_DIR", "a folder for prepared text and teachers")] if _is_local(cache) else [])
 
 

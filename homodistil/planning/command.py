@@ -6,11 +6,12 @@ import argparse
 import json
 import os
 import platform
-from pathlib import Path
 
-from homodistil.config.schema import RunConfig
+from homodistil.config.command_line import Job
+from homodistil.config.derive import compressed_schedule
+from homodistil.config.schema import DataConfig
 from homodistil.distributed import ranks
-from homodistil.engine.build import load_engine_config
+from homodistil.engine.build import init_ranks, load_engine_config
 from homodistil.engine.ds_config import student_dtype
 from homodistil.errors import UserError
 from homodistil.files import write_atomically, writing
@@ -22,15 +23,15 @@ from homodistil.planning.save_plan import calibration_path
 from homodistil.planning.speed import expected_seconds
 from homodistil.planning.table import format_plan
 from homodistil.training.inputs import check_plannable
+from homodistil.training.resolve import resolve_run
 
 
-def show(config: RunConfig, engine_config: Path, options: argparse.Namespace) -> None:
+def show(job: Job, options: argparse.Namespace) -> None:
     """Print the plan, and write it to the file of --json, if given. Raises `UserError`."""
     cluster = _cluster(options)
-    check_plannable(config)
-    plan = make_plan(
-        config, load_engine_config(engine_config), cluster, _calibration(config, options), options.price, options.watts
-    )
+    resolved = check_plannable(job.config)
+    raw, calibration = load_engine_config(job.engine_config), _calibration(job.config.data, options)
+    plan = make_plan(resolved, raw, cluster, calibration, options.price, options.watts)
     if options.json:
         with writing(options.json):
             options.json.parent.mkdir(parents=True, exist_ok=True)
@@ -38,17 +39,25 @@ def show(config: RunConfig, engine_config: Path, options: argparse.Namespace) ->
     print(format_plan(plan))
 
 
-def measure(config: RunConfig, engine_config: Path, options: argparse.Namespace) -> None:
-    """Measure this machine; rank 0 writes the calibration. Every rank calls it. Raises `UserError`."""
-    from homodistil.planning.measure import measure_here, samples_of
+def measure(job: Job, options: argparse.Namespace) -> None:
+    """Measure this machine; rank 0 writes the calibration. Every rank calls it, in a process that does nothing else.
 
-    raw = load_engine_config(engine_config)
-    measured = measure_here(config, raw)
+    Raises:
+        UserError: the config cannot be run, or the calibration not be written.
+    """
+    from homodistil.planning.measure import measure_trainer, samples_of
+    from homodistil.training.short_runs import measurement
+
+    raw = load_engine_config(job.engine_config)
+    device = init_ranks(job.config.run.rank_timeout_s)
+    with measurement(job.config, raw, device) as trainer:
+        measured = measure_trainer(trainer, device)
     if ranks.rank() == 0:
         cluster = find_cluster(options.device, ranks.world_size())
-        path = options.calibration or calibration_path(config)
+        path = options.calibration or calibration_path(job.config.data)
         peak = peak_flops("cuda" if options.device != CPU else "cpu", student_dtype(raw)).flops_per_s
-        calibration = fit(samples_of(config, raw, cluster, measured), machine_name(), expected_seconds(cluster, peak))
+        samples = samples_of(resolve_run(compressed_schedule(job.config)), raw, cluster, measured)
+        calibration = fit(samples, machine_name(), expected_seconds(cluster, peak))
         write_calibration(path, calibration)
         for one in measured:
             print(f"hidden {one.widths['hidden']}: {one.wall_s:.3f} s per step, {one.peak_bytes / 1e6:,.0f} MB")
@@ -65,14 +74,14 @@ def _cluster(options: argparse.Namespace) -> Cluster:
     return find_cluster(options.device, options.devices_per_node, options.nodes, options.interconnect)
 
 
-def _calibration(config: RunConfig, options: argparse.Namespace) -> Calibration | None:
+def _calibration(data: DataConfig, options: argparse.Namespace) -> Calibration | None:
     """The calibration in the file of --calibration; else, with --device cpu, the one of this machine.
 
     None for a GPU without --calibration. Raises `UserError` if a CPU has not been measured.
     """
     if options.calibration:
         return read_calibration(options.calibration)
-    path = calibration_path(config)
+    path = calibration_path(data)
     if options.device != CPU:
         return None
     if not path.is_file():

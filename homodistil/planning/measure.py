@@ -6,28 +6,21 @@ deepspeed --num_accelerators 2 launcher/plan.py --measure --deepspeed ds_configs
 from __future__ import annotations
 
 import statistics
-import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from homodistil.config.derive import compressed_schedule, measurement_inputs
-from homodistil.config.schema import RunConfig
-from homodistil.distributed import ranks
-from homodistil.engine.build import init_ranks, resolve_engine_config
-from homodistil.metrics.recorder import Recorder
+from homodistil.engine.build import resolve_engine_config
 from homodistil.models.axes import Widths
 from homodistil.planning.cluster import Cluster
 from homodistil.planning.machine_calibration import Sample
 from homodistil.planning.memory import rank_memory
 from homodistil.planning.plan import policy_of
 from homodistil.planning.step_work import step_work
-from homodistil.training.inputs import prepare_inputs
-from homodistil.training.resolve import resolve_run
-from homodistil.training.run import DistillationRun
-from homodistil.training.trainer import Trainer, TrainState
+from homodistil.training.resolve import ResolvedRun
+from homodistil.training.trainer import Trainer
 
 _WARM_UP_STEPS = 2
 """Steps at each width that do not count: they fill caches for the new shapes."""
@@ -42,25 +35,6 @@ class MeasuredWidth:
     """Processor seconds per step of this rank, the median."""
     peak_bytes: float
     """Peak memory of this rank in bytes, without events."""
-
-
-def measure_here(config: RunConfig, raw_engine_config: dict) -> list[MeasuredWidth]:
-    """Measure steps at the widths of `compressed_schedule`. Every rank calls it, in a job that does nothing else.
-
-    Nothing is written except to the cache of data and packaged teachers.
-
-    Args:
-        raw_engine_config: DeepSpeed's JSON as the user wrote it.
-    """
-    device = init_ranks(config.run.rank_timeout_s)
-    short = compressed_schedule(config)
-    engine_config = resolve_engine_config(raw_engine_config, short.train, ranks.world_size())
-    run_inputs = prepare_inputs(measurement_inputs(short), device)
-    with tempfile.TemporaryDirectory() as folder:
-        run = DistillationRun(short, engine_config, run_inputs, Path(folder), command="")
-        with Recorder(run.folder, short.train.steps, 0, enabled=False) as recorder:
-            run.shrinker.before_training(recorder)
-            return measure_trainer(run.build_trainer(recorder, TrainState()), device)
 
 
 def measure_trainer(trainer: Trainer, device: torch.device) -> list[MeasuredWidth]:
@@ -111,12 +85,17 @@ def peak_bytes(device: torch.device) -> float:
 
 
 def samples_of(
-    config: RunConfig, raw_engine_config: dict, cluster: Cluster, measured: list[MeasuredWidth]
+    resolved: ResolvedRun, raw_engine_config: dict, cluster: Cluster, measured: list[MeasuredWidth]
 ) -> list[Sample]:
-    """Samples for `fit`: the measurements together with the predicted work and memory at the same widths."""
-    resolved = resolve_run(compressed_schedule(config))
-    engine_config = resolve_engine_config(raw_engine_config, resolved.config.train, cluster.num_ranks)
-    policy, size = policy_of(resolved, engine_config, cluster), config.train.micro_batch_size
+    """Samples for `fit`: the measurements together with the predicted work and memory at the same widths.
+
+    Args:
+        resolved: the run that was measured, whose schedule is compressed (config/derive.py).
+        raw_engine_config: DeepSpeed's JSON as the user wrote it.
+    """
+    train = resolved.config.train
+    engine_config = resolve_engine_config(raw_engine_config, train, cluster.num_ranks)
+    policy, size = policy_of(resolved, engine_config, cluster), train.micro_batch_size
     return [
         Sample(
             work=step_work(resolved, policy, m.widths, size),

@@ -30,14 +30,14 @@ The second command trains a few steps on this machine and stores its speed, whic
 def main(argv: list[str], num_ranks: int = 1) -> None:
     """The command `homodistil plan`; --measure runs on `num_ranks` ranks. Raises `UserError`."""
     options, arguments = split_options(argv, USAGE)
-    config, engine_config = parse_with_engine(arguments, "Plan a run.")
+    job = parse_with_engine(arguments, "Plan a run.")
     if num_ranks > 1:
         if not options.measure:
             raise UserError("--ranks: only with --measure; a plan's ranks are --devices-per-node times --nodes")
         start_ranks(num_ranks)
     from homodistil.planning.command import measure, show  # slow, and not needed for --help and bad options
 
-    (measure if options.measure else show)(config, engine_config, options)
+    (measure if options.measure else show)(job, options)
 
 
 def split_options(argv: list[str], description: str) -> tuple[argparse.Namespace, list[str]]:

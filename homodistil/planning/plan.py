@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 
 import torch
 
-from homodistil.config.schema import RunConfig
+from homodistil.config.schema import TrainConfig
 from homodistil.engine.build import resolve_engine_config
 from homodistil.engine.ds_config import student_dtype, zero_section, zero_stage
 from homodistil.planning.advice import Advice, advise
@@ -16,7 +16,7 @@ from homodistil.planning.memory import PROCESS_BYTES, rank_memory
 from homodistil.planning.speed import Seconds, step_seconds
 from homodistil.planning.step_work import step_work
 from homodistil.training.micro_batch import MicroBatchPolicy
-from homodistil.training.resolve import ResolvedRun, resolve_run
+from homodistil.training.resolve import ResolvedRun
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Plan:
 
 
 def make_plan(
-    config: RunConfig,
+    resolved: ResolvedRun,
     raw_engine_config: dict,
     cluster: Cluster,
     calibration: Calibration | None = None,
@@ -90,10 +90,10 @@ def make_plan(
         watts: power of one device at full load; None: that of the datasheet.
 
     Raises:
-        UserError: a run would refuse the configs, too, or the speed of the machine is not known.
+        UserError: a run would refuse DeepSpeed's JSON, too, or the speed of the machine is not known.
     """
-    resolved = resolve_run(config)
-    engine_config = _resolved(raw_engine_config, config, cluster)
+    config = resolved.config
+    engine_config = _resolved(raw_engine_config, config.train, cluster)
     stretches = [
         _stretch(resolved, policy_of(resolved, engine_config, cluster), engine_config, cluster, calibration, stretch)
         for stretch in resolved.phases
@@ -121,14 +121,14 @@ def make_plan(
     )
 
 
-def _resolved(raw_engine_config: dict, config: RunConfig, cluster: Cluster) -> dict:
+def _resolved(raw_engine_config: dict, train: TrainConfig, cluster: Cluster) -> dict:
     """DeepSpeed's JSON as a rank of the cluster would resolve it.
 
     `resolve_engine_config` refuses fp16 if this machine has no GPU, although the cluster may have GPUs.
     """
     fp16 = {name: raw_engine_config[name] for name in ("fp16",) if name in raw_engine_config and not cluster.is_cpu}
     rest = {name: value for name, value in raw_engine_config.items() if name not in fp16}
-    return resolve_engine_config(rest, config.train, cluster.num_ranks) | fp16
+    return resolve_engine_config(rest, train, cluster.num_ranks) | fp16
 
 
 def policy_of(resolved: ResolvedRun, engine_config: dict, cluster: Cluster) -> MicroBatchPolicy:

@@ -10,75 +10,79 @@ the cache of packaged teachers and texts.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
 
-from homodistil.config.schema import RunConfig
+from homodistil.config.command_line import Job
 from homodistil.data.task import task_of
 from homodistil.distributed import graceful_stop, ranks, watchdog
 from homodistil.distributed.exit_codes import USER_ERROR
-from homodistil.engine.build import init_ranks, load_engine_config
+from homodistil.engine.build import init_ranks, load_engine_config, resolve_engine_config
 from homodistil.metrics.progress import doing
-from homodistil.preflight.disk import check_folders
+from homodistil.preflight.disk import cache_bytes, check_disk, run_bytes
 from homodistil.preflight.findings import Finding, Findings, format_findings, merged
 from homodistil.preflight.memory import check_memory, step_bytes
 from homodistil.preflight.port import check_port
-from homodistil.preflight.settings import TeacherFacts, check_model, check_settings
+from homodistil.preflight.settings import check_model, check_settings
 from homodistil.preflight.step import try_step
 from homodistil.preflight.text import Sample, blocks, check_text
+from homodistil.training.inputs import cache_dir
+from homodistil.training.run_folder import check_run_folder
+from homodistil.training.settings import settings_checks
+from homodistil.training.short_runs import trial
+from homodistil.training.teacher_facts import TeacherFacts, teacher_facts
 
 JOIN_TIMEOUT_S = 120.0
 PROBE_BLOCKS = 16
 """Minimum blocks per rank, enough for the gap probe and the statistics of a compensated cut."""
 
 
-def check(config: RunConfig, engine_config_path: Path) -> int:
+def check(job: Job) -> int:
     """Run all checks and print the table on rank 0. Every rank calls it.
 
     Returns:
         The exit code: 0, or USER_ERROR if a check failed.
 
     Raises:
-        UserError: the JSON at `engine_config_path` cannot be used.
+        UserError: DeepSpeed's JSON cannot be read.
         RankLost: not all ranks have joined in time.
     """
     start_s = time.perf_counter()
-    raw_engine_config = load_engine_config(engine_config_path)
+    raw_engine_config = load_engine_config(job.engine_config)
     findings = Findings()
     check_port(findings)
     if not findings.are_good:  # the ranks cannot join, so rank 0 reports alone
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        _look(findings, config, raw_engine_config, device)
+        _look(findings, job, raw_engine_config, device)
         return _conclude(findings, start_s)
-    device = init_ranks(min(config.run.rank_timeout_s, JOIN_TIMEOUT_S))
-    with graceful_stop.on_signals(), watchdog.watching(config.run.rank_timeout_s):
+    timeout_s = job.config.run.rank_timeout_s
+    device = init_ranks(min(timeout_s, JOIN_TIMEOUT_S))
+    with graceful_stop.on_signals(), watchdog.watching(timeout_s):
         with watchdog.long_phase("checking"), doing("checking"):
-            findings = _check_all(config, raw_engine_config, device)
+            findings = _check_all(job, raw_engine_config, device)
         return _conclude(findings, start_s)
 
 
-def _check_all(config: RunConfig, raw_engine_config: dict, device: torch.device) -> Findings:
+def _check_all(job: Job, raw_engine_config: dict, device: torch.device) -> Findings:
     local = Findings()
     local.note("port", f"{ranks.world_size()} ranks met at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}")
-    facts, sample = _look(local, config, raw_engine_config, device)
+    facts, sample = _look(local, job, raw_engine_config, device)
     merged = _merged(local)
     if not merged.are_good:
         return merged
     # All ranks use the rows of rank 0, but not its folder of the teacher, which may be on another machine.
-    num_blocks = ranks.world_size() * max(config.train.micro_batch_size, PROBE_BLOCKS)
-    seq_len = config.data.seq_len
-    task = task_of(config.data)
-    rows = ranks.on_rank_zero(lambda: blocks(sample, task.frame(facts.tokenizer), seq_len, num_blocks).tolist())
-    rows = np.asarray(rows, dtype=np.int64)
-    facts = facts or check_model(Findings(), config)
-    tried = Findings()
-    tried.attempt(
-        "step", lambda: try_step(tried, config, raw_engine_config, facts.folder, facts.tokenizer, rows, device)
+    num_blocks = ranks.world_size() * max(job.config.train.micro_batch_size, PROBE_BLOCKS)
+    data = job.config.data
+    rows = ranks.on_rank_zero(
+        lambda: blocks(sample, task_of(data).frame(facts.tokenizer), data.seq_len, num_blocks).tolist()
     )
+    rows = np.asarray(rows, dtype=np.int64)
+    tried = Findings()
+    tried.attempt("step", lambda: try_step(tried, trial(job.config, raw_engine_config, facts, rows, device)))
     return Findings([*merged, *_merged(tried)])
 
 
@@ -88,19 +92,39 @@ def _merged(local: Findings) -> Findings:
 
 
 def _look(
-    findings: Findings, config: RunConfig, raw_engine_config: dict, device: torch.device
+    findings: Findings, job: Job, raw_engine_config: dict, device: torch.device
 ) -> tuple[TeacherFacts | None, Sample | None]:
     """The checks that need no other rank: text and disks on one rank per machine, memory on every rank."""
-    engine_config = check_settings(findings, config, raw_engine_config, device)
-    facts = check_model(findings, config)
+    config, num_ranks = job.config, int(os.environ.get("WORLD_SIZE", 1))
+    engine_config = check_settings(
+        findings,
+        lambda: resolve_engine_config(raw_engine_config, config.train, num_ranks),
+        lambda engine: settings_checks(config, engine, device),
+        config.train,
+    )
+    facts = check_model(findings, functools.partial(teacher_facts, config))
     if facts and engine_config:
         check_memory(findings, step_bytes(facts.resolved, engine_config, device), device)
     if int(os.environ.get("LOCAL_RANK", 0)):
         return facts, None
     sample = check_text(findings, config.data, facts.tokenizer) if facts else None
     size = facts.resolved.teacher_parameters if facts else 0
-    check_folders(findings, config, size, sample.num_bytes if sample else 0, ranks.rank() == 0)
+    _check_disks(findings, job, size, sample.num_bytes if sample else 0)
     return facts, sample
+
+
+def _check_disks(findings: Findings, job: Job, num_parameters: int, text_bytes: int) -> None:
+    """The cache folder and, on rank 0, the run folder, which only rank 0 writes to.
+
+    Args:
+        num_parameters: of the teacher.
+        text_bytes: size of the text on disk.
+    """
+    config = job.config
+    if ranks.rank() == 0 and (folder := findings.attempt("run folder", lambda: check_run_folder(config))):
+        check_disk(findings, "run folder", folder, run_bytes(config.run, num_parameters))
+    needed = cache_bytes(config.teacher, num_parameters, text_bytes)
+    check_disk(findings, "cache folder", cache_dir(config).absolute(), needed)
 
 
 def _conclude(findings: Findings, start_s: float) -> int:

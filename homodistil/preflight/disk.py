@@ -6,33 +6,32 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from homodistil.config.schema import RunConfig
+from homodistil.config.schema import RunFolderConfig, TeacherConfig
 from homodistil.preflight.findings import Findings
-from homodistil.training.run_folder import check_run_folder
 
 FP32_BYTES = 4
 ADAM_TENSORS = 3
 """fp32 master weights and the two moments of AdamW."""
 
 
-def run_bytes(config: RunConfig, num_parameters: int) -> int:
+def run_bytes(run: RunFolderConfig, num_parameters: int) -> int:
     """Upper bound of the bytes that a run writes into its folder: checkpoints at the first widths, and exports.
 
     Logs are not counted. While the newest checkpoint is written, one more exists than `run.keep_checkpoints`.
     """
     checkpoint = ADAM_TENSORS * FP32_BYTES * num_parameters
-    num_exports = 1 + len(config.run.export_milestones)
-    one = (config.run.keep_checkpoints + 1) * checkpoint + num_exports * FP32_BYTES * num_parameters
-    return one * (1 + len(config.run.compare))
+    num_exports = 1 + len(run.export_milestones)
+    one = (run.keep_checkpoints + 1) * checkpoint + num_exports * FP32_BYTES * num_parameters
+    return one * (1 + len(run.compare))
 
 
-def cache_bytes(config: RunConfig, num_parameters: int, text_bytes: int) -> int:
+def cache_bytes(teacher: TeacherConfig, num_parameters: int, text_bytes: int) -> int:
     """Upper bound of the bytes that the preparation adds to `data.cache_dir`.
 
     These are the text as Arrow, its tokens (4 bytes per token, about 4 characters), the blocks, and the corrected
     teacher. `text_bytes` is the size of the text on disk.
     """
-    corrected = FP32_BYTES * num_parameters if config.teacher.correction_steps else 0
+    corrected = FP32_BYTES * num_parameters if teacher.correction_steps else 0
     return 3 * text_bytes + corrected
 
 
@@ -51,16 +50,3 @@ def check_disk(findings: Findings, subject: str, folder: Path, needed: int) -> N
     if needed > free:
         return findings.refuse(subject, usage, "free disk space, name another folder, or lower run.keep_checkpoints")
     findings.note(subject, usage)
-
-
-def check_folders(findings: Findings, config: RunConfig, num_parameters: int, text_bytes: int, is_first: bool) -> None:
-    """Check the cache folder and, on rank 0 (`is_first`), the run folder, which only rank 0 writes to.
-
-    Args:
-        num_parameters: of the teacher.
-        text_bytes: size of the text on disk.
-    """
-    if is_first and (folder := findings.attempt("run folder", lambda: check_run_folder(config))):
-        check_disk(findings, "run folder", folder, run_bytes(config, num_parameters))
-    cache = Path(config.data.cache_dir).expanduser().absolute()
-    check_disk(findings, "cache folder", cache, cache_bytes(config, num_parameters, text_bytes))

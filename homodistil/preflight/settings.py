@@ -3,66 +3,53 @@
 from __future__ import annotations
 
 import os
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
 
-import torch
-from transformers import PreTrainedTokenizerBase
-
-from homodistil.config.schema import RunConfig
-from homodistil.distill.losses.active import active_terms
-from homodistil.distill.runtime import check_teacher_runtime
-from homodistil.distill.student_compile import check_student_compile
-from homodistil.distill.teacher import load_config, load_tokenizer
-from homodistil.engine.build import resolve_engine_config
-from homodistil.engine.ds_config import teacher_dtype, zero_stage
-from homodistil.engine.optimizer import check_implementation
+from homodistil.config.schema import TrainConfig
+from homodistil.engine.ds_config import zero_stage
 from homodistil.preflight.findings import Findings
-from homodistil.training.inputs import check_teacher
-from homodistil.training.resolve import ResolvedRun, resolve_run
 from homodistil.training.run_summary import run_summary
+from homodistil.training.teacher_facts import TeacherFacts
 
 
-class TeacherFacts(NamedTuple):
-    """A valid teacher: its folder, tokenizer, and the run resolved for it."""
+def check_settings(
+    findings: Findings,
+    resolve: Callable[[], dict],
+    checks_of: Callable[[dict | None], Iterable[Callable[[], object]]],
+    train: TrainConfig,
+) -> dict | None:
+    """Check the run config with DeepSpeed's JSON. Returns the resolved engine config, None if there is a problem.
 
-    folder: str
-    tokenizer: PreTrainedTokenizerBase
-    resolved: ResolvedRun
-
-
-def check_settings(findings: Findings, config: RunConfig, raw_engine_config: dict, device: torch.device) -> dict | None:
-    """Check the run config with DeepSpeed's JSON. Returns the resolved engine config, None if there is a problem."""
+    Args:
+        resolve: DeepSpeed's JSON, resolved; raises `UserError` if it cannot be used.
+        checks_of: `settings_checks` of a config; takes that JSON (None: it cannot be used).
+    """
     before = len(findings)
-    num_ranks = int(os.environ.get("WORLD_SIZE", 1))
-    engine = findings.attempt("config", lambda: resolve_engine_config(raw_engine_config, config.train, num_ranks))
-    findings.attempt("config", lambda: teacher_dtype(config.teacher.dtype, engine or {}, device))
-    findings.attempt("config", lambda: check_implementation(config.optimizer.implementation))
-    findings.attempt("config", lambda: check_teacher_runtime(config.teacher, device))
-    findings.attempt("config", lambda: active_terms(config.loss))
-    if engine is not None:
-        findings.attempt("config", lambda: check_student_compile(config.student, zero_stage(engine), device))
+    engine = findings.attempt("config", resolve)
+    for check in checks_of(engine):
+        findings.attempt("config", check)
     if len(findings) == before:
-        summary = f"ZeRO-{zero_stage(engine)}, {num_ranks} ranks, {config.train.global_batch_size} sequences per step"
+        num_ranks = int(os.environ.get("WORLD_SIZE", 1))
+        summary = f"ZeRO-{zero_stage(engine)}, {num_ranks} ranks, {train.global_batch_size} sequences per step"
         findings.note("config", f"{summary}, accumulated over {engine['gradient_accumulation_steps']}")
     return engine if len(findings) == before + 1 and findings[-1].is_good else None
 
 
-def check_model(findings: Findings, config: RunConfig) -> TeacherFacts | None:
-    """Check the teacher (downloaded if it is packaged), its weights and tokenizer, and the student's target.
+def check_model(findings: Findings, look_at: Callable[[Callable[[str], None]], TeacherFacts]) -> TeacherFacts | None:
+    """Check the teacher, its weights and tokenizer, and the student's target.
+
+    Args:
+        look_at: `teacher_facts` of a config; takes what takes a line to show.
 
     Returns:
         None if the teacher or its tokenizer cannot be used.
     """
-    folder = findings.attempt("model", lambda: check_teacher(config, lambda line: findings.note("model", line)))
-    if folder is None:
+    facts = findings.attempt("model", lambda: look_at(lambda line: findings.note("model", line)))
+    if facts is None:
         return None
-    shape = load_config(folder)
-    tokenizer = findings.attempt("model", lambda: load_tokenizer(folder, shape, config.data.task))
-    if tokenizer is None:
-        return None
-    resolved = resolve_run(config, shape)
+    resolved = facts.resolved
     count, hidden = resolved.teacher_parameters, resolved.teacher_widths["hidden"]
-    findings.note("model", f"{config.teacher.name}: {count / 1e6:.1f} M parameters, hidden {hidden}")
+    findings.note("model", f"{resolved.config.teacher.name}: {count / 1e6:.1f} M parameters, hidden {hidden}")
     for subject, text in run_summary(resolved).items():
         findings.note(subject, text)
-    return TeacherFacts(folder, tokenizer, resolved)
+    return facts

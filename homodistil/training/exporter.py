@@ -15,11 +15,12 @@ from homodistil.distill.teacher import load_config
 from homodistil.distributed import ranks
 from homodistil.engine.engine import TrainingEngine
 from homodistil.export.inference_speed import inference_speed
-from homodistil.export.model_card import describe_widths, model_card
+from homodistil.export.model_card import describe_widths
 from homodistil.export.stock_model import save_checkpoint, stock_model
 from homodistil.models.axes import Widths
 from homodistil.resize import master_weights
 from homodistil.training.inputs import RunInputs
+from homodistil.training.run_card import run_card
 
 
 class Exporter:
@@ -57,7 +58,7 @@ class Exporter:
         with _own_random_state(device):  # a fresh model draws its weights first
             model = stock_model(weights, self.student, load_config(self.run_inputs.teacher))
             speed = inference_speed(model, self.config.data.seq_len, device) if with_speed else {}
-        card = model_card(
+        card = run_card(
             self.config, self.student.family, self._facts(folder, measured | speed), self.command, ranks.world_size()
         )
         save_checkpoint(model.cpu(), self.run_inputs.tokenizer, card, folder)

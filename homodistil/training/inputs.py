@@ -153,8 +153,8 @@ def found_teacher(config: RunConfig) -> str:
     return str(local_folder(name, "teacher.name") or name)
 
 
-def check_plannable(config: RunConfig) -> None:
-    """Refuse what a run would refuse of this teacher: its weights and tokenizer where they lie in a folder.
+def check_plannable(config: RunConfig) -> ResolvedRun:
+    """The run, resolved, unless it would refuse this teacher: its weights and tokenizer where they lie in a folder.
 
     A folder with a config.json and no weights, and a hub name, are judged by their configuration.
 
@@ -168,6 +168,7 @@ def check_plannable(config: RunConfig) -> None:
     else:
         settle(config, teacher_config)
         check_shape(resolve_run(config, teacher_config))
+    return resolve_run(config, teacher_config)
 
 
 def check_shape(resolved: ResolvedRun) -> None:

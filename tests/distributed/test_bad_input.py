@@ -12,7 +12,7 @@ import yaml
 from support.small import small_model
 from transformers import BertTokenizerFast, OPTConfig
 
-from homodistil.config.command_line import parse, parse_job
+from homodistil.config.command_line import Job, parse, parse_job
 from homodistil.errors import UserError
 from homodistil.train import run
 from homodistil.training.run_folder import check_run_folder, claim_run_folder
@@ -79,7 +79,8 @@ def attempt(tmp_path, teacher, corpus):
         before = sorted(run_dir.rglob("*")) if run_dir.exists() else None
         arguments = [f"{name}={value}" for name, value in fields.items()]
         with pytest.raises(UserError) as caught:
-            run(parse([f"--config={tmp_path / 'empty.yaml'}", *arguments, *overrides]), Path(engine))
+            config = parse([f"--config={tmp_path / 'empty.yaml'}", *arguments, *overrides])
+            run(Job(config, Path(engine)))
         assert (sorted(run_dir.rglob("*")) if run_dir.exists() else None) == before
         assert "\n" not in str(caught.value)
         return str(caught.value)

@@ -15,9 +15,7 @@ from support.fork_server import ForkServer
 WORKER = Path(__file__).with_name("worker_trajectory.py")
 
 FP32 = [
-    {"stage": 0},
     {"stage": 0, "accumulation": 2},
-    {"stage": 1},
     {"stage": 1, "accumulation": 2},
     {"stage": 2},
     {"stage": 2, "accumulation": 2},
@@ -41,6 +39,8 @@ WRAPPERS = [
     {"stage": 0, "bf16": True, "optimizer": "fused", "reference": {"warm_states": True}},
 ]
 MORE_FP32 = [
+    {"stage": 0},  # its steps are those of accumulation 2 with one micro-batch, as at stage 2
+    {"stage": 1},
     {"stage": 2, "zero": {"reduce_scatter": False}},
     {"stage": 2, "zero": {"overlap_comm": True, "contiguous_gradients": False}},
     {"stage": 2, "zero": OFFLOAD | {"parameter_alignment": True, "round_robin_gradients": True}, "accumulation": 2},

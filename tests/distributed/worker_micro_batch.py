@@ -1,8 +1,9 @@
 """One rank of test_micro_batch_growth.py: real engines and real runs whose micro-batch grows, next to ones that stay.
 
-    torchrun --nproc_per_node 2 worker_micro_batch.py '[{"stage": 2}]' cache_dir folder
+    torchrun --nproc_per_node 2 worker_micro_batch.py '[{"stage": 2}]' folder
 
-Prints one line `CASE {json}` for each engine; leaves the run folders `grown`, `resumed` and `steady` in `folder`.
+Prints one line `CASE {json}` for each engine; leaves the run folders `grown`, `resumed` and `steady` in `folder`,
+which has a teacher and text.
 """
 
 from __future__ import annotations
@@ -135,12 +136,14 @@ def expect_refusal(run: Run, size: int, kind: type[Exception], text: str) -> Non
         raise AssertionError(f"accepted, expected a refusal: {text}")
 
 
-def distil(folder: Path, cache_dir: str, grow: bool, workers: int = 0) -> None:
-    """A whole run of the product with real teacher and text; goes on from a checkpoint found in `folder`."""
-    config = RunConfig()
-    config.data.cache_dir, config.data.seq_len, config.data.heldout_fraction = cache_dir, 32, 0.01
+def distil(folder: Path, grow: bool, workers: int = 0) -> None:
+    """A whole run of the product; goes on from a checkpoint found in `folder`. Teacher and text are beside it."""
+    config, materials = RunConfig(), folder.parent
+    config.teacher.name, config.data.sources = str(materials / "teacher"), [str(materials / "text")]
+    config.data.cache_dir, config.data.seq_len, config.data.heldout_fraction = str(materials / "cache"), 16, 0.2
     config.data.workers = workers
-    config.student.hidden_size, config.student.intermediate_size, config.student.num_attention_heads = 32, 128, 2
+    config.student.hidden_size, config.student.intermediate_size, config.student.num_attention_heads = 16, 20, 2
+    config.pruning.ffn_multiple = 1
     config.train.steps, config.train.save_every_steps, config.train.log_every_steps = RUN_STEPS, SAVE_EVERY, 1
     config.train.global_batch_size, config.train.micro_batch_size, config.train.eval_batch_size = 16, 1, 256
     config.train.lr, config.pruning.interval_steps, config.pruning.end_fraction = 1e-3, 2, 1.0
@@ -169,12 +172,12 @@ def main() -> None:
             print("CASE", json.dumps(case | found), flush=True)
     check_refusals()
     if len(sys.argv) > 2:
-        cache_dir, folder = sys.argv[2], Path(sys.argv[3])
-        distil(folder / "grown", cache_dir, grow=True)
+        folder = Path(sys.argv[2])
+        distil(folder / "grown", grow=True)
         ranks.on_rank_zero(lambda: rewind(folder / "grown", folder / "resumed"))
-        distil(folder / "steady", cache_dir, grow=False)
+        distil(folder / "steady", grow=False)
         # Last: the garbage collector ends a loader's process in ten seconds, which a run behind it would wait for.
-        distil(folder / "resumed", cache_dir, grow=True, workers=1)
+        distil(folder / "resumed", grow=True, workers=1)
     dist.barrier()
     dist.destroy_process_group()
 

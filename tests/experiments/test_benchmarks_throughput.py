@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import types
 from pathlib import Path
@@ -11,15 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.harness import launch
 from benchmarks.harness.part_flops import part_flops
 from benchmarks.harness.step_parts import part_seconds, teacher_labelled
+from benchmarks.speed import throughput
 from benchmarks.speed.communication import Job, Network, fit_line, predict
 from benchmarks.speed.scaling_report import calibrated_network
 from benchmarks.speed.throughput_report import interpolated_ms
 from homodistil.config.schema import LossConfig
 from homodistil.distill.cost import step_flops
 
-ROOT = Path(__file__).resolve().parents[2]
 ROW_FIELDS = {"name", "variant", "metric", "unit", "x", "value", "p20", "p80", "config"}
 
 
@@ -136,11 +136,24 @@ def test_interpolation_between_widths():
     assert [interpolated_ms(stages, hidden) for hidden in (120, 100, 75, 50, 40)] == [10, 10, 7, 4, 4]
 
 
-def test_tiny_run_from_the_command_line(tmp_path):
-    command = [sys.executable, "-m", "benchmarks.speed.throughput", "--shapes", "tiny", "--quick", "--threads", "1"]
-    command += ["--steps-per-width", "2", "--json", tmp_path / "rows.json"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+def on_forks(server, folder: Path):
+    """`run_ranks` without torchrun, whose own way is taken in tests/distributed/test_memory.py."""
+
+    def run_ranks(module: str, arguments: list[str], num_ranks: int, environment: dict[str, str]) -> dict:
+        result = folder / "result.json"
+        env = environment | {launch.RESULT_FILE: str(result)}
+        job = server.start(f"-m {module}", arguments, num_ranks, env)
+        assert job.wait(timeout_s=300) == [0] * num_ranks, job.output()
+        return json.loads(result.read_text())
+
+    return run_ranks
+
+
+def test_tiny_run_from_the_command_line(server, tmp_path, monkeypatch, capsys):
+    options = ["--shapes", "tiny", "--quick", "--threads", "1", "--steps-per-width", "2"]
+    monkeypatch.setattr(sys, "argv", ["throughput.py", *options, "--json", str(tmp_path / "rows.json")])
+    monkeypatch.setattr(throughput, "run_ranks", on_forks(server, tmp_path))
+    throughput.main()
     rows = json.loads((tmp_path / "rows.json").read_text())
     assert all(set(row) == ROW_FIELDS for row in rows)
     value = {(row["metric"], row["x"]): row["value"] for row in rows}
@@ -153,4 +166,4 @@ def test_tiny_run_from_the_command_line(tmp_path):
         assert value["part/teacher", width] > 0 and value["part/student", width] > 0
         assert value["peak_memory", width] > 0
     assert value["part/measure", 96] > 0 and value["mfu", "schedule"] > 0
-    assert "share over the run" in done.stdout
+    assert "share over the run" in capsys.readouterr().out

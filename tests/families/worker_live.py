@@ -1,9 +1,9 @@
 """One rank of test_live_resize.py: live events, a checkpoint behind the second, and the same run resumed, per family.
 
-    torchrun --nproc_per_node 2 worker_live.py '["bert", "llama"]' '[2, 3]'
+    torchrun --nproc_per_node 2 worker_live.py '[["bert", 2], ["llama", 3]]'
 
-Prints `CASE {"model_type": ..., "stage": ..., "events": ..., "widths": ...}` for every family and ZeRO stage that
-passed.
+Prints `CASE {"model_type": ..., "stage": ..., "events": ..., "widths": ...}` for every pair of model type and ZeRO
+stage that passed.
 """
 
 from __future__ import annotations
@@ -124,17 +124,16 @@ def check(model_type: str, stage: int, folder: Path) -> None:
         print("CASE", json.dumps(case), flush=True)
 
 
-def main(model_types: list[str], stages: list[int]) -> None:
+def main(cases: list[tuple[str, int]]) -> None:
     torch.set_num_threads(1)
     init_ranks()
-    for model_type in model_types:
-        for stage in stages:
-            folder = Path(ranks.on_rank_zero(functools.partial(tempfile.mkdtemp, prefix="families-")))
-            check(model_type, stage, folder)
-            dist.barrier()
-            ranks.on_rank_zero(functools.partial(shutil.rmtree, folder))
+    for model_type, stage in cases:
+        folder = Path(ranks.on_rank_zero(functools.partial(tempfile.mkdtemp, prefix="families-")))
+        check(model_type, stage, folder)
+        dist.barrier()
+        ranks.on_rank_zero(functools.partial(shutil.rmtree, folder))
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(*map(json.loads, sys.argv[1:3]))
+    main(json.loads(sys.argv[1]))

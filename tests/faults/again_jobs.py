@@ -17,6 +17,6 @@ def run_twice(first: list[str], second: list[str]) -> None:
             os.environ.pop(name, None)
     for arguments in (first, second):
         job = parse_job(arguments)
-        run(job.config, job.engine_config)
+        run(job)
         print(f"rows of {Path(job.config.run.dir).name} are there", flush=True)
     sys.exit(0)

@@ -46,8 +46,8 @@ def notebook(arguments: list[str]) -> None:
 
     job = parse_job(arguments)
     try:
-        run(job.config, job.engine_config)
+        run(job)
     except KeyboardInterrupt as error:
         print(f"KeyboardInterrupt: {error}", flush=True)
     config = dataclasses.replace(job.config, run=dataclasses.replace(job.config.run, resume="auto"))
-    run(config, job.engine_config)
+    run(job._replace(config=config))

@@ -1,14 +1,12 @@
 """A family from one run on two real ranks: stock checkpoints at exact widths, records, controls; kills and resumes."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from support.small_job import SAVE_EVERY, TRAIN, arguments, differences, result
-from transformers import BertForMaskedLM
+from transformers import AutoModelForMaskedLM, AutoTokenizer, BertForMaskedLM
 
 from homodistil.distributed.exit_codes import STOPPED, USER_ERROR
 from homodistil.export.model_card import METRICS
@@ -17,17 +15,6 @@ from homodistil.export.model_card import METRICS
 FAMILY = ("run.export_milestones=[0.8,0.66,0.5]", "run.settle_steps=2", "run.compare=[one_shot]")
 NAMES = ("milestone-0.8", "milestone-0.66", "milestone-0.5")
 MEASURED = ("inference_latency_ms", "inference_tokens_per_s", "tokens_per_s_training")
-
-LOAD = """
-import sys
-sys.modules["homodistil"] = None  # any import of it fails
-import torch
-from transformers import AutoModelForMaskedLM, AutoTokenizer
-for folder in sys.argv[2:]:
-    AutoTokenizer.from_pretrained(folder)
-models = [AutoModelForMaskedLM.from_pretrained(folder) for folder in sys.argv[2:]]
-torch.save([model(torch.arange(5, 21).view(2, 8)).logits.detach() for model in models], sys.argv[1])
-"""
 
 
 @pytest.fixture(scope="module")
@@ -78,16 +65,13 @@ def test_widths_are_held_before_each_export(family):
         assert not any(arrival < step <= record["step"] for step in events)
 
 
-def test_stock_code_alone_loads_each_member_and_finds_its_scores(family, run_inputs, tmp_path):
-    folders = [family / "export" / name for name in NAMES]
-    command = [sys.executable, "-c", LOAD, str(tmp_path / "logits"), *map(str, folders)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    found = torch.load(tmp_path / "logits", weights_only=True)
-    for folder, record, logits in zip(folders, _records(family), found, strict=True):
-        model = BertForMaskedLM.from_pretrained(folder)
-        torch.testing.assert_close(model(torch.arange(5, 21).view(2, 8)).logits.detach(), logits, rtol=1e-6, atol=1e-6)
+def test_stock_code_loads_each_member_and_finds_its_scores(family, run_inputs):
+    """In a process that has no homodistil: tests/unit/export/test_export.py."""
+    for name, record in zip(NAMES, _records(family), strict=True):
+        folder = family / "export" / name
+        model, _ = AutoModelForMaskedLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
         config = model.config
+        assert type(model) is BertForMaskedLM
         assert config.hidden_size == record["hidden_size"] and config.num_attention_heads == 4
         assert config.intermediate_size == record["intermediate_size"]
         assert sum(p.numel() for p in model.parameters()) == record["parameters"]  # nothing is padded

@@ -108,15 +108,23 @@ def test_train_needs_no_launcher_no_compiler_and_no_port(call, tmp_path, cache_d
     assert "\nhomodistil train train.steps=4 " in card
 
 
-def test_ranks_are_started_by_the_command_itself(call, tmp_path, materials):
+def two_steps(folder: Path, materials: Path) -> list[str]:
     fields = [f"teacher.name={materials / 'teacher'}", f"data.sources={materials / 'text'}", "data.seq_len=16"]
-    fields += [f"data.cache_dir={tmp_path / 'cache'}", "student.preset=teacher", "pruning.schedule=none"]
-    fields += ["train.steps=2", "run.dir=two", "data.heldout_fraction=0.2", "--deepspeed", "zero2_fp32"]
-    output = call("train", "--ranks", "2", *fields)
+    fields += [f"data.cache_dir={folder / 'cache'}", "student.preset=teacher", "pruning.schedule=none"]
+    return [*fields, "train.steps=2", "run.dir=two", "data.heldout_fraction=0.2", "--deepspeed", "zero2_fp32"]
+
+
+def test_ranks_are_started_by_the_command_itself(call, tmp_path, materials):
+    output = call("train", "--ranks", "2", *two_steps(tmp_path, materials))
     assert "start: 2 ranks on 1 machine, ZeRO-2" in output and "KL to teacher" in output
-    again = call("train", "--ranks=2", *fields, code=2)
-    assert again.strip().splitlines()[-1].startswith("error: run.dir: ") and "Traceback" not in again
     assert "--ranks: found 'many'" in call("train", "--ranks", "many", code=2)
+
+
+def test_the_code_of_ranks_that_refuse_is_the_commands(call, tmp_path, materials):
+    (tmp_path / "two").mkdir()
+    (tmp_path / "two" / "notes.txt").write_text("mine")
+    output = call("train", "--ranks=2", *two_steps(tmp_path, materials), code=2)
+    assert output.strip().splitlines()[-1].startswith("error: run.dir: ") and "Traceback" not in output
 
 
 EXAMPLE = """

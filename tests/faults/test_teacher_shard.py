@@ -9,6 +9,7 @@ from homodistil.distill.runtime import check_teacher_runtime
 from homodistil.errors import UserError
 from homodistil.planning.cluster import find_cluster
 from homodistil.planning.plan import make_plan
+from homodistil.training.resolve import resolve_run
 
 
 def _trained(server, run_inputs, folder, *overrides, engine=None) -> dict:
@@ -50,7 +51,7 @@ def test_the_plan_counts_a_ranks_part():
     plans = []
     for shard in (False, True):
         config = parse(["recipe=homobert-base-paper", f"teacher.shard={str(shard).lower()}"])
-        plans.append(make_plan(config, {"zero_optimization": {"stage": 2}}, find_cluster("A100-80", 8)))
+        plans.append(make_plan(resolve_run(config), {"zero_optimization": {"stage": 2}}, find_cluster("A100-80", 8)))
     whole, parts = (plan.stretches[0].memory["teacher"] for plan in plans)
     layers = 12 * (4 * (768 * 768 + 768) + 2 * 768 * 3072 + 3072 + 768 + 4 * 768)
     assert whole - parts == pytest.approx(2 * layers * (1 - 1 / 8 - 1 / 12))  # fp16: all but a part of it and one layer

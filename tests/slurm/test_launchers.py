@@ -41,19 +41,16 @@ def _export(folder: Path) -> bytes:
     return (folder / "export" / "model.safetensors").read_bytes()
 
 
-@pytest.fixture(scope="module")
-def reference(slurm_materials, tmp_path_factory):
-    """The export of `deepspeed --num_accelerators 2`."""
-    folder = tmp_path_factory.mktemp("launchers") / "reference"
-    options = ["--num_accelerators", 2, "--master_port", free_port()]
-    _run(["deepspeed", *options, TRAIN, *arguments(slurm_materials, folder)])
-    return _export(folder)
-
-
 @pytest.fixture
-def job(slurm_materials, tmp_path):
+def job(run_inputs, tmp_path):
     """(script with its arguments, function that reads its export)"""
-    return [TRAIN, *arguments(slurm_materials, tmp_path / "run")], lambda: _export(tmp_path / "run")
+    return [TRAIN, *arguments(run_inputs, tmp_path / "run")], lambda: _export(tmp_path / "run")
+
+
+def test_deepspeed_on_one_node(job, reference):
+    command, export = job
+    _run(["deepspeed", "--num_accelerators", 2, "--master_port", free_port(), *command])
+    assert export() == _export(reference)
 
 
 def test_deepspeed_with_a_hostfile_of_two_nodes_without_ssh(job, reference, tmp_path):
@@ -69,14 +66,14 @@ def test_deepspeed_with_a_hostfile_of_two_nodes_without_ssh(job, reference, tmp_
         free_port(),
     ]
     _run(*(["deepspeed", *shared, "--node_rank", node, *command] for node in (0, 1)))
-    assert export() == reference
+    assert export() == _export(reference)
 
 
 def test_torchrun_with_two_nodes(job, reference):
     command, export = job
     shared = ["torchrun", "--nnodes=2", "--nproc_per_node=1", "--master_addr=127.0.0.1", f"--master_port={free_port()}"]
     _run(*([*shared, f"--node_rank={node}", *command] for node in (0, 1)))
-    assert export() == reference
+    assert export() == _export(reference)
 
 
 @pytest.mark.full
@@ -84,7 +81,7 @@ def test_torchrun_with_a_rendezvous(job, reference):
     command, export = job
     rendezvous = ["--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{free_port()}", "--rdzv_id=7"]
     _run(*(["torchrun", "--nnodes=2", "--nproc_per_node=1", *rendezvous, *command] for _ in range(2)))
-    assert export() == reference
+    assert export() == _export(reference)
 
 
 needs_mpirun = pytest.mark.skipif(shutil.which("mpirun") is None, reason="needs mpirun: apt-get install openmpi-bin")
@@ -96,7 +93,7 @@ AS_ROOT = "--allow-run-as-root --oversubscribe"  # only for this machine: root, 
 def test_mpirun(job, reference):
     command, export = job
     _run(["mpirun", *AS_ROOT.split(), "-n", 2, sys.executable, "-u", *command])
-    assert export() == reference
+    assert export() == _export(reference)
 
 
 @needs_mpirun
@@ -106,25 +103,25 @@ def test_deepspeed_by_openmpi(job, reference, tmp_path):
     (tmp_path / "hostfile").write_text("localhost slots=2\n")
     options = ["--hostfile", tmp_path / "hostfile", "--force_multi", "--no_ssh_check", "--master_addr", "127.0.0.1"]
     _run(["deepspeed", *options, "--launcher", "openmpi", "--launcher_args", AS_ROOT, *command])
-    assert export() == reference
+    assert export() == _export(reference)
 
 
 @pytest.mark.full
-def test_deepspeed_by_slurm(cluster, site, slurm_materials, reference, tmp_path):
+def test_deepspeed_by_slurm(cluster, site, run_inputs, reference, tmp_path):
     """Its srun hands on neither RANK nor MASTER_*: both come from SLURM's variables."""
     script = Path(__file__).with_name("deepspeed_launcher.sbatch")
-    own = [str(tmp_path / "hostfile"), *arguments(slurm_materials, tmp_path / "run")]
+    own = [str(tmp_path / "hostfile"), *arguments(run_inputs, tmp_path / "run")]
     job = cluster.submit(script, own, ["--nodes=2", "--ntasks-per-node=1", "--time=10"], site)
     assert cluster.wait(job, timeout_s=LIMIT_S) == "COMPLETED", cluster.output(job)
-    assert _export(tmp_path / "run") == reference
+    assert _export(tmp_path / "run") == _export(reference)
 
 
 @pytest.mark.full
-def test_the_exit_code_of_a_user_error_comes_back_from_torchrun(slurm_materials, tmp_path):
+def test_the_exit_code_of_a_user_error_comes_back_from_torchrun(run_inputs, tmp_path):
     (tmp_path / "mine.txt").write_text("mine")
     command = ["torchrun", "--nnodes=1", "--nproc_per_node=2", f"--master_port={free_port()}", TRAIN]
     done = subprocess.run(
-        list(map(str, [*command, *arguments(slurm_materials, tmp_path)])),
+        list(map(str, [*command, *arguments(run_inputs, tmp_path)])),
         env=_environment(),
         capture_output=True,
         text=True,

@@ -22,27 +22,24 @@ def glue(tmp_path):
     return [str(word) for option in options.items() for word in option]
 
 
-def test_tasks_and_seeds_are_dealt_out_and_the_last_writes_the_table(cluster, site, glue, tmp_path):
-    env = site | {"GLUE_TASKS": "rte stsb", "GLUE_SEEDS": "0 1"}
+@pytest.mark.parametrize("tasks", [("rte",), ("rte", "stsb")], ids=" ".join)
+def test_tasks_and_seeds_are_dealt_out_and_the_last_writes_the_table(cluster, site, glue, tmp_path, tasks):
+    env = site | {"GLUE_TASKS": " ".join(tasks), "GLUE_SEEDS": "0 1"}
     job = cluster.submit(SCRIPTS / "glue_array.sbatch", glue, ["--array=0-1", "--time=5"], env)
     assert cluster.wait(job, timeout_s=180) == "COMPLETED", cluster.output(job)
     out = tmp_path / "out"
-    assert sorted(file.parent.name + file.stem[-6:] for file in out.glob("*/lr*.json")) == [
-        "rte-seed0",
-        "rte-seed1",
-        "stsb-seed0",
-        "stsb-seed1",
-    ]
+    runs = [f"{task}-seed{seed}" for task in tasks for seed in (0, 1)]
+    assert sorted(file.parent.name + file.stem[-6:] for file in out.glob("*/lr*.json")) == runs
     table = json.loads((out / "glue.json").read_text())["tasks"]
-    assert {name: table[name]["best"]["seeds"] for name in table} == {"rte": [0, 1], "stsb": [0, 1]}
+    assert {name: table[name]["best"]["seeds"] for name in table} == dict.fromkeys(tasks, [0, 1])
 
 
 @pytest.mark.full
-def test_a_sweep_runs_the_line_of_its_number(cluster, site, slurm_materials, tmp_path):
+def test_a_sweep_runs_the_line_of_its_number(cluster, site, run_inputs, tmp_path):
     """Line 2 of the file, with a field that holds a space; line 3 is not there."""
     lines = [f"train.steps=3 run.dir='{tmp_path}/run {number}' run.name=line-{number}" for number in (1, 2)]
     (tmp_path / "sweep.txt").write_text("\n".join(lines) + "\n")
-    common = [word for word in arguments(slurm_materials, tmp_path) if not word.startswith("run.dir=")]
+    common = [word for word in arguments(run_inputs, tmp_path) if not word.startswith("run.dir=")]
     options = ["--nodes=2", "--array=2-3", "--time=5"]
     job = cluster.submit(SCRIPTS / "sweep.sbatch", [str(tmp_path / "sweep.txt"), *common], options, site)
     assert cluster.wait(job, timeout_s=180) == "COMPLETED+FAILED", cluster.output(job)
@@ -51,12 +48,10 @@ def test_a_sweep_runs_the_line_of_its_number(cluster, site, slurm_materials, tmp
 
 
 @pytest.mark.full
-def test_tasks_of_an_array_prepare_one_corpus(cluster, site, slurm_materials, tmp_path):
-    fields = [
-        word for word in arguments(slurm_materials, tmp_path) if word.startswith(("data.s", "data.h", "teacher."))
-    ]
+def test_tasks_of_an_array_prepare_one_corpus(cluster, site, run_inputs, tmp_path):
+    fields = [word for word in arguments(run_inputs, tmp_path) if word.startswith(("data.s", "data.h", "teacher."))]
     env = site | {"CACHE_DIR": str(tmp_path / "cache"), "LOG_DIR": str(tmp_path / "logs")}
-    own = ["--config", str(slurm_materials / "empty.yaml"), *fields]
+    own = ["--config", str(run_inputs / "empty.yaml"), *fields]
     job = cluster.submit(SCRIPTS / "prepare_data.sbatch", own, ["--array=0-1", "--time=5"], env)
     assert cluster.wait(job, timeout_s=180) == "COMPLETED", cluster.output(job)
     assert len(list((tmp_path / "cache" / "corpora").glob("[0-9a-f]*/"))) == 1

@@ -18,6 +18,7 @@ def test_the_quickstart_on_two_nodes(cluster, site, cache_dir, tmp_path):
         ROOT / "launcher" / "slurm" / "train.sbatch", ["recipe=quickstart", *fields], ["--nodes=2", "--time=60"], site
     )
     assert cluster.wait(job, timeout_s=1700) == "COMPLETED", cluster.output(job)
+    assert cluster.restarts(job) == 0
     rows = {row["name"]: row for row in json.loads((tmp_path / "run" / "result.json").read_text())}
     assert {"teacher", "homodistil", "one_shot", "plain_one_shot"} <= rows.keys()
     assert rows["homodistil"]["parameters"] < rows["teacher"]["parameters"] / 2

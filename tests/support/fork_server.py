@@ -1,5 +1,7 @@
 """Real jobs of several ranks in about two seconds each: imports happen once, ranks are forks of the process that did.
 
+The other side is rank_forks.py. Lanes of one test run share it: whoever needs it first starts it.
+
     with ForkServer() as server:
         job = server.start(ROOT / "launcher" / "train.py", ["--deepspeed", ..., "run.dir=..."], num_ranks=2)
         assert job.wait(timeout_s=60) == [0, 0], job.output()
@@ -12,9 +14,9 @@
 
         output = server.run(worker, ["[1, 2]"], num_ranks=2, timeout_s=60)  # to its end, which must be a good one
 
-A target is a script (run as `__main__`, its arguments are strings) or "module:function" (called with the arguments,
-which travel as JSON; the module is found on PYTHONPATH, tests/ or tests/faults/). Ranks have what
-a launcher would give them: RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT (a free one), and
+A target is a script or "-m module" (run as `__main__`, its arguments are strings) or "module:function" (called with the
+arguments, which travel as JSON; the module is found on PYTHONPATH, tests/ or tests/faults/). Ranks have what a launcher
+would give them: RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT (a free one), and
 a session of their own. Nothing is shared with the server afterwards but the memory of its imports. No launcher watches
 them: a rank that dies leaves the others to themselves, until `wait` times out and ends them.
 """
@@ -22,60 +24,76 @@ them: a rank that dies leaves the others to themselves, until `wait` times out a
 from __future__ import annotations
 
 import contextlib
-import gc
-import importlib
+import errno
 import json
 import os
-import runpy
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-import traceback
+import uuid
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLLOW_S, TAIL_CHARS = 5.0, 4000
-SEARCHED = [ROOT, ROOT / "tests", ROOT / "tests" / "faults"]
-IMPORTED = """
-deepspeed deepspeed.comm.torch deepspeed.module_inject.auto_ep_layer deepspeed.ops.op_builder.all_ops
-deepspeed.runtime.zero.muon.muon_optimizer deepspeed.utils.pin_memory
-transformers transformers.models.bert.modeling_bert transformers.models.bert.tokenization_bert
-datasets torch.utils.tensorboard torch.utils.cpp_extension matplotlib.backends.backend_svg matplotlib.pyplot
-docstring_parser
-homodistil.cli homodistil.train homodistil.config.command_line homodistil.data.prepare.packing
-homodistil.distributed.start_ranks homodistil.distributed.stop_agreement
-""".split()
-"""What ranks would import one by one: most of the time of a small job."""
+SERVER = Path(__file__).with_name("rank_forks.py")
 
 
 class ForkServer:
-    """The client's side. A context manager; leaving it ends the server and every rank that is still there."""
+    """The client's side. A context manager; leaving it ends every rank that is still there.
 
-    def __init__(self) -> None:
+    Args:
+        name: clients with the same name share a server, which ends with the last of them. None: one of its own.
+    """
+
+    def __init__(self, name: str | None = None) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="fork-server-")
-        self._socket, theirs = socket.socketpair()
-        environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-        command = [sys.executable, "-P", __file__, str(theirs.fileno())]
-        self._process = subprocess.Popen(command, env=environment, pass_fds=[theirs.fileno()], cwd=ROOT)
-        theirs.close()
-        self._answers = self._socket.makefile("r", encoding="utf-8")
-        self._num_jobs, self._pids = 0, set()
+        self._address = f"\0homodistil-fork-server-{name or uuid.uuid4().hex}"  # abstract: no file is left behind
+        self._num_jobs = 0
+        self._connect()
 
     def __enter__(self) -> ForkServer:
         return self
 
     def __exit__(self, *_exception: object) -> None:
-        for pid in self._pids:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(pid, signal.SIGKILL)
-        self._socket.shutdown(socket.SHUT_RDWR)  # not close: the file made from it keeps it open
-        self._process.wait(timeout=30)
+        """The server answers the end of the connection by ending its ranks, and closes it then."""
+        with contextlib.suppress(ConnectionError):
+            self._socket.shutdown(socket.SHUT_WR)
+            self._answers.read()
         self._answers.close()
         self._socket.close()
         self._folder.cleanup()
+
+    def _connect(self) -> None:
+        """To the server, which is started if there is none yet."""
+        while True:
+            self._socket = socket.socket(socket.AF_UNIX)
+            try:
+                self._socket.connect(self._address)
+                break
+            except ConnectionRefusedError:
+                self._socket.close()
+                if not self._start_server():
+                    time.sleep(0.05)  # another client has just begun to start it
+        self._answers = self._socket.makefile("r", encoding="utf-8")
+
+    def _start_server(self) -> bool:
+        """False if somebody else does."""
+        with socket.socket(socket.AF_UNIX) as listener:
+            try:
+                listener.bind(self._address)
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE:
+                    raise
+                return False
+            listener.listen()
+            environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+            environment |= {"TOKENIZERS_PARALLELISM": "false"}
+            command, fd = [sys.executable, "-P", str(SERVER), str(listener.fileno())], listener.fileno()
+            subprocess.Popen(command, env=environment, pass_fds=[fd], cwd=ROOT, start_new_session=True)
+        return True
 
     def start(
         self,
@@ -92,9 +110,13 @@ class ForkServer:
         folder.mkdir()
         request = {"target": str(target), "arguments": arguments or [], "ranks": num_ranks, "folder": str(folder)}
         request |= {"env": env or {}, "rank_env": rank_env or {}, "cwd": str(cwd or folder)}
-        pids = self.ask({"start": request})
-        self._pids |= set(pids)
-        return Job(self, pids, folder)
+        return Job(self, self.ask({"start": request}), folder)
+
+    def start_program(self, source: str, arguments: list, num_ranks: int = 1, env: dict[str, str] | None = None) -> Job:
+        """`start` of a program that is given as text."""
+        path = Path(self._folder.name) / f"program-{self._num_jobs}.py"
+        path.write_text(source, encoding="utf-8")
+        return self.start(path, arguments, num_ranks, env)
 
     def run(self, script: Path, arguments: list[str], num_ranks: int, timeout_s: float) -> str:
         """What all ranks of `script` wrote, once they have ended well. AssertionError with the end of it otherwise.
@@ -108,12 +130,20 @@ class ForkServer:
         return job.output()
 
     def ask(self, request: dict) -> list:
-        self._socket.sendall(json.dumps(request).encode() + b"\n")
-        return json.loads(self._answers.readline())
+        try:
+            answer = self._answer(request)
+        except ConnectionError:
+            if "start" not in request or self._num_jobs > 1:
+                raise
+            self._connect()  # its last client left, and it ended, while this one came
+            answer = self._answer(request)
+        return json.loads(answer)
 
-    def forget(self, pids: list[int]) -> None:
-        """Their numbers may be given to other processes from now on."""
-        self._pids -= set(pids)
+    def _answer(self, request: dict) -> str:
+        self._socket.sendall(json.dumps(request).encode() + b"\n")
+        if not (answer := self._answers.readline()):
+            raise ConnectionResetError("the fork server has ended; what it said is above")
+        return answer
 
 
 class Job:
@@ -127,7 +157,6 @@ class Job:
         """Exit code of each rank (-N: ended by signal N), None while it runs."""
         if None in self._codes:
             self._codes = self._server.ask({"codes": self.pids})
-            self._server.forget([pid for pid, code in zip(self.pids, self._codes, strict=True) if code is not None])
         return self._codes
 
     def is_running(self) -> bool:
@@ -172,111 +201,3 @@ class Job:
         """What a rank (or all, one after the other) has written so far."""
         chosen = range(len(self.pids)) if rank is None else [rank]
         return "\n".join((self.folder / f"rank-{i}.txt").read_text(errors="replace") for i in chosen)
-
-
-class _Server:
-    """The other side: one thread, so that a fork finds no lock held."""
-
-    def __init__(self, connection: socket.socket) -> None:
-        self._connection = connection
-        self._codes: dict[int, int | None] = {}
-
-    def serve(self) -> None:
-        for line in self._connection.makefile("r", encoding="utf-8"):
-            request = json.loads(line)
-            answer = self._start(**request["start"]) if "start" in request else self._poll(request["codes"])
-            self._connection.sendall(json.dumps(answer).encode() + b"\n")
-
-    def _start(self, target: str, arguments: list, ranks: int, folder: str, env: dict, rank_env: dict, cwd: str):
-        port = _free_port()
-        pids = []
-        for rank in range(ranks):
-            output = Path(folder, f"rank-{rank}.txt")
-            output.touch()
-            own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
-            own |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **env, **rank_env.get(str(rank), {})}
-            pid = os.fork()
-            if not pid:
-                self._connection.close()
-                _run_rank(target, arguments, {name: str(value) for name, value in own.items()}, output, cwd)
-            pids.append(pid)
-        self._codes |= dict.fromkeys(pids)
-        return pids
-
-    def _poll(self, pids: list[int]) -> list[int | None]:
-        for pid in pids:
-            if self._codes[pid] is None:
-                ended, status = os.waitpid(pid, os.WNOHANG)
-                if ended:
-                    self._codes[pid] = os.waitstatus_to_exitcode(status)
-        return [self._codes[pid] for pid in pids]
-
-
-def _run_rank(target: str, arguments: list, env: dict[str, str], output: Path, cwd: str) -> None:
-    """In the fork: become a rank, run the target, end without unwinding into the server's code."""
-    code = 1
-    try:
-        os.setsid()
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # the server ignores it
-        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-        file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        for stream in (1, 2):
-            os.dup2(file, stream)
-        os.environ |= env
-        os.chdir(cwd)
-        _call(target, arguments)
-        code = 0
-    except SystemExit as stop:
-        code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        with contextlib.suppress(BaseException):
-            sys.stdout.flush()
-            sys.stderr.flush()
-        os._exit(code)
-
-
-def _call(target: str, arguments: list) -> None:
-    if target.endswith(".py"):
-        sys.argv = [target, *arguments]
-        sys.path.insert(0, str(Path(target).parent))
-        runpy.run_path(target, run_name="__main__")
-    else:
-        module, function = target.split(":")
-        getattr(importlib.import_module(module), function)(*arguments)
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
-def _do_once() -> None:
-    """What every rank would otherwise do anew, beside imports: read all fields' docstrings, transformers' renamings."""
-    from transformers import BertConfig, BertForMaskedLM
-
-    from homodistil.config.command_line import parse_job
-
-    parse_job([])
-    sizes = {"hidden_size": 4, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 4}
-    with tempfile.TemporaryDirectory() as folder:
-        BertForMaskedLM(BertConfig(vocab_size=9, **sizes)).save_pretrained(folder)
-        BertForMaskedLM.from_pretrained(folder)
-
-
-def main() -> None:
-    sys.path[:0] = [str(path) for path in SEARCHED]
-    for name in IMPORTED:
-        importlib.import_module(name)
-    _do_once()
-    gc.collect()
-    gc.freeze()  # a rank's collector need not look through (and copy the pages of) what the imports have made
-    # A test that is interrupted closes the socket: nothing else ends the server.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _Server(socket.socket(fileno=int(sys.argv[1]))).serve()
-
-
-if __name__ == "__main__":
-    main()

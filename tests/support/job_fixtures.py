@@ -1,10 +1,11 @@
-"""Fixtures of tests that start jobs: one fork server a lane, and one small teacher with its text.
+"""Fixtures of tests that start jobs: one fork server per test run, and one small teacher with its text.
 
 What is imported inside of them takes seconds, and most unit tests need none of it.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +16,8 @@ from support.fork_server import ForkServer
 
 @pytest.fixture(scope="session")
 def server() -> Iterator[ForkServer]:
-    with ForkServer() as server:
+    """Of all lanes of the test run."""
+    with ForkServer(os.environ.get("PYTEST_XDIST_TESTRUNUID")) as server:
         yield server
 
 

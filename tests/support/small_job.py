@@ -24,9 +24,9 @@ VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *LETTERS, *(f"##{let
 MEASURED = ("speed/", "memory/", "milliseconds")
 
 
-def make_materials(folder: Path) -> None:
-    """`teacher`, `text`, `cache`, and an empty config file."""
-    small_model(max_position_embeddings=32).save_pretrained(folder / "teacher")
+def make_materials(folder: Path, **teacher: object) -> None:
+    """`teacher`, `text`, `cache`, and an empty config file. `teacher`: other values than those of `small_model`."""
+    small_model(**{"max_position_embeddings": 32} | teacher).save_pretrained(folder / "teacher")
     (folder / "vocab.txt").write_text("\n".join(VOCABULARY))
     BertTokenizerFast(vocab=str(folder / "vocab.txt")).save_pretrained(folder / "teacher")
     (folder / "text").mkdir()

@@ -21,6 +21,7 @@ from homodistil.export.provenance import repeatable
 from homodistil.metrics import progress
 from homodistil.models.axis_listing import axis_listing, entry_parameters
 from homodistil.models.shapes import Shape, half_of, in_proportion
+from homodistil.training.run_card import origin_of
 from homodistil.training.show_axes import axes_of
 
 BERT_BASE = plain_widths(768, 3072, 12)
@@ -138,8 +139,10 @@ def test_what_an_axis_couples(tmp_path):
 
 def test_a_card_repeats_the_installed_command():
     typed = "python /env/bin/homodistil train --deepspeed zero3 recipe=paper"
-    assert repeatable(typed, RunConfig(), 1) == ("homodistil train --deepspeed zero3 recipe=paper", {})
-    assert repeatable(typed, RunConfig(), 4)[0] == "homodistil train --ranks 4 --deepspeed zero3 recipe=paper"
+    assert repeatable(typed, origin_of(RunConfig()), 1) == ("homodistil train --deepspeed zero3 recipe=paper", {})
+    assert (
+        repeatable(typed, origin_of(RunConfig()), 4)[0] == "homodistil train --ranks 4 --deepspeed zero3 recipe=paper"
+    )
 
 
 def test_a_notebook_has_a_bar(monkeypatch, capsys):

@@ -81,8 +81,7 @@ def test_the_target_is_what_the_recipe_says(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_plan_needs_no_hub(name):
     config = parse([f"recipe={known(name)}"])
-    check_plannable(config)
-    plan = make_plan(config, load_engine_config(engine_path(None)), find_cluster("H100", 8))
+    plan = make_plan(check_plannable(config), load_engine_config(engine_path(None)), find_cluster("H100", 8))
     assert plan.stretches[-1].hidden_size == config.student.hidden_size and plan.peak_bytes < 80e9
 
 

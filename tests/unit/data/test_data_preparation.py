@@ -8,12 +8,11 @@ import os
 import random
 import re
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
+from support.fork_server import Job
 
 from homodistil.config.schema import DataConfig
 from homodistil.data.prepare.array_tasks import split_task
@@ -66,10 +65,10 @@ def reference(texts, tokenizer, tmp_path_factory) -> dict[str, bytes]:
     return content(cache)
 
 
-def start(texts, cache: Path, *arguments: str) -> subprocess.Popen:
-    command = [sys.executable, str(SCRIPT), f"data.sources=[{','.join(texts)}]", f"data.cache_dir={cache}"]
-    command += [f"data.shard_bytes={SMALL_SHARD_BYTES}", *arguments]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+def start(server, texts, cache: Path, *arguments: str) -> Job:
+    """The script in a session of its own."""
+    fields = [f"data.sources=[{','.join(texts)}]", f"data.cache_dir={cache}", f"data.shard_bytes={SMALL_SHARD_BYTES}"]
+    return server.start(SCRIPT, [*fields, *arguments], num_ranks=1)
 
 
 @pytest.fixture
@@ -85,10 +84,10 @@ def summaries(cache: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in cache.glob("parts/*/[0-9]*/summary.json")}
 
 
-def wait_for_shards(process: subprocess.Popen, cache: Path, count: int) -> None:
+def wait_for_shards(job: Job, cache: Path, count: int) -> None:
     deadline = time.monotonic() + 60
     while len(summaries(cache)) < count:
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        assert job.is_running() and time.monotonic() < deadline, job.output()
         time.sleep(0.002)
 
 
@@ -129,31 +128,32 @@ def test_tasks_make_the_same_bytes_and_the_last_one_merges(tokenizer, texts, ref
     assert prepare_share(config, tokenizer, 0, 3).fingerprint in found, "a late task finds the corpus"
 
 
-def test_killed_twice_and_gone_on_with(texts, reference, cache):
+def test_killed_twice_and_gone_on_with(server, texts, reference, cache):
     """kill -9 of everything in the middle; what was finished is not made again, and the result is the same."""
     for finished in (5, 30):
-        process = start(texts, cache, "data.workers=2")
-        wait_for_shards(process, cache, finished)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+        job = start(server, texts, cache, "data.workers=2")
+        wait_for_shards(job, cache, finished)
+        os.killpg(job.pids[0], signal.SIGKILL)
+        assert job.wait(timeout_s=60) == [-signal.SIGKILL], job.output()
     before = summaries(cache)
     assert not list(cache.glob("corpora/*/train.npy"))
-    out, err = start(texts, cache, "--task", "0", "--tasks", "2").communicate(timeout=60)
-    assert "shards are left to other tasks" in out, err
+    job = start(server, texts, cache, "--task", "0", "--tasks", "2")
+    assert job.wait(timeout_s=60) == [0] and "shards are left to other tasks" in job.output(), job.output()
     assert before.items() < summaries(cache).items(), "finished shards are not made again"
-    out, err = start(texts, cache).communicate(timeout=60)
+    job = start(server, texts, cache)
+    assert job.wait(timeout_s=60) == [0], job.output()
     assert {name: value for name, value in content(cache).items() if name != "manifest.json"} == {
         name: value for name, value in reference.items() if name != "manifest.json"
-    }, err
+    }
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_asked_to_stop(texts, reference, cache, number):
-    process = start(texts, cache, "data.workers=2", "--task", "0", "--tasks", "2")
-    wait_for_shards(process, cache, 2)
-    os.killpg(process.pid, number)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == STOPPED and f"stopped by {number.name}" in err and "Traceback" not in err, err
+def test_asked_to_stop(server, texts, reference, cache, number):
+    job = start(server, texts, cache, "data.workers=2", "--task", "0", "--tasks", "2")
+    wait_for_shards(job, cache, 2)
+    os.killpg(job.pids[0], number)
+    assert job.wait(timeout_s=60) == [STOPPED], job.output()
+    assert f"stopped by {number.name}" in job.output() and "Traceback" not in job.output(), job.output()
     assert len(summaries(cache)) >= 2
 
 
@@ -175,13 +175,12 @@ def test_a_damaged_shard_is_made_again(tokenizer, texts, reference, tmp_path, ca
     assert f"warning: {shard} is damaged (" in capfd.readouterr().err
 
 
-def test_mistakes_in_a_worker_are_one_line_and_lose_nothing(texts, cache, tmp_path):
+def test_mistakes_in_a_worker_are_one_line_and_lose_nothing(server, texts, cache, tmp_path):
     bad = tmp_path / "bad.jsonl"
     bad.write_text("".join(json.dumps({"text": f"{i} " * 2000}) + "\n" for i in range(60)) + "{'text': 1}\n")
-    process = start([*texts, str(bad)], cache, "data.workers=2")
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == USER_ERROR and "Traceback" not in err, err
-    (line,) = [line for line in err.splitlines() if line.startswith("error")]
+    job = start(server, [*texts, str(bad)], cache, "data.workers=2")
+    assert job.wait(timeout_s=60) == [USER_ERROR] and "Traceback" not in job.output(), job.output()
+    (line,) = [line for line in job.output().splitlines() if line.startswith("error")]
     assert f"data.sources: {bad}:61: not valid JSON" in line, "the line of the file, not of the shard"
     assert summaries(cache)
 

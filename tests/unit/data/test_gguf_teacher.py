@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
 import zipfile
 from pathlib import Path
 
@@ -113,17 +111,17 @@ def test_a_run_finds_it(file, cache):
 
 
 @pytest.mark.process
-def test_processes_convert_once(file, cache):
+def test_processes_convert_once(server, file, cache):
     """Three at the same time: one converts, the others wait for it."""
     code = (
         "import sys; from pathlib import Path; from homodistil.data.sources.teachers import cached_teacher; "
         "print(cached_teacher(sys.argv[1], Path(sys.argv[2])))"
     )
-    command, pipes = [sys.executable, "-c", code, str(file), str(cache)], {"stdout": subprocess.PIPE, "text": True}
-    running = [subprocess.Popen(command, stderr=subprocess.PIPE, **pipes) for _ in range(3)]
-    results = [process.communicate(timeout=300) for process in running]
-    assert len({out for out, _ in results}) == 1 and made(cache) == [Path(results[0][0].strip()).name]
-    assert sum(err.count("converting") for _, err in results) == 1, results
+    job = server.start_program(code, [str(file), str(cache)], num_ranks=3, env={"RANK": "0", "WORLD_SIZE": "1"})
+    assert job.wait(timeout_s=120) == [0, 0, 0], job.output()
+    folders = {job.output(rank).splitlines()[-1] for rank in range(3)}
+    assert made(cache) == [Path(folder).name for folder in folders]
+    assert job.output().count("converting") == 1, job.output()
 
 
 def test_a_packaged_file_is_converted_out_of_its_wheel(file, cache, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from homodistil.evaluation.glue.checkpoint import load_encoder
 from homodistil.preflight.findings import Findings
 from homodistil.preflight.settings import check_model
 from homodistil.training.inputs import check_plannable, check_teacher
+from homodistil.training.teacher_facts import teacher_facts
 
 QUERY = "bert.encoder.layer.1.attention.self.query.weight"
 HEAD = "cls.predictions."
@@ -105,7 +107,7 @@ def test_a_run_its_check_and_its_plan_refuse_the_same_in_the_same_words(teacher,
     said = refusal(lambda: start(config))
     assert refusal(lambda: check_plannable(config)) == said
     findings = Findings()
-    assert check_model(findings, config) is None
+    assert check_model(findings, functools.partial(teacher_facts, config)) is None
     (bad,) = [finding for finding in findings if not finding.is_good]
     assert f"{bad.found}; {bad.fix}" == said
 

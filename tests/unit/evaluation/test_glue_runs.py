@@ -8,8 +8,6 @@ import math
 import os
 import signal
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -143,17 +141,16 @@ def test_best_epoch_is_that_of_the_first_dev_set():
     assert _best(TASKS["mnli"], history) == {"accuracy_m": 0.6, "accuracy_mm": 0.3, "score": 0.6, "epoch": 2.0}
 
 
-def test_a_killed_command_goes_on(checkpoint, tmp_path):
+def test_a_killed_command_goes_on(server, checkpoint, tmp_path):
     data = write_glue(tmp_path / "glue_data", num_train=160)
     out = tmp_path / "out"
-    command = [sys.executable, str(LAUNCHER), "--checkpoint", checkpoint, "--tasks", "rte", "--data", str(data)]
+    command = ["--checkpoint", checkpoint, "--tasks", "rte", "--data", str(data), "--out", str(out)]
     command += "--lr 1e-3 --batch-size 4 --epochs 1 --patience 0 --seeds 0 1 2 --max-length 32 --device cpu".split()
-    process = subprocess.Popen([*command, "--out", str(out)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    deadline = time.monotonic() + 120
-    while not (done := list(out.glob("*/*.json"))) and process.poll() is None and time.monotonic() < deadline:
+    job, deadline = server.start(LAUNCHER, command, num_ranks=1), time.monotonic() + 120
+    while not (done := list(out.glob("*/*.json"))) and job.is_running() and time.monotonic() < deadline:
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL, process.stderr.read().decode()[-2000:]
+    job.kill()
+    assert job.wait(timeout_s=60) == [-signal.SIGKILL], job.output()
     before = {file: file.stat().st_mtime_ns for file in out.glob("*/*.json")}
     assert done and 1 <= len(before) < 3 and not (out / "glue.md").exists()
 

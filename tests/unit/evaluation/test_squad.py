@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 
@@ -251,13 +249,12 @@ def test_launcher(tmp_path, checkpoint, monkeypatch, capsys):
 
 
 @pytest.mark.process
-def test_launcher_refuses_in_one_line(tmp_path, checkpoint):
+def test_launcher_refuses_in_one_line(server, tmp_path, checkpoint):
     write_files(tmp_path, "v1.1", "v2.0")
-    environment = {**os.environ, "PYTHONPATH": str(LAUNCHER.parents[1])}
-    command = [sys.executable, LAUNCHER, *launcher_arguments(tmp_path, checkpoint)]
-    refused = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert (refused.returncode, refused.stdout) == (2, "") and len(refused.stderr.splitlines()) == 1
-    assert refused.stderr.startswith("error: --data: ") and "choose one with --version" in refused.stderr
+    job = server.start(LAUNCHER, launcher_arguments(tmp_path, checkpoint), num_ranks=1)
+    assert job.wait(timeout_s=60) == [2], job.output()
+    (line,) = job.output().splitlines()
+    assert line.startswith("error: --data: ") and "choose one with --version" in line
 
 
 # --- errors -----------------------------------------------------------------------------------------------------------

@@ -14,10 +14,11 @@ from support.small import VOCABULARY, random_keep, small_batch, small_model, sma
 from transformers import BertConfig, BertTokenizerFast
 
 from homodistil.config.schema import RunConfig
-from homodistil.export.model_card import complete_cards, describe_widths, model_card
+from homodistil.export.model_card import complete_cards, describe_widths
 from homodistil.export.stock_model import save_checkpoint, stock_model
 from homodistil.models.encoders.bert import BERT
 from homodistil.models.resize_plan import make_plan, slice_module
+from homodistil.training.run_card import run_card
 
 TEACHER_CONFIG = BertConfig(**{**small_model().config.to_dict(), "hidden_dropout_prob": 0.1})
 
@@ -71,7 +72,7 @@ def test_an_interpreter_without_homodistil_loads_it(tmp_path):
     folder.mkdir()
     (folder / "milestone-0.9").mkdir()
     facts = {"parameters": 1234, "hidden_size": 20, "folder": "export", "data": "a corpus", "mlm_loss": 1.5}
-    card = model_card(RunConfig(), BERT, facts, "python launcher/train.py a=b")
+    card = run_card(RunConfig(), BERT, facts, "python launcher/train.py a=b")
     save_checkpoint(stock_model(weights, student, TEACHER_CONFIG), _tokenizer(tmp_path), card, folder)
     batch = small_batch()
     program = """
@@ -135,7 +136,7 @@ def test_no_folder_of_this_machine_is_in_the_card(tmp_path):
     config = _foreign_run(tmp_path)
     shutil.copy(REPOSITORY / "ds_configs" / "zero2_fp32.json", tmp_path)
     more = ["--deepspeed", f"{tmp_path}/zero2_fp32.json", f"--config={tmp_path}/my.yaml", "run.note=/srv/x y", "a=../b"]
-    card = model_card(config, BERT, FACTS | RESULTS, _typed(config, *more), num_ranks=2)
+    card = run_card(config, BERT, FACTS | RESULTS, _typed(config, *more), num_ranks=2)
     for gone in (str(tmp_path), str(Path.home()), str(REPOSITORY), "/usr", "/srv", "~", "../", "local_rank"):
         assert gone not in card, gone
     command = card[card.index("```\ndeepspeed") + 4 :].split("\n```")[0]
@@ -160,10 +161,10 @@ def test_the_command_is_what_was_typed_where_that_means_something_elsewhere():
     typed = (
         "python launcher/train.py --local_rank=1 --deepspeed ds_configs/zero2.json recipe=quickstart data.seq_len=32"
     )
-    card = model_card(RunConfig(), BERT, FACTS, typed, num_ranks=1)
+    card = run_card(RunConfig(), BERT, FACTS, typed, num_ranks=1)
     assert "\npython launcher/train.py --deepspeed ds_configs/zero2.json recipe=quickstart data.seq_len=32\n" in card
     assert "For `" not in card
-    card = model_card(RunConfig(), BERT, FACTS, "python /opt/ipykernel_launcher.py -f /root/kernel.json", num_ranks=1)
+    card = run_card(RunConfig(), BERT, FACTS, "python /opt/ipykernel_launcher.py -f /root/kernel.json", num_ranks=1)
     assert "\npython launcher/train.py --config CONFIG --deepspeed DEEPSPEED_JSON\n" in card and "kernel" not in card
 
 
@@ -184,7 +185,7 @@ def test_the_command_is_what_was_typed_where_that_means_something_elsewhere():
 )
 def test_licence_and_base_model_are_the_teachers_own(tmp_path, teacher_card, licence, base_model):
     config = _foreign_run(tmp_path, teacher_card)
-    (tmp_path / "README.md").write_text(model_card(config, BERT, FACTS | RESULTS, _typed(config)))
+    (tmp_path / "README.md").write_text(run_card(config, BERT, FACTS | RESULTS, _typed(config)))
     data = ModelCard.load(tmp_path / "README.md").data
     assert (data.license, data.base_model) == (licence, base_model)
     assert ("is not known here" in (tmp_path / "README.md").read_text()) == (licence is None)
@@ -194,7 +195,7 @@ def test_packaged_and_hub_names_stay(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     config = RunConfig()
     config.teacher.name, config.data.sources = "embedded:minilm-l6", ["wikipedia", "owner/set:part", "embedded:bible"]
-    (tmp_path / "README.md").write_text(model_card(config, BERT, FACTS | RESULTS, "python launcher/train.py"))
+    (tmp_path / "README.md").write_text(run_card(config, BERT, FACTS | RESULTS, "python launcher/train.py"))
     head = metadata_load(tmp_path / "README.md")
     assert head["license"] == "apache-2.0" and head["base_model"] == "sentence-transformers/all-MiniLM-L6-v2"
     assert head["datasets"] == ["wikimedia/wikipedia", "owner/set"]
@@ -202,7 +203,7 @@ def test_packaged_and_hub_names_stay(tmp_path, monkeypatch):
 
 def test_the_hub_reads_the_results(tmp_path):
     config = _foreign_run(tmp_path)
-    (tmp_path / "README.md").write_text(model_card(config, BERT, FACTS | RESULTS, _typed(config)))
+    (tmp_path / "README.md").write_text(run_card(config, BERT, FACTS | RESULTS, _typed(config)))
     card = ModelCard.load(tmp_path / "README.md")
     assert [(r.metric_type, r.metric_value) for r in card.data.eval_results] == [
         ("loss", 2.5),
@@ -212,7 +213,7 @@ def test_the_hub_reads_the_results(tmp_path):
     assert card.data.model_name == "mine" and card.data.pipeline_tag == "fill-mask"
     assert {r.dataset_name for r in card.data.eval_results} == {"held-out documents of news, mail.jsonl"}
     # A value that was not measured, or is none, is no result.
-    (tmp_path / "README.md").write_text(model_card(config, BERT, FACTS | {"masked_top1": float("nan")}, _typed(config)))
+    (tmp_path / "README.md").write_text(run_card(config, BERT, FACTS | {"masked_top1": float("nan")}, _typed(config)))
     assert ModelCard.load(tmp_path / "README.md").data.eval_results is None
 
 
@@ -221,7 +222,7 @@ def test_the_teachers_results_are_put_beside_the_students(tmp_path):
     config = RunConfig()
     for card in cards:
         card.parent.mkdir(parents=True, exist_ok=True)
-        card.write_text(model_card(config, BERT, FACTS | RESULTS, "python launcher/train.py"))
+        card.write_text(run_card(config, BERT, FACTS | RESULTS, "python launcher/train.py"))
     before = cards[0].read_text()
     assert "| held-out MLM loss, nats (lower is better) | 2.5000 | - |" in before
     teacher = {"name": "teacher", "heldout_mlm_loss": 2.25, "masked_top1": None, "kl_to_teacher": 0.0}

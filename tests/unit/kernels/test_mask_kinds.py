@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from transformers import masking_utils
 from unit.kernels.test_attention_map import GRADIENT_TOLERANCE, LOSS_TOLERANCE
 
 from homodistil.errors import UserError
@@ -237,6 +236,8 @@ KINDS = [MaskKind(causal, window) for causal in (False, True) for window in (Non
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_a_kind_is_what_transformers_masks(kind):
+    from transformers import masking_utils  # seconds, which the interpreter's process does without
+
     positions = torch.arange(17)
     if kind.causal:
         function = masking_utils.causal_mask_function

@@ -39,13 +39,19 @@ def _quickstart(*overrides: str):
 
 
 @functools.cache
+def _paper():
+    """The paper's run, resolved."""
+    return resolve_run(parse(["recipe=paper"]))
+
+
+@functools.cache
 def _of_paper(device: str):
     """The plan of the paper's run on eight of these: seconds each, and several tests look at one."""
-    return make_plan(parse(["recipe=paper"]), ENGINES[2], find_cluster(device, 8))
+    return make_plan(_paper(), ENGINES[2], find_cluster(device, 8))
 
 
 def test_parameters_are_those_of_the_exported_student_and_its_projections(cache_dir):
-    plan = make_plan(_quickstart(f"data.cache_dir={cache_dir}"), ENGINES[2], find_cluster("H100", 2))
+    plan = make_plan(resolve_run(_quickstart(f"data.cache_dir={cache_dir}")), ENGINES[2], find_cluster("H100", 2))
     projections = 3 * 64 * 128  # embedding and two layers
     assert plan.stretches[-1].parameters == 2_121_210 + projections and plan.stretches[-1].hidden_size == 64
     assert plan.stretches[0].parameters == 4_416_698 + 3 * 128 * 128
@@ -63,7 +69,8 @@ def test_stretches_are_the_schedule_step_by_step(cache_dir):
 
 def test_flops_of_a_run_are_those_of_its_steps(cache_dir):
     config = _quickstart(f"data.cache_dir={cache_dir}")
-    plan, subject = make_plan(config, ENGINES[2], find_cluster("H100", 2)), resolve_run(config)
+    subject = resolve_run(config)
+    plan = make_plan(subject, ENGINES[2], find_cluster("H100", 2))
     data, batch = config.data, config.train.global_batch_size
     whole = 0.0
     for widths, count in ((s.widths, s.num_steps) for s in subject.phases):
@@ -79,7 +86,8 @@ def test_flops_of_a_run_are_those_of_its_steps(cache_dir):
 def test_state_is_split_as_zero_splits_it(stage):
     """state_bytes itself is held against live engines in tests/distributed/test_memory.py and test_step_memory.py."""
     config = parse(["recipe=homobert-base-paper", "teacher.name=bert-base-uncased"])
-    plan, subject = make_plan(config, ENGINES[stage], A100S), resolve_run(config)
+    subject = resolve_run(config)
+    plan = make_plan(subject, ENGINES[stage], A100S)
     policy = policy_of(subject, resolve_engine_config(ENGINES[stage], config.train, 8), A100S)
     memory, widths = plan.stretches[0].memory, subject.phases[0].widths
     total = memory["parameters"] + memory["gradients"] + memory["optimizer"]
@@ -93,14 +101,13 @@ def test_the_papers_run_takes_hours_on_eight_a100():
     assert sum(stretch.num_steps for stretch in plan.stretches) == 28_000
     assert 1 < plan.hours.low < 13 < 3 * plan.hours.high and "not measured on GPU" in plan.basis
     assert plan.device_hours[0] == pytest.approx(8 * plan.hours.low)
-    cheap = make_plan(parse(["recipe=paper"]), ENGINES[2], find_cluster("A100-40", 8), price=(1.0, 1.0), watts=500)
+    cheap = make_plan(_paper(), ENGINES[2], find_cluster("A100-40", 8), price=(1.0, 1.0), watts=500)
     assert cheap.usd == pytest.approx(plan.device_hours) and cheap.kwh[0] == pytest.approx(4 * plan.hours.low)
 
 
 def test_more_machines_are_faster_and_a_slow_network_is_slower():
-    config = parse(["recipe=paper"])
     hours = {
-        (nodes, link): make_plan(config, ENGINES[2], find_cluster("H100", 8, nodes, link)).hours.high
+        (nodes, link): make_plan(_paper(), ENGINES[2], find_cluster("H100", 8, nodes, link)).hours.high
         for nodes, link in ((1, None), (4, "infiniband-ndr"), (4, "ethernet-10"))
     }
     assert hours[4, "infiniband-ndr"] < hours[1, None] and hours[4, "infiniband-ndr"] < hours[4, "ethernet-10"]
@@ -180,18 +187,18 @@ def test_clusters_that_do_not_exist(arguments, said):
 
 def test_what_a_run_would_refuse_a_plan_refuses():
     with pytest.raises(UserError, match="train.global_batch_size: 32 is not divisible"):
-        make_plan(parse(["recipe=paper", "train.global_batch_size=32"]), ENGINES[2], A100S)
+        make_plan(resolve_run(parse(["recipe=paper", "train.global_batch_size=32"])), ENGINES[2], A100S)
     with pytest.raises(UserError, match="teacher.name: no folder '/nowhere'"):
-        make_plan(_quickstart("teacher.name=/nowhere"), ENGINES[2], A100S)
+        resolve_run(_quickstart("teacher.name=/nowhere"))
     with pytest.raises(UserError, match="--price"):
         split_options(["--price", "-1", "2"], "")
     with pytest.raises(UserError, match="--device: found cpu, whose speed only a measurement tells"):
-        make_plan(parse(["recipe=paper"]), ENGINES[2], find_cluster("cpu", 2))
+        make_plan(_paper(), ENGINES[2], find_cluster("cpu", 2))
 
 
 def test_fp16_can_be_planned_where_there_is_no_gpu():
     raw = load_engine_config(ROOT / "ds_configs" / "zero2_fp16.json")
-    plan = make_plan(parse(["recipe=paper"]), raw, A100S)
+    plan = make_plan(_paper(), raw, A100S)
     bf16 = _of_paper("A100-80")
     assert plan.stretches[0].memory["parameters"] == bf16.stretches[0].memory["parameters"]
 

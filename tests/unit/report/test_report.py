@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -328,21 +325,15 @@ def test_folders_that_are_no_run_are_refused(tmp_path):
         write_report(tmp_path)
 
 
-def launch(folder: Path) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "PYTHONPATH": str(LAUNCHER.parents[1])}
-    command = [sys.executable, LAUNCHER, folder]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-
-
 @pytest.mark.process
-def test_launcher(run_dir):
-    done = launch(run_dir)
-    assert (done.returncode, done.stdout) == (0, f"{run_dir / 'report.html'}\n")
+def test_launcher(server, run_dir):
+    assert server.run(LAUNCHER, [str(run_dir)], num_ranks=1, timeout_s=60) == f"{run_dir / 'report.html'}\n"
     Page((run_dir / "report.html").read_text())
 
 
 @pytest.mark.process
-def test_launcher_refuses_in_one_line(tmp_path):
-    done = launch(tmp_path / "no")
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("error: run folder") and len(done.stderr.splitlines()) == 1
+def test_launcher_refuses_in_one_line(server, tmp_path):
+    job = server.start(LAUNCHER, [str(tmp_path / "no")], num_ranks=1)
+    assert job.wait(timeout_s=60) == [2], job.output()
+    (line,) = job.output().splitlines()
+    assert line.startswith("error: run folder")
