@@ -17,7 +17,7 @@ PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -
 
 FREE_PORT = $(shell $(BIN)/python -c "import socket; s = socket.socket(); s.bind(('', 0)); print(s.getsockname()[1])")
 
-.PHONY: setup train quality test test-fast test-full lint docs slurm clean prepared
+.PHONY: setup train quality quality-decoder test test-fast test-full lint docs slurm clean prepared
 
 setup: $(VENV)/.ops
 
@@ -40,6 +40,13 @@ train: setup
 # Within an hour on two cores; what was measured is kept, so after an interruption the same command goes on.
 quality: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m experiments.quality main
+
+# Decoders against the peers of today: hours, and the same command goes on after an interruption.
+# `make quality-decoder DECODER=--list` says what it will do and how long that takes; DECODER="--layers 30": the whole
+# of SmolLM2.
+DECODER ?=
+quality-decoder: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m experiments.quality decoder $(DECODER)
 
 # Three lanes on two cores, for tests often wait. A file is in one lane. They are dealt out in the order of the folders,
 # the files of many short tests last: so all lanes end at about the same time. What is judged by the clock comes

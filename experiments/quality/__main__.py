@@ -4,6 +4,7 @@
     python -m experiments.quality gap                 # teacher-student gap over training, for several ends of pruning
     python -m experiments.quality map                 # where gradual beats one-shot: sizes x steps
     python -m experiments.quality ablate --base homodistil
+    python -m experiments.quality decoder --list      # the runs on SmolLM2 and their time; without --list: makes them
     python -m experiments.quality main --quick        # under 90 s, leaves results/ alone
 
 Two processes of one rank and one thread each train run after run (worker.py) through
@@ -28,17 +29,22 @@ from experiments.quality import (
     comparison_tables,
     compute_map,
     compute_map_tables,
+    decoder_list,
+    decoder_study,
+    decoder_tables,
     gap_study,
     gap_tables,
 )
 from experiments.quality.options import add_arguments, options_of
 from experiments.quality.pool import Pool, spawner
+from homodistil.errors import UserError
 
 STUDIES = {
     "main": (comparison.run, comparison_tables),
     "gap": (gap_study.run, gap_tables),
     "map": (compute_map.run, compute_map_tables),
     "ablate": (ablation.run, ablation_tables),
+    "decoder": (decoder_study.run, decoder_tables),
 }
 """Study -> its runs, and the module with its `report` and `rows`."""
 
@@ -47,7 +53,13 @@ def main() -> None:
     made = parser(__doc__, quick="a few steps; ends within 90 s")
     add_arguments(made)
     args = made.parse_args()
-    options = options_of(args)
+    try:
+        options = options_of(args)
+    except UserError as error:
+        made.error(str(error))
+    if options.is_listed:
+        print(decoder_list.listing(options))
+        return
     run, tables = STUDIES[options.study]
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # ends the workers too
     start = spawner(options.work, options.deepspeed)

@@ -60,6 +60,10 @@ OUR_WEIGHTS = ("loss.kl=4",)
 """Of the losses, as the quickstart has them; whoever trains with our losses gets the same."""
 
 
+UNTRAINED_RATE = 1e-9
+"""Learning rate of the only step of a student that is not to be trained (a run has one step at least)."""
+
+
 @dataclass(frozen=True)
 class Arm:
     name: str
@@ -77,6 +81,8 @@ class Arm:
     """Shipped recipe whose losses these are, but for what `note` says."""
     is_extra: bool = False
     """Trained only where it is named."""
+    is_untrained: bool = False
+    """Judged as it is cut: one step at UNTRAINED_RATE, which moves nothing."""
     note: str = ""
 
 

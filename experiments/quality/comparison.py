@@ -8,13 +8,14 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass, field
 
-from experiments.quality import fine_tuning
+from experiments.quality import fine_tuning, probing
 from experiments.quality.arms import ARMS, BASE, SHAPES, Arm
 from experiments.quality.jobs import EvaluateTeacher, Keep, Train
 from experiments.quality.options import Options
 from experiments.quality.pool import Pool
 from experiments.quality.specs import RunSpec
 from experiments.quality.statistics import best_rate, extension
+from homodistil.training.heldout_scores import language_loss
 
 OWN_SHAPE = "own"
 EXTENDED_SHARE = 0.5
@@ -28,7 +29,7 @@ class Entry:
     arm: Arm
     width: str
     validation: dict[float, float | None] = field(default_factory=dict)
-    """Learning rate -> validation MLM loss of the first seed (None: failed)."""
+    """Learning rate -> validation loss of the first seed, in nats (None: failed)."""
     rate: float | None = None
     """The chosen one."""
     extended: float | None = None
@@ -37,10 +38,21 @@ class Entry:
     """Seed -> what `MeasuredRun.measured` gives, at the chosen rate."""
     tasks: dict[str, list[float]] = field(default_factory=dict)
     """Fine-tuning task -> score a seed."""
+    probes: dict[str, list[float]] = field(default_factory=dict)
+    """Probe of frozen features (`ProbeScores`) -> score a seed."""
+    start: tuple[str, ...] | None = None
+    """Overrides before the arm's own, with the target size; None: those of this study."""
 
     @property
     def label(self) -> str:
         return f"{self.arm.name}/{self.width}"
+
+    @property
+    def overrides(self) -> tuple[str, ...]:
+        """Of the run config, without steps, rate and seed."""
+        if self.start is not None:
+            return (*self.start, *self.arm.overrides)
+        return (*BASE, *(() if self.arm.own_shape else SHAPES[self.width].overrides), *self.arm.overrides)
 
 
 @dataclass
@@ -50,6 +62,7 @@ class Comparison:
     entries: list[Entry]
     teacher: dict
     teacher_tasks: dict[str, list[float]] = field(default_factory=dict)
+    teacher_probes: dict[str, list[float]] = field(default_factory=dict)
 
 
 def run(pool: Pool, options: Options) -> Comparison:
@@ -60,6 +73,7 @@ def run(pool: Pool, options: Options) -> Comparison:
     teacher = EvaluateTeacher(spec(options, entries[0], some_rate, options.seeds[0]), options.eval_blocks)
     comparison = Comparison(entries, pool.run("teacher", [teacher])[0] or {})
     if options.tune:
+        _probe(pool, options, comparison, teacher)
         _fine_tune(pool, options, comparison, teacher)
     _forget_others(pool, options, entries)
     return comparison
@@ -69,18 +83,19 @@ def _widths(arm: Arm, options: Options) -> tuple[str, ...]:
     return (OWN_SHAPE,) if arm.own_shape else options.widths
 
 
-def spec(options: Options, entry: Entry, rate: float, seed: int) -> RunSpec:
-    shape = () if entry.arm.own_shape else SHAPES[entry.width].overrides
-    parts = (BASE, shape, entry.arm.overrides, options.set)
-    return RunSpec.of(entry.label, *parts, steps=options.steps, lr=rate, seed=seed)
+def spec(options: Options, entry: Entry, rate: float, seed: int, length: int = 1) -> RunSpec:
+    """`length`: times the study's steps."""
+    steps = 1 if entry.arm.is_untrained else options.steps * length
+    label = entry.label if length == 1 else f"{entry.label} x{length}"
+    return RunSpec.of(label, entry.overrides, options.set, steps=steps, lr=rate, seed=seed)
 
 
-def job(options: Options, entry: Entry, rate: float, seed: int, keep: Keep = Keep.NO) -> Train:
-    return Train(spec(options, entry, rate, seed), keep, options.eval_blocks)
+def job(options: Options, entry: Entry, rate: float, seed: int, keep: Keep = Keep.NO, length: int = 1) -> Train:
+    return Train(spec(options, entry, rate, seed, length), keep, options.eval_blocks)
 
 
-def try_rates(pool: Pool, options: Options, entries: list[Entry]) -> None:
-    """The grid on the first seed, then the one further rate where the best is at its end."""
+def try_rates(pool: Pool, options: Options, entries: list[Entry], extends: bool = True) -> None:
+    """The grid on the first seed, then (`extends`) the one further rate where the best is at its end."""
     others = len(options.seeds) - 1
     later = {"Train": round(len(entries) * (others + EXTENDED_SHARE))} | _tuning(options, entries)
     cells = [(entry, rate) for entry in entries for rate in options.grid(entry.arm, entry.width)]
@@ -88,7 +103,7 @@ def try_rates(pool: Pool, options: Options, entries: list[Entry]) -> None:
     _validate(pool, options, "learning rates", cells, later)
     cells = []
     for entry in entries:
-        entry.extended = extension(entry.validation)
+        entry.extended = extension(entry.validation) if extends and not entry.arm.is_untrained else None
         if entry.extended is not None:
             cells.append((entry, entry.extended))
     _validate(pool, options, "further rates", cells, {"Train": len(entries) * others} | _tuning(options, entries))
@@ -100,7 +115,7 @@ def _validate(pool: Pool, options: Options, phase: str, cells: list[tuple[Entry,
     keep = Keep.IF_NEW if options.tune else Keep.NO
     jobs = [job(options, entry, rate, options.seeds[0], keep) for entry, rate in cells]
     for (entry, rate), found in zip(cells, pool.run(phase, jobs, later), strict=True):
-        entry.validation[rate] = found["validation"]["mlm_loss"] if found else None
+        entry.validation[rate] = language_loss(found["validation"]) if found else None
 
 
 def run_seeds(pool: Pool, options: Options, entries: list[Entry]) -> None:
@@ -126,18 +141,44 @@ def _forget_others(pool: Pool, options: Options, entries: list[Entry]) -> None:
                 shutil.rmtree(job(options, entry, rate, options.seeds[0]).export(pool.work), ignore_errors=True)
 
 
-def _fine_tune(pool: Pool, options: Options, comparison: Comparison, teacher: EvaluateTeacher) -> None:
-    cells, jobs = [], []
+QUICK_EXAMPLES = 64
+"""Of each set that a probe takes, in a quick study."""
+Source = Train | EvaluateTeacher
+"""Whose checkpoint is measured further."""
+
+
+def _probe(pool: Pool, options: Options, comparison: Comparison, teacher: EvaluateTeacher) -> None:
+    cells: list[tuple[dict, Source]] = [(comparison.teacher_probes, teacher)]
     for entry in comparison.entries:
-        for seed in entry.runs:
-            for task in fine_tuning.TASKS:
-                trained = job(options, entry, entry.rate, seed, Keep.YES)
-                cells.append((entry.tasks, task))
-                jobs.append(fine_tuning.FineTune(trained, task, seed, options.quick))
-    for seed in options.seeds:
-        for task in fine_tuning.TASKS:
-            cells.append((comparison.teacher_tasks, task))
-            jobs.append(fine_tuning.FineTune(teacher, task, seed, options.quick))
-    for (tasks, task), found in zip(cells, pool.run("fine-tuning", jobs), strict=True):
+        cells += [(entry.probes, export) for export in exports(options, entry)]
+    run_probes(pool, cells, QUICK_EXAMPLES if options.quick else None)
+
+
+def exports(options: Options, entry: Entry) -> list[Train]:
+    """The runs of all seeds that were trained, whose students are kept."""
+    return [job(options, entry, entry.rate, seed, Keep.YES) for seed in entry.runs]
+
+
+def run_probes(pool: Pool, cells: list[tuple[dict, Source]], limit: int | None) -> None:
+    """Add the scores of every source's frozen features to its dict: probe -> scores."""
+    jobs = [probing.Probe(source, limit) for _, source in cells]
+    for (probes, _), found in zip(cells, pool.run("probes", jobs), strict=True):
+        for name, score in (found["scores"] if found else {}).items():
+            probes.setdefault(name, []).append(score)
+
+
+def run_fine_tuning(pool: Pool, cells: list[tuple[dict, Source, str, int]], quick: bool) -> None:
+    """Add the scores of (dict, source, task, seed) to each dict: task -> scores."""
+    jobs = [fine_tuning.FineTune(source, task, seed, quick) for _, source, task, seed in cells]
+    for (tasks, _, task, _), found in zip(cells, pool.run("fine-tuning", jobs), strict=True):
         if found:
             tasks.setdefault(task, []).append(found["score"])
+
+
+def _fine_tune(pool: Pool, options: Options, comparison: Comparison, teacher: EvaluateTeacher) -> None:
+    cells: list[tuple[dict, Source, str, int]] = []
+    for entry in comparison.entries:
+        for seed, export in zip(entry.runs, exports(options, entry), strict=True):
+            cells += [(entry.tasks, export, task, seed) for task in fine_tuning.TASKS]
+    cells += [(comparison.teacher_tasks, teacher, task, seed) for seed in options.seeds for task in fine_tuning.TASKS]
+    run_fine_tuning(pool, cells, options.quick)

@@ -14,7 +14,11 @@ from experiments.quality.comparison import OWN_SHAPE, Comparison, Entry
 from experiments.quality.options import Options
 from experiments.quality.statistics import spread, verdict
 
-NOT_TUNED = "Fine-tuning was left out."
+_TUNED = (
+    "Frozen: probes of the exports' features (homodistil probe), nothing trained but ridge regressions. Fine-tuned: "
+    "the exports of all seeds, dev sets of the packaged tasks."
+)
+NOT_TUNED = "Probes of frozen features and fine-tuning were left out."
 
 
 class Metric(NamedTuple):
@@ -35,6 +39,13 @@ COSTS = {
     "cpu_s": Metric("CPU s", "s", "{:.0f}", True),
     "flops": Metric("TFLOP", "FLOP", "{:.2f}", True),
 }
+PROBES = {
+    "cosine": Metric("frozen: STS-B cosine", "fraction", "{:.3f}", False),
+    "centred_cosine": Metric("frozen: STS-B centred cosine", "fraction", "{:.3f}", False),
+    "pairs_ridge": Metric("frozen: STS-B ridge", "fraction", "{:.3f}", False),
+    "movie_ridge": Metric("frozen: movie ridge", "fraction", "{:.3f}", False),
+}
+"""Of `homodistil probe`; the only spread is that of the students."""
 _SCALE = {"flops": 1e-12}
 
 
@@ -42,6 +53,8 @@ def values(entry: Entry, metric: str) -> list[float]:
     """One a seed, on the TEST half."""
     if metric in TASKS:
         return entry.tasks.get(metric, [])
+    if metric in PROBES:
+        return entry.probes.get(metric, [])
     runs = entry.runs.values()
     return [found["test"][metric] if metric in METRICS else found[metric] * _SCALE.get(metric, 1) for found in runs]
 
@@ -58,7 +71,7 @@ def failures(errors: Mapping[str, str]) -> str:
 
 def report(found: Comparison, options: Options, errors: Mapping[str, str]) -> str:
     parts = [_width_part(found, width) for width in dict.fromkeys(entry.width for entry in found.entries)]
-    parts += [_verdicts(found), _rates(found), _published(), failures(errors)]
+    parts += [_verdicts(found), rates_section(found.entries), _published(), failures(errors)]
     return page("Quality: our method and its rivals", _how(options), *parts)
 
 
@@ -73,8 +86,7 @@ def _how(options: Options) -> str:
         f"mean +- standard deviation over seeds {', '.join(map(str, options.seeds))}. CPU seconds: of the process "
         f"while it trains (calibration, cut, steps, resize events), without evaluations and the start-up check. "
         f"TFLOP: student and teacher by the runs' own count, calibration of one-shot pruning included, closed-form "
-        f"compensation not. "
-        + ("Fine-tuned: the exports of all seeds, dev sets of the packaged tasks." if options.tune else NOT_TUNED)
+        f"compensation not. " + (_TUNED if options.tune else NOT_TUNED)
     )
 
 
@@ -86,7 +98,7 @@ def _grids(options: Options) -> str:
 
 def _width_part(found: Comparison, width: str) -> str:
     entries = [entry for entry in found.entries if entry.width == width]
-    columns = METRICS | TASKS | COSTS
+    columns = METRICS | PROBES | TASKS | COSTS
     headings = ["method", "parameters {:,}", "lr {:g}", *(f"{m.heading} {m.form}" for m in columns.values())]
     lines = [_teacher_line(found)] + [_line(entry, columns) for entry in entries]
     notes = [f"* {entry.arm.label}: {entry.arm.note}." for entry in entries if entry.arm.note]
@@ -104,6 +116,7 @@ def _teacher_line(found: Comparison) -> list:
     teacher = found.teacher
     line = ["teacher (corrected)", teacher.get("parameters"), None]
     line += [teacher["test"][metric] if teacher else None for metric in METRICS]
+    line += [spread(found.teacher_probes.get(probe, [])) for probe in PROBES]
     return [*line, *(spread(found.teacher_tasks.get(task, [])) for task in TASKS), *[None] * len(COSTS)]
 
 
@@ -113,7 +126,7 @@ def _verdicts(found: Comparison) -> str:
     lost: dict[str, list[str]] = {}
     """Column -> the rivals that our default does not beat there."""
     for ours, rival in _pairs(found.entries):
-        for name, metric in (METRICS | TASKS).items():
+        for name, metric in (METRICS | PROBES | TASKS).items():
             a, b = mean(ours, name), mean(rival, name)
             if a is None or b is None:
                 continue
@@ -154,12 +167,13 @@ def _pairs(entries: Sequence[Entry]) -> list[tuple[Entry, Entry]]:
     return [(defaults[entry.width], entry) for entry in others if entry.width in defaults]
 
 
-def _rates(found: Comparison) -> str:
+def rates_section(entries: Sequence[Entry]) -> str:
+    """What every learning rate came to, and which one was chosen."""
     lines = []
-    for entry in found.entries:
+    for entry in entries:
         losses = "; ".join(f"{rate:g}: {cell(loss, '{:.3f}')}" for rate, loss in sorted(entry.validation.items()))
         lines.append([entry.label, losses, entry.rate, entry.extended])
-    headings = ["method/width", "validation MLM loss by rate (seed of the choice)", "chosen {:g}"]
+    headings = ["method/width", "validation loss by rate (seed of the choice)", "chosen {:g}"]
     return f"## Learning rates\n\n{table([*headings, 'beyond the grid {:g}'], lines)}"
 
 
@@ -179,13 +193,13 @@ def rows(found: Comparison, config: dict) -> Rows:
     for entry in found.entries:
         about = {"rate": entry.rate, "validation": {f"{rate:g}": loss for rate, loss in entry.validation.items()}}
         about |= {"seeds": list(entry.runs), "parameters": [run["parameters"] for run in entry.runs.values()][:1]}
-        for name, metric in (METRICS | TASKS | COSTS).items():
+        for name, metric in (METRICS | PROBES | TASKS | COSTS).items():
             if numbers := values(entry, name):
                 unit = "TFLOP" if name == "flops" else metric.unit
                 made.add(entry.arm.name, name, unit, entry.width, numbers, **about)["values"] = numbers
     about = {"parameters": [found.teacher["parameters"]]} if found.teacher else {}
     for name, metric in METRICS.items() if found.teacher else ():
         made.add("teacher", name, metric.unit, "teacher", found.teacher["test"][name], **about)
-    for name, scores in found.teacher_tasks.items():
+    for name, scores in (found.teacher_probes | found.teacher_tasks).items():
         made.add("teacher", name, "fraction", "teacher", scores, **about)
     return made

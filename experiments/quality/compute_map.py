@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import math
 import statistics
-import time
 from dataclasses import dataclass, field
 
 from experiments.quality.arms import BASE, ONE_SHOT, SHAPES
+from experiments.quality.budget import Budget
 from experiments.quality.jobs import Train
 from experiments.quality.options import Options
 from experiments.quality.pool import Pool
@@ -25,8 +25,6 @@ ENDS = (0.1, 0.3)
 """Of gradual pruning, as a share of the steps."""
 EVENTS = 9
 """About so many: intervals follow the length, so that a cell differs from another in one thing."""
-FIRST_GUESS_S = 0.2
-"""Wall seconds of a step, until some have been measured."""
 MORE = 0.05
 """The number of one-shot's steps at equal compute is rounded to this share of the equal steps."""
 
@@ -64,22 +62,6 @@ class Map:
     cells: list[Cell]
     left_out: list[str] = field(default_factory=list)
     """What the budget did not allow."""
-
-
-class Budget:
-    """Wall seconds that are left, against what jobs will take."""
-
-    def __init__(self, minutes: float | None, workers: int) -> None:
-        self._end = None if minutes is None else time.monotonic() + 60 * minutes
-        self._workers, self._step_s = workers, []
-
-    def saw(self, found: list[dict | None], steps: int) -> None:
-        self._step_s += [run["wall_s"] / steps for run in found if run and "wall_s" in run]
-
-    def allows(self, num_runs: int, steps: int) -> bool:
-        step_s = statistics.fmean(self._step_s) if self._step_s else FIRST_GUESS_S
-        needed = num_runs * steps * step_s / self._workers
-        return self._end is None or time.monotonic() + needed <= self._end
 
 
 def run(pool: Pool, options: Options) -> Map:

@@ -54,9 +54,7 @@ class FineTune(Job):
         return work / "tuned" / content_hash(address)
 
     def execute(self, context, folder: Path) -> dict:
-        work = context.work
-        source = self.of.export(work) if isinstance(self.of, Train) else Path(self.of.result(work)["folder"])
-        start = time.process_time()
+        source, start = self.of.checkpoint(context.work), time.process_time()
         found = _fine_tune(source, self.task, self.seed, self.quick, cache_dir(self.of.spec.config()))
         return {"score": found[TASKS[self.task].metric], "metrics": found, "cpu_s": time.process_time() - start}
 
@@ -69,7 +67,7 @@ def _fine_tune(checkpoint: Path, task: str, seed: int, quick: bool, cache: Path)
     from homodistil.evaluation.glue.tasks import find_task
 
     epochs = TASKS[task].epochs
-    settings = Settings(lr=RATE, batch_size=BATCH_SIZE, epochs=epochs, seed=seed, max_length=MAX_TOKENS, device="cpu")
+    settings = Settings(lr=RATE, batch_size=BATCH_SIZE, epochs=epochs, seed=seed, max_length=MAX_TOKENS)
     return train(checkpoint, find_task(task), _encoded(_Tokenizer(checkpoint), task, quick, cache), settings)
 
 

@@ -86,6 +86,10 @@ class Train(Job):
     def export(self, work: Path) -> Path:
         return self.folder(work) / EXPORT
 
+    def checkpoint(self, work: Path) -> Path:
+        """Folder of the exported student; it is there where `keep` said so."""
+        return self.export(work)
+
     def result(self, work: Path) -> dict | None:
         is_missing = self.keep is Keep.YES and not (self.export(work) / "config.json").is_file()
         return None if is_missing else super().result(work)
@@ -114,6 +118,10 @@ class EvaluateTeacher(Job):
         return (
             work / "teachers" / content_hash([config.to_dict()["teacher"], config.to_dict()["data"], self.eval_blocks])
         )
+
+    def checkpoint(self, work: Path) -> Path:
+        """Folder of the corrected teacher, once it has been evaluated."""
+        return Path(self.result(work)["folder"])
 
     def execute(self, context: Context, folder: Path) -> dict:
         return context.evaluate_teacher(self.spec.config(), self.eval_blocks)

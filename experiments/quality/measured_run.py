@@ -18,6 +18,7 @@ from homodistil.data.prepare.corpus import Rows
 from homodistil.distill.cost import step_flops
 from homodistil.evaluation.heldout import Predict, evaluate
 from homodistil.metrics.recorder import METRICS_FILE, read_lines
+from homodistil.training.heldout_scores import HeldoutScores
 from homodistil.training.inputs import RunInputs
 from homodistil.training.run import DistillationRun
 
@@ -116,7 +117,7 @@ class MeasuredRun(DistillationRun):
     Args:
         config, engine_config, folder: as of `DistillationRun`.
         both: VALIDATION and TEST, from `halves`.
-        remembered: of each half.
+        remembered: of each half, of a masked teacher: logits of all tokens of a causal one would fill the memory.
     """
 
     def __init__(
@@ -149,6 +150,8 @@ class MeasuredRun(DistillationRun):
         return self.final
 
     def _evaluate_half(self, half: RunInputs, remembered: RememberedLogits) -> dict[str, float]:
+        if self.student.family.is_causal:
+            return HeldoutScores(self.config, half, self.student.family).of_student(self.student, self.teacher)
         teacher = remembered.of(self.teacher.predict)
         return evaluate(self.student.predict, teacher, half.heldout(self.config), half.device)
 
@@ -189,7 +192,8 @@ class MeasuredRun(DistillationRun):
             config.loss,
             num_sequences=sequences,
             seq_len=data.seq_len,
-            target_rows=sequences * data.seq_len * data.mask_probability,
-            vocab_size=self.student.model.config.vocab_size,
+            target_rows=sequences * self.resolved.task.target_rows(data),
+            vocab_size=self.resolved.vocab_size,
+            architecture=self.resolved.family.architecture,
         )
         return config.pruning.calibration_batches * one.total

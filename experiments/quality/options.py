@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.harness.environment import ROOT
-from experiments.quality.arms import ABLATED_ARM, ARMS, Arm
+from experiments.quality import decoder_arms
+from experiments.quality.arms import ABLATED_ARM, ARMS, UNTRAINED_RATE, Arm
+from homodistil.errors import UserError, nearest
 
 WORK = Path("~/.cache/homodistil/quality")
 QUICK = (
@@ -42,9 +44,17 @@ class Options:
     eval_blocks: int | None = None
     own_rates: bool = False
     """Every method has a grid around its own usual rate, instead of `rates`."""
+    teacher: str = decoder_arms.SMOLLM2
+    """decoder: whose students are made."""
+    layers: int = 0
+    """decoder: the first layers of the teacher that are kept of it."""
+    is_listed: bool = False
+    """decoder: print the runs and how long they take, and make none."""
 
     def grid(self, arm: Arm, width: str) -> tuple[float, ...]:
         """Learning rates that the method is tried with at this width, ascending."""
+        if arm.is_untrained:
+            return (UNTRAINED_RATE,)
         if not self.own_rates:
             return self.rates
         usual = arm.rate * _NARROW.get(width, 1)
@@ -52,12 +62,16 @@ class Options:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("study", choices=["main", "gap", "map", "ablate"])
+    parser.add_argument("study", choices=["main", "gap", "map", "ablate", "decoder"])
     parser.add_argument("--steps", type=int, help="optimizer steps of a run (map: of its shortest)")
     parser.add_argument("--rates", type=float, nargs="+", help="learning rates, ascending, for all methods")
     parser.add_argument("--seeds", type=int, nargs="+", help="the first chooses the learning rates")
     parser.add_argument("--widths", nargs="+", choices=["half", "quarter", "eighth"])
-    parser.add_argument("--arms", nargs="+", choices=list(ARMS), help="main: see arms.py")
+    parser.add_argument("--sizes", nargs="+", help="decoder: shares of the teacher's parameters (0.7 0.5)")
+    parser.add_argument("--arms", nargs="+", help="main, decoder: see arms.py, decoder_arms.py")
+    parser.add_argument("--teacher", default=decoder_arms.SMOLLM2, help="decoder: packaged one, GGUF file or folder")
+    parser.add_argument("--layers", type=int, default=LAYERS, help="decoder: first layers of the teacher (30: whole)")
+    parser.add_argument("--list", action="store_true", help="decoder: all runs and the time they take; makes none")
     parser.add_argument("--base", choices=list(ARMS), help="ablate: the arm that is varied")
     parser.add_argument("--budget-minutes", type=float, help="map: what does not fit is left out, and named")
     parser.add_argument("--no-tune", action="store_true", help="main: no fine-tuning")
@@ -67,12 +81,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--set", nargs="+", default=[], metavar="FIELD=VALUE", help="of every run, behind its arm's")
 
 
+LAYERS = 12
+"""Of SmolLM2's 30: 71 of 135 million parameters, and a run of 128 steps within ten minutes of a core."""
+_ARMS = {"decoder": decoder_arms.DECODER_ARMS}
+"""Study -> its methods; of the others: ARMS."""
+_QUICK_ARMS = {"decoder": ("none_one_shot", decoder_arms.BY_DEPTH)}
+_EVAL_BLOCKS = {"decoder": 128}
+"""Study -> held-out blocks a half; the others take all, for their vocabulary is read at masked tokens alone."""
+
 # (steps, widths) where nothing was said.
 _DEFAULTS = {
     "main": (240, ("half", "quarter")),
     "gap": (240, ("half",)),
     "map": (75, ("half", "quarter", "eighth")),
     "ablate": (240, ("half",)),
+    "decoder": (128, decoder_arms.SIZES),
 }
 
 _RATES = (3e-3, 6e-3, 1.2e-2)
@@ -83,25 +106,38 @@ _NARROW = {"quarter": 2, "eighth": 4}
 def options_of(args: argparse.Namespace) -> Options:
     """The study's defaults where nothing was said."""
     quick = args.quick
-    steps, widths = (6, ("half",)) if quick else _DEFAULTS[args.study]
+    steps, widths = _DEFAULTS[args.study]
+    if quick:
+        steps, widths = 6, widths[:1]
     return Options(
         study=args.study,
         steps=args.steps or steps,
         rates=tuple(args.rates or (_RATES[:2] if quick else _RATES)),
         seeds=tuple(args.seeds or ((0, 1) if quick else (0, 1, 2))),
-        widths=tuple(args.widths or widths),
-        arms=tuple(
-            args.arms
-            or (("homodistil", "one_shot") if quick else (name for name, arm in ARMS.items() if not arm.is_extra))
-        ),
+        widths=tuple((args.sizes if args.study == "decoder" else args.widths) or widths),
+        arms=_chosen_arms(args),
         work=args.work.expanduser(),
         workers=args.workers,
         deepspeed=args.deepspeed,
         quick=quick,
         set=(*(QUICK if quick else ()), *args.set),
-        tune=not args.no_tune,
+        tune=not args.no_tune and args.study != "decoder",
         base=args.base or ("homodistil" if quick else ABLATED_ARM),
         budget_minutes=args.budget_minutes,
-        eval_blocks=64 if quick else None,
-        own_rates=args.study == "main" and not (args.rates or quick),
+        eval_blocks=64 if quick else _EVAL_BLOCKS.get(args.study),
+        own_rates=args.study in ("main", "decoder") and not (args.rates or quick),
+        teacher=args.teacher,
+        layers=args.layers,
+        is_listed=args.list,
     )
+
+
+def _chosen_arms(args: argparse.Namespace) -> tuple[str, ...]:
+    """Those that are named, or the study's. Raises `UserError` for an unknown one."""
+    known = _ARMS.get(args.study, ARMS)
+    for name in args.arms or ():
+        if name not in known:
+            raise UserError(f"--arms: found {name!r}, allowed: {', '.join(known)}{nearest(name, known)}")
+    if args.quick and not args.arms:
+        return _QUICK_ARMS.get(args.study, ("homodistil", "one_shot"))
+    return tuple(args.arms or (name for name, arm in known.items() if not arm.is_extra))

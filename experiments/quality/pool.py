@@ -15,6 +15,7 @@ from typing import Protocol
 
 from experiments.quality.jobs import Job
 from experiments.quality.worker import work_off
+from homodistil.training.heldout_scores import language_loss
 
 _ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
@@ -141,8 +142,8 @@ class Pool:
         found, error, seconds = worker.answer()
         if error is None:
             self._seconds.setdefault(job.kind, []).append(seconds)
-            loss = found.get("validation", {}).get("mlm_loss")
-            outcome = f"{seconds:.0f} s" + (f", validation MLM loss {loss:.3f}" if loss is not None else "")
+            measured = found.get("validation")
+            outcome = f"{seconds:.0f} s" + (f", validation loss {language_loss(measured):.3f}" if measured else "")
         else:
             self.errors[job.label] = error
             outcome = f"FAILED: {error}"

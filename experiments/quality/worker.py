@@ -25,7 +25,8 @@ from homodistil.distributed import graceful_stop
 from homodistil.engine.build import init_ranks, load_engine_config, resolve_engine_config
 from homodistil.engine.ds_config import teacher_dtype
 from homodistil.errors import StopRequested
-from homodistil.evaluation.heldout import evaluate
+from homodistil.models import family_of
+from homodistil.training.heldout_scores import HeldoutScores
 from homodistil.training.inputs import RunInputs, check_teacher, prepare_inputs, teacher_copy
 from homodistil.training.teacher_correction import corrected
 
@@ -74,15 +75,18 @@ class Context:
             self._materials[key] = found
         return self._materials[key]
 
+    def settled_inputs(self, config: RunConfig) -> RunInputs:
+        """`run_inputs`; what `config` leaves to the teacher is settled in it, also where the inputs were there."""
+        check_teacher(config)
+        return self.run_inputs(config)
+
     def evaluate_teacher(self, config: RunConfig, eval_blocks: int | None) -> dict:
         engine_config = resolve_engine_config(copy.deepcopy(self._engine_config), config.train, 1)
-        run_inputs = self.run_inputs(config)
+        run_inputs = self.settled_inputs(config)
         dtype = teacher_dtype(config.teacher.dtype, engine_config, self.device)
         teacher = build_teacher(teacher_copy(run_inputs, dtype), config.teacher, self.device, dtype)
-        found = [
-            evaluate(teacher.predict, None, half.heldout(config), self.device) | {"kl_to_teacher": 0.0}
-            for half in halves(run_inputs, eval_blocks)
-        ]
+        family = family_of(teacher.model.config.model_type)
+        found = [HeldoutScores(config, half, family).of_teacher(teacher) for half in halves(run_inputs, eval_blocks)]
         return {
             "validation": found[0],
             "test": found[1],

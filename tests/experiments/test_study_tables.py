@@ -15,38 +15,41 @@ from experiments.quality.gap_study import curves, jumps, mean_over_steps
 from experiments.quality.statistics import difference
 
 
-def _entry(name: str, losses: list[float], **tasks: list[float]):
+def _entry(name: str, losses: list[float], cosine: list[float] | None = None, **tasks: list[float]):
 
     entry = Entry(ARMS[name], "half", {0.003: 4.25, 0.006: None}, 0.003)
     entry.runs = {seed: measured(9.0, loss) for seed, loss in enumerate(losses)}
     entry.tasks = tasks
+    entry.probes = {"cosine": cosine} if cosine else {}
     return entry
 
 
 def test_the_tables_of_the_comparison(tmp_path):
 
-    ours = _entry(DEFAULT_ARM, [4.0, 4.01, 4.02], stsb=[0.7, 0.72, 0.74])
-    rival = _entry("one_shot", [4.1, 4.11, 4.12], stsb=[0.71, 0.72, 0.73])
+    ours = _entry(DEFAULT_ARM, [4.0, 4.01, 4.02], [0.6, 0.61, 0.62], stsb=[0.7, 0.72, 0.74])
+    rival = _entry("one_shot", [4.1, 4.11, 4.12], [0.4, 0.5, 0.6], stsb=[0.71, 0.72, 0.73])
     teacher = measured(9.0, 3.5, parameters=5000)
-    found = Comparison([ours, rival], teacher, {"stsb": [0.8, 0.8, 0.8]})
+    found = Comparison([ours, rival], teacher, {"stsb": [0.8, 0.8, 0.8]}, {"cosine": [0.7]})
     text = report(found, study_options(tmp_path, "main"), {"x lr 1": "ValueError: y"})
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
     by_name = {line[0]: line for line in reversed(lines)}
 
-    assert by_name[ARMS["one_shot"].label][:7] == [
+    assert by_name[ARMS["one_shot"].label][:6] == [
         ARMS["one_shot"].label,
         "1,000",
         "0.003",
         "4.110 +- 0.010",
         "0.2433 +- 0.0006",
         "0.411 +- 0.001",
-        "0.720 +- 0.010",
     ]
-    assert by_name[ARMS["one_shot"].label][7:] == ["-", "500 +- 0", "10 +- 0", "2.00 +- 0.00"]
+    assert by_name[ARMS["one_shot"].label][6:10] == ["0.500 +- 0.100", "-", "-", "-"]  # frozen features
+    assert by_name[ARMS["one_shot"].label][10:] == ["0.720 +- 0.010", "-", "500 +- 0", "10 +- 0", "2.00 +- 0.00"]
     assert by_name["teacher (corrected)"][1:4] == ["5,000", "-", "3.500"]
+    assert by_name["teacher (corrected)"][6:8] == ["0.700", "-"]
     verdicts = {line[2]: line[3:] for line in lines if line[0] == ARMS["one_shot"].label and line[1] == "half"}
     assert verdicts["held-out MLM loss"] == ["-0.100", "0.028", "yes"]
     assert verdicts["STS-B Spearman"] == ["+0.000", "0.045", "no"]
+    assert verdicts["frozen: STS-B cosine"] == ["+0.110", "0.201", "no"]
     assert "by more than two standard deviations of the difference, in: held-out MLM loss," in text
     assert f"* in STS-B Spearman than: {ARMS['one_shot'].label} at half width\n" in text
     assert by_name[f"{DEFAULT_ARM}/half"] == [f"{DEFAULT_ARM}/half", "0.003: 4.250; 0.006: -", "0.003", "-"]

@@ -69,7 +69,7 @@ def load_tokenizer(folder: str, max_length: int, num_texts: int = 1) -> PreTrain
     check_words(tokenizer, where)
     if tokenizer.pad_token_id is None:
         raise UserError(f"{where} has no pad_token, which batches need; set one in tokenizer_config.json")
-    allowed = _max_tokens(config, max_length)
+    allowed = max_tokens(config, max_length)
     num_special = tokenizer.num_special_tokens_to_add(pair=num_texts > 1)
     if max_length < num_special + num_texts:
         raise UserError(
@@ -90,7 +90,7 @@ def _check_reads_both_sides(model_type: str, folder: str) -> None:
         )
 
 
-def _max_tokens(config, otherwise: int) -> int:
+def max_tokens(config, otherwise: int) -> int:
     """Longest sequence of a model with this configuration; `otherwise` if the configuration does not say."""
     if config.model_type in FAMILIES:
         return FAMILIES[config.model_type].shape(config).max_tokens
@@ -115,8 +115,22 @@ def load_encoder(kind: type, folder: str, **options: Any) -> nn.Module:
         options: further arguments of its `from_pretrained`.
 
     Raises:
+        UserError: as in `load_model`, or the model is a decoder.
+    """
+    _check_reads_both_sides(read_config(folder, FIELD).model_type, folder)
+    return load_model(kind, folder, **options).train()
+
+
+def load_model(kind: type, folder: str, **options: Any) -> nn.Module:
+    """An encoder or decoder in fp32; a head that its files do not have is drawn from torch's random state.
+
+    Args:
+        kind: AutoModel (no head), or an AutoModelFor... class of transformers.
+        options: further arguments of its `from_pretrained`.
+
+    Raises:
         UserError: the checkpoint cannot be loaded, or only with custom code or pickled weights; or a part of the
-            encoder is missing, has another shape, or is not finite.
+            backbone is missing, has another shape, or is not finite.
     """
     _check_files(folder)
     with readable(folder):
@@ -130,19 +144,19 @@ def load_encoder(kind: type, folder: str, **options: Any) -> nn.Module:
             output_loading_info=True,
             **options,
         )
-    inside, where = f"{model.base_model_prefix}.", f"{FIELD}: {folder!r}"
+    prefix, where = model.base_model_prefix, f"{FIELD}: {folder!r}"
+    inside = f"{prefix}." if hasattr(model, prefix) else ""  # a model without a head is the backbone itself
     # The pooler belongs to the head, because masked language models have none.
-    missing = sorted(n for n in report["missing_keys"] if n.startswith(inside) and ".pooler." not in n)
+    missing = sorted(n for n in report["missing_keys"] if n.startswith(inside) and "pooler." not in n)
     mismatched = [(n, tuple(a), tuple(b)) for n, a, b in sorted(report["mismatched_keys"]) if n.startswith(inside)]
     check_present(Difference(missing, [], mismatched), where)
     check_finite(model, where)
-    return model.train()
+    return model
 
 
 def _check_files(folder: str) -> None:
     """Check the files against the config before the model is built, which could have any size."""
     config, local = read_config(folder, FIELD), local_folder(folder, FIELD)
-    _check_reads_both_sides(config.model_type, folder)
     stored = stored_tensors(local, FIELD) if local else {}
     if stored and config.model_type in FAMILIES:
         family, where = family_of(config.model_type), f"{FIELD}: {folder!r}"
