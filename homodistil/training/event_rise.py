@@ -93,13 +93,13 @@ class EventRises:
     # -- checkpoints
 
     def state_dict(self) -> dict:
-        """What a resumed run goes on with, once nothing is `held`: JSON values."""
-        behind = {str(event.step): dict(event.losses) for event in self._behind}
-        return {"step": self._step, "before": self._before, "was_cut": self._was_cut, "behind": behind}
+        """What a resumed run goes on with, once nothing is `held`: JSON values, by the names of the terms."""
+        behind = {str(event.step): _by_term(event.losses) for event in self._behind}
+        return {"step": self._step, "before": _by_term(self._before), "was_cut": self._was_cut, "behind": behind}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._step, self._before, self._was_cut = state["step"], state["before"], state["was_cut"]
-        self._behind = [BehindEvent(int(step), losses) for step, losses in state["behind"].items()]
+        self._step, self._before, self._was_cut = state["step"], _as_logged(state["before"]), state["was_cut"]
+        self._behind = [BehindEvent(int(step), _as_logged(losses)) for step, losses in state["behind"].items()]
 
     # -- what is said
 
@@ -152,3 +152,12 @@ class EventRises:
 
     def _label(self, name: str) -> str:
         return term_label(name, self._task)
+
+
+def _by_term(losses: Mapping[str, float]) -> dict[str, float]:
+    """Without the prefix of a logged name: names in a checkpoint have no slash."""
+    return {name.removeprefix("loss/"): value for name, value in losses.items()}
+
+
+def _as_logged(losses: Mapping[str, float]) -> dict[str, float]:
+    return {f"loss/{name}": value for name, value in losses.items()}
