@@ -156,8 +156,13 @@ def _mean_difference(
 ):
     """First pass over the keys: of each row the mean of S - S' over the keys that are seen."""
     rows = block * QUERIES + tl.arange(0, QUERIES)
-    total = tl.zeros((queries.shape[0],), tl.float32)
     num_seen = tl.zeros((queries.shape[0],), tl.float32)
+    # A loop of its own: beside the products it would take registers that are not there.
+    for first in range(first_in_reach(block, QUERIES, BEFORE), end_of_reach(block, num_tokens, QUERIES, AFTER), KEYS):
+        tokens = first + tl.arange(0, KEYS)
+        seen = seen_keys(load_valid(attention_mask, text, tokens, num_tokens), rows, tokens, BEFORE, AFTER)
+        num_seen += tl.sum(tl.where(seen, 1.0, 0.0), 1)
+    total = tl.zeros((queries.shape[0],), tl.float32)
     for first in range(first_in_reach(block, QUERIES, BEFORE), end_of_reach(block, num_tokens, QUERIES, AFTER), KEYS):
         tokens = first + tl.arange(0, KEYS)
         seen = seen_keys(load_valid(attention_mask, text, tokens, num_tokens), rows, tokens, BEFORE, AFTER)
@@ -165,7 +170,6 @@ def _mean_difference(
         teacher_keys = load_keys(teacher, teacher_start, tokens, num_tokens, TEACHER_DIMS)
         difference = score_difference(queries, keys, student_scale, teacher_queries, teacher_keys, teacher_scale)
         total += tl.sum(tl.where(seen, difference, 0.0), 1)
-        num_seen += tl.sum(tl.where(seen, 1.0, 0.0), 1)
     return mean_of_seen(total, num_seen)
 
 

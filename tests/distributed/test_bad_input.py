@@ -264,12 +264,12 @@ def test_a_run_of_before_there_were_spaces_keeps_to_raw_states(tmp_path, weight,
     resumed = [*fields, "run.resume=auto"]
     check_run_folder(parse(resumed))  # auto: settled, and looked at again, once the teacher is known
     check_run_folder(parse([*resumed, "loss.hidden_space=raw"]))
-    for field, found in (("hidden_space", "normalised"), ("skip_first_tokens", 1)):
-        config = parse([*resumed, f"loss.{field}={found}"])
+    for field, value in (("hidden_space", "normalised"), ("skip_first_tokens", 1)):
+        config = parse([*resumed, f"loss.{field}={value}"])
         if not is_refused:
             check_run_folder(config)
             continue
-        with pytest.raises(UserError, match=f"loss.{field}: the run in '.*' has (raw|0), this config {found}; go on"):
+        with pytest.raises(UserError, match=f"loss.{field}: the run in '.*' has (raw|0), this config {value}; go on"):
             check_run_folder(config)
 
 
