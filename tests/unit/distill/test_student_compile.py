@@ -67,10 +67,11 @@ def loss_and_gradients(model: nn.Module, taps: ActivationHooks) -> tuple[Tensor,
     return seen.loss(), torch.autograd.grad(seen.loss(), parameters)
 
 
-def test_layers_share_one_code_and_give_the_same_loss_and_gradients():
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_layers_share_one_code_and_give_the_same_loss_and_gradients(backend):
     plain, model = small_model(), small_model()
     expected_loss, expected = loss_and_gradients(plain, ActivationHooks(plain, bert))
-    taps, compiled = ActivationHooks(model, bert), CompiledLayers(bert.layers(model), num_events=0)
+    taps, compiled = ActivationHooks(model, bert), CompiledLayers(bert.layers(model), num_events=0, backend=backend)
     for _ in range(2):
         loss, gradients = loss_and_gradients(model, taps)
         torch.testing.assert_close(loss, expected_loss, rtol=1e-5, atol=0)

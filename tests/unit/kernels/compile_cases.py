@@ -61,7 +61,6 @@ def heads(num_heads: int, num_tokens: int, head_dim: int, dtype: str) -> Tensor:
 
 HEAD_DIMS, NUM_TOKENS = (64, 48, 32, 28, 20), (64, 128, 512)
 USUAL_ATTENTION = {
-    ("scores", 128, 64, "bf16"),
     ("scores", 512, 64, "bf16"),
     ("scores", 128, 20, "bf16"),
     ("scores", 512, 64, "fp32"),
@@ -70,7 +69,6 @@ USUAL_ATTENTION = {
     ("centred_scores", 512, 48, "fp16"),
     ("probabilities", 128, 64, "bf16"),
     ("probabilities", 512, 48, "fp16"),
-    ("probabilities", 128, 28, "fp32"),
     ("probabilities_kl", 64, 32, "fp16"),
     ("probabilities_kl", 512, 64, "bf16"),
 }

@@ -132,8 +132,13 @@ def test_torch(case, dtype, target):
     check(make(case, dtype), target, "torch")
 
 
-# The interpreter is slow: the longest text in one dtype.
-INTERPRETED = [(case, dtype) for case in CASES[:3] for dtype in DTYPES] + [(CASES[3], torch.bfloat16)]
+# The interpreter is slow: every case in one dtype, and `make test-full` has the others of all but the longest.
+INTERPRETED = [*zip(CASES, [*DTYPES, torch.bfloat16], strict=True)]
+INTERPRETED += [
+    pytest.param(case, dtype, marks=pytest.mark.full)
+    for i, case in enumerate(CASES[:3])
+    for dtype in (*DTYPES[:i], *DTYPES[i + 1 :])
+]
 
 
 @pytest.mark.interpreted
