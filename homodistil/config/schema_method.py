@@ -142,7 +142,7 @@ class PruningConfig:
     sampled from the teacher. Or activation: size of its activations, without gradients (Minitron)."""
     score_normalisation: Literal["none", "per_tensor"] = option("none", resume="fixed", students="own", derived=SAME)
     """Before the scores of weights are summed over a neuron's parameters: none, or per_tensor: scores of each parameter
-    (a bias with its weight) are divided by their sum, so that a tied embedding has no more say than another matrix."""
+    (a bias with its weight) are divided by their sum, so that none has more say than another."""
     ema_beta: float = option(0.85, low=0, high=1, exclude="high", resume="fixed", students="own", derived=SAME)
     """Decay of the moving average of the scores over steps, in [0, 1)."""
     uncertainty_beta: float = option(0.95, low=0, high=1, exclude="high", resume="fixed", students="own", derived=SAME)
