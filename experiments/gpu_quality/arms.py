@@ -68,6 +68,8 @@ WIDTHS = {"quarter": 4, "half": 2}
 """Width -> by what the teacher's hidden size and neurons are divided; heads stay. The first one chooses the rates."""
 SAME_RATE = {"B": "A"}
 """Arms that take another one's rate: they differ by the schedule of the cut alone."""
+ONLY_FIRST = ("E",)
+"""Arms that are far behind, and so are trained at the first width, with the first seed alone."""
 TUNED = ("A", "C", "D")
 """Arms whose exports at the first width are fine-tuned."""
 PEER, REACHED = "C", "A"

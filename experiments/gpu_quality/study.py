@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from transformers import PretrainedConfig
 
-from experiments.gpu_quality.arms import BASE, PEER, REACHED, SAME_RATE, TUNED, WIDTHS, arms
+from experiments.gpu_quality.arms import BASE, ONLY_FIRST, PEER, REACHED, SAME_RATE, TUNED, WIDTHS, arms
 from experiments.gpu_quality.sizes import Sizes
 from experiments.quality import tokens_saved
 from experiments.quality.budget import Budget
@@ -61,6 +61,7 @@ def findings_of(options: Options, sizes: Sizes, source: tuple[str, ...], teacher
         Entry(made[name], width, start=(*BASE, *source, *sizes.overrides, *shape(teacher, width).overrides))
         for width in options.widths
         for name in options.arms
+        if width == options.widths[0] or name not in ONLY_FIRST
     ]
     return Findings(entries)
 
@@ -105,16 +106,16 @@ class Experiment:
 
     def phases(self) -> list[Phase]:
         seed, *further = self.options.seeds
+        listed = ", ".join(map(str, further))
         at_first, at_others = self._at(self._first), [e for width in self._others for e in self._at(width)]
-        several = [entry for entry in at_first if entry.arm.name != "E"]
-        in_half = [entry for entry in at_others if entry.arm.name != "E"]
+        several = [entry for entry in at_first if entry.arm.name not in ONLY_FIRST]
         return [
             Phase("the teacher", list, self._teacher),
             Phase("learning rates", self._rate_jobs, self._rates),
             self._trained(f"{self._first} width, seed {seed}", at_first, (seed,)),
             Phase(f"tokens that {PEER} needs to reach {REACHED}", self._longer_jobs, self._longer),
-            self._trained(f"{', '.join(self._others)} width, seed {seed}", in_half, (seed,)),
-            self._trained(f"{self._first} width, seeds {further}", several, tuple(further)),
+            self._trained(f"{', '.join(self._others)} width, seed {seed}", at_others, (seed,)),
+            *([self._trained(f"{self._first} width, seeds {listed}", several, tuple(further))] if further else []),
             Phase("probes of frozen features", list, self._probes),
             Phase("fine-tuning on STS-B", list, self._fine_tuning),
         ]

@@ -57,6 +57,8 @@ def main() -> None:
         options = options_of(args)
     except UserError as error:
         made.error(str(error))
+    if options.is_listed and options.study != "decoder":
+        made.error("--list: only the study decoder has a list")
     if options.is_listed:
         print(decoder_list.listing(options))
         return

@@ -60,9 +60,9 @@ def run(pool: Pool, options: Options) -> DecoderStudy:
     teacher = first_layers(options.teacher, options.layers, pool.work, _cache_dir(options))
     start = teacher_overrides(options, teacher)
     study = plan(options, start, load_config(found_teacher(_config(start, options))))
+    _choose_layers(pool, options, start, study)
     if not study.entries:
         return study
-    _choose_layers(pool, options, start, study)
     try_rates(pool, options, study.entries)
     run_seeds(pool, options, study.entries)
     some = EvaluateTeacher(spec(options, study.entries[0], options.rates[0], options.seeds[0]), options.eval_blocks)

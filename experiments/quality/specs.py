@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import NamedTuple
 
 from homodistil.config import command_line
@@ -44,13 +45,19 @@ class RunSpec:
         return cls(f"{label} lr {lr:g} seed {seed}", (*(field for part in parts for field in part), *own))
 
     def config(self) -> RunConfig:
-        """Raises `UserError` when an override is none."""
-        return command_line.parse(list(self.overrides))
+        """A copy that the caller may change. Raises `UserError` when an override is none."""
+        return copy.deepcopy(_parsed(self.overrides))
 
-    @cached_property
+    @functools.cached_property
     def key(self) -> str:
         """Hash of the resolved config (without what decides nothing) and RESULTS_VERSION."""
         return content_hash(relevant(self.config()))
+
+
+@functools.cache
+def _parsed(overrides: tuple[str, ...]) -> RunConfig:
+    """Studies ask for the config of the same run again and again, and parsing takes a fifth of a second."""
+    return command_line.parse(list(overrides))
 
 
 def relevant(config: RunConfig) -> dict:

@@ -113,7 +113,7 @@ def test_a_part_of_it_has_every_phase(tmp_path):
     assert small.eval_blocks == 10 and small.probe_examples == 64 and small.compensation_sequences == 16
     experiment, _, _ = _experiment(tmp_path, "--scale", "0.01")
     text = _listing(experiment)
-    assert "* learning rates: 12 runs, 72 steps" in text and "* quarter width, seeds [1, 2]: 8 runs, 240 steps" in text
+    assert "* learning rates: 12 runs, 72 steps" in text and "* quarter width, seeds 1, 2: 8 runs, 240 steps" in text
     assert not any(tmp_path.iterdir())
     for wrong in ("0", "1.5", "-1"):
         with pytest.raises(argparse.ArgumentTypeError, match=f"found {wrong}, allowed are numbers"):
@@ -133,13 +133,13 @@ def test_every_arm_is_a_run_of_its_own_and_all_seeds_share_a_teacher(tmp_path):
         for entry in findings.entries
         for seed in (0, 1)
     }
-    assert len({str(config) for config in configs.values()}) == 2 * 10
+    assert len({str(config) for config in configs.values()}) == 2 * 9
     assert {str(config.teacher) for config in configs.values()} == {str(configs["A/half", 0].teacher)}
     assert {config.loss.attention_target for config in configs.values()} == {"probabilities_kl"}
     b, d = (configs[f"{arm}/half", 0].pruning for arm in "BD")
     assert (b.end_fraction, b.interval_steps, b.compensation) == (0.1, 38, "full")
     assert (d.end_fraction, d.interval_steps, d.compensation) == (0.7, 262, "none")
-    assert configs["E/half", 0].student.init == "random" and configs["C/half", 0].pruning.schedule == "one_shot"
+    assert configs["E/quarter", 0].student.init == "random" and configs["C/half", 0].pruning.schedule == "one_shot"
     assert {prediction.width for prediction in PREDICTIONS} == set(WIDTHS)
 
 

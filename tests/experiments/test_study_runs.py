@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 from multiprocessing.connection import Connection
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,9 +17,14 @@ from experiments.quality.jobs import ERROR_FILE, Keep, Train
 from experiments.quality.measured_run import RememberedLogits, halves
 from experiments.quality.options import QUICK
 from experiments.quality.pool import Pool, spawner
+from experiments.quality.probing import Probe
 from experiments.quality.specs import RunSpec
+from homodistil.data.sources.assets import teacher_folder
 from homodistil.evaluation.glue import fine_tuning as glue
 from homodistil.evaluation.glue import sources
+from homodistil.evaluation.probe.examples import load_examples
+from homodistil.evaluation.probe.features import SentenceFeatures
+from homodistil.evaluation.probe.scores import probe
 from homodistil.training.inputs import prepare_inputs
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -75,6 +82,18 @@ def _by_stock_models(export: Path, teacher: str, batches) -> tuple[float, float]
         kl += float((expected.exp() * (expected - student)).sum())
         rows += len(batch.target_ids)
     return loss / rows, kl / rows
+
+
+def test_probes_are_of_the_exported_student_and_kept(tmp_path, cache_dir):
+    """A job on the folder where a run leaves its student; here the packaged BERT-tiny stands there."""
+    overrides = (BASE, SHAPES["half"].overrides, (f"data.cache_dir={cache_dir}",))
+    train = Train(RunSpec.of("x", *overrides, steps=3, lr=1e-3, seed=0), Keep.YES)
+    shutil.copytree(teacher_folder("embedded:bert-tiny", cache_dir), train.export(tmp_path))
+    job, context = Probe(train, 16), SimpleNamespace(work=tmp_path, device=torch.device("cpu"))
+    result = job.run(context)
+    features = SentenceFeatures(str(train.export(tmp_path)))
+    assert result["scores"] == pytest.approx(probe(features, load_examples(cache_dir, 16))._asdict(), abs=1e-5)
+    assert job.result(tmp_path) == result and Probe(train).result(tmp_path) is None
 
 
 def test_a_task_is_encoded_once_for_all_students_of_one_tokenizer(tmp_path, monkeypatch):
