@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from homodistil.models.axes import AxisTable
+from homodistil.models.axes import AxisTable, AxisUse
 from homodistil.models.linears import output_dim
 from homodistil.models.resize_plan import ResizePlan, transform
 
@@ -56,5 +56,5 @@ class Changes:
         return transform(rows, {last: index[dim]} if dim in index else {}, {last: maps[dim]} if dim in maps else {})
 
 
-def _is_matrix(model: nn.Module, use) -> bool:
+def _is_matrix(model: nn.Module, use: AxisUse) -> bool:
     return model.get_parameter(use.parameter).ndim == 2

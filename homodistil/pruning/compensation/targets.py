@@ -55,7 +55,9 @@ def _seen_before(block: Block) -> nn.Module | None:
     return None if block.stream_norm is None else block.stream_norm.module
 
 
-def _targets(block: Block, summed: Tensor, put_out: dict[nn.Module, Tensor], stream: Stream, changes: Changes):
+def _targets(
+    block: Block, summed: Tensor, put_out: dict[nn.Module, Tensor], stream: Stream, changes: Changes
+) -> BlockTargets:
     def behind(norm: Norm | None) -> Tensor | None:
         return None if norm is None else changes.of_stream(stream.rows(put_out[norm.module]))
 
