@@ -27,7 +27,7 @@ class BehindEvent(NamedTuple):
 
     step: int
     losses: Mapping[str, float]
-    """Of the terms with a weight, unweighted, as logged: "loss/kl" and so on."""
+    """Term with a weight -> its unweighted value."""
 
 
 class EventRises:
@@ -50,8 +50,8 @@ class EventRises:
 
     @property
     def names(self) -> list[str]:
-        """Names of the terms that are followed, as logged."""
-        return [f"loss/{name}" for name in self._loss.weights]
+        """Names of the terms that are followed."""
+        return list(self._loss.weights)
 
     def hold(self, step: int, means: Tensor) -> None:
         """Keep the values of a step behind an event where they are. `means`: of `names` on this rank, (terms,)."""
@@ -73,40 +73,42 @@ class EventRises:
     def ratios(self) -> dict[str, float]:
         """Term -> the largest of its values behind these events, in units of its value before; of terms that were not
         0."""
-        names = self._loss.weights if self._behind else ()
+        names = self.names if self._behind else ()
         largest = {name: max(self._ratio(name, event) for event in self._behind) for name in names}
         return {name: ratio for name, ratio in largest.items() if 0 < ratio < math.inf}
 
     def lines(self) -> list[str]:
         """One warning for each term that an event has let run away, the first time."""
-        return [line for event in self._behind for name in self._loss.weights if (line := self._line(name, event))]
+        return [line for event in self._behind for name in self.names if (line := self._line(name, event))]
 
     def end(self, step: int, losses: Mapping[str, float], is_cut: bool) -> None:
         """Remember the logged step, which the next events are compared with.
 
         Args:
+            losses: unweighted, as logged: "loss/kl" and so on.
             is_cut: whether the student was narrower than its teacher: what a copy has learnt to differ is no base.
         """
-        self._step, self._before, self._was_cut = step, {name: losses[name] for name in self.names}, is_cut
+        self._step, self._was_cut = step, is_cut
+        self._before = {name: losses[f"loss/{name}"] for name in self.names}
         self._behind.clear()
 
     # -- checkpoints
 
     def state_dict(self) -> dict:
-        """What a resumed run goes on with, once nothing is `held`: JSON values, by the names of the terms."""
-        behind = {str(event.step): _by_term(event.losses) for event in self._behind}
-        return {"step": self._step, "before": _by_term(self._before), "was_cut": self._was_cut, "behind": behind}
+        """What a resumed run goes on with, once nothing is `held`: JSON values."""
+        behind = {str(event.step): dict(event.losses) for event in self._behind}
+        return {"step": self._step, "before": self._before, "was_cut": self._was_cut, "behind": behind}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._step, self._before, self._was_cut = state["step"], _as_logged(state["before"]), state["was_cut"]
-        self._behind = [BehindEvent(int(step), _as_logged(losses)) for step, losses in state["behind"].items()]
+        self._step, self._before, self._was_cut = state["step"], state["before"], state["was_cut"]
+        self._behind = [BehindEvent(int(step), losses) for step, losses in state["behind"].items()]
 
     # -- what is said
 
     def _ratio(self, name: str, event: BehindEvent) -> float:
         """0 where there is nothing to compare with."""
-        before = self._before.get(f"loss/{name}", 0.0)
-        return event.losses[f"loss/{name}"] / before if before > 0 else 0.0
+        before = self._before.get(name, 0.0)
+        return event.losses[name] / before if before > 0 else 0.0
 
     def _line(self, name: str, event: BehindEvent) -> str | None:
         text = None if name in self._warned else self._rise(name, event) or self._dominance(name, event)
@@ -119,7 +121,7 @@ class EventRises:
         ratio, has_base = self._ratio(name, event), self._was_cut or name in NOT_OF_A_COPY
         if not has_base or ratio <= MOST_RISE:
             return None
-        before, after = self._before[f"loss/{name}"], event.losses[f"loss/{name}"]
+        before, after = self._before[name], event.losses[name]
         weight = self._loss.weights[name] / ratio
         return (
             f"warning: the event at step {event.step - 1} raised the {self._label(name)} term {ratio:.3g}-fold "
@@ -130,7 +132,7 @@ class EventRises:
         """Of a term that has nearly all of the loss, and another next to nothing; unless `balance` has just said so."""
         if name in NOT_OF_A_COPY or name in self._balance.warned:
             return None
-        shares = self._balance.shares(event.losses)
+        shares = self._balance.shares({f"loss/{term}": value for term, value in event.losses.items()})
         others = {other: share for other, share in shares.items() if other != name and share > 0}
         least = min(others, key=others.get, default=None)
         if least is None or shares[name] <= LIMIT or shares[name] / others[least] <= MOST_RATIO:
@@ -152,12 +154,3 @@ class EventRises:
 
     def _label(self, name: str) -> str:
         return term_label(name, self._task)
-
-
-def _by_term(losses: Mapping[str, float]) -> dict[str, float]:
-    """Without the prefix of a logged name: names in a checkpoint have no slash."""
-    return {name.removeprefix("loss/"): value for name, value in losses.items()}
-
-
-def _as_logged(losses: Mapping[str, float]) -> dict[str, float]:
-    return {f"loss/{name}": value for name, value in losses.items()}

@@ -97,7 +97,7 @@ class StepLogger:
             data_wait_s: seconds that this rank has waited for data so far (`BatchPrefetcher.wait_s`).
         """
         if self._note_widths():
-            self._rises.hold(step, self._means([name.removeprefix("loss/") for name in self._rises.names]))
+            self._rises.hold(step, self._means(self._rises.names))
         self._steps.append(_Step(len(batches) * ranks.world_size(), batches[0].counts, self._widths))
         if step % self.config.train.log_every_steps == 0 or step == self.config.train.steps:
             self._log(step, engine, data_wait_s)
