@@ -16,7 +16,7 @@ from support.small_job import TRAIN, arguments
 from homodistil.distributed.exit_codes import USER_ERROR
 
 PROGRAMS = Path(sys.executable).parent
-LIMIT_S = 240
+LIMIT_S = 480
 
 
 def _environment() -> dict[str, str]:

@@ -3,7 +3,9 @@
 The job is the small one of the fault tests, with compensated events. The quickstart itself: test_slurm_quickstart.py.
 """
 
+import re
 import time
+from pathlib import Path
 
 import pytest
 from slurm_cluster import ROOT
@@ -15,11 +17,11 @@ TRAIN = ROOT / "launcher" / "slurm" / "train.sbatch"
 NODES = ["--nodes=2", "--time=10"]
 PATIENCE_S = 240  # other lanes use the processor as well
 COMPENSATED = ["pruning.compensation=full", "pruning.compensation_sequences=24", "pruning.interval_steps=4"]
-FROZEN = {"HOMODISTIL_FAULT": "train.step:rank=1:hit=7:action=stop"}
-"""Rank 1 stands still in the seventh step of every start, so that a signal meets it there. It goes on by SIGCONT.
+FROZEN = {"HOMODISTIL_FAULT": "train.step:rank=1:hit=6:action=stop"}
+"""Rank 1 stands still in the sixth step of every start, so that a signal meets it there. It goes on by SIGCONT.
 
-Stopped in step 7 of 16, the second start goes on from step 8, and stands still in step 15. The third one goes on from
-the checkpoint of step 12, and has fewer than seven steps left.
+Asked in step 6 of 16, the ranks stop behind step 7. The second start stands still in step 13 and stops behind step 14:
+SLURM asks before it requeues. The third one has two steps left.
 """
 
 
@@ -43,17 +45,17 @@ def _wait_for_step(cluster, job, folder, step):
 def test_stopped_and_requeued_in_the_middle_of_pruning_it_ends_bitwise(cluster, site, run_inputs, whole, tmp_path):
     folder = tmp_path / "run"
     job = cluster.submit(TRAIN, arguments(run_inputs, folder, *COMPENSATED), NODES, site | FROZEN)
-    _wait_for_step(cluster, job, folder, 6)
+    _wait_for_step(cluster, job, folder, 5)
     cluster.run("scancel", "--signal=USR1", job)
     cluster.run("scancel", "--signal=CONT", job)
-    _wait_for_step(cluster, job, folder, 14)
+    _wait_for_step(cluster, job, folder, 12)
     cluster.run("scontrol", "requeue", job)
     assert cluster.wait(job, timeout_s=PATIENCE_S) == "COMPLETED", cluster.output(job)
     output = cluster.output(job)
     assert cluster.restarts(job) == 2 and "2 nodes (node[1-2]) x 1 ranks, master node1:" in output, output
     assert "stopped on request; requeued" in output and "start 2: 2 nodes" in output and f"{job}: done" in output
-    steps = [line for line in output.splitlines() if line.startswith("resumed from step")]
-    assert [line.split()[3] for line in steps] == ["8", "12"], output
+    logs = [Path(start, "rank-0000.txt").read_text() for start in re.findall(r"a log a rank in (\S+)", output)]
+    assert [re.findall(r"^resumed from step (\d+) ", log, re.MULTILINE) for log in logs] == [[], ["7"], ["14"]], logs
     assert (folder / "events.jsonl").read_text().count("\n") >= 3
     assert differences(result(folder), result(whole)) == []
 

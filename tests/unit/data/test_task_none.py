@@ -119,13 +119,12 @@ def test_weights_of_words_that_the_user_gives_want_a_head(teacher):
         ("loss.mlm=1", "loss.mlm: found 1, but data.task=none uses no language-modelling head"),
         ("loss={kl: 4}", "loss.kl: found 4"),
         ("teacher.correction_steps=5", "teacher.correction_steps: found 5"),
-        ("pruning.compensation=full", "pruning.compensation: found full"),
         ("pruning.importance=teacher_kl", "pruning.importance: found teacher_kl"),
     ],
 )
 def test_what_needs_words_is_refused(teacher, field, said):
     assert said in refusal(lambda: config_of(teacher, "data.task=none", field))
-    if "compensation" in field or "importance" in field:  # found out later
+    if "importance" in field:  # found out later
         assert said in refusal(lambda: check_teacher(config_of(without_head(teacher), field)))
 
 

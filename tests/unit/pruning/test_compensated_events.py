@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -124,6 +125,7 @@ class FixedBatches(Compensation):
     def __init__(self, limit: float) -> None:
         self.config = RunConfig()
         self.config.pruning.compensation, self.config.pruning.compensation_limit = "full", limit
+        self.run_inputs = SimpleNamespace(with_head=True)
 
     def batches(self, consumed_samples: int) -> list[Batch]:
         return BATCHES
