@@ -79,7 +79,9 @@ def _in_blocks(dims: dict[str, int], capability: int, max_registers: int | None)
         launch = Launch(narrow, 4, 1, MOST_REGISTERS)
         return {"row_kernel": launch, "column_kernel": launch}
     queries, num_stages = (64, 2) if capability >= 90 else (32, 1)
-    rows = Launch(dims | {"QUERIES": queries, "KEYS": 64}, 4, num_stages, max_registers)
+    # Before 90 ptxas is told so always: left alone it stops at 128 registers, and centred scores spill 16 bytes.
+    most_registers = max_registers if capability >= 90 else MOST_REGISTERS
+    rows = Launch(dims | {"QUERIES": queries, "KEYS": 64}, 4, num_stages, most_registers)
     # A program's keys stay in registers: beside a mask, or a loop over heads, there is room for half as many.
     columns = rows._replace(constexprs=narrow) if max_registers else rows
     return {"row_kernel": rows, "column_kernel": columns}
