@@ -1,4 +1,4 @@
-"""One cluster for all SLURM tests, and a site file as a user would write one."""
+"""One cluster for all SLURM tests, the small job's teacher and text, and a site file as a user would write one."""
 
 from __future__ import annotations
 
@@ -21,6 +21,16 @@ def cluster(slurm_folder):
         pytest.skip(reason)
     with Cluster(slurm_folder) as cluster:
         yield cluster
+
+
+@pytest.fixture(scope="session")
+def slurm_materials(tmp_path_factory):
+    """Folder with the small teacher, its text and the cache, as tests/faults has it."""
+    from support.small_job import make_materials
+
+    folder = tmp_path_factory.mktemp("slurm-materials")
+    make_materials(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")
