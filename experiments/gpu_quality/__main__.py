@@ -55,8 +55,8 @@ def run(args: argparse.Namespace) -> None:
     start = time.monotonic()
     with Pool(options.work, spawner(options.work, options.deepspeed), options.workers, say=_say) as pool:
 
-        def publish(found: Findings) -> None:
-            _write(args.out, found, options, sizes, pool.errors)
+        def publish(findings: Findings) -> None:
+            _write(args.out, findings, options, sizes, pool.errors)
 
         Experiment(pool, options, sizes, findings, publish).run()
     print((args.out / "table.md").read_text(encoding="utf-8"))
@@ -82,10 +82,10 @@ def _say(line: str) -> None:
     print(line, flush=True)
 
 
-def _write(out: Path, found: Findings, options: Options, sizes: Sizes, errors: dict[str, str]) -> None:
+def _write(out: Path, findings: Findings, options: Options, sizes: Sizes, errors: dict[str, str]) -> None:
     config = {"command": command(), "steps": sizes.steps, "is_whole": sizes.is_whole, **environment()}
-    write_atomically(out / "table.md", tables.report(found, options, sizes, errors) + "\n")
-    write_atomically(out / "rows.json", to_json(tables.rows(found, config)))
+    write_atomically(out / "table.md", tables.report(findings, options, sizes, errors) + "\n")
+    write_atomically(out / "rows.json", to_json(tables.rows(findings, config)))
 
 
 if __name__ == "__main__":

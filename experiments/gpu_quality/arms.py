@@ -4,40 +4,24 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from experiments.quality.arms import FULL, ONE_SHOT, RANDOM, Arm
+from experiments.quality.arms import FULL, ONE_SHOT, PINNED, RANDOM, Arm
 
 BASE = (
+    *PINNED,
     "teacher.correction_lr=6e-4",
     "teacher.correction_seed=0",
     "student.preset=custom",
-    "student.dropout=0",
     "data.seq_len=128",
     "data.heldout_fraction=0.05",
     "data.task=mlm",
-    "train.warmup_fraction=0.1",
-    "train.weight_decay=0.01",
-    "train.save_every_steps=0",
-    "train.eval_every_steps=0",
-    "pruning.schedule=cubic",
-    "pruning.start_fraction=0",
     "pruning.max_event_fraction=1",
-    "pruning.width_multiple=1",
-    "pruning.importance=sensitivity",
-    "pruning.ema_beta=0.85",
-    "pruning.protect_outliers=0.1",
-    "pruning.compensation=none",
-    "loss.mlm=1",
     "loss.kl=4",
     "loss.hidden=1",
     "loss.attention=1",
     "loss.embedding=1",
-    "loss.kl_temperature=1",
-    "loss.kl_positions=masked",
     "loss.attention_target=probabilities_kl",
     "loss.projection=student",
     "loss.projection_learned=true",
-    "run.compare=[]",
-    "run.keep_checkpoints=1",
 )
 """Scores before the softmax have a part that it ignores, most of them in a deep teacher: attention_target."""
 

@@ -20,9 +20,15 @@ _COLUMNS = ["arm", "parameters {:,}", "lr {:g}", "seeds {}", *(f"{m.heading} {m.
 _COLUMNS += ["tokens {:,}", "wall s {:.0f}"]
 
 
-def report(found: Findings, options: Options, sizes: Sizes, errors: Mapping[str, str]) -> str:
-    parts = [_width_part(found, width) for width in options.widths]
-    parts += [_differences(found), _saved(found), rates_section(_rated(found)), _left_out(found), failures(errors)]
+def report(findings: Findings, options: Options, sizes: Sizes, errors: Mapping[str, str]) -> str:
+    parts = [_width_part(findings, width) for width in options.widths]
+    parts += [
+        _differences(findings),
+        _saved(findings),
+        rates_section(_rated(findings)),
+        _left_out(findings),
+        failures(errors),
+    ]
     return page("Compensated cuts at length, on one GPU", _how(options, sizes), *parts)
 
 
@@ -39,14 +45,14 @@ def _how(options: Options, sizes: Sizes) -> str:
     )
 
 
-def _width_part(found: Findings, width: str) -> str:
-    lines = [_teacher_line(found), *(_line(entry) for entry in found.entries if entry.width == width)]
+def _width_part(findings: Findings, width: str) -> str:
+    lines = [_teacher_line(findings), *(_line(entry) for entry in findings.entries if entry.width == width)]
     return f"## {width.capitalize()} width\n\n{table(_COLUMNS, lines)}"
 
 
-def _teacher_line(found: Findings) -> list:
-    test, parameters = found.teacher.get("test", {}), found.teacher.get("parameters")
-    scores = [test.get(name) for name in METRICS] + [spread(found.teacher_probes.get(name, [])) for name in PROBES]
+def _teacher_line(findings: Findings) -> list:
+    test, parameters = findings.teacher.get("test", {}), findings.teacher.get("parameters")
+    scores = [test.get(name) for name in METRICS] + [spread(findings.teacher_probes.get(name, [])) for name in PROBES]
     return ["teacher (corrected)", parameters, None, "-", *scores, None, None, None]
 
 
@@ -65,17 +71,17 @@ def _line(entry: Entry) -> list:
     ]
 
 
-def _differences(found: Findings) -> str:
+def _differences(findings: Findings) -> str:
     columns = ["difference", "width", "held-out MLM loss {}", "predicted {}", "KL to teacher {}", "seeds {}"]
     how = (
         "Paired by seed; a star: more than twice its standard deviation. Predicted before the experiment, for full "
         "size. If A - C is above -0.02 at a quarter, the compensated cut is a better start and nothing more."
     )
-    return f"## Differences\n\n{how}\n\n{table(columns, [_difference(found, each) for each in PREDICTIONS])}"
+    return f"## Differences\n\n{how}\n\n{table(columns, [_difference(findings, each) for each in PREDICTIONS])}"
 
 
-def _difference(found: Findings, predicted: Prediction) -> list[str]:
-    ours, base = (found.entry(arm, predicted.width).runs for arm in (predicted.arm, predicted.base))
+def _difference(findings: Findings, predicted: Prediction) -> list[str]:
+    ours, base = (findings.entry(arm, predicted.width).runs for arm in (predicted.arm, predicted.base))
     changes = [difference(ours, base, metric) for metric in ("mlm_loss", "kl_to_teacher")]
     loss, kl = (marked(change) for change in changes)
     num_seeds = changes[0].num if isinstance(changes[0], Mean) else 0
@@ -83,10 +89,10 @@ def _difference(found: Findings, predicted: Prediction) -> list[str]:
     return [f"{predicted.arm} - {predicted.base}", predicted.width, loss, expected, kl, str(num_seeds)]
 
 
-def _saved(found: Findings) -> str:
-    if not found.saved:
+def _saved(findings: Findings) -> str:
+    if not findings.saved:
         return ""
-    (reach,) = found.saved
+    (reach,) = findings.saved
     lengths = "; ".join(f"{length} x: {loss:.3f}" for length, loss in sorted(reach.losses.items()))
     return (
         f"## Tokens saved\n\n{PEER} needs {reach.in_words} times the tokens of {REACHED} to reach its held-out loss of "
@@ -95,28 +101,28 @@ def _saved(found: Findings) -> str:
     )
 
 
-def _rated(found: Findings) -> list[Entry]:
-    return [entry for entry in found.entries if entry.validation]
+def _rated(findings: Findings) -> list[Entry]:
+    return [entry for entry in findings.entries if entry.validation]
 
 
-def _left_out(found: Findings) -> str:
-    lines = "\n".join(f"* {title}" for title in found.left_out)
+def _left_out(findings: Findings) -> str:
+    lines = "\n".join(f"* {title}" for title in findings.left_out)
     return f"## Left out, for the time was over\n\n{lines}" if lines else ""
 
 
-def rows(found: Findings, config: dict) -> Rows:
+def rows(findings: Findings, config: dict) -> Rows:
     """One row per arm, width and metric: `x` is the width, `values` has a number per seed."""
     made = Rows("gpu_quality", config)
-    for entry in found.entries:
+    for entry in findings.entries:
         for name, metric in _SCORES.items():
             if numbers := values(entry, name):
                 row = made.add(entry.arm.name, name, metric.unit, entry.width, numbers, rate=entry.rate)
                 row["values"] = numbers
-    for name, metric in METRICS.items() if found.teacher else ():
-        made.add("teacher", name, metric.unit, "teacher", found.teacher["test"][name])
-    for name, scores in found.teacher_probes.items():
+    for name, metric in METRICS.items() if findings.teacher else ():
+        made.add("teacher", name, metric.unit, "teacher", findings.teacher["test"][name])
+    for name, scores in findings.teacher_probes.items():
         made.add("teacher", name, "fraction", "teacher", scores)
-    for reach in found.saved:
+    for reach in findings.saved:
         value = reach.factor if reach.factor is not None else max(reach.losses)
         row = made.add(reach.entry.arm.name, f"tokens to reach {REACHED}", "times its", reach.entry.width, value)
         row |= {"is_reached": reach.factor is not None, "losses": {str(k): loss for k, loss in reach.losses.items()}}

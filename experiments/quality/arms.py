@@ -9,37 +9,42 @@ from dataclasses import dataclass
 
 from experiments.quality.specs import Shape
 
-BASE = (
-    "recipe=quickstart",
+PINNED = (
     "student.dropout=0",
-    "train.global_batch_size=32",
-    "train.micro_batch_size=32",
     "train.warmup_fraction=0.1",
     "train.weight_decay=0.01",
     "train.save_every_steps=0",
     "train.eval_every_steps=0",
     "pruning.schedule=cubic",
     "pruning.start_fraction=0",
-    "pruning.end_fraction=0.3",
-    "pruning.interval_steps=10",
-    "pruning.max_event_fraction=0.25",
     "pruning.width_multiple=1",
     "pruning.importance=sensitivity",
     "pruning.ema_beta=0.85",
     "pruning.protect_outliers=0.1",
     "pruning.compensation=none",
     "loss.mlm=1",
+    "loss.kl_temperature=1",
+    "loss.kl_positions=masked",
+    "run.compare=[]",
+    "run.keep_checkpoints=1",
+)
+"""Of every study."""
+
+BASE = (
+    "recipe=quickstart",
+    *PINNED,
+    "train.global_batch_size=32",
+    "train.micro_batch_size=32",
+    "pruning.end_fraction=0.3",
+    "pruning.interval_steps=10",
+    "pruning.max_event_fraction=0.25",
     "loss.kl=1",
     "loss.hidden=1",
     "loss.attention=1",
     "loss.embedding=1",
-    "loss.kl_temperature=1",
-    "loss.kl_positions=masked",
     "loss.attention_target=scores",
     "loss.projection=student",
     "loss.projection_learned=true",
-    "run.compare=[]",
-    "run.keep_checkpoints=1",
 )
 
 SHAPES = {

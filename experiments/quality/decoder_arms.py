@@ -6,41 +6,25 @@ Peers are what their papers do, within this product: the same teacher, text, ste
 
 from __future__ import annotations
 
-from experiments.quality.arms import EARLY, FULL, ONE_SHOT, RANDOM, Arm
+from experiments.quality.arms import EARLY, FULL, ONE_SHOT, PINNED, RANDOM, Arm
 
 DECODER_BASE = (
     "recipe=quickstart-decoder",
+    *PINNED,
     "data.sources=[embedded:wikipedia]",
     "data.seq_len=64",
     "data.heldout_fraction=0.1",
-    "student.dropout=0",
     "train.global_batch_size=8",
     "train.micro_batch_size=4",
     "train.eval_batch_size=8",
-    "train.warmup_fraction=0.1",
-    "train.weight_decay=0.01",
-    "train.save_every_steps=0",
-    "train.eval_every_steps=0",
-    "pruning.schedule=cubic",
-    "pruning.start_fraction=0",
     "pruning.end_fraction=0.3",
     "pruning.interval_steps=10",
     "pruning.max_event_fraction=0.25",
-    "pruning.width_multiple=1",
     "pruning.ffn_multiple=8",
-    "pruning.importance=sensitivity",
-    "pruning.ema_beta=0.85",
-    "pruning.protect_outliers=0.1",
-    "pruning.compensation=none",
-    "loss.mlm=1",
     "loss.kl=4",
     "loss.hidden=0",
     "loss.attention=0",
     "loss.embedding=0",
-    "loss.kl_temperature=1",
-    "loss.kl_positions=masked",
-    "run.compare=[]",
-    "run.keep_checkpoints=1",
 )
 
 SIZES = ("0.7", "0.5")

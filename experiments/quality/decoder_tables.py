@@ -23,16 +23,16 @@ _COLUMNS = ["method", "parameters {:,}", "lr {:g}", *(f"{m.heading} {m.form}" fo
 _COLUMNS += ["tokens {:,}", "CPU s {:.0f}"]
 
 
-def report(found: DecoderStudy, options: Options, errors: Mapping[str, str]) -> str:
-    parts = [_size_part(found, size) for size in options.widths]
-    parts += [_verdicts(found, options), _saved(found), rates_section(found.entries), _refused(found), failures(errors)]
-    return page("Quality of decoders: our method and its peers", _how(found, options), *parts)
+def report(study: DecoderStudy, options: Options, errors: Mapping[str, str]) -> str:
+    parts = [_size_part(study, size) for size in options.widths]
+    parts += [_verdicts(study, options), _saved(study), rates_section(study.entries), _refused(study), failures(errors)]
+    return page("Quality of decoders: our method and its peers", _how(study, options), *parts)
 
 
-def _how(found: DecoderStudy, options: Options) -> str:
+def _how(study: DecoderStudy, options: Options) -> str:
     batches = ""
-    if found.entries:
-        config = spec(options, found.entries[0], options.rates[0], options.seeds[0]).config()
+    if study.entries:
+        config = spec(options, study.entries[0], options.rates[0], options.seeds[0]).config()
         batches = f"of {config.train.global_batch_size} sequences of {config.data.seq_len} tokens, "
     return (
         f"Teacher: {options.teacher}, its first {options.layers} layers (all, if it has no more). Every run: "
@@ -44,31 +44,31 @@ def _how(found: DecoderStudy, options: Options) -> str:
     )
 
 
-def _size_part(found: DecoderStudy, size: str) -> str:
-    entries = [entry for entry in found.entries if entry.width == size]
-    lines = [_teacher_line(found), *(_line(found, entry) for entry in entries)]
+def _size_part(study: DecoderStudy, size: str) -> str:
+    entries = [entry for entry in study.entries if entry.width == size]
+    lines = [_teacher_line(study), *(_line(study, entry) for entry in entries)]
     notes = [f"* {entry.arm.label}: {entry.arm.note}." for entry in entries if entry.arm.note]
     return "\n\n".join([f"## {size} of the parameters", table(_COLUMNS, lines), *(["\n".join(notes)] if notes else [])])
 
 
-def _teacher_line(found: DecoderStudy) -> list:
-    test = found.teacher.get("test", {})
-    return ["teacher", found.teacher.get("parameters"), None, *(test.get(name) for name in METRICS), None, None]
+def _teacher_line(study: DecoderStudy) -> list:
+    test = study.teacher.get("test", {})
+    return ["teacher", study.teacher.get("parameters"), None, *(test.get(name) for name in METRICS), None, None]
 
 
-def _line(found: DecoderStudy, entry: Entry) -> list:
+def _line(study: DecoderStudy, entry: Entry) -> list:
     runs = list(entry.runs.values())
     tokens = 0 if entry.arm.is_untrained else next((run["tokens"] for run in runs), None)
     rate = None if entry.arm.is_untrained else entry.rate
     measured = [over_seeds(entry.runs, name) for name in METRICS]
     cpu = spread([run["cpu_s"] for run in runs])
-    return [entry.arm.label, found.parameters[entry.label], rate, *measured, tokens, cpu]
+    return [entry.arm.label, study.parameters[entry.label], rate, *measured, tokens, cpu]
 
 
-def _verdicts(found: DecoderStudy, options: Options) -> str:
+def _verdicts(study: DecoderStudy, options: Options) -> str:
     columns = ["size", "against", "metric", "difference {:+.3f}", "2 sd of it {:.3f}", "better by more than 2 sd"]
-    lines = [line for size in options.widths for peer in peers(found, size) for line in _against(found, size, peer)]
-    default = [entry.arm.label for size in options.widths if (entry := found.default(size))]
+    lines = [line for size in options.widths for peer in peers(study, size) for line in _against(study, size, peer)]
+    default = [entry.arm.label for size in options.widths if (entry := study.default(size))]
     if not lines:
         return "## Verdict\n\nNone: our default or every peer is missing."
     lost = sum(line[-1] == "no" for line in lines)
@@ -77,8 +77,8 @@ def _verdicts(found: DecoderStudy, options: Options) -> str:
     return f"## Verdict\n\n{how} Difference: our default - the peer.\n\n{table(columns, lines)}"
 
 
-def _against(found: DecoderStudy, size: str, peer: Entry) -> list[list]:
-    lines, default = [], found.default(size)
+def _against(study: DecoderStudy, size: str, peer: Entry) -> list[list]:
+    lines, default = [], study.default(size)
     for name in ("lm_loss", "kl_to_teacher") if default else ():
         ours, theirs = over_seeds(default.runs, name), over_seeds(peer.runs, name)
         if ours and theirs:
@@ -88,8 +88,8 @@ def _against(found: DecoderStudy, size: str, peer: Entry) -> list[list]:
     return lines
 
 
-def _saved(found: DecoderStudy) -> str:
-    if not found.saved:
+def _saved(study: DecoderStudy) -> str:
+    if not study.saved:
         return "## Tokens saved\n\nNone: our default or every peer is missing."
     columns = ["size", "peer", "our loss {:.3f}", *(f"at {length} x {{:.3f}}" for length in (1, *LENGTHS))]
     columns += ["tokens to reach ours, times ours", "tokens {:,.0f}"]
@@ -97,7 +97,7 @@ def _saved(found: DecoderStudy) -> str:
         "Tokens that a peer needs to reach the held-out loss of our default, on the first seed: longer runs with a "
         "schedule of their own, linear in the logarithm of the length between two."
     )
-    return f"## Tokens saved\n\n{how}\n\n{table(columns, map(_saved_line, found.saved))}"
+    return f"## Tokens saved\n\n{how}\n\n{table(columns, map(_saved_line, study.saved))}"
 
 
 def _saved_line(reach: Reach) -> list:
@@ -106,25 +106,25 @@ def _saved_line(reach: Reach) -> list:
     return [reach.entry.width, reach.entry.arm.label, reach.target, *losses, reach.in_words, tokens]
 
 
-def _refused(found: DecoderStudy) -> str:
-    lines = "\n".join(f"* {label}: {reason}" for label, reason in found.refused.items())
+def _refused(study: DecoderStudy) -> str:
+    lines = "\n".join(f"* {label}: {reason}" for label, reason in study.refused.items())
     return f"## Not available\n\n{lines}" if lines else ""
 
 
-def rows(found: DecoderStudy, config: dict) -> Rows:
+def rows(study: DecoderStudy, config: dict) -> Rows:
     """One row per method, size and metric: `x` is the size, `values` has a number per seed; tokens saved by peer."""
     made = Rows("quality_decoder", config)
-    for entry in found.entries:
+    for entry in study.entries:
         about = {"rate": entry.rate, "validation": {f"{rate:g}": loss for rate, loss in entry.validation.items()}}
-        about |= {"seeds": list(entry.runs), "parameters": found.parameters[entry.label]}
+        about |= {"seeds": list(entry.runs), "parameters": study.parameters[entry.label]}
         for name, metric in METRICS.items() if entry.runs else ():
             numbers = [run["test"][name] for run in entry.runs.values()]
             made.add(entry.arm.name, name, metric.unit, entry.width, numbers, **about)["values"] = numbers
-    for reach in found.saved:
+    for reach in study.saved:
         about = {"losses": {str(length): loss for length, loss in reach.losses.items()}, "target": reach.target}
         value = reach.factor if reach.factor is not None else max(reach.losses)
         made.add(reach.entry.arm.name, "tokens to reach ours", "times ours", reach.entry.width, value, **about)
         made[-1]["is_reached"] = reach.factor is not None
-    for name, metric in METRICS.items() if found.teacher else ():
-        made.add("teacher", name, metric.unit, "teacher", found.teacher["test"][name])
+    for name, metric in METRICS.items() if study.teacher else ():
+        made.add("teacher", name, metric.unit, "teacher", study.teacher["test"][name])
     return made

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import torch
 
-from homodistil.distill.cost import step_flops
 from homodistil.engine.build import load_engine_config
 from homodistil.engine.ds_config import student_dtype
 from homodistil.models.axes import Widths
 from homodistil.models.flops import backbone_flops
+from homodistil.planning.step_work import run_flops
 from homodistil.training.resolve import ResolvedRun
 
 START_S = 5.0
@@ -50,29 +50,14 @@ class Estimator:
         return START_S + length * steps + self._evaluation_s(resolved)
 
     def _step_s(self, resolved: ResolvedRun, widths: Widths) -> float:
-        flops = _flops(resolved, widths, resolved.config.train.global_batch_size).total
+        flops = run_flops(resolved, widths, resolved.config.train.global_batch_size).total
         parameters = resolved.teacher_parameters if self._device.type == "cpu" else 0
         return flops / self._flops_per_s + _ADAM_BYTES * parameters / _OPTIMIZER_BYTES_PER_S
 
     def _evaluation_s(self, resolved: ResolvedRun) -> float:
         """Forward passes of teacher and student over both halves."""
-        flops = _flops(resolved, resolved.phases[-1].widths, 2 * self._eval_blocks)
+        flops = run_flops(resolved, resolved.phases[-1].widths, 2 * self._eval_blocks)
         return (flops.teacher + flops.student / 3) / self._flops_per_s
-
-
-def _flops(resolved: ResolvedRun, widths: Widths, num_sequences: int):
-    """Of one optimizer step on so many sequences."""
-    config = resolved.config
-    return step_flops(
-        widths,
-        resolved.teacher_widths,
-        config.loss,
-        num_sequences=num_sequences,
-        seq_len=config.data.seq_len,
-        target_rows=num_sequences * resolved.task.target_rows(config.data),
-        vocab_size=resolved.vocab_size,
-        architecture=resolved.family.architecture,
-    )
 
 
 def training_speed(resolved: ResolvedRun, dtype: torch.dtype, device: torch.device) -> float:

@@ -15,9 +15,9 @@ from torch import Tensor
 from homodistil.config.schema import RunConfig
 from homodistil.data.batch import Batch
 from homodistil.data.prepare.corpus import Rows
-from homodistil.distill.cost import step_flops
 from homodistil.evaluation.heldout import Predict, evaluate
 from homodistil.metrics.recorder import METRICS_FILE, read_lines
+from homodistil.planning.step_work import run_flops
 from homodistil.training.heldout_scores import HeldoutScores
 from homodistil.training.inputs import RunInputs
 from homodistil.training.run import DistillationRun
@@ -182,18 +182,8 @@ class MeasuredRun(DistillationRun):
 
     def _calibration_flops(self) -> float:
         """One-shot pruning looks at some batches at full width first."""
-        config, data = self.config, self.config.data
+        config = self.config
         if config.pruning.schedule != "one_shot":
             return 0.0
-        sequences = config.train.global_batch_size
-        one = step_flops(
-            self.teacher_widths,
-            self.teacher_widths,
-            config.loss,
-            num_sequences=sequences,
-            seq_len=data.seq_len,
-            target_rows=sequences * self.resolved.task.target_rows(data),
-            vocab_size=self.resolved.vocab_size,
-            architecture=self.resolved.family.architecture,
-        )
+        one = run_flops(self.resolved, self.teacher_widths, config.train.global_batch_size)
         return config.pruning.calibration_batches * one.total

@@ -1,8 +1,8 @@
 """Triton kernels of the attention-map loss (formulas: attention_map.py). Loss and gradients, no map in memory.
 
 Of a short text one program makes both maps of one head at once (`tile_kernel`). Else `row_kernel` takes a block of
-queries: a first pass over the keys for the sums that a softmax and its gradient need, a second for loss and dQ;
-`column_kernel` then takes a block of keys and makes dK from these sums. Blocks without a pair that is seen are not
+queries: a first pass over the keys for sums of whole rows (attention_map_first_pass_triton.py), a second for loss and
+dQ; `column_kernel` then takes a block of keys and makes dK from these sums. Blocks without a pair that is seen are not
 visited: causal, about half of them; with a window, all but a band. Launched by attention_map_triton.py; what the
 kernels are made of is in attention_map_blocks_triton.py.
 """
@@ -13,11 +13,9 @@ import triton
 import triton.language as tl
 
 from homodistil.kernels.attention_map_blocks_triton import (
-    MASKED,
     compare_maps,
     end_of_reach,
     first_in_reach,
-    grow,
     head_start,
     key_start,
     load_keys,
@@ -32,6 +30,7 @@ from homodistil.kernels.attention_map_blocks_triton import (
     store_queries,
     teachers_head,
 )
+from homodistil.kernels.attention_map_first_pass_triton import mean_difference, softmax_sums
 
 
 @triton.jit
@@ -88,92 +87,6 @@ def tile_kernel(
 
 
 @triton.jit
-def _row_sums(
-    student,
-    teacher,
-    student_start,
-    teacher_start,
-    queries,
-    teacher_queries,
-    attention_mask,
-    text,
-    block,
-    student_scale,
-    teacher_scale,
-    num_tokens,
-    QUERIES: tl.constexpr,
-    KEYS: tl.constexpr,
-    STUDENT_DIMS: tl.constexpr,
-    TEACHER_DIMS: tl.constexpr,
-    BEFORE: tl.constexpr,
-    AFTER: tl.constexpr,
-):
-    """First pass over the keys: of each row both log-sum-exps (log2) and the sum of P * D."""
-    rows = block * QUERIES + tl.arange(0, QUERIES)
-    our_max = tl.full((queries.shape[0],), MASKED, tl.float32)
-    their_max = tl.full((queries.shape[0],), MASKED, tl.float32)
-    our_sum = tl.zeros((queries.shape[0],), tl.float32)
-    their_sum = tl.zeros((queries.shape[0],), tl.float32)
-    squares = tl.zeros((queries.shape[0],), tl.float32)
-    products = tl.zeros((queries.shape[0],), tl.float32)
-    for first in range(first_in_reach(block, QUERIES, BEFORE), end_of_reach(block, num_tokens, QUERIES, AFTER), KEYS):
-        tokens = first + tl.arange(0, KEYS)
-        seen = seen_keys(load_valid(attention_mask, text, tokens, num_tokens), rows, tokens, BEFORE, AFTER)
-        keys = load_keys(student, student_start, tokens, num_tokens, STUDENT_DIMS)
-        teacher_keys = load_keys(teacher, teacher_start, tokens, num_tokens, TEACHER_DIMS)
-        our_max, ours, p = grow(our_max, log2_scores(queries, keys, student_scale, seen))
-        their_max, theirs, q = grow(their_max, log2_scores(teacher_queries, teacher_keys, teacher_scale, seen))
-        our_sum = our_sum * ours + tl.sum(p, 1)
-        their_sum = their_sum * theirs + tl.sum(q, 1)
-        squares = squares * (ours * ours) + tl.sum(p * p, 1)
-        products = products * (ours * theirs) + tl.sum(p * q, 1)
-    # Of the whole row and exact before the second pass: sums of P * D * K and P * K, combined at the end, would cancel
-    # to nothing in bf16 where attention is nearly one-hot.
-    mean = squares / (our_sum * our_sum) - products / (our_sum * their_sum)
-    return our_max + tl.log2(our_sum), their_max + tl.log2(their_sum), mean
-
-
-@triton.jit
-def _mean_difference(
-    student,
-    teacher,
-    student_start,
-    teacher_start,
-    queries,
-    teacher_queries,
-    attention_mask,
-    text,
-    block,
-    student_scale,
-    teacher_scale,
-    num_tokens,
-    QUERIES: tl.constexpr,
-    KEYS: tl.constexpr,
-    STUDENT_DIMS: tl.constexpr,
-    TEACHER_DIMS: tl.constexpr,
-    BEFORE: tl.constexpr,
-    AFTER: tl.constexpr,
-):
-    """First pass over the keys: of each row the mean of S - S' over the keys that are seen."""
-    rows = block * QUERIES + tl.arange(0, QUERIES)
-    num_seen = tl.zeros((queries.shape[0],), tl.float32)
-    # A loop of its own: beside the products it would take registers that are not there.
-    for first in range(first_in_reach(block, QUERIES, BEFORE), end_of_reach(block, num_tokens, QUERIES, AFTER), KEYS):
-        tokens = first + tl.arange(0, KEYS)
-        seen = seen_keys(load_valid(attention_mask, text, tokens, num_tokens), rows, tokens, BEFORE, AFTER)
-        num_seen += tl.sum(tl.where(seen, 1.0, 0.0), 1)
-    total = tl.zeros((queries.shape[0],), tl.float32)
-    for first in range(first_in_reach(block, QUERIES, BEFORE), end_of_reach(block, num_tokens, QUERIES, AFTER), KEYS):
-        tokens = first + tl.arange(0, KEYS)
-        seen = seen_keys(load_valid(attention_mask, text, tokens, num_tokens), rows, tokens, BEFORE, AFTER)
-        keys = load_keys(student, student_start, tokens, num_tokens, STUDENT_DIMS)
-        teacher_keys = load_keys(teacher, teacher_start, tokens, num_tokens, TEACHER_DIMS)
-        difference = score_difference(queries, keys, student_scale, teacher_queries, teacher_keys, teacher_scale)
-        total += tl.sum(tl.where(seen, difference, 0.0), 1)
-    return mean_of_seen(total, num_seen)
-
-
-@triton.jit
 def row_kernel(
     student,
     teacher,
@@ -209,14 +122,14 @@ def row_kernel(
     student_start, teacher_start = key_start(student, text, head), key_start(teacher, text, teacher_head)
     sums = row_sums + map_index.to(tl.int64) * 3 * num_tokens + rows
     if TARGET == "centred_scores":
-        mean = _mean_difference(
+        mean = mean_difference(
             student, teacher, student_start, teacher_start, queries, teacher_queries, attention_mask, text, block,
             student_scale, teacher_scale, num_tokens, QUERIES, KEYS, STUDENT_DIMS, TEACHER_DIMS, BEFORE, AFTER,
         )  # fmt: skip
         if gradients.queries is not None:
             tl.store(sums + 2 * num_tokens, mean, mask=rows < num_tokens)
     elif TARGET != "scores":
-        our_log, their_log, mean = _row_sums(
+        our_log, their_log, mean = softmax_sums(
             student, teacher, student_start, teacher_start, queries, teacher_queries, attention_mask, text, block,
             student_scale, teacher_scale, num_tokens, QUERIES, KEYS, STUDENT_DIMS, TEACHER_DIMS, BEFORE, AFTER,
         )  # fmt: skip

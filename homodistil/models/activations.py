@@ -20,6 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
 from homodistil.models.attention import attend
+from homodistil.models.backbone import backbone_arguments
 from homodistil.models.family import ModelFamily
 
 ATTENTION = "homodistil_sdpa"
@@ -115,10 +116,9 @@ class ActivationHooks:
 
         input_ids and padding_mask: int64, (B, T); mask 1 = token, 0 = padding, None: no padding (see Batch).
         """
-        mask = self._family.attention_mask(self._config, input_ids, padding_mask)
-        options = {"input_ids": input_ids, "attention_mask": mask, **self._family.forward_options}
+        arguments = backbone_arguments(self._config, self._family, input_ids, padding_mask)
         with self.shown_to(visitor):
-            return self._backbone(**options).last_hidden_state
+            return self._backbone(**arguments).last_hidden_state
 
     @contextmanager
     def shown_to(self, visitor: ActivationVisitor) -> Iterator[None]:

@@ -8,6 +8,7 @@ from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 
 from homodistil.models.family import ModelFamily
 
@@ -18,8 +19,15 @@ def run_backbone(model: nn.Module, family: ModelFamily, input_ids: Tensor, paddi
     Args:
         input_ids, padding_mask: int64, (B, T); mask 1 = token, 0 = padding, None: no padding.
     """
-    mask = family.attention_mask(model.config, input_ids, padding_mask)
-    return family.backbone(model)(input_ids=input_ids, attention_mask=mask, **family.forward_options)[0]
+    return family.backbone(model)(**backbone_arguments(model.config, family, input_ids, padding_mask))[0]
+
+
+def backbone_arguments(
+    config: PretrainedConfig, family: ModelFamily, input_ids: Tensor, padding_mask: Tensor | None
+) -> dict[str, Any]:
+    """What the backbone of a model with this `config` is called with. Arguments as in `run_backbone`."""
+    mask = family.attention_mask(config, input_ids, padding_mask)
+    return {"input_ids": input_ids, "attention_mask": mask, **family.forward_options}
 
 
 class LayerInputs(NamedTuple):

@@ -6,6 +6,7 @@ from dataclasses import astuple, dataclass, fields
 
 from homodistil.distill.cost import step_flops
 from homodistil.models.axes import Widths, num_layers
+from homodistil.models.flops import StepFlops
 from homodistil.training.micro_batch import MicroBatchPolicy
 from homodistil.training.resolve import ResolvedRun
 
@@ -39,22 +40,28 @@ def as_row(work: StepWork) -> tuple[float, ...]:
     return astuple(work)
 
 
+def run_flops(resolved: ResolvedRun, widths: Widths, num_sequences: int) -> StepFlops:
+    """Of one optimizer step of a run on so many sequences, at the given widths of the student."""
+    config = resolved.config
+    return step_flops(
+        widths,
+        resolved.teacher_widths,
+        config.loss,
+        num_sequences=num_sequences,
+        seq_len=config.data.seq_len,
+        target_rows=num_sequences * resolved.task.target_rows(config.data),
+        vocab_size=resolved.vocab_size,
+        architecture=resolved.family.architecture,
+    )
+
+
 def step_work(resolved: ResolvedRun, policy: MicroBatchPolicy, widths: Widths, micro_batch_size: int) -> StepWork:
     """Work of one rank at the given widths of the student; communication as in ZeRO (Rajbhandari et al. 2020, section
     7)."""
     config, layout = resolved.config, policy.layout
     num_ranks, sequences = layout.num_ranks, config.train.global_batch_size
     num_micro_batches = sequences // (num_ranks * micro_batch_size)
-    flops = step_flops(
-        widths,
-        resolved.teacher_widths,
-        config.loss,
-        num_sequences=sequences,
-        seq_len=config.data.seq_len,
-        target_rows=sequences * resolved.task.target_rows(config.data),
-        vocab_size=resolved.vocab_size,
-        architecture=resolved.family.architecture,
-    )
+    flops = run_flops(resolved, widths, sequences)
     trainable, _ = policy.parameter_counts(widths)
     saved_bytes = policy.sequence_bytes(widths).total + policy.sequence_bytes(resolved.teacher_widths).student / 3
     shares = 1 if layout.stage == 0 else num_ranks

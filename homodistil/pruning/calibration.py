@@ -14,6 +14,7 @@ from homodistil.distill.student import Student
 from homodistil.distill.teacher import Teacher
 from homodistil.distributed import ranks
 from homodistil.models.axes import AxisTable
+from homodistil.models.backbone import run_backbone
 from homodistil.pruning.importance import Importance
 
 
@@ -91,12 +92,11 @@ def drawn_direction_loss(student: Student, seed: int) -> Callable[[Batch], Tenso
         student: plain.
         seed: of the directions; another one on every rank.
     """
-    backbone = student.family.backbone(student.model)
     device = next(student.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
 
     def loss(batch: Batch) -> Tensor:
-        last = backbone(input_ids=batch.input_ids, attention_mask=batch.padding_mask)[0]
+        last = run_backbone(student.model, student.family, batch.input_ids, batch.padding_mask)
         directions = torch.randn(last.shape, generator=generator, device=device)
         products = (last.float() * directions).sum(-1) * batch.attention_mask
         return products.sum() / batch.counts.tokens

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from homodistil.data.batch import Batch
+from homodistil.models.backbone import run_backbone
 from homodistil.models.family import ModelFamily
 
 
@@ -33,7 +34,7 @@ def variance_shares(model: nn.Module, family: ModelFamily, batches: Iterable[Bat
         for batch in batches:
             for meter in meters.values():
                 meter.attention_mask = batch.attention_mask
-            family.backbone(model)(input_ids=batch.input_ids, attention_mask=batch.padding_mask)
+            run_backbone(model, family, batch.input_ids, batch.padding_mask)
     finally:
         for handle in handles:
             handle.remove()

@@ -133,11 +133,11 @@ class EventRises:
         if name in NOT_OF_A_COPY or name in self._balance.warned:
             return None
         shares = self._balance.shares({f"loss/{term}": value for term, value in event.losses.items()})
-        others = {other: share for other, share in shares.items() if other != name and share > 0}
-        least = min(others, key=others.get, default=None)
-        if least is None or shares[name] <= LIMIT or shares[name] / others[least] <= MOST_RATIO:
+        rest = {term: share for term, share in shares.items() if term != name and share > 0}
+        least = min(rest, key=rest.get, default=None)
+        if least is None or shares[name] <= LIMIT or shares[name] / rest[least] <= MOST_RATIO:
             return None
-        times, weight = shares[name] / others[least], self._loss.weights[name] * sum(others.values()) / shares[name]
+        times, weight = shares[name] / rest[least], self._loss.weights[name] * sum(rest.values()) / shares[name]
         rise = f" (a {self._ratio(name, event):.3g}-fold rise)" if self._ratio(name, event) else ""
         return (
             f"warning: behind the event at step {event.step - 1} the {self._label(name)} term is {shares[name]:.1%} of "

@@ -6,6 +6,7 @@ BERT's head and its statistics are held to a reference of their own in tests/uni
 from __future__ import annotations
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -131,11 +132,30 @@ def test_dims_with_another_gain_stay_coordinates():
     with torch.no_grad():
         model.model.norm.weight.copy_(torch.full((36,), 2.0).index_fill(0, torch.tensor([3, 30]), -1.0))
     statistics = collect(model.requires_grad_(False), family, BATCHES, [], "pca", seed=0)
-    uneven = uneven_dims(family.norm(model.model.norm), statistics.residual[-1])
-    assert uneven.tolist() == [3, 30]
+    uneven = functools.partial(uneven_dims, family.norm(model.model.norm), statistics.residual[-1])
+    assert uneven(most=18).tolist() == [3, 30] and len(uneven(most=1)) == 1
     with torch.no_grad():
         model.model.norm.weight.fill_(2.0)
-    assert not len(uneven_dims(family.norm(model.model.norm), statistics.residual[-1]))
+    assert not len(uneven(most=18))
+
+
+def test_dims_that_are_wanted_come_before_those_of_the_gain():
+    """At the next event the caller counts on them being the first."""
+    family, model = family_of("llama"), make_model("llama")
+    with torch.no_grad():
+        model.model.norm.weight.copy_(torch.full((36,), 2.0).index_fill(0, torch.tensor([3, 30]), -1.0))
+    table, keep = family.axis_table(model), {"hidden": torch.arange(20)}
+    plan = compensate(model, family, table, keep, BATCHES, Options(), torch.tensor([25, 30])).plan
+    projection = plan.maps["model.embed_tokens.weight"][1]
+    assert projection[:, :3].argmax(0).tolist() == [25, 30, 3] and (projection[:, :3].sum(0) == 1).all()
+
+
+def test_a_stream_narrower_than_its_uneven_dims_is_cut_all_the_same():
+    """All gains differ, and of 36 dims two are left: at most one of them is fixed."""
+    model = make_model("llama")
+    result = cut(model, "llama", {"hidden": 2})
+    assert result.plan.widths_after["hidden"] == 2
+    assert torch.isfinite(logits(result.model, "llama")).all()
 
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen3", "gemma"])

@@ -148,8 +148,9 @@ def _plan(
     maps = AxisMaps(model, family, table, keep)
     for axis in mapped:
         if axis == "hidden":
-            fixed = _fixed_dims(model, family, statistics, fixed_dims)
-            projection = residual_projection(statistics, len(keep[axis]), fixed, options.seed)
+            width = len(keep[axis])
+            fixed = _fixed_dims(model, family, statistics, fixed_dims, width)
+            projection = residual_projection(statistics, width, fixed, options.seed)
             maps.project(ranks.from_first(projection))
         else:
             maps.rotate(axis, statistics.heads[layer_of(axis)])
@@ -157,14 +158,18 @@ def _plan(
     return make_plan(table, kept, maps.by_parameter), statistics
 
 
-def _fixed_dims(model: nn.Module, family: ModelFamily, statistics: Statistics, wanted: Tensor | None) -> Tensor:
-    """Residual dims that stay coordinates: those that are wanted, and what the final norm's gain asks for."""
+def _fixed_dims(
+    model: nn.Module, family: ModelFamily, statistics: Statistics, wanted: Tensor | None, width: int
+) -> Tensor:
+    """Residual dims that stay coordinates: those that are wanted, which come first, as later events count on it; then
+    what the final norm's gain asks for, up to half of the new width."""
     device = statistics.residual[0].sums.device
-    fixed = torch.empty(0, dtype=torch.int64) if wanted is None else wanted
+    fixed = (torch.empty(0, dtype=torch.int64) if wanted is None else wanted).to(device)
     final = family.norm(family.final_norm(model))
     if final is None:
-        return fixed.to(device)
-    return torch.cat([fixed.to(device), uneven_dims(final, statistics.residual[-1])]).unique()
+        return fixed
+    uneven = uneven_dims(final, statistics.residual[-1], most=max(0, width // 2 - len(fixed)))
+    return torch.cat([fixed, uneven[~torch.isin(uneven, fixed)]])
 
 
 @torch.no_grad()

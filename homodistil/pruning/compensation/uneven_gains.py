@@ -19,18 +19,19 @@ _MOST = 0.1
 """Share of all dims that are fixed at most: where gains differ everywhere, fixing few of them does not help."""
 
 
-def uneven_dims(norm: Norm, outputs: Moments) -> Tensor:
+def uneven_dims(norm: Norm, outputs: Moments, most: int) -> Tensor:
     """Dims that stay coordinates, int64, ascending; none where all gains are alike.
 
     Dims are taken out, the one that loses most first, until the rest may be mixed.
 
     Args:
         outputs: moments of what `norm` puts out, (D + 1, D + 1).
+        most: dims that there is room for.
     """
     gain, energy = norm.gain.to(outputs.sums.device), standardised_energy(norm, outputs)
     limit = TOLERATED * (gain.square() * energy).sum()
     mixed = torch.ones_like(gain, dtype=torch.bool)
-    for _ in range(int(_MOST * len(gain))):
+    for _ in range(min(most, int(_MOST * len(gain)))):
         mean = (gain * energy)[mixed].sum() / energy[mixed].sum().clamp(min=TINY)
         lost = (gain - mean).square() * energy * mixed
         if lost.sum() <= limit:
