@@ -21,7 +21,8 @@ from homodistil.models.backbone import input_of
 from homodistil.models.compensable import HeadParts
 from homodistil.models.linears import matrix_of
 from homodistil.models.norms import Norm
-from homodistil.pruning.compensation.least_squares import TINY, Rows, fit_linear, fit_norm, sum_over_rows
+from homodistil.pruning.compensation.least_squares import Rows, fit_linear, fit_norm, sum_over_rows
+from homodistil.pruning.compensation.moments import TINY
 from homodistil.pruning.compensation.refit import Refit
 from homodistil.pruning.compensation.targets import captured
 

@@ -1,4 +1,4 @@
-"""Ridge regression in fp64 from sums over all ranks' rows: linears and norms, drawn to what they are already.
+"""Ridge regression, solved in fp64, from sums over all ranks' rows: linears and norms, drawn to what they are already.
 
 Every rank calls these functions with its own rows; all end with the same bits.
 Source: compensation study, section 4 (sequential refit).
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from homodistil.distributed import ranks
 from homodistil.models.linears import matrix_of
 from homodistil.models.norms import Norm
+from homodistil.pruning.compensation.moments import TINY, sums_of_products
 
 
 class Rows(NamedTuple):
@@ -28,17 +29,13 @@ class Rows(NamedTuple):
     """(rows, 1): what a row's error is multiplied with; None: all count alike."""
 
 
-TINY = 1e-30
-"""Keeps quotients of sums that are all zero (a dead layer, no rows) finite."""
-
-
 @torch.no_grad()
 def fit_linear(linears: Sequence[nn.Module], rows: Iterable[Rows], ridge: float) -> None:
     """Fit weights, and biases where there are, of `linears`, which share their inputs, to the targets (in place).
 
     With X and Y centred, where there are biases, and R = Y - X W0^T:
-    W = W0 + ((X'X + ridge mean(diag X'X) I)^-1 X'R)^T. What the inputs say nothing about (a dead
-    neuron, fewer rows than inputs) stays as in W0.
+    W = W0 + ((X'X + p I)^-1 X'R)^T = ((X'X + p I)^-1 (X'Y + p W0^T))^T for p = ridge mean(diag X'X). What the inputs
+    say nothing about (a dead neuron, fewer rows than inputs) stays as in W0.
 
     Args:
         linears: the targets are those of the first, then those of the second, ...; all have a bias or none.
@@ -55,17 +52,14 @@ def fit_linear(linears: Sequence[nn.Module], rows: Iterable[Rows], ridge: float)
     among_inputs, with_targets = covariance[:, :num_inputs], covariance[:, num_inputs:]
     penalty = (ridge * among_inputs.diagonal().mean()).clamp(min=TINY)
     regular = among_inputs + penalty * torch.eye(num_inputs, dtype=weight.dtype, device=weight.device)
-    weight = weight + torch.linalg.solve(regular, with_targets - among_inputs @ weight.T).T
+    weight = torch.linalg.solve(regular, with_targets + penalty * weight.T).T
     _write_linears(linears, weight, mean_y - weight @ mean_x)
 
 
 def _products(rows: Rows) -> Tensor:
-    """Sums over rows of [X 1]' [X Y 1], fp64, (K + 1, K + M + 1)."""
-    x, y = rows.inputs.double(), rows.targets.double()
-    ones = x.new_ones(len(x), 1)
-    if rows.weights is not None:
-        x, y, ones = (part * rows.weights for part in (x, y, ones))
-    return torch.cat([x, ones], 1).T @ torch.cat([x, y, ones], 1)
+    """Sums over rows of w^2 [X 1]' [X Y 1], fp64, (K + 1, K + M + 1)."""
+    inputs, targets = rows.inputs, rows.targets.to(rows.inputs.dtype)
+    return sums_of_products(inputs, torch.cat([inputs, targets], 1), rows.weights)
 
 
 def _write_linears(linears: Sequence[nn.Module], weight: Tensor, bias: Tensor) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from homodistil.pruning.compensation.least_squares import TINY
+from homodistil.pruning.compensation.moments import TINY
 from homodistil.pruning.compensation.statistics import Statistics
 
 IDENTITY_SHARE = 0.5

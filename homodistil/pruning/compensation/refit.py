@@ -21,7 +21,8 @@ from homodistil.models.family import ModelFamily
 from homodistil.models.norms import Norm
 from homodistil.models.resize_plan import ResizePlan
 from homodistil.pruning.compensation.changes import Changes
-from homodistil.pruning.compensation.least_squares import TINY, Rows, fit_linear, fit_norm, sum_over_rows
+from homodistil.pruning.compensation.least_squares import Rows, fit_linear, fit_norm, sum_over_rows
+from homodistil.pruning.compensation.moments import TINY
 from homodistil.pruning.compensation.stream import Stream, start
 from homodistil.pruning.compensation.targets import BlockTargets, run_old_layer
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from homodistil.pruning.compensation.least_squares import TINY
+from homodistil.pruning.compensation.moments import TINY
 from homodistil.pruning.compensation.statistics import HeadMoments
 
 _JITTER = 1e-6

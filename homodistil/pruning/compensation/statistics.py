@@ -1,6 +1,7 @@
 """What a rotation or projection is chosen by: second moments of activations and gradients, over calibration batches.
 
-One pass of the stock model; hooks add up fp64 products at once, so no activation is kept. Sums are over all ranks.
+One pass of the stock model; hooks add up products at once (moments.py), so no activation is kept. Sums are over all
+ranks.
 Rows are valid tokens, N heads, H dims of a head, D hidden, V vocabulary.
 """
 
@@ -12,7 +13,6 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
 from homodistil.data.batch import Batch
@@ -21,33 +21,10 @@ from homodistil.models.axes import layer_widths
 from homodistil.models.backbone import run_backbone
 from homodistil.models.family import ModelFamily
 from homodistil.models.norms import Norm
-from homodistil.pruning.compensation.least_squares import TINY
+from homodistil.pruning.compensation.moments import TINY, Moments, moments_of, sums_of_products
 
 _LOGITS_AT_ONCE = 1 << 25
 """Elements: 128 MiB of probabilities in fp32."""
-
-
-class Moments(NamedTuple):
-    """Moments of rows with a one appended: sums of products, fp64, (..., K + 1, K + 1)."""
-
-    sums: Tensor
-
-    @property
-    def mean(self) -> Tensor:
-        return self.sums[..., -1, :-1] / self._count
-
-    @property
-    def second(self) -> Tensor:
-        """E[x x'], (..., K, K)."""
-        return self.sums[..., :-1, :-1] / self._count.unsqueeze(-1)
-
-    @property
-    def covariance(self) -> Tensor:
-        return self.second - self.mean.unsqueeze(-1) * self.mean.unsqueeze(-2)
-
-    @property
-    def _count(self) -> Tensor:
-        return self.sums[..., -1, -1:].clamp(min=TINY)
 
 
 class HeadMoments(NamedTuple):
@@ -162,7 +139,7 @@ class _Collector:
     def _head_gradient(self, rows: Tensor, numbers: Tensor) -> Tensor:
         """Gradient of -log p(label) with respect to what enters the decoder, (rows, D), by chunks of rows."""
         decoder = self.family.decoder(self.model)
-        self._add("head_rows", _products(rows))
+        self._add("head_rows", moments_of(rows))
         size = max(1, _LOGITS_AT_ONCE // len(decoder.weight))
         parts = zip(rows.split(size), numbers.split(size), strict=True)
         return torch.cat([self._chunk_gradient(decoder, *part) for part in parts])
@@ -174,16 +151,16 @@ class _Collector:
         return probabilities @ decoder.weight - decoder.weight[labels]
 
     def _on_place(self, j: int, stream: Tensor) -> None:
-        self._add(f"residual.{j}", _products(self._rows(stream.detach())))
+        self._add(f"residual.{j}", moments_of(self._rows(stream.detach())))
         if torch.is_grad_enabled():
             if not stream.requires_grad:  # the first place: all parameters are frozen
                 stream.requires_grad_()
-            stream.register_hook(lambda gradient: self._add("gradient", _products(self._rows(gradient))))
+            stream.register_hook(lambda gradient: self._add("gradient", moments_of(self._rows(gradient))))
 
     @torch.no_grad()
     def _add_heads(self, num_heads: int, name: str, output: Tensor) -> None:
         rows = self._rows(output)
-        self._add(name, _products(rows.view(len(rows), num_heads, -1).transpose(0, 1)))
+        self._add(name, moments_of(rows.view(len(rows), num_heads, -1).transpose(0, 1)))
 
     def _rows(self, activations: Tensor) -> Tensor:
         """(B, T, K) -> (valid tokens, K)."""
@@ -238,15 +215,8 @@ def decoder_gram(decoder_weight: Tensor, predictions: Tensor) -> Tensor:
         decoder_weight: E, (V, D). Centred by p here, as a common shift of all logits changes nothing.
         predictions: p, (V,).
     """
-    rows = decoder_weight.double()
-    rows = rows - predictions @ rows
-    return rows.T @ (rows * predictions.unsqueeze(1))
-
-
-def _products(rows: Tensor) -> Tensor:
-    """(..., rows, K) -> sums of products with a one appended, (..., K + 1, K + 1), fp64."""
-    rows = functional.pad(rows.double(), (0, 1), value=1.0)
-    return rows.transpose(-1, -2) @ rows
+    rows = decoder_weight.detach()
+    return Moments(sums_of_products(rows, rows, predictions.sqrt().unsqueeze(1))).covariance
 
 
 def _over_ranks(sums: dict[str, Tensor]) -> dict[str, Tensor]:

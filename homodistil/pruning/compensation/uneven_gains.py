@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from homodistil.models.norms import Norm
-from homodistil.pruning.compensation.least_squares import TINY
-from homodistil.pruning.compensation.statistics import Moments
+from homodistil.pruning.compensation.moments import TINY, Moments
 
 TOLERATED = 0.01
 """Share of what the norm puts out that mixing may lose."""
