@@ -56,7 +56,7 @@ class TrainConfig:
     lr: float = option(
         3e-3, low=0, high=10, exclude="low", resume="fixed", students="own", derived={CORRECTION: COMPUTED_KEY}
     )
-    """Peak learning rate (> 0), with linear warm-up and then linear decay to 0."""
+    """Peak learning rate (> 0): linear warm-up, then linear decay to 0 (decay_fraction)."""
     lr_steps: int = option(
         0,
         low=0,
@@ -80,6 +80,16 @@ class TrainConfig:
     """Steps over which the learning rate is warmed up again after each resize event (0 = no re-warming)."""
     warmup_fraction: float = option(0.1, low=0, high=1, resume="fixed", students="own", derived={CORRECTION: KEY})
     """Fraction of steps for the warm-up, in [0, 1]."""
+    decay_fraction: float = option(
+        1.0, low=0, high=1, exclude="low", resume="fixed", students="own", derived={CORRECTION: 1.0}
+    )
+    """Fraction of steps at the end over which the learning rate falls to 0, in (0, 1]; before, it stays at its peak. 1:
+    it falls from the end of the warm-up on."""
+    uncut_lr_share: float = option(
+        1.0, low=0, high=1, exclude="low", resume="fixed", students="own", derived={CORRECTION: 1.0}
+    )
+    """Share of the learning rate at the teacher's widths, in (0, 1]. With every event it comes nearer to 1, in
+    proportion to how much of the cut has been made (the mean over all axes that are cut)."""
     weight_decay: float = option(0.01, low=0, high=100, resume="fixed", students="own", derived={CORRECTION: KEY})
     """Decoupled weight decay of matrices (>= 0); vectors and distillation projections have none."""
     gradient_clipping: float = option(

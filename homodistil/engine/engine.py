@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from homodistil.engine.batch_size import set_micro_batch_size
-from homodistil.engine.optimizer import cool_down, rewarm
+from homodistil.engine.optimizer import cool_down, rewarm, set_width_share
 
 
 class TrainingEngine:
@@ -100,6 +100,10 @@ class TrainingEngine:
     def set_micro_batch_size(self, sequences: int) -> None:
         """Change the sequences per micro-batch and rank; see `batch_size.set_micro_batch_size`."""
         set_micro_batch_size(self.deepspeed, sequences)
+
+    def set_width_share(self, share: float) -> None:
+        """Multiply the learning rate at the present widths with `share`, in (0, 1]."""
+        set_width_share(self.deepspeed.lr_scheduler, share)
 
     def rewarm(self) -> None:
         """Lower the learning rate for the next `train.rewarm_steps` updates."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -51,16 +52,19 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict]:
 
 
 class LearningRateShare:
-    """Factor on `train.lr` as a function of the updates done: linear warm-up, then linear decay to 0.
+    """Factor on `train.lr` as a function of the updates done: linear warm-up, a constant part, linear decay to 0.
 
-    `rewarm` and cool-downs lower it for some updates. torch's LambdaLR saves the attributes of such an object in its
-    state, so that a resumed run continues with them.
+    `rewarm` and cool-downs lower it for some updates, `set_width_share` at the present widths. torch's LambdaLR saves
+    the attributes of such an object in its state, so that a resumed run continues with them.
     """
 
     def __init__(self, train: TrainConfig) -> None:
         self.steps = train.lr_steps or train.steps
         self.warmup_steps = round(train.warmup_fraction * self.steps)
+        self.decay_steps = min(self.steps - self.warmup_steps, round(train.decay_fraction * self.steps))
         self.rewarm_steps = train.rewarm_steps
+        self.width_share = 1.0
+        """Factor at the present widths, `train.uncut_lr_share` to 1."""
         self.lowered_at: int | None = None
         """Updates done at the last `rewarm`; None if there was none."""
         self.cooldowns = [[start, train.cool_steps] for start in train.cool_from]
@@ -70,7 +74,8 @@ class LearningRateShare:
         if step < self.warmup_steps:
             share = step / self.warmup_steps
         else:
-            share = max(0.0, (self.steps - step) / max(1, self.steps - self.warmup_steps))
+            share = min(1.0, max(0.0, (self.steps - step) / max(1, self.decay_steps)))
+        share *= self.width_share
         for start, steps in self.cooldowns:
             if start <= step < start + steps:
                 share *= (start + steps - step) / steps
@@ -81,17 +86,30 @@ class LearningRateShare:
 
 
 def build_schedule(optimizer: Optimizer, train: TrainConfig) -> LambdaLR:
-    """Linear warm-up over `warmup_fraction` of the steps, then linear decay to 0."""
+    """Linear warm-up over `warmup_fraction` of the steps, linear decay to 0 over the last `decay_fraction` of them."""
     return LambdaLR(optimizer, LearningRateShare(train))
+
+
+def set_width_share(schedule: LambdaLR, share: float) -> None:
+    """Multiply the rates from the next update on with `share`, in (0, 1], instead of the share before."""
+    for share_of_group, group, peak in _groups(schedule):
+        share_of_group.width_share = share
+        group["lr"] = peak * share_of_group(schedule.last_epoch)
 
 
 def rewarm(schedule: LambdaLR) -> None:
     """Lower the rates after a resize event: the next n = `train.rewarm_steps` updates have 1/(n + 1), 2/(n + 1), ...
     of their rate. A further event within these updates starts the sequence again."""
-    for share, group, peak in zip(schedule.lr_lambdas, schedule.optimizer.param_groups, schedule.base_lrs, strict=True):
+    for share, group, peak in _groups(schedule):
         if share.rewarm_steps:
             share.lowered_at = schedule.last_epoch
-            group["lr"] = peak * share(schedule.last_epoch)  # of the next update, already set after the last one
+            group["lr"] = peak * share(schedule.last_epoch)
+
+
+def _groups(schedule: LambdaLR) -> Iterator[tuple[LearningRateShare, dict, float]]:
+    """(share, the optimizer's group, peak rate) of each parameter group. The rate of the next update is already set
+    after the last one."""
+    return zip(schedule.lr_lambdas, schedule.optimizer.param_groups, schedule.base_lrs, strict=True)
 
 
 def cool_down(schedule: LambdaLR, steps: int) -> None:

@@ -170,6 +170,7 @@ class DistillationRun:
             print(f"MFU refers to {step_log.peak.flops_per_s / 1e9:,.0f} GFLOP/s a rank ({step_log.peak.source})")
         prefetcher = run_inputs.prefetcher(config, config.train.seed)
         prefetcher.set_micro_batch_size(engine.micro_batch_size)
+        engine.set_width_share(self.shrinker.rate_share)
         return Trainer(
             config=config,
             engine=engine,

@@ -36,8 +36,13 @@ class Shrinkable(Protocol):
     def write(self, weights: Mapping[str, Tensor]) -> dict[str, float]:
         """Overwrite parameters: the student's name -> full fp32 value, alike on every rank."""
 
-    def settle(self, cool_down_steps: int) -> dict[str, int]:
-        """Adapt how training continues at the new widths. `cool_down_steps`: 0 unless a milestone is now held."""
+    def settle(self, cool_down_steps: int, rate_share: float) -> dict[str, int]:
+        """Adapt how training continues at the new widths.
+
+        Args:
+            cool_down_steps: 0 unless a milestone is now held.
+            rate_share: factor on the learning rate at the new widths.
+        """
 
 
 class PlainStudent:
@@ -61,7 +66,7 @@ class PlainStudent:
             parameters[name].copy_(weight)
         return {}
 
-    def settle(self, cool_down_steps: int) -> dict[str, int]:
+    def settle(self, cool_down_steps: int, rate_share: float) -> dict[str, int]:
         return {}
 
     def after(self, change: EventChange) -> Student:
@@ -109,8 +114,9 @@ class LiveStudent:
         write_weights(self.engine.deepspeed, weights)
         return {"milliseconds_write": (time.perf_counter() - start_s) * 1e3}
 
-    def settle(self, cool_down_steps: int) -> dict[str, int]:
+    def settle(self, cool_down_steps: int, rate_share: float) -> dict[str, int]:
         micro_batch = fit_micro_batch(self._micro_batch, self.engine, self._prefetcher)  # from the next step on
+        self.engine.set_width_share(rate_share)
         self.engine.rewarm()
         if cool_down_steps:
             self.engine.cool_down(cool_down_steps)

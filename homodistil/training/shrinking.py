@@ -7,6 +7,7 @@ run has: its text, its teacher and its probe. An event is the same for every `Sh
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from statistics import fmean
 
 import torch
 
@@ -99,7 +100,8 @@ class Shrinker:
         moved = self._cut(target, change.plan)
         refit = self._refit(target, change)
         # 0 steps where milestones do not cool down (a bool as a factor).
-        settled = target.settle(self.pruner.settle_steps(change.plan.widths_after) * self.config.run.settle_cooldown)
+        cool_down_steps = self.pruner.settle_steps(change.plan.widths_after) * self.config.run.settle_cooldown
+        settled = target.settle(cool_down_steps, self.rate_share)
         after = self._measure(done)
         distance = self.gap.distance
         outcome = self.pruner.after_event(done.step, before[distance], after[distance])
@@ -129,6 +131,14 @@ class Shrinker:
         after_cut = {f"{self.gap.distance}_after_cut": self.gap.measure()[self.gap.distance]}
         written = target.write(change.weights)
         return change.report | after_cut | written
+
+    @property
+    def rate_share(self) -> float:
+        """Factor on the learning rate at the present widths: `train.uncut_lr_share` before the cut, 1 after it."""
+        initial, widths, target = self._initial_widths, self.student.widths, self.pruner.schedule.target
+        progress = [(initial[a] - widths[a]) / (initial[a] - target[a]) for a in target if target[a] < initial[a]]
+        share = self.config.train.uncut_lr_share
+        return share + (1 - share) * fmean(progress) if progress else 1.0
 
     # -- before training: resume, and the one_shot schedule before step 0
 

@@ -31,6 +31,8 @@ def _arguments(run_dir: Path, cache_dir: Path, *overrides: str) -> list[str]:
         "train.global_batch_size": 8,
         "train.micro_batch_size": 2,
         "train.lr": 1e-3,
+        "train.decay_fraction": 0.5,
+        "train.uncut_lr_share": 0.5,
         "train.save_every_steps": SAVE_EVERY,
         "train.eval_every_steps": 0,
         "train.log_every_steps": 1,
@@ -91,6 +93,22 @@ def test_lines_and_logs_tell_their_rank(finished):
     assert "corpus: training" in logs["rank-00000.txt"] and "start: " not in logs["rank-00001.txt"]
     others = [line for line in logs["rank-00001.txt"].splitlines() if line.strip()]
     assert others and all(f"[rank 1 {socket.gethostname()}] {line}" in printed for line in others), others
+
+
+def test_learning_rate_grows_as_the_student_shrinks(finished):
+    folder, _ = finished
+    events = _lines(folder / "events.jsonl")
+    initial, target = events[0]["widths_before"], events[-1]["widths_after"]
+    cut = [axis for axis in target if target[axis] < initial[axis]]
+    widths = {event["step"]: event["widths_after"] for event in events}
+    now, expected = initial, []
+    for step in range(1, STEPS + 1):  # the warm-up is one step, the decay the second half
+        now = widths.get(step - 1, now)
+        progress = [(initial[axis] - now[axis]) / (initial[axis] - target[axis]) for axis in cut]
+        share = 0.5 + 0.5 * sum(progress) / len(progress)
+        expected.append(1e-3 * share * min(1, (STEPS - step + 1) / (STEPS / 2)) * (step > 1))
+    rates = [line["optim/lr"] for line in _lines(folder / "metrics.jsonl") if line["kind"] == "train"]
+    assert len(events) > 3 and rates == pytest.approx(expected)
 
 
 def test_every_term_is_zero_before_the_first_step(finished):

@@ -21,7 +21,7 @@ from homodistil.models.axes import layer_widths
 from homodistil.models.backbone import run_backbone
 from homodistil.models.family import ModelFamily
 from homodistil.models.norms import Norm
-from homodistil.pruning.compensation.moments import TINY, Moments, moments_of, sums_of_products
+from homodistil.pruning.compensation.moments import TINY, Moments, moments_of
 
 _LOGITS_AT_ONCE = 1 << 25
 """Elements: 128 MiB of probabilities in fp32."""
@@ -159,7 +159,7 @@ class _Collector:
 
     @torch.no_grad()
     def _add_heads(self, num_heads: int, name: str, output: Tensor) -> None:
-        rows = self._rows(output)
+        rows = self._rows(output).double()  # they are inverted with a millionth of their mean added
         self._add(name, moments_of(rows.view(len(rows), num_heads, -1).transpose(0, 1)))
 
     def _rows(self, activations: Tensor) -> Tensor:
@@ -215,8 +215,9 @@ def decoder_gram(decoder_weight: Tensor, predictions: Tensor) -> Tensor:
         decoder_weight: E, (V, D). Centred by p here, as a common shift of all logits changes nothing.
         predictions: p, (V,).
     """
-    rows = decoder_weight.detach()
-    return Moments(sums_of_products(rows, rows, predictions.sqrt().unsqueeze(1))).covariance
+    rows = decoder_weight.double()
+    rows = rows - predictions @ rows
+    return rows.T @ (rows * predictions.unsqueeze(1))
 
 
 def _over_ranks(sums: dict[str, Tensor]) -> dict[str, Tensor]:

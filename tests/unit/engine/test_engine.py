@@ -10,7 +10,7 @@ from support.small import small_pair
 from homodistil.config.schema import OptimizerConfig, RunConfig, TrainConfig
 from homodistil.engine.build import resolve_engine_config
 from homodistil.engine.ds_config import student_dtype, teacher_dtype
-from homodistil.engine.optimizer import build_optimizer, build_schedule, is_nvidia_apex, rewarm
+from homodistil.engine.optimizer import build_optimizer, build_schedule, is_nvidia_apex, rewarm, set_width_share
 from homodistil.errors import UserError
 
 DTYPES = {"_fp32": torch.float32, "_fp16": torch.float16}
@@ -89,10 +89,45 @@ def test_learning_rate_rises_and_falls_linearly():
     assert rates[5:] == pytest.approx([1 - i / 15 for i in range(15)])
 
 
-def _rates(schedule, num_updates: int, events: tuple[int, ...] = (), done: int = 0) -> list[float]:
-    """Rate of every update; `events`: updates done when the student is resized."""
+def test_learning_rate_stays_at_its_peak_until_the_decay():
+    config = RunConfig()
+    config.train.steps, config.train.warmup_fraction, config.train.lr, config.train.decay_fraction = 20, 0.25, 1.0, 0.2
+    optimizer = build_optimizer(small_pair()[0], config.train, config.optimizer, {})
+    expected = [0, 0.2, 0.4, 0.6, 0.8] + [1.0] * 12 + [0.75, 0.5, 0.25]
+    assert _rates(build_schedule(optimizer, config.train), 20) == pytest.approx(expected)
+
+
+def test_a_decay_as_long_as_the_run_begins_after_the_warm_up():
+    config = RunConfig()
+    config.train.steps, config.train.warmup_fraction, config.train.decay_fraction = 20, 0.5, 0.9
+    optimizer = build_optimizer(small_pair()[0], config.train, config.optimizer, {})
+    rates = _rates(build_schedule(optimizer, config.train), 20)
+    assert max(rates) == rates[10] == config.train.lr
+
+
+@pytest.mark.parametrize("stop_at", [3, 8, 9, 15])
+def test_learning_rate_at_present_widths_and_after_a_resume(stop_at):
+    """A fifth before the first event, then more: of what it would have been, also during the warm-up."""
+    plain, whole, first, second = (_schedule(0) for _ in range(4))
+    shares = {0: 0.2, 3: 0.6, 8: 1.0}
+    expected = [rate * (0.2, 0.6, 1.0)[(step >= 3) + (step >= 8)] for step, rate in enumerate(_rates(plain, 20))]
+    assert _rates(whole, 20, shares=shares) == pytest.approx(expected)
+    rates = _rates(first, stop_at, shares=shares)
+    if stop_at in shares:
+        set_width_share(first, shares[stop_at])  # saved right after the event
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    for group, saved in zip(second.optimizer.param_groups, first.optimizer.param_groups, strict=True):
+        group["lr"] = saved["lr"]  # as resize/engine_state.py does
+    later = {step: share for step, share in shares.items() if step > stop_at}
+    assert rates + _rates(second, 20 - stop_at, done=stop_at, shares=later) == pytest.approx(expected)
+
+
+def _rates(schedule, num_updates: int, events: tuple[int, ...] = (), done: int = 0, shares=None) -> list[float]:
+    """Rate of every update; `events`: updates done when the student is resized; `shares`: of its new widths."""
     rates = []
     for step in range(done, done + num_updates):
+        if step in (shares or {}):
+            set_width_share(schedule, shares[step])
         if step in events:
             rewarm(schedule)
         rates.append([group["lr"] for group in schedule.optimizer.param_groups])
