@@ -44,7 +44,8 @@ class StudyTeacher:
     def at_width(self, width: str) -> tuple[str, ...]:
         """`start` and the target size of the students. BERT-tiny's are those of the other studies."""
         shape = SHAPES[width] if self.name == BERT_TINY else proportional(self.config, FACTORS[width])
-        return (*self.start, *shape.overrides)
+        groups = ("student.num_key_value_heads=null",) if self.is_causal else ()  # the recipe has some of its own
+        return (*self.start, *shape.overrides, *groups)
 
 
 def proportional(teacher: PretrainedConfig, factor: float) -> Shape:

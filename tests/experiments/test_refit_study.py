@@ -13,6 +13,7 @@ from transformers import BertConfig, LlamaConfig
 from experiments.quality import refit_study, refit_tables
 from experiments.quality.arms import BASE, EARLY, FULL, ONE_SHOT, OUR_WEIGHTS, SHAPES
 from experiments.quality.availability import outlook
+from experiments.quality.decoder_arms import DECODER_BASE
 from experiments.quality.jobs import RESULT_FILE
 from experiments.quality.pool import Pool, spawner
 from experiments.quality.refit_arms import REFERENCE, REFIT_ARMS
@@ -159,13 +160,16 @@ def test_a_study_without_results_has_a_page(tmp_path):
     assert text.startswith("# Which form") and "##" not in text
 
 
-def test_students_are_a_factor_of_any_teacher():
+def test_students_are_a_factor_of_any_teacher(tmp_path):
     minilm = BertConfig(hidden_size=384, intermediate_size=1536, num_hidden_layers=6, num_attention_heads=12)
     assert proportional(minilm, 0.5) == Shape(192, 768, 6)
     assert proportional(minilm, 0.25) == Shape(96, 384, 3)
     for factor in (0.5, 0.25):
         shape = proportional(known_config("HuggingFaceTB/SmolLM2-135M"), factor)
         assert shape[:2] == (round(576 * factor), round(1536 * factor)) and shape.hidden_size % shape[2] == 0
+    teacher = StudyTeacher("some", known_config("HuggingFaceTB/SmolLM2-135M"), DECODER_BASE, None)
+    study = refit_study.plan(_options(tmp_path), teacher)
+    assert {"full_one_shot", "refit_gradual", "none_one_shot"} <= {cell.arm.name for cell in study.cells}
     assert TEACHER.at_width("half")[len(BASE) :] == SHAPES["half"].overrides
 
 
