@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from benchmarks.harness.rows import Rows
 from benchmarks.harness.run import page
-from benchmarks.harness.table import Mean, cell, table
+from benchmarks.harness.table import cell, table
 from experiments.quality.comparison_tables import Metric, failures, rates_section
 from experiments.quality.options import LENGTHS, Options
 from experiments.quality.refit_arms import REFERENCE, REFIT_ARMS, is_gradual
@@ -51,17 +51,17 @@ def _how(options: Options) -> str:
 def _order(study: RefitStudy, width: str, metric: str) -> str:
     """Every form's difference to the reference and rank, from the cut alone to the longest training."""
     stages = _stages(study, width)
-    means = {stage: {n: over_seeds(runs, metric) for n, runs in forms.items()} for stage, forms in stages.items()}
+    levels = {stage: _levels(forms, metric) for stage, forms in stages.items()}
     names = [name for name in REFIT_ARMS if any(name in forms for forms in stages.values())]
     if not names:
         return ""
     lines = [
-        [REFIT_ARMS[name].label, *(_standing(forms, means[stage], name, metric) for stage, forms in stages.items())]
+        [REFIT_ARMS[name].label, *(_standing(forms, levels[stage], name, metric) for stage, forms in stages.items())]
         for name in names
     ]
     title = f"## Does the order change? {metrics(study)[metric].heading}, width {width}"
     about = f"Difference to {_REFERENCE}, and the rank among the forms that are there."
-    return f"{title}\n\n{about} {_winners(means)}\n\n{table(['form', *(f'{s} {{}}' for s in stages)], lines)}"
+    return f"{title}\n\n{about} {_winners(levels)}\n\n{table(['form', *(f'{s} {{}}' for s in stages)], lines)}"
 
 
 def _stages(study: RefitStudy, width: str) -> dict[str, dict[str, Runs]]:
@@ -71,17 +71,27 @@ def _stages(study: RefitStudy, width: str) -> dict[str, dict[str, Runs]]:
     return {stage: forms for stage, forms in ({CUT: cut} | lengths).items() if forms}
 
 
-def _standing(forms: dict[str, Runs], means: dict[str, Mean], name: str, metric: str) -> str | None:
+def _levels(forms: dict[str, Runs], metric: str) -> dict[str, float]:
+    """What forms are ranked by: the paired difference to the reference; they need not have equally many seeds."""
+    base = forms.get(REFERENCE, {})
+    start = over_seeds(base, metric).mean if base else 0.0
+    changes = {name: difference(runs, base, metric) for name, runs in forms.items()}
+    return {
+        name: change.mean if change else over_seeds(forms[name], metric).mean - start
+        for name, change in changes.items()
+    }
+
+
+def _standing(forms: dict[str, Runs], levels: dict[str, float], name: str, metric: str) -> str | None:
     if name not in forms:
         return None
-    rank = 1 + sum(other.mean < means[name].mean for other in means.values())
-    base = forms.get(REFERENCE)
-    change = difference(forms[name], base, metric) if base else None
+    rank = 1 + sum(level < levels[name] for level in levels.values())
+    change = difference(forms[name], forms.get(REFERENCE, {}), metric)
     return f"{'0' if name == REFERENCE else marked(change)} ({rank})"
 
 
-def _winners(means: dict[str, dict[str, Mean]]) -> str:
-    best = {stage: min(forms, key=lambda name: forms[name].mean) for stage, forms in means.items()}
+def _winners(levels: dict[str, dict[str, float]]) -> str:
+    best = {stage: min(forms, key=forms.get) for stage, forms in levels.items()}
     return "Best: " + "; ".join(f"{stage}: {REFIT_ARMS[name].label}" for stage, name in best.items()) + "."
 
 

@@ -155,6 +155,13 @@ def test_the_page_says_whether_the_order_changes(tmp_path):
     assert rows["none_one_shot", "kl_to_teacher", "half cut alone"]["seeds"] == [0, 1, 2]
 
 
+def test_ranks_are_of_the_seeds_that_the_reference_has_too():
+    few, many = {1: measured(9, 5.0)}, {0: measured(9, 4.0), 1: measured(9, 5.1)}
+    levels = refit_tables._levels({REFERENCE: many, "none_one_shot": few}, "mlm_loss")
+    assert levels == pytest.approx({REFERENCE: 0.0, "none_one_shot": -0.1})  # 5.0 is more than the mean of 4.55
+    assert refit_tables._levels({"none_one_shot": few}, "mlm_loss") == {"none_one_shot": 5.0}
+
+
 def test_a_study_without_results_has_a_page(tmp_path):
     text = refit_tables.report(RefitStudy([Cell(REFIT_ARMS[REFERENCE], "half")]), _options(tmp_path), {})
     assert text.startswith("# Which form") and "##" not in text
