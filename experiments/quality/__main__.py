@@ -5,6 +5,7 @@
     python -m experiments.quality map                 # where gradual beats one-shot: sizes x steps
     python -m experiments.quality ablate --base homodistil
     python -m experiments.quality decoder --list      # the runs on SmolLM2 and their time; without --list: makes them
+    python -m experiments.quality refit               # which form of the cut is best after training: forms x lengths
     python -m experiments.quality main --quick        # under 90 s, leaves results/ alone
 
 Two processes of one rank and one thread each train run after run (worker.py) through
@@ -34,6 +35,8 @@ from experiments.quality import (
     decoder_tables,
     gap_study,
     gap_tables,
+    refit_study,
+    refit_tables,
 )
 from experiments.quality.options import add_arguments, options_of
 from experiments.quality.pool import Pool, spawner
@@ -45,6 +48,7 @@ STUDIES = {
     "map": (compute_map.run, compute_map_tables),
     "ablate": (ablation.run, ablation_tables),
     "decoder": (decoder_study.run, decoder_tables),
+    "refit": (refit_study.run, refit_tables),
 }
 """Study -> its runs, and the module with its `report` and `rows`."""
 
@@ -59,6 +63,8 @@ def main() -> None:
         made.error(str(error))
     if options.is_listed and options.study != "decoder":
         made.error("--list: only the study decoder has a list")
+    if args.table and options.study != "refit":
+        made.error("--table: only the study refit writes a page without making runs")
     if options.is_listed:
         print(decoder_list.listing(options))
         return

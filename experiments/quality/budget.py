@@ -20,6 +20,7 @@ class Budget:
         self._step_s += [run["wall_s"] / steps for run in found if run and "wall_s" in run]
 
     def allows(self, num_runs: int, steps: int) -> bool:
+        """Whether so many runs of so many steps end in time."""
         step_s = statistics.fmean(self._step_s) if self._step_s else FIRST_GUESS_S
         needed = num_runs * steps * step_s / self._workers
         return self._end is None or time.monotonic() + needed <= self._end

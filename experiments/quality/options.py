@@ -9,6 +9,7 @@ from pathlib import Path
 from benchmarks.harness.environment import ROOT
 from experiments.quality import decoder_arms
 from experiments.quality.arms import ABLATED_ARM, ARMS, UNTRAINED_RATE, Arm
+from experiments.quality.refit_arms import REFERENCE, REFIT_ARMS
 from homodistil.errors import UserError, nearest
 
 WORK = Path("~/.cache/homodistil/quality")
@@ -45,9 +46,11 @@ class Options:
     own_rates: bool = False
     """Every method has a grid around its own usual rate, instead of `rates`."""
     teacher: str = decoder_arms.SMOLLM2
-    """decoder: whose students are made."""
+    """decoder, refit: whose students are made."""
     layers: int = 0
-    """decoder: the first layers of the teacher that are kept of it."""
+    """decoder, refit: the first layers of the teacher that are kept of it (refit: 0 for all)."""
+    lengths: tuple[int, ...] = (1,)
+    """refit: of training, times the steps."""
     is_listed: bool = False
     """decoder: print the runs and how long they take, and make none."""
 
@@ -62,18 +65,20 @@ class Options:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("study", choices=["main", "gap", "map", "ablate", "decoder"])
-    parser.add_argument("--steps", type=int, help="optimizer steps of a run (map: of its shortest)")
+    parser.add_argument("study", choices=list(_DEFAULTS))
+    parser.add_argument("--steps", type=int, help="optimizer steps of a run (map, refit: of its shortest)")
     parser.add_argument("--rates", type=float, nargs="+", help="learning rates, ascending, for all methods")
     parser.add_argument("--seeds", type=int, nargs="+", help="the first chooses the learning rates")
     parser.add_argument("--widths", nargs="+", choices=["half", "quarter", "eighth"])
     parser.add_argument("--sizes", nargs="+", help="decoder: shares of the teacher's parameters (0.7 0.5)")
-    parser.add_argument("--arms", nargs="+", help="main, decoder: see arms.py, decoder_arms.py")
-    parser.add_argument("--teacher", default=decoder_arms.SMOLLM2, help="decoder: packaged one, GGUF file or folder")
-    parser.add_argument("--layers", type=int, default=LAYERS, help="decoder: first layers of the teacher (30: whole)")
+    parser.add_argument("--arms", nargs="+", help="main, decoder, refit: see arms.py, decoder_arms.py, refit_arms.py")
+    parser.add_argument("--lengths", type=int, nargs="+", choices=LENGTHS, help="refit: of training, times --steps")
+    parser.add_argument("--table", action="store_true", help="refit: the page of what is there; makes no run")
+    parser.add_argument("--teacher", help="decoder, refit: packaged one, GGUF file or folder")
+    parser.add_argument("--layers", type=int, help="decoder, refit: first layers of a decoder (30: whole)")
     parser.add_argument("--list", action="store_true", help="decoder: all runs and the time they take; makes none")
     parser.add_argument("--base", choices=list(ARMS), help="ablate: the arm that is varied")
-    parser.add_argument("--budget-minutes", type=float, help="map: what does not fit is left out, and named")
+    parser.add_argument("--budget-minutes", type=float, help="map, refit: what does not fit is left out, and named")
     parser.add_argument("--no-tune", action="store_true", help="main: no fine-tuning")
     parser.add_argument("--work", type=Path, default=WORK, help=f"results of single runs, shared (default {WORK})")
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread each")
@@ -83,9 +88,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 LAYERS = 12
 """Of SmolLM2's 30: 71 of 135 million parameters, and a run of 128 steps within ten minutes of a core."""
-_ARMS = {"decoder": decoder_arms.DECODER_ARMS}
+_LAYERS = {"decoder": LAYERS}
+_TEACHERS = {"refit": "embedded:bert-tiny"}
+LENGTHS = (1, 4, 16)
+"""Of training in the study refit, times the steps."""
+_ARMS = {"decoder": decoder_arms.DECODER_ARMS, "refit": REFIT_ARMS}
 """Study -> its methods; of the others: ARMS."""
-_QUICK_ARMS = {"decoder": ("none_one_shot", decoder_arms.BY_DEPTH)}
+_QUICK_ARMS = {"decoder": ("none_one_shot", decoder_arms.BY_DEPTH), "refit": (REFERENCE, "none_one_shot")}
 _EVAL_BLOCKS = {"decoder": 128}
 """Study -> held-out blocks a half; the others take all, for their vocabulary is read at masked tokens alone."""
 
@@ -96,6 +105,7 @@ _DEFAULTS = {
     "map": (75, ("half", "quarter", "eighth")),
     "ablate": (240, ("half",)),
     "decoder": (128, decoder_arms.SIZES),
+    "refit": (240, ("half", "quarter")),
 }
 
 _RATES = (3e-3, 6e-3, 1.2e-2)
@@ -123,11 +133,12 @@ def options_of(args: argparse.Namespace) -> Options:
         set=(*(QUICK if quick else ()), *args.set),
         tune=not args.no_tune and args.study != "decoder",
         base=args.base or ("homodistil" if quick else ABLATED_ARM),
-        budget_minutes=args.budget_minutes,
+        budget_minutes=0.0 if args.table else args.budget_minutes,
         eval_blocks=64 if quick else _EVAL_BLOCKS.get(args.study),
-        own_rates=args.study in ("main", "decoder") and not (args.rates or quick),
-        teacher=args.teacher,
-        layers=args.layers,
+        own_rates=args.study in ("main", "decoder", "refit") and not (args.rates or quick),
+        teacher=args.teacher or _TEACHERS.get(args.study, decoder_arms.SMOLLM2),
+        layers=_LAYERS.get(args.study, 0) if args.layers is None else args.layers,
+        lengths=tuple(args.lengths or (LENGTHS[:1] if quick else LENGTHS)),
         is_listed=args.list,
     )
 

@@ -17,6 +17,8 @@ RESULTS_VERSION = "2"
 """Raise it when a change of the code changes what runs come to: results of before are then no longer used."""
 # What decides nothing about a run's results.
 _FREE = {"run": None, "data": ("cache_dir", "workers"), "train": ("save_every_steps", "log_every_steps")}
+_LATER = {"teacher": ("correction_seed",), "pruning": ("basis", "basis_steps", "basis_rate")}
+"""Fields that came after results were kept: where they have their defaults, results of before keep their names."""
 
 
 class Shape(NamedTuple):
@@ -64,9 +66,9 @@ def relevant(config: RunConfig) -> dict:
     found = config.to_dict()
     for section, names in _FREE.items():
         found[section] = {} if names is None else {n: v for n, v in found[section].items() if n not in names}
-    if not found["teacher"]["correction_seed"]:
-        # All results of before had this teacher (the worker saw to it): they keep their names.
-        del found["teacher"]["correction_seed"]
+    defaults = RunConfig().to_dict()
+    for section, names in _LATER.items():
+        found[section] = {n: v for n, v in found[section].items() if n not in names or v != defaults[section][n]}
     return found
 
 
