@@ -17,7 +17,11 @@ RESULTS_VERSION = "2"
 """Raise it when a change of the code changes what runs come to: results of before are then no longer used."""
 # What decides nothing about a run's results.
 _FREE = {"run": None, "data": ("cache_dir", "workers"), "train": ("save_every_steps", "log_every_steps")}
-_LATER = {"teacher": ("correction_seed",), "pruning": ("basis", "basis_steps", "basis_rate")}
+_LATER = {
+    "teacher": ("correction_seed",),
+    "pruning": ("basis", "basis_steps", "basis_lr"),
+    "train": ("decay_fraction", "uncut_lr_share"),
+}
 """Fields that came after results were kept: where they have their defaults, results of before keep their names."""
 
 
