@@ -102,11 +102,11 @@ def test_learning_rate_grows_as_the_student_shrinks(finished):
     cut = [axis for axis in target if target[axis] < initial[axis]]
     widths = {event["step"]: event["widths_after"] for event in events}
     now, expected = initial, []
-    for step in range(1, STEPS + 1):  # the warm-up is one step, the decay the second half
+    for step in range(1, STEPS + 1):  # the log tells the next update's, before an event; the decay is the second half
         now = widths.get(step - 1, now)
         progress = [(initial[axis] - now[axis]) / (initial[axis] - target[axis]) for axis in cut]
         share = 0.5 + 0.5 * sum(progress) / len(progress)
-        expected.append(1e-3 * share * min(1, (STEPS - step + 1) / (STEPS / 2)) * (step > 1))
+        expected.append(1e-3 * share * min(1, (STEPS - step) / (STEPS / 2)))
     rates = [line["optim/lr"] for line in _lines(folder / "metrics.jsonl") if line["kind"] == "train"]
     assert len(events) > 3 and rates == pytest.approx(expected)
 
