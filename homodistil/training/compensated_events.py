@@ -65,8 +65,8 @@ class Compensation:
         return dataclasses.replace(change, report=report)
 
     def allowed_fixed_dims(self, student: Student, protected: Tensor, loss: HeldOutLoss) -> Tensor | None:
-        """The check before step 0 of compensation=full: dims that must stay coordinates, none or `protected`; None
-        where a rotation costs too much even with `protected` left out, so that events may only refit.
+        """The check before step 0 of compensation=full and project: dims that must stay coordinates, none or
+        `protected`; None where a rotation costs too much even with `protected` left out, so that events may only refit.
 
         Where gains of norms can be folded there is nothing to check. The weights of a LayerNorm that ends a block do
         not commute with a rotation. Where they differ much between dims, rotating alone
@@ -109,9 +109,17 @@ class Compensation:
         pruning, train = self.config.pruning, self.config.train
         # A prime above the number of steps: runs of neighbouring seeds share no draw.
         seed = train.seed * 1_000_003 + consumed_samples // train.global_batch_size
-        # Gradients of a head that is not there cannot say what matters.
-        basis = "fisher" if self.run_inputs.with_head else "pca"
-        return Options(mode=pruning.compensation, ridge=pruning.compensation_ridge, basis=basis, seed=seed)
+        basis = pruning.basis
+        if basis == "auto":  # gradients of a head that is not there cannot say what matters
+            basis = "fisher" if self.run_inputs.with_head else "pca"
+        return Options(
+            mode=pruning.compensation,
+            ridge=pruning.compensation_ridge,
+            basis=basis,
+            basis_steps=pruning.basis_steps,
+            basis_lr=pruning.basis_lr,
+            seed=seed,
+        )
 
 
 def _outcome(fixed: Tensor | None) -> str:
