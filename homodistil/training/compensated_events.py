@@ -51,7 +51,7 @@ class Compensation:
         Args:
             fixed: as dims of the teacher; None: nothing is rotated, whatever pruning.compensation is (`refit`).
         """
-        options = self._options(consumed_samples)
+        options = self.options(consumed_samples)
         if fixed is None:
             options, fixed = dataclasses.replace(options, mode="refit"), torch.empty(0, dtype=torch.int64)
         elif student.widths["hidden"] < self._hidden:  # an event has brought them to the front
@@ -93,7 +93,7 @@ class Compensation:
     def _rotated_loss(self, student: Student, fixed: Tensor, loss: HeldOutLoss) -> float:
         """Held-out loss of the rotated student; of one without a head the share of its hidden states' variance that is
         lost, 0 before."""
-        table, options = student.family.axis_table(student.model), self._options(0)
+        table, options = student.family.axis_table(student.model), self.options(0)
         rotated = rotation_only(student.model, student.family, table, self.batches(0), options, fixed)
         if not self.run_inputs.with_head:
             return rotated.report["lost"]
@@ -105,7 +105,8 @@ class Compensation:
             of = f"held-out loss {before:.3f}" if self.run_inputs.with_head else "variance of hidden states lost"
             print(f"rotation at full width: {of}, {measured} (limit {limit:g}){_outcome(fixed)}", flush=True)
 
-    def _options(self, consumed_samples: int) -> Options:
+    def options(self, consumed_samples: int) -> Options:
+        """How the event after so many samples is compensated, as the config has it."""
         pruning, train = self.config.pruning, self.config.train
         # A prime above the number of steps: runs of neighbouring seeds share no draw.
         seed = train.seed * 1_000_003 + consumed_samples // train.global_batch_size
