@@ -60,23 +60,35 @@ def plan_event(
     model, family, table, _ = network
     if not mapped:
         return make_plan(table, keep), None
-    head_layers = {layer_of(axis) for axis in mapped if axis != "hidden"}
+    heads = [axis for axis in mapped if axis != "hidden"]
     basis = _closed_form(options, family.has_head(model)) if "hidden" in mapped else None
-    statistics = collect(model, family, batches, head_layers, basis, options.seed)
+    statistics = collect(model, family, batches, {layer_of(axis) for axis in heads}, basis, options.seed)
     kept = {axis: leading(table, keep, axis) if axis in mapped else keep[axis] for axis in keep}
     maps = AxisMaps(model, family, table, keep)
-    for axis in mapped:
-        if axis != "hidden":
-            maps.rotate(axis, statistics.heads[layer_of(axis)])
+    for axis in heads:
+        maps.rotate(axis, statistics.heads[layer_of(axis)])
     if "hidden" in mapped:
-        width = len(keep["hidden"])
-        fixed = _fixed_dims(network, statistics, fixed_dims, width)
-        projection = ranks.from_first(residual_projection(statistics, width, fixed, options.seed))
-        maps.project(projection)
-        if options.basis == "learned" and width < table.widths["hidden"]:  # a rotation leaves nothing out
-            start = make_plan(table, kept, maps.by_parameter)
-            maps.project(_trained(network, start, projection, fixed, batches, options, statistics.decoder))
+        _project(network, kept, maps, statistics, batches, options, fixed_dims)
     return make_plan(table, kept, maps.by_parameter), statistics
+
+
+def _project(
+    network: Network,
+    kept: Keep,
+    maps: AxisMaps,
+    statistics: Statistics,
+    batches: Sequence[Batch],
+    options: Options,
+    fixed_dims: Tensor | None,
+) -> None:
+    """Give `maps`, which have those of the heads, the residual stream's projection."""
+    width, table = len(kept["hidden"]), network.table
+    fixed = _fixed_dims(network, statistics, fixed_dims, width)
+    projection = ranks.from_first(residual_projection(statistics, width, fixed, options.seed))
+    maps.project(projection)
+    if options.basis == "learned" and width < table.widths["hidden"]:  # a rotation leaves nothing out
+        start = make_plan(table, kept, maps.by_parameter)
+        maps.project(_trained(network, start, projection, fixed, batches, options, statistics.decoder))
 
 
 def _closed_form(options: Options, has_head: bool) -> str:
