@@ -1,15 +1,16 @@
 """How far a cut network is from the one before the event, as a differentiable function of the projection.
 
-The weights of the cut network are those of the event's plan: every matrix that runs over the residual stream is
-contracted with P. The gains and shifts of its norms are variables of their own: squares of P do not follow what a norm
-needs where it stands at the end of a block.
+The weights of the cut network are those of the event's plan: whatever runs over the residual stream is contracted with
+P. Only gains and shifts of its norms stay what they have been fitted to: squares of P do not follow what a norm needs
+where it stands at the end of a block. (Measured on BERT-tiny cut to half: trained along with P, KL after the event is
+.97 nats with mode=project instead of .92, and 1.00 where they begin with squares of P.)
 
 D hidden before, d after.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +39,7 @@ class BasisDistance:
 
     Args:
         old: the network before the event; frozen, in evaluation mode.
-        new: `old` as `plan` has cut it; its norms are the variables' first values. Not changed.
+        new: `old` as `plan` has cut it, its norms fitted; not changed.
         table: of `old`.
         batches: this rank's micro-batches.
         decoder_gram: of the old decoder (statistics.py), (D, D); None: there is no head.
@@ -57,15 +58,8 @@ class BasisDistance:
         self._old, self._new, self._family, self._batches = old, _Rows(new, family), family, batches
         self._gram = decoder_gram
         self._has_head = family.has_head(old)
-        self._stream_dims: dict[str, list[int]] = {}
-        for use in table.uses:
-            if use.axes == ("hidden",) and use.parameter in plan.maps:
-                self._stream_dims.setdefault(use.parameter, []).append(use.dim)
-        of_norms = norm_parameters(old) & self._stream_dims.keys()
-        self.norms = {name: new.get_parameter(name).detach() for name in sorted(of_norms)}
-        """Gains and shifts of the norms of the residual stream, as `new` has them."""
-        contracted = self._stream_dims.keys() - of_norms
-        self._wide = {name: self._before_projection(old, plan, name) for name in sorted(contracted)}
+        self._stream_dims = _stream_dims(table, norm_parameters(old))
+        self._wide = {name: self._before_projection(old, plan, name) for name in self._stream_dims}
         self._others = {n: p.detach() for n, p in new.named_parameters() if n not in self._stream_dims}
         with torch.no_grad():
             self._targets = [self._rows_of(_Rows(old, family), batch) for batch in batches]
@@ -75,37 +69,32 @@ class BasisDistance:
         maps = {dim: m for dim, m in plan.maps[name].items() if dim not in self._stream_dims[name]}
         return transform(old.get_parameter(name).detach(), plan.index.get(name, {}), maps)
 
-    def weights(self, projection: Tensor, norms: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Every parameter of the new network, by name.
-
-        Args:
-            projection: P, (D, d).
-            norms: of the names of `self.norms`.
-        """
+    def weights(self, projection: Tensor) -> dict[str, Tensor]:
+        """Every parameter of the new network, by name, for P (D, d)."""
         contracted = {
             name: transform(wide, {}, dict.fromkeys(self._stream_dims[name], projection))
             for name, wide in self._wide.items()
         }
-        return self._others | contracted | dict(norms)
+        return self._others | contracted
 
-    def of(self, number: int, projection: Tensor, norms: Mapping[str, Tensor]) -> tuple[Tensor, int]:
+    def of(self, number: int, projection: Tensor) -> tuple[Tensor, int]:
         """(sum over rows of micro-batch `number` of this rank, number of rows); beyond the last one from the first on.
-        Arguments as of `weights`."""
+
+        Args:
+            projection: P, (D, d).
+        """
         number %= len(self._batches)
         target = self._targets[number]
-        weights = {f"model.{name}": weight for name, weight in self.weights(projection, norms).items()}
-        batch = self._batches[number]
-        rows = self._rows_of(lambda *args: functional_call(self._new, weights, args), batch)
+        weights = {f"model.{name}": weight for name, weight in self.weights(projection).items()}
+        rows = self._rows_of(lambda *args: functional_call(self._new, weights, args), self._batches[number])
         if not self._has_head:
-            lifted = rows @ projection.T.to(rows.dtype)
-            error = (target - lifted).square().sum(1) / target.square().sum(1).clamp(min=TINY)
-            return error.sum(), len(rows)
+            return _relative_errors(target, rows @ projection.T.to(rows.dtype)).sum(), len(rows)
         with torch.no_grad():
             expected = self._family.lm_head(self._old)(target).log_softmax(-1)
         found = self._logits(rows, projection, weights).log_softmax(-1)
         return functional.kl_div(found, expected, reduction="sum", log_target=True), len(rows)
 
-    def _rows_of(self, run: nn.Module, batch: Batch) -> Tensor:
+    def _rows_of(self, run: Callable[[Batch, Tensor | None], Tensor], batch: Batch) -> Tensor:
         """Last hidden states of one network at the rows that count, (rows, D or d)."""
         if not self._has_head:
             index = None if batch.padding_mask is None else batch.token_index
@@ -133,6 +122,20 @@ class BasisDistance:
         ridge = 1e-6 * among.diagonal().mean().detach().clamp(min=TINY)
         identity = torch.eye(len(among), dtype=among.dtype, device=among.device)
         return torch.linalg.solve(among + ridge * identity, crossed.T).T @ projection.T
+
+
+def _stream_dims(table: AxisTable, left_out: Collection[str]) -> dict[str, list[int]]:
+    """Parameter -> its dimensions that run over the residual stream."""
+    dims: dict[str, list[int]] = {}
+    for use in table.uses:
+        if use.axes == ("hidden",) and use.parameter not in left_out:
+            dims.setdefault(use.parameter, []).append(use.dim)
+    return dims
+
+
+def _relative_errors(target: Tensor, found: Tensor) -> Tensor:
+    """Squared error of each row as a share of the target's square, (rows,)."""
+    return (target - found).square().sum(1) / target.square().sum(1).clamp(min=TINY)
 
 
 class _Rows(nn.Module):

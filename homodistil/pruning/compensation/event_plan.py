@@ -108,7 +108,7 @@ def _trained(
     decoder_gram: Tensor | None,
 ) -> Tensor:
     """The projection after training, begun with that of `plan`, whose norms are fitted first: those of a post-norm
-    model would have a wrong scale otherwise, and the gradient would tell of nothing else."""
+    model would have a wrong scale otherwise, and the gradient would tell of little else."""
     new = network.cut(plan)
     Refit(network.model, new, network.family, plan, batches, options.ridge, fits_linears=False).run()
     distance = BasisDistance(network.model, new, network.family, network.table, plan, batches, decoder_gram)

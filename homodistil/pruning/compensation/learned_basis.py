@@ -8,7 +8,7 @@ Manifolds, examples 3.6.2 and 4.1.3; moments as in Becigneul and Ganea 2019 (Rie
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -61,8 +61,6 @@ def orthonormal(matrix: Tensor) -> Tensor:
 def train_basis(distance: BasisDistance, start: Tensor, fixed: Tensor, steps: int, rate: float) -> Tensor:
     """P after training, fp64 (D, d), the same bits on every rank. Every rank calls it.
 
-    Norms of the cut network learn along with it; they are fitted anew once it is cut with the result.
-
     Args:
         start: P to begin with, fp64: unit vectors of `fixed`, then orthonormal columns without a part in these dims.
         fixed: int64, dims that stay coordinate axes.
@@ -70,33 +68,23 @@ def train_basis(distance: BasisDistance, start: Tensor, fixed: Tensor, steps: in
     """
     rest = torch.ones(len(start), dtype=torch.bool, device=start.device)
     rest[fixed] = False
-    rows, norms = rest.nonzero().squeeze(1), [norm.clone().requires_grad_() for norm in distance.norms.values()]
+    rows = rest.nonzero().squeeze(1)
+
+    def whole(free: Tensor) -> Tensor:
+        return start.index_copy(0, rows, functional.pad(free, (len(fixed), 0)))
+
     descent = OrthonormalAdam(start[rows, len(fixed) :])
-    of_norms = torch.optim.Adam(norms, lr=rate, betas=_BETAS)
     for step in range(steps):
-        free = descent.point.requires_grad_()
-        projection = start.index_copy(0, rows, functional.pad(free, (len(fixed), 0)))
-        with torch.enable_grad():
-            total, num_rows = distance.of(step, projection, dict(zip(distance.norms, norms, strict=True)))
-            gradients = torch.autograd.grad(total, [free, *norms], materialize_grads=True)
-        gradients = _mean_over_rows(gradients, num_rows)
-        now = rate * (1 - step / steps)
-        descent.point = free.detach()
-        descent.step(gradients[0], now)
-        _step_norms(of_norms, norms, gradients[1:], now)
-    return ranks.from_first(start.index_copy(0, rows, functional.pad(descent.point, (len(fixed), 0))))
+        gradient = _gradient(lambda free, step=step: distance.of(step, whole(free)), descent.point)
+        descent.step(gradient, rate * (1 - step / steps))
+    return ranks.from_first(whole(descent.point))
 
 
-def _mean_over_rows(gradients: Sequence[Tensor], num_rows: int) -> list[Tensor]:
-    """Gradients of sums over this rank's rows -> of the mean over those of all ranks, in one exchange."""
-    flat = torch.cat([*(g.double().flatten() for g in gradients), gradients[0].new_tensor([num_rows]).double()])
-    flat = ranks.total(flat)
-    parts = (flat[:-1] / flat[-1].clamp(min=1)).split([g.numel() for g in gradients])
-    return [part.view_as(g).to(g.dtype) for part, g in zip(parts, gradients, strict=True)]
-
-
-def _step_norms(optimizer: torch.optim.Adam, norms: Sequence[Tensor], gradients: Sequence[Tensor], rate: float) -> None:
-    for norm, gradient in zip(norms, gradients, strict=True):
-        norm.grad = gradient
-    optimizer.param_groups[0]["lr"] = rate
-    optimizer.step()
+def _gradient(distance: Callable[[Tensor], tuple[Tensor, int]], point: Tensor) -> Tensor:
+    """Of the mean over the rows of all ranks, where `distance` has (sum, number) of this one's; in one exchange."""
+    point = point.clone().requires_grad_()
+    with torch.enable_grad():
+        total, num_rows = distance(point)
+        (gradient,) = torch.autograd.grad(total, point)
+    sums = ranks.total(torch.cat([gradient.flatten(), gradient.new_tensor([num_rows])]))
+    return (sums[:-1] / sums[-1].clamp(min=1)).view_as(point)

@@ -89,10 +89,10 @@ class Reconstruction:
     """A distance that is easy to share out, in the place of a network's: what P and back again loses of some rows."""
 
     def __init__(self, rows: Tensor) -> None:
-        self.rows, self.norms = rows, {"gain": torch.full((3,), 0.7, dtype=torch.float64)}
+        self.rows = rows
 
-    def of(self, number: int, projection: Tensor, norms: dict[str, Tensor]) -> tuple[Tensor, int]:
-        error = self.rows - self.rows @ projection * norms["gain"] @ projection.T
+    def of(self, number: int, projection: Tensor) -> tuple[Tensor, int]:
+        error = self.rows - self.rows @ projection @ projection.T
         return error.square().sum(), len(self.rows)
 
 
