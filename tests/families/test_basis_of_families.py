@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from homodistil.models import family_of
 from homodistil.models.axes import kind_of
 from homodistil.models.backbone import run_backbone
-from homodistil.pruning.compensation import Options, compensate
+from homodistil.pruning.compensation import Options, basis_distance, compensate
 from homodistil.pruning.compensation.axis_maps import norm_parameters
 from homodistil.pruning.compensation.basis_distance import BasisDistance
 from homodistil.pruning.compensation.event_plan import Network, plan_event
@@ -90,6 +90,16 @@ def test_with_a_head_it_is_the_kl_at_the_rows_to_predict(model_type):
     total, number = start.distance.of(1, start.projection)
     torch.testing.assert_close(total, (log_p.exp() * (log_p - log_q)).sum(), rtol=1e-4, atol=1e-6)
     assert number == len(BATCHES[1].target_index) and total > 0.1
+
+
+def test_rows_are_thinned_out_where_their_logits_would_fill_the_memory(monkeypatch):
+    monkeypatch.setattr(basis_distance, "_LOGITS_AT_ONCE", 97 * 20 + 5)  # 20 rows of the vocabulary, of 45
+    start = Start(make_model("llama"), "llama")
+    total, number = start.distance.of(0, start.projection)
+    rows = [start.hidden(model, 0)[BATCHES[0].target_index[[*range(0, 45, 3)]]] for model in (start.model, start.new)]
+    log_p, log_q = (model.lm_head(x).log_softmax(-1) for model, x in zip((start.model, start.new), rows, strict=True))
+    assert number == 15
+    torch.testing.assert_close(total, (log_p.exp() * (log_p - log_q)).sum(), rtol=1e-4, atol=1e-6)
 
 
 def best_logits(start: Start, entering: Tensor) -> Tensor:
