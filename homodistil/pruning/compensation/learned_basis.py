@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from homodistil.distributed import ranks
+from homodistil.distributed import ranks, watchdog
 from homodistil.pruning.compensation.basis_distance import BasisDistance
 from homodistil.pruning.compensation.least_squares import TINY
 
@@ -74,7 +74,7 @@ def train_basis(distance: BasisDistance, start: Tensor, fixed: Tensor, steps: in
         return start.index_copy(0, rows, functional.pad(free, (len(fixed), 0)))
 
     descent = OrthonormalAdam(start[rows, len(fixed) :])
-    for step in range(steps):
+    for step in watchdog.each("training a basis", range(steps)):
         gradient = _gradient(lambda free, step=step: distance.of(step, whole(free)), descent.point)
         descent.step(gradient, rate * (1 - step / steps))
     return ranks.from_first(whole(descent.point))
