@@ -177,7 +177,7 @@ class PruningConfig:
     basis_steps: int = option(60, low=1, high=STEPS, resume="fixed", students="own", derived={TRIAL: 1})
     """basis=learned: steps of training the basis in every event that narrows the residual stream (>= 1), each on one
     micro-batch a rank; schedule=gap trains one for every cut that it tries."""
-    basis_lr: float = option(0.02, low=0, high=1, exclude="low", resume="fixed", students="own", derived=SAME)
+    basis_lr: float = option(0.05, low=0, high=1, exclude="low", resume="fixed", students="own", derived=SAME)
     """basis=learned: angle (radians) by which directions of the basis turn in the first of these steps (> 0); it falls
     linearly to 0."""
     compensation_limit: float = option(0.25, low=0, high=1000, resume="fixed", students="own", derived=SAME)

@@ -16,7 +16,7 @@ class Options:
     (projection.py), where fisher needs a trained head; learned: such a basis, then trained (learned_basis.py)."""
     basis_steps: int = 60
     """learned: steps of its training, each on one micro-batch a rank."""
-    basis_lr: float = 0.02
+    basis_lr: float = 0.05
     """learned: angle (radians) by which a column turns in one of the first steps; it falls linearly to 0."""
     seed: int = 0
     """project and full: of drawn labels and of the mixed basis."""
