@@ -134,15 +134,28 @@ def _check_compensation(config: RunConfig) -> None:
     if pruning.one_shot_stages > 1 and not (cuts_at_once and pruning.compensation != "none"):
         raise UserError(
             f"pruning.one_shot_stages: found {pruning.one_shot_stages}, allowed is 1 unless pruning.schedule is "
-            f"one_shot (found {pruning.schedule}) and pruning.compensation refit or full (found "
+            f"one_shot (found {pruning.schedule}) and pruning.compensation refit, project or full (found "
             f"{pruning.compensation})"
         )
     has_projections = loss.hidden > 0 or loss.embedding > 0
-    projects = pruning.compensation in ("auto", "full") and (pruning.schedule != "none" or config.run.compare)
+    cuts = pruning.schedule != "none" or config.run.compare
+    projects = cuts and pruning.compensation in ("auto", "project", "full")
     if projects and has_projections and not loss.projection_learned:
         raise UserError(
-            "loss.projection_learned: found false, allowed with pruning.compensation=full is true: a projected "
-            "residual stream has no selected dims that W could be; set it to true, or pruning.compensation=refit"
+            "loss.projection_learned: found false, allowed with pruning.compensation=full or project is true: a "
+            "projected residual stream has no selected dims that W could be; set it to true, or "
+            "pruning.compensation=refit"
+        )
+    check_basis(config)
+
+
+def check_basis(config: RunConfig) -> None:
+    """A basis may be chosen only where there is a projection to choose it for."""
+    pruning = config.pruning
+    if pruning.basis != "auto" and pruning.compensation in ("none", "refit"):
+        raise UserError(
+            f"pruning.basis: found {pruning.basis}, allowed with pruning.compensation={pruning.compensation} is auto, "
+            f"as nothing is projected there; set it to auto, or pruning.compensation=full or project"
         )
 
 

@@ -51,7 +51,7 @@ class Compensation:
         Args:
             fixed: as dims of the teacher; None: nothing is rotated, whatever pruning.compensation is (`refit`).
         """
-        options = self._options(consumed_samples)
+        options = self.options(consumed_samples)
         if fixed is None:
             options, fixed = dataclasses.replace(options, mode="refit"), torch.empty(0, dtype=torch.int64)
         elif student.widths["hidden"] < self._hidden:  # an event has brought them to the front
@@ -65,8 +65,8 @@ class Compensation:
         return dataclasses.replace(change, report=report)
 
     def allowed_fixed_dims(self, student: Student, protected: Tensor, loss: HeldOutLoss) -> Tensor | None:
-        """The check before step 0 of compensation=full: dims that must stay coordinates, none or `protected`; None
-        where a rotation costs too much even with `protected` left out, so that events may only refit.
+        """The check before step 0 of compensation=full and project: dims that must stay coordinates, none or
+        `protected`; None where a rotation costs too much even with `protected` left out, so that events may only refit.
 
         Where gains of norms can be folded there is nothing to check. The weights of a LayerNorm that ends a block do
         not commute with a rotation. Where they differ much between dims, rotating alone
@@ -93,7 +93,7 @@ class Compensation:
     def _rotated_loss(self, student: Student, fixed: Tensor, loss: HeldOutLoss) -> float:
         """Held-out loss of the rotated student; of one without a head the share of its hidden states' variance that is
         lost, 0 before."""
-        table, options = student.family.axis_table(student.model), self._options(0)
+        table, options = student.family.axis_table(student.model), self.options(0)
         rotated = rotation_only(student.model, student.family, table, self.batches(0), options, fixed)
         if not self.run_inputs.with_head:
             return rotated.report["lost"]
@@ -105,13 +105,22 @@ class Compensation:
             of = f"held-out loss {before:.3f}" if self.run_inputs.with_head else "variance of hidden states lost"
             print(f"rotation at full width: {of}, {measured} (limit {limit:g}){_outcome(fixed)}", flush=True)
 
-    def _options(self, consumed_samples: int) -> Options:
+    def options(self, consumed_samples: int) -> Options:
+        """How the event after so many samples is compensated, as the config has it."""
         pruning, train = self.config.pruning, self.config.train
         # A prime above the number of steps: runs of neighbouring seeds share no draw.
         seed = train.seed * 1_000_003 + consumed_samples // train.global_batch_size
-        # Gradients of a head that is not there cannot say what matters.
-        basis = "fisher" if self.run_inputs.with_head else "pca"
-        return Options(mode=pruning.compensation, ridge=pruning.compensation_ridge, basis=basis, seed=seed)
+        basis = pruning.basis
+        if basis == "auto":  # gradients of a head that is not there cannot say what matters
+            basis = "fisher" if self.run_inputs.with_head else "pca"
+        return Options(
+            mode=pruning.compensation,
+            ridge=pruning.compensation_ridge,
+            basis=basis,
+            basis_steps=pruning.basis_steps,
+            basis_lr=pruning.basis_lr,
+            seed=seed,
+        )
 
 
 def _outcome(fixed: Tensor | None) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from homodistil.config.rules import check_task
+from homodistil.config.rules import check_basis, check_task
 from homodistil.config.schema import LM_HEAD_WEIGHTS, RunConfig, set_value, value_of
 from homodistil.data.task import settle_task, task_of
 from homodistil.distill.losses.active import active_terms, field_of
@@ -35,10 +35,20 @@ def settle(config: RunConfig, teacher_config, has_head: bool = True) -> None:
     if pruning.compensation == "auto":
         strongest = "full" if task_of(config.data).has_lm_head else "refit"  # the basis is chosen by the head
         pruning.compensation = "none" if obstacle else strongest
+    _check_basis(config)
     if pruning.compensation != "none" and pruning.schedule != "none" and obstacle:
         raise UserError(
             f"pruning.compensation: found {pruning.compensation}, allowed is none for this teacher, {obstacle}; set it "
             f"to none or auto"
+        )
+
+
+def _check_basis(config: RunConfig) -> None:
+    check_basis(config)  # compensation may have been left open until now
+    if config.pruning.basis == "fisher" and not task_of(config.data).has_lm_head:
+        raise UserError(
+            "pruning.basis: found fisher, which weighs directions by gradients of a language-modelling head, which "
+            "data.task=none leaves out; allowed are auto, pca and learned; set it to auto"
         )
 
 
@@ -83,11 +93,11 @@ def check_head(config: RunConfig, has_head: bool, say: Callable[[str], None]) ->
             f"teacher.name: {name!r} has no {head}, so {' and '.join(fields)} would teach noise; "
             f"set teacher.correction_steps (1000, say) to train one, or {'=0 '.join(fields)}=0"
         )
-    if config.pruning.compensation == "full" and config.pruning.schedule != "none":
+    if config.pruning.compensation in ("project", "full") and config.pruning.schedule != "none":
         raise UserError(
-            f"pruning.compensation: found full, but the teacher {name!r} has no trained {head}, whose gradients "
-            f"choose the basis and whose loss checks it, so that it would do harm; set pruning.compensation=refit or "
-            f"none, or teacher.correction_steps (1000, say) to train a head"
+            f"pruning.compensation: found {config.pruning.compensation}, but the teacher {name!r} has no trained "
+            f"{head}, whose gradients choose the basis and whose loss checks it, so that it would do harm; set "
+            f"pruning.compensation=refit or none, or teacher.correction_steps (1000, say) to train a head"
         )
     if config.pruning.importance == "teacher_kl":
         raise UserError(

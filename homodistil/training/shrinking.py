@@ -160,9 +160,9 @@ class Shrinker:
             self.shrink(target, keep, done, recorder)
 
     def _check_rotation(self) -> None:
-        """compensation=full: which residual dims must stay coordinates. A checkpoint remembers them."""
+        """compensation=full and project: which residual dims must stay coordinates. A checkpoint remembers them."""
         narrows = self.pruner.schedule.target["hidden"] < self.student.widths["hidden"]
-        if self.compensation and self.config.pruning.compensation == "full" and narrows:
+        if self.compensation and self.config.pruning.compensation in ("project", "full") and narrows:
             fixed = self.compensation.allowed_fixed_dims(self.student, self.pruner.protected, self._heldout_loss)
             self.pruner.may_rotate = fixed is not None
             if fixed is not None:

@@ -13,6 +13,7 @@ from support.fork_server import ROOT
 from support.small_job import STEPS, TRAIN, arguments, differences, result
 
 FULL = ["pruning.compensation=full", "pruning.compensation_sequences=24", "pruning.interval_steps=4"]
+LEARNED = ["pruning.compensation=project", "pruning.basis=learned", "pruning.basis_steps=4"]
 ONE_SHOT = ["pruning.schedule=one_shot", "pruning.one_shot_stages=2", "pruning.calibration_batches=2"]
 
 
@@ -44,8 +45,9 @@ def check_events(events: list[dict], last_step: int) -> None:
         assert event["gap_after"]["kl"] < event["kl_after_cut"], event
 
 
-def test_gradual_run_killed_inside_an_event(server, run_inputs, tmp_path):
-    events = check_killed_and_resumed(server, run_inputs, tmp_path, FULL, "zero2_fp32", "resize.moved:hit=2")
+@pytest.mark.parametrize("more", [[], LEARNED], ids=["full", "project, learned"])
+def test_gradual_run_killed_inside_an_event(server, run_inputs, tmp_path, more):
+    events = check_killed_and_resumed(server, run_inputs, tmp_path, [*FULL, *more], "zero2_fp32", "resize.moved:hit=2")
     assert len(events) >= 3
     check_events(events, STEPS)
 

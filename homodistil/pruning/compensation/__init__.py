@@ -3,9 +3,10 @@
 `compensate` turns the widths that are due into a plan (selections and linear maps) and the weights after it. Modes:
 refit: entries are selected by importance, then every remaining part is fitted by least squares to what it put out;
 full: heads are rotated so that their leading dims matter most (not those with rotary positions), the residual stream is
-projected onto its best subspace, neurons and whole heads are selected, then the same fit. It works on plain stock
-models; bringing the result to a live engine is the caller's part (student.py). Source: compensation study,
-sections 4 and 5.
+projected onto its best subspace, neurons and whole heads are selected, then the same fit; project: as full, but norms
+and the vocabulary head alone are fitted, as without their scale a projection is worth nothing, and linears keep what
+it has made of them. It works on plain stock models; bringing the result to a live engine is the caller's part
+(student.py). Source: compensation study, sections 4 and 5.
 """
 
 from __future__ import annotations
@@ -14,35 +15,21 @@ import copy
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from homodistil.data.batch import Batch
-from homodistil.distributed import ranks
-from homodistil.models.axes import AxisTable, Keep, compose, outer_axes
+from homodistil.models.axes import AxisTable, Keep
 from homodistil.models.family import ModelFamily
-from homodistil.models.resize_plan import ResizePlan, make_plan, slice_module
-from homodistil.pruning.compensation.axis_maps import AxisMaps, is_mapped, layer_of, leading
+from homodistil.models.resize_plan import ResizePlan
+from homodistil.pruning.compensation.axis_maps import is_mapped
+from homodistil.pruning.compensation.event_plan import Network, plan_event
 from homodistil.pruning.compensation.folding import fold_gains
 from homodistil.pruning.compensation.head import can_straighten, refit_head, straighten_head
-from homodistil.pruning.compensation.projection import residual_projection
+from homodistil.pruning.compensation.options import Options
 from homodistil.pruning.compensation.refit import Refit
-from homodistil.pruning.compensation.statistics import Statistics, collect
-from homodistil.pruning.compensation.uneven_gains import uneven_dims
-
-
-@dataclass(frozen=True)
-class Options:
-    mode: Literal["refit", "full"] = "full"
-    ridge: float = 1e-2
-    """Ridge of the refit, as a share of the mean variance of a linear's inputs (> 0)."""
-    basis: Literal["fisher", "pca"] = "fisher"
-    """full: what the residual stream's subspace is chosen by (projection.py). fisher needs a trained head."""
-    seed: int = 0
-    """full: of drawn labels and of the mixed basis."""
 
 
 class Compensated(NamedTuple):
@@ -70,28 +57,25 @@ def compensate(
         model: the current network, a plain fp32 language model or backbone with tapped attention; not changed.
         family: its table of names.
         table: axes at the current widths, by the names of `model.named_parameters()`.
-        keep: selection by importance for the axes that are due. full: of `hidden`, and of `qk_dim` and `vo_dim` where
-            heads are rotated, only the widths count.
+        keep: selection by importance for the axes that are due. project, full: of `hidden`, and of `qk_dim` and
+            `vo_dim` where heads are rotated, only the widths count.
         batches: this rank's calibration micro-batches on the model's device, one at least.
-        fixed_dims: full: int64, residual dims that stay coordinate axes; in the new network they come first.
+        fixed_dims: project, full: int64, residual dims that stay coordinate axes; in the new network they come first.
         origins: where the entries of `model` came from (`ModelFamily.follow_origins`); None: from itself.
 
     Raises:
         ValueError: a keep that does not fit the table; no more dims than fixed ones.
     """
     start_s = time.perf_counter()
-    mapped = [axis for axis in keep if options.mode == "full" and is_mapped(axis, model, family)]
+    mapped = [axis for axis in keep if options.maps and is_mapped(axis, model, family)]
     if "hidden" in mapped:
         model = copy.deepcopy(model)
         fold_gains(model, family)
     with _frozen(model):
-        plan, statistics = _plan(model, family, table, keep, mapped, batches, options, fixed_dims)
-        new = copy.deepcopy(model)
-        slice_module(new, plan)
-        family.refresh(new, plan.widths_after)
-        if origins is not None:
-            family.follow_origins(new, compose(origins, plan.keep, outer_axes(table.widths)))
-        refit = Refit(model, new, family, plan, batches, options.ridge)
+        network = Network(model, family, table, origins)
+        plan, statistics = plan_event(network, keep, mapped, batches, options, fixed_dims)
+        new = network.cut(plan)
+        refit = Refit(model, new, family, plan, batches, options.ridge, options.fits_linears)
         lost = _refit(refit, statistics.decoder if statistics else None)
     return Compensated(plan, new, {"seconds": time.perf_counter() - start_s, "lost": lost})
 
@@ -123,53 +107,6 @@ def _frozen(model: nn.Module) -> Iterator[None]:
             module.training = was_training
         for parameter in trained:
             parameter.requires_grad_(True)
-
-
-def _plan(
-    model: nn.Module,
-    family: ModelFamily,
-    table: AxisTable,
-    keep: Keep,
-    mapped: Sequence[str],
-    batches: Sequence[Batch],
-    options: Options,
-    fixed_dims: Tensor | None,
-) -> tuple[ResizePlan, Statistics | None]:
-    """The event's plan, and what a projection was chosen by. `model` is frozen.
-
-    Args:
-        mapped: axes that are rotated or projected.
-    """
-    if not mapped:
-        return make_plan(table, keep), None
-    head_layers = {layer_of(axis) for axis in mapped if axis != "hidden"}
-    basis = options.basis if "hidden" in mapped else None
-    statistics = collect(model, family, batches, head_layers, basis, options.seed)
-    maps = AxisMaps(model, family, table, keep)
-    for axis in mapped:
-        if axis == "hidden":
-            width = len(keep[axis])
-            fixed = _fixed_dims(model, family, statistics, fixed_dims, width)
-            projection = residual_projection(statistics, width, fixed, options.seed)
-            maps.project(ranks.from_first(projection))
-        else:
-            maps.rotate(axis, statistics.heads[layer_of(axis)])
-    kept = {axis: leading(table, keep, axis) if axis in mapped else keep[axis] for axis in keep}
-    return make_plan(table, kept, maps.by_parameter), statistics
-
-
-def _fixed_dims(
-    model: nn.Module, family: ModelFamily, statistics: Statistics, wanted: Tensor | None, width: int
-) -> Tensor:
-    """Residual dims that stay coordinates: those that are wanted, which come first, as later events count on it; then
-    what the final norm's gain asks for, up to half of the new width."""
-    device = statistics.residual[0].sums.device
-    fixed = (torch.empty(0, dtype=torch.int64) if wanted is None else wanted).to(device)
-    final = family.norm(family.final_norm(model))
-    if final is None:
-        return fixed
-    uneven = uneven_dims(final, statistics.residual[-1], most=max(0, width // 2 - len(fixed)))
-    return torch.cat([fixed, uneven[~torch.isin(uneven, fixed)]])
 
 
 @torch.no_grad()

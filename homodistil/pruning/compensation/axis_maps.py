@@ -26,8 +26,7 @@ class AxisMaps:
 
     def project(self, projection: Tensor) -> None:
         """Contract the residual stream with P (D, d). Of a gain, the diagonal of P' diag(gain) P stays."""
-        modules = [module for module in self._model.modules() if getattr(module, "weight", None) is not None]
-        gains = {self._names[id(module.weight)] for module in modules if module.weight.ndim == 1}
+        gains = {name for name in norm_parameters(self._model) if name.endswith("weight")}
         for use in self._table.uses:
             if use.axes == ("hidden",):
                 matrix = projection.square() if use.parameter in gains else projection
@@ -49,6 +48,13 @@ class AxisMaps:
 
     def _set(self, parameter: str, dim: int, matrix: Tensor) -> None:
         self.by_parameter.setdefault(parameter, {})[dim] = matrix.cpu()
+
+
+def norm_parameters(model: nn.Module) -> set[str]:
+    """Names of the gains and shifts of all norms."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    norms = [module for module in model.modules() if getattr(getattr(module, "weight", None), "ndim", 0) == 1]
+    return {names[id(parameter)] for norm in norms for parameter in norm.parameters(recurse=False)}
 
 
 def _outputs_of(linear: nn.Module) -> list[tuple[nn.Parameter, int]]:

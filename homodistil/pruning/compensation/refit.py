@@ -34,6 +34,7 @@ class Refit:
         new: `old` as `plan` has cut it; its weights are changed here.
         batches: this rank's calibration micro-batches.
         ridge: see least_squares.
+        fits_linears: False: norms alone are fitted; linears stay as `plan` has cut them.
     """
 
     def __init__(
@@ -44,7 +45,9 @@ class Refit:
         plan: ResizePlan,
         batches: Sequence[Batch],
         ridge: float,
+        fits_linears: bool = True,
     ) -> None:
+        self._fits_linears = fits_linears
         self.old, self.new, self.family, self.ridge = old, new, family, ridge
         self.changes = Changes(old, family.axis_table(old), plan)
         self.is_affected = False
@@ -138,6 +141,8 @@ class Refit:
         targets: list[Tensor],
         weights: Sequence[Tensor | None] | None = None,
     ) -> None:
+        if not self._fits_linears:
+            return
         weights = weights or [None] * len(targets)
         parts = zip(self.streams, inputs, targets, weights, strict=True)
         fit_linear(linears, (Rows(s.rows(x), y, w) for s, x, y, w in parts), self.ridge)

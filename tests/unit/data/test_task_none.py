@@ -128,6 +128,20 @@ def test_what_needs_words_is_refused(teacher, field, said):
         assert said in refusal(lambda: check_teacher(config_of(without_head(teacher), field)))
 
 
+def test_a_basis_that_needs_words_is_refused(teacher):
+    """Found out once the task is settled."""
+    field = "pruning={compensation: full, basis: fisher}"
+    for fields in ((field, "data.task=none"), (field,)):
+        if len(fields) == 1:
+            without_head(teacher)
+        said = refusal(lambda fields=fields: check_teacher(config_of(teacher, *fields)))
+        assert "pruning.basis: found fisher" in said and "allowed are auto, pca and learned" in said
+    for basis in ("auto", "pca", "learned"):
+        check_teacher(config_of(teacher, f"pruning={{compensation: full, basis: {basis}}}"))
+    said = refusal(lambda: check_teacher(config_of(teacher, "pruning.basis=learned")))
+    assert "pruning.basis: found learned, allowed with pruning.compensation=refit is auto" in said  # what auto was
+
+
 def test_something_must_be_left_to_learn(teacher):
     nothing = ("loss.hidden=0", "loss.attention=0", "loss.embedding=0", "data.task=none")
     assert refusal(lambda: check_teacher(config_of(teacher, *nothing))).startswith("loss: every weight")

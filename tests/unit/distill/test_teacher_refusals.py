@@ -129,8 +129,10 @@ def test_a_missing_head_is_named_once_where_it_need_not_be_there(teacher):
     unused = {"data__task": "mlm", "loss__mlm": 0.0, "loss__kl": 0.0, "pruning__compensation": "none"}
     check_teacher(config_of(teacher, **unused), said.append)
     assert said[1:] == [f"teacher: {teacher} has no MLM head, and none is used (loss.mlm=0, loss.kl=0)"]
-    full = config_of(teacher, **unused | {"pruning__compensation": "full"})
-    assert "set pruning.compensation=refit or none" in refusal(lambda: check_teacher(full))
+    for mode in ("full", "project"):
+        config = config_of(teacher, **unused | {"pruning__compensation": mode})
+        said = refusal(lambda config=config: check_teacher(config))
+        assert f"found {mode}" in said and "set pruning.compensation=refit or none" in said
     check_teacher(config_of(teacher, **unused | {"pruning__compensation": "refit"}))
     check_teacher(config_of(teacher, teacher__correction_steps=7, pruning__compensation="full"))
     labels = config_of(teacher, **unused, pruning__importance="teacher_kl")

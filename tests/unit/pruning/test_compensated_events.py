@@ -101,6 +101,9 @@ def test_calibration_is_shared_evenly(wanted, ranks, micro_batch, found):
         ({"one_shot_stages": 2, "compensation": "full"}, {}, "pruning.one_shot_stages: found 2"),
         ({"one_shot_stages": 2, "schedule": "one_shot", "compensation": "none"}, {}, "one_shot_stages: found 2"),
         ({"compensation": "full"}, {"projection_learned": False}, "loss.projection_learned: found false"),
+        ({"compensation": "project"}, {"projection_learned": False}, "loss.projection_learned: found false"),
+        ({"compensation": "refit", "basis": "learned"}, {}, "pruning.basis: found learned, allowed with .*=refit is"),
+        ({"compensation": "none", "basis": "pca"}, {}, "pruning.basis: found pca, allowed with .*=none is auto"),
     ],
 )
 def test_settings_that_do_not_go_together(pruning, loss, text):
@@ -117,6 +120,25 @@ def test_compensation_is_without_effect_where_nothing_is_cut():
     config.student.init, config.pruning.schedule, config.loss.projection_learned = "random", "none", False
     assert config.pruning.compensation == "auto"
     check(config)
+
+
+@pytest.mark.parametrize(
+    ("basis", "with_head", "found"),
+    [
+        ("auto", True, "fisher"),
+        ("auto", False, "pca"),
+        ("pca", True, "pca"),
+        ("fisher", True, "fisher"),
+        ("learned", True, "learned"),
+        ("learned", False, "learned"),
+    ],
+)
+def test_the_basis_that_a_config_asks_for(basis, with_head, found):
+    compensation = FixedBatches(0.25)
+    compensation.run_inputs.with_head, pruning = with_head, compensation.config.pruning
+    pruning.compensation, pruning.basis, pruning.basis_steps, pruning.basis_lr = "project", basis, 7, 0.3
+    options = compensation.options(consumed_samples=64)
+    assert (options.mode, options.basis, options.basis_steps, options.basis_lr) == ("project", found, 7, 0.3)
 
 
 class FixedBatches(Compensation):

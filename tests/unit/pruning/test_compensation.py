@@ -282,7 +282,7 @@ def test_rotation_only_stays_near_the_model(model):
     assert kl(model, rotated) < 0.5 * kl(model, cut(model, {"hidden": 10}).model)
 
 
-@pytest.mark.parametrize("mode", ["refit", "full"])
+@pytest.mark.parametrize("mode", ["refit", "full", "learned"])
 @pytest.mark.parametrize("case", ["dead neuron", "dead head", "few tokens", "no masked rows"])
 def test_degenerate_inputs_stay_finite(model, mode, case):
     batches, layer = BATCHES, bert.modules(model, 0)
@@ -298,7 +298,8 @@ def test_degenerate_inputs_stay_finite(model, mode, case):
             batches = [small_batch(0, (3, 2))]
         else:
             batches = [b._replace(target_index=b.target_index[:0], target_ids=b.target_ids[:0]) for b in BATCHES]
-    result = cut(model, mode=mode, batches=batches)
+    options = {"mode": "project", "basis": "learned", "basis_steps": 3} if mode == "learned" else {"mode": mode}
+    result = cut(model, batches=batches, **options)
     for name, value in result.model.named_parameters():
         assert value.isfinite().all(), name
         assert value.abs().max() < 1e3, name
