@@ -23,7 +23,7 @@ from homodistil.models.backbone import run_backbone
 from homodistil.models.family import ModelFamily
 from homodistil.models.resize_plan import ResizePlan, transform
 from homodistil.pruning.compensation.axis_maps import norm_parameters
-from homodistil.pruning.compensation.least_squares import TINY
+from homodistil.pruning.compensation.moments import TINY
 
 _LOGITS_AT_ONCE = 1 << 24
 """Elements of a micro-batch: 64 MiB in fp32, of which training holds a handful."""

@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from homodistil.distributed import ranks, watchdog
 from homodistil.pruning.compensation.basis_distance import BasisDistance
-from homodistil.pruning.compensation.least_squares import TINY
+from homodistil.pruning.compensation.moments import TINY
 
 _BETAS = 0.9, 0.99
 
