@@ -5,5 +5,8 @@ from setuptools import find_packages, setup
 setup(
     packages=[*find_packages(include=["homodistil", "homodistil.*"]), "homodistil.ds_configs"],
     package_dir={"homodistil.ds_configs": "ds_configs"},
-    package_data={"homodistil.config": ["recipes/*.yaml", "recipes/*/*.yaml"], "homodistil.ds_configs": ["*.json"]},
+    package_data={
+        "homodistil.config": ["recipes/*.yaml", "recipes/*/*.yaml", "student_sets/*/*.yaml"],
+        "homodistil.ds_configs": ["*.json"],
+    },
 )

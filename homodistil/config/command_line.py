@@ -20,7 +20,14 @@ from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 from homodistil.config import rules, students
 from homodistil.config.one_line_parser import program
 from homodistil.config.schema import SECTIONS, RunConfig
-from homodistil.config.shipped import DEFAULT_ENGINE, engine_names, engine_path, recipe_names, recipe_path
+from homodistil.config.shipped import (
+    DEFAULT_ENGINE,
+    engine_names,
+    engine_path,
+    recipe_names,
+    recipe_path,
+    student_set_names,
+)
 from homodistil.config.values import (
     REMOVED_FIELDS,
     check_value,
@@ -154,7 +161,8 @@ def _build_parser(description: str, with_engine: bool) -> ArgumentParser:
             "--teachers-once",
             type=str,
             help="Several students in one job, which share each pass of the teacher: YAML files, separated by commas, "
-            "with the fields in which each differs. Their folders are run.dir/students/FILE.",
+            "with the fields in which each differs, or the name of a shipped set "
+            f"({', '.join(student_set_names())}). Their folders are run.dir/students/FILE.",
         )
         parser.add_argument("--check", action="store_true", help="Only check whether the run can start; try one step.")
         parser.add_argument("--local_rank", type=int, default=-1, help="Set by the launcher.")

@@ -1,4 +1,4 @@
-"""Files that are shipped with the package, by name: recipes (YAML) and DeepSpeed configs (JSON).
+"""Files that are shipped with the package, by name: recipes, sets of students (YAML) and DeepSpeed configs (JSON).
 
 The DeepSpeed configs are in a folder ds_configs/, next to the package in a source checkout, or inside an installed
 package.
@@ -9,9 +9,13 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import yaml
+
 from homodistil.errors import UserError, nearest
 
 RECIPES = Path(__file__).parent / "recipes"
+STUDENT_SETS = Path(__file__).parent / "student_sets"
+"""A folder for each set, with a file for each student."""
 DEFAULT_ENGINE = "zero2"
 _PACKAGE = Path(__file__).parents[1]
 ENGINES = _PACKAGE / "ds_configs" if (_PACKAGE / "ds_configs").is_dir() else _PACKAGE.parent / "ds_configs"
@@ -42,6 +46,17 @@ def recipe_summary(name: str) -> str:
             break
         comment.append(line.removeprefix("#").strip())
     return re.split(r"(?<=\.)\s+(?=[A-Z])", " ".join(comment))[0].removesuffix(".")
+
+
+def student_set_names() -> list[str]:
+    """Names of the shipped sets of students."""
+    return sorted(path.name for path in STUDENT_SETS.iterdir())
+
+
+def student_files(name: str) -> list[Path]:
+    """The files of a set of students, the widest student first. `name`: of `student_set_names`."""
+    files = (STUDENT_SETS / name).glob("*.yaml")
+    return sorted(files, key=lambda path: -yaml.safe_load(path.read_text(encoding="utf-8"))["student"]["hidden_size"])
 
 
 def engine_names() -> list[str]:

@@ -13,24 +13,32 @@ from typing import Any
 
 from homodistil.config.derive import shared_job_config, student_config
 from homodistil.config.schema import OPTIONS, RunConfig, value_of
+from homodistil.config.shipped import student_files, student_set_names
 from homodistil.errors import UserError
 
 
 def file_names(text: str) -> list[Path]:
-    """The paths in the value of `--teachers-once`, such as "small.yaml,tiny.yaml".
+    """The paths in the value of `--teachers-once`, such as "small.yaml,tiny.yaml". What is no file may be the name of a
+    shipped set of students.
 
     Raises:
         UserError: there is no path, or two files have the same stem, which names the folder of a student.
     """
-    paths = [Path(part.strip()) for part in text.split(",") if part.strip()]
+    paths = [path for part in text.split(",") if part.strip() for path in _paths(part.strip())]
     if not paths:
         raise UserError(
-            "--teachers-once: found no file; give one per student, as in --teachers-once small.yaml,tiny.yaml"
+            f"--teachers-once: found no file; give one per student, as in --teachers-once small.yaml,tiny.yaml, or the "
+            f"name of a shipped set ({', '.join(student_set_names())})"
         )
     stems = [path.stem for path in paths]
     if twice := next((stem for stem in stems if stems.count(stem) > 1), None):
         raise UserError(f"--teachers-once: two files are called {twice}, which names a student's folder; rename one")
     return paths
+
+
+def _paths(name: str) -> list[Path]:
+    is_shipped = name in student_set_names() and not Path(name).exists()
+    return student_files(name) if is_shipped else [Path(name)]
 
 
 def as_overrides(content: Mapping[str, Any]) -> list[str]:
