@@ -63,7 +63,7 @@ class RefitStudy:
 
     def same_form(self, cell: Cell) -> list[Cell]:
         """The cell's arm and width at every length, ascending."""
-        return [other for other in self.cells if (other.arm, other.width) == (cell.arm, cell.width)]
+        return [each for each in self.cells if (each.arm, each.width) == (cell.arm, cell.width)]
 
 
 def run(pool: Pool, options: Options) -> RefitStudy:
@@ -121,7 +121,8 @@ def cut_job(options: Options, teacher: StudyTeacher, cell: Cell, seed: int) -> T
 
 def rates(options: Options, study: RefitStudy, cell: Cell) -> tuple[float, ...]:
     """To try first, ascending. Where no shorter length has a rate, those of the shortest."""
-    known = [other.rate for other in study.same_form(cell) if other.length < cell.length and other.rate is not None]
+    shorter = [each for each in study.same_form(cell) if each.length < cell.length]
+    known = [each.rate for each in shorter if each.rate is not None]
     return (known[-1] / FACTOR, known[-1]) if known else options.grid(cell.arm, cell.width)
 
 

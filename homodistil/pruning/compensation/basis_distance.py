@@ -60,7 +60,7 @@ class BasisDistance:
         self._has_head = family.has_head(old)
         self._stream_dims = _stream_dims(table, norm_parameters(old))
         self._wide = {name: self._before_projection(old, plan, name) for name in self._stream_dims}
-        self._others = {n: p.detach() for n, p in new.named_parameters() if n not in self._stream_dims}
+        self._unchanged = {n: p.detach() for n, p in new.named_parameters() if n not in self._stream_dims}
         with torch.no_grad():
             self._targets = [self._rows_of(_Rows(old, family), batch) for batch in batches]
 
@@ -75,7 +75,7 @@ class BasisDistance:
             name: transform(wide, {}, dict.fromkeys(self._stream_dims[name], projection))
             for name, wide in self._wide.items()
         }
-        return self._others | contracted
+        return self._unchanged | contracted
 
     def of(self, number: int, projection: Tensor) -> tuple[Tensor, int]:
         """(sum over rows of micro-batch `number` of this rank, number of rows); beyond the last one from the first on.
@@ -91,8 +91,8 @@ class BasisDistance:
             return _relative_errors(target, rows @ projection.T.to(rows.dtype)).sum(), len(rows)
         with torch.no_grad():
             expected = self._family.lm_head(self._old)(target).log_softmax(-1)
-        found = self._logits(rows, projection, weights).log_softmax(-1)
-        return functional.kl_div(found, expected, reduction="sum", log_target=True), len(rows)
+        predicted = self._logits(rows, projection, weights).log_softmax(-1)
+        return functional.kl_div(predicted, expected, reduction="sum", log_target=True), len(rows)
 
     def _rows_of(self, run: Callable[[Batch, Tensor | None], Tensor], batch: Batch) -> Tensor:
         """Last hidden states of one network at the rows that count, (rows, D or d)."""
@@ -133,9 +133,9 @@ def _stream_dims(table: AxisTable, left_out: Collection[str]) -> dict[str, list[
     return dims
 
 
-def _relative_errors(target: Tensor, found: Tensor) -> Tensor:
+def _relative_errors(target: Tensor, restored: Tensor) -> Tensor:
     """Squared error of each row as a share of the target's square, (rows,)."""
-    return (target - found).square().sum(1) / target.square().sum(1).clamp(min=TINY)
+    return (target - restored).square().sum(1) / target.square().sum(1).clamp(min=TINY)
 
 
 class _Rows(nn.Module):
