@@ -176,7 +176,8 @@ class PruningConfig:
     compensation_ridge: float = option(
         1e-2, low=0, high=WEIGHT, exclude="low", resume="fixed", students="own", derived=SAME
     )
-    """Ridge of the refit, as a share of the mean variance of its inputs (> 0)."""
+    """Ridge of the refit, as a share of the mean variance of its inputs (> 0). Far below 1e-4 the rounding of fp32
+    products counts."""
     basis: Literal["auto", "fisher", "pca", "learned"] = option(
         "auto", resume="fixed", students="own", derived={PLAIN_CONTROL: "auto", MEASUREMENT: "auto"}
     )
@@ -186,7 +187,7 @@ class PruningConfig:
     fisher; pca where there is no head."""
     basis_steps: int = option(60, low=1, high=STEPS, resume="fixed", students="own", derived={TRIAL: 1})
     """basis=learned: steps of training the basis in every event that narrows the residual stream (>= 1), each on one
-    micro-batch a rank; schedule=gap trains one for every cut that it tries."""
+    micro-batch per rank; schedule=gap trains one for every cut that it tries."""
     basis_lr: float = option(0.05, low=0, high=1, exclude="low", resume="fixed", students="own", derived=SAME)
     """basis=learned: angle (radians) by which directions of the basis turn in the first of these steps (> 0); it falls
     linearly to 0."""

@@ -35,7 +35,7 @@ def settle(config: RunConfig, teacher_config, has_head: bool = True) -> None:
     if pruning.compensation == "auto":
         strongest = "full" if task_of(config.data).has_lm_head else "refit"  # the basis is chosen by the head
         pruning.compensation = "none" if obstacle else strongest
-    _check_basis(config)
+    _check_settled_basis(config)
     if pruning.compensation != "none" and pruning.schedule != "none" and obstacle:
         raise UserError(
             f"pruning.compensation: found {pruning.compensation}, allowed is none for this teacher, {obstacle}; set it "
@@ -43,7 +43,7 @@ def settle(config: RunConfig, teacher_config, has_head: bool = True) -> None:
         )
 
 
-def _check_basis(config: RunConfig) -> None:
+def _check_settled_basis(config: RunConfig) -> None:
     check_basis(config)  # compensation may have been left open until now
     if config.pruning.basis == "fisher" and not task_of(config.data).has_lm_head:
         raise UserError(

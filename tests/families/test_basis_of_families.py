@@ -70,10 +70,10 @@ def test_weights_are_those_that_the_plan_leaves(model_type):
     with torch.no_grad():  # norms are those of `new`, whatever they are
         for name in norm_parameters(start.new):
             start.new.get_parameter(name).add_(0.5)
-    found = start.distance_now().weights(start.projection)
+    weights = start.distance_now().weights(start.projection)
     expected = dict(start.new.named_parameters())
-    assert found.keys() == expected.keys()
-    for name, weight in found.items():
+    assert weights.keys() == expected.keys()
+    for name, weight in weights.items():
         torch.testing.assert_close(weight, expected[name], rtol=0, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
 
 
@@ -83,10 +83,10 @@ def test_with_a_head_it_is_the_kl_at_the_rows_to_predict(model_type):
     rows = [start.hidden(model, 1)[BATCHES[1].target_index] for model in (start.model, start.new)]
     expected = start.family.lm_head(start.model)(rows[0])
     if start.family.head_parts(start.model) is None:
-        found = start.family.lm_head(start.new)(rows[1])
+        predicted = start.family.lm_head(start.new)(rows[1])
     else:
-        found = best_logits(start, start.family.lm_transform(start.model)(rows[1] @ start.projection.T))
-    log_p, log_q = (logits - logits.logsumexp(-1, keepdim=True) for logits in (expected, found))
+        predicted = best_logits(start, start.family.lm_transform(start.model)(rows[1] @ start.projection.T))
+    log_p, log_q = (logits - logits.logsumexp(-1, keepdim=True) for logits in (expected, predicted))
     total, number = start.distance.of(1, start.projection)
     torch.testing.assert_close(total, (log_p.exp() * (log_p - log_q)).sum(), rtol=1e-4, atol=1e-6)
     assert number == len(BATCHES[1].target_index) and total > 0.1
@@ -145,13 +145,13 @@ def test_training_comes_nearer_on_orthonormal_columns_and_leaves_fixed_dims(case
     start = Start(without_head(model, model_type) if "without" in case else model, model_type, fixed)
     Refit(start.model, start.new, start.family, start.plan, BATCHES, 1e-2, fits_linears=False).run()
     distance = start.distance_now()
-    found = train_basis(distance, start.projection, start.fixed, steps=30, rate=0.05)
-    identity = torch.eye(found.shape[1], dtype=torch.float64)
-    torch.testing.assert_close(found.T @ found, identity, rtol=0, atol=1e-10)
+    trained = train_basis(distance, start.projection, start.fixed, steps=30, rate=0.05)
+    identity = torch.eye(trained.shape[1], dtype=torch.float64)
+    torch.testing.assert_close(trained.T @ trained, identity, rtol=0, atol=1e-10)
     number = len(start.fixed)
-    assert torch.equal(found[start.fixed, :number], identity[:number, :number])
-    assert not found[start.fixed, number:].any() and (found[:, :number].sum(0) == 1).all()
-    before, after = (mean_distance(distance, projection) for projection in (start.projection, found))
+    assert torch.equal(trained[start.fixed, :number], identity[:number, :number])
+    assert not trained[start.fixed, number:].any() and (trained[:, :number].sum(0) == 1).all()
+    before, after = (mean_distance(distance, projection) for projection in (start.projection, trained))
     assert after < 0.95 * before
 
 
@@ -192,12 +192,12 @@ def test_an_event_with_a_trained_basis(model_type, mode):
     model = make_model(model_type)
     family, table = family_of(model_type), family_of(model_type).axis_table(model)
     keep, weights = random_keep(table, {"hidden": 17}), copy.deepcopy(model.state_dict())
-    found = [
+    both = [
         compensate(model, family, table, keep, BATCHES, Options(mode=mode, basis=basis, basis_steps=3))
         for basis in ("learned", "fisher")
     ]
-    assert found[0].plan.hash != found[1].plan.hash
-    projections = [m if m.shape[1] == 17 else None for dims in found[0].plan.maps.values() for m in dims.values()]
+    assert both[0].plan.hash != both[1].plan.hash
+    projections = [m if m.shape[1] == 17 else None for dims in both[0].plan.maps.values() for m in dims.values()]
     assert len({m.square().sum(0).sum().item() for m in projections if m is not None}) <= 2  # P, and P squared
-    assert all(value.isfinite().all() for value in found[0].model.state_dict().values())
+    assert all(value.isfinite().all() for value in both[0].model.state_dict().values())
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())

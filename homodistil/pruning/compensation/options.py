@@ -15,7 +15,7 @@ class Options:
     """project and full: what the residual stream's subspace is chosen by. fisher and pca: in closed form
     (projection.py), where fisher needs a trained head; learned: such a basis, then trained (learned_basis.py)."""
     basis_steps: int = 60
-    """learned: steps of its training, each on one micro-batch a rank."""
+    """learned: steps of its training, each on one micro-batch per rank."""
     basis_lr: float = 0.05
     """learned: angle (radians) by which a column turns in one of the first steps; it falls linearly to 0."""
     seed: int = 0

@@ -123,7 +123,7 @@ def test_compensation_is_without_effect_where_nothing_is_cut():
 
 
 @pytest.mark.parametrize(
-    ("basis", "with_head", "found"),
+    ("basis", "with_head", "chosen"),
     [
         ("auto", True, "fisher"),
         ("auto", False, "pca"),
@@ -133,12 +133,12 @@ def test_compensation_is_without_effect_where_nothing_is_cut():
         ("learned", False, "learned"),
     ],
 )
-def test_the_basis_that_a_config_asks_for(basis, with_head, found):
+def test_the_basis_that_a_config_asks_for(basis, with_head, chosen):
     compensation = FixedBatches(0.25)
     compensation.run_inputs.with_head, pruning = with_head, compensation.config.pruning
     pruning.compensation, pruning.basis, pruning.basis_steps, pruning.basis_lr = "project", basis, 7, 0.3
     options = compensation.options(consumed_samples=64)
-    assert (options.mode, options.basis, options.basis_steps, options.basis_lr) == ("project", found, 7, 0.3)
+    assert (options.mode, options.basis, options.basis_steps, options.basis_lr) == ("project", chosen, 7, 0.3)
 
 
 class FixedBatches(Compensation):
