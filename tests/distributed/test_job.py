@@ -1,11 +1,8 @@
 """The main job on two real ranks, with the real packaged teacher and text: files, resume, stops, exit codes."""
 
 import json
-import os
 import shutil
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -25,6 +22,7 @@ STEPS, SAVE_EVERY = 14, 5
 def _arguments(run_dir: Path, cache_dir: Path, *overrides: str) -> list[str]:
     fields = {
         "data.cache_dir": cache_dir,
+        "data.sources": "[embedded:wikipedia]",
         "data.seq_len": 32,
         "teacher.correction_steps": 0,
         "train.steps": STEPS,
@@ -40,7 +38,8 @@ def _arguments(run_dir: Path, cache_dir: Path, *overrides: str) -> list[str]:
         "train.eval_batch_size": 256,
         "pruning.end_fraction": 0.8,
         "pruning.interval_steps": 2,
-        "data.heldout_fraction": 0.002,
+        "pruning.compensation_sequences": 64,
+        "data.heldout_fraction": 0.01,
         "run.dir": run_dir,
         "run.compare": "[]",
         "run.report": "false",
@@ -50,19 +49,15 @@ def _arguments(run_dir: Path, cache_dir: Path, *overrides: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory, cache_dir):
-    """A whole run, started by DeepSpeed's own launcher."""
-    folder = tmp_path_factory.mktemp("finished") / "run"
-    launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", "2"]
-    port = free_port()
-    command = [*launcher, "--master_port", str(port), str(TRAIN)]
-    command += _arguments(folder, cache_dir, "run.compare=[one_shot]", "run.report=true", "run.rank_logs=true")
-    env = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
-    done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=ROOT, timeout=500)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert "shm_comm_op built" in done.stdout and not list(Path("/dev/shm").glob(f"*_{port}_*")), "shared memory left"
-    return folder, done.stdout + done.stderr
+def finished(server, tmp_path_factory, cache_dir):
+    """A whole run, and what its ranks print."""
+    folder, port = tmp_path_factory.mktemp("finished") / "run", free_port()
+    changes = ["run.compare=[one_shot]", "run.report=true", "run.rank_logs=true"]
+    job = server.start(TRAIN, _arguments(folder, cache_dir, *changes), env={"MASTER_PORT": port})
+    assert job.wait(timeout_s=500) == [0, 0], job.output()[-6000:]
+    printed = job.output()
+    assert "shm_comm_op built" in printed and not list(Path("/dev/shm").glob(f"*_{port}_*")), "shared memory left"
+    return folder, printed
 
 
 def _lines(path: Path) -> list[dict]:
