@@ -63,7 +63,7 @@ def step_progress(total_steps: int, start_step: int) -> StepProgress:
     """A bar in a terminal or a notebook, otherwise lines."""
     if sys.stderr.isatty():
         return _Bar(total_steps, start_step)
-    return _NotebookBar(total_steps, start_step) if _in_notebook() else _Lines(total_steps, start_step)
+    return _NotebookBar(total_steps, start_step) if _in_notebook() else _Lines(total_steps)
 
 
 def _in_notebook() -> bool:
@@ -131,13 +131,15 @@ class _Lines:
 
     INTERVAL_S = 30.0
 
-    def __init__(self, total_steps: int, start_step: int) -> None:
-        self._total_steps, self._start_step = total_steps, start_step
-        self._start = time.monotonic()
-        self._next_line = self._start
+    def __init__(self, total_steps: int) -> None:
+        self._total_steps = total_steps
+        self._first: tuple[int, float] | None = None
+        """The first step that was done here, and when: what comes before it, a cut for example, is paid once."""
+        self._next_line = time.monotonic()
 
     def advance(self, step: int) -> None:
-        pass
+        if self._first is None:
+            self._first = step, time.monotonic()
 
     def show(self, step: int, values: Mapping[str, float]) -> None:
         now = time.monotonic()
@@ -145,8 +147,9 @@ class _Lines:
             return
         self._next_line = now + self.INTERVAL_S
         line = f"step {step}/{self._total_steps}, {_summary(values)}"
-        if self._start_step < step < self._total_steps:
-            left_s = (now - self._start) / (step - self._start_step) * (self._total_steps - step)
+        if self._first is not None and self._first[0] < step < self._total_steps:
+            first_step, first_s = self._first
+            left_s = (now - first_s) / (step - first_step) * (self._total_steps - step)
             line += f", {_interval(left_s)} left"
         print(line, file=sys.stderr, flush=True)
 

@@ -195,15 +195,24 @@ def test_disabled_recorder_writes_nothing(tmp_path, capsys):
     assert capsys.readouterr() == ("", "")
 
 
-def test_progress_in_a_log_is_a_line_now_and_then(tmp_path, capsys):
+def test_progress_in_a_log_is_a_line_now_and_then(tmp_path, capsys, monkeypatch):
+    """Four seconds a step; the hundred before the first one, which an event may take, are not counted in."""
+    clock = 1000.0
+    monkeypatch.setattr("time.monotonic", lambda: clock)
     with Recorder(tmp_path, total_steps=60, start_step=0, enabled=True) as recorder:
-        for step in range(10, 70, 10):
-            recorder.log_step(step, {"loss/total": 3.14159, "widths/hidden": 96 - step, "speed/tokens_per_s": 12345.6})
+        clock += 96
+        for step in range(1, 61):
+            clock += 4
+            if step == 1 or step % 10 == 0:
+                values = {"loss/total": 3.14159, "widths/hidden": 96 - step, "speed/tokens_per_s": 12345.6}
+                recorder.log_step(step, values)
+            recorder.advance(step)
     out, err = capsys.readouterr()
-    first, last = err.splitlines()
+    lines = err.splitlines()
     assert out == ""
-    assert first.startswith("step 10/60, loss 3.142, hidden 86, 12,346 tokens/s, ") and first.endswith(" left")
-    assert last == "step 60/60, loss 3.142, hidden 36, 12,346 tokens/s"
+    assert lines[0] == "step 1/60, loss 3.142, hidden 95, 12,346 tokens/s"
+    assert lines[1] == "step 10/60, loss 3.142, hidden 86, 12,346 tokens/s, 03:20 left"
+    assert len(lines) == 7 and lines[-1] == "step 60/60, loss 3.142, hidden 36, 12,346 tokens/s"
 
 
 def test_progress_on_a_terminal_is_a_bar(tmp_path, capsys, monkeypatch):
