@@ -20,8 +20,6 @@ from homodistil.export.model_card import complete_cards
 from homodistil.metrics.progress import doing
 from homodistil.metrics.result_table import format_table, write_result
 from homodistil.planning.save_plan import calibration_path, keep_plan
-from homodistil.report import write_report
-from homodistil.report.milestones import family_text
 from homodistil.training.control_runs import controls
 from homodistil.training.inputs import check_teacher, prepare_inputs
 from homodistil.training.milestone_exports import family_rows, read_family
@@ -146,12 +144,26 @@ def _teacher_row(run: DistillationRun, correction: dict) -> dict:
 def _conclude(folder: Path, rows: list[dict], with_report: bool) -> None:
     with doing("writing the report" if with_report else "writing the results"):
         files = _store(folder, rows, with_report)
-    tables = "\n\n".join(filter(None, (format_table(rows), family_text(rows))))
+    tables = "\n\n".join(filter(None, (format_table(rows), _milestones(rows))))
     print("\n".join([f"\n{tables}\n", *(f"{what}: {path}" for what, path in files.items())]), flush=True)
+
+
+def _milestones(rows: list[dict]) -> str:
+    """Table and sentences on the members of the family; empty if the run had no milestones."""
+    if not any("milestone" in row for row in rows):
+        return ""
+    from homodistil.report.milestones import family_text  # imports matplotlib, as below
+
+    return family_text(rows)
 
 
 def _store(folder: Path, rows: list[dict], with_report: bool) -> dict[str, Path]:
     """Result and report of one run folder, by what they are; its model cards now know the teacher's results."""
     complete_cards(folder, rows[0])
     files = {"result": write_result(folder, rows)}
-    return files | ({"report": write_report(folder)} if with_report else {})
+    if with_report:
+        # Imports matplotlib: more than a second of every rank's start, and only rank 0 draws, at the end.
+        from homodistil.report import write_report
+
+        files["report"] = write_report(folder)
+    return files

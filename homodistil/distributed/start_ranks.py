@@ -63,10 +63,11 @@ def start_ranks(num_ranks: int) -> NoReturn:
 
 
 def _check_devices(num_ranks: int) -> None:
-    import torch
+    if os.environ.get("DS_ACCELERATOR") == "cpu":
+        return
+    import torch  # takes seconds
 
-    on_gpus = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
-    if on_gpus and num_ranks > torch.cuda.device_count():
+    if torch.cuda.is_available() and num_ranks > torch.cuda.device_count():
         raise UserError(
             f"--ranks: found {num_ranks}, this machine has {torch.cuda.device_count()} GPUs; start as many ranks as "
             f"GPUs, or set DS_ACCELERATOR=cpu"

@@ -222,6 +222,7 @@ def build_engine(
     """
     import deepspeed
 
+    _import_muon_uncompiled()
     adamw = build_optimizer(module, train, optimizer, engine_config)
     schedule = build_schedule(adamw, train)
     engine, *_ = deepspeed.initialize(
@@ -229,3 +230,18 @@ def build_engine(
     )
     check_supported(engine)
     return TrainingEngine(engine)
+
+
+def _import_muon_uncompiled() -> None:
+    """Import DeepSpeed's Muon, which every ZeRO optimizer does, but without what `torch.compile` imports for it.
+
+    That is torch._inductor, seconds of every rank's start. Muon itself is never used: `build_optimizer` gives AdamW.
+    """
+    from deepspeed.runtime import compiler
+
+    before = compiler.compile
+    compiler.compile = lambda: compiler.dummy_decorator
+    try:
+        import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
+    finally:
+        compiler.compile = before

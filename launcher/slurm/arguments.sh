@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# The Python scripts' command lines out of those of the job scripts. Sourced behind job.sh; all set `arguments`.
+# The Python scripts' command lines out of those of the job scripts. Sourced behind job.sh; most set `arguments`.
 
 # launcher/train.py's: what is left open is filled in. Also sets CHECKPOINTS (of the run, for counting losses).
 train_arguments() {
@@ -35,6 +35,16 @@ read_sweep_line() {
     shift
     mapfile -t own < <(xargs -n 1 printf '%s\n' <<< "$line")
     arguments=("$@" "${own[@]}")
+}
+
+# The pairs of `tasks` and `seeds` for this task of the array: every n-th, as "TASK SEED" in `pairs`. Also sets `place`
+# (of this task in the array, from 0) and `places` (how many there are).
+deal_out_pairs() {
+    place=$((${SLURM_ARRAY_TASK_ID:-0} - ${SLURM_ARRAY_TASK_MIN:-0})) places=${SLURM_ARRAY_TASK_COUNT:-1} pairs=()
+    local number
+    for ((number = place; number < ${#tasks[@]} * ${#seeds[@]}; number += places)); do
+        pairs+=("${tasks[number / ${#seeds[@]}]} ${seeds[number % ${#seeds[@]}]}")
+    done
 }
 
 # Whether option or field $1 is among the other arguments: NAME, --NAME, NAME=..., --NAME=...

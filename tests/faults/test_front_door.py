@@ -15,11 +15,11 @@ from support.small_job import make_materials
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ("homodistil", "ds_configs", "setup.py", "pyproject.toml", "README.md", "LICENSE")
 TIMEOUT_S = 300
-# Of the quickstart, what makes it last seconds.
+# Of the quickstart, what makes it last seconds. test_slurm_train.py and the notebook below use the same corpus.
 TINY = (
     "train.steps=4 teacher.correction_steps=0 run.compare=[] train.eval_every_steps=0 data.sources=embedded:bible "
-    "data.seq_len=16 data.heldout_fraction=0.01 pruning.interval_steps=1 pruning.end_fraction=0.5 "
-    "pruning.compensation_sequences=32 train.save_every_steps=0"
+    "data.seq_len=16 data.heldout_fraction=0.002 pruning.interval_steps=1 pruning.end_fraction=0.5 "
+    "pruning.compensation_sequences=32 train.save_every_steps=0 run.report=false"
 ).split()
 
 
@@ -90,18 +90,24 @@ def test_help_and_recipes_from_any_folder(call):
     assert call("recipes", "quickstart") == (ROOT / "homodistil/config/recipes/quickstart.yaml").read_text()
     assert "did you mean 'quickstart'" in call("recipes", "quikstart", code=2)
     assert call("tran", code=2).startswith("error: homodistil: found 'tran'")
+    assert "--ranks: found 'many'" in call("train", "--ranks", "many", code=2)
 
 
-def test_axes_of_a_saved_config(call, materials):
-    text = call("axes", "--teacher", materials / "teacher")
+def test_axes_of_a_saved_config(server, materials):
+    job = server.start("-m homodistil.cli", ["axes", "--teacher", str(materials / "teacher")], num_ranks=1)
+    assert job.wait(timeout_s=60) == [0], job.output()
+    text = job.output()
     assert "layer.*.ffn: 40 entries in each of 3 layers; one entry is 49 parameters" in text  # 24 in, 24 out, a bias
     assert "bert.encoder.layer.*.attention.self.query.weight" in text and "[heads*qk_dim, hidden]" in text
 
 
 def test_train_needs_no_launcher_no_compiler_and_no_port(call, tmp_path, cache_dir):
-    output = call("train", *TINY, f"data.cache_dir={cache_dir}", TORCH_EXTENSIONS_DIR=str(tmp_path / "ops"))
+    environment = {"TORCH_EXTENSIONS_DIR": str(tmp_path / "ops"), "PYTHONPROFILEIMPORTTIME": "1"}
+    output = call("train", *TINY, f"data.cache_dir={cache_dir}", **environment)
     assert "KL to teacher" in output and "\nhomodistil " in output and "start: 1 rank on 1 machine, ZeRO-2" in output
     assert not (tmp_path / "ops").exists(), "an op was built"
+    # Each takes seconds to import: a compiler that is not used, and what would draw a report.
+    assert " torch\n" in output and " torch._inductor.compile_fx\n" not in output and " matplotlib\n" not in output
     assert [row["name"] for row in json.loads((tmp_path / "runs/quickstart/result.json").read_text())][
         1
     ] == "homodistil"
@@ -111,26 +117,37 @@ def test_train_needs_no_launcher_no_compiler_and_no_port(call, tmp_path, cache_d
 
 def two_steps(folder: Path, materials: Path) -> list[str]:
     fields = [f"teacher.name={materials / 'teacher'}", f"data.sources={materials / 'text'}", "data.seq_len=16"]
-    fields += [f"data.cache_dir={folder / 'cache'}", "student.preset=teacher", "pruning.schedule=none"]
+    fields += [
+        f"data.cache_dir={folder / 'cache'}",
+        "student.preset=teacher",
+        "pruning.schedule=none",
+        "run.report=false",
+    ]
     return [*fields, "train.steps=2", "run.dir=two", "data.heldout_fraction=0.2", "--deepspeed", "zero2_fp32"]
 
 
 def test_ranks_are_started_by_the_command_itself(call, tmp_path, materials):
     output = call("train", "--ranks", "2", *two_steps(tmp_path, materials))
     assert "start: 2 ranks on 1 machine, ZeRO-2" in output and "KL to teacher" in output
-    assert "--ranks: found 'many'" in call("train", "--ranks", "many", code=2)
 
 
 def test_the_code_of_ranks_that_refuse_is_the_commands(call, tmp_path, materials):
-    (tmp_path / "two").mkdir()
-    (tmp_path / "two" / "notes.txt").write_text("mine")
-    output = call("train", "--ranks=2", *two_steps(tmp_path, materials), code=2)
-    assert output.strip().splitlines()[-1].startswith("error: run.dir: ") and "Traceback" not in output
+    """One rank would take this batch: the two ranks that were started have joined when they refuse it."""
+    batch = ["train.global_batch_size=5", "train.micro_batch_size=1"]
+    output = call("train", "--ranks=2", *two_steps(tmp_path, materials), *batch, code=2)
+    last = output.strip().splitlines()[-1]
+    assert last.startswith("error: train.global_batch_size: 5 is not divisible by") and "1 x 2" in last, output
+    assert "Traceback" not in output and not (tmp_path / "two").exists()
 
 
 EXAMPLE = """
+import os, sys
+
+for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+    del os.environ[name]  # as where no launcher has started the program
 import homodistil
 
+TEACHER = sys.argv[1]
 run = homodistil.distill(
     TEACHER, text=["corpus.jsonl"], hidden_size=12, num_attention_heads=2, steps=6, out="runs/half",
     seq_len=16, heldout_fraction=0.2, cache_dir="cache",
@@ -149,10 +166,13 @@ print("both are done")
 """
 
 
-def test_from_python_twice_in_one_process(call, tmp_path, materials):
+def test_from_python_twice_in_one_process(server, tmp_path, materials):
     shutil.copy(materials / "corpus.jsonl", tmp_path)
-    program = EXAMPLE.replace("TEACHER", repr(str(materials / "teacher")))
-    output = call("python", "-c", program, TORCH_EXTENSIONS_DIR=str(tmp_path / "ops"))
+    (tmp_path / "program.py").write_text(EXAMPLE)
+    environment, teacher = {"TORCH_EXTENSIONS_DIR": str(tmp_path / "ops")}, str(materials / "teacher")
+    job = server.start(tmp_path / "program.py", [teacher], num_ranks=1, env=environment, cwd=tmp_path)
+    assert job.wait(timeout_s=120) == [0], job.output()
+    output = job.output()
     assert output.endswith("both are done\n") and "step 6/6" in output and not (tmp_path / "ops").exists()
 
 
@@ -175,7 +195,9 @@ else:
 
 def test_the_notebook(call, tmp_path, cache_dir):
     text = (ROOT / "docs/notebooks/quickstart.ipynb").read_text()
-    for long, short in (("correction_steps=100", "correction_steps=0"), ("steps=100", "steps=4, seq_len=16")):
+    shorter = {"correction_steps=100": "correction_steps=0", "steps=100": "steps=4, seq_len=16"}
+    shorter |= {'_sequences\\": 64': '_sequences\\": 32', '_fraction\\": 0.02': '_fraction\\": 0.002'}
+    for long, short in shorter.items():
         assert long in text
         text = text.replace(long, short)
     (tmp_path / "notebook.ipynb").write_text(text.replace("out=", f"cache_dir={str(cache_dir)!r}, out="))

@@ -8,6 +8,7 @@ with Cluster(folder) as cluster:
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -97,6 +98,14 @@ class Cluster:
     def states(self, job: str) -> set[str]:
         """JobState of the job, or of every element of an array."""
         return set(re.findall(r"\bJobState=(\w+)", self.run("scontrol", "show", "job", "-o", job)))
+
+    def has_stopped_process(self) -> bool:
+        """Whether a process of a job stands still by SIGSTOP."""
+        for process in psutil.Process(self._outer.pid).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if process.status() == psutil.STATUS_STOPPED:
+                    return True
+        return False
 
     def restarts(self, job: str) -> int:
         return int(re.search(r"\bRestarts=(\d+)", self.run("scontrol", "show", "job", "-o", job))[1])

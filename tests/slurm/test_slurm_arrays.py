@@ -1,6 +1,8 @@
 """The array scripts on a real SLURM: pairs dealt out and one table, every line of a file, data in shares."""
 
 import json
+import os
+import subprocess
 
 import pytest
 from slurm_cluster import ROOT
@@ -22,16 +24,30 @@ def glue(tmp_path):
     return [str(word) for option in options.items() for word in option]
 
 
-@pytest.mark.parametrize("tasks", [("rte",), ("rte", "stsb")], ids=" ".join)
-def test_tasks_and_seeds_are_dealt_out_and_the_last_writes_the_table(cluster, site, glue, tmp_path, tasks):
-    env = site | {"GLUE_TASKS": " ".join(tasks), "GLUE_SEEDS": "0 1"}
+@pytest.mark.parametrize(("first", "expected"), [(0, ["rte 0", "rte 2", "stsb 1"]), (7, ["rte 1", "stsb 0", "stsb 2"])])
+def test_pairs_are_dealt_out_to_the_tasks_of_an_array(first, expected):
+    """`first`: of the array, whose task number 7 or 8 this is."""
+    numbers = {"SLURM_ARRAY_TASK_ID": "8" if first else "0", "SLURM_ARRAY_TASK_MIN": str(first)}
+    program = "tasks=(rte stsb) seeds=(0 1 2); deal_out_pairs; printf '%s\\n' \"${pairs[@]}\""
+    command = ["bash", "-euc", f". {SCRIPTS}/arguments.sh; {program}"]
+    environment = os.environ | numbers | {"SLURM_ARRAY_TASK_COUNT": "2"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == expected
+
+
+@pytest.mark.parametrize(("tasks", "seeds"), [(["rte"], [0]), (["rte", "stsb"], [0, 1])], ids=["rte", "rte stsb"])
+def test_each_trains_its_pairs_and_the_last_writes_the_table(cluster, site, glue, tmp_path, tasks, seeds):
+    """The second task of an array that has one pair has nothing to train, and does not write the table too early."""
+    env = site | {"GLUE_TASKS": " ".join(tasks), "GLUE_SEEDS": " ".join(map(str, seeds))}
     job = cluster.submit(SCRIPTS / "glue_array.sbatch", glue, ["--array=0-1", "--time=5"], env)
     assert cluster.wait(job, timeout_s=180) == "COMPLETED", cluster.output(job)
+    starts = cluster.output(job).count(", log in ")  # one a pair, and one for the table of all
+    assert starts == len(tasks) * len(seeds) + 1, cluster.output(job)
     out = tmp_path / "out"
-    runs = [f"{task}-seed{seed}" for task in tasks for seed in (0, 1)]
+    runs = [f"{task}-seed{seed}" for task in tasks for seed in seeds]
     assert sorted(file.parent.name + file.stem[-6:] for file in out.glob("*/lr*.json")) == runs
     table = json.loads((out / "glue.json").read_text())["tasks"]
-    assert {name: table[name]["best"]["seeds"] for name in table} == dict.fromkeys(tasks, [0, 1])
+    assert {name: table[name]["best"]["seeds"] for name in table} == dict.fromkeys(tasks, seeds)
 
 
 @pytest.mark.full

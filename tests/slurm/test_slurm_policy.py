@@ -9,6 +9,9 @@ from slurm_cluster import ROOT
 from homodistil.distributed.exit_codes import CHECK_FAILED, FAILED, RANK_LOST, STOPPED, USER_ERROR, of_signal
 
 FRAME = ROOT / "tests" / "slurm" / "policy.sbatch"
+ASLEEP = ("to_ranks", "to_shell", "cancelled", "by_slurm")
+"""Jobs that sleep in their first start, until something is done to them."""
+MISTAKE = "error: run.dir: is not empty"
 
 
 @pytest.fixture(scope="module")
@@ -21,17 +24,18 @@ def jobs(cluster, site, tmp_path_factory):
         options = ["--nodes=1", f"--ntasks-per-node={ranks}", "--time=5"]
         return cluster.submit(FRAME, ["bash", "-c", command], options, site | env)
 
-    found = {name: submit(sleeping) for name in ("to_ranks", "to_shell", "cancelled")}
-    found |= {str(code): submit(f"exit {code}") for code in (USER_ERROR, CHECK_FAILED, FAILED)}
+    found = {name: submit(sleeping) for name in ASLEEP}
+    found |= {str(code): submit(f"echo '{MISTAKE}'; exit {code}") for code in (USER_ERROR, CHECK_FAILED, FAILED)}
     found |= {"lost": submit(f"exit {RANK_LOST}"), "killed": submit("kill -KILL $$")}
     found["stopped"] = submit(f"exit {STOPPED}", MAX_RESTARTS="1")
     found["stopped_once"] = submit(f"exit $((SLURM_RESTART_COUNT ? 0 : {STOPPED}))")
     found["mixed"] = submit(f"exit $((SLURM_PROCID ? {USER_ERROR} : {RANK_LOST}))", ranks=2)
-    for name in ("to_ranks", "to_shell", "cancelled"):
+    for name in ASLEEP:
         _wait_until((folder / found[name]).exists, cluster, found[name])
     cluster.run("scancel", "--signal=USR1", found["to_ranks"])
     cluster.run("scancel", "--batch", "--signal=USR1", found["to_shell"])
     cluster.run("scancel", found["cancelled"])
+    cluster.run("scontrol", "requeue", found["by_slurm"])
     return found
 
 
@@ -43,8 +47,9 @@ def _wait_until(condition, cluster, job):
 
 
 @pytest.mark.parametrize("code", [USER_ERROR, CHECK_FAILED, FAILED])
-def test_failures_are_final(cluster, jobs, code):
+def test_failures_are_final_and_said_in_the_words_of_the_rank(cluster, jobs, code):
     _is_final(cluster, jobs[str(code)], code)
+    assert f"not requeued: {MISTAKE}\n" in cluster.output(jobs[str(code)])
 
 
 def test_the_rank_that_failed_by_itself_decides(cluster, jobs):
@@ -75,6 +80,13 @@ def test_a_signal_that_no_rank_handles_yet_requeues_as_well(cluster, jobs, name)
     """USR1 to ranks that are starting, or to the batch shell alone (--signal=B:USR1@N)."""
     assert cluster.wait(jobs[name], timeout_s=90) == "COMPLETED", cluster.output(jobs[name])
     assert "stopped on request; requeued" in cluster.output(jobs[name]) and cluster.restarts(jobs[name]) == 1
+
+
+def test_what_slurm_requeues_starts_again_by_itself(cluster, jobs):
+    assert cluster.wait(jobs["by_slurm"], timeout_s=90) == "COMPLETED", cluster.output(jobs["by_slurm"])
+    output = cluster.output(jobs["by_slurm"])
+    assert "ended by SLURM" in output and "starts again by itself" in output and "start 1: " in output
+    assert cluster.restarts(jobs["by_slurm"]) == 1
 
 
 def test_a_cancelled_job_is_over(cluster, jobs):

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SEARCHED = [ROOT, ROOT / "tests", ROOT / "tests" / "faults"]
 IMPORTED = """
 deepspeed deepspeed.comm.torch deepspeed.module_inject.auto_ep_layer deepspeed.ops.op_builder.all_ops
-deepspeed.runtime.zero.muon.muon_optimizer deepspeed.utils.pin_memory
+deepspeed.utils.pin_memory
 transformers transformers.models.bert.modeling_bert transformers.models.bert.tokenization_bert
 datasets torch.utils.tensorboard torch.utils.cpp_extension matplotlib.backends.backend_svg matplotlib.pyplot
 docstring_parser
