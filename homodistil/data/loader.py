@@ -7,6 +7,7 @@ samples is permutation(epoch 0), permutation(epoch 1), ...
 from __future__ import annotations
 
 import atexit
+import copy
 import multiprocessing
 import weakref
 from collections.abc import Iterator
@@ -72,6 +73,7 @@ class BatchLoader:
         self._to_batch = task_of(config).batch_maker(tokenizer, config, seed, window)
         self.global_batch_size, self._rank, self._world = global_batch_size, rank, world_size
         self._order_epoch, self._order = -1, np.empty(0, dtype=np.uint32)
+        self._ahead: list[Iterator[list[Batch]]] = []
         self._processes: list[multiprocessing.Process] = []
         self.set_micro_batch_size(micro_batch_size)
 
@@ -106,7 +108,7 @@ class BatchLoader:
         self.seek(consumed_samples)
         self._next_position = consumed_samples + self.global_batch_size
         try:
-            return next(self._ahead)
+            return next(self._ahead[0])
         except UserError as error:  # from a worker: torch puts a traceback before the message
             raise UserError(str(error).rstrip().rsplit("UserError: ", 1)[-1]) from None
 
@@ -139,16 +141,19 @@ class BatchLoader:
     def _start_workers(self, consumed_samples: int) -> None:
         self._stop_workers()
         before = multiprocessing.active_children()
-        self._ahead = iter(self._prefetch(consumed_samples))
+        # Of a copy, so that nothing leads from the iterator to this object: where both went in one garbage collection,
+        # the iterator's queues would go before it asks its workers to end, and it would wait for them in vain.
+        self._ahead = [iter(copy.copy(self)._prefetch(consumed_samples))]
         self._processes = [child for child in multiprocessing.active_children() if child not in before]
+        end = weakref.finalize(self, _end, self._ahead, self._processes)
         # Runs before the exit handlers of torch and multiprocessing, which would wait for workers that ignore SIGTERM.
-        atexit.register(_end, weakref.ref(self), self._processes)
+        end.atexit = False
+        atexit.register(end)
 
     def _stop_workers(self) -> None:
-        # Dropping the old iterator makes torch ask its workers to end, and wait a few seconds.
-        self._next_position, self._ahead = -1, iter(())
-        _kill(self._processes)
-        self._processes = []
+        self._next_position = -1
+        _end(self._ahead, self._processes)
+        self._ahead, self._processes = [], []
 
     def _prefetch(self, consumed_samples: int) -> DataLoader:
         positions = range(consumed_samples, 1 << 62, self.global_batch_size)
@@ -168,15 +173,14 @@ def _as_it_is(batches: list[Batch]) -> list[Batch]:
     return batches
 
 
-def _end(loader: weakref.ref[BatchLoader], processes: list[multiprocessing.Process]) -> None:
-    if (alive := loader()) is not None:
-        alive._stop_workers()  # first, because torch reports a failure if a worker in use is killed
-    _kill(processes)
+def _end(ahead: list[Iterator[list[Batch]]], processes: list[multiprocessing.Process]) -> None:
+    """End the workers of the iterator in `ahead`, if there is one, which is dropped: torch then asks them to end, and
+    waits a few seconds.
 
-
-def _kill(processes: list[multiprocessing.Process]) -> None:
-    """End processes by SIGKILL: torch's request to end can be lost on a busy machine, and workers ignore SIGTERM
-    (`graceful_stop.ignore_in_worker`)."""
+    What is left is ended by SIGKILL, for workers ignore SIGTERM (`graceful_stop.ignore_in_worker`); not before, because
+    torch reports a failure if a worker in use is killed.
+    """
+    ahead.clear()
     for process in processes:
         if process.is_alive():
             process.kill()

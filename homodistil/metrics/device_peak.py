@@ -47,8 +47,8 @@ def peak_flops(device: torch.device | str, dtype: torch.dtype) -> PeakFlops:
     """Peak of one device for matrix products in `dtype`.
 
     For a GPU whose name is listed, this is the dense number of the datasheet. For any other device it is measured: the
-    best of a few large products with the threads of this rank (under half a second). The MFU of a CPU thus compares a
-    training step with a plain GEMM.
+    best of a few large products with the threads of this rank (about a tenth of a second). The MFU of a CPU thus
+    compares a training step with a plain GEMM.
     """
     device = torch.device(device)
     if device.type == "cuda":
@@ -87,7 +87,7 @@ def _short(dtype: torch.dtype) -> str:
     return {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}.get(dtype, str(dtype))
 
 
-def _measured(device: torch.device, dtype: torch.dtype, budget_s: float = 0.3) -> float:
+def _measured(device: torch.device, dtype: torch.dtype, budget_s: float = 0.1) -> float:
     """Best FLOP/s of square products; the size is doubled until one product takes 1/50 of the budget."""
     # Random values, because the GPU clocks higher with constant ones; a local generator keeps the global state.
     generator = torch.Generator(device).manual_seed(0)

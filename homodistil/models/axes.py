@@ -21,6 +21,7 @@ loses the same pairs of dims in all groups of all layers (rotary_pairs.py).
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -84,6 +85,10 @@ class AxisTable:
         Raises:
             ValueError: a block is missing, or has two uses of other axes (a programming error).
         """
+        return self._blocks
+
+    @functools.cached_property
+    def _blocks(self) -> dict[tuple[str, int], list[AxisUse]]:
         blocks: dict[tuple[str, int], dict[int, AxisUse]] = {}
         for use in self.uses:
             known = blocks.setdefault((use.parameter, use.dim), {}).setdefault(use.block, use)
@@ -98,9 +103,14 @@ class AxisTable:
         """Length of the block that `use` describes."""
         return math.prod(self.widths[axis] for axis in use.axes)
 
-    def dim_sizes(self) -> dict[tuple[str, int], int]:
-        """(parameter, dimension) -> its length, for every dimension that the table names."""
-        return {key: sum(map(self.size_of, blocks)) for key, blocks in self.blocks().items()}
+    def dim_sizes(self, widths: Widths | None = None) -> dict[tuple[str, int], int]:
+        """(parameter, dimension) -> its length, for every dimension that the table names.
+
+        Args:
+            widths: of axes that are not as wide as the table says; blocks are not looked for again.
+        """
+        table = self.with_widths(widths or {})
+        return {key: sum(map(table.size_of, blocks)) for key, blocks in self.blocks().items()}
 
 
 def linear_uses(name: str, out: tuple[str, ...], into: tuple[str, ...]) -> list[AxisUse]:

@@ -71,5 +71,5 @@ def _step(width: int) -> int:
 
 
 def _count(table: AxisTable, shapes: Mapping[str, Sequence[int]], shape: Shape) -> int:
-    sizes = table.with_widths(target_widths(shape, table.widths)).dim_sizes()
+    sizes = table.dim_sizes(target_widths(shape, table.widths))
     return sum(math.prod(sizes.get((n, dim), size) for dim, size in enumerate(dims)) for n, dims in shapes.items())

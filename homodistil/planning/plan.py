@@ -94,9 +94,9 @@ def make_plan(
     """
     config = resolved.config
     engine_config = _resolved(raw_engine_config, config.train, cluster)
+    policy = policy_of(resolved, engine_config, cluster)
     stretches = [
-        _stretch(resolved, policy_of(resolved, engine_config, cluster), engine_config, cluster, calibration, stretch)
-        for stretch in resolved.phases
+        _stretch(resolved, policy, engine_config, cluster, calibration, stretch) for stretch in resolved.phases
     ]
     hours = Seconds(*(sum(getattr(s.step, end) * s.num_steps for s in stretches) / 3600 for end in ("low", "high")))
     kw = (watts or cluster.device.watts) * cluster.num_ranks / 1000

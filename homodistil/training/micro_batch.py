@@ -6,6 +6,7 @@ run finds it again without having stored it.
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -51,6 +52,8 @@ class MicroBatchPolicy:
         self._shapes = {name: (tuple(p.shape), p.requires_grad) for name, p in student.named_parameters()}
         self._vocab_size = student.model.config.vocab_size
         self._device_type = device_type or student.model.device.type
+        # Asked several times at the same widths, one after the other; the parts of a plan also ask for the teacher's.
+        self._counts_at, self._bytes_at = (functools.lru_cache(4)(f) for f in (self._count, self._sequence_bytes))
         start, steps = config.train.micro_batch_size, config.train.global_batch_size // num_ranks
         self.sizes = micro_batch_sizes(start, steps // start) if config.run.grow_micro_batch else [start]
         self.budget_bytes = self.rank_bytes(self.start_widths, start)
@@ -67,17 +70,22 @@ class MicroBatchPolicy:
 
     def parameter_counts(self, widths: Widths) -> tuple[int, int]:
         """(trainable, frozen) elements, distillation projections included."""
-        table, counts = self._table.with_widths(widths), {True: 0, False: 0}
-        sizes = table.dim_sizes()
+        return self._counts_at(frozenset(widths.items()))
+
+    def _count(self, widths: frozenset[tuple[str, int]]) -> tuple[int, int]:
+        sizes, counts = self._table.dim_sizes(dict(widths)), {True: 0, False: 0}
         for name, (shape, is_trainable) in self._shapes.items():
             counts[is_trainable] += math.prod(sizes.get((name, dim), size) for dim, size in enumerate(shape))
         return counts[True], counts[False]
 
     def sequence_bytes(self, widths: Widths) -> SequenceBytes:
         """Activations of one sequence of a micro-batch."""
+        return self._bytes_at(frozenset(widths.items()))
+
+    def _sequence_bytes(self, widths: frozenset[tuple[str, int]]) -> SequenceBytes:
         data = self.config.data
         return sequence_bytes(
-            widths,
+            dict(widths),
             self.start_widths,
             self.config.loss,
             seq_len=data.seq_len,

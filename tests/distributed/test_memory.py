@@ -1,4 +1,4 @@
-"""60 consecutive resize events leave nothing behind: benchmarks.memory.resize_events on a tiny model."""
+"""30 consecutive resize events leave nothing behind: benchmarks.memory.resize_events on a tiny model."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks.memory import resize_events
 
-NUM_EVENTS = 60
+NUM_EVENTS = 30
 LIVE_TOLERANCE_BYTES = 2048
 """Padding of partitions, and the loss of the last step: far below the 3.5 KB and more that an event frees."""
 RESIDENT_TOLERANCE_BYTES = 64 * 1024
@@ -31,7 +31,7 @@ def check(engines: list[str], folder) -> None:
     for engine in engines:
         first, last = ({m: numbers[engine, m, x] for m in ("accounted", "live")} for x in (FIRST, NUM_EVENTS))
         freed = first["accounted"] - last["accounted"]
-        assert freed > 0.5 * first["accounted"]  # the events were real
+        assert freed > 0.25 * first["accounted"]  # the events were real
         # At least: BF16_Optimizer's gradient buffers, which are not accounted for, shrink as well.
         assert first["live"] - last["live"] > freed - LIVE_TOLERANCE_BYTES, engine
         assert abs(numbers[engine, "fresh_difference", "end"] * 1024) < LIVE_TOLERANCE_BYTES, engine

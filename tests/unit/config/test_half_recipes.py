@@ -124,7 +124,7 @@ def two_steps(recipe_name: str, folder: Path) -> RunConfig:
         f"pruning.{what}={max(1, getattr(pruning, what) // NARROWER)}" for what in ("width_multiple", "ffn_multiple")
     ]
     small += ["student.num_hidden_layers=2", "student.init_layers=[]"] if student.num_hidden_layers else []
-    small += ["pruning.head_dim_multiple=1", "pruning.compensation_sequences=64", "data.seq_len=16", "data.workers=0"]
+    small += ["pruning.head_dim_multiple=1", "pruning.compensation_sequences=8", "data.seq_len=16", "data.workers=0"]
     small += ["data.heldout_fraction=0.1", "train.steps=2", "train.global_batch_size=4", "train.micro_batch_size=2"]
     small += ["train.save_every_steps=0", "train.eval_every_steps=0", "train.log_every_steps=1"]
     small += ["pruning.end_fraction=1", "pruning.interval_steps=1", "pruning.max_event_fraction=1"]

@@ -84,7 +84,7 @@ def two_steps(parts, name: str, *overrides: str):
     small += ["data.heldout_fraction=0.1", "train.steps=2", "train.global_batch_size=4", "train.micro_batch_size=2"]
     small += ["train.save_every_steps=0", "train.eval_every_steps=0", "train.log_every_steps=1", "run.compare=[]"]
     small += ["pruning.end_fraction=1", "pruning.interval_steps=1", "pruning.max_event_fraction=1"]
-    small += ["pruning.calibration_batches=1", "pruning.compensation_sequences=64"]
+    small += ["pruning.calibration_batches=1", "pruning.compensation_sequences=8"]
     return parse([f"recipe={name}", *small, *overrides])
 
 

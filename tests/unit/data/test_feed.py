@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import gc
 import os
-import subprocess
-import sys
 import threading
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -113,28 +110,6 @@ def test_the_thread_ends_with_the_feed(rows, tokenizer):
     gc.collect()  # whatever else a failed test before may hold
     thread.join(timeout=10)
     assert not thread.is_alive()
-
-
-FAILING_STEP = """
-import sys, torch
-from transformers import AutoTokenizer
-from homodistil.data.prefetch import BatchPrefetcher
-from test_data_loader import Rows, loader
-tokenizer = AutoTokenizer.from_pretrained(sys.argv[2])
-feed = BatchPrefetcher(loader(Rows(sys.argv[1]), tokenizer, workers=1), torch.device("cpu"))
-feed.itself = feed  # as in a run: part of a cycle, which only interpreter exit would free
-feed.micro_batches(0)
-raise SystemExit("the step failed")
-"""
-
-
-@pytest.mark.process
-def test_a_process_whose_step_fails_ends(tmp_path, tokenizer):
-    make_rows(tmp_path, 31)
-    command = [sys.executable, "-c", FAILING_STEP, str(tmp_path / "31.npy"), tokenizer.name_or_path]
-    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[3])])}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
-    assert (done.returncode, done.stderr.strip()) == (1, "the step failed")
 
 
 def test_counts_beyond_the_integers_of_fp32_are_added_exactly(rows, tokenizer):

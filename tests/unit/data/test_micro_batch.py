@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -135,28 +131,6 @@ def test_a_change_neither_uses_nor_loses_what_workers_have_prepared(rows, tokeni
                 each.set_micro_batch_size(size)
         assert sample_set(changing, consumed) == sample_set(steady, consumed)
         assert [len(b.input_ids) for b in changing[1].micro_batches(consumed)] == [size] * (8 // size)
-
-
-LEFT_ALONE = """
-import sys
-from transformers import AutoTokenizer
-from test_data_loader import Rows, loader
-kept = loader(Rows(sys.argv[1]), AutoTokenizer.from_pretrained(sys.argv[2]), workers=1)
-kept.micro_batches(0)
-kept.set_micro_batch_size(4)
-kept.itself = kept  # as in a run: part of a cycle, which only interpreter exit would free
-print(len(kept.micro_batches(8)))
-"""
-
-
-@pytest.mark.process
-def test_a_process_ends_with_its_workers(tmp_path, tokenizer):
-    make_rows(tmp_path, 31)
-    command = [sys.executable, "-c", LEFT_ALONE, str(tmp_path / "31.npy"), tokenizer.name_or_path]
-    folders = [str(Path(__file__).parent), str(Path(__file__).parents[3])]
-    env = os.environ | {"PYTHONPATH": os.pathsep.join(folders)}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
-    assert (done.returncode, done.stdout) == (0, "2\n"), done.stderr
 
 
 def test_a_size_that_does_not_divide_is_refused(rows, tokenizer):

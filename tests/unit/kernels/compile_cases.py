@@ -66,7 +66,6 @@ USUAL_ATTENTION = {
     ("scores", 512, 64, "fp32"),
     ("centred_scores", 128, 64, "bf16"),
     ("centred_scores", 512, 64, "bf16"),
-    ("centred_scores", 512, 48, "fp16"),
     ("probabilities", 128, 64, "bf16"),
     ("probabilities", 512, 48, "fp16"),
     ("probabilities_kl", 64, 32, "fp16"),

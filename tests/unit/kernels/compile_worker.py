@@ -1,10 +1,11 @@
-"""Compiles what the product would launch on one architecture, without a GPU; run by test_compile_ahead.py.
+"""Compiles what the product would launch on some architectures, without a GPU; run by test_compile_ahead.py.
 
-    python tests/unit/kernels/compile_worker.py 90 [--full] [--spilling]
+    python tests/unit/kernels/compile_worker.py 80 90 [--full] [--spilling]
 
 Triton gets a driver that names an architecture and owns no device, and every launch ends where compilation does. The
 cases then call the product's own launch functions on CPU tensors: block sizes, warps, stages and specialisations are
-those that the product chooses itself, and none is written down here. Prints one line `KERNEL {json}` a binary.
+those that the product chooses itself, and none is written down here. Each architecture has a process of its own, forked
+after the imports. Prints one line `KERNEL {json}` a binary.
 
 Not under TRITON_INTERPRET, which turns kernels into Python where they are defined.
 """
@@ -15,8 +16,10 @@ import argparse
 import contextlib
 import io
 import json
+import multiprocessing
 import os
 import re
+import sys
 import time
 
 import torch
@@ -101,21 +104,31 @@ def number(text: str, log: str) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("capability", type=int, help="80, 90")
+    parser.add_argument("capabilities", type=int, nargs="+", help="80, 90")
     parser.add_argument("--full", action="store_true", help="the whole matrix")
     parser.add_argument("--spilling", action="store_true", help="also a kernel that spills, to see that it shows")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    start = multiprocessing.get_context("fork").Process
+    workers = [start(target=compile_cases_for, args=(capability, args)) for capability in args.capabilities]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    sys.exit(any(worker.exitcode for worker in workers))
+
+
+def compile_cases_for(capability: int, args: argparse.Namespace) -> None:
     triton_support.triton_available = lambda device: True  # tensors are on the CPU, and nothing will touch them
-    attention_map_triton._capability = lambda device: args.capability
-    launches = Launches(args.capability)
+    attention_map_triton._capability = lambda device: capability
+    launches = Launches(capability)
     for case in CASES:
         if args.full or case.is_representative:
             launches.case = case.name
             case.launch()
     if args.spilling:
-        launches.case, values = "spilling", torch.zeros(2**14)
-        spilling_kernel[(1,)](values, values, SIZE=2**14, num_warps=1)
+        launches.case, values = "spilling", torch.zeros(2**13)
+        spilling_kernel[(1,)](values, values, SIZE=2**13, num_warps=1)
 
 
 if __name__ == "__main__":

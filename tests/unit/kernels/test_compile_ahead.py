@@ -1,7 +1,7 @@
 """Every kernel, as the product would launch it, compiles for both architectures without a GPU, and without spills.
 
-A100 is sm_80, H100 and H200 are sm_90. What is compiled: compile_cases.py; how: compile_worker.py, one child process an
-architecture, with a compilation cache that lives as long as the test. `python -m pytest -s` shows the table.
+A100 is sm_80, H100 and H200 are sm_90. What is compiled: compile_cases.py; how: compile_worker.py, a child process with
+a compilation cache that lives as long as the test. `python -m pytest -s` shows the table.
 """
 
 from __future__ import annotations
@@ -33,23 +33,13 @@ def compile_all(cache: Path, *flags: str) -> list[dict]:
     """One entry a binary, of both architectures side by side."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(cache), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    workers = [
-        subprocess.Popen(
-            [sys.executable, str(WORKER), str(capability), *flags],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for capability in SHARED_BYTES
-    ]
-    results = [worker.communicate() for worker in workers]
-    for worker, (output, errors) in zip(workers, results, strict=True):
-        assert worker.returncode == 0, output[-2000:] + errors[-4000:]
-    lines = [line for output, _ in results for line in output.splitlines()]
-    found = [json.loads(line.removeprefix("KERNEL ")) for line in lines if line.startswith("KERNEL ")]
-    print(table(found))
-    return found
+    command = [sys.executable, str(WORKER), *map(str, SHARED_BYTES), *flags]
+    worker = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert worker.returncode == 0, worker.stdout[-2000:] + worker.stderr[-4000:]
+    lines = worker.stdout.splitlines()
+    compiled = [json.loads(line.removeprefix("KERNEL ")) for line in lines if line.startswith("KERNEL ")]
+    print(table(compiled))
+    return compiled
 
 
 def table(found: list[dict]) -> str:

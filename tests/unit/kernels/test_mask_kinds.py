@@ -34,12 +34,12 @@ class Case(NamedTuple):
 
 SHORT = [
     Case(17, (3, 3), (3, 3), (24, 8), True, None),  # a whole map in one tile
-    Case(17, (6, 3), (6, 3), (8, 24), True, None),
+    Case(17, (4, 2), (4, 2), (8, 24), True, None),
     Case(17, (4, 1), (4, 1), (24, 24), False, 5),
     Case(17, (4, 1), (8, 2), (8, 24), True, 5, (0, 3, 4, 6)),  # the student's one head of keys, two of the teacher's
     Case(17, (4, 4), (6, 3), (24, 8), True, 1, (5, 0, 2, 3)),  # a query sees itself alone
     Case(17, (6, 3), (4, 1), (24, 8), False, 17, (3, 1, 0, 2, 2, 1)),
-    Case(17, (6, 3), (6, 3), (8, 8), True, 40),
+    Case(17, (4, 2), (4, 2), (8, 8), True, 40),
     Case(17, (4, 1), (4, 4), (24, 8), False, None),
 ]
 LONG = [
@@ -207,7 +207,7 @@ def test_triton_of_several_blocks(case, target):
 
 @pytest.mark.interpreted
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("case", [SHORT[0], SHORT[1], SHORT[3]], ids=str)
+@pytest.mark.parametrize("case", [SHORT[0], SHORT[3]], ids=str)  # one tile; blocks, as keys are shared
 def test_triton_student_that_equals_its_teacher(case, target):
     check_zero(equal(make(case, torch.bfloat16, [0])), target, "triton")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 
 import pytest
 import torch
@@ -22,7 +23,18 @@ GRADIENT_TOLERANCE = {
 }
 # Logits of the linear form are rounded to the dtype before the losses see them.
 LINEAR_TOLERANCE = GRADIENT_TOLERANCE | {torch.bfloat16: 2e-2, torch.float16: 2e-3}
-FORMS = [pytest.param("torch", id="torch"), pytest.param("triton", id="triton", marks=pytest.mark.interpreted)]
+INTERPRETED = pytest.mark.interpreted
+FORMS = [pytest.param("torch", id="torch"), pytest.param("triton", id="triton", marks=INTERPRETED)]
+SOME = [(torch.float32, 1.0), (torch.bfloat16, 2.0), (torch.float16, 1.0)]
+"""The interpreter is slow: each dtype at one temperature, and `make test-full` has the others."""
+
+
+def with_forms(dtypes: list[torch.dtype]) -> list:
+    """(dtype, temperature, form): all in torch, `SOME` in Triton."""
+    both = list(itertools.product(dtypes, (1.0, 2.0)))
+    in_triton = [pair for pair in both if pair[0] != torch.float64]  # kernels compute in fp32
+    marks = {pair: [INTERPRETED] if pair in SOME else [INTERPRETED, pytest.mark.full] for pair in in_triton}
+    return [(*pair, "torch") for pair in both] + [pytest.param(*pair, "triton", marks=m) for pair, m in marks.items()]
 
 
 def reference(student, teacher, labels, temperature):
@@ -49,9 +61,7 @@ def expect_near(found, expected, tolerance: float) -> None:
     assert distance <= tolerance * size, (distance / size).item()
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("temperature", [1.0, 2.0])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype, temperature, form", with_forms([torch.float32, torch.bfloat16, torch.float16]))
 @pytest.mark.parametrize("shape", [(1, 97), (17, 1001), (2, 5000)])
 def test_values_and_gradient(shape, dtype, temperature, form):
     student, teacher, labels = make_logits(*shape, dtype)
@@ -104,9 +114,7 @@ def test_without_teacher_and_without_labels(form):
     assert [value.item() for value in empty] == [0, 0]
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("dtype, temperature, form", with_forms([torch.float32, torch.bfloat16]))
 def test_near_the_teacher(dtype, temperature, form):
     """The KL of near-identical models is 1e-5 of the logits' size: nothing may be lost in differences."""
     student, teacher, labels = make_logits(17, 1001, dtype, apart=0.02)
@@ -175,12 +183,8 @@ FACTORS = torch.tensor(1 / 7e4), torch.tensor(0.5 / 33e4)
 """Means over a large step: products with them would be lost in fp16."""
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("temperature", [1.0, 2.0])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype, temperature, form", with_forms(list(GRADIENT_TOLERANCE)))
 def test_linear_values_and_gradients(dtype, temperature, form):
-    if form == "triton" and dtype == torch.float64:
-        pytest.skip("kernels compute in fp32")
     heads, labels = make_heads(33, dtype)
     total, *sums = linear_masked_lm_losses(*heads, labels, *FACTORS, temperature, 8, form)
     expected = linear_reference(heads, labels, temperature)
