@@ -21,15 +21,20 @@ def random_state() -> dict[str, Tensor]:
     return state
 
 
+def seed_random_state(seed: int, rank: int, step: int) -> None:
+    """Seed torch's generators on all devices by a function of these: each rank's dropout is its own, and repeatable."""
+    text = f"{seed}/{rank}/{step}"
+    torch.manual_seed(int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little"))
+
+
 def restore_random_state(path: Path, seed: int, rank: int, step: int) -> None:
     """Restore the state in `path`. If it has none for this rank or device, seed the generator with a new state.
 
     Args:
         path: file of `random_state` for this rank; need not exist.
-        seed, rank, step: the new state is a function of these.
+        seed, rank, step: see `seed_random_state`.
     """
-    text = f"{seed}/{rank}/{step}"
-    torch.manual_seed(int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little"))  # all devices
+    seed_random_state(seed, rank, step)
     if not path.is_file():
         return
     state = load_file(path)

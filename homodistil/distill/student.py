@@ -10,8 +10,9 @@ in hooks on module calls, and fetches them ahead of need only while calls follow
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -117,6 +118,15 @@ class Student(nn.Module):
         if only_logits:
             return self.lm_logits(wanted_rows(last, batch, "masked"))
         return comparison.finish(last)
+
+    @contextlib.contextmanager
+    def dropping_out(self) -> Iterator[None]:
+        """Inside, the model's dropout acts. Everywhere else, in probes, evaluations and calibrations, there is none."""
+        self.model.train()
+        try:
+            yield
+        finally:
+            self.model.eval()
 
     def compare(self, batch: Batch, targets: TeacherOutputs | None, objective: Objective) -> LossTerms:
         """The terms of `objective`, which may differ from the one that is trained (see evaluation/gap_probe.py)."""

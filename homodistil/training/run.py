@@ -13,6 +13,7 @@ import torch
 
 from homodistil.checkpoint import Checkpoints
 from homodistil.checkpoint.checkpoints import Found
+from homodistil.checkpoint.random_state import seed_random_state
 from homodistil.config.schema import RunConfig
 from homodistil.data.prepare.integrity import json_object
 from homodistil.distill.losses.relations import relation_layer
@@ -139,6 +140,8 @@ class DistillationRun:
             with doing(f"reading {checkpoint.folder}"):
                 self.checkpoints.restore(engine.deepspeed, checkpoint)
                 check_supported(engine.deepspeed)  # what was loaded is laid out as resizing expects
+        else:
+            seed_random_state(config.train.seed, ranks.rank(), start.step)  # of dropout
         trainer = self._trainer(engine, snapshots, recorder, start)
         if checkpoint and (state := checkpoint.state.get("step_log")):  # checkpoints of before have none
             trainer.step_log.load_state_dict(state)

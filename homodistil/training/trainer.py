@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 from torch.profiler import record_function
@@ -84,7 +85,8 @@ class Trainer:
         self.end_step(batches)
 
     def train_micro_batch(self, batch: Batch, targets: TeacherOutputs | None) -> None:
-        with record_function("step.student"):
+        drops_out = self.config.student.dropout > 0
+        with record_function("step.student"), self.engine.module.dropping_out() if drops_out else nullcontext():
             terms = self.engine(batch, targets)  # the total and every named term
         with record_function("step.backward"):
             self.engine.accumulate(fault_point("train.backward", terms.total))
