@@ -21,6 +21,7 @@ DECODER_BASE = (
     "pruning.interval_steps=10",
     "pruning.max_event_fraction=0.25",
     "pruning.ffn_multiple=8",
+    "pruning.compensation_sequences=128",
     "loss.kl=4",
     "loss.hidden=0",
     "loss.attention=0",
