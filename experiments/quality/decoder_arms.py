@@ -22,6 +22,7 @@ DECODER_BASE = (
     "pruning.max_event_fraction=0.25",
     "pruning.ffn_multiple=8",
     "pruning.compensation_sequences=128",
+    "pruning.compensation_ridge=0.5",
     "loss.kl=4",
     "loss.hidden=0",
     "loss.attention=0",
