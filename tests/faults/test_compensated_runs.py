@@ -53,7 +53,8 @@ def test_gradual_run_killed_inside_an_event(server, run_inputs, tmp_path, more):
 
 
 def test_one_shot_in_stages_under_zero3_killed_in_training(server, run_inputs, tmp_path):
-    overrides = FULL + ONE_SHOT
+    """With dropout, whose draws go on behind the checkpoint as if nothing had happened."""
+    overrides = [*FULL, *ONE_SHOT, "student.dropout=0.1"]
     events = check_killed_and_resumed(server, run_inputs, tmp_path, overrides, "zero3_fp32", "train.step:hit=8")
     assert [event["step"] for event in events] == [0, 0]
     assert [event["widths_after"]["hidden"] for event in events] == [17, 12]

@@ -24,19 +24,19 @@ def jobs(cluster, site, tmp_path_factory):
         options = ["--nodes=1", f"--ntasks-per-node={ranks}", "--time=5"]
         return cluster.submit(FRAME, ["bash", "-c", command], options, site | env)
 
-    found = {name: submit(sleeping) for name in ASLEEP}
-    found |= {str(code): submit(f"echo '{MISTAKE}'; exit {code}") for code in (USER_ERROR, CHECK_FAILED, FAILED)}
-    found |= {"lost": submit(f"exit {RANK_LOST}"), "killed": submit("kill -KILL $$")}
-    found["stopped"] = submit(f"exit {STOPPED}", MAX_RESTARTS="1")
-    found["stopped_once"] = submit(f"exit $((SLURM_RESTART_COUNT ? 0 : {STOPPED}))")
-    found["mixed"] = submit(f"exit $((SLURM_PROCID ? {USER_ERROR} : {RANK_LOST}))", ranks=2)
+    submitted = {name: submit(sleeping) for name in ASLEEP}
+    submitted |= {str(code): submit(f"echo '{MISTAKE}'; exit {code}") for code in (USER_ERROR, CHECK_FAILED, FAILED)}
+    submitted |= {"lost": submit(f"exit {RANK_LOST}"), "killed": submit("kill -KILL $$")}
+    submitted["stopped"] = submit(f"exit {STOPPED}", MAX_RESTARTS="1")
+    submitted["stopped_once"] = submit(f"exit $((SLURM_RESTART_COUNT ? 0 : {STOPPED}))")
+    submitted["mixed"] = submit(f"exit $((SLURM_PROCID ? {USER_ERROR} : {RANK_LOST}))", ranks=2)
     for name in ASLEEP:
-        _wait_until((folder / found[name]).exists, cluster, found[name])
-    cluster.run("scancel", "--signal=USR1", found["to_ranks"])
-    cluster.run("scancel", "--batch", "--signal=USR1", found["to_shell"])
-    cluster.run("scancel", found["cancelled"])
-    cluster.run("scontrol", "requeue", found["by_slurm"])
-    return found
+        _wait_until((folder / submitted[name]).exists, cluster, submitted[name])
+    cluster.run("scancel", "--signal=USR1", submitted["to_ranks"])
+    cluster.run("scancel", "--batch", "--signal=USR1", submitted["to_shell"])
+    cluster.run("scancel", submitted["cancelled"])
+    cluster.run("scontrol", "requeue", submitted["by_slurm"])
+    return submitted
 
 
 def _wait_until(condition, cluster, job):
