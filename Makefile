@@ -6,7 +6,7 @@ PYTHON ?= python3
 RANKS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
-# DeepSpeed builds its shared-memory op here, apart from other projects' builds.
+# DeepSpeed builds its optimizers for the CPU here, apart from other projects' builds.
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/.torch_extensions
 export TOKENIZERS_PARALLELISM := false
 # Read at recipe time: DeepSpeed's launcher and ninja must come from the same environment.
@@ -19,16 +19,12 @@ FREE_PORT = $(shell $(BIN)/python -c "import socket; s = socket.socket(); s.bind
 
 .PHONY: setup train quality quality-decoder test test-fast test-full lint docs slurm clean prepared
 
-setup: $(VENV)/.ops
+setup: $(VENV)/.ready
 
 $(VENV)/.ready: requirements.txt requirements-dev.txt setup.py pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(PIP_INSTALL) -r requirements-dev.txt setuptools wheel
 	$(PIP_INSTALL) --no-build-isolation --no-deps -e .
-	touch $@
-
-$(VENV)/.ops: $(VENV)/.ready
-	$(BIN)/python launcher/build_ops.py
 	touch $@
 
 train: setup
@@ -72,9 +68,9 @@ test-full: prepared
 prepared:
 	@$(MAKE) --no-print-directory -j 4 slurm lint setup $(VENV)/.optimizers
 
-# DeepSpeed's own optimizers for the CPU: `make train` does without them.
+# DeepSpeed's own optimizers for the CPU (optimizer.implementation=deepspeed_fused): `make train` does without them.
 $(VENV)/.optimizers: $(VENV)/.ready
-	$(BIN)/python launcher/build_ops.py --optimizers
+	$(BIN)/python launcher/build_ops.py
 	touch $@
 
 # A real SLURM for tests/slurm; where it cannot be installed they are skipped.

@@ -1,6 +1,6 @@
-"""Build DeepSpeed's shared-memory op once (about a minute), so that no job has to.
+"""Build DeepSpeed's optimizers for the CPU once (about a minute), so that no job has to.
 
-python launcher/build_ops.py [--optimizers]     # also DeepSpeedCPUAdam and FusedAdam, all at the same time
+python launcher/build_ops.py     # DeepSpeedCPUAdam and FusedAdam, at the same time
 """
 
 import os
@@ -9,7 +9,7 @@ import sys
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
-OPTIMIZERS = ("CPUAdamBuilder", "FusedAdamBuilder")
+BUILDERS = ("CPUAdamBuilder", "FusedAdamBuilder")
 
 
 def main() -> int:
@@ -17,12 +17,8 @@ def main() -> int:
         print("error: no C++ compiler found (g++); install one, for example `apt-get install g++`", file=sys.stderr)
         return 2
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    builders = ("ShareMemCommBuilder", *(OPTIMIZERS if "--optimizers" in sys.argv[1:] else ()))
-    if len(builders) == 1:
-        build(*builders)
-        return 0
-    with ProcessPoolExecutor(len(builders), get_context("spawn")) as pool:
-        list(pool.map(build, builders))
+    with ProcessPoolExecutor(len(BUILDERS), get_context("spawn")) as pool:
+        list(pool.map(build, BUILDERS))
     return 0
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import contextlib
 import datetime
 import os
 import socket
@@ -18,7 +17,7 @@ from homodistil.distributed.launcher_env import adopt_launcher_variables, check_
 from homodistil.engine.ds_config import is_enabled
 from homodistil.engine.ds_config_file import check_engine_json, read_engine_json
 from homodistil.engine.engine import TrainingEngine
-from homodistil.engine.native_ops import load_op, without_op
+from homodistil.engine.native_ops import without_op
 from homodistil.engine.optimizer import build_optimizer, build_schedule
 from homodistil.errors import RankLost, UserError
 from homodistil.resize import check_config, check_supported
@@ -64,16 +63,12 @@ def init_ranks(rank_timeout_s: float = 1800) -> torch.device:
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if get_accelerator().device_name() != "cpu":
         get_accelerator().set_device(local_rank)
-    else:
-        if "OMP_NUM_THREADS" not in os.environ:
-            local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", 1)))
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_ranks))
-        if os.environ["WORLD_SIZE"] != "1":
-            load_op("ShareMemCommBuilder")
+    elif "OMP_NUM_THREADS" not in os.environ:
+        local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", 1)))
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_ranks))
     if not distributed.is_initialized():
         _join(rank_timeout_s)
         atexit.register(_leave)
-        _unlink_shared_buffers()
         distributed.distributed_c10d._set_pg_timeout(COLLECTIVE_TIMEOUT)
     return torch.device(get_accelerator().device_name(local_rank))
 
@@ -81,10 +76,9 @@ def init_ranks(rank_timeout_s: float = 1800) -> torch.device:
 def _join(rank_timeout_s: float) -> None:
     import deepspeed
 
-    # A single rank shares no memory: without this op it needs no compiler.
-    ops = without_op("deepspeed_shm_comm") if os.environ["WORLD_SIZE"] == "1" else contextlib.nullcontext()
     try:
-        with ops:
+        # Tensor-parallel inference on a CPU alone calls this op. It has to be compiled, and shares 66 MiB per rank.
+        with without_op("deepspeed_shm_comm"):
             deepspeed.init_distributed(verbose=False, timeout=datetime.timedelta(seconds=rank_timeout_s))
     except (distributed.DistError, RuntimeError) as error:
         env = os.environ
@@ -100,18 +94,6 @@ def _leave() -> None:
 
     if distributed.is_initialized():
         deepspeed.comm.destroy_process_group()
-
-
-def _unlink_shared_buffers() -> None:
-    """Unlink the buffers of DeepSpeed's CPU backend, which would stay in /dev/shm (66 MiB per rank) after the job.
-
-    After the barrier all ranks have mapped all buffers, so their names are no longer needed. The memory is freed when
-    the last process ends, even if it is killed.
-    """
-    distributed.barrier()
-    job = f"{os.environ.get('MASTER_ADDR')}_{os.environ.get('MASTER_PORT')}"
-    for path in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_{os.getuid()}_{job}_*"):
-        path.unlink(missing_ok=True)
 
 
 def _single_rank_variables() -> None:

@@ -4,7 +4,7 @@ torch builds and loads an op under a lock file. The file stays if its holder is 
 without a timeout or a message. Here the ranks of a machine load ops one after the other under an flock, which the
 kernel releases when its holder ends; a lock file of torch that no process on this machine has open is then stale.
 
-The ops that `make setup` has built are also found without TORCH_EXTENSIONS_DIR and without an activated environment.
+The ops that `make test` has built are also found without TORCH_EXTENSIONS_DIR and without an activated environment.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 from homodistil.errors import UserError
 
 OF_SETUP = Path(__file__).parents[2] / ".torch_extensions"
-"""Where `make setup` builds the ops: next to the package in a checkout of the repository."""
+"""Where `make` builds the ops: next to the package in a checkout of the repository."""
 SILENT_S = 3.0
 """Loading an op that has been built takes less than this."""
 STALE_AFTER_S = 20.0

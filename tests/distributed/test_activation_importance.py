@@ -40,7 +40,7 @@ def finished(server, run_inputs, tmp_path_factory) -> Path:
 
 def test_a_whole_job_and_its_one_shot_control(finished):
     events = [json.loads(line) for line in (finished / "events.jsonl").read_text().splitlines()]
-    assert len(events) > 4 and events[-1]["widths_after"]["hidden"] == 12
+    assert len(events) > 3 and events[-1]["widths_after"]["hidden"] == 12
     rows = {row["name"]: row for row in json.loads((finished / "result.json").read_text())}
     assert rows["homodistil"]["parameters"] == rows["one_shot"]["parameters"]
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.fork_server import ForkServer
-from support.launch import ROOT, free_port
+from support.launch import ROOT
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoTokenizer, BertForMaskedLM
 
@@ -39,7 +39,7 @@ def _arguments(run_dir: Path, cache_dir: Path, *overrides: str) -> list[str]:
         "pruning.end_fraction": 0.8,
         "pruning.interval_steps": 2,
         "pruning.compensation_sequences": 64,
-        "data.heldout_fraction": 0.01,
+        "data.heldout_fraction": 0.003,
         "run.dir": run_dir,
         "run.compare": "[]",
         "run.report": "false",
@@ -51,12 +51,12 @@ def _arguments(run_dir: Path, cache_dir: Path, *overrides: str) -> list[str]:
 @pytest.fixture(scope="module")
 def finished(server, tmp_path_factory, cache_dir):
     """A whole run, and what its ranks print."""
-    folder, port = tmp_path_factory.mktemp("finished") / "run", free_port()
+    folder, ops = tmp_path_factory.mktemp("finished") / "run", tmp_path_factory.mktemp("ops")
     changes = ["run.compare=[one_shot]", "run.report=true", "run.rank_logs=true"]
-    job = server.start(TRAIN, _arguments(folder, cache_dir, *changes), env={"MASTER_PORT": port})
+    job = server.start(TRAIN, _arguments(folder, cache_dir, *changes), env={"TORCH_EXTENSIONS_DIR": str(ops)})
     assert job.wait(timeout_s=500) == [0, 0], job.output()[-6000:]
     printed = job.output()
-    assert "shm_comm_op built" in printed and not list(Path("/dev/shm").glob(f"*_{port}_*")), "shared memory left"
+    assert not list(ops.iterdir()), "an op was compiled"
     return folder, printed
 
 
@@ -86,8 +86,8 @@ def test_lines_and_logs_tell_their_rank(finished):
     start = next(line for line in logs["rank-00000.txt"].splitlines() if line.startswith("start: "))
     assert "2 ranks on 1 machine, ZeRO-2; launch and imports" in start and start in printed
     assert "corpus: training" in logs["rank-00000.txt"] and "start: " not in logs["rank-00001.txt"]
-    others = [line for line in logs["rank-00001.txt"].splitlines() if line.strip()]
-    assert others and all(f"[rank 1 {socket.gethostname()}] {line}" in printed for line in others), others
+    others = [line for line in logs["rank-00001.txt"].splitlines() if line.strip()]  # none, as a rule
+    assert all(f"[rank 1 {socket.gethostname()}] {line}" in printed for line in others), others
 
 
 def test_learning_rate_grows_as_the_student_shrinks(finished):

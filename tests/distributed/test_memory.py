@@ -40,9 +40,12 @@ def check(engines: list[str], folder) -> None:
 
 
 def test_memory_follows_the_width(tmp_path):
-    check(["ZeRO-2 fp32", "ZeRO-3 fp32"], tmp_path)
+    check(["ZeRO-2 fp32"], tmp_path)
 
 
 @pytest.mark.full
 def test_memory_follows_the_width_in_every_wrapper(tmp_path):
-    check(["ZeRO-0 fp32", "ZeRO-0 bf16", "ZeRO-1 bf16", "ZeRO-1 bf16, fp32 accumulation", "ZeRO-3 bf16"], tmp_path)
+    check(
+        ["ZeRO-3 fp32", "ZeRO-0 fp32", "ZeRO-0 bf16", "ZeRO-1 bf16", "ZeRO-1 bf16, fp32 accumulation", "ZeRO-3 bf16"],
+        tmp_path,
+    )

@@ -34,7 +34,7 @@ def done(server, tmp_path_factory) -> tuple[list[dict], Path]:
 
 @pytest.mark.parametrize("i", range(len(FP32_CASES)), ids=map(json.dumps, FP32_CASES))
 def test_fp32_engine_ends_where_one_that_does_not_grow_ends(done, i):
-    # fp32 sums in another order, over 11 steps with 3 resizes: 1/1000 of one step of the learning rate.
+    # fp32 sums in another order, over 6 steps with 3 resizes: 1/1000 of one step of the learning rate.
     assert done[0][i]["weight"] < 1e-6, done[0][i]
     assert done[0][i]["loss"] < 5e-6, done[0][i]  # ten fp32 roundings of a loss near 4.5
 

@@ -113,6 +113,7 @@ def _arguments(folder: Path, teacher: Path, cache_dir: Path, *overrides: str) ->
         "pruning.compensation": "full",
         "pruning.end_fraction": 0.8,
         "pruning.interval_steps": 3,
+        "pruning.compensation_sequences": 32,
         "run.dir": folder,
         "run.compare": "[]",
         "run.report": "false",

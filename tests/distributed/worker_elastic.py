@@ -33,7 +33,7 @@ from homodistil.models.encoders.bert import BERT as bert
 from homodistil.models.resize_plan import make_plan
 from homodistil.resize import check_supported, master_weights, owned_state, resize
 
-NUM_STEPS, SAVED_AT, GLOBAL_ROWS = 20, 12, 4
+NUM_STEPS, SAVED_AT, GLOBAL_ROWS = 12, 6, 4
 EVENTS_BEFORE = 3
 FINAL = "final.safetensors"
 

@@ -25,7 +25,7 @@ from homodistil.models.resize_plan import make_plan
 from homodistil.pruning.importance import Importance
 from homodistil.resize import check_supported, gradient_fragments, master_weights, resize
 
-ACCUMULATION, NUM_STEPS, EVENT_STEP = 2, 5, 3
+ACCUMULATION, NUM_STEPS, EVENT_STEP = 2, 4, 2
 KEEP = {
     "hidden": tiny_bert.pick(36, 29, 1),
     "layer.0.ffn": tiny_bert.pick(55, 41, 2),

@@ -30,8 +30,8 @@ from homodistil.training.inputs import prepare_inputs
 from homodistil.training.micro_batch import state_layout
 from homodistil.training.run import DistillationRun
 
-NUM_STEPS, MICRO_BATCH, ACCUMULATION = 11, 1, 4
-GROWTH = {4: 2, 10: 4}
+NUM_STEPS, MICRO_BATCH, ACCUMULATION = 6, 1, 4
+GROWTH = {2: 2, 5: 4}
 """Step -> micro-batch from there on; both are steps with a resize."""
 RUN_STEPS, SAVE_EVERY = 7, 5
 

@@ -24,7 +24,7 @@ from homodistil.models.encoders.bert import BERT as bert
 from homodistil.models.resize_plan import ResizePlan, make_plan
 from homodistil.resize import check_supported, master_weights, resize
 
-NUM_STEPS = 20
+NUM_STEPS = 12
 STATES = ("exp_avg", "exp_avg_sq")
 OPTIMIZERS = {"torch": reference.make_optimizer, "cpu_adam": reference.make_cpu_adam, "fused": reference.make_fused}
 

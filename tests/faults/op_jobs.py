@@ -9,7 +9,7 @@ from pathlib import Path
 from homodistil.distributed.script_exit import exit_with_code
 from homodistil.engine import native_ops
 
-OP = "ShareMemCommBuilder"
+OP = "CPUAdamBuilder"
 
 
 def load() -> None:

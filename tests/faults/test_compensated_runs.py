@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from support.fork_server import ROOT
 from support.small_job import STEPS, TRAIN, arguments, differences, result
 
-FULL = ["pruning.compensation=full", "pruning.compensation_sequences=24", "pruning.interval_steps=4"]
+FULL = ["pruning.compensation=full", "pruning.compensation_sequences=24", "pruning.interval_steps=3"]
 LEARNED = ["pruning.compensation=project", "pruning.basis=learned", "pruning.basis_steps=4"]
 ONE_SHOT = ["pruning.schedule=one_shot", "pruning.one_shot_stages=2", "pruning.calibration_batches=2"]
 
@@ -72,7 +72,7 @@ def test_a_teacher_that_bears_no_rotation_is_refitted_also_after_a_kill(server, 
     fields = [*FULL, f"teacher.name={tmp_path / 'teacher'}", "pruning.compensation_limit=0"]
     run(server, run_inputs, tmp_path / "refit", [*fields, "pruning.compensation=refit"], "zero2_fp32")
     killed = tmp_path / "killed"
-    assert run(server, run_inputs, killed, fields, "zero2_fp32", "train.step:hit=8") == [-9, -9]
+    assert run(server, run_inputs, killed, fields, "zero2_fp32", "train.step:hit=6") == [-9, -9]
     assert len((killed / "events.jsonl").read_text().splitlines()) == 1
     run(server, run_inputs, killed, [*fields, "run.resume=must"], "zero2_fp32")
     assert differences(result(killed), result(tmp_path / "refit")) == []

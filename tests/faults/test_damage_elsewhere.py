@@ -15,8 +15,8 @@ from support.small_job import STEPS, TRAIN, arguments, differences, result
 
 from homodistil.distributed.exit_codes import USER_ERROR
 
-KILLED_AT = 11
-"""Steps begun when the run to go on with was ended; the checkpoint before is that of step 9."""
+KILLED_AT = 8
+"""Steps begun when the run to go on with was ended; the checkpoint before is that of step 6."""
 KILL = {"HOMODISTIL_FAULT": f"train.step:hit={KILLED_AT}:action=kill"}
 CORRECTION = ("teacher.correction_steps=3",)
 
@@ -191,7 +191,7 @@ def test_lost_lines_are_told(server, broken):
     codes, output = _run(server, broken.command())
     assert codes == [0, 0], output
     (warning,) = _warnings(output)
-    assert f"{path} has " in warning and "up to step 9, the checkpoint recorded " in warning
+    assert f"{path} has " in warning and "up to step 6, the checkpoint recorded " in warning
     numbers = [int(word.strip(",;")) for word in warning.split() if word.strip(",;").isdigit()]
     assert numbers[-1] - numbers[0] == num_lost
 

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.small_job import SAVE_EVERY, TRAIN, arguments, differences, result
+from support.small_job import SAVE_EVERY, STEPS, TRAIN, arguments, differences, result
 from transformers import AutoModelForMaskedLM, AutoTokenizer, BertForMaskedLM
 
 from homodistil.distributed.exit_codes import STOPPED, USER_ERROR
@@ -44,7 +44,7 @@ def test_records_say_what_each_member_is(family):
     assert [r["milestone"] for r in records] == [0.8, 0.66, 0.5] and [r["hidden_size"] for r in records] == [20, 16, 12]
     assert [r["num_attention_heads"] for r in records] == [4, 4, 4]
     assert [r["intermediate_size"] for r in records] == [33, 27, 20]  # 40 .. 20, as far as 24 .. 12
-    assert records[-1]["step"] == 16 and [r["step"] for r in records] == sorted(r["step"] for r in records)
+    assert records[-1]["step"] == STEPS and [r["step"] for r in records] == sorted(r["step"] for r in records)
     teacher = json.loads((family / "result.json").read_text())[0]
     for record in records:
         assert record["training_tokens"] == record["step"] * 8 * 16

@@ -17,27 +17,38 @@ def _wait_for_step(job, folder, step):
     assert job.is_running(), job.output()
 
 
+FROZEN = {"HOMODISTIL_FAULT": "train.step:rank=1:hit=3:action=stop"}
+"""Rank 1 stands still in the third step of this start, until it gets SIGCONT, so that a signal meets the job there."""
+
+
+def _wait_until_frozen(job):
+    while psutil.Process(job.pids[1]).status() != psutil.STATUS_STOPPED:
+        assert job.is_running(), job.output()
+        time.sleep(0.01)
+
+
 def _stopped_at(job) -> int:
-    found = re.findall(r"^stopped by (\w+) at step (\d+) of 16; run.resume=auto goes on", job.output(), re.MULTILINE)
+    found = re.findall(r"^stopped by (\w+) at step (\d+) of 10; run.resume=auto goes on", job.output(), re.MULTILINE)
     assert len(found) == 1 and "error" not in job.output() and "Traceback" not in job.output(), job.output()
     return int(found[0][1])
 
 
 def test_stopped_runs_go_on_bitwise(server, run_inputs, reference, tmp_path):
-    """A SIGTERM to one rank at a known step, later a SIGUSR1 to the other at some moment; then to the end."""
+    """A SIGTERM to one rank, later a SIGUSR1 to the other while it waits for the first one; then to the end."""
     folder = tmp_path / "run"
     own = arguments(run_inputs, folder, "run.resume=auto")
-    job = server.start(TRAIN, own, env={"HOMODISTIL_FAULT": "train.step:rank=1:hit=5:action=term"})
+    job = server.start(TRAIN, own, env={"HOMODISTIL_FAULT": "train.step:rank=1:hit=4:action=term"})
     assert job.wait(timeout_s=180) == [STOPPED, STOPPED], job.output()
-    # In step 5; known to all ranks at its boundary; looked at one later.
-    assert _stopped_at(job) == 6 and "SIGTERM" in job.output()
-    assert (folder / "checkpoints" / "latest").read_text().strip() == "step-000006"
-    job = server.start(TRAIN, own)
-    _wait_for_step(job, folder, 9)
+    # In step 4; known to all ranks at its boundary; looked at one later.
+    assert _stopped_at(job) == 5 and "SIGTERM" in job.output()
+    assert (folder / "checkpoints" / "latest").read_text().strip() == "step-000005"
+    job = server.start(TRAIN, own, env=FROZEN)
+    _wait_until_frozen(job)
     job.kill(0, signal.SIGUSR1)
+    job.kill(1, signal.SIGCONT)
     assert job.wait(timeout_s=180) == [STOPPED, STOPPED], job.output()
     step = _stopped_at(job)
-    assert step >= 9 and (folder / "checkpoints" / "latest").read_text().strip() == f"step-{step:06d}"
+    assert 8 <= step < 10 and (folder / "checkpoints" / "latest").read_text().strip() == f"step-{step:06d}"
     job = server.start(TRAIN, own)
     assert job.wait(timeout_s=180) == [0, 0], job.output()
     # The step at which a run was stopped leaves a checkpoint more, and nothing else.
@@ -98,15 +109,16 @@ def test_the_correction_of_the_teacher_leaves_nothing_behind(server, run_inputs,
 def test_workers_survive_the_signal_that_a_launcher_sends_to_the_whole_tree(server, run_inputs, reference, tmp_path):
     folder = tmp_path / "run"
     own = arguments(run_inputs, folder, "run.resume=auto", "data.workers=1")
-    job = server.start(TRAIN, own)
-    _wait_for_step(job, folder, 4)
+    job = server.start(TRAIN, own, env=FROZEN)
+    _wait_until_frozen(job)
     trees = [psutil.Process(pid) for pid in job.pids]
     workers = [worker for rank in trees for worker in rank.children(recursive=True)]
     assert len(workers) >= 2
     for process in (*workers, *trees):
         process.terminate()
+    job.kill(1, signal.SIGCONT)
     assert job.wait(timeout_s=180) == [STOPPED, STOPPED], job.output()
-    assert _stopped_at(job) >= 4
+    assert 3 <= _stopped_at(job) < 10
     psutil.wait_procs(workers, timeout=20)
     assert not any(worker.is_running() for worker in workers)
     job = server.start(TRAIN, own)

@@ -91,7 +91,7 @@ def test_killed_between_two_checkpoints_then_stopped_they_end_level(server, run_
     assert latest == [f"step-{2 * SAVE_EVERY:06d}", f"step-{SAVE_EVERY:06d}"]
     job = server.start(TRAIN, own, env={"HOMODISTIL_FAULT": "train.step:rank=1:hit=5:action=term"})
     assert job.wait(timeout_s=180) == [STOPPED, STOPPED], job.output()
-    assert "stopped by SIGTERM at step half 9 of 16, wide 9 of 16" in job.output(), job.output()
+    assert "stopped by SIGTERM at step half 9 of 10, wide 9 of 10" in job.output(), job.output()
     job = server.start(TRAIN, own)
     assert job.wait(timeout_s=180) == [0, 0], job.output()
     assert _differences(folder, alone) == {"half": [], "wide": []}

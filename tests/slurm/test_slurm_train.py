@@ -15,10 +15,10 @@ from homodistil.distributed.exit_codes import USER_ERROR
 SCRIPT = ROOT / "launcher" / "slurm" / "train.sbatch"
 NODES = ["--nodes=2", "--time=10"]
 PATIENCE_S = 240  # other lanes use the processor as well
-FROZEN = {"HOMODISTIL_FAULT": "train.step:rank=1:hit=9:action=stop"}
-"""Rank 1 stands still in the ninth step of every start, so that a signal meets it there. It goes on by SIGCONT.
+FROZEN = {"HOMODISTIL_FAULT": "train.step:rank=1:hit=5:action=stop"}
+"""Rank 1 stands still in the fifth step of every start, so that a signal meets it there. It goes on by SIGCONT.
 
-Fewer than nine of the 16 steps are left for the second start.
+Fewer than five of the 10 steps are left for the second start.
 """
 
 
@@ -83,7 +83,7 @@ def test_two_nodes_distil_with_resizes(stopped, cluster):
     folder, job = stopped
     assert "start 0: 2 nodes (node[1-2]) x 1 ranks, master node1:" in cluster.output(job)
     steps = [json.loads(line)["step"] for line in (folder / "events.jsonl").read_text().splitlines()]
-    assert len(steps) >= 5 and steps[0] < 8 and steps[-1] > 10  # it stops behind step 10
+    assert len(steps) >= 4 and steps[0] < 5 and steps[-1] > 6  # it stops behind step 6
     assert (folder / "export" / "model.safetensors").is_file()
 
 

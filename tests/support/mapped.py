@@ -35,10 +35,10 @@ def events() -> dict[int, Event]:
     hidden, again = orthonormal(36, 29, 1), orthonormal(29, 20, 2)
     ffn = {"layer.0.ffn": tiny_bert.pick(55, 41, 3)}
     return {
-        4: Event({"hidden": torch.arange(29), **ffn}, ("layer.0.ffn",), hidden_maps(hidden)),
-        9: _attention_event(),
-        13: Event({"hidden": torch.arange(20)}, (), hidden_maps(again)),
-        16: Event({"layer.1.ffn": tiny_bert.pick(55, 31, 4)}, ("layer.1.ffn",), resets_moments=True),
+        2: Event({"hidden": torch.arange(29), **ffn}, ("layer.0.ffn",), hidden_maps(hidden)),
+        5: _attention_event(),
+        7: Event({"hidden": torch.arange(20)}, (), hidden_maps(again)),
+        10: Event({"layer.1.ffn": tiny_bert.pick(55, 31, 4)}, ("layer.1.ffn",), resets_moments=True),
     }
 
 

@@ -28,6 +28,7 @@ datasets torch.utils.tensorboard torch.utils.cpp_extension matplotlib.backends.b
 docstring_parser
 homodistil.cli homodistil.train homodistil.config.command_line homodistil.data.prepare.packing
 homodistil.distributed.start_ranks homodistil.distributed.stop_agreement
+homodistil.evaluation.glue.grid homodistil.evaluation.squad.grid homodistil.report.command
 """.split()
 """What ranks would import one by one: most of the time of a small job."""
 FIRST_CLIENT_S = 60

@@ -1,7 +1,7 @@
 """The job that the fault tests run: the real one, from the real launcher script, small enough for a second or two.
 
 A random BERT (3 layers, hidden 24) with a real WordPiece tokenizer in a folder, a few text files, fp32 under ZeRO-2,
-16 steps with a checkpoint every third and about seven resize events, at the same step as a checkpoint and at others.
+10 steps with a checkpoint every third and four resize events, at the same step as a checkpoint and at others.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from support.fork_server import ROOT
 from support.small import small_model
 
 TRAIN = ROOT / "launcher" / "train.py"
-STEPS, SAVE_EVERY = 16, 3
+STEPS, SAVE_EVERY = 10, 3
 LETTERS = [chr(97 + i) for i in range(26)]
 VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *LETTERS, *(f"##{letter}" for letter in LETTERS)]
 # What no two runs have in common.

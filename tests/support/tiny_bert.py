@@ -71,16 +71,16 @@ def pick_per_head(num_heads: int, size: int, count: int, seed: int) -> Tensor:
 def events() -> dict[int, dict[str, Tensor]]:
     """Step -> what stays at its beginning. Every kind of axis, alone and together, down to a single neuron."""
     return {
-        4: {"layer.0.ffn": pick(55, 41, 1)},
-        7: {"hidden": pick(36, 29, 2)},
-        10: {
+        2: {"layer.0.ffn": pick(55, 41, 1)},
+        4: {"hidden": pick(36, 29, 2)},
+        5: {
             "layer.0.heads": pick(4, 3, 3),
             "layer.0.qk_dim": pick_per_head(4, 9, 7, 4),
             "layer.0.vo_dim": pick_per_head(4, 9, 7, 5),
             "layer.1.qk_dim": pick_per_head(4, 9, 8, 6),
             "layer.1.vo_dim": pick_per_head(4, 9, 8, 7),
         },
-        13: {
+        7: {
             "hidden": pick(29, 23, 8),
             "layer.0.ffn": pick(41, 30, 9),
             "layer.1.ffn": pick(55, 31, 10),
@@ -88,8 +88,8 @@ def events() -> dict[int, dict[str, Tensor]]:
             "layer.0.vo_dim": pick_per_head(3, 7, 5, 12),
             "layer.1.heads": pick(4, 3, 13),
         },
-        16: {"layer.1.ffn": pick(31, 30, 14)},
-        18: {"hidden": pick(23, 5, 15)},
+        9: {"layer.1.ffn": pick(31, 30, 14)},
+        10: {"hidden": pick(23, 5, 15)},
     }
 
 
