@@ -9,6 +9,8 @@ BIN := $(VENV)/bin
 # DeepSpeed builds its optimizers for the CPU here, apart from other projects' builds.
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/.torch_extensions
 export TOKENIZERS_PARALLELISM := false
+# Container images often set this: every process would compile thousands of files of its libraries anew.
+unexport PYTHONDONTWRITEBYTECODE
 # Read at recipe time: DeepSpeed's launcher and ninja must come from the same environment.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
