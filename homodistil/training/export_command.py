@@ -40,7 +40,7 @@ def main(argv: list[str]) -> None:
         if arguments.push is not None:
             check_push(arguments.push)
         checkpoint = open_checkpoint(arguments.checkpoint, arguments.cache_dir.expanduser())
-        out = (arguments.out or _default_out(checkpoint)).expanduser().absolute()
+        out = (arguments.out or _default_out(checkpoint)).expanduser().resolve()
         with on_signals("run it again: nothing was kept"):
             table, files = _export(checkpoint, out, arguments)
         print(f"\n{table}\n\n{out}")
@@ -73,7 +73,7 @@ def _write_companions(checkpoint: StockCheckpoint, out: Path, staged: Path) -> N
     from homodistil.export.formats.folder import copy_modules
 
     folder = checkpoint.folder
-    if folder is not None and out == folder.absolute():
+    if folder is not None and out == folder.resolve():
         return
     if checkpoint.has_modules:
         copy_modules(folder, folder / checkpoint.inside, staged)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -67,16 +68,26 @@ def measure(
     Raises:
         UserError: a checkpoint cannot be loaded, or has neither weights nor a graph.
     """
-    torch.set_num_threads(num_threads)
     subjects: list[_Subject] = []
-    for number, checkpoint in enumerate(checkpoints):
-        with progress.doing(f"loading {checkpoint.name}"):
-            subjects += _subjects(checkpoint, work / str(number), num_threads)
-    passes = [_pass(subject, size, num_tokens) for subject in subjects for size in (1, BATCH_SIZE)]
-    with progress.doing(f"timing {len(subjects)} models in {num_rounds} rounds"):
-        seconds = interleaved_medians_s(passes, num_rounds)
+    with _torch_threads(num_threads):
+        for number, checkpoint in enumerate(checkpoints):
+            with progress.doing(f"loading {checkpoint.name}"):
+                subjects += _subjects(checkpoint, work / str(number), num_threads)
+        passes = [_pass(subject, size, num_tokens) for subject in subjects for size in (1, BATCH_SIZE)]
+        with progress.doing(f"timing {len(subjects)} models in {num_rounds} rounds"):
+            seconds = interleaved_medians_s(passes, num_rounds)
     pairs = zip(subjects, seconds[::2], seconds[1::2], strict=True)
     return [Timed(*subject.facts, one * 1e3, BATCH_SIZE / many) for subject, one, many in pairs]
+
+
+@contextlib.contextmanager
+def _torch_threads(number: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _pass(subject: _Subject, num_sentences: int, num_tokens: int) -> functools.partial:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -24,11 +25,17 @@ class Agreement(NamedTuple):
 
 
 def agreement(model: Exportable, exported: Runner) -> Agreement:
-    """Compare `exported` with torch on padded random batches of several lengths."""
+    """Compare `exported` with torch on padded random batches of several lengths.
+
+    Returns:
+        (infinity, NaN) where the shapes differ: the graph is of another model.
+    """
     reference, pairs = torch_runner(model), []
     for batch in model.comparison_batches():
         inputs = {name: tensor.numpy() for name, tensor in batch.items()}
         expected, actual = reference(inputs), exported(inputs)
+        if expected.shape != actual.shape:
+            return Agreement(math.inf, math.nan)
         # Of padding nobody reads the output, and masked softmax rows differ there by right.
         rows = inputs["attention_mask"].astype(bool) if expected.ndim == 3 else slice(None)
         pairs.append((expected[rows], actual[rows]))

@@ -8,7 +8,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from homodistil.errors import UserError
 from homodistil.export.formats.exportable import Exportable
+from homodistil.models.checkpoint_files import first_line
 
 Runner = Callable[[Mapping[str, np.ndarray]], np.ndarray]
 """Arrays by the names of `exportable.Batch`, int64 (B, T) -> the output, float32. Those that it lacks are left out."""
@@ -25,22 +27,34 @@ def torch_runner(model: Exportable) -> Runner:
 
 
 def onnx_runner(path: Path, num_threads: int = 1) -> Runner:
-    """A graph in onnxruntime."""
+    """A graph in onnxruntime. Raises `UserError` where onnxruntime cannot read it."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = num_threads, 1
     options.log_severity_level = 3  # errors
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    try:
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime has a type for every kind of damage
+        raise _unreadable(path, error) from None
     names = [each.name for each in session.get_inputs()]
     return lambda inputs: session.run(None, {name: inputs[name] for name in names})[0]
 
 
+def _unreadable(path: Path, error: Exception) -> UserError:
+    return UserError(
+        f"{path}: onnxruntime cannot read it ({first_line(error)}); write it again with homodistil export --force"
+    )
+
+
 def output_name(path: Path) -> str:
-    """Of an ONNX graph: "last_hidden_state" or "logits", as `Exportable.output_name`. Weights are not read."""
+    """Of an ONNX graph: "last_hidden_state" or "logits". Raises `UserError` where it cannot be read."""
     import onnx
 
-    return onnx.load(path, load_external_data=False).graph.output[0].name
+    try:
+        return onnx.load(path, load_external_data=False).graph.output[0].name
+    except Exception as error:  # protobuf's, or no output
+        raise _unreadable(path, error) from None
 
 
 def openvino_runner(path: Path, num_threads: int = 1) -> Runner:

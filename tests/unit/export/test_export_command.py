@@ -174,6 +174,10 @@ def test_folders_without_a_model_are_refused(tmp_path, source, exported):
         latency_command.main([str(tmp_path / "bare")])
     with pytest.raises(UserError, match="--tokens: found 65, '.*' allows 64; lower --tokens"):
         latency_command.main([str(source), "--tokens=65"])
+    (tmp_path / "bare" / ONNX).parent.mkdir()
+    (tmp_path / "bare" / ONNX).write_bytes((exported / ONNX).read_bytes()[:10_000])
+    with pytest.raises(UserError, match="/onnx/model.onnx: onnx.* cannot read it .*export --force"):
+        latency_command.main([str(tmp_path / "bare")])
     (tmp_path / "bare" / "modules.json").write_text(json.dumps([MODULES[0] | {"path": "../elsewhere"}]))
     with pytest.raises(UserError, match="has the path '../elsewhere', which is not in its folder"):
         export_command.main([str(tmp_path / "bare")])
