@@ -19,13 +19,13 @@ from homodistil.config.schema import DataConfig
 from homodistil.distributed.graceful_stop import on_signals
 from homodistil.evaluation import progress
 from homodistil.evaluation.command_line import number
-from homodistil.export.formats.layout import FORMATS, MIN_COSINE, require_installed
+from homodistil.export.formats.layout import FORMATS, Limits, require_installed
 
 if TYPE_CHECKING:
     from homodistil.export.formats.agreement import Agreement
     from homodistil.training.stock_checkpoint import StockCheckpoint
 
-HEADINGS = ("format", "file", "MB", "largest difference", "mean cosine")
+HEADINGS = ("format", "file", "MB", "largest difference", "mean cosine", "KL, nats")
 
 
 def main(argv: list[str]) -> None:
@@ -56,12 +56,13 @@ def _export(checkpoint: StockCheckpoint, out: Path, arguments: argparse.Namespac
 
     names = list(dict.fromkeys(arguments.format))
     check_new(out / checkpoint.inside, names, arguments.force)
+    limits = Limits(arguments.min_cosine, arguments.max_kl)
     with staging(out) as staged:
         with progress.doing(f"loading {checkpoint.name}"):
             _write_companions(checkpoint, out, staged)
             model = checkpoint.load(with_head=not arguments.no_head)
         with progress.doing(f"exporting {checkpoint.name} to {', '.join(names)}"):
-            results = write_formats(model, names, staged / checkpoint.inside, arguments.min_cosine)
+            results = write_formats(model, names, staged / checkpoint.inside, limits)
         table = _table(results, checkpoint.inside, staged)
         return table, publish(staged, out, arguments.force)
 
@@ -93,13 +94,19 @@ def _default_out(checkpoint: StockCheckpoint) -> Path:
 
 def _table(results: dict[str, Agreement], inside: str, staged: Path) -> str:
     from homodistil.export.formats.write import files_of
-    from homodistil.metrics.result_table import aligned
+    from homodistil.metrics.result_table import aligned, cell
 
     lines = [list(HEADINGS)]
     for name, result in results.items():
         megabytes = sum(path.stat().st_size for path in files_of(name, staged / inside)) / 1e6
         file = (Path(inside) / FORMATS[name].file).as_posix()
-        lines.append([name, file, f"{megabytes:.1f}", f"{result.difference:.1e}", f"{result.cosine:.4f}"])
+        numbers = [
+            (megabytes, "{:.1f}"),
+            (result.difference, "{:.1e}"),
+            (result.cosine, "{:.4f}"),
+            (result.kl, "{:.1e}"),
+        ]
+        lines.append([name, file, *(cell(value, form) for value, form in numbers)])
     return aligned(lines)
 
 
@@ -113,7 +120,9 @@ def parser() -> argparse.ArgumentParser:
     add("--force", action="store_true", help="overwrite files that are there")
     add("--no-head", action="store_true", help="export the backbone alone: its output is last_hidden_state")
     text = "smallest mean cosine of int8 outputs with torch's"
-    add("--min-cosine", type=number(float, -1, 1), default=MIN_COSINE, help=text)
+    add("--min-cosine", type=number(float, -1, 1), default=Limits().min_cosine, help=text)
+    text = "largest mean KL of a head's int8 probabilities to torch's, nats"
+    add("--max-kl", type=number(float, 0), default=Limits().max_kl, help=text)
     add("--push", metavar="OWNER/NAME", help="upload what was exported to this repository of the hub")
     add("--cache-dir", type=Path, default=Path(DataConfig().cache_dir), help="where packaged models are kept")
     return options

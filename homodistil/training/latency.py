@@ -14,7 +14,7 @@ from homodistil.errors import UserError
 from homodistil.evaluation import progress
 from homodistil.export.formats.agreement import agreement
 from homodistil.export.formats.exportable import Exportable, random_batch
-from homodistil.export.formats.layout import FORMATS
+from homodistil.export.formats.layout import FORMATS, Limits
 from homodistil.export.formats.runners import Runner, onnx_runner, output_name, torch_runner
 from homodistil.export.formats.write import files_of, write_formats
 from homodistil.export.inference_speed import BATCH_SIZE, interleaved_medians_s
@@ -122,7 +122,7 @@ def _graphs(model: Exportable, folder: Path | None, work: Path) -> dict[str, Pat
     missing = [name for name in GRAPHS if name not in fitting]
     try:
         if missing:
-            write_formats(model, missing, work, min_cosine=-1)
+            write_formats(model, missing, work, Limits(min_cosine=-1))
     except UserError as error:  # torch alone is timed then
         progress.say(f"no ONNX of {model.model.config.model_type}: {error}")
         missing = []

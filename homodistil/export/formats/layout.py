@@ -30,8 +30,13 @@ EXTRAS = {"onnx": _ONNX, "openvino": (*_ONNX, "openvino")}
 """Extra of pyproject.toml -> the packages that it installs."""
 
 
-MIN_COSINE = 0.95
-"""Smallest mean cosine with torch's outputs that an int8 graph may have, where the user says nothing else."""
+class Limits(NamedTuple):
+    """How far an int8 graph may be from torch."""
+
+    min_cosine: float = 0.95
+    """Smallest mean cosine of the outputs."""
+    max_kl: float = 0.1
+    """Largest mean KL of a head's probabilities, nats. Logits share a direction: their cosine alone sees too little."""
 
 
 def require_installed(names: Iterable[str]) -> None:

@@ -8,18 +8,18 @@ from pathlib import Path
 from homodistil.export.formats.agreement import Agreement, agreement, require
 from homodistil.export.formats.exportable import Exportable
 from homodistil.export.formats.graphs import write_int8, write_onnx, write_openvino
-from homodistil.export.formats.layout import FORMATS
+from homodistil.export.formats.layout import FORMATS, Limits
 from homodistil.export.formats.runners import RUNNERS
 
 _FROM_ONNX: dict[str, Callable[[Path, Path], None]] = {"onnx-int8": write_int8, "openvino": write_openvino}
 """Format -> what makes it of an fp32 ONNX graph."""
 
 
-def write_formats(model: Exportable, names: Sequence[str], root: Path, min_cosine: float) -> dict[str, Agreement]:
+def write_formats(model: Exportable, names: Sequence[str], root: Path, limits: Limits) -> dict[str, Agreement]:
     """Write each format of `names` to its place below `root`.
 
     Args:
-        min_cosine: see `require`.
+        limits: of int8.
 
     Returns:
         How well each of them agrees with torch.
@@ -36,7 +36,7 @@ def write_formats(model: Exportable, names: Sequence[str], root: Path, min_cosin
         else:
             _FROM_ONNX[name](fp32, path)
         results[name] = agreement(model, RUNNERS[name](path, 1))
-        require(results[name], name, min_cosine)
+        require(results[name], name, limits)
     if "onnx" not in names:
         for path in files_of("onnx", root):
             path.unlink()

@@ -24,7 +24,7 @@ from homodistil.export.formats import graphs
 from homodistil.export.formats.agreement import MAX_DIFFERENCE, Agreement, agreement, require
 from homodistil.export.formats.exportable import Exportable
 from homodistil.export.formats.graphs import write_onnx
-from homodistil.export.formats.layout import EXTRAS, FORMATS, MIN_COSINE, require_installed
+from homodistil.export.formats.layout import EXTRAS, FORMATS, Limits, require_installed
 from homodistil.export.formats.runners import onnx_runner, openvino_runner, output_name, torch_runner
 from homodistil.export.formats.write import files_of, write_formats
 from homodistil.models import family_of
@@ -43,7 +43,7 @@ def test_every_architecture_is_exported_with_its_head(model_type, tmp_path):
     if model_type == "llama":  # its layers are alike, and a trace takes seconds
         family_of(model_type).keep_layers(stock, [1])
     model = Exportable(stock, max_tokens=38)
-    results = write_formats(model, ["onnx", "onnx-int8"], tmp_path, MIN_COSINE)
+    results = write_formats(model, ["onnx", "onnx-int8"], tmp_path, Limits(max_kl=2))
     assert results["onnx"].difference < 1e-5 < MAX_DIFFERENCE and results["onnx-int8"].cosine > 0.98
     assert output_name(tmp_path / FORMATS["onnx"].file) == "logits"
     # A batch and a length that neither the trace nor the comparison has seen, against the stock call.
@@ -66,7 +66,7 @@ def test_the_document_lists_the_architectures_of_the_test():
 def test_backbones_and_heads_of_classifiers(kind, tmp_path):
     torch.manual_seed(0)
     model = Exportable(kind(BertConfig(vocab_size=97, num_labels=3, **_SIZES)), max_tokens=64)
-    write_formats(model, ["onnx"], tmp_path, MIN_COSINE)
+    write_formats(model, ["onnx"], tmp_path, Limits())
     output = "last_hidden_state" if kind is BertModel else "logits"
     assert output_name(tmp_path / FORMATS["onnx"].file) == model.output_name == output
 
@@ -76,7 +76,7 @@ def test_weights_beyond_protobufs_limit_lie_in_a_second_file(tmp_path, monkeypat
     monkeypatch.setattr(graphs, "_PROTOBUF_BYTES", 1000)
     torch.manual_seed(0)
     model = Exportable(BertModel(BertConfig(vocab_size=97, **_SIZES)), max_tokens=64)
-    write_formats(model, ["onnx", "onnx-int8"], tmp_path, MIN_COSINE)
+    write_formats(model, ["onnx", "onnx-int8"], tmp_path, Limits(max_kl=2))
     for name in ("onnx", "onnx-int8"):
         graph, weights = files_of(name, tmp_path)
         assert weights.stat().st_size > graph.stat().st_size / 2
@@ -89,7 +89,7 @@ def test_weights_beyond_protobufs_limit_lie_in_a_second_file(tmp_path, monkeypat
 def test_openvino_in_fp32(tmp_path):
     pytest.importorskip("openvino")
     model = Exportable(make_model("bert"), max_tokens=38)
-    results = write_formats(model, ["openvino"], tmp_path, MIN_COSINE)
+    results = write_formats(model, ["openvino"], tmp_path, Limits())
     assert results["openvino"].difference < 1e-5
     assert [path.name for path in files_of("openvino", tmp_path)] == ["openvino_model.xml", "openvino_model.bin"]
     assert not files_of("onnx", tmp_path)  # only on the way
@@ -124,11 +124,25 @@ def test_agreement_is_that_of_tokens_and_relative_to_the_largest_output():
 @pytest.mark.parametrize("number", [2e-4, float("nan")])
 def test_what_is_too_far_from_torch_is_refused(number):
     with pytest.raises(UserError, match="--format openvino: the graph differs from torch by .*allowed is 0.0001"):
-        require(Agreement(number, 1.0), "openvino", MIN_COSINE)
+        require(Agreement(number, 1.0), "openvino", Limits())
     with pytest.raises(UserError, match="--format onnx-int8: mean cosine .*--min-cosine 0.95 or more"):
-        require(Agreement(0.0, number), "onnx-int8", MIN_COSINE)
-    require(Agreement(0.5, 0.96), "onnx-int8", MIN_COSINE)
-    require(Agreement(9e-5, 0.0), "onnx", MIN_COSINE)
+        require(Agreement(0.0, number), "onnx-int8", Limits())
+    with pytest.raises(UserError, match="--format onnx-int8: mean KL .*--max-kl 0.0001 or less"):
+        require(Agreement(0.0, 1.0, number), "onnx-int8", Limits(max_kl=1e-4))
+    require(Agreement(0.5, 0.96, 0.09), "onnx-int8", Limits())
+    require(Agreement(9e-5, 0.0), "onnx", Limits())
+
+
+def test_kl_is_that_of_the_probabilities_to_torchs():
+    torch.manual_seed(0)
+    model = Exportable(BertForSequenceClassification(BertConfig(vocab_size=97, num_labels=3, **_SIZES)), max_tokens=16)
+    reference, shift, expected = torch_runner(model), np.array([0.5, -0.25, 0.0], np.float32), []
+    for batch in model.comparison_batches():
+        for row in reference({name: value.numpy() for name, value in batch.items()}).astype(np.float64):
+            p, q = (np.exp(logits) / np.exp(logits).sum() for logits in (row, row + shift))
+            expected.append((p * np.log(p / q)).sum())
+    result = agreement(model, lambda inputs: reference(inputs) + shift)
+    assert result.kl == pytest.approx(np.mean(expected), rel=1e-5) and result.kl > 0.01
 
 
 def test_a_graph_of_another_model_agrees_in_nothing():
@@ -138,7 +152,7 @@ def test_a_graph_of_another_model_agrees_in_nothing():
     result = agreement(models[0], torch_runner(models[1]))
     assert result.difference == float("inf") and result.cosine != result.cosine
     with pytest.raises(UserError, match="--format onnx"):
-        require(result, "onnx-int8", -1)
+        require(result, "onnx-int8", Limits())
 
 
 def test_inputs_follow_the_model():
