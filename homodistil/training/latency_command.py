@@ -10,7 +10,6 @@ turns.
 from __future__ import annotations
 
 import argparse
-import os
 import tempfile
 from pathlib import Path
 
@@ -54,7 +53,7 @@ def parser() -> argparse.ArgumentParser:
     text = "folders or hub names of Hugging Face models, embedded:minilm-l6, or folders that homodistil export wrote"
     add("checkpoint", nargs="+", metavar="CHECKPOINT", help=text)
     add("--tokens", type=number(int, 1), default=32, help="tokens of a sentence")
-    add("--threads", type=number(int, 1, 1024), default=len(os.sched_getaffinity(0)), help="of torch and onnxruntime")
+    add("--threads", type=number(int, 1, 1024), default=1, help="of torch and onnxruntime")
     add("--rounds", type=number(int, 1), default=15, help="timed passes of every model")
     add("--json", action="store_true", help="print one JSON object instead of a table")
     add("--cache-dir", type=Path, default=Path(DataConfig().cache_dir), help="where packaged models are kept")
