@@ -34,6 +34,8 @@ COMMANDS = {
     "squad": Command("fine-tune a checkpoint on SQuAD", "homodistil.evaluation.squad.command:main"),
     "lm-eval": Command("score decoders on tasks of EleutherAI's harness", "homodistil.evaluation.lm_eval.command:main"),
     "probe": Command("what frozen features know of sentences", "homodistil.evaluation.probe.command:main"),
+    "export": Command("a checkpoint as ONNX, int8 ONNX or OpenVINO", "homodistil.training.export_command:main"),
+    "latency": Command("how fast checkpoints are in torch and ONNX", "homodistil.training.latency_command:main"),
     "report": Command("the HTML page of a run, or one that compares many", "homodistil.report.command:main"),
     "recipes": Command("list the shipped recipes; with a name, print one", "homodistil.cli:recipes"),
     "axes": Command("print what each axis of a teacher couples", "homodistil.training.show_axes:main"),

@@ -15,8 +15,12 @@ from homodistil.errors import UserError
 
 
 @contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn an error while `path` is written (full disk, read-only folder) into a `UserError` that names `path`."""
+def writing(path: Path, how_to_go_on: str = "with run.resume=auto") -> Iterator[None]:
+    """Turn an error while `path` is written (full disk, read-only folder) into a `UserError` that names `path`.
+
+    Args:
+        how_to_go_on: end of the message, behind "then run again".
+    """
     try:
         yield
     except Exception as error:
@@ -25,8 +29,8 @@ def writing(path: Path) -> Iterator[None]:
             raise
         reason = getattr(error, "strerror", None) or str(error)
         raise UserError(
-            f"{path}: cannot be written ({reason}); free disk space or make the folder writable, then run again with "
-            f"run.resume=auto"
+            f"{path}: cannot be written ({reason}); free disk space or make the folder writable, then run again "
+            f"{how_to_go_on}".rstrip()
         ) from None
 
 

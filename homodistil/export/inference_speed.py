@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import nn
@@ -30,6 +30,22 @@ def inference_speed(model: nn.Module, seq_len: int, device: torch.device) -> dic
     ids = torch.arange(BATCH_SIZE * seq_len, device=device).view(BATCH_SIZE, seq_len) % vocabulary
     one, many = (_median_s(lambda batch=batch: model(batch), device) for batch in (ids[:1], ids))
     return {"inference_latency_ms": one * 1e3, "inference_tokens_per_s": ids.numel() / many}
+
+
+def interleaved_medians_s(runs: Sequence[Callable[[], object]], num_rounds: int) -> list[float]:
+    """Median seconds of each of `runs` on the CPU. They take turns, so that a busy machine slows all alike.
+
+    Every timed pass follows an untimed one of the same kind: threads of another library that still spin, and caches
+    that hold another model, do not count.
+    """
+    seconds: list[list[float]] = [[] for _ in runs]
+    for _ in range(num_rounds):
+        for run, measured in zip(runs, seconds, strict=True):
+            run()
+            before = time.perf_counter()
+            run()
+            measured.append(time.perf_counter() - before)
+    return [statistics.median(measured) for measured in seconds]
 
 
 @torch.inference_mode()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from homodistil.errors import UserError
 
@@ -39,6 +40,15 @@ def local_folder(name: str, field: str) -> Path | None:
 
 def read_json(path: Path, field: str) -> dict:
     """The object in a JSON file. Raises `UserError`: not a regular file, unreadable, broken, or no object."""
+    return _read(path, field, dict, "an object {...}")
+
+
+def read_json_list(path: Path, field: str) -> list:
+    """The list in a JSON file. Raises `UserError` as `read_json` does."""
+    return _read(path, field, list, "a list [...]")
+
+
+def _read(path: Path, field: str, kind: type, expected: str) -> Any:
     how = "give the checkpoint's own file"
     if not path.is_file():  # a pipe would be waited for, a device never ends
         actual = "is not there" if not path.exists() else "is a folder" if path.is_dir() else "is not a regular file"
@@ -49,8 +59,8 @@ def read_json(path: Path, field: str) -> dict:
         raise UserError(f"{field}: {path} cannot be read ({error.strerror}); make it readable") from None
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError and numbers of 5,000 digits are ValueErrors
         raise UserError(f"{field}: {path} is not valid JSON ({first_line(error)}); {how}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{field}: {path} holds {type(content).__name__}, expected an object {{...}}; {how}")
+    if not isinstance(content, kind):
+        raise UserError(f"{field}: {path} holds {type(content).__name__}, expected {expected}; {how}")
     return content
 
 

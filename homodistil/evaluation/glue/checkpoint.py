@@ -121,16 +121,17 @@ def load_encoder(kind: type, folder: str, **options: Any) -> nn.Module:
     return load_model(kind, folder, **options).train()
 
 
-def load_model(kind: type, folder: str, **options: Any) -> nn.Module:
+def load_model(kind: type, folder: str, has_head: bool = False, **options: Any) -> nn.Module:
     """An encoder or decoder in fp32; a head that its files do not have is drawn from torch's random state.
 
     Args:
         kind: AutoModel (no head), or an AutoModelFor... class of transformers.
+        has_head: the files have to have the head as well; nothing is drawn.
         options: further arguments of its `from_pretrained`.
 
     Raises:
         UserError: the checkpoint cannot be loaded, or only with custom code or pickled weights; or a part of the
-            backbone is missing, has another shape, or is not finite.
+            backbone (of the model, with `has_head`) is missing, has another shape, or is not finite.
     """
     _check_files(folder)
     with readable(folder):
@@ -145,9 +146,10 @@ def load_model(kind: type, folder: str, **options: Any) -> nn.Module:
             **options,
         )
     prefix, where = model.base_model_prefix, f"{FIELD}: {folder!r}"
-    inside = f"{prefix}." if hasattr(model, prefix) else ""  # a model without a head is the backbone itself
+    # A model without a head is the backbone itself.
+    inside = f"{prefix}." if hasattr(model, prefix) and not has_head else ""
     # The pooler belongs to the head, because masked language models have none.
-    missing = sorted(n for n in report["missing_keys"] if n.startswith(inside) and "pooler." not in n)
+    missing = sorted(n for n in report["missing_keys"] if n.startswith(inside) and (has_head or "pooler." not in n))
     mismatched = [(n, tuple(a), tuple(b)) for n, a, b in sorted(report["mismatched_keys"]) if n.startswith(inside)]
     check_present(Difference(missing, [], mismatched), where)
     check_finite(model, where)

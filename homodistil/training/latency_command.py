@@ -1,0 +1,60 @@
+"""Time checkpoints on this CPU in torch, ONNX and int8 ONNX, and print one table.
+
+    homodistil latency embedded:minilm-l6 runs/quickstart/export
+    homodistil latency models/minilm --tokens 128 --threads 1 --json
+
+Backbones are timed, without a language-modelling head. Each number is the median over rounds in which all models take
+turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+
+from homodistil.config.one_line_parser import OneLineParser
+from homodistil.config.schema import DataConfig
+from homodistil.distributed.graceful_stop import on_signals
+from homodistil.evaluation import progress
+from homodistil.evaluation.command_line import number
+from homodistil.export.formats.layout import require_installed
+from homodistil.files import to_json
+
+
+def main(argv: list[str]) -> None:
+    """The command `homodistil latency`. Raises `UserError`."""
+    with progress.watching("loading libraries"):
+        arguments = parser().parse_args(argv)
+        require_installed(["onnx"])
+        # Imported after parsing, so that --help and bad options are fast.
+        from homodistil.metrics.result_table import aligned
+        from homodistil.training.latency import as_lines, check_tokens, measure
+        from homodistil.training.stock_checkpoint import open_checkpoint
+
+        cache_dir = arguments.cache_dir.expanduser()
+        checkpoints = [open_checkpoint(name, cache_dir) for name in arguments.checkpoint]
+        check_tokens(checkpoints, arguments.tokens)
+        with on_signals(), tempfile.TemporaryDirectory(prefix="homodistil-") as work:
+            rows = measure(checkpoints, Path(work), arguments.tokens, arguments.threads, arguments.rounds)
+        conditions = {"tokens": arguments.tokens, "threads": arguments.threads, "rounds": arguments.rounds}
+        if arguments.json:
+            print(to_json(conditions | {"rows": [row._asdict() for row in rows]}))
+        else:
+            print(
+                f"\n{', '.join(f'{name} {value}' for name, value in conditions.items())}\n\n{aligned(as_lines(rows))}"
+            )
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options of `homodistil latency`."""
+    options = OneLineParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = options.add_argument
+    text = "folders or hub names of Hugging Face models, embedded:minilm-l6, or folders that homodistil export wrote"
+    add("checkpoint", nargs="+", metavar="CHECKPOINT", help=text)
+    add("--tokens", type=number(int, 1), default=32, help="tokens of a sentence")
+    add("--threads", type=number(int, 1, 1024), default=1, help="of torch and onnxruntime")
+    add("--rounds", type=number(int, 1), default=15, help="timed passes of every model")
+    add("--json", action="store_true", help="print one JSON object instead of a table")
+    add("--cache-dir", type=Path, default=Path(DataConfig().cache_dir), help="where packaged models are kept")
+    return options
