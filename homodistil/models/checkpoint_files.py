@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from homodistil.errors import UserError
 
@@ -37,8 +38,8 @@ def local_folder(name: str, field: str) -> Path | None:
     return None
 
 
-def read_json(path: Path, field: str) -> dict:
-    """The object in a JSON file. Raises `UserError`: not a regular file, unreadable, broken, or no object."""
+def read_json(path: Path, field: str, kind: type = dict) -> Any:
+    """The object (or, `kind`, list) in a JSON file. Raises `UserError`: no regular file, unreadable, broken, no such."""
     how = "give the checkpoint's own file"
     if not path.is_file():  # a pipe would be waited for, a device never ends
         actual = "is not there" if not path.exists() else "is a folder" if path.is_dir() else "is not a regular file"
@@ -49,8 +50,9 @@ def read_json(path: Path, field: str) -> dict:
         raise UserError(f"{field}: {path} cannot be read ({error.strerror}); make it readable") from None
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError and numbers of 5,000 digits are ValueErrors
         raise UserError(f"{field}: {path} is not valid JSON ({first_line(error)}); {how}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{field}: {path} holds {type(content).__name__}, expected an object {{...}}; {how}")
+    if not isinstance(content, kind):
+        wanted = "an object {...}" if kind is dict else "a list [...]"
+        raise UserError(f"{field}: {path} holds {type(content).__name__}, expected {wanted}; {how}")
     return content
 
 
