@@ -204,7 +204,9 @@ class PruningConfig:
     """Keep Adam's moments of the remaining entries at an event; false: reset all moments to 0 (for comparisons)."""
 
 
-_WEIGHTS = ("mlm", "kl", "hidden", "attention", "embedding", "cosine", "relations")
+POOLED_WEIGHTS = ("pooled_cosine", "pooled_mse", "pooled_similarity")
+"""Fields of LossConfig that are weights of terms on vectors of texts."""
+_WEIGHTS = ("mlm", "kl", "hidden", "attention", "embedding", "cosine", "relations", *POOLED_WEIGHTS)
 """Fields of LossConfig that are the weights of loss terms."""
 
 
@@ -236,6 +238,22 @@ class LossConfig:
         derived=SAME,
     )
     """Teacher layer whose relations the student's last layer learns; negative counts from the last."""
+    pooled_cosine: float = option(0.0, low=0, high=WEIGHT, resume="fixed", students="own", derived={CORRECTION: 0.0})
+    """Weight of 1 - cosine of the vectors of texts, mean over texts (>= 0). Task embedding alone, which sets it to 10
+    where none of the weights of vectors is set."""
+    pooled_mse: float = option(0.0, low=0, high=WEIGHT, resume="fixed", students="own", derived={CORRECTION: 0.0})
+    """Weight of the squared distance of the vectors of texts, mean over texts and dims (>= 0). Where the teacher's
+    modules end with Normalize, vectors are normalised first; the term is then a multiple of pooled_cosine."""
+    pooled_similarity: float = option(
+        0.0, low=0, high=WEIGHT, resume="fixed", students="own", derived={CORRECTION: 0.0}
+    )
+    """Weight of KL(teacher || student) of each text's similarities (softmax of cosines / similarity_temperature) to the
+    other texts of its micro-batch, mean over texts (>= 0). Alone of the three, it leaves the student's vectors as wide
+    as its hidden states; with the others they have the teacher's dims, through a matrix that is learned."""
+    similarity_temperature: float = option(
+        0.05, low=0, high=1000, exclude="low", resume="fixed", students="own", derived=SAME
+    )
+    """Temperature of the pooled_similarity term (> 0)."""
     kl_temperature: float = option(1.0, low=0, high=1000, exclude="low", resume="fixed", students="own", derived=SAME)
     """Temperature of the KL term (> 0); the term is multiplied by its square."""
     kl_positions: Literal["masked", "all"] = option("masked", resume="fixed", students="own", derived=SAME)
