@@ -39,7 +39,7 @@ def local_folder(name: str, field: str) -> Path | None:
 
 
 def read_json(path: Path, field: str, kind: type = dict) -> Any:
-    """The object (or, `kind`, list) in a JSON file. Raises `UserError`: no regular file, unreadable, broken, no such."""
+    """The object (or, by `kind`, list) in a JSON file. Raises `UserError`: no regular file, unreadable, or broken."""
     how = "give the checkpoint's own file"
     if not path.is_file():  # a pipe would be waited for, a device never ends
         actual = "is not there" if not path.exists() else "is a folder" if path.is_dir() else "is not a regular file"

@@ -16,7 +16,7 @@ from homodistil.errors import UserError
 from homodistil.models.checkpoint_files import first_line, short
 from homodistil.models.sentence_modules import Dense, PoolingMode, SentenceModules, sentence_file
 
-_WEIGHTS, _PICKLED = "model.safetensors", "pytorch_model.bin"
+WEIGHTS_FILE, _PICKLED = "model.safetensors", "pytorch_model.bin"
 
 
 class SentenceHead(nn.Module):
@@ -39,10 +39,18 @@ class SentenceHead(nn.Module):
     def pooling(self) -> PoolingMode:
         return self.modules_read.pooling
 
+    @property
+    def num_dims(self) -> int | None:
+        """Dims of the vectors; None: as many as the hidden states have."""
+        return self.modules_read.dense[-1].out_features if self.modules_read.dense else None
+
     def forward(self, hidden: Tensor, attention_mask: Tensor) -> Tensor:
         """Last hidden states (B, T, D), mask (B, T) 1 = token, 0 = padding -> vectors (B, E) in fp32, normalised where
         the model's are."""
-        vectors = self.transform(pooled(hidden, attention_mask, self.pooling))
+        return self.finish(self.transform(pooled(hidden, attention_mask, self.pooling)))
+
+    def finish(self, vectors: Tensor) -> Tensor:
+        """(B, E), normalised where the model's vectors are."""
         return functional.normalize(vectors, dim=-1) if self.modules_read.normalises else vectors
 
     def transform(self, vectors: Tensor) -> Tensor:
@@ -70,7 +78,7 @@ def pooled(hidden: Tensor, attention_mask: Tensor, mode: PoolingMode) -> Tensor:
 
     Args:
         hidden: (B, T, D), any float dtype.
-        attention_mask: (B, T), 1 = token, 0 = padding, on either side; every text has a token.
+        attention_mask: (B, T), 1 = token, 0 = padding, on either side. The mean of no token is 0.
         mode: mean of the tokens, or the first (cls) or last one.
 
     Returns:
@@ -80,7 +88,7 @@ def pooled(hidden: Tensor, attention_mask: Tensor, mode: PoolingMode) -> Tensor:
     if mode == "mean":
         weights = attention_mask.to(dtype)
         sums = torch.einsum("bt,btd->bd", weights, hidden.to(dtype))
-        return sums / weights.sum(1, keepdim=True)
+        return sums / weights.sum(1, keepdim=True).clamp(min=1)
     order = attention_mask.cumsum(1) if mode == "last" else attention_mask
     place = order.argmax(1)  # the first of equals: the last token is where the count of tokens gets to its end
     return hidden[torch.arange(len(hidden), device=hidden.device), place].to(dtype)
@@ -99,14 +107,21 @@ def load_sentence_head(modules: SentenceModules, where: str) -> SentenceHead:
 
 
 def _dense_weights(root: str, dense: Dense, where: str) -> dict[str, Tensor]:
-    path, where = sentence_file(root, os.path.join(dense.folder, _WEIGHTS)), f"{where}: {dense.folder} of {short(root)!r}"
+    path, where = (
+        sentence_file(root, os.path.join(dense.folder, WEIGHTS_FILE)),
+        f"{where}: {dense.folder} of {short(root)!r}",
+    )
     if path is None:
         kind = "pickled weights only" if sentence_file(root, os.path.join(dense.folder, _PICKLED)) else "no weights"
-        raise UserError(f"{where} has {kind}; save the model again as safetensors (SentenceTransformer.save_pretrained)")
+        raise UserError(
+            f"{where} has {kind}; save the model again as safetensors (SentenceTransformer.save_pretrained)"
+        )
     try:
         tensors = {name: tensor.float() for name, tensor in load_file(path).items()}
     except Exception as error:  # safetensors raises types of its own
-        raise UserError(f"{where}: cannot read {_WEIGHTS} ({first_line(error)}); give the model's own file") from None
+        raise UserError(
+            f"{where}: cannot read {WEIGHTS_FILE} ({first_line(error)}); give the model's own file"
+        ) from None
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     expected = {"linear.weight": (dense.out_features, dense.in_features)}
     expected |= {"linear.bias": (dense.out_features,)} if dense.has_bias else {}

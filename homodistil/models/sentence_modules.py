@@ -21,14 +21,18 @@ from transformers.utils import cached_file
 from homodistil.errors import UserError
 from homodistil.models.checkpoint_files import local_folder, read_json, short
 
-MODULES_FILE, PROMPTS_FILE, LENGTH_FILE = "modules.json", "config_sentence_transformers.json", "sentence_bert_config.json"
+MODULES_FILE, PROMPTS_FILE, LENGTH_FILE = (
+    "modules.json",
+    "config_sentence_transformers.json",
+    "sentence_bert_config.json",
+)
 PoolingMode = Literal["mean", "cls", "last"]
 ACTIVATIONS = ("Identity", "Tanh", "ReLU", "GELU", "SiLU", "Sigmoid")
 """Classes of torch.nn that a Dense may end with."""
 
 # As sentence-transformers 6 calls them in `pooling_mode`, and as the booleans of earlier versions do.
 _POOLING = {"mean": "mean", "cls": "cls", "lasttoken": "last"}
-_POOLING_BEFORE = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls", "pooling_mode_lasttoken": "last"}
+_BEFORE, _BOOLEANS = "pooling_mode_", {"mean_tokens": "mean", "cls_token": "cls", "lasttoken": "lasttoken"}
 
 
 class Dense(NamedTuple):
@@ -59,9 +63,9 @@ class SentenceModules:
     root: str = ""
     """Folder or hub name that all this was read from."""
 
-    def prompt(self, wanted: str | None) -> str:
-        """The text that `wanted` stands for: a name among the prompts, or itself; None: the default prompt's."""
-        if wanted is None:
+    def prompt(self, wanted: str) -> str:
+        """The text that `wanted` stands for: a name among the prompts, or itself; "auto": the default prompt's."""
+        if wanted == "auto":
             return self.prompts.get(self.default_prompt_name, "")
         return self.prompts.get(wanted, wanted)
 
@@ -161,14 +165,14 @@ def _pooling(config: dict[str, Any], where: str, is_read: bool) -> str:
             f"{where}: found Pooling with include_prompt false, supported is true: prompts are part of what is pooled; "
             f"give a model that pools them"
         )
-    before = [name for name, value in config.items() if name.startswith("pooling_mode_") and value]
-    modes = config.get("pooling_mode") or [_POOLING_BEFORE.get(name, name) for name in before] or "mean"
+    true = [key.removeprefix(_BEFORE) for key, value in config.items() if key.startswith(_BEFORE) and value is True]
+    modes = config.get("pooling_mode") or [_BOOLEANS.get(name, name) for name in true] or "mean"
     modes = [modes] if isinstance(modes, str) else list(modes)
-    pooling = {**_POOLING, "last": "last"}.get(modes[0]) if len(modes) == 1 else None
+    pooling = _POOLING.get(modes[0]) if len(modes) == 1 else None
     if pooling is None and is_read:
         raise UserError(
-            f"{where}: found pooling {short(', '.join(map(str, modes)))}, supported are mean, cls and lasttoken, one at "
-            f"a time; set data.pooling to one of mean, cls and last to train for that instead"
+            f"{where}: found pooling {short(', '.join(map(str, modes)))}, supported are mean, cls and lasttoken, one "
+            f"at a time; set data.pooling to mean, cls or last to train for that instead"
         )
     return pooling or "mean"
 
@@ -180,12 +184,14 @@ def _dense(config: dict[str, Any], folder: str, where: str) -> Dense:
     residual = bool(config.get("use_residual", False))
     if activation not in ACTIVATIONS or set(names) != {"sentence_embedding"} or not all(map(_is_size, sizes)):
         raise UserError(
-            f"{where}: found Dense from {names[0]} to {names[1]} of sizes {sizes} with {short(activation)!r}, supported "
-            f"are whole sizes, activations {', '.join(ACTIVATIONS)}, and sentence_embedding in and out; give such a "
-            f"model"
+            f"{where}: found Dense from {names[0]} to {names[1]} of sizes {sizes} with {short(activation)!r}, "
+            f"supported are whole sizes, activations {', '.join(ACTIVATIONS)}, and sentence_embedding in and "
+            f"out; give such a model"
         )
     if residual and sizes[0] != sizes[1]:
-        raise UserError(f"{where}: found Dense with use_residual between unequal sizes {sizes}, supported are equal ones")
+        raise UserError(
+            f"{where}: found Dense with use_residual between unequal sizes {sizes}, supported are equal ones"
+        )
     return Dense(folder, *sizes, bool(config.get("bias", True)), activation, residual)
 
 

@@ -87,7 +87,9 @@ def test_pooling_is_its_definition(mode, on_the_left):
     actual = pooled(hidden, mask, mode)
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
     weights = torch.randn(3, 7, dtype=torch.float64)
-    gradients = [torch.autograd.grad((value * weights).sum(), hidden, retain_graph=True)[0] for value in (actual, expected)]
+    gradients = [
+        torch.autograd.grad((value * weights).sum(), hidden, retain_graph=True)[0] for value in (actual, expected)
+    ]
     torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)
     assert pooled(hidden.detach().bfloat16(), mask, mode).dtype == torch.float32
 
@@ -96,7 +98,10 @@ def test_files_of_earlier_versions_and_a_transformer_in_a_subfolder(plain, tmp_p
     folder = tmp_path / "old"
     shutil.copytree(plain, folder / "0_Transformer")
     entries = [("0_Transformer", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize")]
-    entries = [{"idx": i, "path": path, "type": f"sentence_transformers.models.{kind}"} for i, (path, kind) in enumerate(entries)]
+    entries = [
+        {"idx": i, "path": path, "type": f"sentence_transformers.models.{kind}"}
+        for i, (path, kind) in enumerate(entries)
+    ]
     (folder / "modules.json").write_text(json.dumps(entries))
     (folder / "0_Transformer" / "sentence_bert_config.json").write_text('{"max_seq_length": 9, "do_lower_case": false}')
     (folder / "1_Pooling").mkdir()
@@ -130,7 +135,7 @@ def changed(plain: Path, tmp_path: Path, file: str, change) -> str:
         ("modules.json", lambda c: [{"type": "a.WordEmbeddings"}], "found module 'WordEmbeddings' first"),
         ("1_Pooling/config.json", lambda c: {"pooling_mode": "max"}, "found pooling max, supported are mean, cls"),
         ("1_Pooling/config.json", lambda c: {"pooling_mode": ["cls", "mean"]}, "found pooling cls, mean"),
-        ("1_Pooling/config.json", lambda c: {"pooling_mode_max_tokens": True}, "found pooling pooling_mode_max_tokens"),
+        ("1_Pooling/config.json", lambda c: {"pooling_mode_max_tokens": True}, "found pooling max_tokens"),
         ("1_Pooling/config.json", lambda c: c | {"include_prompt": False}, "include_prompt false"),
         ("sentence_bert_config.json", lambda c: c | {"do_lower_case": True}, "do_lower_case true"),
     ],
@@ -152,5 +157,5 @@ def test_weights_of_dense_have_to_be_there(plain, tmp_path):
 
 def test_prompts_by_name_by_text_and_by_default():
     modules = SentenceModules(prompts={"query": "q: ", "": "e"}, default_prompt_name="query")
-    assert [modules.prompt(wanted) for wanted in (None, "query", "other: ")] == ["q: ", "q: ", "other: "]
-    assert SentenceModules().prompt(None) == ""
+    assert [modules.prompt(wanted) for wanted in ("auto", "query", "other: ")] == ["q: ", "q: ", "other: "]
+    assert SentenceModules().prompt("auto") == ""
