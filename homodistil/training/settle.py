@@ -53,7 +53,8 @@ def settle(config: RunConfig, teacher_config, has_head: bool = True, folder: str
 
 def _check_settled_basis(config: RunConfig) -> None:
     check_basis(config)  # compensation may have been left open until now
-    if config.pruning.basis == "fisher" and not task_of(config.data).has_lm_head:
+    task = task_of(config.data)
+    if config.pruning.basis == "fisher" and not (task.has_lm_head or task.has_single_texts):
         raise UserError(
             "pruning.basis: found fisher, which weighs directions by gradients of a language-modelling head, which "
             f"data.task={config.data.task} leaves out; allowed are auto, pca and learned; set it to auto"
