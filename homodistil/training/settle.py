@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from homodistil.config.rules import check_basis, check_task
-from homodistil.config.schema import EMBEDDER_WEIGHTS, LM_HEAD_WEIGHTS, RunConfig, set_value, value_of
+from homodistil.config.schema import EMBEDDER_DEFAULTS, LM_HEAD_WEIGHTS, RunConfig, set_value, value_of
 from homodistil.config.schema_method import POOLED_WEIGHTS
 from homodistil.data.task import settle_task, task_of
 from homodistil.distill.losses.active import active_terms, field_of
@@ -19,7 +19,7 @@ from homodistil.training.embedder import is_embedder, settle_texts
 
 def settle(config: RunConfig, teacher_config, has_head: bool = True, folder: str | None = None) -> None:
     """Replace what the config leaves to the teacher, in place: data.task, data.prompt, loss.mlm, loss.kl,
-    loss.pooled_cosine, loss.attention_target, loss.hidden_space, pruning.compensation.
+    loss.pooled_cosine, loss.attention_target, loss.hidden_space, pruning.compensation and compensation_sequences.
 
     Args:
         has_head: whether the teacher has a language-modelling head that has been trained.
@@ -41,7 +41,9 @@ def settle(config: RunConfig, teacher_config, has_head: bool = True, folder: str
         set_value(config, f"loss.{name}", value)
     obstacle = family.refit_obstacle(teacher_config)
     if pruning.compensation == "auto":
-        strongest = "full" if task_of(config.data).has_lm_head else "refit"  # the basis is chosen by the head
+        task = task_of(config.data)
+        weighs = task.has_lm_head or task.has_single_texts  # what the basis is chosen by: a head, or vectors
+        strongest = "full" if weighs else "refit"
         pruning.compensation = "none" if obstacle else strongest
     _check_settled_basis(config)
     if pruning.compensation != "none" and pruning.schedule != "none" and obstacle:
@@ -68,11 +70,12 @@ def _wants_head(config: RunConfig) -> bool:
 
 
 def _learn_vectors(config: RunConfig) -> None:
-    """Give the terms on vectors of texts their weights, where the user has given them none."""
-    names = [f"loss.{name}" for name in POOLED_WEIGHTS]
-    if not any(name in config.given or value_of(config, name) > 0 for name in names):
-        for name, weight in EMBEDDER_WEIGHTS.items():
-            set_value(config, name, weight)
+    """Give a sentence embedder's run what suits it, where the user has set nothing else."""
+    weights = [f"loss.{name}" for name in POOLED_WEIGHTS]
+    has_weight = any(name in config.given or value_of(config, name) > 0 for name in weights)
+    for name, value in EMBEDDER_DEFAULTS.items():
+        if name not in config.given and not (has_weight and name in weights):
+            set_value(config, name, value)
 
 
 def _leave_out_words(config: RunConfig) -> None:

@@ -1,6 +1,7 @@
 """A sentence embedder through the launcher's own script: its task, events, resume, scores, and the exported folder."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +12,14 @@ from support.small import small_model
 from support.tiny_decoder import write_text
 from transformers import AutoModel, BertModel, BertTokenizerFast
 
+from homodistil.config.command_line import parse
+from homodistil.config.schema import RunConfig
+from homodistil.errors import UserError
 from homodistil.evaluation.probe.features import SentenceFeatures
 from homodistil.evaluation.vectors import recall
 from homodistil.models.sentence_head import load_sentence_head
 from homodistil.models.sentence_modules import read_sentence_modules
+from homodistil.training.inputs import check_teacher
 
 sentence_transformers = pytest.importorskip("sentence_transformers")
 STUDENT = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 4}
@@ -24,7 +29,8 @@ TEXTS = ["the cat sees a dog", "a dog", "the house sees the old cat. a bird sing
 
 def arguments(materials: Path, run_dir: Path, stage: int, *overrides: str) -> list[str]:
     command = launched_run.arguments(materials, run_dir, stage, STUDENT, *overrides)
-    return [argument for argument in command if not argument.startswith("loss.kl=")] + ["data.texts=sentence"]
+    command = [argument for argument in command if not argument.startswith("loss.kl=")]
+    return [*command, "data.texts=sentence", "pruning.compensation_sequences=48"]
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +71,7 @@ def runs(server, materials) -> dict[int, Path]:
 def test_the_teacher_makes_it_an_embedder(runs, materials):
     output = (materials / "zero2.txt").read_text()
     assert "task embedding" in output and "embedding; vectors of single texts (sentence)" in output
+    assert "rotation at full width: 1 - cosine of vectors" in output and "compensation full" in output
     assert "each behind 'the " in output and "pooled_cosine x 10" in output
     assert "cosine to teacher" in output and "recall@10" in output and "KL" not in output and "MLM" not in output
     teacher, student = json.loads((runs[2] / "result.json").read_text())
@@ -126,6 +133,40 @@ def test_the_export_is_a_folder_of_sentence_transformers(runs, materials):
     np.testing.assert_allclose(SentenceFeatures(str(export)).encode(TEXTS), model.encode(TEXTS), rtol=1e-5, atol=1e-5)
     card = (export / "README.md").read_text()
     assert "sentence-similarity" in card and "SentenceTransformer(" in card and "recall@10" in card
+
+
+def test_the_recipe_suits_an_encoder_without_modules(materials):
+    sizes = [f"student.{name}={size}" for name, size in STUDENT.items()]
+    config = parse(["recipe=quickstart-embedder", f"teacher.name={materials / 'plain'}", *sizes])
+    check_teacher(config)
+    assert (config.data.task, config.data.prompt, config.loss.kl) == ("embedding", "none", 0)
+    assert config.loss.weights == {"hidden": 1, "attention": 1, "embedding": 1, "pooled_cosine": 10}
+    assert not (config.leaves_open("data.seq_len") or config.leaves_open("loss.hidden"))
+
+
+def test_what_a_run_gives_an_embedder_and_what_it_leaves(materials):
+    """Weight and calibration of its own, unless they are set; nothing where words are wanted, or no vectors."""
+    sizes = [f"student.{name}={size}" for name, size in STUDENT.items()]
+
+    def settled(*fields: str) -> RunConfig:
+        config = parse([f"teacher.name={materials / 'teacher'}", *sizes, "data.seq_len=32", *fields])
+        check_teacher(config)
+        return config
+
+    config = settled()
+    assert config.data.task == "embedding" and config.pruning.compensation == "full"
+    assert (config.loss.pooled_cosine, config.pruning.compensation_sequences) == (10, 512)
+    config = settled("loss.pooled_mse=3", "pruning.compensation_sequences=7", "pruning.basis=fisher")
+    assert (config.loss.pooled_cosine, config.loss.pooled_mse, config.pruning.compensation_sequences) == (0, 3, 7)
+    config = settled("data.task=none")
+    assert (config.loss.pooled_cosine, config.pruning.compensation) == (0, "refit")
+    for fields, said in (
+        (["data.task=none", "loss.pooled_mse=1"], "loss.pooled_mse: found 1, allowed with data.task=none is 0"),
+        (["data.task=embedding", "loss.kl=1"], "loss.kl: found 1, but data.task=embedding uses no"),
+        (["loss.mlm=1"], "has no MLM head"),
+    ):
+        with pytest.raises(UserError, match=re.escape(said)):
+            settled(*fields)
 
 
 def test_vectors_of_their_own_dims(server, materials):
