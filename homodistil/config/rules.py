@@ -6,7 +6,7 @@ import math
 
 from homodistil.config.option import Limits
 from homodistil.config.schema import LM_HEAD_WEIGHTS, OPTIONS, RunConfig, value_of
-from homodistil.config.schema_method import POOLED_WEIGHTS
+from homodistil.config.schema_loss import POOLED_WEIGHTS
 from homodistil.errors import UserError
 
 WITHOUT_HEAD = ("none", "embedding")

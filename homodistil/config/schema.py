@@ -29,7 +29,8 @@ from homodistil.config.option import (
     option_of,
 )
 from homodistil.config.schema_inputs import DataConfig, StudentConfig, TeacherConfig
-from homodistil.config.schema_method import LossConfig, OptimizerConfig, PruningConfig, TrainConfig
+from homodistil.config.schema_loss import LossConfig
+from homodistil.config.schema_method import OptimizerConfig, PruningConfig, TrainConfig
 
 __all__ = [
     "DataConfig",

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from homodistil.config.rules import check_basis, check_task
 from homodistil.config.schema import EMBEDDER_DEFAULTS, LM_HEAD_WEIGHTS, RunConfig, set_value, value_of
-from homodistil.config.schema_method import POOLED_WEIGHTS
+from homodistil.config.schema_loss import POOLED_WEIGHTS
 from homodistil.data.task import settle_task, task_of
 from homodistil.distill.losses.active import active_terms, field_of
 from homodistil.distill.losses.settled import settled_fields
