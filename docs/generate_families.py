@@ -35,7 +35,10 @@ _SCORES = {
     "mlm": "masked loss and top-1, without a head distances to the teacher; `homodistil glue`, `homodistil squad`",
     "causal": "held-out loss, perplexity, bits per byte; `homodistil lm-eval`",
 }
-_TASKS = {"mlm": "masked tokens (`mlm`); without a head: nothing (`none`)", "causal": "next token (`causal`)"}
+_TASKS = {
+    "mlm": "masked tokens (`mlm`); without a head: nothing (`none`); vectors of texts (`embedding`)",
+    "causal": "next token (`causal`)",
+}
 _ENGINES = """
 Engines are the same for all: ZeRO stages 0 to 3, fp32 and bf16 (fp16 on a GPU), see [Engines](engines.md).
 

@@ -6,8 +6,11 @@ import math
 
 from homodistil.config.option import Limits
 from homodistil.config.schema import LM_HEAD_WEIGHTS, OPTIONS, RunConfig, value_of
+from homodistil.config.schema_loss import POOLED_WEIGHTS
 from homodistil.errors import UserError
 
+WITHOUT_HEAD = ("none", "embedding")
+"""Values of data.task for models without a language-modelling head (data/task.py)."""
 MAX_EVENTS = 100_000
 """Maximum number of possible events, each of which has an entry in a table; no model has so many widths."""
 
@@ -74,18 +77,29 @@ def _check_weights(config: RunConfig) -> None:
 
 def check_task(config: RunConfig) -> None:
     """Nothing that needs a language-modelling head may be asked for where there is none."""
-    if config.data.task != "none":
+    _check_pooled(config)
+    if config.data.task not in WITHOUT_HEAD:
         return
     for name in (*(name for name in LM_HEAD_WEIGHTS if name in config.given), "teacher.correction_steps"):
         if value_of(config, name) > 0:
             raise UserError(
-                f"{name}: found {value_of(config, name):g}, but data.task=none uses no language-modelling head; "
-                f"allowed is 0, or set data.task=mlm for a teacher with such a head"
+                f"{name}: found {value_of(config, name):g}, but data.task={config.data.task} uses no "
+                f"language-modelling head; allowed is 0, or set data.task=mlm for a teacher with such a head"
             )
     if config.pruning.importance == "teacher_kl":
         raise UserError(
             "pruning.importance: found teacher_kl, which draws labels from a language-modelling head, which "
-            "data.task=none leaves out; set pruning.importance=sensitivity"
+            f"data.task={config.data.task} leaves out; set pruning.importance=sensitivity"
+        )
+
+
+def _check_pooled(config: RunConfig) -> None:
+    """Vectors of texts need blocks that hold one text each."""
+    used = [f"loss.{name}" for name in POOLED_WEIGHTS if getattr(config.loss, name) > 0]
+    if used and config.data.task not in ("auto", "embedding"):
+        raise UserError(
+            f"{used[0]}: found {value_of(config, used[0]):g}, allowed with data.task={config.data.task} is 0, as its "
+            f"blocks hold several texts; set data.task=embedding, or {used[0]}=0"
         )
 
 

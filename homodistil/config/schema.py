@@ -29,7 +29,8 @@ from homodistil.config.option import (
     option_of,
 )
 from homodistil.config.schema_inputs import DataConfig, StudentConfig, TeacherConfig
-from homodistil.config.schema_method import LossConfig, OptimizerConfig, PruningConfig, TrainConfig
+from homodistil.config.schema_loss import LossConfig
+from homodistil.config.schema_method import OptimizerConfig, PruningConfig, TrainConfig
 
 __all__ = [
     "DataConfig",
@@ -132,7 +133,10 @@ class RunConfig:
     def leaves_open(self, name: str) -> bool:
         """Whether the teacher decides on the value of this field."""
         needs_lm_head = name in LM_HEAD_WEIGHTS and name not in self.given and value_of(self, name) > 0
-        return value_of(self, name) == "auto" or (needs_lm_head and self.data.task in ("auto", "none"))
+        if value_of(self, name) == "auto" or (needs_lm_head and self.data.task in ("auto", "none", "embedding")):
+            return True
+        is_of_embedder = name in EMBEDDER_DEFAULTS and name not in self.given or name == "data.prompt"
+        return is_of_embedder and self.data.task in ("auto", "embedding")
 
     @property
     def run_dir(self) -> str:
@@ -144,6 +148,10 @@ class RunConfig:
 
 LM_HEAD_WEIGHTS = ("loss.mlm", "loss.kl")
 """Weights of terms over the vocabulary: 0 where the task has no language-modelling head, unless the user set them."""
+
+EMBEDDER_DEFAULTS = {"loss.pooled_cosine": 10.0, "pruning.compensation_sequences": 512}
+"""What a sentence embedder's student is given unless the user has set it (the weight: one of the pooled terms'). A text
+is shorter than a block of other tasks, and has one vector."""
 
 SECTIONS: dict[str, type] = {section.name: section.default_factory for section in dataclasses.fields(RunConfig)}
 """Name of each section -> its dataclass."""

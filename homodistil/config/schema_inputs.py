@@ -175,9 +175,31 @@ class DataConfig:
         0.05, low=0, high=1, exclude="both", resume="fixed", students="shared", derived=SAME
     )
     """Fraction of documents kept for evaluation, in (0, 1). Split by document."""
-    task: Literal["auto", "mlm", "causal", "none"] = option("auto", resume="free", students="shared", derived=SAME)
+    task: Literal["auto", "mlm", "causal", "none", "embedding"] = option(
+        "auto", resume="free", students="shared", derived=SAME
+    )
     """What is predicted: masked tokens (mlm), the next one (causal), or nothing (none): an encoder then learns hidden
-    states, attention and embeddings alone, without a language-modelling head. auto: what the teacher does."""
+    states, attention and embeddings alone, without a language-modelling head. embedding: the same, and the vectors of
+    texts that sentence-transformers makes of its hidden states. auto: what the teacher does (embedding where it has a
+    modules.json)."""
+    texts: Literal["document", "passage", "sentence"] = option(
+        "passage", resume="fixed", students="shared", derived=SAME
+    )
+    """Task embedding: what one text is, which gets a sequence of its own. document: its beginning, up to seq_len;
+    passage: each document in pieces of nearly equal length, of at most seq_len; sentence: each sentence, by a simple
+    rule (docs/embedders.md)."""
+    pooling: Literal["auto", "mean", "cls", "last"] = option("auto", resume="fixed", students="shared", derived=SAME)
+    """Task embedding: how hidden states become one vector: the mean over tokens, or the first (cls) or last token's.
+    auto: as the teacher's modules.json says, and mean where it has none."""
+    prompt: str = option(
+        "auto",
+        limited_by="data/prepare/texts.py: shorter than seq_len",
+        resume="fixed",
+        students="shared",
+        derived=SAME,
+    )
+    """Task embedding: what is put before every text: the name of one of the teacher's prompts, or a text such as
+    "query: ". auto: the teacher's default prompt, if it has one; none: nothing."""
     mask_probability: float = option(
         0.15, low=0.0001, high=1, exclude="high", resume="fixed", students="shared", derived={CORRECTION: KEY}
     )

@@ -1,8 +1,7 @@
-"""Sections of the run config about the method: train, pruning, loss, optimizer. See `schema.py`."""
+"""Sections of the run config about the method: train, pruning, optimizer. See `schema.py`."""
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
@@ -167,12 +166,12 @@ class PruningConfig:
     )
     """What a cut does about what it takes away: none (the paper), refit (least squares of what remains), full (rotated
     heads and a projected residual stream, then refit), project (as full, but only norms and the vocabulary head are
-    refitted). auto: full; refit where there is no language-modelling head; none where the teacher's family has no
-    compensation. Without effect where nothing is cut."""
+    refitted). auto: full; refit where there is neither a language-modelling head nor vectors of texts; none where the
+    teacher's family has no compensation. Without effect where nothing is cut."""
     compensation_sequences: int = option(
         128, low=1, high=COUNT, resume="fixed", students="own", derived={TRIAL: COMPUTED}
     )
-    """Training sequences over all ranks for the statistics of an event (>= 1)."""
+    """Training sequences over all ranks for the statistics of an event (>= 1). Task embedding: 512 unless it is set."""
     compensation_ridge: float = option(
         1e-2, low=0, high=WEIGHT, exclude="low", resume="fixed", students="own", derived=SAME
     )
@@ -182,9 +181,9 @@ class PruningConfig:
         "auto", resume="fixed", students="own", derived={PLAIN_CONTROL: "auto", MEASUREMENT: "auto"}
     )
     """full, project: what the subspace of the residual stream is chosen by. pca: its activations and the decoder's
-    rows; fisher: the gradients of a language-modelling head, too; learned: begun like auto, then trained so that the
-    cut network stays near the present one (KL of the head, without one the error of the last hidden states). auto:
-    fisher; pca where there is no head."""
+    rows; fisher: the gradients of a language-modelling head, or of the vectors of texts, too; learned: begun like auto,
+    then trained so that the cut network stays near the present one (KL of the head, without one the error of the last
+    hidden states). auto: fisher; pca where there is neither."""
     basis_steps: int = option(60, low=1, high=STEPS, resume="fixed", students="own", derived={TRIAL: 1})
     """basis=learned: steps of training the basis in every event that narrows the residual stream (>= 1), each on one
     micro-batch per rank; schedule=gap trains one for every cut that it tries."""
@@ -194,90 +193,15 @@ class PruningConfig:
     compensation_limit: float = option(0.25, low=0, high=1000, resume="fixed", students="own", derived=SAME)
     """full, project: largest rise of the held-out loss (nats) that a rotation alone may cause at full width, measured
     at start where blocks end with a LayerNorm (without a head: largest share of the hidden states' variance that it may
-    lose). Above it, the residual dims protected by protect_outliers are not rotated. If the rise is still too large,
-    nothing is rotated, events are compensated as with refit, and the run reports it."""
+    lose; of an embedder: largest mean 1 - cosine of its vectors). Above it, the residual dims protected by
+    protect_outliers are not rotated. If the rise is still too large, nothing is rotated, events are compensated as with
+    refit, and the run reports it."""
     one_shot_stages: int = option(
         1, low=1, high=1000, resume="fixed", students="own", derived={PLAIN_CONTROL: 1, TRIAL: 1}
     )
     """one_shot with compensation: number of stages of equal ratio in which the cut is made (>= 1)."""
     carry_moments: bool = option(True, resume="fixed", students="own", derived=SAME)
     """Keep Adam's moments of the remaining entries at an event; false: reset all moments to 0 (for comparisons)."""
-
-
-_WEIGHTS = ("mlm", "kl", "hidden", "attention", "embedding", "cosine", "relations")
-"""Fields of LossConfig that are the weights of loss terms."""
-
-
-@dataclass(kw_only=True)
-class LossConfig:
-    """loss: weights and variants of the terms"""
-
-    mlm: float = option(1.0, low=0, high=WEIGHT, resume="fixed", students="own", derived={CORRECTION: 1.0})
-    """Weight of language modelling (>= 0): of masked tokens, or of the next one, which lines and reports call lm."""
-    kl: float = option(4.0, low=0, high=WEIGHT, resume="fixed", students="own", derived={CORRECTION: 0.0})
-    """alpha1: weight of KL(teacher || student) of the vocabulary head's output (>= 0; paper: 1)."""
-    hidden: float = option(1.0, low=0, high=WEIGHT, resume="fixed", students="own", derived={CORRECTION: 0.0})
-    """alpha2: weight of the hidden-state MSE, summed over layers (>= 0)."""
-    attention: float = option(1.0, low=0, high=WEIGHT, resume="fixed", students="own", derived={CORRECTION: 0.0})
-    """alpha3: weight of the attention MSE, summed over layers (>= 0)."""
-    embedding: float = option(1.0, low=0, high=WEIGHT, resume="fixed", students="own", derived={CORRECTION: 0.0})
-    """alpha4: weight of the embedding MSE (>= 0)."""
-    cosine: float = option(0.0, low=0, high=WEIGHT, resume="fixed", students="own", derived={CORRECTION: 0.0})
-    """Weight of 1 - cosine of the last hidden states (DistilBERT), mean over tokens (>= 0)."""
-    relations: float = option(0.0, low=0, high=WEIGHT, resume="fixed", students="shared", derived={CORRECTION: 0.0})
-    """Weight of KL(teacher || student) of the self-attention relations Q-Q, K-K and V-V (MiniLMv2) (>= 0)."""
-    relation_heads: int = option(0, low=0, high=COUNT, resume="fixed", students="shared", derived=SAME)
-    """Number of relation heads into which the dims of all heads are regrouped (0: the teacher's number of heads)."""
-    relation_layer: int = option(
-        -1,
-        limited_by="distill/losses/relations.py: a layer of the teacher",
-        resume="fixed",
-        students="shared",
-        derived=SAME,
-    )
-    """Teacher layer whose relations the student's last layer learns; negative counts from the last."""
-    kl_temperature: float = option(1.0, low=0, high=1000, exclude="low", resume="fixed", students="own", derived=SAME)
-    """Temperature of the KL term (> 0); the term is multiplied by its square."""
-    kl_positions: Literal["masked", "all"] = option("masked", resume="fixed", students="own", derived=SAME)
-    """Tokens over which the KL term is computed: the masked ones or all."""
-    attention_target: Literal["auto", "scores", "centred_scores", "probabilities", "probabilities_kl"] = option(
-        "auto", resume="fixed", students="own", derived=SAME
-    )
-    """What the attention term compares. scores: q.k/sqrt(d) before the softmax, by MSE (as in TinyBERT's code);
-    centred_scores: the same without each query's mean over the keys it sees, which softmax ignores; probabilities:
-    after the softmax, by MSE; probabilities_kl: KL(teacher || student) per query. auto: probabilities_kl for causal
-    models, else scores."""
-    hidden_space: Literal["auto", "raw", "normalised"] = option("auto", resume="fixed", students="own", derived=SAME)
-    """What the hidden and embedding terms compare. raw: states as they are; normalised: each token's states divided by
-    their root mean square, so that no massive activation decides the term. auto: raw for models with a LayerNorm at the
-    end of each block (the paper), normalised for those whose norms stand before the blocks."""
-    skip_first_tokens: int = option(0, low=0, high=COUNT, resume="fixed", students="shared", derived=SAME)
-    """Tokens at the beginning of each sequence that the hidden term leaves out (>= 0, < data.seq_len): attention sinks
-    have massive activations."""
-    projection: Literal["student", "teacher"] = option("student", resume="fixed", students="own", derived=SAME)
-    """Side of W in the hidden and embedding terms: MSE(H_s W, H_t), or MSE(H_s, H_t W) as on the paper's slide."""
-    projection_learned: bool = option(True, resume="fixed", students="own", derived=SAME)
-    """Train W; false: W stays the selection of the remaining dims."""
-    kernels: Literal["auto", "torch", "triton"] = option("auto", resume="fixed", students="own", derived=SAME)
-    """Implementation of the terms. auto: Triton on a GPU if it is installed, otherwise torch."""
-    extra: dict[str, float] = option(
-        {}, low=0, high=WEIGHT, resume="fixed", students="shared", derived={CORRECTION: {}}
-    )
-    """Weights (>= 0) by name of terms that loss.plugins register, as in {my_term: 0.5}."""
-    plugins: list[str] = option(
-        [], limited_by="distill/losses/active.py: can be imported", resume="free", students="shared", derived=SAME
-    )
-    """Python modules or .py files that register further terms. They are imported, and so executed, on every rank."""
-
-    @property
-    def weights(self) -> dict[str, float]:
-        """Term -> weight of all terms with a weight > 0: first the fields, then `extra`, each in its order."""
-        named = {name: getattr(self, name) for name in _WEIGHTS} | self.extra
-        return {name: float(weight) for name, weight in named.items() if weight > 0}
-
-    def only(self, **weights: float) -> LossConfig:
-        """A copy with these weights; all other weights are 0."""
-        return dataclasses.replace(self, **dict.fromkeys(_WEIGHTS, 0.0) | {"extra": {}} | weights)
 
 
 @dataclass(kw_only=True)

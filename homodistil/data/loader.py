@@ -186,6 +186,31 @@ def _end(ahead: list[Iterator[list[Batch]]], processes: list[multiprocessing.Pro
             process.kill()
 
 
+def fixed_samples(total: int, batch_size: int, rank: int, world_size: int) -> Iterator[np.ndarray]:
+    """Numbers of the samples of each batch of `fixed_batches`, int64; none in the last round of some ranks."""
+    for start in range(0, total, batch_size * world_size):
+        round_ = np.arange(start, min(start + batch_size * world_size, total))
+        yield np.array_split(round_, world_size)[rank]
+
+
+class EvenlySpread:
+    """So many rows, spread evenly over `rows`; all of them where there are no more.
+
+    Args:
+        rows: blocks of a split.
+    """
+
+    def __init__(self, rows: Rows, count: int) -> None:
+        self._rows = rows
+        self._chosen = np.arange(min(count, len(rows)), dtype=np.int64) * len(rows) // max(min(count, len(rows)), 1)
+
+    def __len__(self) -> int:
+        return len(self._chosen)
+
+    def __getitem__(self, ids: np.ndarray | list[int]) -> np.ndarray:
+        return self._rows[self._chosen[np.asarray(ids, dtype=np.int64)]]
+
+
 def fixed_batches(
     rows: Rows,
     tokenizer: PreTrainedTokenizerBase,
@@ -211,9 +236,7 @@ def fixed_batches(
     """
     to_batch = task_of(config).batch_maker(tokenizer, config, seed, window)
     total = len(rows) if limit is None else min(limit, len(rows))
-    for start in range(0, total, batch_size * world_size):
-        round_ = np.arange(start, min(start + batch_size * world_size, total))
-        samples = np.array_split(round_, world_size)[rank]
+    for samples in fixed_samples(total, batch_size, rank, world_size):
         if len(samples):
             batch = to_batch(rows[samples], samples, np.zeros_like(samples))
         else:

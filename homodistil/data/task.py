@@ -52,6 +52,8 @@ class Task(ABC):
     """Attributes of a tokenizer that must not be None."""
     model: str
     """Whose tokenizer has them, for messages: "a masked language model"."""
+    has_single_texts: bool = False
+    """Whether a block holds one text (data.texts), instead of as much of several documents as there is space for."""
     has_lm_head: bool = True
     """Whether models have a language-modelling head: losses over the vocabulary, and scores on held-out words."""
 
@@ -137,8 +139,15 @@ class HiddenStatesOnly(MaskedLM):
         return 0
 
 
-TASKS: dict[str, Task] = {task.name: task for task in (MaskedLM(), CausalLM(), HiddenStatesOnly())}
-ENCODER_TASKS = ("mlm", "none")
+class Embedding(HiddenStatesOnly):
+    """An encoder whose pooled vectors of texts are learned, those of a sentence embedder. A block holds one text."""
+
+    name = "embedding"
+    has_single_texts = True
+
+
+TASKS: dict[str, Task] = {task.name: task for task in (MaskedLM(), CausalLM(), HiddenStatesOnly(), Embedding())}
+ENCODER_TASKS = ("mlm", "none", "embedding")
 """What an encoder can be trained to do; its family's own first."""
 
 
@@ -151,13 +160,14 @@ def task_of(data: DataConfig, of_family: str = "mlm") -> Task:
     return TASKS[of_family if data.task == "auto" else data.task]
 
 
-def settle_task(data: DataConfig, wanted: str, teacher: str, has_head: bool = True) -> None:
+def settle_task(data: DataConfig, wanted: str, teacher: str, has_head: bool = True, is_embedder: bool = False) -> None:
     """Replace `auto` by what the teacher does, in place.
 
     Args:
         wanted: `ModelFamily.task` of the teacher.
         teacher: what the user named it, for the message.
         has_head: whether it has a language-modelling head, or will get one; an encoder needs none.
+        is_embedder: whether it is a sentence embedder, of which nothing is wanted that a head is needed for.
 
     Raises:
         UserError: the config asks for another task.
@@ -169,4 +179,7 @@ def settle_task(data: DataConfig, wanted: str, teacher: str, has_head: bool = Tr
             f"data.task={wanted} (or leave it auto), or give another teacher"
         )
     if data.task == "auto":
-        data.task = wanted if has_head else allowed[-1]
+        without_head = "none" if wanted in ENCODER_TASKS else wanted
+        data.task = wanted if has_head else without_head
+        if is_embedder and wanted in ENCODER_TASKS:
+            data.task = "embedding"

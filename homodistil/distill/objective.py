@@ -40,7 +40,7 @@ class Objective:
     @property
     def needs_last_layer(self) -> bool:
         """Whether any term reads what the last layer puts out."""
-        return bool(self.needs & {"logits", "hidden"})
+        return bool(self.needs & {"logits", "hidden", "last"})
 
     @property
     def needs_teacher(self) -> bool:
@@ -77,7 +77,7 @@ class Comparison(ActivationVisitor):
         self._once: dict[str, Tensor] = {}
         self._by_layer: dict[str, list[Tensor]] = {}
         if targets:
-            targets.num_last_readers = objective.num_readers("logits")
+            targets.num_last_readers = objective.num_readers("logits") + objective.num_readers("last")
 
     def before_embedding(self, args: tuple, kwargs: dict) -> None:
         if self._targets:
@@ -116,7 +116,8 @@ class Comparison(ActivationVisitor):
             self._add(term.name, term.on_last_layer(tap, theirs, self._step))
 
     def finish(self, last: Tensor) -> LossTerms:
-        """All terms, once the forward pass has ended. `last`: output of the student's last layer (B, T, D)."""
+        """All terms, once the forward pass has ended. `last`: what the student's backbone puts out (B, T, D)."""
+        self._student.pass_modules("end", last, self._compared)
         ends = [end for term in self._objective.terms if (end := term.at_end(last, self._step)) is not None]
         values: dict[str, Tensor] = {}
         for end in ends:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from homodistil.config.schema import LossConfig
 from homodistil.data.batch import Batch
 from homodistil.distill.layer_map import LayerMap
+from homodistil.distill.losses.pooled import student_vectors
 from homodistil.distill.losses.settled import settled
 from homodistil.distill.objective import Comparison, LossTerms, Objective
 from homodistil.distill.teacher import Teacher, head_only_parameters
@@ -28,6 +29,7 @@ from homodistil.models import axes, family_of
 from homodistil.models.activations import ActivationHooks, ActivationVisitor, show_values
 from homodistil.models.axes import AxisTable, AxisUse, Keep
 from homodistil.models.parameter_shape import full_numel
+from homodistil.models.sentence_head import SentenceHead
 
 
 class Student(nn.Module):
@@ -105,16 +107,20 @@ class Student(nn.Module):
         targets: TeacherOutputs | None = None,
         objective: Objective | None = None,
         only_logits: bool = False,
+        only_vectors: SentenceHead | None = None,
     ) -> LossTerms | Tensor:
         """The training forward: loss terms of one micro-batch. `targets` None: MLM alone.
 
         Args:
             objective: see `compare`; the trained one by default.
             only_logits: see `predict`.
+            only_vectors: see `embed`.
         """
         objective = objective or self.objective
         comparison = Comparison(objective, self, batch, None if only_logits else targets)
         last = self._taps.visit(batch.input_ids, batch.padding_mask, comparison)
+        if only_vectors is not None:
+            return student_vectors(last, batch.attention_mask, self, only_vectors)
         if only_logits:
             return self.lm_logits(wanted_rows(last, batch, "masked"))
         return comparison.finish(last)
@@ -136,6 +142,11 @@ class Student(nn.Module):
     def predict(self, batch: Batch) -> Tensor:
         """Logits (M, V) of the masked rows."""
         return self(batch, only_logits=True)
+
+    @torch.no_grad()
+    def embed(self, batch: Batch, head: SentenceHead) -> Tensor:
+        """Vectors of the batch's texts, (B, E) fp32, not normalised. `head`: the teacher's."""
+        return self(batch, only_vectors=head)
 
     @torch.no_grad()
     def show(self, batch: Batch, visitor: ActivationVisitor) -> None:

@@ -28,6 +28,7 @@ from homodistil.models.activations import ActivationHooks, Activations, attentio
 from homodistil.models.checkpoint_files import first_line, local_folder
 from homodistil.models.config_file import read_config
 from homodistil.models.family import ModelFamily
+from homodistil.models.sentence_head import SentenceHead, pooled
 from homodistil.models.weights import (
     Difference,
     check_finite,
@@ -50,10 +51,16 @@ class Teacher(nn.Module):
         lock_step: run layer by layer beside the student (teacher_outputs.py) instead of as a whole.
         runtime: how a whole forward pass runs (distill/runtime), never in lock-step; None: as the module is.
         stream: runs whole passes beside whatever the current stream does.
+        sentence_head: of a sentence embedder, whose vectors of texts are compared.
     """
 
     def __init__(
-        self, model: nn.Module, lock_step: bool = True, runtime: Runtime | None = None, stream: SideStream | None = None
+        self,
+        model: nn.Module,
+        lock_step: bool = True,
+        runtime: Runtime | None = None,
+        stream: SideStream | None = None,
+        sentence_head: SentenceHead | None = None,
     ) -> None:
         super().__init__()
         self.model = model.eval().requires_grad_(False)
@@ -62,6 +69,7 @@ class Teacher(nn.Module):
         self._lock_step = lock_step and runtime is None
         self._runtime = runtime or self._taps.run
         self._stream = stream
+        self.sentence_head = sentence_head
         self.scale = runtime.scale if runtime else self._taps.scale
         """What the softmax multiplies q.k with."""
 
@@ -73,12 +81,19 @@ class Teacher(nn.Module):
     def forward(self, batch: Batch) -> TeacherOutputs:
         """What the objective compares with. In lock-step nothing is computed before the student runs."""
         if self._lock_step:
-            return Layerwise(self.model, self.family, batch, self._taps)
+            outputs = Layerwise(self.model, self.family, batch, self._taps)
+            outputs.sentence_head = self.sentence_head
+            return outputs
         if self._stream is None:
             tapped = self.run(batch)
-            return WholePass(self.model, self.family, batch, self.scale, lambda: tapped)
+            return self._whole_pass(batch, lambda: tapped)
         pending = self._stream.start(batch.input_ids, batch.padding_mask)
-        return WholePass(self.model, self.family, batch, self.scale, pending.result)
+        return self._whole_pass(batch, pending.result)
+
+    def _whole_pass(self, batch: Batch, finished: Callable[[], Activations]) -> WholePass:
+        outputs = WholePass(self.model, self.family, batch, self.scale, finished)
+        outputs.sentence_head = self.sentence_head
+        return outputs
 
     @torch.no_grad()
     def for_several(self, batch: Batch, num_students: int) -> list[TeacherOutputs]:
@@ -87,15 +102,18 @@ class Teacher(nn.Module):
             tapped = self.run(batch)
         else:
             tapped = self._stream.start(batch.input_ids, batch.padding_mask).result()
-        return [
-            WholePass(self.model, self.family, batch, self.scale, functools.partial(own_lists, tapped))
-            for _ in range(num_students)
-        ]
+        return [self._whole_pass(batch, functools.partial(own_lists, tapped)) for _ in range(num_students)]
 
     @torch.no_grad()
     def run(self, batch: Batch) -> Activations:
         """A whole forward pass of the backbone."""
         return self._runtime(batch.input_ids, batch.padding_mask)
+
+    @torch.no_grad()
+    def embed(self, batch: Batch) -> Tensor:
+        """Vectors of the batch's texts, (B, E) fp32, not normalised. Of a sentence embedder alone."""
+        head = self.sentence_head
+        return head.transform(pooled(self.run(batch).last, batch.attention_mask, head.pooling))
 
     @torch.no_grad()
     def predict(self, batch: Batch) -> Tensor:
@@ -112,7 +130,13 @@ class Teacher(nn.Module):
         return loss, kl
 
 
-def build_teacher(model: nn.Module, config: TeacherConfig, device: torch.device, dtype: torch.dtype) -> Teacher:
+def build_teacher(
+    model: nn.Module,
+    config: TeacherConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    sentence_head: SentenceHead | None = None,
+) -> Teacher:
     """`model`, moved to `device` as a whole or (teacher.shard) in this rank's part, in the runtime of `config`."""
     model, family = model.eval().requires_grad_(False), family_of(model.config.model_type)
     if config.shard:
@@ -121,7 +145,7 @@ def build_teacher(model: nn.Module, config: TeacherConfig, device: torch.device,
     plain = config.runtime == "torch" and not config.own_stream
     runtime = None if plain else build_runtime(model, family, config, device, dtype)
     stream = SideStream(runtime, device) if config.own_stream else None
-    return Teacher(model, config.in_lock_step, runtime, stream)
+    return Teacher(model, config.in_lock_step, runtime, stream, sentence_head and sentence_head.to(device))
 
 
 def load_model(

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from homodistil.data.batch import Batch
 from homodistil.models.activations import ActivationHooks, Activations, ActivationVisitor, LayerActivations
 from homodistil.models.family import ModelFamily
+from homodistil.models.sentence_head import SentenceHead
 
 
 class TeacherOutputs(ABC):
@@ -28,6 +29,8 @@ class TeacherOutputs(ABC):
         self.model, self.family, self.batch = model, family, batch
         self.scale = scale
         """What the teacher's softmax multiplies q.k with."""
+        self.sentence_head: SentenceHead | None = None
+        """What makes vectors of texts of the last hidden states; of an embedder alone (distill/teacher.py)."""
         self.num_last_readers = 1
         """How often `take_last` will be called: what it gives is freed by the last one."""
 

@@ -16,7 +16,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from homodistil import __version__
 from homodistil.config.schema import DataConfig
-from homodistil.data.task import task_of
+from homodistil.data.task import Task, task_of
 from homodistil.export.provenance import Origin, Teacher, describe_sources, describe_teacher, hub_datasets, repeatable
 from homodistil.files import write_atomically, writing
 from homodistil.metrics.result_table import TASK_COLUMNS
@@ -44,6 +44,8 @@ METRICS = {
     "hidden_distance": _Metric("distance of hidden states (lower is better)", "loss", "{:.4g}"),
     "attention_distance": _Metric("distance of attention maps (lower is better)", "loss", "{:.4g}"),
     "embedding_distance": _Metric("distance of embeddings (lower is better)", "loss", "{:.4g}"),
+    "cosine_to_teacher": _Metric("cosine to the teacher's vectors (higher is better)", "cosine_similarity", "{:.4f}"),
+    "recall_at_10": _Metric("recall@10 of the teacher's nearest texts (higher is better)", "recall_at_10", "{:.4f}"),
 }
 
 _TEMPLATE = """---
@@ -55,9 +57,7 @@ _TEMPLATE = """---
 distillation: Liang et al., HomoDistil, ICLR 2023): {how}.
 
 ```python
-from transformers import {auto_class}, AutoTokenizer
-model = {auto_class}.from_pretrained("{folder}")
-tokenizer = AutoTokenizer.from_pretrained("{folder}")
+{usage}
 ```
 {note}
 ## Results
@@ -85,6 +85,14 @@ The command, with {num_ranks}:
 ```
 {placeholders}"""
 
+
+_USAGE = """from transformers import {auto_class}, AutoTokenizer
+model = {auto_class}.from_pretrained("{folder}")
+tokenizer = AutoTokenizer.from_pretrained("{folder}")"""
+_EMBEDDER_USAGE = """from sentence_transformers import SentenceTransformer
+model = SentenceTransformer("{folder}")
+vectors = model.encode(["A text.", "Another one."])"""
+_EMBEDDER_TAG, _EMBEDDER_LIBRARY = "sentence-similarity", "sentence-transformers"
 
 _WITHOUT_HEAD = """
 An encoder without a head: `last_hidden_state` is what was trained. There is no pooler; a class that has one
@@ -126,13 +134,12 @@ def model_card(
     listed = {**method.settings} | {name: value for name, value in facts.items() if name not in not_listed}
     return _TEMPLATE.format(
         metadata=_metadata(origin.data, method.name, family, facts, teacher),
-        auto_class=family.auto_class if task.has_lm_head else BACKBONE_CLASS,
-        note="" if task.has_lm_head else _WITHOUT_HEAD,
-        masks="with masks that never change" if task.has_lm_head else "as terms of the training loss",
+        usage=_usage(task, family, str(facts["folder"])),
+        note="" if task.has_lm_head or task.has_single_texts else _WITHOUT_HEAD,
+        masks=_measured_how(task),
         name=method.name,
         parameters=facts["parameters"],
         hidden_size=facts["hidden_size"],
-        folder=facts["folder"],
         teacher=teacher.name,
         version=__version__,
         how=method.how,
@@ -180,6 +187,18 @@ def _last_cell(line: str, value: str) -> str:
     return f"{line.rstrip(' |').rpartition('|')[0]}| {value} |"
 
 
+def _usage(task: Task, family: ModelFamily, folder: str) -> str:
+    if task.has_single_texts:
+        return _EMBEDDER_USAGE.format(folder=folder)
+    return _USAGE.format(auto_class=family.auto_class if task.has_lm_head else BACKBONE_CLASS, folder=folder)
+
+
+def _measured_how(task: Task) -> str:
+    if task.has_single_texts:
+        return "of which each asks for its neighbours among all others"
+    return "with masks that never change" if task.has_lm_head else "as terms of the training loss"
+
+
 def _metric_line(name: str, value: object) -> str:
     metric = METRICS[name]
     shown = metric.form.format(value) if _is_number(value) else NOT_YET
@@ -188,8 +207,9 @@ def _metric_line(name: str, value: object) -> str:
 
 def _metadata(text: DataConfig, name: str, family: ModelFamily, facts: Mapping[str, object], teacher: Teacher) -> str:
     """The head's YAML, as the hub's own client writes it."""
-    has_head = task_of(text, family.task).has_lm_head
-    pipeline_tag = family.pipeline_tag if has_head else BACKBONE_TAG
+    task = task_of(text, family.task)
+    pipeline_tag = family.pipeline_tag if task.has_lm_head else BACKBONE_TAG
+    pipeline_tag = _EMBEDDER_TAG if task.has_single_texts else pipeline_tag
     held_out = f"held-out documents of {', '.join(describe_sources(text.sources))}"
     results = [
         EvalResult(
@@ -204,7 +224,7 @@ def _metadata(text: DataConfig, name: str, family: ModelFamily, facts: Mapping[s
         if _is_number(facts.get(column))
     ]
     data = ModelCardData(
-        library_name="transformers",
+        library_name=_EMBEDDER_LIBRARY if task.has_single_texts else "transformers",
         pipeline_tag=pipeline_tag,
         tags=["homodistil", "distillation", "pruning", family.name],
         license=teacher.licence,

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -72,8 +73,17 @@ def _padded(part: Tensor, use: AxisUse, table: AxisTable, head_dim: int) -> Tens
     return functional.pad(part.unflatten(-1, (heads, dims)), (0, head_dim - dims)).flatten(-2)
 
 
-def save_checkpoint(model: nn.Module, tokenizer: PreTrainedTokenizerBase, card: str, folder: Path) -> None:
+def save_checkpoint(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    card: str,
+    folder: Path,
+    add_files: Callable[[Path], None] = lambda folder: None,
+) -> None:
     """Write a stock checkpoint into `folder`: each file whole, config.json last, other files there left alone.
+
+    Args:
+        add_files: writes further files into a folder, which may be in folders of their own.
 
     Raises:
         UserError: the disk is full, or the folder cannot be written; `folder` is as it was.
@@ -85,8 +95,14 @@ def save_checkpoint(model: nn.Module, tokenizer: PreTrainedTokenizerBase, card: 
             model.save_pretrained(temporary)
             tokenizer.save_pretrained(temporary)
             (temporary / "README.md").write_text(card, encoding="utf-8")
+            add_files(temporary)
+            written = sorted(temporary.rglob("*"), key=lambda path: (path.is_file(), path == temporary / "config.json"))
             folder.mkdir(parents=True, exist_ok=True)
-            for path in sorted(temporary.iterdir(), key=lambda p: p.name == "config.json"):
-                os.replace(path, folder / path.name)
+            for path in written:
+                place = folder / path.relative_to(temporary)
+                if path.is_dir():
+                    place.mkdir(exist_ok=True)
+                else:
+                    os.replace(path, place)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

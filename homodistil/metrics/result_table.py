@@ -20,7 +20,8 @@ DASH = "-"
 Row = Mapping[str, Any]
 """One model: name, parameters, hidden_size, heldout_mlm_loss (nats) and masked_top1 (fraction), or of a causal model
 heldout_lm_loss (nats), perplexity and bits_per_byte; kl_to_teacher (nats); of a model without a head the
-hidden_distance, attention_distance and embedding_distance to its teacher (loss terms on held-out text);
+hidden_distance, attention_distance and embedding_distance to its teacher (loss terms on held-out text); of an embedder
+cosine_to_teacher (mean over held-out texts) and recall_at_10 (of the teacher's nearest texts);
 tokens_per_s_first and tokens_per_s_last (training, first and last logged interval). Absent or None: not measured."""
 
 # Column -> (heading, how a number is written)
@@ -37,6 +38,8 @@ COLUMNS = {
     "hidden_distance": ("hidden distance", "{:.3g}"),
     "attention_distance": ("attention distance", "{:.3g}"),
     "embedding_distance": ("embedding distance", "{:.3g}"),
+    "cosine_to_teacher": ("cosine to teacher", "{:.4f}"),
+    "recall_at_10": ("recall@10", "{:.1%}"),
     "tokens_per_s_first": ("tokens/s first", "{:,.0f}"),
     "tokens_per_s_last": ("tokens/s last", "{:,.0f}"),
 }
@@ -52,6 +55,8 @@ HELDOUT_COLUMNS = {
     "hidden_distance": "hidden_distance",
     "attention_distance": "attention_distance",
     "embedding_distance": "embedding_distance",
+    "vector_cosine": "cosine_to_teacher",
+    "recall_at_10": "recall_at_10",
 }
 """What evaluation on held-out text measures -> column."""
 
@@ -59,6 +64,7 @@ TASK_COLUMNS = {
     "mlm": ("heldout_mlm_loss", "masked_top1"),
     "causal": ("heldout_lm_loss", "perplexity", "bits_per_byte"),
     "none": ("hidden_distance", "attention_distance", "embedding_distance"),
+    "embedding": ("cosine_to_teacher", "recall_at_10"),
 }
 """Task (data/task.py) -> columns that it alone has."""
 _OF_ONE_TASK = frozenset().union(*TASK_COLUMNS.values())
@@ -82,7 +88,7 @@ def columns_of(rows: Sequence[Row]) -> dict[str, tuple[str, str]]:
     """The columns that these rows need: of what one task alone measures, those that any row has."""
     used = set().union(*rows)
     unused = _OF_ONE_TASK - used
-    if not used.isdisjoint(TASK_COLUMNS["none"]):
+    if not used.isdisjoint((*TASK_COLUMNS["none"], *TASK_COLUMNS["embedding"])):
         unused |= {"kl_to_teacher"}  # of logits, which such a model has not
     return {column: how for column, how in COLUMNS.items() if column not in unused}
 

@@ -15,6 +15,8 @@ from homodistil.distill.teacher import Teacher
 from homodistil.distributed import ranks
 from homodistil.models.axes import AxisTable
 from homodistil.models.backbone import run_backbone
+from homodistil.models.sentence_head import PoolingMode
+from homodistil.pruning.compensation.vectors import pooled_states
 from homodistil.pruning.importance import Importance
 
 
@@ -100,5 +102,24 @@ def drawn_direction_loss(student: Student, seed: int) -> Callable[[Batch], Tenso
         directions = torch.randn(last.shape, generator=generator, device=device)
         products = (last.float() * directions).sum(-1) * batch.attention_mask
         return products.sum() / batch.counts.tokens
+
+    return loss
+
+
+def drawn_vector_loss(student: Student, pooling: PoolingMode, seed: int) -> Callable[[Batch], Tensor]:
+    """For a copy of a sentence embedder: micro-batch -> mean over texts of normalised vector times a direction.
+
+    As `drawn_direction_loss`, of the curvature of 1 - cosine. The loss has a graph.
+
+    Args:
+        student: plain.
+        seed: of the directions; another one on every rank.
+    """
+    device = next(student.parameters()).device
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def loss(batch: Batch) -> Tensor:
+        vectors = functional.normalize(pooled_states(student.model, student.family, batch, pooling), dim=-1)
+        return (vectors * torch.randn(vectors.shape, generator=generator, device=device)).sum() / len(vectors)
 
     return loss

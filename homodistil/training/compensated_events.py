@@ -20,7 +20,8 @@ from homodistil.distill.student import Student
 from homodistil.distributed import ranks
 from homodistil.models.axes import Keep
 from homodistil.pruning.compensation import Options, rotation_only
-from homodistil.pruning.compensation.student import EventChange, propose
+from homodistil.pruning.compensation.student import EventChange, propose, residual_map
+from homodistil.pruning.compensation.vectors import mean_turn
 from homodistil.training.inputs import RunInputs
 
 HeldOutLoss = Callable[[Student], float]
@@ -92,9 +93,14 @@ class Compensation:
 
     def _rotated_loss(self, student: Student, fixed: Tensor, loss: HeldOutLoss) -> float:
         """Held-out loss of the rotated student; of one without a head the share of its hidden states' variance that is
-        lost, 0 before."""
+        lost, 0 before, or of an embedder how far its vectors turn (mean of 1 - cosine)."""
         table, options = student.family.axis_table(student.model), self.options(0)
         rotated = rotation_only(student.model, student.family, table, self.batches(0), options, fixed)
+        if options.pooling is not None:
+            models, batches = (student.model, rotated.model), self.batches(0)
+            turn = mean_turn(models, residual_map(student, rotated.plan), student.family, batches, options.pooling)
+            total, count = ranks.total(torch.tensor(turn, dtype=torch.float64, device=self.run_inputs.device)).tolist()
+            return total / count
         if not self.run_inputs.with_head:
             return rotated.report["lost"]
         return loss(Student(rotated.model, student.objective.config, distil=False))
@@ -103,6 +109,7 @@ class Compensation:
         if ranks.rank() == 0:
             measured = ", then ".join(f"{rise:+.3f}" for rise in rises)
             of = f"held-out loss {before:.3f}" if self.run_inputs.with_head else "variance of hidden states lost"
+            of = of if self.run_inputs.sentence_modules is None else "1 - cosine of vectors"
             print(f"rotation at full width: {of}, {measured} (limit {limit:g}){_outcome(fixed)}", flush=True)
 
     def options(self, consumed_samples: int) -> Options:
@@ -111,14 +118,16 @@ class Compensation:
         # A prime above the number of steps: runs of neighbouring seeds share no draw.
         seed = train.seed * 1_000_003 + consumed_samples // train.global_batch_size
         basis = pruning.basis
+        modules = self.run_inputs.sentence_modules
         if basis == "auto":  # gradients of a head that is not there cannot say what matters
-            basis = "fisher" if self.run_inputs.with_head else "pca"
+            basis = "fisher" if self.run_inputs.with_head or modules is not None else "pca"
         return Options(
             mode=pruning.compensation,
             ridge=pruning.compensation_ridge,
             basis=basis,
             basis_steps=pruning.basis_steps,
             basis_lr=pruning.basis_lr,
+            pooling=modules and modules.pooling,
             seed=seed,
         )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -10,14 +10,17 @@ import torch
 from torch import Tensor
 
 from homodistil.config.schema import RunConfig
+from homodistil.distill.losses.pooled import PROJECTION, shares_space
 from homodistil.distill.student import Student
 from homodistil.distill.teacher import load_config
 from homodistil.distributed import ranks
 from homodistil.engine.engine import TrainingEngine
 from homodistil.export.inference_speed import inference_speed
 from homodistil.export.model_card import describe_widths
+from homodistil.export.sentence_folder import write_sentence_folder
 from homodistil.export.stock_model import save_checkpoint, stock_model
 from homodistil.models.axes import Widths
+from homodistil.models.sentence_head import load_sentence_head
 from homodistil.resize import master_weights
 from homodistil.training.inputs import RunInputs
 from homodistil.training.run_card import run_card
@@ -61,8 +64,17 @@ class Exporter:
         card = run_card(
             self.config, self.student.family, self._facts(folder, measured | speed), self.command, ranks.world_size()
         )
-        save_checkpoint(model.cpu(), self.run_inputs.tokenizer, card, folder)
+        save_checkpoint(model.cpu(), self.run_inputs.tokenizer, card, folder, self._sentence_files(weights))
         return speed
+
+    def _sentence_files(self, weights: dict[str, Tensor]) -> Callable[[Path], None]:
+        """What writes the modules of an embedder beside its Transformer; nothing for other students."""
+        modules = self.run_inputs.sentence_modules
+        if modules is None:
+            return lambda folder: None
+        head, projection = load_sentence_head(modules, "teacher.name"), weights.get(f"projections.{PROJECTION}.weight")
+        sizes = self.student.widths["hidden"], projection, shares_space(self.student)
+        return lambda folder: write_sentence_folder(folder, head, *sizes)
 
     def teacher_speed(self) -> dict[str, float]:
         """Speed of a stock model of the teacher's shape (rank 0 alone): its weights do not matter for it."""

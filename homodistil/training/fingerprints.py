@@ -25,9 +25,11 @@ Fingerprints = Mapping[str, str]
 """Hex digests by the names of `_FIELDS`; one that is not there is not compared."""
 
 CORPUS, TOKENIZER, TEACHER, CORRECTED = "corpus", "tokenizer", "teacher", "corrected teacher"
+SENTENCE_MODULES = "sentence modules"
 # What a difference is found in, and how to get the old content back.
 _FIELDS = {
     TEACHER: ("teacher.name", "give the same weights and config.json"),
+    SENTENCE_MODULES: ("teacher.name", "give the same modules.json, and what it lists"),
     TOKENIZER: ("teacher.name", "give the same tokenizer (and versions of tokenizers and transformers)"),
     CORPUS: ("data.sources", "give the same text, without a word changed or a file added or removed"),
     CORRECTED: (

@@ -6,15 +6,16 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from homodistil.config.plugins import load_plugins
 from homodistil.config.schema import RunConfig
 from homodistil.data.batch import Batch
-from homodistil.data.loader import BatchLoader, fixed_batches
+from homodistil.data.loader import BatchLoader, EvenlySpread, fixed_batches, fixed_samples
 from homodistil.data.prefetch import BatchPrefetcher
-from homodistil.data.prepare.corpus import Corpus, prepare_corpus
+from homodistil.data.prepare.corpus import Corpus, Rows, prepare_corpus
 from homodistil.data.prepare.integrity import BackgroundCheck
 from homodistil.data.sources.teachers import cached_teacher, is_cached_teacher
 from homodistil.data.task import TASKS
@@ -23,11 +24,15 @@ from homodistil.distill.losses.attention import check_target
 from homodistil.distill.teacher import check_stored, has_lm_head, load_config, load_model, load_tokenizer
 from homodistil.distributed import groups, ranks, watchdog
 from homodistil.errors import UserError
+from homodistil.evaluation.vectors import MAX_TEXTS
 from homodistil.models import family_of
 from homodistil.models.checkpoint_files import local_folder
+from homodistil.models.sentence_modules import SentenceModules
 from homodistil.models.weights import has_weights
+from homodistil.training.embedder import modules_fingerprint, sentence_modules_of, teacher_of_folder
 from homodistil.training.fingerprints import (
     CORPUS,
+    SENTENCE_MODULES,
     TEACHER,
     TOKENIZER,
     Fingerprints,
@@ -66,6 +71,8 @@ class RunInputs:
     """Of the teacher's layers that have one (`ModelFamily.window`)."""
     with_head: bool = True
     """Whether models have a language-modelling head (`Task.has_lm_head`)."""
+    sentence_modules: SentenceModules | None = None
+    """Of a teacher whose vectors of texts are learned (task embedding)."""
 
     def require_intact(self) -> None:
         """Wait until the corpus is known to be what was prepared. Every rank calls it before it keeps what it trained.
@@ -97,9 +104,10 @@ class RunInputs:
         )
 
     def heldout(self, config: RunConfig, limit: int | None = None, batch_size: int | None = None) -> Iterator[Batch]:
-        """This rank's share of the held-out blocks (the first `limit` of all), with fixed masks."""
+        """This rank's share of the held-out blocks (the first `limit` of all), with fixed masks; of single texts
+        `limit` or MAX_TEXTS, spread evenly."""
         batches = fixed_batches(
-            self.corpus.heldout,
+            self._heldout_rows(limit),
             self.tokenizer,
             config.data,
             HELDOUT_SEED,
@@ -111,6 +119,17 @@ class RunInputs:
             config.loss.skip_first_tokens,
         )
         return watchdog.each("evaluating", batches)
+
+    def heldout_positions(self, config: RunConfig, limit: int | None = None) -> tuple[np.ndarray, int]:
+        """Of held-out single texts: the number of each in this rank's share, int64 (texts,), and how many there are."""
+        total = len(self._heldout_rows(limit))
+        shares = fixed_samples(total, config.train.eval_batch_size, ranks.rank(), ranks.world_size())
+        return np.concatenate([np.empty(0, dtype=np.int64), *shares]), total
+
+    def _heldout_rows(self, limit: int | None) -> Rows | EvenlySpread:
+        if self.sentence_modules is None:
+            return self.corpus.heldout
+        return EvenlySpread(self.corpus.heldout, MAX_TEXTS if limit is None else min(limit, MAX_TEXTS))
 
 
 def cache_dir(config: RunConfig) -> Path:
@@ -132,7 +151,7 @@ def check_teacher(config: RunConfig, say: Callable[[str], None] = lambda line: N
     is_unread = has_head is not None
     if not is_unread:
         has_head = has_lm_head(folder, allow_pickle, say)
-    settle(config, teacher_config, has_head)
+    settle(config, teacher_config, has_head, folder)
     check_shape(resolve_run(config, teacher_config))
     if is_unread:
         has_lm_head(folder, allow_pickle, say)  # reads all weights, which may be damaged
@@ -150,7 +169,8 @@ def found_teacher(config: RunConfig) -> str:
     name = config.teacher.name
     if (folder := cached_teacher(name, cache_dir(config))) is not None:  # under a lock: one rank a machine makes it
         return str(folder)
-    return str(local_folder(name, "teacher.name") or name)
+    local = local_folder(name, "teacher.name")
+    return name if local is None else str(teacher_of_folder(local))
 
 
 def check_plannable(config: RunConfig) -> ResolvedRun:
@@ -166,7 +186,7 @@ def check_plannable(config: RunConfig) -> ResolvedRun:
         check_teacher(config)
         load_tokenizer(str(folder), teacher_config, config.data.task)
     else:
-        settle(config, teacher_config)
+        settle(config, teacher_config, folder=str(folder) if folder.is_dir() else None)
         check_shape(resolve_run(config, teacher_config))
     return resolve_run(config, teacher_config)
 
@@ -223,13 +243,14 @@ def prepare_inputs(
     )  # the task depends on weights, which one rank has read
     teacher_config, with_head = load_config(folder), TASKS[task].has_lm_head
     for one in (config, *students):
-        settle(one, teacher_config, with_head)
+        settle(one, teacher_config, with_head, folder)
+    modules = sentence_modules_of(wanted[0].data, folder)
     tokenizer = load_tokenizer(folder, teacher_config, task)
     for one in wanted:
         for subject, text in run_summary(resolve_run(one, teacher_config)).items():
             _say_on_first_rank(f"{subject}: {text}" if len(wanted) == 1 else f"{one.run.name}: {subject}: {text}")
     # What the others get of the corpus are the names of the files, which they map for themselves.
-    fingerprints = groups.once(leaders, lambda: accept(**_of_teacher(config, folder, tokenizer)))
+    fingerprints = groups.once(leaders, lambda: accept(**_of_teacher(config, folder, tokenizer, modules)))
     names = groups.once(leaders, lambda: prepare_corpus(config.data, tokenizer, lambda now: accept(corpus=now)).names())
     corpus = Corpus.named(names)
     check = BackgroundCheck(corpus.train.path.parent if leaders[ranks.rank()] == ranks.rank() else None)
@@ -247,7 +268,7 @@ def prepare_inputs(
     if ranks.rank() == 0:
         print(f"teacher: {config.teacher.name}; corpus: {corpus.description}", flush=True)
     fingerprints = {**fingerprints, CORPUS: corpus.fingerprint}
-    more = fingerprints, before, check, window_of(teacher_config), with_head
+    more = fingerprints, before, check, window_of(teacher_config), with_head, modules
     return RunInputs(folder, tokenizer, corpus, device, config.teacher.allow_pickle, *more)
 
 
@@ -256,8 +277,12 @@ def window_of(teacher_config) -> int | None:
     return family_of(teacher_config.model_type).window(teacher_config)
 
 
-def _of_teacher(config: RunConfig, folder: str, tokenizer: PreTrainedTokenizerBase) -> Fingerprints:
-    return {TEACHER: teacher_fingerprint(folder), TOKENIZER: tokenizer_fingerprint(config.data, tokenizer)}
+def _of_teacher(
+    config: RunConfig, folder: str, tokenizer: PreTrainedTokenizerBase, modules: SentenceModules | None
+) -> Fingerprints:
+    of_modules = {} if modules is None else {SENTENCE_MODULES: modules_fingerprint(modules)}
+    of_teacher = {TEACHER: teacher_fingerprint(folder), TOKENIZER: tokenizer_fingerprint(config.data, tokenizer)}
+    return of_teacher | of_modules
 
 
 def teacher_copy(run_inputs: RunInputs, dtype: torch.dtype, dropout: float | None = None):

@@ -28,15 +28,21 @@ def main(argv: list[str]) -> None:
     from homodistil.data.task import settle_task
     from homodistil.distill.teacher import load_config, load_tokenizer
     from homodistil.models import family_of
+    from homodistil.training.embedder import is_embedder, settle_texts, teacher_of_folder
 
     with on_signals(how_to_go_on="the same command goes on with the shards that are finished"):
         check_sources(config.data)
         load_plugins(config.teacher.plugins, "teacher.plugins")
         name, cache_dir = config.teacher.name, Path(config.data.cache_dir).expanduser()
         folder = str(cached_teacher(name, cache_dir) or name)
+        if Path(folder).expanduser().is_dir():
+            folder = str(teacher_of_folder(Path(folder).expanduser()))
         teacher_config = load_config(folder)
         # A missing head changes nothing here: text is framed alike.
-        settle_task(config.data, family_of(teacher_config.model_type).task, config.teacher.name)
+        family = family_of(teacher_config.model_type)
+        embeds = is_embedder(config.data, family, folder)
+        settle_task(config.data, family.task, config.teacher.name, is_embedder=embeds)
+        settle_texts(config.data, folder)
         tokenizer = load_tokenizer(folder, teacher_config, config.data.task)
         corpus = prepare_share(config.data, tokenizer, *task)
     if isinstance(corpus, str):

@@ -31,6 +31,7 @@ from homodistil.distill.teacher_sharding import num_parameters
 from homodistil.models import family_of
 from homodistil.models.activations import attention_implementation
 from homodistil.models.axes import Widths
+from homodistil.models.checkpoint_files import local_folder
 from homodistil.models.family import ModelFamily
 from homodistil.models.head_dim import check_head_dim
 from homodistil.models.known_configs import known_config
@@ -39,6 +40,7 @@ from homodistil.models.size_search import find_shape
 from homodistil.pruning.milestones import Route, plan_route
 from homodistil.pruning.pruner import width_schedule
 from homodistil.pruning.schedule_protocol import Schedule
+from homodistil.training.embedder import teacher_of_folder
 
 
 @dataclass(frozen=True)
@@ -190,4 +192,7 @@ def named_teacher_config(config: RunConfig) -> PretrainedConfig:
     name = config.teacher.name
     if (folder := cached_teacher(name, Path(config.data.cache_dir).expanduser())) is not None:
         return load_config(str(folder))
-    return known_config(name) or load_config(name)
+    if (known := known_config(name)) is not None:
+        return known
+    local = local_folder(name, "teacher.name")
+    return load_config(name if local is None else str(teacher_of_folder(local)))

@@ -32,6 +32,7 @@ from homodistil.metrics.progress import doing
 from homodistil.metrics.recorder import METRICS_FILE, Recorder, read_lines
 from homodistil.metrics.result_table import HELDOUT_COLUMNS, ROW_FILE
 from homodistil.models.activations import show_values
+from homodistil.models.sentence_head import load_sentence_head
 from homodistil.resize import check_supported
 from homodistil.training.exporter import Exporter
 from homodistil.training.fingerprints import check_same
@@ -157,7 +158,9 @@ class DistillationRun:
         config, model = self.config, teacher_copy(self.run_inputs, dtype)
         if "values" in Objective(config.loss).needs:
             show_values(model, self.resolved.family, relation_layer(config.loss, model.config.num_hidden_layers))
-        return build_teacher(model, config.teacher, device, dtype)
+        modules = self.run_inputs.sentence_modules
+        head = None if modules is None else load_sentence_head(modules, "teacher.name")
+        return build_teacher(model, config.teacher, device, dtype, head)
 
     def _heldout_loss(self, student: Student) -> float:
         return self.scores.loss_of(student, PERIODIC_EVALUATION_SEQUENCES)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from homodistil.config.schema import LossConfig, RunConfig
+from homodistil.data.prepare.texts import NO_PROMPT
 from homodistil.distill.layer_map import copied_layers
 from homodistil.distill.losses.active import active_terms
 from homodistil.distill.teacher_sharding import num_parameters
@@ -39,6 +40,9 @@ def run_summary(resolved: ResolvedRun) -> dict[str, str]:
 
 def _task(resolved: ResolvedRun) -> str:
     data, task = resolved.config.data, resolved.task
+    if task.has_single_texts:
+        prompt = f", each behind {data.prompt!r}" if data.prompt != NO_PROMPT else ""
+        return f"{task.name}; vectors of single texts ({data.texts}) of at most {data.seq_len} tokens{prompt}"
     if not task.has_lm_head:
         return f"{task.name}; nothing is masked or predicted"
     return f"{task.name}; {task.target_rows(data):g} tokens of each block of {data.seq_len} are predicted, on average"

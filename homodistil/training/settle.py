@@ -6,34 +6,44 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from homodistil.config.rules import check_basis, check_task
-from homodistil.config.schema import LM_HEAD_WEIGHTS, RunConfig, set_value, value_of
+from homodistil.config.schema import EMBEDDER_DEFAULTS, LM_HEAD_WEIGHTS, RunConfig, set_value, value_of
+from homodistil.config.schema_loss import POOLED_WEIGHTS
 from homodistil.data.task import settle_task, task_of
 from homodistil.distill.losses.active import active_terms, field_of
 from homodistil.distill.losses.settled import settled_fields
 from homodistil.errors import UserError
 from homodistil.metrics.term_labels import language_modelling
 from homodistil.models import family_of
+from homodistil.training.embedder import is_embedder, settle_texts
 
 
-def settle(config: RunConfig, teacher_config, has_head: bool = True) -> None:
-    """Replace what the config leaves to the teacher, in place: data.task, loss.mlm, loss.kl, loss.attention_target,
-    loss.hidden_space, pruning.compensation.
+def settle(config: RunConfig, teacher_config, has_head: bool = True, folder: str | None = None) -> None:
+    """Replace what the config leaves to the teacher, in place: data.task, data.prompt, loss.mlm, loss.kl,
+    loss.pooled_cosine, loss.attention_target, loss.hidden_space, pruning.compensation and compensation_sequences.
 
     Args:
         has_head: whether the teacher has a language-modelling head that has been trained.
+        folder: folder or hub name of the teacher, to be looked at for sentence modules; None: it is not.
 
     Raises:
         UserError: the config asks for what the teacher's family does not have.
     """
     family, pruning = family_of(teacher_config.model_type), config.pruning
-    settle_task(config.data, family.task, config.teacher.name, has_head or _wants_head(config))
+    wants_head = _wants_head(config)
+    embeds = not wants_head and is_embedder(config.data, family, folder)
+    settle_task(config.data, family.task, config.teacher.name, has_head or wants_head, embeds)
+    settle_texts(config.data, folder)
+    if task_of(config.data).has_single_texts:
+        _learn_vectors(config)
     if not task_of(config.data).has_lm_head:
         _leave_out_words(config)
     for name, value in settled_fields(config.loss, family.architecture).items():
         set_value(config, f"loss.{name}", value)
     obstacle = family.refit_obstacle(teacher_config)
     if pruning.compensation == "auto":
-        strongest = "full" if task_of(config.data).has_lm_head else "refit"  # the basis is chosen by the head
+        task = task_of(config.data)
+        weighs = task.has_lm_head or task.has_single_texts  # what the basis is chosen by: a head, or vectors
+        strongest = "full" if weighs else "refit"
         pruning.compensation = "none" if obstacle else strongest
     _check_settled_basis(config)
     if pruning.compensation != "none" and pruning.schedule != "none" and obstacle:
@@ -45,10 +55,11 @@ def settle(config: RunConfig, teacher_config, has_head: bool = True) -> None:
 
 def _check_settled_basis(config: RunConfig) -> None:
     check_basis(config)  # compensation may have been left open until now
-    if config.pruning.basis == "fisher" and not task_of(config.data).has_lm_head:
+    task = task_of(config.data)
+    if config.pruning.basis == "fisher" and not (task.has_lm_head or task.has_single_texts):
         raise UserError(
             "pruning.basis: found fisher, which weighs directions by gradients of a language-modelling head, which "
-            "data.task=none leaves out; allowed are auto, pca and learned; set it to auto"
+            f"data.task={config.data.task} leaves out; allowed are auto, pca and learned; set it to auto"
         )
 
 
@@ -58,6 +69,15 @@ def _wants_head(config: RunConfig) -> bool:
     return given or config.teacher.correction_steps > 0
 
 
+def _learn_vectors(config: RunConfig) -> None:
+    """Give a sentence embedder's run what suits it, where the user has set nothing else."""
+    weights = [f"loss.{name}" for name in POOLED_WEIGHTS]
+    has_weight = any(name in config.given or value_of(config, name) > 0 for name in weights)
+    for name, value in EMBEDDER_DEFAULTS.items():
+        if name not in config.given and not (has_weight and name in weights):
+            set_value(config, name, value)
+
+
 def _leave_out_words(config: RunConfig) -> None:
     """Weights of the terms over the vocabulary become 0; the user has set none (`rules.check`)."""
     for name in LM_HEAD_WEIGHTS:
@@ -65,12 +85,13 @@ def _leave_out_words(config: RunConfig) -> None:
     readers = [field_of(config.loss, n) for t in active_terms(config.loss) if "logits" in t.needs for n in t.names]
     if readers:
         raise UserError(
-            f"{readers[0]}: needs logits, but data.task=none has no language-modelling head; set {readers[0]}=0"
+            f"{readers[0]}: needs logits, but data.task={config.data.task} has no language-modelling head; set "
+            f"{readers[0]}=0"
         )
     if not config.loss.weights:
         raise UserError(
-            "loss: every weight but those of terms over the vocabulary is 0, and data.task=none has no logits; give "
-            "loss.hidden or loss.attention a weight > 0"
+            f"loss: every weight but those of terms over the vocabulary is 0, and data.task={config.data.task} has no "
+            f"logits; give loss.hidden or loss.attention a weight > 0"
         )
 
 
@@ -114,6 +135,6 @@ def _tell_without_words(config: RunConfig, has_head: bool, say: Callable[[str], 
     if not has_head:
         why = f"{config.teacher.name} has no language-modelling head"
     say(
-        f"teacher: {why}: task none, which masks and predicts nothing (loss.mlm=0, loss.kl=0); the student learns from "
-        f"{', '.join(config.loss.weights)}"
+        f"teacher: {why}: task {config.data.task}, which masks and predicts nothing (loss.mlm=0, loss.kl=0); the "
+        f"student learns from {', '.join(config.loss.weights)}"
     )

@@ -16,6 +16,7 @@ from homodistil.data.prepare.corpus import Corpus
 from homodistil.distributed import ranks
 from homodistil.engine.build import resolve_engine_config
 from homodistil.metrics.recorder import Recorder
+from homodistil.training.embedder import sentence_modules_of
 from homodistil.training.inputs import RunInputs, prepare_inputs, window_of
 from homodistil.training.run import DistillationRun
 from homodistil.training.teacher_facts import TeacherFacts
@@ -57,7 +58,14 @@ def trial(
     corpus = Corpus(rows, rows, "preflight", "a sample")
     window = window_of(teacher.resolved.teacher_config)
     run_inputs = RunInputs(
-        teacher.folder, teacher.tokenizer, corpus, device, config.teacher.allow_pickle, window=window
+        teacher.folder,
+        teacher.tokenizer,
+        corpus,
+        device,
+        config.teacher.allow_pickle,
+        window=window,
+        with_head=teacher.resolved.task.has_lm_head,
+        sentence_modules=sentence_modules_of(config.data, teacher.folder),
     )
     engine_config = resolve_engine_config(raw, small.train, ranks.world_size())
     run = DistillationRun(small, engine_config, run_inputs, Path(config.run_dir), command="")

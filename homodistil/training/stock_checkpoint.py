@@ -13,9 +13,9 @@ from homodistil.data.sources import assets
 from homodistil.errors import UserError
 from homodistil.evaluation.glue.checkpoint import FIELD, checkpoint_folder, load_model, max_tokens
 from homodistil.export.formats.exportable import Exportable
-from homodistil.export.formats.folder import MODULES_FILE
-from homodistil.models.checkpoint_files import local_folder, read_json_list
+from homodistil.models.checkpoint_files import local_folder
 from homodistil.models.config_file import read_config
+from homodistil.models.sentence_modules import MODULES_FILE, transformer_path
 
 _HEADS = {
     "ForMaskedLM": "AutoModelForMaskedLM",
@@ -101,22 +101,5 @@ def open_checkpoint(name: str, cache_dir: Path) -> StockCheckpoint:
         UserError: there is none, or the first module of a sentence-transformers folder is no Transformer.
     """
     source = checkpoint_folder(name, cache_dir)
-    inside = _transformer_inside(Path(source)) if Path(source).is_dir() else ""
+    inside = transformer_path(Path(source), FIELD) if Path(source).is_dir() else ""
     return StockCheckpoint(name, source, inside, read_config(str(Path(source) / inside) if inside else source, FIELD))
-
-
-def _transformer_inside(folder: Path) -> str:
-    file = folder / MODULES_FILE
-    if not file.is_file():
-        return ""
-    modules = read_json_list(file, FIELD)
-    first = modules[0] if modules and isinstance(modules[0], dict) else {}
-    if not str(first.get("type", "")).endswith("Transformer"):
-        raise UserError(
-            f"{FIELD}: the first module of {file} is {first.get('type')!r}, allowed is sentence-transformers' "
-            f"Transformer; give the folder of a Transformer"
-        )
-    inside = str(first.get("path", ""))
-    if not (folder / inside).resolve().is_relative_to(folder.resolve()):
-        raise UserError(f"{FIELD}: {file} has the path {inside[:100]!r}, which is not in its folder; correct it")
-    return inside

@@ -28,6 +28,7 @@ from homodistil.data.prepare.integrity import CHECKED_AT_ONCE_BYTES, blocks_byte
 from homodistil.data.prepare.merge import SUMMARY_FILE, merge
 from homodistil.data.prepare.shard_plan import Plan, make_plan
 from homodistil.data.prepare.shards import Recipe
+from homodistil.data.prepare.texts import RULE_VERSION, TextRule, text_rule
 from homodistil.data.sources.documents import read
 from homodistil.data.sources.sources import Source, check_sources, open_sources
 from homodistil.data.task import task_of
@@ -39,7 +40,8 @@ _FORMAT_VERSION = 1  # of the cached blocks; increase it when reading, splitting
 
 
 class Rows:
-    """Memory-mapped blocks of one split. `rows[ids]` is (n, seq_len) int64; only the last block has padding."""
+    """Memory-mapped blocks of one split. `rows[ids]` is (n, seq_len) int64; only the last block has padding, unless
+    every block holds one text."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -130,7 +132,9 @@ class _Order:
         self._frame = task.frame(tokenizer)
         self._unknown = tokenizer.unk_token_id
         self._config, self._sources = config, open_sources(config)
-        self.fingerprint = _fingerprint(config, self._sources, self._backend, task.fingerprint(tokenizer))
+        num_framing = config.seq_len - self._frame.body(config.seq_len)
+        self._texts = text_rule(config, self._backend, num_framing) if task.has_single_texts else None
+        self.fingerprint = _fingerprint(config, self._sources, self._backend, task.fingerprint(tokenizer), self._texts)
         self._cache_dir = Path(config.cache_dir).expanduser()
         self._target = self._cache_dir / "corpora" / self.fingerprint
 
@@ -174,7 +178,7 @@ class _Order:
     def preparation(self, folder: Path | None = None, is_over: Callable[[], bool] | None = None) -> Preparation:
         plan = make_plan(self._sources, self._config.shard_bytes, self.fingerprint)
         self._check_language(plan)
-        recipe = Recipe(self._sources, self._backend, Filters(self._config))
+        recipe = Recipe(self._sources, self._backend, Filters(self._config), self._texts)
         return Preparation(
             folder or self._cache_dir / "parts" / plan.hash[:16], plan, recipe, is_over or self._is_there
         )
@@ -216,7 +220,9 @@ def check_tokenizer(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> T
     return Tokenizer.from_str(json.dumps(content))
 
 
-def _fingerprint(config: DataConfig, sources: list[Source], backend: Tokenizer, special_ids: list) -> str:
+def _fingerprint(
+    config: DataConfig, sources: list[Source], backend: Tokenizer, special_ids: list, texts: TextRule | None
+) -> str:
     parts = {
         "version": _FORMAT_VERSION,
         "sources": [source.fingerprint for source in sources],
@@ -230,6 +236,8 @@ def _fingerprint(config: DataConfig, sources: list[Source], backend: Tokenizer, 
     # Added only if they are used, so that older corpora keep their fingerprints.
     if any(source.weight != 1 for source in sources):
         parts["weights"] = [source.weight for source in sources]
+    if texts is not None:
+        parts["texts"] = [RULE_VERSION, *texts]
     if used := versions(config):
         parts["filters"] = [config.boilerplate_filter, config.near_duplicates, used]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]

@@ -10,7 +10,7 @@ import numpy as np
 
 from homodistil.data.prepare.packing import Rows
 from homodistil.data.prepare.shard_plan import Plan
-from homodistil.data.prepare.shards import DOCUMENTS, TOKENS
+from homodistil.data.prepare.shards import DOCUMENTS, TEXT_LENGTH, TEXTS, TOKENS
 
 _ROW_TOKENS = 1 << 20  # maximum per row, and in memory at once
 
@@ -26,6 +26,7 @@ class DocumentTable:
     source_of: np.ndarray  # int32
     first: list[int]
     """Number of the first document of each shard."""
+    num_texts: np.ndarray  # int64, of documents that are more than one text each; 1 otherwise
 
     @property
     def is_kept(self) -> np.ndarray:
@@ -39,14 +40,16 @@ def document_table(plan: Plan, folders: list[Path]) -> DocumentTable:
     first = np.cumsum([0, *sizes])
     total = int(first[-1])
     columns = {name: np.empty(total, kind) for name, kind in _COLUMNS.items()}
-    source_of = np.empty(total, dtype=np.int32)
+    source_of, num_texts = np.empty(total, dtype=np.int32), np.ones(total, dtype=np.int64)
     for shard, folder, start in zip(plan.shards, folders, first, strict=False):
         rows = _documents(folder)
         for name, column in columns.items():
             column[start : start + len(rows)] = rows[name]
         source_of[start : start + len(rows)] = shard.source
+        if (texts := _texts(folder)) is not None:
+            num_texts[start : start + len(rows)] = np.bincount(texts[0], minlength=len(rows))
     hashes, *rest = columns.values()
-    return DocumentTable(hashes, *rest, source_of, first[:-1].tolist())
+    return DocumentTable(hashes, *rest, source_of, first[:-1].tolist(), num_texts)
 
 
 _COLUMNS = {"hash": np.uint64, "num_tokens": np.int64, "num_bytes": np.int64, "dropped_by": np.uint8}
@@ -56,21 +59,38 @@ def _documents(folder: Path) -> np.ndarray:
     return np.load(folder / DOCUMENTS)
 
 
+def _texts(folder: Path) -> tuple[np.ndarray, np.ndarray] | None:
+    """Of a shard with several texts per document: each text's document, counted from 0, and length, int64 (texts,)."""
+    if not (folder / TEXTS).exists():
+        return None
+    lengths = np.fromfile(folder / TEXTS, TEXT_LENGTH).astype(np.int64)
+    ends = np.cumsum(_documents(folder)["num_tokens"])
+    return np.searchsorted(ends, np.cumsum(lengths) - lengths, "right"), lengths
+
+
+def _row_lengths(folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Each row's document, counted from 0, and length, int64 (rows,): a row for each text, or a document in parts."""
+    if (texts := _texts(folder)) is not None:
+        return texts
+    num_tokens = _documents(folder)["num_tokens"]
+    rows_of = -(-num_tokens // _ROW_TOKENS)
+    documents = np.repeat(np.arange(len(num_tokens)), rows_of)
+    lengths = np.full(len(documents), _ROW_TOKENS)
+    last = np.cumsum(rows_of)[rows_of > 0] - 1
+    lengths[last] = (num_tokens - (rows_of - 1) * _ROW_TOKENS)[rows_of > 0]
+    return documents, lengths
+
+
 def token_rows(folder: Path, first: int, dtype: np.dtype) -> Iterator[Rows]:
-    """Tokens of a shard, a limited number at a time; long documents are several rows.
+    """Tokens of a shard, a limited number at a time; long documents are several rows, as are those of several texts.
 
     Args:
         folder: of the shard.
         first: number of its first document.
         dtype: of its tokens.
     """
-    num_tokens = _documents(folder)["num_tokens"]
-    rows_of = -(-num_tokens // _ROW_TOKENS)
-    documents = np.repeat(np.arange(first, first + len(num_tokens)), rows_of)
-    lengths = np.full(len(documents), _ROW_TOKENS)
-    last = np.cumsum(rows_of)[rows_of > 0] - 1
-    lengths[last] = (num_tokens - (rows_of - 1) * _ROW_TOKENS)[rows_of > 0]
-    ends = np.cumsum(lengths)
+    documents, lengths = _row_lengths(folder)
+    documents, ends = documents + first, np.cumsum(lengths)
     with open(folder / TOKENS, "rb") as file:
         start = 0
         while start < len(lengths):

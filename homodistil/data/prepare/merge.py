@@ -21,6 +21,7 @@ from homodistil.data.prepare.document_table import DocumentTable, chosen, docume
 from homodistil.data.prepare.packing import BlockFile, Packer, split
 from homodistil.data.prepare.shard_plan import Plan
 from homodistil.data.prepare.shards import SUMMARY, Recipe
+from homodistil.data.prepare.text_packing import TextPacker
 from homodistil.data.task import Frame
 from homodistil.errors import UserError
 
@@ -68,6 +69,12 @@ def merge(folder: Path, plan: Plan, shards: list[Path], recipe: Recipe, frame: F
     _write(folder / SUMMARY_FILE, summary)
 
 
+def _packer(recipe: Recipe, frame: Frame, seq_len: int, weight: float = 1.0) -> Packer | TextPacker:
+    if recipe.texts is None:
+        return Packer(frame, seq_len, weight)
+    return TextPacker(frame, seq_len, recipe.texts, weight)
+
+
 class _Side:
     """Writes one split.
 
@@ -88,20 +95,20 @@ class _Side:
     ) -> None:
         self._summary = {"documents": int(is_on.sum()), "tokens": int(table.num_tokens[is_on].sum())}
         if set(weights) <= {1.0}:
-            self._packers = [Packer(frame, seq_len)] * len(recipe.sources)
+            self._packers = [_packer(recipe, frame, seq_len)] * len(recipe.sources)
             groups = [is_on]
         else:
-            self._packers = [Packer(frame, seq_len, weight) for weight in weights]
+            self._packers = [_packer(recipe, frame, seq_len, weight) for weight in weights]
             groups = [is_on & (table.source_of == index) for index in range(len(weights))]
         num_blocks = [
-            packer.num_blocks(int(rows.sum()), int(table.num_tokens[rows].sum()))
+            packer.num_blocks(table.num_tokens[rows], table.num_texts[rows])
             for packer, rows in zip(self._packers, groups, strict=False)
         ]
         if len(groups) > 1:
             self._summary["blocks_by_source"] = num_blocks
         self.num_blocks = sum(num_blocks)
         self._out = BlockFile(path, sum(num_blocks), seq_len, recipe.token_dtype)
-        self._packer: Packer | None = None
+        self._packer: Packer | TextPacker | None = None
 
     def add(self, source: int, rows) -> None:
         packer = self._packers[source]

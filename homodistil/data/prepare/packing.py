@@ -116,9 +116,9 @@ class Packer:
         self._last_document = -1
         self._made = 0
 
-    def num_blocks(self, num_documents: int, num_tokens: int) -> int:
-        """Written for so many documents, none of them empty, with so many tokens."""
-        length = num_tokens + max(num_documents - 1, 0)
+    def num_blocks(self, num_tokens: np.ndarray, _num_texts: np.ndarray | None = None) -> int:
+        """Written for documents of so many tokens each, int64 (documents,), none of them empty."""
+        length = int(num_tokens.sum()) + max(len(num_tokens) - 1, 0)
         made = length // self._body if self._frame.pad is None else -(-length // self._body)
         return int(made * self._weight)
 
@@ -147,9 +147,22 @@ class Packer:
         return np.insert(rows.values, (np.cumsum(lengths) - lengths)[starts], self._frame.between).astype(np.int32)
 
     def _write(self, blocks: np.ndarray, out: BlockFile) -> None:
-        if self._weight != 1:
-            up, down = self._weight.numerator, self._weight.denominator
-            ends = np.arange(self._made, self._made + len(blocks) + 1) * up // down
-            self._made += len(blocks)
-            blocks = np.repeat(blocks, np.diff(ends), axis=0)
+        self._made, blocks = repeated(blocks, self._weight, self._made)
         out.add(blocks)
+
+
+def repeated(blocks: np.ndarray, weight: Fraction, num_before: int) -> tuple[int, np.ndarray]:
+    """Blocks as often as `weight` says, which ones come once more spread evenly.
+
+    Args:
+        blocks: (n, seq_len), the next ones of their source.
+        num_before: of the source, before these.
+
+    Returns:
+        num_before + n, and the blocks that are written.
+    """
+    num_after = num_before + len(blocks)
+    if weight != 1:
+        ends = np.arange(num_before, num_after + 1) * weight.numerator // weight.denominator
+        blocks = np.repeat(blocks, np.diff(ends), axis=0)
+    return num_after, blocks

@@ -2,6 +2,7 @@
 
 NNNNN/tokens.bin       token ids of all documents, one after the other
 NNNNN/documents.npy    one row of dtype DOCUMENT per document
+NNNNN/texts.bin        where texts are sentences: tokens of each text, uint32
 NNNNN/signatures.bin   with data.near_duplicates: (documents, NUM_HASHES) uint32
 NNNNN/summary.json     counts, and size and sha256 of each file
 """
@@ -22,11 +23,13 @@ from tokenizers import Tokenizer
 
 from homodistil.data.prepare.filters import HEAD_CHARS, Filters
 from homodistil.data.prepare.shard_plan import Shard
+from homodistil.data.prepare.texts import TextRule
 from homodistil.data.sources.documents import Piece, read
 from homodistil.data.sources.sources import Source
 from homodistil.files import file_sha256
 
 TOKENS, DOCUMENTS, SIGNATURES, SUMMARY = "tokens.bin", "documents.npy", "signatures.bin", "summary.json"
+TEXTS, TEXT_LENGTH = "texts.bin", np.dtype("<u4")
 DOCUMENT = np.dtype([("hash", "<u8"), ("num_tokens", "<i8"), ("num_bytes", "<i8"), ("dropped_by", "u1")])
 # Limits the memory: the objects of the tokenizer need about 100 bytes per token.
 _BATCH_PIECES, _BATCH_CHARS = 4096, 1 << 20
@@ -39,6 +42,8 @@ class Recipe(NamedTuple):
     tokenizer: Tokenizer
     """The fast tokenizer without truncation and padding."""
     filters: Filters
+    texts: TextRule | None = None
+    """Where every block holds one text: what a text is."""
 
     @property
     def token_dtype(self) -> np.dtype:
@@ -88,7 +93,7 @@ class _Writer:
 
     def __init__(self, folder: Path, recipe: Recipe, advance: Callable[[int], None]) -> None:
         self._folder, self._dtype, self._filters, self._advance = folder, recipe.token_dtype, recipe.filters, advance
-        self._tokenizer = recipe.tokenizer
+        self._tokenizer, self._rule = recipe.tokenizer, recipe.texts
         self._tokenizer.encode_special_tokens = True  # "[MASK]" in a text becomes three ordinary tokens
         self._files = {name: _HashedFile(folder / name) for name in self._names()}
         self._rows = array("Q"), array("q"), array("q"), array("B")
@@ -97,7 +102,13 @@ class _Writer:
         self._chars = self._bytes = 0
 
     def _names(self) -> list[str]:
-        return [TOKENS, SIGNATURES] if self._filters.near_duplicates else [TOKENS]
+        more = {SIGNATURES: self._filters.near_duplicates, TEXTS: self._has_texts}
+        return [TOKENS, *(name for name, is_wanted in more.items() if is_wanted)]
+
+    @property
+    def _has_texts(self) -> bool:
+        """Whether texts are shorter than documents, and end where tokens do not tell."""
+        return self._rule is not None and self._rule.unit == "sentence"
 
     def add_document(self, pieces) -> None:
         """Add a document; one that consists of white space only is ignored."""
@@ -107,9 +118,12 @@ class _Writer:
             if piece.strip():
                 encoded = piece.encode("utf-8", "surrogatepass")
                 digest.update(encoded)
-                size += len(encoded)
                 head.add(piece)
-                self._add_piece(number, piece, len(encoded))
+                parts = [piece] if self._rule is None else self._rule.parts(piece, is_first=not size)
+                size += len(encoded)
+                self._bytes += len(encoded)
+                for part in parts:
+                    self._add_part(number, part)
         if not size:
             return
         hashes.append(int.from_bytes(digest.digest(), "little"))
@@ -118,11 +132,10 @@ class _Writer:
         if self._filters.near_duplicates:
             self._files[SIGNATURES].write(self._filters.signature(head.text()).tobytes())
 
-    def _add_piece(self, document: int, piece: Piece, num_bytes: int) -> None:
+    def _add_part(self, document: int, part: Piece) -> None:
         self._owners.append(document)
-        self._texts.append(piece)
-        self._chars += len(piece)
-        self._bytes += num_bytes
+        self._texts.append(part)
+        self._chars += len(part)
         if self._chars >= _BATCH_CHARS or len(self._texts) >= _BATCH_PIECES:
             self._tokenize()
 
@@ -134,6 +147,8 @@ class _Writer:
             num_tokens.extend([0] * (owner + 1 - len(num_tokens)))
             num_tokens[owner] += len(ids)
             self._files[TOKENS].write(np.array(ids, dtype=self._dtype).tobytes())
+            if ids and self._has_texts:
+                self._files[TEXTS].write(np.array(len(ids), dtype=TEXT_LENGTH).tobytes())
         self._advance(self._bytes)
         self._texts, self._owners, self._chars, self._bytes = [], [], 0, 0
 

@@ -31,9 +31,9 @@ from homodistil.models.architecture import BERT_LIKE, Architecture
 from homodistil.models.axes import Widths, num_layers
 from homodistil.models.family import ModelFamily
 
-NEEDS = frozenset({"embedding", "hidden", "queries_keys", "values", "logits"})
-"""What a term may read: the input of layer 0, outputs of layers, queries and keys of layers, values of one layer, and
-the vocabulary head."""
+NEEDS = frozenset({"embedding", "hidden", "queries_keys", "values", "logits", "last"})
+"""What a term may read: the input of layer 0, outputs of layers, queries and keys of layers, values of one layer, the
+vocabulary head, and what the backbone puts out (the last layer's output, behind the final norm where there is one)."""
 
 
 class StudentSide(Protocol):
@@ -176,8 +176,9 @@ class Term:
         """Once a pass, when everything else has been compared. See `weighted`.
 
         Args:
-            last: output of the student's last layer, (B, T, D).
-            step: its teacher may be None. `step.teacher.logits` is for terms that need "logits".
+            last: what the student's backbone puts out, (B, T, D).
+            step: its teacher may be None. `step.teacher.logits` is for terms that need "logits", `take_last` for those
+                that need "last".
         """
         return None
 
@@ -190,7 +191,7 @@ class Term:
     # -- what it learns with the student
 
     def modules(self, layer_map: LayerMap, hidden_size: int) -> dict[str, nn.Module]:
-        """Moment ("embedding", "layer_0", ..., "last") -> a module that is trained along (see losses/projection.py).
+        """Moment ("embedding", "layer_0", ..., "last", "end") -> a module that is trained along (losses/projection.py).
 
         It is called with (student, teacher, attention_mask), and where nothing is compared with (student, None, None);
         `student_dim` is the dimension of its only parameter, `weight`, that runs over the student's hidden size, and

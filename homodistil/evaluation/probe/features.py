@@ -1,8 +1,10 @@
-"""Vectors of sentences from a frozen encoder or decoder: the mean of the last hidden states of a sentence's tokens."""
+"""Vectors of sentences from a frozen encoder or decoder: the mean of the last hidden states of a sentence's tokens, or
+what sentence-transformers makes of them where its modules lie beside the model."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -14,6 +16,13 @@ from homodistil.data.tokenizer import check_ids, check_words, read_tokenizer
 from homodistil.evaluation import progress
 from homodistil.evaluation.glue.checkpoint import FIELD, load_model, max_tokens
 from homodistil.models.config_file import read_config
+from homodistil.models.sentence_head import load_sentence_head
+from homodistil.models.sentence_modules import (
+    SentenceModules,
+    read_sentence_modules,
+    sentence_root,
+    transformer_folder,
+)
 
 BATCH_TOKENS = 4096
 """Tokens of a batch, padding included: what keeps a core busy and fits any GPU."""
@@ -41,12 +50,16 @@ class SentenceFeatures:
         device: torch.device | str = "cpu",
         dtype: Literal["float32", "bfloat16"] = "float32",
     ) -> None:
+        is_embedder = sentence_root(folder) is not None
+        modules = read_sentence_modules(folder, "auto", FIELD) if is_embedder else SentenceModules(normalises=False)
+        folder = str(transformer_folder(Path(folder), FIELD)) if Path(folder).is_dir() else folder
         config = read_config(folder, FIELD)
-        self.max_length = min(max_length, max_tokens(config, max_length))
+        self.max_length = min(max_length, max_tokens(config, max_length), modules.max_seq_length or max_length)
         self.tokenizer = _tokenizer(folder, config.vocab_size)
         self.device = torch.device(device)
         model = load_model(AutoModel, folder)
         self.model = model.eval().requires_grad_(False).to(self.device, getattr(torch, dtype))
+        self._head, self._prompt = load_sentence_head(modules, FIELD).to(self.device), modules.prompt("auto")
 
     @property
     def num_parameters(self) -> int:
@@ -54,23 +67,23 @@ class SentenceFeatures:
         return sum(p.numel() for name, p in self.model.named_parameters() if not name.startswith("pooler."))
 
     def encode(self, sentences: Sequence[str]) -> np.ndarray:
-        """(N, hidden) float32: one row per sentence. Sentences that occur twice are computed once."""
+        """(N, dims of a vector) float32: one row per sentence. Sentences that occur twice are computed once."""
         place = {sentence: i for i, sentence in enumerate(dict.fromkeys(sentences))}
-        ids = self.tokenizer(list(place), truncation=True, max_length=self.max_length)["input_ids"]
-        rows = np.empty((len(ids), self.model.config.hidden_size), np.float32)
+        texts = [self._prompt + sentence for sentence in place]
+        ids = self.tokenizer(texts, truncation=True, max_length=self.max_length)["input_ids"]
+        rows = np.empty((len(ids), self._head.num_dims or self.model.config.hidden_size), np.float32)
         batches = list(_batches(list(map(len, ids))))
         for number, batch in enumerate(batches, start=1):
             progress.now(f"batch {number} of {len(batches)}")
-            rows[batch] = self._mean_states([ids[i] for i in batch]).cpu().numpy()
+            rows[batch] = self._vectors([ids[i] for i in batch]).cpu().numpy()
         return rows[[place[sentence] for sentence in sentences]]
 
     @torch.no_grad()
-    def _mean_states(self, ids: list[list[int]]) -> Tensor:
-        """(B, hidden) float32, on the device."""
+    def _vectors(self, ids: list[list[int]]) -> Tensor:
+        """(B, dims) float32, on the device."""
         batch = self.tokenizer.pad({"input_ids": ids}, return_tensors="pt").to(self.device)
         states = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
-        mask = batch["attention_mask"].unsqueeze(-1).float()
-        return (states.float() * mask).sum(1) / mask.sum(1).clamp(min=1)  # a sentence of no tokens is 0
+        return self._head(states, batch["attention_mask"])
 
 
 def _tokenizer(folder: str, vocab_size: int) -> PreTrainedTokenizerBase:

@@ -13,8 +13,6 @@ from homodistil.errors import UserError
 from homodistil.export.formats.layout import FORMATS
 from homodistil.files import writing
 
-MODULES_FILE = "modules.json"
-"""The list of modules of a sentence-transformers folder."""
 _KEPT = (".json", ".txt", ".model", ".md")
 _WEIGHTS_INDEX = ".index.json"
 

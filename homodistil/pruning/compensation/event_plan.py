@@ -61,8 +61,10 @@ def plan_event(
     if not mapped:
         return make_plan(table, keep), None
     heads = [axis for axis in mapped if axis != "hidden"]
-    basis = _closed_form(options, family.has_head(model)) if "hidden" in mapped else None
-    statistics = collect(model, family, batches, {layer_of(axis) for axis in heads}, basis, options.seed)
+    can_weigh = family.has_head(model) or options.pooling is not None
+    basis = _closed_form(options, can_weigh) if "hidden" in mapped else None
+    layers = {layer_of(axis) for axis in heads}
+    statistics = collect(model, family, batches, layers, basis, options.seed, options.pooling)
     kept = {axis: leading(table, keep, axis) if axis in mapped else keep[axis] for axis in keep}
     maps = AxisMaps(model, family, table, keep)
     for axis in heads:
@@ -91,11 +93,11 @@ def _project(
         maps.project(_trained(network, start, projection, fixed, batches, options, statistics.decoder))
 
 
-def _closed_form(options: Options, has_head: bool) -> str:
+def _closed_form(options: Options, can_weigh: bool) -> str:
     """The basis that is used, or that the training of one begins with."""
     if options.basis != "learned":
         return options.basis
-    return "fisher" if has_head else "pca"
+    return "fisher" if can_weigh else "pca"
 
 
 def _trained(

@@ -42,13 +42,16 @@ def residual_projection(statistics: Statistics, width: int, fixed: Tensor, seed:
 
 
 def _spread(statistics: Statistics) -> Tensor:
-    """What there is to keep: mean over places of covariance / trace, plus the decoder rows' by predicted token.
+    """What there is to keep: mean over places of covariance / trace, plus the decoder rows' by predicted token, or that
+    of the vectors of texts.
 
     Where no mean is taken out of rows (RMSNorm, linears without biases), second moments instead of covariances.
     """
     is_centred = statistics.is_centred
     moments = [part.covariance if is_centred else part.second for part in statistics.residual]
     spread = torch.stack([_per_trace(matrix) for matrix in moments]).mean(0)
+    if statistics.vectors is not None:
+        spread = spread + _per_trace(statistics.vectors.covariance)
     return spread if statistics.decoder is None else spread + _per_trace(statistics.decoder)
 
 
@@ -59,6 +62,8 @@ def _weights(statistics: Statistics) -> Tensor:
     weights = torch.eye(size, dtype=torch.float64, device=sums.device)
     if statistics.gradient is None:
         return weights
+    if statistics.head_rows is None:
+        return _per_trace(statistics.gradient) * size + IDENTITY_SHARE * weights
     of_gradient, of_head = (_per_trace(m) * size for m in (statistics.gradient, statistics.head_rows.second))
     return of_gradient + of_head + IDENTITY_SHARE * weights
 

@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
 from homodistil.data.batch import Batch
@@ -21,7 +22,9 @@ from homodistil.models.axes import layer_widths
 from homodistil.models.backbone import run_backbone
 from homodistil.models.family import ModelFamily
 from homodistil.models.norms import Norm
+from homodistil.models.sentence_head import PoolingMode, pooled
 from homodistil.pruning.compensation.moments import TINY, Moments, moments_of
+from homodistil.pruning.compensation.vectors import drawn_directions
 
 _LOGITS_AT_ONCE = 1 << 25
 """Elements: 128 MiB of probabilities in fp32."""
@@ -46,12 +49,14 @@ class Statistics(NamedTuple):
     residual: list[Moments] | None = None
     """Moments of the residual stream as each block reads it, behind a norm; None when not measured."""
     gradient: Tensor | None = None
-    """(D, D): E[g g'] of the log-likelihood of labels drawn from the model itself, summed over these places; None where
-    directions are not weighed by it."""
+    """(D, D): E[g g'] of the log-likelihood of labels drawn from the model itself, or of vectors of texts in directions
+    drawn for them, summed over these places; None where directions are not weighed by it."""
     head_rows: Moments | None = None
     """Moments of what enters the decoder at the rows to predict, (D + 1, D + 1); None: the model has no head."""
     decoder: Tensor | None = None
     """(D, D): `decoder_gram` by the mean predicted probabilities there."""
+    vectors: Moments | None = None
+    """Moments of the normalised vectors of texts, (D + 1, D + 1); None: the model is no embedder."""
 
 
 def collect(
@@ -61,6 +66,7 @@ def collect(
     head_layers: Collection[int],
     basis: Literal["fisher", "pca"] | None,
     seed: int,
+    pooling: PoolingMode | None = None,
 ) -> Statistics:
     """Statistics of a frozen `model` in evaluation mode. Every rank calls it with its own micro-batches.
 
@@ -68,14 +74,18 @@ def collect(
         head_layers: layers whose heads are looked at.
         basis: None: the residual stream is not looked at. pca: its activations are, and what the head predicts, if the
             model has one, on the first half of the batches; fisher: gradients there, too.
-        seed: of the labels that are drawn.
+        seed: of the labels or directions that are drawn.
+        pooling: of a sentence embedder, whose vectors then stand for what a head predicts, on all batches.
     """
     collector = _Collector(model, family, sorted(head_layers), basis)
     num_with_head = -(-len(batches) // 2) if basis is not None and family.has_head(model) else 0
     try:
         for i, batch in enumerate(batches):
             first = (i * ranks.world_size() + ranks.rank()) * len(batch.input_ids)
-            collector.run(batch, uniform_numbers(batch, first, seed) if i < num_with_head else None)
+            if basis is not None and pooling is not None:
+                collector.run_vectors(batch, drawn_directions(batch, first, seed, _hidden_size(model, family)), pooling)
+            else:
+                collector.run(batch, uniform_numbers(batch, first, seed) if i < num_with_head else None)
     finally:
         collector.remove_hooks()
     return collector.result()
@@ -135,6 +145,17 @@ class _Collector:
                 if rows.requires_grad:
                     rows.backward(gradient)
 
+    def run_vectors(self, batch: Batch, directions: Tensor, pooling: PoolingMode) -> None:
+        """One micro-batch of single texts, whose normalised vectors are seen, and their gradients in `directions`."""
+        self._batch = batch
+        with torch.set_grad_enabled(self._with_gradients):
+            hidden = run_backbone(self.model, self.family, batch.input_ids, batch.padding_mask)
+            vectors = functional.normalize(pooled(hidden, batch.attention_mask, pooling), dim=-1)
+            self._add("vectors", moments_of(vectors.detach()))
+            if vectors.requires_grad:
+                for one in directions:
+                    vectors.backward(one, retain_graph=True)
+
     @torch.no_grad()
     def _head_gradient(self, rows: Tensor, numbers: Tensor) -> Tensor:
         """Gradient of -log p(label) with respect to what enters the decoder, (rows, D), by chunks of rows."""
@@ -180,13 +201,18 @@ class _Collector:
         residual = [Moments(sums[f"residual.{j}"]) for j in range(len(self._places))]
         is_centred = all(place.norm.is_centred for place in self._places if place.norm is not None)
         kinds = is_centred, is_centred and self.family.rotation_is_exact(self.model)
+        gradient = Moments(sums["gradient"]).second if "gradient" in sums else None
         if "predictions" not in sums:
-            return Statistics(heads, *kinds, residual)
+            vectors = Moments(sums["vectors"]) if "vectors" in sums else None
+            return Statistics(heads, *kinds, residual, gradient, vectors=vectors)
         head_rows = Moments(sums["head_rows"])
         predictions = sums["predictions"] / sums["predictions"].sum().clamp(min=TINY)
         gram = decoder_gram(self.family.decoder(self.model).weight, predictions)
-        gradient = Moments(sums["gradient"]).second if "gradient" in sums else None
         return Statistics(heads, *kinds, residual, gradient, head_rows, gram)
+
+
+def _hidden_size(model: nn.Module, family: ModelFamily) -> int:
+    return family.axis_table(model).widths["hidden"]
 
 
 def uniform_numbers(batch: Batch, first_sequence: int, seed: int) -> Tensor:

@@ -10,13 +10,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from homodistil.data.batch import Batch
+from homodistil.distill.losses.pooled import PROJECTION
 from homodistil.distill.student import Student
 from homodistil.models.axes import Keep
 from homodistil.models.resize_plan import DimMaps, ResizePlan, make_plan
-from homodistil.pruning.compensation import Options, compensate
+from homodistil.pruning.compensation import Compensated, Options, compensate
+from homodistil.pruning.compensation.vectors import fit_projection
+
+_VECTORS_WEIGHT = f"projections.{PROJECTION}.weight"
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,26 @@ def propose(student: Student, keep: Keep, batches: Sequence[Batch], options: Opt
     maps: dict[str, DimMaps] = {f"model.{name}": dims for name, dims in compensated.plan.maps.items()}
     maps |= _projection_maps(student, compensated.plan)
     weights = {f"model.{name}": parameter.detach() for name, parameter in compensated.model.named_parameters()}
+    if options.pooling is not None and PROJECTION in student.projections:
+        weights[_VECTORS_WEIGHT] = _fitted_projection(student, compensated, batches, options)
     return EventChange(make_plan(student.axis_table(), compensated.plan.keep, maps), weights, compensated.report)
+
+
+def _fitted_projection(
+    student: Student, compensated: Compensated, batches: Sequence[Batch], options: Options
+) -> Tensor:
+    """W of the vectors after the event, (E, d): contracted as the stream is, then fitted to what vectors were."""
+    weight, plan = student.projections[PROJECTION].weight.detach(), compensated.plan
+    residual = residual_map(student, plan)
+    if residual is not None:
+        start = weight @ residual.to(weight)
+    else:
+        start = weight[:, plan.keep["hidden"].to(weight.device)] if "hidden" in plan.keep else weight
+    projection = nn.Linear(start.shape[1], start.shape[0], bias=False, device=start.device, dtype=start.dtype)
+    projection.weight.data = start.clone()
+    models = student.model, compensated.model
+    fit_projection(projection, weight, models, student.family, batches, options.pooling, options.ridge)
+    return projection.weight.detach()
 
 
 def _projection_maps(student: Student, plan: ResizePlan) -> dict[str, DimMaps]:

@@ -23,16 +23,17 @@ OURS = [f"homobert-{size}" for size in ("base", "small", "xsmall", "tiny")]
 PAPERS = [*(f"{name}-paper" for name in OURS), "paper"]
 HALVES = ["roberta-half", "xlmr-half", "modernbert-half", "modernbert-22m", "smollm2-half", "qwen3-0.6b-to-0.3b"]
 HALVES += ["llama-3.2-1b-half", "quickstart-decoder"]  # tests/unit/config/test_half_recipes.py
+EMBEDDERS = ["quickstart-embedder"]  # tests/distributed/test_embedder.py
 SOURCES = {"paper", "authors", "ours", "same"}
 WORDS = "the a whale ship sea captain white old sails deep over under and harpoon storm night crew of".split()
 
 
 def test_all_recipes_are_tested():
     others = {"quickstart", "family"}  # tests/distributed/test_job.py, tests/faults/test_family.py
-    assert set(recipe_names()) == {*others, *OURS, *PAPERS, *BASELINES, *HALVES}
+    assert set(recipe_names()) == {*others, *OURS, *PAPERS, *BASELINES, *HALVES, *EMBEDDERS}
 
 
-@pytest.mark.parametrize("name", OURS + PAPERS + BASELINES + HALVES)
+@pytest.mark.parametrize("name", OURS + PAPERS + BASELINES + HALVES + EMBEDDERS)
 def test_every_value_names_its_source(name):
     text = (RECIPES / f"{name}.yaml").read_text()
     lines = [line for line in text.splitlines() if line.startswith("  ")]

@@ -45,14 +45,14 @@ def test_blocks_are_cut_out_of_the_stream_of_documents(tmp_path):
     packer = Packer(frame, seq_len=4)
     documents = [[11, 12, 13], [21, 22], [31, 32, 33, 34, 35]]
     stream = [11, 12, 13, 0, 21, 22, 0, 31, 32, 33, 34, 35]
-    assert packer.num_blocks(3, 10) == len(stream) // 4 == 3
+    assert packer.num_blocks(np.array([3, 3, 4])) == len(stream) // 4 == 3
     out = BlockFile(tmp_path / "blocks.npy", 3, 4, np.dtype(np.uint16))
     for i, document in enumerate(documents):
         packer.add(Rows(np.array([i]), np.array([len(document)]), np.array(document)), out)
     packer.close(out)
     out.close()
     assert np.load(tmp_path / "blocks.npy").tolist() == np.reshape(stream, (3, 4)).tolist()
-    assert Packer(frame, 5).num_blocks(3, 10) == 2  # the rest of two tokens fills no block
+    assert Packer(frame, 5).num_blocks(np.array([3, 3, 4])) == 2  # the rest of two tokens fills no block
 
 
 def test_the_task_follows_from_the_teacher():

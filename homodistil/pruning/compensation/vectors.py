@@ -1,0 +1,94 @@
+"""Compensation by the vectors of texts: which directions they depend on, and a W that makes up for a cut.
+
+Of a sentence embedder, whose student has no vocabulary head. B texts of a batch, D hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from homodistil.data.batch import Batch
+from homodistil.models.backbone import run_backbone
+from homodistil.models.family import ModelFamily
+from homodistil.models.sentence_head import PoolingMode, pooled
+from homodistil.pruning.compensation.least_squares import Rows, fit_linear
+from homodistil.pruning.compensation.moments import TINY
+
+NUM_DIRECTIONS = 4
+"""Drawn for each text: its vector has many more dims, and a calibration has a hundred texts or so."""
+
+
+def drawn_directions(batch: Batch, first_sequence: int, seed: int, size: int) -> Tensor:
+    """Standard normal directions, fp32 (NUM_DIRECTIONS, B, size): the same however texts are dealt out to
+    micro-batches.
+
+    Gradients of the vector times such a direction have the second moment J'J: the Fisher information of a normal
+    distribution around the vector.
+
+    Args:
+        first_sequence: place of the batch's first text among those of all ranks.
+        size: dims of a vector.
+    """
+    seeds = ((seed * 1_000_003 + first_sequence + b) % 2**63 for b in range(len(batch.input_ids)))
+    drawn = [torch.randn(NUM_DIRECTIONS, size, generator=torch.Generator().manual_seed(one)) for one in seeds]
+    return torch.stack(drawn, 1).to(batch.input_ids.device)
+
+
+@torch.no_grad()
+def fit_projection(
+    projection: nn.Linear,
+    target: Tensor,
+    models: tuple[nn.Module, nn.Module],
+    family: ModelFamily,
+    batches: Sequence[Batch],
+    pooling: PoolingMode,
+    ridge: float,
+) -> None:
+    """Fit W, in place, so that the vectors of a cut network are what those of the old one were, by direction.
+
+    Args:
+        projection: W' as the cut has left it, (E, d).
+        target: W before it, (E, D).
+        models: old and new backbone.
+        ridge: see `fit_linear`.
+    """
+
+    def rows() -> Iterator[Rows]:
+        for batch in batches:
+            old, new = (pooled_states(model, family, batch, pooling) for model in models)
+            wanted = functional.linear(old, target)
+            yield Rows(new, wanted, 1 / wanted.norm(dim=1, keepdim=True).clamp(min=TINY))
+
+    fit_linear([projection], rows(), ridge)
+
+
+def pooled_states(model: nn.Module, family: ModelFamily, batch: Batch, pooling: PoolingMode) -> Tensor:
+    """What the backbone puts out, one vector for each text, fp32 (B, D)."""
+    return pooled(run_backbone(model, family, batch.input_ids, batch.padding_mask), batch.attention_mask, pooling)
+
+
+@torch.no_grad()
+def mean_turn(
+    models: tuple[nn.Module, nn.Module],
+    rotation: Tensor,
+    family: ModelFamily,
+    batches: Sequence[Batch],
+    pooling: PoolingMode,
+) -> tuple[float, int]:
+    """(sum over texts of 1 - cosine of the vectors of both models, texts), of this rank.
+
+    Args:
+        models: one, and the same after its residual stream has been rotated.
+        rotation: (D, D), by which that was done.
+    """
+    turn, count = 0.0, 0
+    for batch in batches:
+        before, after = (pooled_states(model, family, batch, pooling) for model in models)
+        back = after @ rotation.T.to(after)
+        turn += (1 - functional.cosine_similarity(before, back, dim=1)).sum().item()
+        count += len(before)
+    return turn, count
