@@ -193,12 +193,26 @@ else:
 """
 
 
-def test_the_notebook(call, tmp_path, cache_dir):
-    text = (ROOT / "docs/notebooks/quickstart.ipynb").read_text()
-    shorter = {"correction_steps=100": "correction_steps=0", "steps=100": "steps=4, seq_len=16"}
-    shorter |= {'_sequences\\": 64': '_sequences\\": 32', '_fraction\\": 0.02': '_fraction\\": 0.002'}
+def run_notebook(call, folder: Path, cache_dir: Path, name: str, shorter: dict[str, str]) -> str:
+    """The last output of a notebook of docs/, in which some texts are replaced to make its run short."""
+    text = (ROOT / "docs" / "notebooks" / name).read_text()
     for long, short in shorter.items():
         assert long in text
         text = text.replace(long, short)
-    (tmp_path / "notebook.ipynb").write_text(text.replace("out=", f"cache_dir={str(cache_dir)!r}, out="))
-    assert "report.html" in call("python", "-c", RUN_NOTEBOOK, "notebook.ipynb").splitlines()[-1]
+    (folder / "notebook.ipynb").write_text(text.replace("out=", f"cache_dir={str(cache_dir)!r}, out="))
+    return call("python", "-c", RUN_NOTEBOOK, "notebook.ipynb")
+
+
+def test_the_notebook(call, tmp_path, cache_dir):
+    shorter = {"correction_steps=100": "correction_steps=0", "steps=100": "steps=4, seq_len=16"}
+    shorter |= {'_sequences\\": 64': '_sequences\\": 32', '_fraction\\": 0.02': '_fraction\\": 0.002'}
+    output = run_notebook(call, tmp_path, cache_dir, "quickstart.ipynb", shorter)
+    assert "report.html" in output.splitlines()[-1]
+
+
+@pytest.mark.full
+def test_the_notebook_of_an_embedder(call, tmp_path, cache_dir):
+    pytest.importorskip("sentence_transformers")
+    shorter = {"steps=60": 'steps=2, compensation_sequences=32, **{\\"data.heldout_fraction\\": 0.003}'}
+    output = run_notebook(call, tmp_path, cache_dir, "embedder.ipynb", shorter)
+    assert "onnx-int8" in output and (tmp_path / "runs/embedder/export/onnx/model.onnx").is_file()

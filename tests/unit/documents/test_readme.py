@@ -14,7 +14,7 @@ from homodistil.config.command_line import parse, parse_job
 from homodistil.data.prepare.filters import _INSTALLED_AS
 
 ROOT = Path(__file__).parents[3]
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [ROOT / "README.md", ROOT / "SKILL.md", *sorted((ROOT / "docs").glob("*.md"))]
 PROGRAMS = ("deepspeed", "homodistil", "python", "sbatch", "torchrun")
 
 
