@@ -12,7 +12,8 @@ from homodistil.data.prepare.packing import Rows
 from homodistil.data.prepare.shard_plan import Plan
 from homodistil.data.prepare.shards import DOCUMENTS, TEXT_LENGTH, TEXTS, TOKENS
 
-_ROW_TOKENS = 1 << 20  # maximum per row, and in memory at once
+ROW_TOKENS = 1 << 20
+"""Maximum of a row, and in memory at once. A passage never lies in two rows."""
 
 
 @dataclass
@@ -73,11 +74,11 @@ def _row_lengths(folder: Path) -> tuple[np.ndarray, np.ndarray]:
     if (texts := _texts(folder)) is not None:
         return texts
     num_tokens = _documents(folder)["num_tokens"]
-    rows_of = -(-num_tokens // _ROW_TOKENS)
+    rows_of = -(-num_tokens // ROW_TOKENS)
     documents = np.repeat(np.arange(len(num_tokens)), rows_of)
-    lengths = np.full(len(documents), _ROW_TOKENS)
+    lengths = np.full(len(documents), ROW_TOKENS)
     last = np.cumsum(rows_of)[rows_of > 0] - 1
-    lengths[last] = (num_tokens - (rows_of - 1) * _ROW_TOKENS)[rows_of > 0]
+    lengths[last] = (num_tokens - (rows_of - 1) * ROW_TOKENS)[rows_of > 0]
     return documents, lengths
 
 
@@ -95,7 +96,7 @@ def token_rows(folder: Path, first: int, dtype: np.dtype) -> Iterator[Rows]:
         start = 0
         while start < len(lengths):
             before = int(ends[start - 1]) if start else 0
-            end = max(start + 1, int(np.searchsorted(ends, before + _ROW_TOKENS, "right")))
+            end = max(start + 1, int(np.searchsorted(ends, before + ROW_TOKENS, "right")))
             values = np.fromfile(file, dtype, int(ends[end - 1]) - before)
             yield Rows(documents[start:end], lengths[start:end], values)
             start = end

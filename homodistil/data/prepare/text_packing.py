@@ -6,6 +6,7 @@ from fractions import Fraction
 
 import numpy as np
 
+from homodistil.data.prepare import document_table
 from homodistil.data.prepare.packing import BlockFile, Rows, repeated
 from homodistil.data.prepare.texts import TextRule
 from homodistil.data.task import Frame
@@ -30,7 +31,8 @@ class TextPacker:
     def num_blocks(self, num_tokens: np.ndarray, num_texts: np.ndarray) -> int:
         """Written for documents of so many tokens and (sentences) texts each, int64 (documents,), none of them 0."""
         if self._rule.unit == "passage":
-            num_texts = -(-num_tokens // self._body)
+            whole_rows, rest = np.divmod(num_tokens, document_table.ROW_TOKENS)
+            num_texts = whole_rows * -(-document_table.ROW_TOKENS // self._body) + -(-rest // self._body)
         made = len(num_tokens) if self._rule.unit == "document" else int(num_texts.sum())
         return int(made * self._weight)
 

@@ -83,11 +83,19 @@ def hashes(cache) -> dict[str, str]:
 def test_blocks_do_not_depend_on_shards_tasks_and_reading(tokenizer, source, tmp_path, monkeypatch, unit):
     fields = {"texts": unit, "seq_len": 16, "weights": [1.5]}
     prepare_corpus(config_of(source, tmp_path / "1", **fields), tokenizer)
-    monkeypatch.setattr(document_table, "_ROW_TOKENS", 1 << 10)  # several reads for a shard, and no document is as long
+    monkeypatch.setattr(document_table, "ROW_TOKENS", 1 << 10)  # several reads for a shard, and no document is as long
     small = config_of(source, tmp_path / "2", shard_bytes=500, **fields)
     assert isinstance(prepare_share(small, tokenizer, 1, 2), str)
     prepare_share(small, tokenizer, 0, 2)
     assert hashes(tmp_path / "1") == hashes(tmp_path / "2")
+
+
+def test_passages_hold_every_token_of_documents_longer_than_a_row(tokenizer, documents, source, tmp_path, monkeypatch):
+    monkeypatch.setattr(document_table, "ROW_TOKENS", 37)
+    corpus = prepare_corpus(config_of(source, tmp_path / "c", texts="passage", seq_len=12), tokenizer)
+    kept = [rows[range(len(rows))].ravel() for rows in (corpus.train, corpus.heldout)]
+    tokens = sum(int((~np.isin(ids, (PAD, CLS, SEP))).sum()) for ids in kept)
+    assert tokens == sum(len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in documents)
 
 
 def test_texts_are_part_of_the_name_for_this_task_alone(tokenizer, source, tmp_path):
