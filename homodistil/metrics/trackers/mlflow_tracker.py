@@ -5,12 +5,14 @@ Import it only where the package is installed (registry.py).
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import mlflow
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param
 
@@ -25,10 +27,12 @@ class MlflowTracker:
     """A run of MLflow; the one of before, if the run folder knows of one.
 
     Raises:
+        RuntimeError: no server is named, and the package cannot do without.
         Exception: whatever the client raises (also in the methods).
     """
 
     def __init__(self, run: TrackedRun) -> None:
+        _require_store()
         self._client, self._step = MlflowClient(), 0
         if run_id := kept_run_id(run.folder, "mlflow"):
             self._id = run_id
@@ -59,6 +63,12 @@ class MlflowTracker:
         params = list(_params(config))
         for start in range(0, len(params), _MAX_PARAMS):
             self._client.log_batch(self._id, params=params[start : start + _MAX_PARAMS])
+
+
+def _require_store() -> None:
+    """mlflow-skinny has no database, which is where MLflow writes unless it is told of a server."""
+    if mlflow.get_tracking_uri().startswith("sqlite") and importlib.util.find_spec("sqlalchemy") is None:
+        raise RuntimeError("set MLFLOW_TRACKING_URI to the address of a server; MLflow's own database needs sqlalchemy")
 
 
 def _params(config: Mapping[str, Mapping[str, Any]]) -> Iterator[Param]:

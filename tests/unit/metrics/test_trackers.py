@@ -5,6 +5,7 @@ import json
 import math
 import sys
 import threading
+import time
 
 import pytest
 import torch
@@ -175,4 +176,59 @@ def test_mlflow_gets_config_values_and_result_of_a_resumed_run_as_one(tmp_path, 
     assert math.isnan(run.data.metrics["heldout/mlm_loss"])
     results = {name: value for name, value in run.data.metrics.items() if name.startswith("result/")}
     assert results == {"result/parameters": 11, "result/kl_to_teacher": 0.5}
+    assert warnings_in(capsys.readouterr().err) == []
+
+
+def wandb_records(path):
+    """(type, record) of a file of W&B: LevelDB's log format behind a header of 7 bytes."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    content, position, parts, first, last = path.read_bytes(), 7, b"", 1, 4
+    while position + 7 <= len(content):
+        if (left := 32768 - position % 32768) < 7:  # a record's header is never split over two blocks
+            position += left
+            continue
+        size, kind = int.from_bytes(content[position + 4 : position + 6], "little"), content[position + 6]
+        parts += content[position + 7 : position + 7 + size]
+        position += 7 + size
+        if kind in (first, last):  # a whole record, or the last part of one
+            record, parts = Record.FromString(parts), b""
+            yield (name := record.WhichOneof("record_type")), getattr(record, name)
+
+
+def wandb_values(record) -> dict:
+    """The values of a record of W&B's by their names, without W&B's own."""
+    items = record.item if hasattr(record, "item") else record.update
+    values = {(item.key or "/".join(item.nested_key)): json.loads(item.value_json) for item in items}
+    return {name: value for name, value in values.items() if not name.startswith("_")}
+
+
+@needs("wandb")
+def test_wandb_gets_config_values_and_result_of_a_resumed_run_as_one(tmp_path, monkeypatch, capsys):
+    for name, value in {"MODE": "offline", "PROJECT": "small ones", "ERROR_REPORTING": "false"}.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    folder, config = tmp_path / "half", run_config(tmp_path, "wandb")
+    train(folder, config, start_step=0, last=4)
+    time.sleep(1.01 - time.time() % 1)  # W&B names its folders by the second
+    train(folder, config, start_step=2, last=6)
+    run_id = json.loads((folder / "trackers.json").read_text())["wandb"]
+    files = sorted(folder.glob("wandb/offline-run-*/run-*.wandb"))
+    parts = [list(wandb_records(path)) for path in files]
+    assert [path.name for path in files] == [f"run-{run_id}.wandb"] * 2
+    for part in parts:
+        (run,) = (record for name, record in part if name == "run")
+        assert (run.run_id, run.project, run.display_name) == (run_id, "small ones", "half")
+        sent = {update.key: json.loads(update.value_json) for update in run.config.update}
+        assert sent["train"]["lr"] == 0.25 and sent["run"]["name"] == "half"
+        (axis,) = (record for name, record in part if name == "metric" and record.glob_name == "*")
+        assert axis.step_metric == "step"
+    history = [[wandb_values(record) for name, record in part if name == "history"] for part in parts]
+    losses = [[(v["step"], v["loss/total"]) for v in values if "loss/total" in v] for values in history]
+    assert losses == [[(s, s / 4) for s in (1, 2, 3, 4)], [(s, s / 4 + 2) for s in (3, 4, 5, 6)]]
+    assert history[1][0]["model/width_ffn"] == history[1][0]["per_layer/widths/layer.0.ffn"] == 13
+    assert math.isnan(history[1][-1]["heldout/mlm_loss"])
+    summaries = [wandb_values(record) for name, record in parts[1] if name == "summary"]
+    result = {name: value for part in summaries for name, value in part.items() if name.startswith("result/")}
+    assert result == {"result/parameters": 11, "result/kl_to_teacher": 0.5}
+    assert [record.exit_code for part in parts for name, record in part if name == "exit"] == [1, 0]
     assert warnings_in(capsys.readouterr().err) == []
