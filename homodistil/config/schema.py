@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Literal
 from homodistil.config.option import (
     COMPUTED,
     CONTROL,
+    CORRECTION,
     COUNT,
     JOB_FOLDER,
     MEASUREMENT,
@@ -87,6 +88,12 @@ class RunFolderConfig:
     """Also write the output of each rank to logs/rank-NNNNN.txt in the run folder."""
     report: bool = option(True, resume="free", students="shared", derived=SAME)
     """Write report.html at the end. Without it, `homodistil report` makes the same page at any time."""
+    trackers: list[Literal["wandb", "mlflow"]] = option(
+        [], resume="free", students="shared", derived={CORRECTION: [], MEASUREMENT: [], TRIAL: []}
+    )
+    """Trackers that get config, values and result besides TensorBoard: Weights & Biases, MLflow. Their own environment
+    variables say where; the project or experiment is homodistil unless WANDB_PROJECT or MLFLOW_EXPERIMENT_NAME is set.
+    One that fails is turned off with a warning; the training neither ends nor waits."""
     export_milestones: list[float] = option(
         [],
         low=0,

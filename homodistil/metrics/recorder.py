@@ -1,4 +1,4 @@
-"""Logs of a run: metrics.jsonl, events.jsonl, TensorBoard and progress; and the measurement of speed and memory.
+"""Logs of a run: metrics.jsonl, events.jsonl, trackers and progress; and the measurement of speed and memory.
 
 The trainer on rank 0 calls its `Recorder` every `train.log_every_steps`; `report/` reads the files.
 
@@ -15,7 +15,6 @@ import contextlib
 import functools
 import math
 import os
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,7 +28,9 @@ from homodistil.files import to_json, writing
 from homodistil.files import write_atomically as write_atomically
 from homodistil.metrics.log_files import EVENTS_FILE, METRICS_FILE, go_on, parse_line
 from homodistil.metrics.progress import step_progress
-from homodistil.metrics.tensorboard_layout import TENSORBOARD_FOLDER, board_folder, board_values
+from homodistil.metrics.tensorboard_layout import board_values
+from homodistil.metrics.trackers.tensorboard_tracker import TensorBoardTracker
+from homodistil.metrics.trackers.tracker import Tracker
 
 
 class Recorder:
@@ -42,6 +43,7 @@ class Recorder:
             checkpoint) are dropped, so log a step before saving the checkpoint of that step.
         enabled: whether anything is written.
         expected: `num_lines` at the checkpoint, if known; a warning reports lines lost or duplicated since then.
+        trackers: that take the values besides TensorBoard (trackers/registry.py); `close` ends them.
 
     Raises:
         UserError: (here and in the `log_` methods) a file cannot be written.
@@ -54,13 +56,15 @@ class Recorder:
         start_step: int,
         enabled: bool,
         expected: Mapping[str, int] | None = None,
+        trackers: Sequence[Tracker] = (),
     ) -> None:
         self.enabled = enabled
+        self._result: dict[str, float] | None = None
         self.num_lines = dict.fromkeys((METRICS_FILE, EVENTS_FILE), 0)
         """File -> number of its lines, without the evaluation at the end of the run."""
         if not enabled:
             return
-        run_dir = self._run_dir = Path(run_dir)
+        run_dir = Path(run_dir)
         with writing(run_dir):
             run_dir.mkdir(parents=True, exist_ok=True)
             for name in (METRICS_FILE, EVENTS_FILE):
@@ -68,8 +72,7 @@ class Recorder:
             # In append mode every line is written at the end, even if another handle has written meanwhile.
             self._metrics = open(run_dir / METRICS_FILE, "a", encoding="utf-8")
             self._events = open(run_dir / EVENTS_FILE, "a", encoding="utf-8")
-            self._tensorboard = _summary_writer(board_folder(run_dir), start_step)
-        self._excepthook_before, threading.excepthook = threading.excepthook, _without_tensorboards_thread
+            self._trackers: list[Tracker] = [TensorBoardTracker(run_dir, start_step), *trackers]
         self._progress = step_progress(total_steps, start_step)
 
     def log_step(self, step: int, values: Mapping[str, float]) -> None:
@@ -78,7 +81,7 @@ class Recorder:
             return
         _write_line(self._metrics, {"kind": "train", "step": step, **values})
         self.num_lines[METRICS_FILE] += 1
-        self._add_scalars(values, step)
+        self._track(values, step)
         self._progress.show(step, values)
 
     def advance(self, step: int) -> None:
@@ -92,7 +95,7 @@ class Recorder:
             return
         _write_line(self._metrics, {"kind": "evaluation", "step": step, **values})
         self.num_lines[METRICS_FILE] += 1
-        self._add_scalars({f"heldout/{name}": value for name, value in values.items()}, step)
+        self._track({f"heldout/{name}": value for name, value in values.items()}, step)
 
     def log_event(self, event: Mapping[str, Any]) -> None:
         """Log a resize event; in TensorBoard, gap and cost are under resize/.
@@ -104,14 +107,20 @@ class Recorder:
             return
         _write_line(self._events, event)
         self.num_lines[EVENTS_FILE] += 1
-        self._add_scalars(dict(_numbers(event, "events")), event["step"])
+        self._track(dict(_numbers(event, "events")), event["step"])
+
+    def log_result(self, row: Mapping[str, Any]) -> None:
+        """Keep the run's row of the result table, whose numbers trackers get at the end, under result/."""
+        self._result = dict(_numbers(row, "result"))
 
     def close(self) -> None:
+        """Close all files. Without `log_result` before, the run counts as stopped before its end."""
         if not self.enabled:
             return
         self._progress.close()
-        threading.excepthook = self._excepthook_before
-        for file in (self._tensorboard, self._metrics, self._events):
+        for tracker in self._trackers:
+            tracker.finish(self._result)
+        for file in (self._metrics, self._events):
             # Every line was flushed when it was written, so an error here has been reported before.
             with contextlib.suppress(OSError):
                 file.close()
@@ -122,14 +131,10 @@ class Recorder:
     def __exit__(self, *_exception: object) -> None:
         self.close()
 
-    def _add_scalars(self, values: Mapping[str, float], step: int) -> None:
-        """Write all values as one TensorBoard event; one `add_scalar` per value would take ten times as long."""
-        from tensorboard.compat.proto.summary_pb2 import Summary
-
-        scalars = [Summary.Value(tag=tag, simple_value=value) for tag, value in board_values(values)]
-        with writing(self._run_dir / TENSORBOARD_FOLDER):
-            self._tensorboard.file_writer.add_summary(Summary(value=scalars), step)
-            self._tensorboard.flush()
+    def _track(self, values: Mapping[str, float], step: int) -> None:
+        tags = dict(board_values(values))
+        for tracker in self._trackers:
+            tracker.log(step, tags)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -159,21 +164,6 @@ def _numbers(value: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, float
             yield from _numbers(item, f"{prefix}/{key}")
         elif isinstance(item, (int, float)) and not isinstance(item, bool) and key != "step":
             yield f"{prefix}/{key}", item
-
-
-def _summary_writer(folder: Path, start_step: int):
-    # Imported here because it is slow, and needed on rank 0 only.
-    from torch.utils.tensorboard import SummaryWriter
-
-    had_events = folder.is_dir() and any(folder.iterdir())
-    first_new_step = start_step + 1 if start_step else 0
-    return SummaryWriter(str(folder), purge_step=first_new_step if had_events else None)
-
-
-def _without_tensorboards_thread(failure: threading.ExceptHookArgs) -> None:
-    """An excepthook without the traceback of TensorBoard's thread on a full disk; the next call raises the error."""
-    if not (issubclass(failure.exc_type, OSError) and type(failure.thread).__module__.startswith("tensorboard")):
-        threading.__excepthook__(failure)
 
 
 @dataclass(frozen=True)

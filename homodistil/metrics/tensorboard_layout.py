@@ -35,12 +35,17 @@ def board_folder(run_dir: Path) -> Path:
     The event files of a control are in the TensorBoard folder of its run, so that both are listed together.
     """
     run_dir = Path(run_dir).resolve()
-    if run_dir.parent.name == _COMPARE_FOLDER:
-        return run_dir.parent.parent / TENSORBOARD_FOLDER / _COMPARE_FOLDER / run_dir.name
+    if compared := compared_run(run_dir):
+        return compared / TENSORBOARD_FOLDER / _COMPARE_FOLDER / run_dir.name
     folder = run_dir / TENSORBOARD_FOLDER
     # A run that was started by an earlier version continues in the old folder.
     is_older = folder.is_dir() and any(folder.glob("events.out.tfevents.*"))
     return folder if is_older else folder / (run_dir.name or "run")
+
+
+def compared_run(run_dir: Path) -> Path | None:
+    """The run folder of the run that `run_dir` is a control of; None: it is not the folder of a control."""
+    return run_dir.parent.parent if run_dir.parent.name == _COMPARE_FOLDER else None
 
 
 def board_values(values: Mapping[str, float]) -> Iterator[tuple[str, float]]:

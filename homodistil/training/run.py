@@ -223,6 +223,7 @@ class DistillationRun:
         row |= self.shrinker.summary()
         row |= ranks.on_rank_zero(lambda: speeds(read_lines(self.folder / METRICS_FILE)))
         ranks.on_rank_zero(lambda: self._write_row(row))
+        recorder.log_result(row)
         return row
 
     def _row(self, measured: dict[str, float] | None = None) -> dict:

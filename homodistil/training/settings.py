@@ -12,6 +12,7 @@ from homodistil.distill.runtime import check_teacher_runtime
 from homodistil.distill.student_compile import check_student_compile
 from homodistil.engine.ds_config import teacher_dtype, zero_stage
 from homodistil.engine.optimizer import check_implementation
+from homodistil.metrics.trackers.registry import require_installed
 
 
 def settings_checks(
@@ -25,6 +26,7 @@ def settings_checks(
     """
     yield lambda: teacher_dtype(config.teacher.dtype, engine_config or {}, device)
     yield lambda: check_implementation(config.optimizer.implementation)
+    yield lambda: require_installed(config.run.trackers)
     yield lambda: check_teacher_runtime(config.teacher, device)
     if engine_config is not None:
         yield lambda: check_student_compile(config.student, zero_stage(engine_config), device)

@@ -27,7 +27,10 @@ from homodistil.engine.engine import TrainingEngine
 from homodistil.errors import CheckFailed
 from homodistil.metrics.device_peak import peak_flops
 from homodistil.metrics.recorder import Recorder, StepTimer, memory_bytes
+from homodistil.metrics.tensorboard_layout import compared_run
 from homodistil.metrics.term_labels import term_label
+from homodistil.metrics.trackers.registry import open_trackers
+from homodistil.metrics.trackers.tracker import TrackedRun
 from homodistil.models.axes import Widths
 from homodistil.training.event_rise import EventRises
 from homodistil.training.loss_balance import Balance
@@ -259,5 +262,18 @@ def speeds(metrics: list[dict]) -> dict[str, float | None]:
 def run_recorder(
     folder: Path, config: RunConfig, start_step: int, num_lines: Mapping[str, int] | None = None
 ) -> Recorder:
-    """The recorder of this rank. `num_lines`: those that the checkpoint to resume from knows of."""
-    return Recorder(folder, config.train.steps, start_step, ranks.rank() == 0, num_lines)
+    """The recorder of this rank, on rank 0 with run.trackers.
+
+    Args:
+        num_lines: those that the checkpoint to resume from knows of.
+    """
+    is_first = ranks.rank() == 0
+    trackers = open_trackers(config.run.trackers, _tracked_run(folder, config)) if is_first else []
+    return Recorder(folder, config.train.steps, start_step, is_first, num_lines, trackers)
+
+
+def _tracked_run(folder: Path, config: RunConfig) -> TrackedRun:
+    """A control is named behind its run, as in `quickstart/one_shot`."""
+    compared = compared_run(folder)
+    name = f"{compared.name}/{config.run.name}" if compared else config.run.name
+    return TrackedRun(folder, name, config.to_dict())

@@ -139,7 +139,7 @@ def test_tensorboard(disk):
     disk.fill()
     with pytest.raises(UserError, match=rf"{FULL}"):
         for step in range(1, 2000):
-            recorder._add_scalars({"loss/total": 1.0}, step)
+            recorder._track({"loss/total": 1.0}, step)
             time.sleep(0.001)  # its files are written by a thread
     recorder.close()
 
