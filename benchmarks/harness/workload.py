@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from homodistil.engine.native_ops import load_op
 from homodistil.models.axes import AxisTable, outer_axes
 
 
@@ -106,6 +107,7 @@ def make_engine(engine_name: str, model, size: Size):
         "zero_allow_untested_optimizer": True,
     }
     if "offload" in engine_name:
+        load_op("CPUAdamBuilder")
         optimizer = deepspeed.ops.adam.DeepSpeedCPUAdam(groups, lr=1e-3)
     else:
         optimizer = torch.optim.AdamW(groups, lr=1e-3, fused=True)

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import os
 import shutil
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from homodistil.errors import UserError
@@ -46,7 +47,13 @@ def load_op(builder_name: str) -> None:
     with _alone(root), _said(builder.name, is_there=(root / builder.name / f"{builder.name}.so").is_file()):
         for lock in root.rglob(f"{builder.name}/lock"):
             _wait_or_remove(lock)
+        builder.cxx_args = functools.partial(_without_debug_info, builder.cxx_args)
         builder.load()
+
+
+def _without_debug_info(cxx_args: Callable[[], list[str]]) -> list[str]:
+    """With it g++ takes half as long again (39 s a file instead of 27), and an op has many times its size."""
+    return [argument for argument in cxx_args() if argument != "-g"]
 
 
 @contextlib.contextmanager

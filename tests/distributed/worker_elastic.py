@@ -28,6 +28,7 @@ from torch import Tensor
 
 from homodistil.checkpoint import Checkpoints
 from homodistil.config.schema import RunConfig
+from homodistil.engine.build import init_ranks
 from homodistil.errors import UserError
 from homodistil.models.encoders.bert import BERT as bert
 from homodistil.models.resize_plan import make_plan
@@ -217,7 +218,7 @@ def _distance(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> dict[str, f
 
 def main() -> None:
     torch.set_num_threads(1)
-    deepspeed.init_distributed()
+    init_ranks()
     for case in json.loads(sys.argv[2]):
         folder = Path(sys.argv[1]) / case["run"]
         folder.mkdir(exist_ok=True)

@@ -21,6 +21,7 @@ from support import reference, tiny_bert
 from worker_trajectory import OPTIMIZERS, Run, distances
 
 from homodistil.config.schema import PruningConfig
+from homodistil.engine.build import init_ranks
 from homodistil.engine.engine import TrainingEngine, backward
 from homodistil.models.encoders.bert import BERT as bert
 from homodistil.models.parameter_shape import full_shape
@@ -162,7 +163,7 @@ def main() -> None:
     torch.set_num_threads(1)
     if get_accelerator().device_name() == "cpu":
         type(get_accelerator()).is_fp16_supported = lambda self: True
-    deepspeed.init_distributed()
+    init_ranks()
     for case in json.loads(sys.argv[1]):
         run = Fp16Run(case)
         losses = run.train()

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from support import reference, tiny_bert
 from support.reference import ROWS
 
+from homodistil.engine.build import init_ranks
 from homodistil.errors import CheckFailed
 from homodistil.models.encoders.bert import BERT as bert
 from homodistil.models.resize_plan import make_plan
@@ -85,7 +86,7 @@ def message_of(spoil) -> str | None:
 
 def main() -> None:
     torch.set_num_threads(1)
-    deepspeed.init_distributed()
+    init_ranks()
     for spoil in SPOILERS:
         messages: list[str | None] = [None, None]
         dist.all_gather_object(messages, message_of(spoil))

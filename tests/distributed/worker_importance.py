@@ -19,6 +19,7 @@ from support.reference import ROWS
 from torch import Tensor, nn
 
 from homodistil.config.schema import PruningConfig
+from homodistil.engine.build import init_ranks
 from homodistil.models.axes import whole
 from homodistil.models.encoders.bert import BERT as bert
 from homodistil.models.resize_plan import make_plan
@@ -145,7 +146,7 @@ def run_case(case: dict) -> dict:
 
 def main() -> None:
     torch.set_num_threads(1)
-    deepspeed.init_distributed()
+    init_ranks()
     for case in json.loads(sys.argv[1]):
         result = run_case(case)
         if dist.get_rank() == 0:

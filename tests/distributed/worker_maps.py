@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import sys
 
-import deepspeed
 import torch
 import torch.distributed as dist
 from support import mapped, reference
@@ -19,6 +18,7 @@ from support.mapped import Event
 from torch import Tensor
 from worker_trajectory import NUM_STEPS, Run, distances
 
+from homodistil.engine.build import init_ranks
 from homodistil.models.encoders.bert import BERT as bert
 from homodistil.models.resize_plan import make_plan
 from homodistil.resize import check_supported, master_weights, reset_moments, resize, write_weights
@@ -67,7 +67,7 @@ class MappedRun(Run):
 
 def main() -> None:
     torch.set_num_threads(1)
-    deepspeed.init_distributed()
+    init_ranks()
     expected: reference.Trajectory | None = None
     for case in json.loads(sys.argv[1]):
         run = MappedRun(case)

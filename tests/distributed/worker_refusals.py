@@ -16,6 +16,7 @@ import torch.distributed as dist
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from support import reference, tiny_bert
 
+from homodistil.engine.build import init_ranks
 from homodistil.errors import UserError
 from homodistil.resize import check_supported
 
@@ -89,7 +90,7 @@ def report(name: str, engine) -> None:
 
 def main() -> None:
     torch.set_num_threads(1)
-    deepspeed.init_distributed()
+    init_ranks()
     for name, config in CONFIGS.items():
         report(name, make_engine(config))
     for name, engine in tampered().items():

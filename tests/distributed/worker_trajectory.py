@@ -20,6 +20,7 @@ from support import reference, tiny_bert, zero3_walk
 from support.reference import ROWS
 from torch import Tensor
 
+from homodistil.engine.build import init_ranks
 from homodistil.models.encoders.bert import BERT as bert
 from homodistil.models.resize_plan import ResizePlan, make_plan
 from homodistil.resize import check_supported, master_weights, resize
@@ -245,7 +246,7 @@ def expect_refusal(run: Run, plan: ResizePlan, text: str) -> None:
 
 def main() -> None:
     torch.set_num_threads(1)
-    deepspeed.init_distributed()
+    init_ranks()
     expected: dict[str, reference.Trajectory] = {}
     cases = json.loads(sys.argv[1])
     if "--refusals" in sys.argv:

@@ -1,4 +1,7 @@
-"""The plain single-process training loop that DeepSpeed runs with resizes are held against. No homodistil in here."""
+"""The plain single-process training loop that DeepSpeed runs with resizes are held against.
+
+Nothing of homodistil is in here, but for how an op of DeepSpeed's is built.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from homodistil.engine.native_ops import load_op
 from support import tiny_bert
 
 LR, EPS, CLIP = 1e-3, 1e-6, 0.5
@@ -29,12 +33,14 @@ def make_optimizer(groups: list[dict]) -> torch.optim.AdamW:
 def make_cpu_adam(groups: list[dict]) -> torch.optim.Optimizer:
     from deepspeed.ops.adam import DeepSpeedCPUAdam
 
+    load_op("CPUAdamBuilder")
     return DeepSpeedCPUAdam(groups, lr=LR, eps=EPS)
 
 
 def make_fused(groups: list[dict]) -> torch.optim.Optimizer:
     from deepspeed.ops.adam import FusedAdam
 
+    load_op("FusedAdamBuilder")
     return FusedAdam(groups, lr=LR, eps=EPS)
 
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import mlflow
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param
+from mlflow.utils.time import get_current_time_millis
 
 from homodistil.metrics.trackers.run_ids import keep_run_id, kept_run_id
 from homodistil.metrics.trackers.tracker import TrackedRun
@@ -45,7 +45,7 @@ class MlflowTracker:
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """A step that comes again has two values; MLflow shows the later one."""
-        self._step, now_ms = step, int(time.time() * 1000)
+        self._step, now_ms = step, get_current_time_millis()
         metrics = [Metric(tag, value, now_ms, step) for tag, value in values.items()]
         for start in range(0, len(metrics), _MAX_METRICS):
             self._client.log_batch(self._id, metrics=metrics[start : start + _MAX_METRICS])
