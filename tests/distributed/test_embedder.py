@@ -139,7 +139,7 @@ def test_the_recipe_suits_an_encoder_without_modules(materials):
     config = parse(["recipe=quickstart-embedder", f"teacher.name={materials / 'plain'}", *sizes])
     check_teacher(config)
     assert (config.data.task, config.data.prompt, config.loss.kl) == ("embedding", "none", 0)
-    assert config.loss.weights == {"hidden": 1, "attention": 1, "embedding": 1, "pooled_cosine": 10}
+    assert config.loss.weights == {"hidden": 1, "pooled_cosine": 10}
     assert not (config.leaves_open("data.seq_len") or config.leaves_open("loss.hidden"))
 
 
