@@ -121,6 +121,9 @@ def _on_signal(number: int, _frame: object) -> None:
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
         return
+    if _requests.mode is _Mode.RAISED and getattr(_forking, "is_ending", False):
+        _send_again(number)
+        return
     _requests.number = _requests.number or number
     if _requests.mode is _Mode.RAISED:
         _requests.mode = _Mode.LEAVING
@@ -156,7 +159,16 @@ def _end(number: int, how_to_go_on: str) -> None:
 
 
 _forking = threading.local()
-"""`mask`: the signals that the forking thread had blocked before the fork."""
+"""`mask`: the signals that the forking thread had blocked before the fork; `is_ending`: they are just let go."""
+SEND_AGAIN_S = 0.02
+
+
+def _send_again(number: int) -> None:
+    """To the main thread, in a moment: Python drops what is raised while its hooks of a fork run."""
+    main = threading.main_thread().ident
+    timer = threading.Timer(SEND_AGAIN_S, signal.pthread_kill, (main, number))
+    timer.daemon = True
+    timer.start()
 
 
 def _hold_signals() -> None:
@@ -172,8 +184,11 @@ def _hold_signals() -> None:
 def _let_signals_go() -> None:
     mask = getattr(_forking, "mask", None)
     if mask is not None:
-        _forking.mask = None
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        _forking.mask, _forking.is_ending = None, True
+        try:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        finally:
+            _forking.is_ending = False
 
 
 def _forget_in_child() -> None:

@@ -102,6 +102,16 @@ def children_ended_at_once() -> None:
     print("done", flush=True)
 
 
+def be_stopped_during_a_fork() -> None:
+    """The hooks of a fork, and a signal between them: what they raise would be lost."""
+    with exit_with_code(), graceful_stop.on_signals():
+        graceful_stop._hold_signals()
+        os.kill(os.getpid(), signal.SIGTERM)
+        graceful_stop._let_signals_go()
+        print("let go", flush=True)
+        time.sleep(60)
+
+
 def agree(signal_step: int, num_steps: int) -> None:
     """Rank 1 signals itself in a step; every rank prints the step at which it would leave."""
     device = init_ranks()

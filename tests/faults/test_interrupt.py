@@ -97,14 +97,23 @@ def test_ctrl_c_under_a_launcher_saves_and_says_what_to_type(launcher, run_input
     assert launcher == "plain" or command[0].endswith(launcher) and prefix[1:] == command[1 : len(prefix)]
 
 
+FROZEN = {"HOMODISTIL_FAULT": "train.step:rank=1:hit=5:action=stop"}
+"""Rank 1 stands still in its fifth step until it gets SIGCONT: a signal meets the job there, and not behind its end."""
+
+
+def wait_until_frozen(job):
+    wait_for(lambda: psutil.Process(job.pids[1]).status() == psutil.STATUS_STOPPED)
+
+
 def test_all_ranks_leave_with_75_although_the_launchers_signals_follow(server, run_inputs, reference, tmp_path):
     """SIGINT to all, SIGTERM to one at once and to the other when the first has gone, as deepspeed's launcher does."""
     folder = tmp_path / "run"
     own = arguments(run_inputs, folder, "run.resume=auto")
-    job = server.start(TRAIN, own)
-    wait_for_step(folder, 4)
+    job = server.start(TRAIN, own, env=FROZEN)
+    wait_until_frozen(job)
     job.kill(None, signal.SIGINT)
     job.kill(0, signal.SIGTERM)
+    job.kill(1, signal.SIGCONT)
     wait_for(lambda: job.codes()[0] is not None)
     job.kill(1, signal.SIGTERM)
     assert job.wait(timeout_s=60) == [STOPPED, STOPPED], job.output()
@@ -153,13 +162,14 @@ def test_ctrl_c_while_data_is_prepared_ends_with_one_line_that_is_true(server, r
 
 def test_workers_survive_it(server, run_inputs, tmp_path):
     folder = tmp_path / "run"
-    job = server.start(TRAIN, arguments(run_inputs, folder, "data.workers=1"))
-    wait_for_step(folder, 4)
+    job = server.start(TRAIN, arguments(run_inputs, folder, "data.workers=1"), env=FROZEN)
+    wait_until_frozen(job)
     trees = [psutil.Process(pid) for pid in job.pids]
     workers = [worker for rank in trees for worker in rank.children(recursive=True)]
     assert len(workers) >= 2
     for process in (*workers, *trees):
         process.send_signal(signal.SIGINT)
+    job.kill(1, signal.SIGCONT)
     assert job.wait(timeout_s=60) == [STOPPED, STOPPED], job.output()
     assert stopped_at(job.output())[0] >= 4
     psutil.wait_procs(workers, timeout=20)
@@ -168,9 +178,10 @@ def test_workers_survive_it(server, run_inputs, tmp_path):
 
 def test_a_caller_of_run_sees_a_keyboard_interrupt_and_may_go_on(server, run_inputs, reference, tmp_path):
     folder = tmp_path / "run"
-    job = server.start("interrupt_jobs:notebook", [arguments(run_inputs, folder)])
-    wait_for_step(folder, 4)
+    job = server.start("interrupt_jobs:notebook", [arguments(run_inputs, folder)], env=FROZEN)
+    wait_until_frozen(job)
     job.kill(None, signal.SIGINT)
+    job.kill(1, signal.SIGCONT)
     assert job.wait(timeout_s=120) == [0, 0], job.output()
-    assert re.search(r"KeyboardInterrupt: stopped by SIGINT at step \d+ of 16; run.resume=auto goes on", job.output())
+    assert re.search(r"KeyboardInterrupt: stopped by SIGINT at step \d+ of 10; run.resume=auto goes on", job.output())
     assert differences(result(folder), result(reference)) == []

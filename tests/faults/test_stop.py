@@ -97,6 +97,13 @@ def test_forked_children_have_none_of_it(server):
         assert job.wait(timeout_s=60) == [0], job.output()
 
 
+def test_a_stop_that_arrives_during_a_fork_is_not_lost(server):
+    job = server.start("fault_jobs:be_stopped_during_a_fork", num_ranks=1)
+    assert job.wait(timeout_s=30) == [STOPPED], job.output()
+    assert "let go" in job.output() and "stopped by SIGTERM outside training" in job.output()
+    assert "Traceback" not in job.output()
+
+
 def test_the_correction_of_the_teacher_leaves_nothing_behind(server, run_inputs, tmp_path):
     overrides = ("teacher.correction_steps=20", f"data.cache_dir={tmp_path / 'cache'}")
     fault = {"HOMODISTIL_FAULT": "train.step:rank=0:hit=3:action=term"}
