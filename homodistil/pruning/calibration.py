@@ -94,13 +94,11 @@ def drawn_direction_loss(student: Student, seed: int) -> Callable[[Batch], Tenso
         student: plain.
         seed: of the directions; another one on every rank.
     """
-    device = next(student.parameters()).device
-    generator = torch.Generator(device).manual_seed(seed)
+    draw = _normal_directions(student, seed)
 
     def loss(batch: Batch) -> Tensor:
         last = run_backbone(student.model, student.family, batch.input_ids, batch.padding_mask)
-        directions = torch.randn(last.shape, generator=generator, device=device)
-        products = (last.float() * directions).sum(-1) * batch.attention_mask
+        products = (last.float() * draw(last.shape)).sum(-1) * batch.attention_mask
         return products.sum() / batch.counts.tokens
 
     return loss
@@ -115,11 +113,17 @@ def drawn_vector_loss(student: Student, pooling: PoolingMode, seed: int) -> Call
         student: plain.
         seed: of the directions; another one on every rank.
     """
-    device = next(student.parameters()).device
-    generator = torch.Generator(device).manual_seed(seed)
+    draw = _normal_directions(student, seed)
 
     def loss(batch: Batch) -> Tensor:
         vectors = functional.normalize(pooled_states(student.model, student.family, batch, pooling), dim=-1)
-        return (vectors * torch.randn(vectors.shape, generator=generator, device=device)).sum() / len(vectors)
+        return (vectors * draw(vectors.shape)).sum() / len(vectors)
 
     return loss
+
+
+def _normal_directions(student: Student, seed: int) -> Callable[[torch.Size], Tensor]:
+    """Shape -> the next standard normal draw of this seed, fp32 on the student's device."""
+    device = next(student.parameters()).device
+    generator = torch.Generator(device).manual_seed(seed)
+    return lambda shape: torch.randn(shape, generator=generator, device=device)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from homodistil.distill.layer_map import LayerMap
-from homodistil.distill.losses.projection import one_product
+from homodistil.distill.losses.projection import StudentProjection, one_product
 from homodistil.distill.losses.term import BatchSizes, Step, Term
 from homodistil.models.activations import LayerActivations
 
@@ -62,31 +62,11 @@ def cosine_distance(student: Tensor, teacher: Tensor, attention_mask: Tensor) ->
     return (distances * attention_mask).sum()
 
 
-class CosineProjection(nn.Linear):
-    """W on the student's side, and the distance behind it: under ZeRO-3 its weight exists only inside this call.
-
-    Args:
-        hidden_size: of the teacher.
-        student_size: of the student now.
-        learned: whether W is trained.
-        is_origin: the student has the teacher's dims, so W starts as the identity; otherwise as nn.Linear does.
-    """
-
-    student_dim = 1
-    """Dimension of the weight that runs over the student's dims."""
-
-    def __init__(self, hidden_size: int, student_size: int, learned: bool, is_origin: bool) -> None:
-        super().__init__(student_size, hidden_size, bias=False)
-        if is_origin:
-            nn.init.eye_(self.weight)
-        self.weight.requires_grad_(learned)
+class CosineProjection(StudentProjection):
+    """W, and the distance behind it: under ZeRO-3 its weight exists only inside this call."""
 
     def forward(self, student: Tensor, teacher: Tensor | None, attention_mask: Tensor | None) -> Tensor | None:
         """`cosine_distance` of (B, T, Ds) and (B, T, Dt). No teacher: nothing but its place in the order of calls."""
         if teacher is None:
             return None
         return cosine_distance(functional.linear(student, self.weight), teacher, attention_mask)
-
-    def after_resize(self, kept: Tensor) -> None:
-        """`kept`: teacher index of each residual dim of the student now, int64 (Ds,)."""
-        self.in_features = len(kept)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from homodistil.distill.layer_map import LayerMap
+from homodistil.distill.losses.projection import StudentProjection
 from homodistil.distill.losses.term import BatchSizes, Step, StudentSide, Term, Weighted
 from homodistil.models.sentence_head import SentenceHead, pooled
 
@@ -90,31 +91,12 @@ def student_vectors(last: Tensor, attention_mask: Tensor, student: StudentSide, 
     return head.transform(vectors) if shares_space(student) else vectors
 
 
-class PooledProjection(nn.Linear):
-    """W between the pooled states of the student and the teacher's: at first the identity, or the kept dims of it.
-
-    Args:
-        hidden_size: of the teacher.
-        student_size: of the student now.
-        learned: whether W is trained.
-        is_origin: the student has the teacher's dims; otherwise W starts as nn.Linear does.
-    """
-
-    student_dim = 1
-
-    def __init__(self, hidden_size: int, student_size: int, learned: bool, is_origin: bool) -> None:
-        super().__init__(student_size, hidden_size, bias=False)
-        if is_origin:
-            nn.init.eye_(self.weight)
-        self.weight.requires_grad_(learned)
+class PooledProjection(StudentProjection):
+    """W between the pooled states of the student and the teacher."""
 
     def forward(self, vectors: Tensor, _teacher: Tensor | None, _mask: Tensor | None) -> Tensor:
         """(..., Ds) -> (..., Dt) in the dtype of `vectors`. What other terms are called with is not used."""
         return functional.linear(vectors.to(self.weight.dtype), self.weight).to(vectors.dtype)
-
-    def after_resize(self, kept: Tensor) -> None:
-        """`kept`: teacher index of each residual dim of the student now, int64 (Ds,)."""
-        self.in_features = len(kept)
 
 
 def cosine_distance(ours: Tensor, theirs: Tensor) -> Tensor:

@@ -65,6 +65,30 @@ class Projection(nn.Linear):
             self._selection = kept.to(self._selection.device)
 
 
+class StudentProjection(nn.Linear):
+    """W on the student's side alone, from its dims to the teacher's. What it is called with is up to a subclass.
+
+    Args:
+        hidden_size: of the teacher.
+        student_size: of the student now.
+        learned: whether W is trained.
+        is_origin: the student has the teacher's dims, so W starts as the identity; otherwise as nn.Linear does.
+    """
+
+    student_dim = 1
+    """Dimension of the weight that runs over the student's dims."""
+
+    def __init__(self, hidden_size: int, student_size: int, learned: bool, is_origin: bool) -> None:
+        super().__init__(student_size, hidden_size, bias=False)
+        if is_origin:
+            nn.init.eye_(self.weight)
+        self.weight.requires_grad_(learned)
+
+    def after_resize(self, kept: Tensor) -> None:
+        """`kept`: teacher index of each residual dim of the student now, int64 (Ds,)."""
+        self.in_features = len(kept)
+
+
 def make_projection(loss: LossConfig, layer_map: LayerMap, hidden_size: int) -> Projection:
     """Between the teacher and a student that starts with `hidden_size`."""
     return Projection(layer_map.hidden_size, loss, None if layer_map.is_origin else hidden_size)
