@@ -63,6 +63,7 @@ test: prepared
 	$(PYTEST) $(AFTERWARDS)
 
 test-full: prepared
+	$(BIN)/python launcher/build_ops.py
 	$(PYTEST) $(IN_LANES) -m "full or not full"
 	$(PYTEST) $(AFTERWARDS) -m "full or not full"
 
@@ -70,9 +71,10 @@ test-full: prepared
 prepared:
 	@$(MAKE) --no-print-directory -j 4 slurm lint setup $(VENV)/.optimizers
 
-# DeepSpeed's own optimizers for the CPU (optimizer.implementation=deepspeed_fused): `make train` does without them.
+# DeepSpeed's own optimizer for the CPU under ZeRO (optimizer.implementation=deepspeed_fused): `make train` does without
+# it. The one of stage 0 is built by `make test-full`.
 $(VENV)/.optimizers: $(VENV)/.ready
-	$(BIN)/python launcher/build_ops.py
+	$(BIN)/python launcher/build_ops.py CPUAdamBuilder
 	touch $@
 
 # A real SLURM for tests/slurm; where it cannot be installed they are skipped.

@@ -1,13 +1,12 @@
-"""Build DeepSpeed's optimizers for the CPU once (about a minute), so that no job has to.
+"""Build DeepSpeed's optimizers for the CPU once (half a minute each), so that no job has to.
 
-python launcher/build_ops.py     # DeepSpeedCPUAdam and FusedAdam, at the same time
+python launcher/build_ops.py                  # DeepSpeedCPUAdam and FusedAdam
+python launcher/build_ops.py CPUAdamBuilder   # one of them
 """
 
 import os
 import shutil
 import sys
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 
 BUILDERS = ("CPUAdamBuilder", "FusedAdamBuilder")
 
@@ -17,16 +16,11 @@ def main() -> int:
         print("error: no C++ compiler found (g++); install one, for example `apt-get install g++`", file=sys.stderr)
         return 2
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    with ProcessPoolExecutor(len(BUILDERS), get_context("spawn")) as pool:
-        list(pool.map(build, BUILDERS))
-    return 0
-
-
-def build(builder: str) -> None:
-    """One op, in this process: an op that is built already is only loaded."""
     from homodistil.engine.native_ops import load_op
 
-    load_op(builder)
+    for builder in sys.argv[1:] or BUILDERS:
+        load_op(builder)  # one that is built already is only loaded; one at a time, as the lock has it
+    return 0
 
 
 if __name__ == "__main__":

@@ -16,8 +16,8 @@ from support.fork_server import ForkServer
 WORKER = Path(__file__).with_name("worker_fp16.py")
 
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
-CASES = [{"stage": 2}, {"stage": 0, "optimizer": "fused"}]
 MORE_CASES = [
+    {"stage": 0, "optimizer": "fused"},  # an op that `make test` does not build
     {"stage": 0},
     {"stage": 1},
     {"stage": 2, "zero": OFFLOAD},
@@ -46,15 +46,14 @@ def assert_overflows_are_survived(case: dict) -> None:
 
 
 def test_skipped_steps_leave_scores_and_widths_alone(server):
-    fused_or_zero = run_cases(server, CASES, 2)
-    assert [case["wrapper"] for case in fused_or_zero] == ["DeepSpeedZeroOptimizer", "FP16_Optimizer"]
-    for case in fused_or_zero:
-        assert_overflows_are_survived(case)
+    (case,) = run_cases(server, [{"stage": 2}], 2)
+    assert case["wrapper"] == "DeepSpeedZeroOptimizer"
+    assert_overflows_are_survived(case)
 
 
 @pytest.mark.full
 def test_every_other_wrapper(server):
     cases = run_cases(server, MORE_CASES, 2)
-    assert len(cases) == len(MORE_CASES)
+    assert len(cases) == len(MORE_CASES) and cases[0]["wrapper"] == "FP16_Optimizer"
     for case in cases:
         assert_overflows_are_survived(case)
