@@ -110,7 +110,7 @@ def _short(value: float) -> str:
     for unit, factor in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if value >= factor:
             return f"{value / factor:.3g}{unit}"
-    return f"{value:g}"
+    return f"{value:.3g}"
 
 
 def _labels(axes: Axes, points: Sequence[tuple[int, str, float, float]]) -> None:
