@@ -108,6 +108,7 @@ class Student(nn.Module):
         objective: Objective | None = None,
         only_logits: bool = False,
         only_vectors: SentenceHead | None = None,
+        only_scores: bool = False,
     ) -> LossTerms | Tensor:
         """The training forward: loss terms of one micro-batch. `targets` None: MLM alone.
 
@@ -115,12 +116,15 @@ class Student(nn.Module):
             objective: see `compare`; the trained one by default.
             only_logits: see `predict`.
             only_vectors: see `embed`.
+            only_scores: see `scores`.
         """
         objective = objective or self.objective
         comparison = Comparison(objective, self, batch, None if only_logits else targets)
-        last = self._taps.visit(batch.input_ids, batch.padding_mask, comparison)
+        last = self._taps.visit(batch.input_ids, batch.padding_mask, comparison, batch.token_types)
         if only_vectors is not None:
             return student_vectors(last, batch.attention_mask, self, only_vectors)
+        if only_scores:
+            return self.family.classifier(self.model).logits(last, batch.attention_mask)
         if only_logits:
             return self.lm_logits(wanted_rows(last, batch, "masked"))
         return comparison.finish(last)
@@ -149,9 +153,14 @@ class Student(nn.Module):
         return self(batch, only_vectors=head)
 
     @torch.no_grad()
+    def scores(self, batch: Batch) -> Tensor:
+        """Logits of labels, fp32 (B, labels). Of a sequence classifier alone."""
+        return self(batch, only_scores=True)
+
+    @torch.no_grad()
     def show(self, batch: Batch, visitor: ActivationVisitor) -> None:
         """Show the backbone's forward pass to `visitor`. Not of a student that an engine holds."""
-        self._taps.visit(batch.input_ids, batch.padding_mask, visitor)
+        self._taps.visit(batch.input_ids, batch.padding_mask, visitor, batch.token_types)
 
     @torch.no_grad()
     def lm_losses(self, batch: Batch, teacher: Teacher | None) -> tuple[Tensor, Tensor]:

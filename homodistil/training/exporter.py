@@ -81,8 +81,8 @@ class Exporter:
         config, device = load_config(self.run_inputs.teacher), self.run_inputs.device
         with _own_random_state(device):
             family = self.student.family
-            model = family.empty(config, self.run_inputs.with_head).eval()
-            model = model if self.run_inputs.with_head else family.backbone(model)
+            model = family.empty(config, self.run_inputs.head).eval()
+            model = family.backbone(model) if self.run_inputs.head == "none" else model
             return inference_speed(model, self.config.data.seq_len, device)
 
     def _facts(self, folder: Path, measured: dict) -> dict[str, object]:
