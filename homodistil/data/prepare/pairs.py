@@ -6,7 +6,6 @@ separator that is written out in a text becomes ordinary tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from typing import Literal, NamedTuple
 
@@ -42,10 +41,10 @@ class PairRule(NamedTuple):
         frame = [self.frame.first, self.frame.between, self.frame.last, self.frame.pad]
         return [RULE_VERSION, *map(list, frame[:3]), frame[3], self.truncation, list(self.columns)]
 
-    def joined(self, texts: Iterable[list[int]]) -> Iterator[list[int]]:
-        """What of the token ids of a pair's two texts is kept of each: no block holds more."""
-        for i, ids in enumerate(texts):
-            yield [self.separator] * (i > 0) + ids[: self.seq_len]
+    def joined(self, first: list[int], second: list[int]) -> tuple[list[int], list[int]]:
+        """What is kept of the token ids of a pair's texts: no block holds more, and which is longer stays known."""
+        most = self.seq_len + (len(first) > len(second))
+        return first[:most], [self.separator, *second[: self.seq_len]]
 
 
 def pair_rule(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> PairRule:

@@ -161,7 +161,7 @@ class _Writer:
         """What is written of the token ids of each part. A pair's two texts are never in two batches."""
         if not isinstance(self._rule, PairRule):
             return parts
-        return (ids for i in range(0, len(parts), 2) for ids in self._rule.joined(parts[i : i + 2]))
+        return (ids for i in range(0, len(parts), 2) for ids in self._rule.joined(*parts[i : i + 2]))
 
     def close(self) -> None:
         if self._texts:
