@@ -2,17 +2,32 @@
 
 import json
 import random
+import re
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from support import launched_run
 from support.small import small_model
 from support.tiny_decoder import write_text
-from transformers import AutoModelForSequenceClassification, BertForSequenceClassification, BertTokenizerFast
+from transformers import (
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    BertTokenizerFast,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+)
 
+from homodistil.config.command_line import parse
+from homodistil.config.schema import RunConfig
+from homodistil.errors import UserError
 from homodistil.evaluation.scores import compared_scores
+from homodistil.training.inputs import check_teacher
 
 STUDENT = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 4}
 STAGES = (2, 3)
@@ -125,6 +140,84 @@ def test_the_export_has_the_teachers_labels(runs):
     card = (export / "README.md").read_text()
     assert "pipeline_tag: text-classification" in card and "AutoModelForSequenceClassification.from_pretrained" in card
     assert "texts with the teacher's label" in card and "MLM" not in card and "no pooler" not in card
+
+
+def settled(folder: Path, *fields: str) -> RunConfig:
+    sizes = [f"student.{name}={size}" for name, size in STUDENT.items()]
+    config = parse([f"teacher.name={folder}", *sizes, "data.seq_len=32", *fields])
+    check_teacher(config)
+    return config
+
+
+def test_what_a_run_gives_a_classifier_and_what_it_leaves(materials):
+    config = settled(materials / "teacher")
+    assert (config.data.task, config.data.prompt, config.pruning.compensation) == ("scores", "none", "full")
+    assert (config.loss.scores_kl, config.loss.scores_mse, config.pruning.compensation_sequences) == (4, 0, 512)
+    config = settled(materials / "reranker", "data.texts=document")
+    assert (config.loss.scores_kl, config.loss.scores_mse, config.loss.kl) == (0, 1, 0)
+    config = settled(materials / "teacher", "loss.scores_mse=3", "pruning.compensation_sequences=7")
+    assert (config.loss.scores_kl, config.loss.scores_mse, config.pruning.compensation_sequences) == (0, 3, 7)
+    config = settled(materials / "teacher", "data.task=none")
+    assert (config.loss.scores_kl, config.loss.scores_mse, config.pruning.compensation) == (0, 0, "refit")
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        (("loss.kl=1", "data.task=scores"), "loss.kl: found 1, but data.task=scores uses no language-modelling head"),
+        (("loss.kl=1",), "has no MLM head"),
+        (("loss.scores_mse=1", "data.task=mlm"), "loss.scores_mse: found 1.0, but data.task=mlm has no head of labels"),
+        (
+            ("data.pair_columns=[a,b]", "data.task=none"),
+            "data.pair_columns: found ['a', 'b'], but data.task=none has",
+        ),
+        (("data.pair_columns=[a]",), "data.pair_columns: found ['a'], allowed are the names of two columns"),
+        (("data.pair_columns=[a,a]",), "data.pair_columns: found ['a', 'a'], allowed are the names of two columns"),
+        (
+            ("data.pair_columns=[a,b]", "data.prompt=x"),
+            "data.prompt: found 'x', allowed with data.pair_columns is",
+        ),
+        (("loss.scores_kl=0", "loss.scores_mse=0"), "loss.scores_kl: found 0, and loss.scores_mse is 0 as well"),
+        (("data.task=scores", "pruning.importance=activation"), "pruning.importance: found activation, which does not"),
+        (("data.task=scores", "pruning.importance=teacher_kl"), "pruning.importance: found teacher_kl, which draws"),
+        (("teacher=reranker", "loss.scores_kl=1"), "loss.scores_kl: found 1, but the 1 label(s) of"),
+        (("teacher=no_head",), "the weights lack 1 tensor that config.json asks for (classifier.weight)"),
+        (("teacher=wide_head",), "classifier.bias is 3 in the weights, 5 by config.json (and 1 more)"),
+        (("teacher=gap",), "has id2label with the numbers [0, 2, 3], expected 0 .. 2 without gaps"),
+        (("teacher=masked", "data.task=scores"), "has no head of labels that data.task=scores could learn from (found"),
+        (("teacher=decoder",), "is a decoder with a head of labels (LlamaForSequenceClassification), supported are"),
+        (("teacher=quantised",), "found quantization_config: quantised weights cannot be trained or cut"),
+    ],
+    ids=str,
+)
+def test_bad_input_is_told_in_one_line(materials, fields, said):
+    name = fields[0].removeprefix("teacher=") if fields[0].startswith("teacher=") else "teacher"
+    with pytest.raises(UserError, match=re.escape(said)) as caught:
+        settled(broken(materials, name), *(field for field in fields if not field.startswith("teacher=")))
+    assert "\n" not in str(caught.value)
+
+
+def broken(materials: Path, name: str) -> Path:
+    """A folder whose files do not fit, made of `teacher`'s."""
+    folder = materials / name
+    if folder.exists():
+        return folder
+    if name in ("masked", "decoder"):
+        sizes = {"vocab_size": 40, "hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 4}
+        kind = (LlamaConfig, LlamaForSequenceClassification) if name == "decoder" else (BertConfig, BertForMaskedLM)
+        kind[1](kind[0](**sizes, intermediate_size=40)).save_pretrained(folder)
+        return folder
+    shutil.copytree(materials / "teacher", folder)
+    config, weights = json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
+    if name == "no_head":
+        save_file({n: w for n, w in weights.items() if n != "classifier.weight"}, folder / "model.safetensors")
+    changes = {
+        "wide_head": {"id2label": {i: str(i) for i in range(5)}, "label2id": {str(i): i for i in range(5)}},
+        "gap": {"id2label": {0: "a", 2: "b", 3: "c"}, "label2id": {"a": 0, "b": 2, "c": 3}},
+        "quantised": {"quantization_config": {"quant_method": "bitsandbytes"}},
+    }
+    (folder / "config.json").write_text(json.dumps(config | changes.get(name, {})))
+    return folder
 
 
 def test_a_reranker_of_single_texts(server, materials):
