@@ -221,19 +221,24 @@ def broken(materials: Path, name: str) -> Path:
 
 
 def test_a_reranker_of_single_texts(server, materials):
-    """One label: squared distances and correlations; sentences of another folder, one per block."""
+    """One label: squared distances and correlations; sentences of another folder, one per block. Its teacher has been
+    saved by sentence-transformers, with scores as they are: so are the student's."""
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    identity, folder = torch.nn.Identity(), materials / "cross_encoder"
+    teacher = sentence_transformers.CrossEncoder(str(materials / "reranker"), activation_fn=identity, device="cpu")
+    teacher.save_pretrained(str(folder), create_model_card=False)
     (materials / "texts").mkdir()
     (materials / "documents").rename(materials / "texts" / "documents")
     run_dir = materials / "scores"
-    fields = (f"teacher.name={materials / 'reranker'}", f"data.sources=[{materials / 'texts'}]", "data.texts=sentence")
+    fields = (f"teacher.name={folder}", f"data.sources=[{materials / 'texts'}]", "data.texts=sentence")
     output = launched_run.run(server, arguments(materials, run_dir, 2, *fields, "pruning.compensation=refit"))
     assert "logits of single texts (sentence)" in output and "scores_mse x 1" in output and "KL" not in output
     row = json.loads((run_dir / "result.json").read_text())[1]
     assert row["score_mse"] > 0 and -1 <= row["score_spearman"] <= 1 and "label_agreement" not in row
-    cross_encoder = pytest.importorskip("sentence_transformers").CrossEncoder(str(run_dir / "export"), device="cpu")
-    scores = cross_encoder.predict(PAIRS, activation_fn=torch.nn.Identity())
+    student = sentence_transformers.CrossEncoder(str(run_dir / "export"), device="cpu")
     model = AutoModelForSequenceClassification.from_pretrained(run_dir / "export").eval()
     tokenizer = BertTokenizerFast.from_pretrained(run_dir / "export")
     tokens = tokenizer(*zip(*PAIRS, strict=True), padding=True, return_tensors="pt")
     with torch.no_grad():
-        np.testing.assert_allclose(scores, model(**tokens).logits.squeeze(1).numpy(), rtol=1e-4, atol=1e-5)
+        logits = model(**tokens).logits.squeeze(1).numpy()
+    np.testing.assert_allclose(student.predict(PAIRS), logits, rtol=1e-4, atol=1e-5)
