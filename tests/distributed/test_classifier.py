@@ -79,7 +79,8 @@ PAIR_FIELDS = ("data.pair_columns=[query,passage]", "data.heldout_fraction=0.2")
 def runs(server, materials) -> dict[int, Path]:
     """ZeRO stage -> finished run folder."""
     for stage in STAGES:
-        command = arguments(materials, materials / f"run{stage}", stage, *PAIR_FIELDS)
+        report = f"run.report={stage == 2}".lower()
+        command = arguments(materials, materials / f"run{stage}", stage, *PAIR_FIELDS, report)
         (materials / f"zero{stage}.txt").write_text(launched_run.run(server, command))
     return {stage: materials / f"run{stage}" for stage in STAGES}
 
@@ -101,6 +102,7 @@ def test_the_teacher_makes_it_a_classifier(runs, materials):
     assert "MLM loss" not in output and "cosine" not in output
     teacher, student = json.loads((runs[2] / "result.json").read_text())
     assert (teacher["kl_to_teacher"], teacher["label_agreement"]) == (0, 1)
+    assert "same label" in (runs[2] / "report.html").read_text()
     assert 0 < student["kl_to_teacher"] < 1 and 0.5 < student["label_agreement"] <= 1
 
 
