@@ -6,12 +6,12 @@ from collections.abc import Callable
 
 from transformers import PretrainedConfig
 
-from homodistil.distill.teacher import FIELD, load_config, read_whole, tell_unused
+from homodistil.distill.teacher import FIELD, load_config, read_whole
 from homodistil.errors import UserError
 from homodistil.models import family_of
 from homodistil.models.checkpoint_files import local_folder, short
 from homodistil.models.classifier import ARCHITECTURE_END, CLASSIFIER_CLASS
-from homodistil.models.weights import check_finite, check_layers, check_present, stored_tensors
+from homodistil.models.weights import check_finite, check_layers, check_present, stored_tensors, tell_unused
 
 
 def is_sequence_classifier(config: PretrainedConfig) -> bool:

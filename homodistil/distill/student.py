@@ -23,11 +23,12 @@ from homodistil.distill.layer_map import LayerMap
 from homodistil.distill.losses.pooled import student_vectors
 from homodistil.distill.losses.settled import settled
 from homodistil.distill.objective import Comparison, LossTerms, Objective
-from homodistil.distill.teacher import Teacher, head_only_parameters
+from homodistil.distill.teacher import Teacher
 from homodistil.distill.teacher_outputs import TeacherOutputs, wanted_rows
 from homodistil.models import axes, family_of
 from homodistil.models.activations import ActivationHooks, ActivationVisitor, show_values
 from homodistil.models.axes import AxisTable, AxisUse, Keep
+from homodistil.models.family import ModelFamily
 from homodistil.models.parameter_shape import full_numel
 from homodistil.models.sentence_head import SentenceHead
 
@@ -223,3 +224,12 @@ def _copied_from(config) -> LayerMap:
     """The counterpart of a copy of the whole teacher."""
     shape = family_of(config.model_type).shape(config)
     return LayerMap(shape.hidden_size, shape.num_attention_heads, tuple(range(shape.num_hidden_layers)))
+
+
+def head_only_parameters(model: nn.Module, family: ModelFamily) -> list[nn.Parameter]:
+    """Parameters of the MLM head that nothing else uses (the tied word embeddings are not among them); [] where there
+    is none."""
+    if not family.has_head(model):
+        return []
+    shared = {id(p) for p in family.backbone(model).parameters()}
+    return [p for p in family.lm_head(model).parameters() if id(p) not in shared]

@@ -28,7 +28,6 @@ from homodistil.models.activations import ActivationHooks, Activations, attentio
 from homodistil.models.checkpoint_files import first_line, local_folder
 from homodistil.models.classifier import CLASSIFIER_CLASS
 from homodistil.models.config_file import read_config
-from homodistil.models.family import ModelFamily
 from homodistil.models.family_heads import HeadKind
 from homodistil.models.sentence_head import SentenceHead, pooled
 from homodistil.models.weights import (
@@ -37,8 +36,8 @@ from homodistil.models.weights import (
     check_layers,
     check_whole,
     difference,
-    some,
     stored_tensors,
+    tell_unused,
 )
 
 FIELD = "teacher.name"
@@ -219,13 +218,6 @@ def read_whole(folder: str, allow_pickle: bool, auto_class: str) -> tuple[nn.Mod
     return model, Difference(sorted(report["missing_keys"]), unexpected, mismatched)
 
 
-def tell_unused(folder: str, compared: Difference, say: Callable[[str], None]) -> None:
-    """Tell of tensors that the model does not use."""
-    names = compared.unexpected
-    if names:
-        say(f"teacher: tensors of {folder} that its config does not use ({len(names)}): {some(names)}")
-
-
 def check_stored(folder: str, shape, allow_pickle: bool = False) -> bool | None:
     """The files of a local teacher against its config `shape`, without reading the weights (milliseconds).
 
@@ -303,12 +295,3 @@ def load_tokenizer(folder: str, teacher_config, task: str | None = None) -> PreT
     check_special_tokens(tokenizer, TASKS[task or family_of(teacher_config.model_type).task], where)
     check_words(tokenizer, where)
     return tokenizer
-
-
-def head_only_parameters(model: nn.Module, family: ModelFamily) -> list[nn.Parameter]:
-    """Parameters of the MLM head that nothing else uses (the tied word embeddings are not among them); [] where there
-    is none."""
-    if not family.has_head(model):
-        return []
-    shared = {id(p) for p in family.backbone(model).parameters()}
-    return [p for p in family.lm_head(model).parameters() if id(p) not in shared]

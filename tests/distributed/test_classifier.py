@@ -102,7 +102,8 @@ def test_the_teacher_makes_it_a_classifier(runs, materials):
     assert "MLM loss" not in output and "cosine" not in output
     teacher, student = json.loads((runs[2] / "result.json").read_text())
     assert (teacher["kl_to_teacher"], teacher["label_agreement"]) == (0, 1)
-    assert "same label" in (runs[2] / "report.html").read_text()
+    page = (runs[2] / "report.html").read_text()
+    assert "same label" in page and "head of labels" in page
     assert 0 < student["kl_to_teacher"] < 1 and 0.5 < student["label_agreement"] <= 1
 
 
