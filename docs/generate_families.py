@@ -36,7 +36,8 @@ _SCORES = {
     "causal": "held-out loss, perplexity, bits per byte; `homodistil lm-eval`",
 }
 _TASKS = {
-    "mlm": "masked tokens (`mlm`); without a head: nothing (`none`); vectors of texts (`embedding`)",
+    "mlm": "masked tokens (`mlm`); without a head: nothing (`none`); vectors of texts (`embedding`); logits of labels "
+    "(`scores`)",
     "causal": "next token (`causal`)",
 }
 _ENGINES = """

@@ -18,8 +18,11 @@ RESULTS_VERSION = "2"
 # What decides nothing about a run's results.
 _FREE = {"run": None, "data": ("cache_dir", "workers"), "train": ("save_every_steps", "log_every_steps")}
 _LATER = {
-    "data": ("texts", "pooling", "prompt"),
-    "loss": ("pooled_cosine", "pooled_mse", "pooled_similarity", "similarity_temperature"),
+    "data": ("texts", "pooling", "prompt", "pair_columns", "truncation"),
+    "loss": (
+        *("pooled_cosine", "pooled_mse", "pooled_similarity", "similarity_temperature"),
+        *("scores_kl", "scores_mse", "scores_temperature"),
+    ),
     "teacher": ("correction_seed",),
     "pruning": ("basis", "basis_steps", "basis_lr"),
     "train": ("decay_fraction", "uncut_lr_share"),

@@ -5,12 +5,10 @@ from __future__ import annotations
 import math
 
 from homodistil.config.option import Limits
-from homodistil.config.schema import LM_HEAD_WEIGHTS, OPTIONS, RunConfig, value_of
-from homodistil.config.schema_loss import POOLED_WEIGHTS
+from homodistil.config.schema import LM_HEAD_WEIGHTS, OPTIONS, TASKS_WITHOUT_LM_HEAD, RunConfig, value_of
+from homodistil.config.schema_loss import POOLED_WEIGHTS, SCORE_WEIGHTS
 from homodistil.errors import UserError
 
-WITHOUT_HEAD = ("none", "embedding")
-"""Values of data.task for models without a language-modelling head (data/task.py)."""
 MAX_EVENTS = 100_000
 """Maximum number of possible events, each of which has an entry in a table; no model has so many widths."""
 
@@ -91,7 +89,8 @@ def _check_weights(config: RunConfig) -> None:
 def check_task(config: RunConfig) -> None:
     """Nothing that needs a language-modelling head may be asked for where there is none."""
     _check_pooled(config)
-    if config.data.task not in WITHOUT_HEAD:
+    _check_scores(config)
+    if config.data.task not in TASKS_WITHOUT_LM_HEAD:
         return
     for name in (*(name for name in LM_HEAD_WEIGHTS if name in config.given), "teacher.correction_steps"):
         if value_of(config, name) > 0:
@@ -113,6 +112,36 @@ def _check_pooled(config: RunConfig) -> None:
         raise UserError(
             f"{used[0]}: found {value_of(config, used[0]):g}, allowed with data.task={config.data.task} is 0, as its "
             f"blocks hold several texts; set data.task=embedding, or {used[0]}=0"
+        )
+
+
+def _check_scores(config: RunConfig) -> None:
+    """Logits of labels need a head of labels, and pairs of texts a model that reads them."""
+    data = config.data
+    _check_pairs(data.pair_columns, data.prompt)
+    used = [f"loss.{name}" for name in SCORE_WEIGHTS if getattr(config.loss, name) > 0]
+    used += ["data.pair_columns"] * bool(data.pair_columns)
+    if used and data.task not in ("auto", "scores"):
+        raise UserError(
+            f"{used[0]}: found {value_of(config, used[0])}, but data.task={data.task} has no head of labels, as only "
+            f"sequence classifiers and cross-encoders have; set data.task=scores, or leave {used[0]} out"
+        )
+    if data.task == "scores" and config.pruning.importance == "activation":
+        raise UserError(
+            "pruning.importance: found activation, which does not look at the head of labels of data.task=scores; set "
+            "pruning.importance=sensitivity"
+        )
+
+
+def _check_pairs(columns: list[str], prompt: str) -> None:
+    if columns and (len(columns) != 2 or len(set(columns) - {""}) < 2):
+        raise UserError(
+            f"data.pair_columns: found {columns}, allowed are the names of two columns, such as [query,passage], or "
+            f"nothing; name both"
+        )
+    if columns and prompt not in ("auto", "none"):
+        raise UserError(
+            f"data.prompt: found {prompt!r}, allowed with data.pair_columns is none; put it into the texts instead"
         )
 
 

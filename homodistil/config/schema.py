@@ -140,10 +140,11 @@ class RunConfig:
     def leaves_open(self, name: str) -> bool:
         """Whether the teacher decides on the value of this field."""
         needs_lm_head = name in LM_HEAD_WEIGHTS and name not in self.given and value_of(self, name) > 0
-        if value_of(self, name) == "auto" or (needs_lm_head and self.data.task in ("auto", "none", "embedding")):
+        if value_of(self, name) == "auto" or (needs_lm_head and self.data.task in ("auto", *TASKS_WITHOUT_LM_HEAD)):
             return True
-        is_of_embedder = name in EMBEDDER_DEFAULTS and name not in self.given or name == "data.prompt"
-        return is_of_embedder and self.data.task in ("auto", "embedding")
+        tasks = [task for task, defaults in TASK_DEFAULTS.items() if self.data.task in ("auto", task)]
+        is_default = name not in self.given and any(name in TASK_DEFAULTS[task] for task in tasks)
+        return is_default or (name == "data.prompt" and bool(tasks))
 
     @property
     def run_dir(self) -> str:
@@ -156,9 +157,15 @@ class RunConfig:
 LM_HEAD_WEIGHTS = ("loss.mlm", "loss.kl")
 """Weights of terms over the vocabulary: 0 where the task has no language-modelling head, unless the user set them."""
 
-EMBEDDER_DEFAULTS = {"loss.pooled_cosine": 10.0, "pruning.compensation_sequences": 512}
-"""What a sentence embedder's student is given unless the user has set it (the weight: one of the pooled terms'). A text
-is shorter than a block of other tasks, and has one vector."""
+TASKS_WITHOUT_LM_HEAD = ("none", "embedding", "scores")
+"""Values of data.task for models without a language-modelling head (data/task.py)."""
+
+TASK_DEFAULTS = {
+    "embedding": {"loss.pooled_cosine": 10.0, "pruning.compensation_sequences": 512},
+    "scores": {"loss.scores_kl": 4.0, "loss.scores_mse": 1.0, "pruning.compensation_sequences": 512},
+}
+"""Task -> what its student is given unless the user has set it (the weight: one of those that the task alone has; of
+`scores` the one that suits the teacher's labels). A text is shorter than a block of other tasks, and has one vector."""
 
 SECTIONS: dict[str, type] = {section.name: section.default_factory for section in dataclasses.fields(RunConfig)}
 """Name of each section -> its dataclass."""

@@ -175,19 +175,20 @@ class DataConfig:
         0.05, low=0, high=1, exclude="both", resume="fixed", students="shared", derived=SAME
     )
     """Fraction of documents kept for evaluation, in (0, 1). Split by document."""
-    task: Literal["auto", "mlm", "causal", "none", "embedding"] = option(
+    task: Literal["auto", "mlm", "causal", "none", "embedding", "scores"] = option(
         "auto", resume="free", students="shared", derived=SAME
     )
     """What is predicted: masked tokens (mlm), the next one (causal), or nothing (none): an encoder then learns hidden
     states, attention and embeddings alone, without a language-modelling head. embedding: the same, and the vectors of
-    texts that sentence-transformers makes of its hidden states. auto: what the teacher does (embedding where it has a
-    modules.json)."""
+    texts that sentence-transformers makes of its hidden states. scores: the logits of a sequence classifier or
+    cross-encoder, on texts or pairs. auto: what the teacher does (scores where its config.json names a
+    ...ForSequenceClassification, embedding where it has a modules.json)."""
     texts: Literal["document", "passage", "sentence"] = option(
         "passage", resume="fixed", students="shared", derived=SAME
     )
-    """Task embedding: what one text is, which gets a sequence of its own. document: its beginning, up to seq_len;
-    passage: each document in pieces of nearly equal length, of at most seq_len; sentence: each sentence, by a simple
-    rule (docs/embedders.md)."""
+    """Tasks embedding and scores: what one text is, which gets a sequence of its own. document: its beginning, up to
+    seq_len; passage: each document in pieces of nearly equal length, of at most seq_len; sentence: each sentence, by a
+    simple rule (docs/embedders.md)."""
     pooling: Literal["auto", "mean", "cls", "last"] = option("auto", resume="fixed", students="shared", derived=SAME)
     """Task embedding: how hidden states become one vector: the mean over tokens, or the first (cls) or last token's.
     auto: as the teacher's modules.json says, and mean where it has none."""
@@ -198,8 +199,17 @@ class DataConfig:
         students="shared",
         derived=SAME,
     )
-    """Task embedding: what is put before every text: the name of one of the teacher's prompts, or a text such as
-    "query: ". auto: the teacher's default prompt, if it has one; none: nothing."""
+    """Tasks embedding and scores: what is put before every text: the name of one of the teacher's prompts, or a text
+    such as "query: ". auto: the teacher's default prompt, if it has one; none: nothing. Not for pairs."""
+    pair_columns: list[str] = option(
+        [], limited_by="rules.py: two columns", resume="fixed", students="shared", derived=SAME
+    )
+    """Task scores: the two columns of .jsonl and .parquet files that make a pair, such as [query,passage] or
+    [sentence1,sentence2]. Empty: single texts (data.texts)."""
+    truncation: Literal["longest_first", "only_second"] = option(
+        "longest_first", resume="fixed", students="shared", derived=SAME
+    )
+    """Pairs longer than seq_len lose tokens at the end of the longer text, or of the second one (only_second)."""
     mask_probability: float = option(
         0.15, low=0.0001, high=1, exclude="high", resume="fixed", students="shared", derived={CORRECTION: KEY}
     )

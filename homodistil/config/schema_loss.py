@@ -10,7 +10,9 @@ from homodistil.config.option import CORRECTION, COUNT, SAME, WEIGHT, option
 
 POOLED_WEIGHTS = ("pooled_cosine", "pooled_mse", "pooled_similarity")
 """Fields of LossConfig that are weights of terms on vectors of texts."""
-_WEIGHTS = ("mlm", "kl", "hidden", "attention", "embedding", "cosine", "relations", *POOLED_WEIGHTS)
+SCORE_WEIGHTS = ("scores_kl", "scores_mse")
+"""Fields of LossConfig that are weights of terms on the logits of a head of labels."""
+_WEIGHTS = ("mlm", "kl", "hidden", "attention", "embedding", "cosine", "relations", *POOLED_WEIGHTS, *SCORE_WEIGHTS)
 """Fields of LossConfig that are the weights of loss terms."""
 
 
@@ -58,6 +60,16 @@ class LossConfig:
         0.05, low=0, high=1000, exclude="low", resume="fixed", students="own", derived=SAME
     )
     """Temperature of the pooled_similarity term (> 0)."""
+    scores_kl: float = option(0.0, low=0, high=WEIGHT, resume="fixed", students="own", derived={CORRECTION: 0.0})
+    """Weight of KL(teacher || student) of the probabilities of labels, mean over texts (>= 0). Task scores alone, which
+    sets it to 4 for teachers with labels of which one holds, where neither weight of scores is set."""
+    scores_mse: float = option(0.0, low=0, high=WEIGHT, resume="fixed", students="own", derived={CORRECTION: 0.0})
+    """Weight of the squared distance of the logits of labels, mean over texts and labels (>= 0). Task scores sets it to
+    1 for rerankers, regression and labels of which several hold, where neither weight of scores is set."""
+    scores_temperature: float = option(
+        1.0, low=0, high=1000, exclude="low", resume="fixed", students="own", derived=SAME
+    )
+    """Temperature of the scores_kl term (> 0); the term is multiplied by its square."""
     kl_temperature: float = option(1.0, low=0, high=1000, exclude="low", resume="fixed", students="own", derived=SAME)
     """Temperature of the KL term (> 0); the term is multiplied by its square."""
     kl_positions: Literal["masked", "all"] = option("masked", resume="fixed", students="own", derived=SAME)

@@ -168,12 +168,13 @@ class PruningConfig:
     )
     """What a cut does about what it takes away: none (the paper), refit (least squares of what remains), full (rotated
     heads and a projected residual stream, then refit), project (as full, but only norms and the vocabulary head are
-    refitted). auto: full; refit where there is neither a language-modelling head nor vectors of texts; none where the
-    teacher's family has no compensation. Without effect where nothing is cut."""
+    refitted). auto: full; refit where there is neither a head nor vectors of texts; none where the teacher's family has
+    no compensation. Without effect where nothing is cut."""
     compensation_sequences: int = option(
         128, low=1, high=COUNT, resume="fixed", students="own", derived={TRIAL: COMPUTED}
     )
-    """Training sequences over all ranks for the statistics of an event (>= 1). Task embedding: 512 unless it is set."""
+    """Training sequences over all ranks for the statistics of an event (>= 1). Tasks embedding and scores: 512 unless
+    it is set."""
     compensation_ridge: float = option(
         1e-2, low=0, high=WEIGHT, exclude="low", resume="fixed", students="own", derived=SAME
     )
@@ -183,9 +184,9 @@ class PruningConfig:
         "auto", resume="fixed", students="own", derived={PLAIN_CONTROL: "auto", MEASUREMENT: "auto"}
     )
     """full, project: what the subspace of the residual stream is chosen by. pca: its activations and the decoder's
-    rows; fisher: the gradients of a language-modelling head, or of the vectors of texts, too; learned: begun like auto,
-    then trained so that the cut network stays near the present one (KL of the head, without one the error of the last
-    hidden states). auto: fisher; pca where there is neither."""
+    rows; fisher: the gradients of a head, or of the vectors of texts, too; learned: begun like auto, then trained so
+    that the cut network stays near the present one (KL of the language-modelling head, without one the error of the
+    last hidden states). auto: fisher; pca where there is neither."""
     basis_steps: int = option(60, low=1, high=STEPS, resume="fixed", students="own", derived={TRIAL: 1})
     """basis=learned: steps of training the basis in every event that narrows the residual stream (>= 1), each on one
     micro-batch per rank; schedule=gap trains one for every cut that it tries."""
@@ -195,9 +196,9 @@ class PruningConfig:
     compensation_limit: float = option(0.25, low=0, high=1000, resume="fixed", students="own", derived=SAME)
     """full, project: largest rise of the held-out loss (nats) that a rotation alone may cause at full width, measured
     at start where blocks end with a LayerNorm (without a head: largest share of the hidden states' variance that it may
-    lose; of an embedder: largest mean 1 - cosine of its vectors). Above it, the residual dims protected by
-    protect_outliers are not rotated. If the rise is still too large, nothing is rotated, events are compensated as with
-    refit, and the run reports it."""
+    lose; of an embedder: largest mean 1 - cosine of its vectors; of a head of labels: largest KL of these, or share of
+    the variance of its scores). Above it, the residual dims protected by protect_outliers are not rotated. If the rise
+    is still too large, nothing is rotated, events are compensated as with refit, and the run reports it."""
     one_shot_stages: int = option(
         1, low=1, high=1000, resume="fixed", students="own", derived={PLAIN_CONTROL: 1, TRIAL: 1}
     )

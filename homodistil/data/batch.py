@@ -5,6 +5,7 @@ Shapes: B sequences, T tokens, M rows to predict. A task (data/task.py) makes it
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -40,6 +41,9 @@ class Batch(NamedTuple):
     token_index: Tensor
     """(tokens,) int64, flat positions of the valid tokens, ascending: finding them on the device would wait for it."""
     counts: LossCounts
+    token_types: Tensor | None = None
+    """(B, T) int64: 0 for tokens of the first text of a pair, 1 for those of the second one; None: all are 0, or the
+    model has no types."""
 
     @property
     def padding_mask(self) -> Tensor | None:
@@ -49,7 +53,7 @@ class Batch(NamedTuple):
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """All but the counts."""
-        return self[:-1]
+        return tuple(part for part in self if isinstance(part, Tensor))
 
     def behind(self, num_first: int) -> tuple[Tensor, float | Tensor]:
         """What hidden states are compared by: `attention_mask` and `counts.tokens` without the first tokens of each
@@ -71,11 +75,14 @@ class Batch(NamedTuple):
 
     def pinned(self) -> Batch:
         """A copy in page-locked memory, out of which a GPU copies while the host continues."""
-        return Batch(*(tensor.pin_memory() for tensor in self.tensors), self.counts)
+        return self._each(lambda tensor: tensor.pin_memory())
 
     def to(self, device: torch.device | str) -> Batch:
         """The batch with its tensors on `device`; from pinned memory without waiting for the copies."""
-        return Batch(*(tensor.to(device, non_blocking=True) for tensor in self.tensors), self.counts)
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        return Batch(*(change(part) if isinstance(part, Tensor) else part for part in self))
 
 
 def tokens_behind(attention_mask: Tensor, num_first: int) -> Tensor:

@@ -16,7 +16,9 @@ from homodistil.config.schema import DataConfig
 from homodistil.data.batch import Batch
 from homodistil.data.causal_lm import NextToken
 from homodistil.data.masked_lm import Masker, Unmasked
+from homodistil.data.pairs import Pairs, pair_frame
 from homodistil.errors import UserError
+from homodistil.models.family_heads import HeadKind
 
 
 class Frame(NamedTuple):
@@ -53,9 +55,22 @@ class Task(ABC):
     model: str
     """Whose tokenizer has them, for messages: "a masked language model"."""
     has_single_texts: bool = False
-    """Whether a block holds one text (data.texts), instead of as much of several documents as there is space for."""
-    has_lm_head: bool = True
-    """Whether models have a language-modelling head: losses over the vocabulary, and scores on held-out words."""
+    """Whether a block holds one text or pair (data.texts, data.pair_columns), instead of as much of several documents
+    as there is space for."""
+    has_vectors: bool = False
+    """Whether the vectors of texts are learned that a teacher's sentence modules make."""
+    head: HeadKind = "lm"
+    """What models have behind their backbone."""
+
+    @property
+    def has_lm_head(self) -> bool:
+        """Whether models have a language-modelling head: losses over the vocabulary, and scores on held-out words."""
+        return self.head == "lm"
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether models have a head of labels, whose logits are learned."""
+        return self.head == "classifier"
 
     @abstractmethod
     def frame(self, tokenizer: PreTrainedTokenizerBase) -> Frame:
@@ -128,7 +143,7 @@ class HiddenStatesOnly(MaskedLM):
     name = "none"
     special_tokens = ("pad_token", "cls_token", "sep_token")
     model = "an encoder"
-    has_lm_head = False
+    head = "none"
 
     def batch_maker(
         self, tokenizer: PreTrainedTokenizerBase, data: DataConfig, seed: int, window: int | None = None
@@ -143,11 +158,28 @@ class Embedding(HiddenStatesOnly):
     """An encoder whose pooled vectors of texts are learned, those of a sentence embedder. A block holds one text."""
 
     name = "embedding"
+    has_single_texts = has_vectors = True
+
+
+class Scores(HiddenStatesOnly):
+    """A sequence classifier or cross-encoder whose logits are learned. A block holds one text, or one pair of texts."""
+
+    name = "scores"
+    model = "a sequence classifier"
     has_single_texts = True
+    head = "classifier"
+
+    def batch_maker(
+        self, tokenizer: PreTrainedTokenizerBase, data: DataConfig, seed: int, window: int | None = None
+    ) -> Unmasked:
+        if not data.pair_columns:
+            return super().batch_maker(tokenizer, data, seed, window)
+        return Pairs(tokenizer, pair_frame(tokenizer), window)
 
 
-TASKS: dict[str, Task] = {task.name: task for task in (MaskedLM(), CausalLM(), HiddenStatesOnly(), Embedding())}
-ENCODER_TASKS = ("mlm", "none", "embedding")
+_ALL = (MaskedLM(), CausalLM(), HiddenStatesOnly(), Embedding(), Scores())
+TASKS: dict[str, Task] = {task.name: task for task in _ALL}
+ENCODER_TASKS = ("mlm", "none", "embedding", "scores")
 """What an encoder can be trained to do; its family's own first."""
 
 
@@ -160,7 +192,14 @@ def task_of(data: DataConfig, of_family: str = "mlm") -> Task:
     return TASKS[of_family if data.task == "auto" else data.task]
 
 
-def settle_task(data: DataConfig, wanted: str, teacher: str, has_head: bool = True, is_embedder: bool = False) -> None:
+def settle_task(
+    data: DataConfig,
+    wanted: str,
+    teacher: str,
+    has_head: bool = True,
+    is_embedder: bool = False,
+    is_classifier: bool = False,
+) -> None:
     """Replace `auto` by what the teacher does, in place.
 
     Args:
@@ -168,6 +207,7 @@ def settle_task(data: DataConfig, wanted: str, teacher: str, has_head: bool = Tr
         teacher: what the user named it, for the message.
         has_head: whether it has a language-modelling head, or will get one; an encoder needs none.
         is_embedder: whether it is a sentence embedder, of which nothing is wanted that a head is needed for.
+        is_classifier: whether it is a sequence classifier, likewise.
 
     Raises:
         UserError: the config asks for another task.
@@ -181,5 +221,5 @@ def settle_task(data: DataConfig, wanted: str, teacher: str, has_head: bool = Tr
     if data.task == "auto":
         without_head = "none" if wanted in ENCODER_TASKS else wanted
         data.task = wanted if has_head else without_head
-        if is_embedder and wanted in ENCODER_TASKS:
-            data.task = "embedding"
+        if (is_embedder or is_classifier) and wanted in ENCODER_TASKS:
+            data.task = "scores" if is_classifier else "embedding"

@@ -16,6 +16,7 @@ from homodistil.distill.student import Student
 from homodistil.models import family_of
 from homodistil.models.activations import attention_implementation
 from homodistil.models.axes import Widths
+from homodistil.models.family_heads import HeadKind
 
 
 def build_student(
@@ -26,7 +27,7 @@ def build_student(
     layer_map: LayerMap,
     target: Widths,
     load_teacher: Callable[[], nn.Module],
-    with_head: bool = True,
+    head: HeadKind = "lm",
 ) -> Student:
     """The student with its projections.
 
@@ -36,12 +37,12 @@ def build_student(
         layer_map: from `layer_map_of`.
         target: the student's final widths, with which fresh weights start.
         load_teacher: a copy of the teacher with tapped attention and the student's dropout, fp32.
-        with_head: whether the student has a language-modelling head; `load_teacher` gives it one then.
+        head: which one the student has; `load_teacher` gives it one of this kind.
     """
     with torch.random.fork_rng(devices=[]):  # what is random here is a matter of the seed, not of what ran before
         torch.manual_seed(seed)
         if student.init == "random":
-            model = fresh_model(teacher_config, target, student.dropout, with_head)
+            model = fresh_model(teacher_config, target, student.dropout, head)
         else:
             model = load_teacher()
             family = family_of(model.config.model_type)
@@ -49,11 +50,11 @@ def build_student(
         return Student(model, loss, layer_map=layer_map)
 
 
-def fresh_model(teacher_config, target: Widths, dropout: float, with_head: bool = True) -> nn.Module:
+def fresh_model(teacher_config, target: Widths, dropout: float, head: HeadKind = "lm") -> nn.Module:
     """A stock model of the target size, initialised as Hugging Face does; its softmax scale is its own."""
     family = family_of(teacher_config.model_type)
     shape = family.student_config(teacher_config, target)
     family.set_dropout(shape, dropout)
-    model = family.empty(shape, with_head)
+    model = family.empty(shape, head)
     model.set_attn_implementation(attention_implementation(family))
     return model

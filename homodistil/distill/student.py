@@ -23,11 +23,12 @@ from homodistil.distill.layer_map import LayerMap
 from homodistil.distill.losses.pooled import student_vectors
 from homodistil.distill.losses.settled import settled
 from homodistil.distill.objective import Comparison, LossTerms, Objective
-from homodistil.distill.teacher import Teacher, head_only_parameters
+from homodistil.distill.teacher import Teacher
 from homodistil.distill.teacher_outputs import TeacherOutputs, wanted_rows
 from homodistil.models import axes, family_of
 from homodistil.models.activations import ActivationHooks, ActivationVisitor, show_values
 from homodistil.models.axes import AxisTable, AxisUse, Keep
+from homodistil.models.family import ModelFamily
 from homodistil.models.parameter_shape import full_numel
 from homodistil.models.sentence_head import SentenceHead
 
@@ -108,6 +109,7 @@ class Student(nn.Module):
         objective: Objective | None = None,
         only_logits: bool = False,
         only_vectors: SentenceHead | None = None,
+        only_scores: bool = False,
     ) -> LossTerms | Tensor:
         """The training forward: loss terms of one micro-batch. `targets` None: MLM alone.
 
@@ -115,12 +117,15 @@ class Student(nn.Module):
             objective: see `compare`; the trained one by default.
             only_logits: see `predict`.
             only_vectors: see `embed`.
+            only_scores: see `scores`.
         """
         objective = objective or self.objective
         comparison = Comparison(objective, self, batch, None if only_logits else targets)
-        last = self._taps.visit(batch.input_ids, batch.padding_mask, comparison)
+        last = self._taps.visit(batch.input_ids, batch.padding_mask, comparison, batch.token_types)
         if only_vectors is not None:
             return student_vectors(last, batch.attention_mask, self, only_vectors)
+        if only_scores:
+            return self.family.classifier(self.model).logits(last, batch.attention_mask)
         if only_logits:
             return self.lm_logits(wanted_rows(last, batch, "masked"))
         return comparison.finish(last)
@@ -149,9 +154,14 @@ class Student(nn.Module):
         return self(batch, only_vectors=head)
 
     @torch.no_grad()
+    def scores(self, batch: Batch) -> Tensor:
+        """Logits of labels, fp32 (B, labels). Of a sequence classifier alone."""
+        return self(batch, only_scores=True)
+
+    @torch.no_grad()
     def show(self, batch: Batch, visitor: ActivationVisitor) -> None:
         """Show the backbone's forward pass to `visitor`. Not of a student that an engine holds."""
-        self._taps.visit(batch.input_ids, batch.padding_mask, visitor)
+        self._taps.visit(batch.input_ids, batch.padding_mask, visitor, batch.token_types)
 
     @torch.no_grad()
     def lm_losses(self, batch: Batch, teacher: Teacher | None) -> tuple[Tensor, Tensor]:
@@ -214,3 +224,12 @@ def _copied_from(config) -> LayerMap:
     """The counterpart of a copy of the whole teacher."""
     shape = family_of(config.model_type).shape(config)
     return LayerMap(shape.hidden_size, shape.num_attention_heads, tuple(range(shape.num_hidden_layers)))
+
+
+def head_only_parameters(model: nn.Module, family: ModelFamily) -> list[nn.Parameter]:
+    """Parameters of the MLM head that nothing else uses (the tied word embeddings are not among them); [] where there
+    is none."""
+    if not family.has_head(model):
+        return []
+    shared = {id(p) for p in family.backbone(model).parameters()}
+    return [p for p in family.lm_head(model).parameters() if id(p) not in shared]

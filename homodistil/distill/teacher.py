@@ -26,8 +26,9 @@ from homodistil.errors import UserError
 from homodistil.models import family_of
 from homodistil.models.activations import ActivationHooks, Activations, attention_implementation
 from homodistil.models.checkpoint_files import first_line, local_folder
+from homodistil.models.classifier import CLASSIFIER_CLASS
 from homodistil.models.config_file import read_config
-from homodistil.models.family import ModelFamily
+from homodistil.models.family_heads import HeadKind
 from homodistil.models.sentence_head import SentenceHead, pooled
 from homodistil.models.weights import (
     Difference,
@@ -35,8 +36,8 @@ from homodistil.models.weights import (
     check_layers,
     check_whole,
     difference,
-    some,
     stored_tensors,
+    tell_unused,
 )
 
 FIELD = "teacher.name"
@@ -87,7 +88,7 @@ class Teacher(nn.Module):
         if self._stream is None:
             tapped = self.run(batch)
             return self._whole_pass(batch, lambda: tapped)
-        pending = self._stream.start(batch.input_ids, batch.padding_mask)
+        pending = self._stream.start(batch.input_ids, batch.padding_mask, batch.token_types)
         return self._whole_pass(batch, pending.result)
 
     def _whole_pass(self, batch: Batch, finished: Callable[[], Activations]) -> WholePass:
@@ -101,19 +102,24 @@ class Teacher(nn.Module):
         if self._stream is None:
             tapped = self.run(batch)
         else:
-            tapped = self._stream.start(batch.input_ids, batch.padding_mask).result()
+            tapped = self._stream.start(batch.input_ids, batch.padding_mask, batch.token_types).result()
         return [self._whole_pass(batch, functools.partial(own_lists, tapped)) for _ in range(num_students)]
 
     @torch.no_grad()
     def run(self, batch: Batch) -> Activations:
         """A whole forward pass of the backbone."""
-        return self._runtime(batch.input_ids, batch.padding_mask)
+        return self._runtime(batch.input_ids, batch.padding_mask, batch.token_types)
 
     @torch.no_grad()
     def embed(self, batch: Batch) -> Tensor:
         """Vectors of the batch's texts, (B, E) fp32, not normalised. Of a sentence embedder alone."""
         head = self.sentence_head
         return head.transform(pooled(self.run(batch).last, batch.attention_mask, head.pooling))
+
+    @torch.no_grad()
+    def scores(self, batch: Batch) -> Tensor:
+        """Logits of labels, fp32 (B, labels). Of a sequence classifier alone."""
+        return self.family.classifier(self.model).logits(self.run(batch).last, batch.attention_mask)
 
     @torch.no_grad()
     def predict(self, batch: Batch) -> Tensor:
@@ -153,16 +159,16 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     dropout: float | None = None,
     allow_pickle: bool = False,
-    with_head: bool = True,
+    head: HeadKind = "lm",
 ) -> nn.Module:
-    """A masked LM with tapped attention from a folder or hub name.
+    """A model with tapped attention from a folder or hub name.
 
     Args:
         folder: path or hub name.
         dtype: of the weights.
         dropout: replaces both dropout probabilities of the config (None keeps them).
         allow_pickle: take pickled weights (with weights_only) where there are no safetensors.
-        with_head: False leaves out its language-modelling head.
+        head: which one; "none" leaves out the language-modelling head.
 
     Raises:
         UserError: nothing there, unreadable, pickled, or an architecture without a table of axes.
@@ -172,8 +178,9 @@ def load_model(
     if dropout is not None:
         family.set_dropout(config, dropout)
     options = {"config": config, "dtype": dtype, "attn_implementation": attention_implementation(family)}
-    model = _from_pretrained(folder, allow_pickle, family.auto_class, **options)
-    if not with_head:
+    auto_class = CLASSIFIER_CLASS if head == "classifier" else family.auto_class
+    model = _from_pretrained(folder, allow_pickle, auto_class, **options)
+    if head == "none":
         family.drop_head(model)
     return model
 
@@ -192,16 +199,23 @@ def has_lm_head(folder: str, allow_pickle: bool = False, say: Callable[[str], No
     shape = load_config(folder)
     check_stored(folder, shape, allow_pickle)
     family, where = family_of(shape.model_type), f"{FIELD}: {folder!r}"
+    model, compared = read_whole(folder, allow_pickle, family.auto_class)
+    has_head = check_whole(compared, model, family, where)
+    check_finite(model, where)
+    tell_unused(folder, compared, say)
+    return has_head
+
+
+def read_whole(folder: str, allow_pickle: bool, auto_class: str) -> tuple[nn.Module, Difference]:
+    """The model in fp32, and what is wrong with its files; unexpected are tensors that its family does not know of."""
+    shape = load_config(folder)
+    family = family_of(shape.model_type)
     # In fp32, whatever the config says of its type: nothing becomes infinite on the way.
     options = {"config": shape, "dtype": torch.float32, "ignore_mismatched_sizes": True, "output_loading_info": True}
-    model, report = _from_pretrained(folder, allow_pickle, family.auto_class, **options)
+    model, report = _from_pretrained(folder, allow_pickle, auto_class, **options)
     unexpected = sorted(name for name in report["unexpected_keys"] if not family.is_unused(family.tensor_name(name)))
     mismatched = [(name, tuple(stored), tuple(ours)) for name, stored, ours in sorted(report["mismatched_keys"])]
-    has_head = check_whole(Difference(sorted(report["missing_keys"]), unexpected, mismatched), model, family, where)
-    check_finite(model, where)
-    if unexpected:
-        say(f"teacher: tensors of {folder} that its config does not use ({len(unexpected)}): {some(unexpected)}")
-    return has_head
+    return model, Difference(sorted(report["missing_keys"]), unexpected, mismatched)
 
 
 def check_stored(folder: str, shape, allow_pickle: bool = False) -> bool | None:
@@ -281,12 +295,3 @@ def load_tokenizer(folder: str, teacher_config, task: str | None = None) -> PreT
     check_special_tokens(tokenizer, TASKS[task or family_of(teacher_config.model_type).task], where)
     check_words(tokenizer, where)
     return tokenizer
-
-
-def head_only_parameters(model: nn.Module, family: ModelFamily) -> list[nn.Parameter]:
-    """Parameters of the MLM head that nothing else uses (the tied word embeddings are not among them); [] where there
-    is none."""
-    if not family.has_head(model):
-        return []
-    shared = {id(p) for p in family.backbone(model).parameters()}
-    return [p for p in family.lm_head(model).parameters() if id(p) not in shared]

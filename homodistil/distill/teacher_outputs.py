@@ -69,6 +69,11 @@ class TeacherOutputs(ABC):
         return self.family.lm_head(self.model)(wanted_rows(self.take_last(), self.batch, positions))
 
     @torch.no_grad()
+    def scores(self) -> Tensor:
+        """Logits of the labels of a sequence classifier, fp32 (B, labels)."""
+        return self.family.classifier(self.model).logits(self.take_last(), self.batch.attention_mask)
+
+    @torch.no_grad()
     def before_decoder(self, positions: str) -> tuple[Tensor, nn.Linear]:
         """What the decoder would turn into these logits, (rows, D), and the decoder."""
         rows = wanted_rows(self.take_last(), self.batch, positions)

@@ -34,10 +34,9 @@ def evaluate_vectors(
         vector_cosine (mean cosine of both vectors of a text), unless the student has a space of its own; recall_at_10
         (`recall`), of two texts or more; evaluated_texts (count).
     """
-    pairs = [(student.embed(here, teacher.sentence_head), teacher.embed(here)) for here in _moved(batches, teacher)]
+    pairs = [(student.embed(here, teacher.sentence_head), teacher.embed(here)) for here in moved(batches, teacher)]
     ours, theirs = (
-        _of_all_ranks(torch.cat(vectors)[: len(positions)], positions, num_texts)
-        for vectors in zip(*pairs, strict=True)
+        of_all_ranks(torch.cat(vectors)[: len(positions)], positions, num_texts) for vectors in zip(*pairs, strict=True)
     )
     measured = {"evaluated_texts": float(num_texts)}
     if ours.shape == theirs.shape:
@@ -63,12 +62,13 @@ def _nearest(vectors: Tensor, num: int) -> Tensor:
     return (unit @ unit.T).fill_diagonal_(-torch.inf).topk(num, dim=-1).indices
 
 
-def _moved(batches: Iterable[Batch], teacher: Teacher) -> Iterable[Batch]:
+def moved(batches: Iterable[Batch], teacher: Teacher) -> Iterable[Batch]:
+    """`batches` on the device of `teacher`."""
     device = next(teacher.parameters()).device
     return (batch.to(device) for batch in batches)
 
 
-def _of_all_ranks(vectors: Tensor, positions: np.ndarray, num_texts: int) -> Tensor:
+def of_all_ranks(vectors: Tensor, positions: np.ndarray, num_texts: int) -> Tensor:
     """(num_texts, E), the same on every rank: each row comes from one rank, and all others add 0."""
     rows = vectors.new_zeros(num_texts, vectors.shape[1])
     rows[torch.from_numpy(positions).to(rows.device)] = vectors

@@ -21,6 +21,7 @@ from homodistil.export.provenance import Origin, Teacher, describe_sources, desc
 from homodistil.files import write_atomically, writing
 from homodistil.metrics.result_table import TASK_COLUMNS
 from homodistil.models.axes import Widths, layer_widths
+from homodistil.models.classifier import CLASSIFIER_CLASS, CLASSIFIER_TAG
 from homodistil.models.family import BACKBONE_CLASS, BACKBONE_TAG, ModelFamily
 
 CARD_FILE = "README.md"
@@ -46,6 +47,10 @@ METRICS = {
     "embedding_distance": _Metric("distance of embeddings (lower is better)", "loss", "{:.4g}"),
     "cosine_to_teacher": _Metric("cosine to the teacher's vectors (higher is better)", "cosine_similarity", "{:.4f}"),
     "recall_at_10": _Metric("recall@10 of the teacher's nearest texts (higher is better)", "recall_at_10", "{:.4f}"),
+    "label_agreement": _Metric("texts with the teacher's label (higher is better)", "accuracy", "{:.4f}"),
+    "score_mse": _Metric("squared distance to the teacher's scores (lower is better)", "mse", "{:.4g}"),
+    "score_pearson": _Metric("Pearson correlation with the teacher's scores (higher is better)", "pearsonr", "{:.4f}"),
+    "score_spearman": _Metric("Spearman correlation with the teacher's scores", "spearmanr", "{:.4f}"),
 }
 
 _TEMPLATE = """---
@@ -128,14 +133,16 @@ def model_card(
         command: the command line of the run.
     """
     teacher, task = describe_teacher(origin.teacher), task_of(origin.data, family.task)
-    metrics = (*TASK_COLUMNS[task.name], *(["kl_to_teacher"] if task.has_lm_head else []))
+    metrics = (*TASK_COLUMNS[task.name], *(["kl_to_teacher"] if task.head != "none" else []))
+    if task.has_labels:  # which of them are measured depends on the teacher's labels
+        metrics = tuple(name for name in metrics if name in facts)
     told, meant = repeatable(command, origin, num_ranks)
     not_listed = ("parameters", "folder", "data", *METRICS)
     listed = {**method.settings} | {name: value for name, value in facts.items() if name not in not_listed}
     return _TEMPLATE.format(
         metadata=_metadata(origin.data, method.name, family, facts, teacher),
         usage=_usage(task, family, str(facts["folder"])),
-        note="" if task.has_lm_head or task.has_single_texts else _WITHOUT_HEAD,
+        note="" if task.head != "none" or task.has_vectors else _WITHOUT_HEAD,
         masks=_measured_how(task),
         name=method.name,
         parameters=facts["parameters"],
@@ -188,13 +195,21 @@ def _last_cell(line: str, value: str) -> str:
 
 
 def _usage(task: Task, family: ModelFamily, folder: str) -> str:
-    if task.has_single_texts:
+    if task.has_vectors:
         return _EMBEDDER_USAGE.format(folder=folder)
-    return _USAGE.format(auto_class=family.auto_class if task.has_lm_head else BACKBONE_CLASS, folder=folder)
+    return _USAGE.format(auto_class=_hub_names(task, family)[0], folder=folder)
+
+
+def _hub_names(task: Task, family: ModelFamily) -> tuple[str, str]:
+    """The class of transformers that loads the checkpoint, and its pipeline tag."""
+    names = {"lm": (family.auto_class, family.pipeline_tag), "classifier": (CLASSIFIER_CLASS, CLASSIFIER_TAG)}
+    return names.get(task.head, (BACKBONE_CLASS, _EMBEDDER_TAG if task.has_vectors else BACKBONE_TAG))
 
 
 def _measured_how(task: Task) -> str:
-    if task.has_single_texts:
+    if task.has_labels:
+        return "against the teacher's logits, without labels"
+    if task.has_vectors:
         return "of which each asks for its neighbours among all others"
     return "with masks that never change" if task.has_lm_head else "as terms of the training loss"
 
@@ -208,8 +223,7 @@ def _metric_line(name: str, value: object) -> str:
 def _metadata(text: DataConfig, name: str, family: ModelFamily, facts: Mapping[str, object], teacher: Teacher) -> str:
     """The head's YAML, as the hub's own client writes it."""
     task = task_of(text, family.task)
-    pipeline_tag = family.pipeline_tag if task.has_lm_head else BACKBONE_TAG
-    pipeline_tag = _EMBEDDER_TAG if task.has_single_texts else pipeline_tag
+    pipeline_tag = _hub_names(task, family)[1]
     held_out = f"held-out documents of {', '.join(describe_sources(text.sources))}"
     results = [
         EvalResult(
@@ -224,7 +238,7 @@ def _metadata(text: DataConfig, name: str, family: ModelFamily, facts: Mapping[s
         if _is_number(facts.get(column))
     ]
     data = ModelCardData(
-        library_name=_EMBEDDER_LIBRARY if task.has_single_texts else "transformers",
+        library_name=_EMBEDDER_LIBRARY if task.has_vectors else "transformers",
         pipeline_tag=pipeline_tag,
         tags=["homodistil", "distillation", "pruning", family.name],
         license=teacher.licence,

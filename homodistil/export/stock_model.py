@@ -35,24 +35,24 @@ def stock_model(weights: dict[str, Tensor], student: Student, teacher_config) ->
         ValueError: no stock configuration has these widths (`ModelFamily.stock_head_dim`), or the rotary pairs that
             are left (`ModelFamily.set_positions`).
     """
-    table, has_head = student.family.axis_table(student.model), student.family.has_head(student.model)
+    table, head = student.family.axis_table(student.model), student.family.head_kind(student.model)
     head_dim = student.family.stock_head_dim(table.widths)
     if head_dim is None:
         raise ValueError(f"no stock configuration has the widths {table.widths}")
     config = student.family.student_config(teacher_config, table.widths)
     student.family.set_layer_kinds(config, student.model.config)
     student.family.set_positions(config, student.model, student.origins)
-    model = student.family.empty(config, has_head)
+    model = student.family.empty(config, head)
     of_model = {name.removeprefix("model."): w.cpu() for name, w in weights.items() if name.startswith("model.")}
     missing, unexpected = model.load_state_dict(_pad_heads(of_model, table, head_dim), strict=False)
     tied = set(missing) - set(dict(model.named_parameters()))
     if unexpected or set(missing) - tied:
         raise ValueError(f"export: weights do not fit: missing {set(missing) - tied}, unexpected {unexpected}")
-    if has_head:
+    if head == "lm":
         model.tie_weights()
     student.family.fold_softmax_scale(model, student.softmax_scale / student.family.softmax_scale(model))
     student.family.fold_embedding_scale(model, student.model)
-    return model.eval() if has_head else student.family.backbone(model).eval()
+    return model.eval() if head != "none" else student.family.backbone(model).eval()
 
 
 def _pad_heads(weights: dict[str, Tensor], table: AxisTable, head_dim: int) -> dict[str, Tensor]:

@@ -23,7 +23,9 @@ Row = Mapping[str, Any]
 """One model: name, parameters, hidden_size, heldout_mlm_loss (nats) and masked_top1 (fraction), or of a causal model
 heldout_lm_loss (nats), perplexity and bits_per_byte; kl_to_teacher (nats); of a model without a head the
 hidden_distance, attention_distance and embedding_distance to its teacher (loss terms on held-out text); of an embedder
-cosine_to_teacher (mean over held-out texts) and recall_at_10 (of the teacher's nearest texts);
+cosine_to_teacher (mean over held-out texts) and recall_at_10 (of the teacher's nearest texts); of a sequence classifier
+kl_to_teacher and label_agreement (share of texts), or, where labels are scores, score_mse, score_pearson and
+score_spearman (means over labels);
 tokens_per_s_first and tokens_per_s_last (training, first and last logged interval). Absent or None: not measured."""
 
 # Column -> (heading, how a number is written)
@@ -42,6 +44,10 @@ COLUMNS = {
     "embedding_distance": ("embedding distance", "{:.3g}"),
     "cosine_to_teacher": ("cosine to teacher", "{:.4f}"),
     "recall_at_10": ("recall@10", "{:.1%}"),
+    "label_agreement": ("same label", "{:.1%}"),
+    "score_mse": ("MSE to teacher", "{:.3g}"),
+    "score_pearson": ("Pearson", "{:.4f}"),
+    "score_spearman": ("Spearman", "{:.4f}"),
     "tokens_per_s_first": ("tokens/s first", "{:,.0f}"),
     "tokens_per_s_last": ("tokens/s last", "{:,.0f}"),
 }
@@ -59,6 +65,7 @@ HELDOUT_COLUMNS = {
     "embedding_distance": "embedding_distance",
     "vector_cosine": "cosine_to_teacher",
     "recall_at_10": "recall_at_10",
+    **dict(zip(*[("label_agreement", "score_mse", "score_pearson", "score_spearman")] * 2, strict=True)),
 }
 """What evaluation on held-out text measures -> column."""
 
@@ -67,6 +74,7 @@ TASK_COLUMNS = {
     "causal": ("heldout_lm_loss", "perplexity", "bits_per_byte"),
     "none": ("hidden_distance", "attention_distance", "embedding_distance"),
     "embedding": ("cosine_to_teacher", "recall_at_10"),
+    "scores": ("label_agreement", "score_mse", "score_pearson", "score_spearman"),
 }
 """Task (data/task.py) -> columns that it alone has."""
 _OF_ONE_TASK = frozenset().union(*TASK_COLUMNS.values())
@@ -95,8 +103,8 @@ def columns_of(rows: Sequence[Row]) -> dict[str, tuple[str, str]]:
     """The columns that these rows need: of what one task alone measures, those that any row has."""
     used = set().union(*rows)
     unused = _OF_ONE_TASK - used
-    if not used.isdisjoint((*TASK_COLUMNS["none"], *TASK_COLUMNS["embedding"])):
-        unused |= {"kl_to_teacher"}  # of logits, which such a model has not
+    if not used.isdisjoint((*TASK_COLUMNS["none"], *TASK_COLUMNS["embedding"], "score_mse")):
+        unused |= {"kl_to_teacher"}  # of probabilities, which such a model has not
     return {column: how for column, how in COLUMNS.items() if column not in unused}
 
 

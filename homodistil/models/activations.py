@@ -111,12 +111,19 @@ class ActivationHooks:
             layer.register_forward_hook(functools.partial(self._after_layer, i))
         family.tap_attention(model, self.record)
 
-    def visit(self, input_ids: Tensor, padding_mask: Tensor | None, visitor: ActivationVisitor) -> Tensor:
+    def visit(
+        self,
+        input_ids: Tensor,
+        padding_mask: Tensor | None,
+        visitor: ActivationVisitor,
+        token_types: Tensor | None = None,
+    ) -> Tensor:
         """The model's backbone forward, shown to `visitor`. Returns what it puts out, (B, T, D).
 
-        input_ids and padding_mask: int64, (B, T); mask 1 = token, 0 = padding, None: no padding (see Batch).
+        input_ids, padding_mask and token_types: int64, (B, T); mask 1 = token, 0 = padding, None: no padding, and no
+        types (see Batch).
         """
-        arguments = backbone_arguments(self._config, self._family, input_ids, padding_mask)
+        arguments = backbone_arguments(self._config, self._family, input_ids, padding_mask, token_types)
         with self.shown_to(visitor):
             return self._backbone(**arguments).last_hidden_state
 
@@ -130,10 +137,10 @@ class ActivationHooks:
             # Not kept: a graph that outlives its step would hold memory and old parameter shapes.
             self._visitor = self._queries = self._keys = self._values = None
 
-    def run(self, input_ids: Tensor, padding_mask: Tensor | None) -> Activations:
+    def run(self, input_ids: Tensor, padding_mask: Tensor | None, token_types: Tensor | None = None) -> Activations:
         """The backbone's forward pass with all activations collected."""
         collector = _Collector()
-        last = self.visit(input_ids, padding_mask, collector)
+        last = self.visit(input_ids, padding_mask, collector, token_types)
         hidden, queries, keys, _values = (list(part) for part in zip(*collector.layers, strict=True))
         relations = next((tap for tap in collector.layers if tap.values is not None), None)
         return Activations(collector.embedded, hidden, queries, keys, last, self.scale, relations)

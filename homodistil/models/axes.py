@@ -5,6 +5,7 @@ know nothing else about the model.
 
     hidden                    width of the residual stream, one for the whole model
     embedding                 width of embeddings and of what enters the decoder, where it is not the residual stream's
+    classifier                width between the two linears of a head of labels
     layer.{i}.ffn             neurons of the feed-forward block of layer i
     layer.{i}.heads           attention heads of layer i, each with keys and values of its own
     heads                     where layers share something by head: the heads of all layers, of which the same ones go

@@ -13,21 +13,35 @@ from transformers import PretrainedConfig
 from homodistil.models.family import ModelFamily
 
 
-def run_backbone(model: nn.Module, family: ModelFamily, input_ids: Tensor, padding_mask: Tensor | None) -> Tensor:
+def run_backbone(
+    model: nn.Module,
+    family: ModelFamily,
+    input_ids: Tensor,
+    padding_mask: Tensor | None,
+    token_types: Tensor | None = None,
+) -> Tensor:
     """What the backbone puts out, (B, T, D).
 
     Args:
         input_ids, padding_mask: int64, (B, T); mask 1 = token, 0 = padding, None: no padding.
+        token_types: int64, (B, T), of models that have such; None: 0.
     """
-    return family.backbone(model)(**backbone_arguments(model.config, family, input_ids, padding_mask))[0]
+    arguments = backbone_arguments(model.config, family, input_ids, padding_mask, token_types)
+    return family.backbone(model)(**arguments)[0]
 
 
 def backbone_arguments(
-    config: PretrainedConfig, family: ModelFamily, input_ids: Tensor, padding_mask: Tensor | None
+    config: PretrainedConfig,
+    family: ModelFamily,
+    input_ids: Tensor,
+    padding_mask: Tensor | None,
+    token_types: Tensor | None = None,
 ) -> dict[str, Any]:
     """What the backbone of a model with this `config` is called with. Arguments as in `run_backbone`."""
     mask = family.attention_mask(config, input_ids, padding_mask)
-    return {"input_ids": input_ids, "attention_mask": mask, **family.forward_options}
+    takes_types = token_types is not None and family.has_token_types(config)
+    types = {"token_type_ids": token_types} if takes_types else {}
+    return {"input_ids": input_ids, "attention_mask": mask, **types, **family.forward_options}
 
 
 class LayerInputs(NamedTuple):
@@ -39,11 +53,17 @@ class LayerInputs(NamedTuple):
     """Keyword arguments of every layer: masks, positions."""
 
 
-def layer_inputs(model: nn.Module, family: ModelFamily, input_ids: Tensor, padding_mask: Tensor | None) -> LayerInputs:
+def layer_inputs(
+    model: nn.Module,
+    family: ModelFamily,
+    input_ids: Tensor,
+    padding_mask: Tensor | None,
+    token_types: Tensor | None = None,
+) -> LayerInputs:
     """Arguments as in `run_backbone`. Nothing behind the embeddings is run."""
     layer = family.layers(model)[0]
     with suppress(_Stopped), _stopped_at(layer) as seen:
-        run_backbone(model, family, input_ids, padding_mask)
+        run_backbone(model, family, input_ids, padding_mask, token_types)
     args, kwargs = seen[0]
     names = list(inspect.signature(layer.forward).parameters)
     kwargs = dict(zip(names, args, strict=False)) | kwargs

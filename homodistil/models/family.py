@@ -8,7 +8,7 @@ block `decoders/pre_norm.py`, and differ in data.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -19,13 +19,14 @@ from homodistil.kernels.attention_map_inputs import MaskKind
 from homodistil.models.architecture import BERT_LIKE, Architecture
 from homodistil.models.axes import AxisTable, Keep, Widths
 from homodistil.models.compensable import Compensable
+from homodistil.models.family_heads import FamilyHeads
 from homodistil.models.model_shape import ModelShape, RequiredValue
 
 BACKBONE_CLASS, BACKBONE_TAG = "AutoModel", "feature-extraction"
 """`auto_class` and `pipeline_tag` of a checkpoint without a language-modelling head."""
 
 
-class ModelFamily(ABC):
+class ModelFamily(FamilyHeads):
     """Stock models of one architecture. Every method takes a model of the family or its configuration."""
 
     name: str
@@ -97,17 +98,6 @@ class ModelFamily(ABC):
         """Why cuts of a model with this configuration cannot be compensated, for a message; None where they can."""
         return None if isinstance(self, Compensable) else f"as blocks of the {self.name} family cannot be refitted yet"
 
-    @abstractmethod
-    def empty_model(self, config: PretrainedConfig) -> nn.Module:
-        """A freshly initialised model of this shape (put it on the meta device to look at shapes only)."""
-
-    def empty(self, config: PretrainedConfig, with_head: bool) -> nn.Module:
-        """`empty_model`, with its language-modelling head or without (`drop_head`)."""
-        model = self.empty_model(config)
-        if not with_head:
-            self.drop_head(model)
-        return model
-
     # --- what shrinks
 
     @abstractmethod
@@ -152,10 +142,6 @@ class ModelFamily(ABC):
         return None
 
     # --- parts of the forward pass
-
-    @abstractmethod
-    def backbone(self, model: nn.Module) -> nn.Module:
-        """Token ids -> last hidden states."""
 
     @abstractmethod
     def embeddings(self, model: nn.Module) -> nn.Module:
@@ -210,6 +196,10 @@ class ModelFamily(ABC):
             return padding_mask
         return padding_mask[:, None, None, :].bool().expand(-1, 1, padding_mask.shape[1], -1)
 
+    def has_token_types(self, config: PretrainedConfig) -> bool:
+        """Whether the backbone takes types of tokens, of which it has several (`Batch.token_types`)."""
+        return False
+
     def window(self, config: PretrainedConfig) -> int | None:
         """The window (see `MaskKind`) of those layers of a model that have one; None: every layer sees all."""
         return None
@@ -256,18 +246,6 @@ class ModelFamily(ABC):
 
         Under ZeRO-3 weight and bias exist only inside a call of this module.
         """
-
-    def has_head(self, model: nn.Module) -> bool:
-        """Whether `model` has a language-modelling head: an encoder may go without (`drop_head`)."""
-        backbone = self.backbone(model)
-        return any(child is not backbone for child in model.children())
-
-    def drop_head(self, model: nn.Module) -> None:
-        """Leave out everything but the backbone, in place: the methods about the head may not be called any more."""
-        backbone = self.backbone(model)
-        for name, child in list(model.named_children()):
-            if child is not backbone:
-                delattr(model, name)
 
     # --- what is measured
 

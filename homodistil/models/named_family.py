@@ -11,6 +11,7 @@ from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING, PretrainedConfig
 
 from homodistil.models.axes import AxisTable, AxisUse
+from homodistil.models.classifier import CLASSIFIER_AXIS
 from homodistil.models.family import ModelFamily
 from homodistil.models.model_shape import RequiredValue
 
@@ -47,6 +48,10 @@ class NamedFamily(ModelFamily):
     @abstractmethod
     def _layer_uses(self, i: int) -> list[AxisUse]:
         """Uses of layer `i`, likewise."""
+
+    def _classifier_widths(self, model: nn.Module) -> dict[str, int]:
+        """The axis of a head of labels, where `model` has one."""
+        return {CLASSIFIER_AXIS: self.classifier(model).linear.out_features} if self.has_classifier(model) else {}
 
     def axis_table(self, model: nn.Module) -> AxisTable:
         names = {name for name, _ in model.named_parameters()}

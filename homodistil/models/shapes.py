@@ -8,6 +8,7 @@ from typing import NamedTuple
 from homodistil.config.schema import PruningConfig, StudentConfig
 from homodistil.errors import UserError
 from homodistil.models.axes import Widths, embedding_width, kind_of, layer_of, layer_widths, num_layers
+from homodistil.models.classifier import CLASSIFIER_AXIS
 from homodistil.models.family import ModelFamily
 from homodistil.models.head_dim import with_head_dim
 
@@ -173,6 +174,7 @@ def target_widths(
     if whole_heads:
         _check_whole_heads(shape, teacher)
     of_kind = {"hidden": shape.hidden_size, "ffn": shape.intermediate_size, "embedding": embedding_width(teacher)}
+    of_kind[CLASSIFIER_AXIS] = shape.hidden_size  # as stock configurations have it
     heads = _grouped_heads if is_grouped(teacher) else _plain_heads
     of_kind |= heads(shape, teacher, num_key_value_heads)
     return {axis: of_kind[kind_of(axis)] for axis in teacher}

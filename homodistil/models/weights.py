@@ -9,7 +9,7 @@ Weights that are missing would be drawn at random by the library, silently.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -196,6 +196,13 @@ def check_finite(model: nn.Module, where: str) -> None:
                 f"{where}: {name} holds {count} NaN or infinite values of {parameter.numel()}; copy or download the "
                 f"weights again, or give a checkpoint from before training diverged"
             )
+
+
+def tell_unused(folder: str, compared: Difference, say: Callable[[str], None]) -> None:
+    """Tell of tensors of a teacher that the model does not use."""
+    names = compared.unexpected
+    if names:
+        say(f"teacher: tensors of {folder} that its config does not use ({len(names)}): {some(names)}")
 
 
 def some(names: Iterable[str]) -> str:

@@ -15,7 +15,9 @@ from homodistil.distill.teacher import Teacher
 from homodistil.distributed import ranks
 from homodistil.models.axes import AxisTable
 from homodistil.models.backbone import run_backbone
+from homodistil.models.classifier import LogitKind
 from homodistil.models.sentence_head import PoolingMode
+from homodistil.pruning.compensation.labels import label_direction
 from homodistil.pruning.compensation.vectors import pooled_states
 from homodistil.pruning.importance import Importance
 
@@ -97,7 +99,7 @@ def drawn_direction_loss(student: Student, seed: int) -> Callable[[Batch], Tenso
     draw = _normal_directions(student, seed)
 
     def loss(batch: Batch) -> Tensor:
-        last = run_backbone(student.model, student.family, batch.input_ids, batch.padding_mask)
+        last = run_backbone(student.model, student.family, batch.input_ids, batch.padding_mask, batch.token_types)
         products = (last.float() * draw(last.shape)).sum(-1) * batch.attention_mask
         return products.sum() / batch.counts.tokens
 
@@ -118,6 +120,34 @@ def drawn_vector_loss(student: Student, pooling: PoolingMode, seed: int) -> Call
     def loss(batch: Batch) -> Tensor:
         vectors = functional.normalize(pooled_states(student.model, student.family, batch, pooling), dim=-1)
         return (vectors * draw(vectors.shape)).sum() / len(vectors)
+
+    return loss
+
+
+def drawn_logit_loss(student: Student, kind: LogitKind, seed: int) -> Callable[[Batch], Tensor]:
+    """For a copy of a sequence classifier: micro-batch -> mean over texts of logits times a direction.
+
+    As `drawn_direction_loss`, of the curvature of the KL of the labels' probabilities (the direction is p - onehot of a
+    label that the copy draws), or of half the squared distance of logits that are values. The loss has a graph.
+
+    Args:
+        student: plain.
+        kind: what its logits are.
+        seed: of the draws; another one on every rank.
+    """
+    device = next(student.parameters()).device
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def loss(batch: Batch) -> Tensor:
+        inputs = batch.input_ids, batch.padding_mask, batch.token_types
+        last = run_backbone(student.model, student.family, *inputs)
+        logits = student.family.classifier(student.model).logits(last, batch.attention_mask)
+        if kind == "categories":
+            numbers = torch.rand(len(logits), generator=generator, device=device)
+            direction = label_direction(logits.detach(), numbers)
+        else:
+            direction = torch.randn(logits.shape, generator=generator, device=device)
+        return (logits * direction).sum() / len(logits)
 
     return loss
 

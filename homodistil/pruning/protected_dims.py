@@ -34,7 +34,7 @@ def variance_shares(model: nn.Module, family: ModelFamily, batches: Iterable[Bat
         for batch in batches:
             for meter in meters.values():
                 meter.attention_mask = batch.attention_mask
-            run_backbone(model, family, batch.input_ids, batch.padding_mask)
+            run_backbone(model, family, batch.input_ids, batch.padding_mask, batch.token_types)
     finally:
         for handle in handles:
             handle.remove()

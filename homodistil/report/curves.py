@@ -23,8 +23,11 @@ FAMILIES = {
     "kv_heads": "kv heads",
     "heads_in_group": "heads per kv head",
     "qk_dim": "head dim",
+    "classifier": "head of labels",
 }
 """Kind of axis -> its heading; a model has `heads`, or the two kinds of grouped ones."""
+ONLY_WHERE_NAMED = ("kv_heads", "heads_in_group", "classifier")
+"""Of these kinds: those that few models have."""
 
 
 @dataclass(frozen=True)

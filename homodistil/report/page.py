@@ -9,7 +9,7 @@ import jinja2
 from markupsafe import Markup
 
 from homodistil.metrics.result_table import DASH, cells, columns_of, is_teacher
-from homodistil.report.curves import FAMILIES, Curve, curves, gap
+from homodistil.report.curves import FAMILIES, ONLY_WHERE_NAMED, Curve, curves, gap
 from homodistil.report.figures import draw
 from homodistil.report.planned import HEADINGS, PlannedSection
 from homodistil.report.run import FILES, Run, number
@@ -267,9 +267,9 @@ def _sentence(row: dict[str, Any], teacher: dict[str, Any]) -> str:
 
 
 def _kinds(run: Run) -> list[str]:
-    """Kinds of axes with a column in the table of events: of grouped heads only where there are such."""
+    """Kinds of axes with a column in the table of events: of grouped heads and heads of labels where there are such."""
     named = {axis.rsplit(".", 1)[-1] for event in run.events for axis in event.get("widths_before") or {}}
-    return [kind for kind in FAMILIES if kind not in ("kv_heads", "heads_in_group") or kind in named]
+    return [kind for kind in FAMILIES if kind not in ONLY_WHERE_NAMED or kind in named]
 
 
 def _distance_name(run: Run) -> str:

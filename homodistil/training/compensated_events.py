@@ -20,6 +20,7 @@ from homodistil.distill.student import Student
 from homodistil.distributed import ranks
 from homodistil.models.axes import Keep
 from homodistil.pruning.compensation import Options, rotation_only
+from homodistil.pruning.compensation.labels import logit_distance, mean_distance
 from homodistil.pruning.compensation.student import EventChange, propose, residual_map
 from homodistil.pruning.compensation.vectors import mean_turn
 from homodistil.training.inputs import RunInputs
@@ -93,7 +94,8 @@ class Compensation:
 
     def _rotated_loss(self, student: Student, fixed: Tensor, loss: HeldOutLoss) -> float:
         """Held-out loss of the rotated student; of one without a head the share of its hidden states' variance that is
-        lost, 0 before, or of an embedder how far its vectors turn (mean of 1 - cosine)."""
+        lost, 0 before, of an embedder how far its vectors turn (mean of 1 - cosine), and of a classifier the KL of its
+        labels, or the share of its scores' variance that is lost."""
         table, options = student.family.axis_table(student.model), self.options(0)
         rotated = rotation_only(student.model, student.family, table, self.batches(0), options, fixed)
         if options.pooling is not None:
@@ -101,6 +103,10 @@ class Compensation:
             turn = mean_turn(models, residual_map(student, rotated.plan), student.family, batches, options.pooling)
             total, count = ranks.total(torch.tensor(turn, dtype=torch.float64, device=self.run_inputs.device)).tolist()
             return total / count
+        if options.logits is not None:
+            models = student.model, rotated.model
+            sums = ranks.total(logit_distance(models, student.family, self.batches(0), options.logits))
+            return mean_distance(sums, options.logits)
         if not self.run_inputs.with_head:
             return rotated.report["lost"]
         return loss(Student(rotated.model, student.objective.config, distil=False))
@@ -108,26 +114,36 @@ class Compensation:
     def _tell(self, before: float, rises: list[float], limit: float, fixed: Tensor | None) -> None:
         if ranks.rank() == 0:
             measured = ", then ".join(f"{rise:+.3f}" for rise in rises)
-            of = f"held-out loss {before:.3f}" if self.run_inputs.with_head else "variance of hidden states lost"
-            of = of if self.run_inputs.sentence_modules is None else "1 - cosine of vectors"
-            print(f"rotation at full width: {of}, {measured} (limit {limit:g}){_outcome(fixed)}", flush=True)
+            print(
+                f"rotation at full width: {self._measured(before)}, {measured} (limit {limit:g}){_outcome(fixed)}",
+                flush=True,
+            )
+
+    def _measured(self, before: float) -> str:
+        """What `_rotated_loss` measures, in words."""
+        if self.run_inputs.sentence_modules is not None:
+            return "1 - cosine of vectors"
+        if self.run_inputs.logits is not None:
+            return "KL of labels" if self.run_inputs.logits == "categories" else "variance of scores lost"
+        return f"held-out loss {before:.3f}" if self.run_inputs.with_head else "variance of hidden states lost"
 
     def options(self, consumed_samples: int) -> Options:
         """How the event after so many samples is compensated, as the config has it."""
         pruning, train = self.config.pruning, self.config.train
         # A prime above the number of steps: runs of neighbouring seeds share no draw.
         seed = train.seed * 1_000_003 + consumed_samples // train.global_batch_size
-        basis = pruning.basis
-        modules = self.run_inputs.sentence_modules
+        basis, inputs = pruning.basis, self.run_inputs
         if basis == "auto":  # gradients of a head that is not there cannot say what matters
-            basis = "fisher" if self.run_inputs.with_head or modules is not None else "pca"
+            weighs = inputs.with_head or inputs.pooling is not None or inputs.logits is not None
+            basis = "fisher" if weighs else "pca"
         return Options(
             mode=pruning.compensation,
             ridge=pruning.compensation_ridge,
             basis=basis,
             basis_steps=pruning.basis_steps,
             basis_lr=pruning.basis_lr,
-            pooling=modules and modules.pooling,
+            pooling=inputs.pooling,
+            logits=inputs.logits,
             seed=seed,
         )
 

@@ -45,7 +45,7 @@ def sentence_modules_of(data: DataConfig, folder: str | None) -> SentenceModules
     Raises:
         UserError: modules that are not supported, or damaged.
     """
-    if not task_of(data).has_single_texts:
+    if not task_of(data).has_vectors:
         return None
     return SentenceModules() if folder is None else read_sentence_modules(folder, data.pooling, FIELD)
 
@@ -54,6 +54,8 @@ def settle_texts(data: DataConfig, folder: str | None) -> None:
     """Replace the name of a prompt by its text, in place. Raises as `sentence_modules_of`."""
     if (modules := sentence_modules_of(data, folder)) is not None:
         data.prompt = modules.prompt(data.prompt) or NO_PROMPT
+    elif task_of(data).has_single_texts and data.prompt == "auto":
+        data.prompt = NO_PROMPT
 
 
 def modules_fingerprint(modules: SentenceModules) -> str:

@@ -15,6 +15,7 @@ from homodistil.distill.student import Student
 from homodistil.distill.teacher import load_config
 from homodistil.distributed import ranks
 from homodistil.engine.engine import TrainingEngine
+from homodistil.export.cross_encoder_folder import copy_cross_encoder_files
 from homodistil.export.inference_speed import inference_speed
 from homodistil.export.model_card import describe_widths
 from homodistil.export.sentence_folder import write_sentence_folder
@@ -68,8 +69,10 @@ class Exporter:
         return speed
 
     def _sentence_files(self, weights: dict[str, Tensor]) -> Callable[[Path], None]:
-        """What writes the modules of an embedder beside its Transformer; nothing for other students."""
-        modules = self.run_inputs.sentence_modules
+        """What writes the files of sentence-transformers beside the Transformer of an embedder or cross-encoder."""
+        modules, teacher = self.run_inputs.sentence_modules, self.run_inputs.teacher
+        if self.run_inputs.head == "classifier":
+            return lambda folder: copy_cross_encoder_files(teacher, folder)
         if modules is None:
             return lambda folder: None
         head, projection = load_sentence_head(modules, "teacher.name"), weights.get(f"projections.{PROJECTION}.weight")
@@ -81,8 +84,8 @@ class Exporter:
         config, device = load_config(self.run_inputs.teacher), self.run_inputs.device
         with _own_random_state(device):
             family = self.student.family
-            model = family.empty(config, self.run_inputs.with_head).eval()
-            model = model if self.run_inputs.with_head else family.backbone(model)
+            model = family.empty(config, self.run_inputs.head).eval()
+            model = family.backbone(model) if self.run_inputs.head == "none" else model
             return inference_speed(model, self.config.data.seq_len, device)
 
     def _facts(self, folder: Path, measured: dict) -> dict[str, object]:

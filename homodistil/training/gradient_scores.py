@@ -10,8 +10,15 @@ from homodistil.distill.teacher import Teacher
 from homodistil.distributed import ranks
 from homodistil.engine.engine import TrainingEngine
 from homodistil.models.axes import AxisTable, Keep
+from homodistil.models.classifier import LogitKind
 from homodistil.models.sentence_head import PoolingMode
-from homodistil.pruning.calibration import calibrate, drawn_direction_loss, drawn_label_loss, drawn_vector_loss
+from homodistil.pruning.calibration import (
+    calibrate,
+    drawn_direction_loss,
+    drawn_label_loss,
+    drawn_logit_loss,
+    drawn_vector_loss,
+)
 from homodistil.pruning.importance import Importance
 from homodistil.resize import gradient_fragments
 
@@ -53,15 +60,21 @@ def score_by_drawn_directions(
     steps: Iterator[list[Batch]],
     seed: tuple[int, int],
     pooling: PoolingMode | None = None,
+    logits: LogitKind | None = None,
 ) -> None:
-    """Feed `importance` from a plain fp32 copy of a teacher without a head, whose gradients are left cleared.
+    """Feed `importance` from a plain fp32 copy of a teacher without a language-modelling head, whose gradients are left
+    cleared.
 
     Args:
         seed: as in `score_by_drawn_labels`.
         pooling: of a sentence embedder, whose vectors then count instead of each token's states.
+        logits: of a sequence classifier, whose logits then count.
     """
     draws = _seed_here(seed)
-    loss = drawn_direction_loss(student, draws) if pooling is None else drawn_vector_loss(student, pooling, draws)
+    if logits is not None:
+        loss = drawn_logit_loss(student, logits, draws)
+    else:
+        loss = drawn_direction_loss(student, draws) if pooling is None else drawn_vector_loss(student, pooling, draws)
     calibrate(importance, student, student.axis_table(), steps, loss)
 
 

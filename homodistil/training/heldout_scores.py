@@ -13,7 +13,9 @@ from homodistil.distill.teacher import Teacher
 from homodistil.evaluation.distances import evaluate_distances, measured_distances
 from homodistil.evaluation.heldout import evaluate
 from homodistil.evaluation.next_tokens import evaluate_next_tokens
+from homodistil.evaluation.scores import evaluate_scores, scores_of_itself
 from homodistil.evaluation.vectors import evaluate_vectors
+from homodistil.models.classifier import logit_kind
 from homodistil.models.family import ModelFamily
 from homodistil.training.inputs import RunInputs
 
@@ -28,6 +30,8 @@ class HeldoutScores:
         """`teacher`: for the KL; None leaves it out. Without a language-modelling head it must be there."""
         if self.run_inputs.sentence_modules is not None:
             return self._vectors(student, teacher, limit)
+        if self.run_inputs.head == "classifier":
+            return self._scores(student, teacher, limit)
         if not self.run_inputs.with_head:
             batches = self.run_inputs.heldout(self.config, limit)
             return evaluate_distances(student, teacher, batches, self.run_inputs.device)
@@ -39,6 +43,8 @@ class HeldoutScores:
         """Its distance to itself is 0."""
         if self.run_inputs.sentence_modules is not None:
             return {"vector_cosine": 1.0, "recall_at_10": 1.0}
+        if self.run_inputs.head == "classifier":
+            return dict(scores_of_itself(logit_kind(teacher.model.config)))
         if not self.run_inputs.with_head:
             return dict.fromkeys(measured_distances(self.config.loss), 0.0)
         if not self.family.is_causal:
@@ -54,6 +60,10 @@ class HeldoutScores:
     def _vectors(self, student: Student, teacher: Teacher, limit: int | None) -> dict[str, float]:
         positions, total = self.run_inputs.heldout_positions(self.config, limit)
         return evaluate_vectors(student, teacher, self.run_inputs.heldout(self.config, limit), positions, total)
+
+    def _scores(self, student: Student, teacher: Teacher, limit: int | None) -> dict[str, float]:
+        positions, total = self.run_inputs.heldout_positions(self.config, limit)
+        return evaluate_scores(student, teacher, self.run_inputs.heldout(self.config, limit), positions, total)
 
     def _masked(self, predict, teacher, limit: int | None) -> dict[str, float]:
         return evaluate(predict, teacher, self.run_inputs.heldout(self.config, limit), self.run_inputs.device)

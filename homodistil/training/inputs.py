@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,16 +20,18 @@ from homodistil.data.prepare.corpus import Corpus, Rows, prepare_corpus
 from homodistil.data.prepare.integrity import BackgroundCheck
 from homodistil.data.sources.teachers import cached_teacher, is_cached_teacher
 from homodistil.data.task import TASKS
-from homodistil.distill.losses.active import check_terms
-from homodistil.distill.losses.attention import check_target
+from homodistil.distill.classifier_files import check_classifier
 from homodistil.distill.teacher import check_stored, has_lm_head, load_config, load_model, load_tokenizer
 from homodistil.distributed import groups, ranks, watchdog
 from homodistil.errors import UserError
 from homodistil.evaluation.vectors import MAX_TEXTS
 from homodistil.models import family_of
 from homodistil.models.checkpoint_files import local_folder
-from homodistil.models.sentence_modules import SentenceModules
+from homodistil.models.classifier import LogitKind, logit_kind
+from homodistil.models.family_heads import HeadKind
+from homodistil.models.sentence_modules import PoolingMode, SentenceModules
 from homodistil.models.weights import has_weights
+from homodistil.training.classifier import learns_labels
 from homodistil.training.embedder import modules_fingerprint, sentence_modules_of, teacher_of_folder
 from homodistil.training.fingerprints import (
     CORPUS,
@@ -44,6 +47,7 @@ from homodistil.training.fingerprints import (
 from homodistil.training.resolve import ResolvedRun, named_teacher_config, resolve_run
 from homodistil.training.run_summary import run_summary
 from homodistil.training.settle import check_head, settle
+from homodistil.training.shape_checks import check_shape
 
 # Held-out masks are the same for every run and seed, so that results can be compared.
 HELDOUT_SEED = 20230501
@@ -69,10 +73,30 @@ class RunInputs:
     """Check of a large corpus in the background; None: nothing is being checked."""
     window: int | None = None
     """Of the teacher's layers that have one (`ModelFamily.window`)."""
-    with_head: bool = True
-    """Whether models have a language-modelling head (`Task.has_lm_head`)."""
+    head: HeadKind = "lm"
+    """What models have behind their backbone (`Task.head`)."""
     sentence_modules: SentenceModules | None = None
     """Of a teacher whose vectors of texts are learned (task embedding)."""
+
+    @property
+    def with_head(self) -> bool:
+        """Whether models have a language-modelling head."""
+        return self.head == "lm"
+
+    @property
+    def has_single_texts(self) -> bool:
+        """Whether every block holds one text or pair (`Task.has_single_texts`)."""
+        return self.sentence_modules is not None or self.head == "classifier"
+
+    @property
+    def pooling(self) -> PoolingMode | None:
+        """How vectors of texts are pooled (task embedding)."""
+        return self.sentence_modules and self.sentence_modules.pooling
+
+    @functools.cached_property
+    def logits(self) -> LogitKind | None:
+        """What the logits of the teacher's labels are (task scores)."""
+        return logit_kind(load_config(self.teacher)) if self.head == "classifier" else None
 
     def require_intact(self) -> None:
         """Wait until the corpus is known to be what was prepared. Every rank calls it before it keeps what it trained.
@@ -127,7 +151,7 @@ class RunInputs:
         return np.concatenate([np.empty(0, dtype=np.int64), *shares]), total
 
     def _heldout_rows(self, limit: int | None) -> Rows | EvenlySpread:
-        if self.sentence_modules is None:
+        if not self.has_single_texts:
             return self.corpus.heldout
         return EvenlySpread(self.corpus.heldout, MAX_TEXTS if limit is None else min(limit, MAX_TEXTS))
 
@@ -147,6 +171,12 @@ def check_teacher(config: RunConfig, say: Callable[[str], None] = lambda line: N
     """
     folder = found_teacher(config)
     teacher_config, allow_pickle = load_config(folder), config.teacher.allow_pickle
+    if learns_labels(config, teacher_config):
+        settle(config, teacher_config, has_head=False, folder=folder)
+        check_shape(resolve_run(config, teacher_config))
+        check_classifier(folder, allow_pickle, say)
+        check_head(config, False, say)
+        return folder
     has_head = check_stored(folder, teacher_config, allow_pickle)
     is_unread = has_head is not None
     if not is_unread:
@@ -191,24 +221,6 @@ def check_plannable(config: RunConfig) -> ResolvedRun:
     return resolve_run(config, teacher_config)
 
 
-def check_shape(resolved: ResolvedRun) -> None:
-    """What losses and data want of the teacher and the widths on the way, without weights.
-
-    Raises:
-        UserError: attention maps that cannot be compared, heads that cannot be regrouped into relation heads, or too
-            few positions.
-    """
-    config = resolved.config
-    on_the_way = [resolved.table[step] for step in sorted(resolved.table)]
-    check_target(config.loss, resolved.family.architecture)
-    check_terms(config.loss, resolved.teacher_widths, [resolved.initial, *on_the_way])
-    if config.data.seq_len > (max_tokens := resolved.family.shape(resolved.teacher_config).max_tokens):
-        raise UserError(
-            f"data.seq_len: {config.data.seq_len} is above the {max_tokens} tokens that the teacher has positions for; "
-            f"choose 3 .. {max_tokens}"
-        )
-
-
 def _is_cached_here(config: RunConfig) -> bool:
     name = config.teacher.name
     return is_cached_teacher(name) or local_folder(name, "teacher.name") is not None
@@ -241,9 +253,9 @@ def prepare_inputs(
     folder, task = groups.once(
         readers, lambda: (check_teacher(wanted[0], _say_on_first_rank), wanted[0].data.task)
     )  # the task depends on weights, which one rank has read
-    teacher_config, with_head = load_config(folder), TASKS[task].has_lm_head
+    teacher_config, head = load_config(folder), TASKS[task].head
     for one in (config, *students):
-        settle(one, teacher_config, with_head, folder)
+        settle(one, teacher_config, head == "lm", folder)
     modules = sentence_modules_of(wanted[0].data, folder)
     tokenizer = load_tokenizer(folder, teacher_config, task)
     for one in wanted:
@@ -268,13 +280,8 @@ def prepare_inputs(
     if ranks.rank() == 0:
         print(f"teacher: {config.teacher.name}; corpus: {corpus.description}", flush=True)
     fingerprints = {**fingerprints, CORPUS: corpus.fingerprint}
-    more = fingerprints, before, check, window_of(teacher_config), with_head, modules
+    more = fingerprints, before, check, family_of(teacher_config.model_type).window(teacher_config), head, modules
     return RunInputs(folder, tokenizer, corpus, device, config.teacher.allow_pickle, *more)
-
-
-def window_of(teacher_config) -> int | None:
-    """`RunInputs.window` of a teacher with this configuration."""
-    return family_of(teacher_config.model_type).window(teacher_config)
 
 
 def _of_teacher(
@@ -287,4 +294,4 @@ def _of_teacher(
 
 def teacher_copy(run_inputs: RunInputs, dtype: torch.dtype, dropout: float | None = None):
     """A fresh copy of the teacher's model, in host memory."""
-    return load_model(run_inputs.teacher, dtype, dropout, run_inputs.allow_pickle, run_inputs.with_head)
+    return load_model(run_inputs.teacher, dtype, dropout, run_inputs.allow_pickle, run_inputs.head)

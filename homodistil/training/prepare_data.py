@@ -28,6 +28,7 @@ def main(argv: list[str]) -> None:
     from homodistil.data.task import settle_task
     from homodistil.distill.teacher import load_config, load_tokenizer
     from homodistil.models import family_of
+    from homodistil.training.classifier import learns_labels
     from homodistil.training.embedder import is_embedder, settle_texts, teacher_of_folder
 
     with on_signals(how_to_go_on="the same command goes on with the shards that are finished"):
@@ -40,8 +41,9 @@ def main(argv: list[str]) -> None:
         teacher_config = load_config(folder)
         # A missing head changes nothing here: text is framed alike.
         family = family_of(teacher_config.model_type)
-        embeds = is_embedder(config.data, family, folder)
-        settle_task(config.data, family.task, config.teacher.name, is_embedder=embeds)
+        labels = learns_labels(config, teacher_config)
+        embeds = not labels and is_embedder(config.data, family, folder)
+        settle_task(config.data, family.task, config.teacher.name, is_embedder=embeds, is_classifier=labels)
         settle_texts(config.data, folder)
         tokenizer = load_tokenizer(folder, teacher_config, config.data.task)
         corpus = prepare_share(config.data, tokenizer, *task)

@@ -83,7 +83,7 @@ class ResolvedRun:
         config = self.config
         sections = config.student, config.loss, config.train.seed
         shapes = self.teacher_config, self.layer_map, self.target
-        return build_student(*sections, *shapes, load_teacher, self.task.has_lm_head)
+        return build_student(*sections, *shapes, load_teacher, self.task.head)
 
     @functools.cached_property
     def student(self) -> Student:
@@ -91,7 +91,7 @@ class ResolvedRun:
         shape = copy.deepcopy(self.teacher_config)
         shape._attn_implementation = attention_implementation(self.family)
         with torch.device("meta"):
-            return self.build_student(lambda: self.family.empty(shape, self.task.has_lm_head))
+            return self.build_student(lambda: self.family.empty(shape, self.task.head))
 
     @functools.cached_property
     def teacher_parameters(self) -> int:
@@ -148,7 +148,7 @@ def resolve_run(config: RunConfig, teacher_config: PretrainedConfig | None = Non
     shape = teacher_config or named_teacher_config(config)
     family = family_of(shape.model_type)
     with torch.device("meta"):
-        teacher = family.empty(shape, task_of(config.data, family.task).has_lm_head)
+        teacher = family.empty(shape, task_of(config.data, family.task).head)
     widths = family.axis_table(teacher).widths
     check_student(config.student, config.pruning, config.loss, shape.num_hidden_layers)
     check_multiples(config.pruning, widths)

@@ -25,7 +25,7 @@ def run_summary(resolved: ResolvedRun) -> dict[str, str]:
         target = resolved.initial
     with torch.device("meta"):
         shape = family.student_config(resolved.teacher_config, target)
-        student = family.empty(shape, resolved.task.has_lm_head)
+        student = family.empty(shape, resolved.task.head)
     start = "fresh weights" if config.student.init == "random" else f"from a copy of {config.teacher.name}"
     before, after = resolved.teacher_parameters, num_parameters(student)
     return {
@@ -40,9 +40,13 @@ def run_summary(resolved: ResolvedRun) -> dict[str, str]:
 
 def _task(resolved: ResolvedRun) -> str:
     data, task = resolved.config.data, resolved.task
+    if task.has_labels and data.pair_columns:
+        first, second = data.pair_columns
+        return f"{task.name}; logits of pairs ({first}, {second}) of at most {data.seq_len} tokens ({data.truncation})"
     if task.has_single_texts:
         prompt = f", each behind {data.prompt!r}" if data.prompt != NO_PROMPT else ""
-        return f"{task.name}; vectors of single texts ({data.texts}) of at most {data.seq_len} tokens{prompt}"
+        what = "vectors" if task.has_vectors else "logits"
+        return f"{task.name}; {what} of single texts ({data.texts}) of at most {data.seq_len} tokens{prompt}"
     if not task.has_lm_head:
         return f"{task.name}; nothing is masked or predicted"
     return f"{task.name}; {task.target_rows(data):g} tokens of each block of {data.seq_len} are predicted, on average"

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from homodistil.config.rules import check_basis, check_schedule, check_task
-from homodistil.config.schema import EMBEDDER_DEFAULTS, LM_HEAD_WEIGHTS, RunConfig, set_value, value_of
+from homodistil.config.schema import LM_HEAD_WEIGHTS, RunConfig, set_value
 from homodistil.config.schema_loss import POOLED_WEIGHTS
 from homodistil.data.task import settle_task, task_of
 from homodistil.distill.losses.active import active_terms, field_of
@@ -14,7 +14,9 @@ from homodistil.distill.losses.settled import settled_fields
 from homodistil.errors import UserError
 from homodistil.metrics.term_labels import language_modelling
 from homodistil.models import family_of
+from homodistil.training.classifier import learn_labels, learns_labels
 from homodistil.training.embedder import is_embedder, settle_texts
+from homodistil.training.task_defaults import give_defaults, wants_head
 
 OF_GRADUAL_SCHEDULES = ("start_fraction", "end_fraction", "interval_steps", "max_event_fraction")
 """Fields of pruning that mean nothing to a cut at once: who sets one wants a gradual one."""
@@ -22,8 +24,8 @@ OF_GRADUAL_SCHEDULES = ("start_fraction", "end_fraction", "interval_steps", "max
 
 def settle(config: RunConfig, teacher_config, has_head: bool = True, folder: str | None = None) -> None:
     """Replace what the config leaves to the teacher, in place: data.task, data.prompt, loss.mlm, loss.kl,
-    loss.pooled_cosine, loss.attention_target, loss.hidden_space, pruning.compensation, compensation_sequences and
-    schedule.
+    loss.pooled_cosine, loss.scores_kl, loss.scores_mse, loss.attention_target, loss.hidden_space, pruning.compensation,
+    compensation_sequences and schedule.
 
     Args:
         has_head: whether the teacher has a language-modelling head that has been trained.
@@ -33,12 +35,15 @@ def settle(config: RunConfig, teacher_config, has_head: bool = True, folder: str
         UserError: the config asks for what the teacher's family does not have.
     """
     family, pruning = family_of(teacher_config.model_type), config.pruning
-    wants_head = _wants_head(config)
-    embeds = not wants_head and is_embedder(config.data, family, folder)
-    settle_task(config.data, family.task, config.teacher.name, has_head or wants_head, embeds)
+    wants = wants_head(config)
+    labels = learns_labels(config, teacher_config)
+    embeds = not (wants or labels) and is_embedder(config.data, family, folder)
+    settle_task(config.data, family.task, config.teacher.name, has_head or wants, embeds, labels)
     settle_texts(config.data, folder)
-    if task_of(config.data).has_single_texts:
-        _learn_vectors(config)
+    if task_of(config.data).has_vectors:
+        give_defaults(config, POOLED_WEIGHTS)
+    if task_of(config.data).has_labels:
+        learn_labels(config, teacher_config)
     if not task_of(config.data).has_lm_head:
         _leave_out_words(config)
     for name, value in settled_fields(config.loss, family.architecture).items():
@@ -46,7 +51,7 @@ def settle(config: RunConfig, teacher_config, has_head: bool = True, folder: str
     obstacle = family.refit_obstacle(teacher_config)
     if pruning.compensation == "auto":
         task = task_of(config.data)
-        weighs = task.has_lm_head or task.has_single_texts  # what the basis is chosen by: a head, or vectors
+        weighs = task.head != "none" or task.has_vectors  # what the basis is chosen by: a head, or vectors
         strongest = "full" if weighs else "refit"
         pruning.compensation = "none" if obstacle else strongest
     if pruning.schedule == "auto":
@@ -72,26 +77,11 @@ def _schedule(config: RunConfig) -> str:
 def _check_settled_basis(config: RunConfig) -> None:
     check_basis(config)  # compensation may have been left open until now
     task = task_of(config.data)
-    if config.pruning.basis == "fisher" and not (task.has_lm_head or task.has_single_texts):
+    if config.pruning.basis == "fisher" and task.head == "none" and not task.has_vectors:
         raise UserError(
             "pruning.basis: found fisher, which weighs directions by gradients of a language-modelling head, which "
             f"data.task={config.data.task} leaves out; allowed are auto, pca and learned; set it to auto"
         )
-
-
-def _wants_head(config: RunConfig) -> bool:
-    """Whether the config, which leaves the task to the teacher, makes or uses a language-modelling head."""
-    given = any(name in config.given and value_of(config, name) > 0 for name in LM_HEAD_WEIGHTS)
-    return given or config.teacher.correction_steps > 0
-
-
-def _learn_vectors(config: RunConfig) -> None:
-    """Give a sentence embedder's run what suits it, where the user has set nothing else."""
-    weights = [f"loss.{name}" for name in POOLED_WEIGHTS]
-    has_weight = any(name in config.given or value_of(config, name) > 0 for name in weights)
-    for name, value in EMBEDDER_DEFAULTS.items():
-        if name not in config.given and not (has_weight and name in weights):
-            set_value(config, name, value)
 
 
 def _leave_out_words(config: RunConfig) -> None:

@@ -17,7 +17,7 @@ from homodistil.distributed import ranks
 from homodistil.engine.build import resolve_engine_config
 from homodistil.metrics.recorder import Recorder
 from homodistil.training.embedder import sentence_modules_of
-from homodistil.training.inputs import RunInputs, prepare_inputs, window_of
+from homodistil.training.inputs import RunInputs, prepare_inputs
 from homodistil.training.run import DistillationRun
 from homodistil.training.teacher_facts import TeacherFacts
 from homodistil.training.train_state import TrainState
@@ -56,7 +56,7 @@ def trial(
     small = small_config(config, ranks.world_size())
     raw = {name: value for name, value in raw_engine_config.items() if name not in _BATCH_ENTRIES}
     corpus = Corpus(rows, rows, "preflight", "a sample")
-    window = window_of(teacher.resolved.teacher_config)
+    window = teacher.resolved.family.window(teacher.resolved.teacher_config)
     run_inputs = RunInputs(
         teacher.folder,
         teacher.tokenizer,
@@ -64,7 +64,7 @@ def trial(
         device,
         config.teacher.allow_pickle,
         window=window,
-        with_head=teacher.resolved.task.has_lm_head,
+        head=teacher.resolved.task.head,
         sentence_modules=sentence_modules_of(config.data, teacher.folder),
     )
     engine_config = resolve_engine_config(raw, small.train, ranks.world_size())

@@ -223,8 +223,8 @@ class Shrinker:
         elif self.config.pruning.importance == "teacher_kl":
             score_by_drawn_labels(importance, target.snapshot(), self.teacher, steps, seed)
         elif self._is_copy():
-            modules = self.run_inputs.sentence_modules
-            score_by_drawn_directions(importance, target.snapshot(), steps, seed, modules and modules.pooling)
+            readout = self.run_inputs.pooling, self.run_inputs.logits
+            score_by_drawn_directions(importance, target.snapshot(), steps, seed, *readout)
         else:
             return False
         return True

@@ -26,6 +26,7 @@ from homodistil.data.prepare.build_shards import Preparation
 from homodistil.data.prepare.filters import Filters, versions
 from homodistil.data.prepare.integrity import CHECKED_AT_ONCE_BYTES, blocks_bytes, content_damage, structure_damage
 from homodistil.data.prepare.merge import SUMMARY_FILE, merge
+from homodistil.data.prepare.pairs import PairRule, pair_rule
 from homodistil.data.prepare.shard_plan import Plan, make_plan
 from homodistil.data.prepare.shards import Recipe
 from homodistil.data.prepare.texts import RULE_VERSION, TextRule, text_rule
@@ -132,11 +133,16 @@ class _Order:
         self._frame = task.frame(tokenizer)
         self._unknown = tokenizer.unk_token_id
         self._config, self._sources = config, open_sources(config)
-        num_framing = config.seq_len - self._frame.body(config.seq_len)
-        self._texts = text_rule(config, self._backend, num_framing) if task.has_single_texts else None
+        self._texts = self._text_rule(tokenizer) if task.has_single_texts else None
         self.fingerprint = _fingerprint(config, self._sources, self._backend, task.fingerprint(tokenizer), self._texts)
         self._cache_dir = Path(config.cache_dir).expanduser()
         self._target = self._cache_dir / "corpora" / self.fingerprint
+
+    def _text_rule(self, tokenizer: PreTrainedTokenizerBase) -> TextRule | PairRule:
+        config = self._config
+        if config.pair_columns:
+            return pair_rule(config, tokenizer)
+        return text_rule(config, self._backend, config.seq_len - self._frame.body(config.seq_len))
 
     def whole(self, checked_bytes: float = math.inf) -> Corpus:
         """The corpus, built if necessary. A cached corpus of at most `checked_bytes` is verified by its hashes."""
@@ -221,7 +227,7 @@ def check_tokenizer(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> T
 
 
 def _fingerprint(
-    config: DataConfig, sources: list[Source], backend: Tokenizer, special_ids: list, texts: TextRule | None
+    config: DataConfig, sources: list[Source], backend: Tokenizer, special_ids: list, texts: TextRule | PairRule | None
 ) -> str:
     parts = {
         "version": _FORMAT_VERSION,
@@ -236,8 +242,10 @@ def _fingerprint(
     # Added only if they are used, so that older corpora keep their fingerprints.
     if any(source.weight != 1 for source in sources):
         parts["weights"] = [source.weight for source in sources]
-    if texts is not None:
+    if isinstance(texts, TextRule):
         parts["texts"] = [RULE_VERSION, *texts]
+    if isinstance(texts, PairRule):
+        parts["pairs"] = texts.identity
     if used := versions(config):
         parts["filters"] = [config.boilerplate_filter, config.near_duplicates, used]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]

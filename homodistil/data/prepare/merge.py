@@ -19,6 +19,7 @@ from homodistil.config.schema import DataConfig
 from homodistil.data.prepare import filters
 from homodistil.data.prepare.document_table import DocumentTable, chosen, document_table, token_rows
 from homodistil.data.prepare.packing import BlockFile, Packer, split
+from homodistil.data.prepare.pairs import PairPacker, PairRule
 from homodistil.data.prepare.shard_plan import Plan
 from homodistil.data.prepare.shards import SUMMARY, Recipe
 from homodistil.data.prepare.text_packing import TextPacker
@@ -69,9 +70,11 @@ def merge(folder: Path, plan: Plan, shards: list[Path], recipe: Recipe, frame: F
     _write(folder / SUMMARY_FILE, summary)
 
 
-def _packer(recipe: Recipe, frame: Frame, seq_len: int, weight: float = 1.0) -> Packer | TextPacker:
+def _packer(recipe: Recipe, frame: Frame, seq_len: int, weight: float = 1.0) -> Packer | TextPacker | PairPacker:
     if recipe.texts is None:
         return Packer(frame, seq_len, weight)
+    if isinstance(recipe.texts, PairRule):
+        return PairPacker(recipe.texts, weight)
     return TextPacker(frame, seq_len, recipe.texts, weight)
 
 
@@ -108,7 +111,7 @@ class _Side:
             self._summary["blocks_by_source"] = num_blocks
         self.num_blocks = sum(num_blocks)
         self._out = BlockFile(path, sum(num_blocks), seq_len, recipe.token_dtype)
-        self._packer: Packer | TextPacker | None = None
+        self._packer: Packer | TextPacker | PairPacker | None = None
 
     def add(self, source: int, rows) -> None:
         packer = self._packers[source]
@@ -157,6 +160,7 @@ def _check_training_text(table: DocumentTable, config: DataConfig) -> None:
 def _manifest(plan: Plan, shards: list[Path], table: DocumentTable, is_heldout, recipe: Recipe, config: DataConfig):
     fields = ("text_documents", "text_column", "seq_len", "heldout_fraction", "shard_bytes")
     fields += ("boilerplate_filter", "near_duplicates")
+    fields += ("pair_columns", "truncation") if config.pair_columns else ()
     packages = ("numpy", "tokenizers", "transformers")
     return {
         "plan": plan.hash,

@@ -9,11 +9,12 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import BinaryIO, NamedTuple
 
-from homodistil.data.sources.documents import Span, open_parquet
+from homodistil.data.sources.columns import open_parquet
+from homodistil.data.sources.documents import Span
 from homodistil.data.sources.sources import Source
 from homodistil.data.sources.text_files import TextFile
 
@@ -77,7 +78,7 @@ def _spans(source: Source, shard_bytes: int) -> Iterator[Span]:
     for index, file in enumerate(source.files):
         size = file.num_bytes()
         if file.kind == ".parquet":
-            yield from _row_group_spans(index, file, source.text_column, shard_bytes)
+            yield from _row_group_spans(index, file, source.columns, shard_bytes)
         elif not _can_be_cut(source, file, size, shard_bytes):
             yield Span(index, 0, -1, size if size is not None else shard_bytes)
         else:
@@ -123,8 +124,8 @@ def _line(raw: BinaryIO) -> tuple[int, bool]:
     return num_bytes, is_blank
 
 
-def _row_group_spans(index: int, file: TextFile, column: str, shard_bytes: int) -> Iterator[Span]:
-    with open_parquet(file, column) as table:
+def _row_group_spans(index: int, file: TextFile, columns: Sequence[str], shard_bytes: int) -> Iterator[Span]:
+    with open_parquet(file, *columns) as table:
         sizes = [table.metadata.row_group(group).total_byte_size for group in range(table.num_row_groups)]
     start = 0
     for end in range(1, len(sizes) + 1):

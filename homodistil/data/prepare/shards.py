@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +22,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from homodistil.data.prepare.filters import HEAD_CHARS, Filters
+from homodistil.data.prepare.pairs import PairRule
 from homodistil.data.prepare.shard_plan import Shard
 from homodistil.data.prepare.texts import TextRule
 from homodistil.data.sources.documents import Piece, read
@@ -42,8 +43,8 @@ class Recipe(NamedTuple):
     tokenizer: Tokenizer
     """The fast tokenizer without truncation and padding."""
     filters: Filters
-    texts: TextRule | None = None
-    """Where every block holds one text: what a text is."""
+    texts: TextRule | PairRule | None = None
+    """Where every block holds one text or pair: what that is."""
 
     @property
     def token_dtype(self) -> np.dtype:
@@ -108,7 +109,11 @@ class _Writer:
     @property
     def _has_texts(self) -> bool:
         """Whether texts are shorter than documents, and end where tokens do not tell."""
-        return self._rule is not None and self._rule.unit == "sentence"
+        return isinstance(self._rule, TextRule) and self._rule.unit == "sentence"
+
+    def _parts(self, piece: Piece, is_first: bool) -> Iterable[str]:
+        """What of a piece of a document is tokenised as one."""
+        return self._rule.parts(piece, is_first) if isinstance(self._rule, TextRule) else [piece]
 
     def add_document(self, pieces) -> None:
         """Add a document; one that consists of white space only is ignored."""
@@ -119,7 +124,7 @@ class _Writer:
                 encoded = piece.encode("utf-8", "surrogatepass")
                 digest.update(encoded)
                 head.add(piece)
-                parts = [piece] if self._rule is None else self._rule.parts(piece, is_first=not size)
+                parts = self._parts(piece, is_first=not size)
                 size += len(encoded)
                 self._bytes += len(encoded)
                 for part in parts:
@@ -136,14 +141,14 @@ class _Writer:
         self._owners.append(document)
         self._texts.append(part)
         self._chars += len(part)
-        if self._chars >= _BATCH_CHARS or len(self._texts) >= _BATCH_PIECES:
+        is_whole = not isinstance(self._rule, PairRule) or len(self._texts) % 2 == 0
+        if is_whole and (self._chars >= _BATCH_CHARS or len(self._texts) >= _BATCH_PIECES):
             self._tokenize()
 
     def _tokenize(self) -> None:
         num_tokens = self._rows[1]
         encodings = self._tokenizer.encode_batch_fast(self._texts, add_special_tokens=False)
-        for owner, encoding in zip(self._owners, encodings, strict=True):
-            ids = encoding.ids
+        for owner, ids in zip(self._owners, self._ids_of_parts([encoding.ids for encoding in encodings]), strict=True):
             num_tokens.extend([0] * (owner + 1 - len(num_tokens)))
             num_tokens[owner] += len(ids)
             self._files[TOKENS].write(np.array(ids, dtype=self._dtype).tobytes())
@@ -151,6 +156,12 @@ class _Writer:
                 self._files[TEXTS].write(np.array(len(ids), dtype=TEXT_LENGTH).tobytes())
         self._advance(self._bytes)
         self._texts, self._owners, self._chars, self._bytes = [], [], 0, 0
+
+    def _ids_of_parts(self, parts: list[list[int]]) -> Iterable[list[int]]:
+        """What is written of the token ids of each part. A pair's two texts are never in two batches."""
+        if not isinstance(self._rule, PairRule):
+            return parts
+        return (ids for i in range(0, len(parts), 2) for ids in self._rule.joined(*parts[i : i + 2]))
 
     def close(self) -> None:
         if self._texts:

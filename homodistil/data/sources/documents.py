@@ -6,19 +6,19 @@ a parquet file, or rows of a hub data set.
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import io
 import json
 import re
-from collections.abc import Iterable, Iterator
-from typing import BinaryIO, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, BinaryIO, NamedTuple
 
+from homodistil.data.sources.columns import PARQUET_BATCH_ROWS, no_column, parquet_columns, parquet_texts
 from homodistil.data.sources.sources import Source
 from homodistil.data.sources.text_files import TextFile
-from homodistil.errors import UserError, nearest
+from homodistil.errors import UserError
 
 _PIECE_CHARS = 16_384  # maximum length of a piece, which is tokenised at once
-_PARQUET_BATCH_ROWS = 1024
 _PART_BYTES = 16 << 20  # of a line in memory at once, if it may be cut
 _WHOLE_CHARS = 256 << 20  # maximum length of a line or paragraph that must be in memory as a whole
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -42,7 +42,7 @@ class Span(NamedTuple):
 def start_of(source: Source, file: int) -> Span:
     """A span with the first documents of a file or of the hub data set of the source, independent of any plan."""
     if source.hub is not None:
-        return Span(-1, 0, min(source.hub.num_rows, _PARQUET_BATCH_ROWS), 0)
+        return Span(-1, 0, min(source.hub.num_rows, PARQUET_BATCH_ROWS), 0)
     return Span(file, 0, 1 if source.files[file].kind == ".parquet" else -1, 0)
 
 
@@ -55,8 +55,10 @@ def read(source: Source, span: Span) -> Iterator[Iterable[Piece]]:
     if source.hub is not None:
         return (_cut(text) for text in source.hub.texts(source.text_column, span.start, span.end))
     file = source.files[span.file]
+    if source.pair_columns is not None:
+        return _pairs(file, source.pair_columns, span)
     if file.kind == ".parquet":
-        return (_cut(text) for text in _parquet_texts(file, source.text_column, span))
+        return (_cut(text) for text in parquet_texts(file, source.text_column, range(span.start, span.end)))
     if file.kind == ".jsonl":
         return (_cut(text) for text in _json_texts(file, source.text_column, span))
     if file.kind == ".xml":
@@ -187,7 +189,28 @@ def _cut(text: str) -> Iterator[Piece]:
     yield text[start:]
 
 
+def _pairs(file: TextFile, columns: tuple[str, str], span: Span) -> Iterator[Iterable[Piece]]:
+    """Pairs, each whole in two pieces. A pair with a text that is missing or empty is left out."""
+    if file.kind == ".parquet":
+        both = parquet_columns(file, columns, range(span.start, span.end))
+    else:
+        both = (
+            [_json_string(record, column, "data.pair_columns", where, line) for column in columns]
+            for record, where, line in _json_records(file, columns, span)
+        )
+    return (pair for pair in both if all(text and text.strip() for text in pair))
+
+
 def _json_texts(file: TextFile, column: str, span: Span) -> Iterator[str]:
+    for record, where, line in _json_records(file, [column], span):
+        if text := _json_string(record, column, "data.text_column", where, line):
+            yield text
+
+
+def _json_records(
+    file: TextFile, columns: Sequence[str], span: Span
+) -> Iterator[tuple[dict[str, Any], Callable[[], str], str]]:
+    """Objects that have all of `columns`, where each stands (to be called for messages alone), and its line."""
     for number, line in enumerate(_whole_lines(file, span), start=1):
         if not line.strip():
             continue
@@ -201,20 +224,22 @@ def _json_texts(file: TextFile, column: str, span: Span) -> Iterator[str]:
         if not isinstance(record, dict):
             kind = type(record).__name__
             raise UserError(f"data.sources: {_place(file, span, number)}: found {kind}, expected an object a line")
-        if column not in record:
-            raise _no_column(_place(file, span, number), column, record)
-        if not isinstance(record[column], str | None):
-            kind = type(record[column]).__name__
-            raise UserError(
-                f"data.text_column: {_place(file, span, number)}: {column!r} holds {kind}, expected a string"
-            )
-        if "\\u" in line and (half := _SURROGATE.search(record[column] or "")):
-            raise UserError(
-                f"data.sources: {_place(file, span, number)}: {column!r} holds \\u{ord(half.group()):x}, half of a "
-                f"pair and no character; remove it, or write the character itself"
-            )
-        if record[column]:
-            yield record[column]
+        for column in columns:
+            if column not in record:
+                raise no_column(_place(file, span, number), column, record, len(columns) > 1)
+        yield record, functools.partial(_place, file, span, number), line
+
+
+def _json_string(record: dict[str, Any], column: str, field: str, where: Callable[[], str], line: str) -> str | None:
+    text = record[column]
+    if not isinstance(text, str | None):
+        raise UserError(f"{field}: {where()}: {column!r} holds {type(text).__name__}, expected a string")
+    if "\\u" in line and (half := _SURROGATE.search(text or "")):
+        raise UserError(
+            f"data.sources: {where()}: {column!r} holds \\u{ord(half.group()):x}, half of a "
+            f"pair and no character; remove it, or write the character itself"
+        )
+    return text
 
 
 def _reason(error: Exception) -> str:
@@ -228,49 +253,6 @@ def _place(file: TextFile, span: Span, number: int) -> str:
     before = Span(span.file, 0, span.start, 0)
     num_before = sum(line.endswith("\n") for line in _lines(file, before)) if span.start else 0
     return f"{file.location}:{number + num_before}"
-
-
-def _parquet_texts(file: TextFile, column: str, span: Span) -> Iterator[str]:
-    with open_parquet(file, column) as table:
-        groups = range(span.start, span.end)
-        for batch in table.iter_batches(_PARQUET_BATCH_ROWS, row_groups=groups, columns=[column]):
-            yield from (text for text in _strings(file, batch.column(0)) if text)
-
-
-def _strings(file: TextFile, column) -> list[str | None]:
-    try:
-        return column.to_pylist()
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"data.sources: {file.location!r} holds a string that is not UTF-8 ({error.reason}); write the column "
-            f"again as text"
-        ) from None
-
-
-@contextlib.contextmanager
-def open_parquet(file: TextFile, column: str) -> Iterator:
-    """Open a file as a `pyarrow.parquet.ParquetFile` that has the text column. Raises `UserError`."""
-    import pyarrow.parquet
-
-    try:
-        with file.reading() as raw, pyarrow.parquet.ParquetFile(raw) as table:
-            _check_column(file, table.schema_arrow, column)
-            yield table
-    except pyarrow.ArrowException as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"data.sources: {file.location!r} is not a readable parquet file ({reason}); write or fetch it again"
-        ) from None
-
-
-def _check_column(file: TextFile, schema, column: str) -> None:
-    import pyarrow
-
-    if column not in schema.names:
-        raise _no_column(file.location, column, schema.names)
-    kind = schema.field(column).type
-    if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
-        raise UserError(f"data.text_column: {file.location}: {column!r} holds {kind}, expected strings")
 
 
 def _dump_texts(file: TextFile) -> Iterator[str]:
@@ -288,10 +270,3 @@ def _dump_texts(file: TextFile) -> Iterator[str]:
         raise UserError(
             f"data.sources: {file.location!r} is not a whole Wikipedia dump ({error}); fetch it again"
         ) from None
-
-
-def _no_column(where: str, column: str, columns: Iterable[str]) -> UserError:
-    columns = list(columns)
-    return UserError(
-        f"data.text_column: {where} has no column {column!r}{nearest(column, columns)}; found: {', '.join(columns)}"
-    )

@@ -25,6 +25,7 @@ from homodistil.data.sources.text_files import (
 )
 from homodistil.errors import UserError, nearest
 
+_WITH_COLUMNS = (".jsonl", ".parquet")
 _LONGEST_NAME_BYTES = 4095  # of a path on Linux
 
 
@@ -35,6 +36,8 @@ class Source:
     name: str
     text_column: str
     text_documents: str
+    pair_columns: tuple[str, str] | None = None
+    """Columns of both texts, where documents are pairs."""
     weight: float = 1.0
     """How often each of its training blocks occurs per epoch."""
     files: list[TextFile] = field(default_factory=list)
@@ -42,11 +45,18 @@ class Source:
     fingerprint: list[str] = field(default_factory=list)
     """Changes with the content: per file suffix and sha256, or URL and identity if remote; or that of the hub."""
 
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Those that are read."""
+        return self.pair_columns or (self.text_column,)
+
 
 def check_sources(config: DataConfig) -> None:
     """Raise `UserError` for problems that can be detected without downloading anything."""
     if not config.text_column:
         raise UserError("data.text_column: found an empty name; give the column that holds the text, such as text")
+    for name in config.sources if config.pair_columns else ():
+        _check_has_columns(name, config)
     _refuse_twice([(place, name) for name in config.sources for place in _places(name)])
 
 
@@ -108,6 +118,8 @@ def _expand(named: list[tuple[str, float]], cache_dir: Path) -> list[tuple[str, 
 
 def _open(name: str, weight: float, config: DataConfig, cache_dir: Path, is_hashed: bool = True) -> Source:
     common = {"name": name, "weight": weight, "text_documents": config.text_documents}
+    if config.pair_columns:
+        common["pair_columns"] = tuple(config.pair_columns)
     if is_hub_name(name):
         hub = open_hub(name, config.text_column)
         return Source(text_column=config.text_column, hub=hub, fingerprint=[f"hub:{hub.fingerprint}"], **common)
@@ -117,6 +129,18 @@ def _open(name: str, weight: float, config: DataConfig, cache_dir: Path, is_hash
         files, column = _files(name), config.text_column
     fingerprint = _fingerprint(files, cache_dir) if is_hashed else []
     return Source(text_column=column, files=files, fingerprint=fingerprint, **common)
+
+
+def _check_has_columns(name: str, config: DataConfig) -> None:
+    """Raise `UserError` for a source that has no columns for pairs; those of hub data sets are not read yet."""
+    is_local = not (is_hub_name(name) or assets.is_embedded(name))
+    kinds = {file.kind for file in _files(name)} if is_local else {"no file"}
+    if kinds - {*_WITH_COLUMNS}:
+        raise UserError(
+            f"data.pair_columns: found {','.join(config.pair_columns)}, but {name!r} is {', '.join(sorted(kinds))}; "
+            f"pairs are read from {' and '.join(_WITH_COLUMNS)} files; give such, or leave data.pair_columns out for "
+            f"single texts"
+        )
 
 
 def _fingerprint(files: list[TextFile], cache_dir: Path) -> list[str]:

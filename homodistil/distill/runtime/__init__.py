@@ -31,8 +31,10 @@ class Runtime(Protocol):
     scale: float
     """What the teacher's softmax multiplies q.k with."""
 
-    def __call__(self, input_ids: Tensor, attention_mask: Tensor | None) -> Activations:
-        """input_ids, attention_mask: int64, (B, T); mask 1 = token, 0 = padding, None: none. No tensor has a graph."""
+    def __call__(
+        self, input_ids: Tensor, attention_mask: Tensor | None, token_types: Tensor | None = None
+    ) -> Activations:
+        """All int64, (B, T); mask 1 = token, 0 = padding, None: none; types as in `Batch`. No tensor has a graph."""
 
 
 def check_teacher_runtime(teacher: TeacherConfig, device: torch.device) -> None:

@@ -31,15 +31,17 @@ class CompiledRuntime:
         self._compiled = torch.compile(self._taps.run, fullgraph=True, dynamic=False, options=options)
 
     @torch.no_grad()
-    def __call__(self, input_ids: Tensor, attention_mask: Tensor | None) -> Activations:
+    def __call__(
+        self, input_ids: Tensor, attention_mask: Tensor | None, token_types: Tensor | None = None
+    ) -> Activations:
         if not self._is_compiled(input_ids.shape):
-            return self._taps.run(input_ids, attention_mask)
+            return self._taps.run(input_ids, attention_mask, token_types)
         if self._replays:
             # Says that nobody needs the last outputs any more: their memory may be written. Using them all the same
             # is an error of torch's, not silently another batch's numbers.
             torch.compiler.cudagraph_mark_step_begin()
         with torch_compile.failures_named("teacher.runtime"):
-            return self._compiled(input_ids, attention_mask)
+            return self._compiled(input_ids, attention_mask, token_types)
 
     def _is_compiled(self, shape: torch.Size) -> bool:
         if len(self._shapes) < MAX_SHAPES:

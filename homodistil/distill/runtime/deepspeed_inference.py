@@ -19,5 +19,7 @@ class EngineRuntime(ActivationHooks):
         self._backbone = deepspeed.init_inference(family.backbone(model), dtype=dtype)
 
     @torch.no_grad()
-    def __call__(self, input_ids: Tensor, attention_mask: Tensor | None) -> Activations:
-        return self.run(input_ids, attention_mask)
+    def __call__(
+        self, input_ids: Tensor, attention_mask: Tensor | None, token_types: Tensor | None = None
+    ) -> Activations:
+        return self.run(input_ids, attention_mask, token_types)

@@ -15,5 +15,7 @@ class PlainRuntime:
         self.scale = self._taps.scale
 
     @torch.no_grad()
-    def __call__(self, input_ids: Tensor, attention_mask: Tensor | None) -> Activations:
-        return self._taps.run(input_ids, attention_mask)
+    def __call__(
+        self, input_ids: Tensor, attention_mask: Tensor | None, token_types: Tensor | None = None
+    ) -> Activations:
+        return self._taps.run(input_ids, attention_mask, token_types)

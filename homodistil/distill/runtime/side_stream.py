@@ -16,7 +16,7 @@ from torch import Tensor
 from homodistil.errors import UserError
 from homodistil.models.activations import Activations
 
-Call = Callable[[Tensor, Tensor | None], Activations]
+Call = Callable[[Tensor, Tensor | None, Tensor | None], Activations]
 
 
 @dataclass(frozen=True)
@@ -54,13 +54,13 @@ class SideStream:
         self._call = call
         self._stream = torch.cuda.Stream(device)
 
-    def start(self, input_ids: Tensor, attention_mask: Tensor | None) -> Pending:
+    def start(self, input_ids: Tensor, attention_mask: Tensor | None, token_types: Tensor | None = None) -> Pending:
         """Begin once everything queued so far is done: the inputs' copy, and the last step's use of static outputs."""
         self._stream.wait_stream(torch.cuda.current_stream())
-        for tensor in _tensors([input_ids, attention_mask]):
+        for tensor in _tensors([input_ids, attention_mask, token_types]):
             tensor.record_stream(self._stream)
         with torch.cuda.stream(self._stream):
-            tapped = self._call(input_ids, attention_mask)
+            tapped = self._call(input_ids, attention_mask, token_types)
             return Pending(tapped, self._stream.record_event())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from homodistil.models.classifier import ClassifierNames
 from homodistil.models.encoders.block_names import HeadNames
 from homodistil.models.encoders.post_norm import PostNormEncoder
 
@@ -17,6 +18,7 @@ BERT = PostNormEncoder(
         transform="cls.predictions.transform",
         activation="cls.predictions.transform.transform_act_fn",
     ),
+    classifier_names=ClassifierNames("bert.pooler.dense", "bert.pooler.activation", "classifier", "dropout"),
     head_prefix="cls.predictions.",
     # Of BERT's own pretraining, and what older checkpoints kept beside the parameters.
     unused=(

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 from transformers.activations import gelu
+
+from homodistil.models.classifier import ClassifierNames
 
 
 class LayerModules(NamedTuple):
@@ -91,3 +94,8 @@ ROBERTA_HEAD = HeadNames(
     activation=gelu,
 )
 """Of RoBERTa, and of MPNet."""
+
+ROBERTA_CLASSIFIER = ClassifierNames(
+    "classifier.dense", torch.tanh, "classifier.out_proj", "classifier.dropout", drops_first=True
+)
+"""Of the same."""

@@ -5,6 +5,9 @@ BERT's layers without modules of their own for what adds to the residual stream,
 
 from __future__ import annotations
 
+import torch
+
+from homodistil.models.classifier import ClassifierNames
 from homodistil.models.encoders.block_names import HeadNames, LayerNames, SizeNames
 from homodistil.models.encoders.post_norm import PostNormEncoder
 
@@ -37,6 +40,7 @@ DISTILBERT = PostNormEncoder(
         transform=None,
         activation="activation",
     ),
+    classifier_names=ClassifierNames("pre_classifier", torch.relu, "classifier", "dropout"),
     head_prefix="vocab_",
     dropout_fields=("dropout", "attention_dropout"),
     config_names={

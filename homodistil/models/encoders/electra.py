@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from homodistil.models.axes import AxisUse, Widths, embedding_width, linear_uses
-from homodistil.models.encoders.block_names import HeadNames
+from homodistil.models.encoders.block_names import ROBERTA_CLASSIFIER, HeadNames
 from homodistil.models.encoders.post_norm import PostNormEncoder
 
 _PROJECTION = "embeddings_project"
@@ -89,6 +89,7 @@ ELECTRA = FactorisedEncoder(
         transform="generator_predictions",
         activation="generator_predictions.activation",
     ),
+    classifier_names=ROBERTA_CLASSIFIER._replace(activation="classifier.activation"),
     head_prefix="generator_",
     unused=(
         "electra.embeddings.position_ids",

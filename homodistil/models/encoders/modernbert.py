@@ -27,6 +27,7 @@ from homodistil.models.axes import (
     num_layers,
     uniform_layer_widths,
 )
+from homodistil.models.classifier import CLASSIFIER_AXIS, Classifier
 from homodistil.models.compensable import Block, Compensable, HeadParts
 from homodistil.models.model_shape import ModelShape
 from homodistil.models.module_sizes import refresh_sizes
@@ -52,6 +53,7 @@ class ModernBertFamily(NamedFamily, Compensable):
         has_gated_mlp=True, is_pre_norm=True, has_rotary_positions=True, has_fused_qkv=True
     )
     whole_heads: bool = True
+    has_classifiers: bool = True
     unused: tuple[str, ...] = ("decoder.weight",)  # tied, in files that store it all the same
 
     def shape(self, config: PretrainedConfig) -> ModelShape:
@@ -89,14 +91,15 @@ class ModernBertFamily(NamedFamily, Compensable):
             widths[f"layer.{i}.ffn"] = layer.mlp.Wo.in_features
             widths[f"layer.{i}.heads"] = attention.Wo.in_features // attention.head_dim
             widths[f"layer.{i}.qk_dim"] = widths[f"layer.{i}.vo_dim"] = attention.head_dim
-        return widths
+        return widths | self._classifier_widths(model)
 
     def _shared_uses(self, model: nn.Module) -> list[AxisUse]:
         embeddings = f"{self.backbone_name}.embeddings"
         uses = [AxisUse(f"{embeddings}.tok_embeddings.weight", 1, ("hidden",)), *_norm_uses(f"{embeddings}.norm")]
         uses += _norm_uses(f"{self.backbone_name}.final_norm")
-        uses += linear_uses("head.dense", out=("hidden",), into=("hidden",))
-        uses += _norm_uses("head.norm")
+        inner = CLASSIFIER_AXIS if self.has_classifier(model) else "hidden"
+        uses += linear_uses("head.dense", out=(inner,), into=("hidden",))
+        uses += [*_norm_uses("head.norm", inner), AxisUse("classifier.weight", 1, (inner,))]
         # Present only where it is not tied to the embeddings.
         return [*uses, AxisUse("decoder.weight", 1, ("hidden",))]
 
@@ -197,6 +200,11 @@ class ModernBertFamily(NamedFamily, Compensable):
     def head_parts(self, model: nn.Module) -> HeadParts:
         return HeadParts(model.head.dense, model.head.act, self.norm(model.head.norm))
 
+    def classifier(self, model: nn.Module) -> Classifier:
+        head, norm = model.head, self.norm(model.head.norm)
+        pooling = model.config.classifier_pooling
+        return Classifier(head.dense, head.act, norm, model.classifier, model.drop, False, pooling)
+
     def layer_norms(self, model: nn.Module) -> dict[str, nn.LayerNorm]:
         inside = self.backbone(model).named_modules()
         return {name: m for name, m in inside if isinstance(m, nn.LayerNorm) and name != "embeddings.norm"}
@@ -206,8 +214,8 @@ class ModernBertFamily(NamedFamily, Compensable):
         return f"{self.backbone_name}.{stored}" if stored.startswith(_WITHOUT_HEAD) else stored
 
 
-def _norm_uses(name: str) -> list[AxisUse]:
-    return [AxisUse(f"{name}.{parameter}", 0, ("hidden",)) for parameter in ("weight", "bias")]
+def _norm_uses(name: str, axis: str = "hidden") -> list[AxisUse]:
+    return [AxisUse(f"{name}.{parameter}", 0, (axis,)) for parameter in ("weight", "bias")]
 
 
 def _fused_uses(name: str, blocks: Sequence[tuple[str, ...]]) -> list[AxisUse]:

@@ -20,7 +20,7 @@ from transformers import PretrainedConfig
 from homodistil.models.activations import shows_values
 from homodistil.models.architecture import Architecture
 from homodistil.models.axes import AxisUse, Widths
-from homodistil.models.encoders.block_names import BERT_LAYER, ROBERTA_HEAD
+from homodistil.models.encoders.block_names import BERT_LAYER, ROBERTA_CLASSIFIER, ROBERTA_HEAD
 from homodistil.models.encoders.post_norm import PostNormEncoder
 from homodistil.models.model_shape import ModelShape
 
@@ -117,6 +117,7 @@ MPNET = PositionBiasEncoder(
     ),
     attention_name=_ATTENTION,
     head_names=ROBERTA_HEAD,
+    classifier_names=ROBERTA_CLASSIFIER,
     head_prefix="lm_head.",
     unused=(
         "mpnet.pooler.",

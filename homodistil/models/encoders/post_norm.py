@@ -24,6 +24,7 @@ from homodistil.models.axes import (
     num_layers,
     uniform_layer_widths,
 )
+from homodistil.models.classifier import Classifier, ClassifierNames, classifier_of, classifier_uses
 from homodistil.models.compensable import Block, Compensable, HeadLinears, HeadParts
 from homodistil.models.encoders.block_names import (
     BERT_LAYER,
@@ -54,6 +55,7 @@ class PostNormEncoder(NamedFamily, Compensable):
     dropout_fields: tuple[str, ...] = ("hidden_dropout_prob", "attention_probs_dropout_prob")
     positions_start_behind_padding: bool = False
     """The first position id is pad_token_id + 1, so that fewer tokens fit than there are position embeddings."""
+    classifier_names: ClassifierNames | None = None
     architecture: Architecture = BERT_LIKE
     auto_class: str = "AutoModelForMaskedLM"
     pipeline_tag: str = "fill-mask"
@@ -98,7 +100,7 @@ class PostNormEncoder(NamedFamily, Compensable):
             widths[self._heads(i)] = getattr(attention, self.size_names.heads)
             widths[f"layer.{i}.qk_dim"] = getattr(attention, self.size_names.head_dim)
             widths[f"layer.{i}.vo_dim"] = getattr(attention, self.size_names.head_dim)
-        return widths
+        return widths | self._classifier_widths(model)
 
     def _heads(self, i: int) -> str:
         """The axis of the heads of layer `i`."""
@@ -115,7 +117,8 @@ class PostNormEncoder(NamedFamily, Compensable):
         uses += linear_uses(head.linear, out=(embedding,), into=("hidden",))
         uses += _vector(head.norm, embedding)
         # Present only when the decoder is not tied to the word embeddings.
-        return uses + [AxisUse(f"{head.decoder}.weight", 1, (embedding,))]
+        uses += [AxisUse(f"{head.decoder}.weight", 1, (embedding,))]
+        return uses + (classifier_uses(self.classifier_names) if self.has_classifier(model) else [])
 
     def _layer_uses(self, i: int) -> list[AxisUse]:
         layer, names = f"{self.backbone_name}.{self.layers_name}.{i}", self.layer_names
@@ -192,6 +195,16 @@ class PostNormEncoder(NamedFamily, Compensable):
         names = self.head_names
         activation = names.activation if callable(names.activation) else model.get_submodule(names.activation)
         return HeadParts(model.get_submodule(names.linear), activation, self.norm(model.get_submodule(names.norm)))
+
+    @property
+    def has_classifiers(self) -> bool:
+        return self.classifier_names is not None
+
+    def classifier(self, model: nn.Module) -> Classifier:
+        return classifier_of(self.classifier_names, model)
+
+    def has_token_types(self, config: PretrainedConfig) -> bool:
+        return "token_type_embeddings" in self.embedding_tables and config.type_vocab_size > 1
 
     def embedding_norm(self, model: nn.Module) -> Norm:
         return self.norm(self.embeddings(model).LayerNorm)

@@ -6,7 +6,7 @@ padding token: of 514 position embeddings 512 are used.
 
 from __future__ import annotations
 
-from homodistil.models.encoders.block_names import ROBERTA_HEAD
+from homodistil.models.encoders.block_names import ROBERTA_CLASSIFIER, ROBERTA_HEAD
 from homodistil.models.encoders.post_norm import PostNormEncoder
 
 ROBERTA = PostNormEncoder(
@@ -14,6 +14,7 @@ ROBERTA = PostNormEncoder(
     model_types=("roberta", "xlm-roberta", "camembert"),
     backbone_name="roberta",
     head_names=ROBERTA_HEAD,
+    classifier_names=ROBERTA_CLASSIFIER,
     head_prefix="lm_head.",
     unused=(
         "roberta.pooler.",

@@ -28,6 +28,7 @@ from homodistil.pruning.compensation.axis_maps import is_mapped
 from homodistil.pruning.compensation.event_plan import Network, plan_event
 from homodistil.pruning.compensation.folding import fold_gains
 from homodistil.pruning.compensation.head import can_straighten, refit_head, straighten_head
+from homodistil.pruning.compensation.labels import refit_labels
 from homodistil.pruning.compensation.options import Options
 from homodistil.pruning.compensation.refit import Refit
 
@@ -118,6 +119,9 @@ def _refit(refit: Refit, decoder_gram: Tensor | None) -> float:
     """
     refit.run()
     lost = refit.lost()
+    if refit.family.has_classifier(refit.new):
+        refit_labels(refit)
+        return lost
     head = refit.family.head_parts(refit.new) if refit.family.has_head(refit.new) else None
     if head is None:
         return lost

@@ -149,5 +149,6 @@ class _Rows(nn.Module):
         """Of a batch: last hidden states, (B, T, K) -> (rows at `index`, K); None: all. Of hidden rows: logits."""
         if isinstance(batch, Tensor):
             return self._family.lm_head(self.model)(batch)
-        rows = run_backbone(self.model, self._family, batch.input_ids, batch.padding_mask).flatten(0, 1)
+        inputs = batch.input_ids, batch.padding_mask, batch.token_types
+        rows = run_backbone(self.model, self._family, *inputs).flatten(0, 1)
         return rows if index is None else rows[index]

@@ -61,10 +61,10 @@ def plan_event(
     if not mapped:
         return make_plan(table, keep), None
     heads = [axis for axis in mapped if axis != "hidden"]
-    can_weigh = family.has_head(model) or options.pooling is not None
+    can_weigh = family.has_head(model) or options.pooling is not None or options.logits is not None
     basis = _closed_form(options, can_weigh) if "hidden" in mapped else None
     layers = {layer_of(axis) for axis in heads}
-    statistics = collect(model, family, batches, layers, basis, options.seed, options.pooling)
+    statistics = collect(model, family, batches, layers, basis, options.seed, options.pooling, options.logits)
     kept = {axis: leading(table, keep, axis) if axis in mapped else keep[axis] for axis in keep}
     maps = AxisMaps(model, family, table, keep)
     for axis in heads:

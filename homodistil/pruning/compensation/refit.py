@@ -78,7 +78,8 @@ class Refit:
         self._norm(norm, summed, [self.changes.of_stream(s.rows(s.old.hidden)) for s in self.streams])
 
     def _run_new(self, stream: Stream) -> Tensor:
-        return run_backbone(self.new, self.family, stream.batch.input_ids, stream.batch.padding_mask)
+        batch = stream.batch
+        return run_backbone(self.new, self.family, batch.input_ids, batch.padding_mask, batch.token_types)
 
     def _layer(self, i: int) -> None:
         old_layer, blocks = self.family.layers(self.old)[i], self.family.blocks(self.old, i)

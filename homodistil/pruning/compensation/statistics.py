@@ -7,6 +7,7 @@ Rows are valid tokens, N heads, H dims of a head, D hidden, V vocabulary.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Literal, NamedTuple
@@ -20,9 +21,11 @@ from homodistil.data.batch import Batch
 from homodistil.distributed import ranks
 from homodistil.models.axes import layer_widths
 from homodistil.models.backbone import run_backbone
+from homodistil.models.classifier import LogitKind
 from homodistil.models.family import ModelFamily
 from homodistil.models.norms import Norm
 from homodistil.models.sentence_head import PoolingMode, pooled
+from homodistil.pruning.compensation.labels import draw_labels, drawn_logit_directions
 from homodistil.pruning.compensation.moments import TINY, Moments, moments_of
 from homodistil.pruning.compensation.vectors import drawn_directions
 
@@ -49,14 +52,15 @@ class Statistics(NamedTuple):
     residual: list[Moments] | None = None
     """Moments of the residual stream as each block reads it, behind a norm; None when not measured."""
     gradient: Tensor | None = None
-    """(D, D): E[g g'] of the log-likelihood of labels drawn from the model itself, or of vectors of texts in directions
-    drawn for them, summed over these places; None where directions are not weighed by it."""
+    """(D, D): E[g g'] of the log-likelihood of labels drawn from the model itself, or of vectors of texts or logits of
+    labels in directions drawn for them, summed over these places; None where directions are not weighed by it."""
     head_rows: Moments | None = None
     """Moments of what enters the decoder at the rows to predict, (D + 1, D + 1); None: the model has no head."""
     decoder: Tensor | None = None
     """(D, D): `decoder_gram` by the mean predicted probabilities there."""
     vectors: Moments | None = None
-    """Moments of the normalised vectors of texts, (D + 1, D + 1); None: the model is no embedder."""
+    """Moments of the normalised vectors of texts, or of what a head of labels reads, (D + 1, D + 1); None: there is
+    neither."""
 
 
 def collect(
@@ -67,6 +71,7 @@ def collect(
     basis: Literal["fisher", "pca"] | None,
     seed: int,
     pooling: PoolingMode | None = None,
+    logits: LogitKind | None = None,
 ) -> Statistics:
     """Statistics of a frozen `model` in evaluation mode. Every rank calls it with its own micro-batches.
 
@@ -76,6 +81,7 @@ def collect(
             model has one, on the first half of the batches; fisher: gradients there, too.
         seed: of the labels or directions that are drawn.
         pooling: of a sentence embedder, whose vectors then stand for what a head predicts, on all batches.
+        logits: of a sequence classifier, whose labels do, likewise.
     """
     collector = _Collector(model, family, sorted(head_layers), basis)
     num_with_head = -(-len(batches) // 2) if basis is not None and family.has_head(model) else 0
@@ -84,6 +90,8 @@ def collect(
             first = (i * ranks.world_size() + ranks.rank()) * len(batch.input_ids)
             if basis is not None and pooling is not None:
                 collector.run_vectors(batch, drawn_directions(batch, first, seed, _hidden_size(model, family)), pooling)
+            elif basis is not None and logits is not None:
+                collector.run_labels(batch, functools.partial(drawn_logit_directions, batch, first, seed, logits))
             else:
                 collector.run(batch, uniform_numbers(batch, first, seed) if i < num_with_head else None)
     finally:
@@ -138,7 +146,7 @@ class _Collector:
         """One micro-batch; with the head where there are `numbers` to draw labels with."""
         self._batch = batch
         with torch.set_grad_enabled(numbers is not None and self._with_gradients):
-            hidden = run_backbone(self.model, self.family, batch.input_ids, batch.padding_mask)
+            hidden = run_backbone(self.model, self.family, batch.input_ids, batch.padding_mask, batch.token_types)
             if numbers is not None:
                 rows = self.family.lm_transform(self.model)(hidden.flatten(0, 1)[batch.target_index])
                 gradient = self._head_gradient(rows.detach(), numbers)
@@ -149,12 +157,27 @@ class _Collector:
         """One micro-batch of single texts, whose normalised vectors are seen, and their gradients in `directions`."""
         self._batch = batch
         with torch.set_grad_enabled(self._with_gradients):
-            hidden = run_backbone(self.model, self.family, batch.input_ids, batch.padding_mask)
+            hidden = run_backbone(self.model, self.family, batch.input_ids, batch.padding_mask, batch.token_types)
             vectors = functional.normalize(pooled(hidden, batch.attention_mask, pooling), dim=-1)
             self._add("vectors", moments_of(vectors.detach()))
             if vectors.requires_grad:
                 for one in directions:
                     vectors.backward(one, retain_graph=True)
+
+    def run_labels(self, batch: Batch, draw: Callable[[Tensor], Tensor]) -> None:
+        """One micro-batch of single texts: what the head of labels reads is seen, and gradients of its logits.
+
+        Args:
+            draw: logits (B, L) -> directions (draws, B, L).
+        """
+        self._batch, head = batch, self.family.classifier(self.model)
+        with torch.set_grad_enabled(self._with_gradients):
+            hidden = run_backbone(self.model, self.family, batch.input_ids, batch.padding_mask, batch.token_types)
+            self._add("vectors", moments_of(head.rows(hidden.detach(), batch.attention_mask)))
+            logits = head.logits(hidden, batch.attention_mask)
+            if logits.requires_grad:
+                for one in draw(logits.detach()):
+                    logits.backward(one, retain_graph=True)
 
     @torch.no_grad()
     def _head_gradient(self, rows: Tensor, numbers: Tensor) -> Tensor:
@@ -226,12 +249,6 @@ def uniform_numbers(batch: Batch, first_sequence: int, seed: int) -> Tensor:
     seeds = ((seed * 1_000_003 + first_sequence + b) % 2**63 for b in range(num_sequences))
     numbers = [torch.rand(seq_len, generator=torch.Generator().manual_seed(one)) for one in seeds]
     return torch.cat(numbers).to(batch.target_index.device)[batch.target_index]
-
-
-def draw_labels(probabilities: Tensor, numbers: Tensor) -> Tensor:
-    """A label for each row (rows, V), by its cumulative probability; torch.multinomial draws a number an entry."""
-    sums = probabilities.cumsum(-1)
-    return torch.searchsorted(sums, numbers.unsqueeze(1).to(sums)).squeeze(1).clamp(max=probabilities.shape[1] - 1)
 
 
 def decoder_gram(decoder_weight: Tensor, predictions: Tensor) -> Tensor:

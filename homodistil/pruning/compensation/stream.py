@@ -48,5 +48,6 @@ class Stream:
 
 def start(old: nn.Module, new: nn.Module, family: ModelFamily, batch: Batch) -> Stream:
     """`batch` behind the embeddings of both networks."""
-    sides = (layer_inputs(model, family, batch.input_ids, batch.padding_mask) for model in (old, new))
-    return Stream(batch, *(Side(inputs.hidden, inputs.options) for inputs in sides))
+    inputs = batch.input_ids, batch.padding_mask, batch.token_types
+    sides = (layer_inputs(model, family, *inputs) for model in (old, new))
+    return Stream(batch, *(Side(entering.hidden, entering.options) for entering in sides))

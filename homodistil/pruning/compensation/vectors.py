@@ -33,9 +33,14 @@ def drawn_directions(batch: Batch, first_sequence: int, seed: int, size: int) ->
         first_sequence: place of the batch's first text among those of all ranks.
         size: dims of a vector.
     """
-    seeds = ((seed * 1_000_003 + first_sequence + b) % 2**63 for b in range(len(batch.input_ids)))
-    drawn = [torch.randn(NUM_DIRECTIONS, size, generator=torch.Generator().manual_seed(one)) for one in seeds]
+    drawn = [torch.randn(NUM_DIRECTIONS, size, generator=one) for one in generators(batch, first_sequence, seed)]
     return torch.stack(drawn, 1).to(batch.input_ids.device)
+
+
+def generators(batch: Batch, first_sequence: int, seed: int) -> Iterator[torch.Generator]:
+    """One for each text of `batch`, on the CPU. Arguments as of `drawn_directions`."""
+    for b in range(len(batch.input_ids)):
+        yield torch.Generator().manual_seed((seed * 1_000_003 + first_sequence + b) % 2**63)
 
 
 @torch.no_grad()
@@ -68,7 +73,8 @@ def fit_projection(
 
 def pooled_states(model: nn.Module, family: ModelFamily, batch: Batch, pooling: PoolingMode) -> Tensor:
     """What the backbone puts out, one vector for each text, fp32 (B, D)."""
-    return pooled(run_backbone(model, family, batch.input_ids, batch.padding_mask), batch.attention_mask, pooling)
+    hidden = run_backbone(model, family, batch.input_ids, batch.padding_mask, batch.token_types)
+    return pooled(hidden, batch.attention_mask, pooling)
 
 
 @torch.no_grad()

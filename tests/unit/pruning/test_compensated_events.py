@@ -147,7 +147,7 @@ class FixedBatches(Compensation):
     def __init__(self, limit: float) -> None:
         self.config = RunConfig()
         self.config.pruning.compensation, self.config.pruning.compensation_limit = "full", limit
-        self.run_inputs = SimpleNamespace(with_head=True, sentence_modules=None)
+        self.run_inputs = SimpleNamespace(with_head=True, sentence_modules=None, pooling=None, logits=None)
 
     def batches(self, consumed_samples: int) -> list[Batch]:
         return BATCHES

@@ -1,0 +1,83 @@
+"""Columns of text: reading them from parquet files, and what is said of one that is missing."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
+
+from homodistil.data.sources.text_files import TextFile
+from homodistil.errors import UserError, nearest
+
+PARQUET_BATCH_ROWS = 1024
+_PAIRS = (
+    ("sentence1", "sentence2"),
+    ("query", "passage"),
+    ("query", "document"),
+    ("question", "answer"),
+    ("premise", "hypothesis"),
+    ("text1", "text2"),
+)
+"""Usual names of the columns of a pair, for messages."""
+
+
+def parquet_texts(file: TextFile, column: str, groups: range) -> Iterator[str]:
+    return (text for (text,) in parquet_columns(file, [column], groups) if text)
+
+
+def parquet_columns(file: TextFile, columns: Sequence[str], groups: range) -> Iterator[list[str | None]]:
+    """Rows of these columns."""
+    with open_parquet(file, *columns) as table:
+        for batch in table.iter_batches(PARQUET_BATCH_ROWS, row_groups=groups, columns=list(columns)):
+            texts = [_strings(file, batch.column(column)) for column in columns]
+            yield from map(list, zip(*texts, strict=True))
+
+
+def _strings(file: TextFile, column) -> list[str | None]:
+    try:
+        return column.to_pylist()
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"data.sources: {file.location!r} holds a string that is not UTF-8 ({error.reason}); write the column "
+            f"again as text"
+        ) from None
+
+
+@contextlib.contextmanager
+def open_parquet(file: TextFile, *columns: str) -> Iterator:
+    """Open a file as a `pyarrow.parquet.ParquetFile` that has these columns of text. Raises `UserError`."""
+    import pyarrow.parquet
+
+    try:
+        with file.reading() as raw, pyarrow.parquet.ParquetFile(raw) as table:
+            for column in columns:
+                _check_column(file, table.schema_arrow, column, len(columns) > 1)
+            yield table
+    except pyarrow.ArrowException as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"data.sources: {file.location!r} is not a readable parquet file ({reason}); write or fetch it again"
+        ) from None
+
+
+def _check_column(file: TextFile, schema, column: str, is_of_pair: bool) -> None:
+    import pyarrow
+
+    if column not in schema.names:
+        raise no_column(file.location, column, schema.names, is_of_pair)
+    kind = schema.field(column).type
+    if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
+        raise UserError(f"{_field(is_of_pair)}: {file.location}: {column!r} holds {kind}, expected strings")
+
+
+def no_column(where: str, column: str, columns: Iterable[str], is_of_pair: bool = False) -> UserError:
+    columns = list(columns)
+    usual = next((pair for pair in _PAIRS if not is_of_pair and set(pair) <= set(columns)), None)
+    hint = f"; for pairs of a cross-encoder set data.pair_columns=[{usual[0]},{usual[1]}]" if usual else ""
+    return UserError(
+        f"{_field(is_of_pair)}: {where} has no column {column!r}{nearest(column, columns)}; "
+        f"found: {', '.join(columns)}{hint}"
+    )
+
+
+def _field(is_of_pair: bool) -> str:
+    return "data.pair_columns" if is_of_pair else "data.text_column"

@@ -1,0 +1,85 @@
+"""A teacher that is a sequence classifier: its files, and what its config says of its labels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from transformers import PretrainedConfig
+
+from homodistil.distill.teacher import FIELD, load_config, read_whole
+from homodistil.errors import UserError
+from homodistil.models import family_of
+from homodistil.models.checkpoint_files import local_folder, short
+from homodistil.models.classifier import ARCHITECTURE_END, CLASSIFIER_CLASS
+from homodistil.models.weights import check_finite, check_layers, check_present, stored_tensors, tell_unused
+
+
+def is_sequence_classifier(config: PretrainedConfig) -> bool:
+    """Whether a config.json names a class with a head of labels for whole texts."""
+    return any(name.endswith(ARCHITECTURE_END) for name in config.architectures or [])
+
+
+def check_classifier(folder: str, allow_pickle: bool = False, say: Callable[[str], None] = lambda line: None) -> None:
+    """Read the weights of a sequence classifier once: all of it has to be there, its head too.
+
+    Args:
+        folder: of it, or a hub name.
+        say: takes a line on tensors that the model does not use.
+
+    Raises:
+        UserError: as `load_model`; tensors missing, of another shape, quantised, NaN or infinite.
+    """
+    shape = load_config(folder)
+    family, where, local = family_of(shape.model_type), f"{FIELD}: {folder!r}", local_folder(folder, FIELD)
+    check_layers(stored_tensors(local, FIELD, allow_pickle) if local else {}, shape.num_hidden_layers, family, where)
+    model, compared = read_whole(folder, allow_pickle, CLASSIFIER_CLASS)
+    check_present(compared, where)
+    check_finite(model, where)
+    tell_unused(folder, compared, say)
+
+
+def check_labels(config: PretrainedConfig, teacher: str) -> None:
+    """Refuse a teacher whose logits cannot be read: the student's are in the same order, under the same names.
+
+    Args:
+        config: the teacher's.
+        teacher: what the user named it.
+
+    Raises:
+        UserError: no such head, a family without one that can be cut, or labels that are not numbered 0, 1, ...
+    """
+    where, family = f"{FIELD}: {short(repr(teacher))}", family_of(config.model_type)
+    kinds = ", ".join(config.architectures or ["no architectures in its config.json"])
+    if family.is_causal and is_sequence_classifier(config):
+        raise UserError(
+            f"{where} is a decoder with a head of labels ({kinds}), supported are those of encoders; give a "
+            f"cross-encoder or classifier made of an encoder, or set data.task=causal to leave its head out"
+        )
+    if not is_sequence_classifier(config):
+        raise UserError(
+            f"{where} has no head of labels that data.task=scores could learn from (found {kinds}, expected "
+            f"...{ARCHITECTURE_END}); give a sequence classifier or cross-encoder, or another data.task"
+        )
+    if not family.has_classifiers:
+        raise UserError(
+            f"{where}: heads of labels of the {family.name} family cannot be cut yet; set data.task=none to leave the "
+            f"head out"
+        )
+    _check_names(config, where)
+
+
+def _check_names(config: PretrainedConfig, where: str) -> None:
+    names, numbers = config.id2label or {}, config.label2id or {}
+    where, remedy = f"{where}: config.json", "set both maps as the head was trained"
+    if sorted(names) != list(range(len(names))) or not names:
+        raise UserError(
+            f"{where} has id2label with the numbers {short(str(sorted(names)))}, expected 0 .. {len(names) - 1} "
+            f"without gaps, one for each output of the head; {remedy}"
+        )
+    differing = [name for i, name in names.items() if numbers.get(name) != i]
+    if len(set(names.values())) < len(names) or differing:
+        name = differing[0] if differing else next(n for n in names.values() if list(names.values()).count(n) > 1)
+        raise UserError(
+            f"{where} has id2label and label2id that contradict each other at {short(repr(name))} (number "
+            f"{[i for i, one in names.items() if one == name]} and {numbers.get(name)}); {remedy}"
+        )
