@@ -20,6 +20,7 @@ _FREE = {"run": None, "data": ("cache_dir", "workers"), "train": ("save_every_st
 _LATER = {
     "data": ("texts", "pooling", "prompt"),
     "loss": ("pooled_cosine", "pooled_mse", "pooled_similarity", "similarity_temperature"),
+    "student": ("vocab",),
     "teacher": ("correction_seed",),
     "pruning": ("basis", "basis_steps", "basis_lr"),
     "train": ("decay_fraction", "uncut_lr_share"),
