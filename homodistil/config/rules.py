@@ -136,7 +136,8 @@ def _check_size(config: RunConfig) -> None:
 
 def _check_vocabulary(config: RunConfig) -> None:
     vocab = config.student.vocab
-    if vocab not in ("all", "corpus") and not (vocab.isascii() and vocab.isdigit() and int(vocab) > 0):
+    is_number = vocab.isascii() and vocab.isdigit() and len(vocab) < 10 and int(vocab) > 0
+    if vocab not in ("all", "corpus") and not is_number:
         raise UserError(
             f"student.vocab: found {vocab[:40]!r}, allowed are all, corpus and a number of pieces in decimal digits; "
             f"set student.vocab=16000, say"

@@ -87,7 +87,7 @@ class StudentConfig:
         None, low=0, high=1e9, exclude="low", resume="fixed", students="own", derived={MILESTONE: None}
     )
     """The same in millions of parameters (70: 70 M)."""
-    vocab: str = option(
+    vocab: str | int = option(
         "all", limited_by="rules.py: all, corpus or a number", resume="fixed", students="shared", derived=SAME
     )
     """Pieces of the vocabulary: all of the teacher's; corpus: those that the text uses; a number: the most frequent
@@ -158,6 +158,9 @@ class StudentConfig:
     """Dropout probability during distillation, in [0, 1). The exported config keeps the teacher's values."""
     compile: bool = option(False, resume="fixed", students="own", derived=SAME)
     """Use torch.compile for the student's layers. They are recompiled after each resize event, so use few events."""
+
+    def __post_init__(self) -> None:
+        self.vocab = str(self.vocab)
 
 
 @dataclass(kw_only=True)
