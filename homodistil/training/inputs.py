@@ -261,7 +261,7 @@ def prepare_inputs(
         teacher_config, vocabulary = load_config(folder), read_cut(folder)
         modules, tokenizer = sentence_modules_of(wanted[0].data, folder), load_tokenizer(folder, teacher_config, task)
         fingerprints = {**fingerprints, **accept(**vocabulary.fingerprints)}
-        _say_on_first_rank(f"vocabulary: {vocabulary}")
+        _say_on_first_rank(f"vocabulary: {vocabulary} ({folder})")
     for one in wanted:
         for subject, text in run_summary(resolve_run(one, teacher_config)).items():
             _say_on_first_rank(f"{subject}: {text}" if len(wanted) == 1 else f"{one.run.name}: {subject}: {text}")

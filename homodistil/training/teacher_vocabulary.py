@@ -93,7 +93,7 @@ class VocabularyCut:
     @property
     def teacher_name(self) -> str:
         """Of the teacher's row of the result table: what is measured, and how large the teacher was as given."""
-        whole = f"{self.parameters_before / 1e6:.1f} M parameters whole"
+        whole = f"whole: {self.parameters_before:,} parameters"
         return f"teacher, {self.pieces:,} of {self.pieces_before:,} pieces ({whole})"
 
     def __str__(self) -> str:

@@ -82,8 +82,8 @@ def test_what_is_said_and_measured(inputs, finished):
     teacher, student = json.loads((folder / "result.json").read_text())
     whole = sum(parameter.numel() for parameter in small_model(vocab_size=len(PIECES)).parameters())
     cut = (len(PIECES) - SIZE) * (24 + 1)
-    assert teacher["name"].startswith(f"teacher, {SIZE} of {len(PIECES)} pieces (")
     whole -= 16 * 24 - 32 * 24  # the job's teacher has 32 positions
+    assert teacher["name"] == f"teacher, {SIZE} of {len(PIECES)} pieces (whole: {whole:,} parameters)"
     assert (teacher["parameters"], teacher["parameters_before"]) == (whole - cut, whole)
     assert student["kl_to_teacher"] > 0
     events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]

@@ -21,6 +21,9 @@ _FILE, _SETTINGS, _ADDED = "tokenizer.json", "tokenizer_config.json", "added_tok
 _OLD_FILES = ("vocab.txt", "vocab.json", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model")
 """Of slow tokenizers: they hold the removed pieces, under the ids of before."""
 
+_PARTS = ("model", "added_tokens", "normalizer", "pre_tokenizer", "post_processor", "decoder")
+"""Of a tokenizer.json, which a class must leave as they are written."""
+
 
 @dataclass(frozen=True)
 class SmallerTokenizer:
@@ -51,9 +54,10 @@ class SmallerTokenizer:
         _edit(folder / _SETTINGS, self._with_new_settings)
         _edit(folder / _ADDED, lambda added: {token: self.new_ids[number] for token, number in added.items()})
         written = read_tokenizer(str(folder), FIELD)
-        if written.backend_tokenizer.get_vocab() != self._vocabulary():
+        content = json.loads(written.backend_tokenizer.to_str())
+        if any(content[part] != self.content[part] for part in _PARTS):
             raise UserError(
-                f"{FIELD}: {type(self.tokenizer).__name__} makes another vocabulary of a smaller {_FILE}; allowed for "
+                f"{FIELD}: {type(self.tokenizer).__name__} makes another tokenizer of a smaller {_FILE}; allowed for "
                 f"such a tokenizer is all; set {FIELD}=all"
             )
         return written

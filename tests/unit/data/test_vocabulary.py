@@ -7,6 +7,7 @@ import re
 
 import numpy as np
 import pytest
+import transformers
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -179,6 +180,42 @@ def test_a_size_that_cannot_be_is_refused(whole, counts):
     with pytest.raises(UserError, match="student.vocab: found 4, allowed for"):
         check_cuttable(whole, 4)
     check_cuttable(whole, "corpus")
+
+
+STOCK = {
+    "XLMRobertaTokenizer": "unigram",
+    "CamembertTokenizer": "unigram",
+    "RobertaTokenizer": "byte_bpe",
+    "Qwen2Tokenizer": "byte_bpe",
+    "LlamaTokenizer": "fallback_bpe",
+    "GemmaTokenizer": "fallback_bpe",
+}
+"""Class of the library, which builds normalizer and templates of its own -> what its pieces are like here."""
+
+
+@pytest.fixture(scope="module")
+def vocabularies(lines, cache_dir) -> dict[str, dict]:
+    kinds = sorted(set(STOCK.values()))
+    backends = {kind: _make(kind, lines[::10], cache_dir).backend_tokenizer for kind in kinds}
+    return {kind: json.loads(backend.to_str())["model"] for kind, backend in backends.items()}
+
+
+@pytest.mark.parametrize("name", STOCK)
+def test_classes_of_the_library(vocabularies, lines, tmp_path, name):
+    model, text = vocabularies[STOCK[name]], lines[::10]
+    pieces = {key: model[key] for key in ("vocab", "merges") if key in model}
+    pieces = {key: value if isinstance(value, dict) else list(map(tuple, value)) for key, value in pieces.items()}
+    special = {token: SPECIAL[token] for token in ("bos_token", "eos_token", "pad_token", "unk_token")}
+    getattr(transformers, name)(**pieces, **special).save_pretrained(tmp_path / "whole")
+    whole = AutoTokenizer.from_pretrained(tmp_path / "whole")
+    before = encode(whole, text)
+    smaller = cut_tokenizer(whole, counts_of(whole, before), len(whole) // 2)
+    written = smaller.write(tmp_path / "smaller")
+    assert type(written) is type(whole) and type(whole).__name__ == name and len(written) == len(whole) // 2
+    ids, wanted = encode(written, text), expected(smaller, before)
+    assert all(want in (None, now) for want, now in zip(wanted, ids, strict=True))
+    assert 50 < wanted.count(None) < len(text) - 50
+    assert all(getattr(written, token) == getattr(whole, token) for token in special)
 
 
 def test_pieces_are_closed_under_merges(lines, cache_dir):
