@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
+from homodistil.errors import UserError
 from homodistil.models.family import ModelFamily
 
 _IDS = "_token_id"
@@ -43,7 +44,7 @@ def keep_rows(model: nn.Module, family: ModelFamily, kept: Sequence[int]) -> Non
         kept: ids that stay, ascending.
 
     Raises:
-        ValueError: a parameter has rows for the vocabulary beside the embeddings and the decoder.
+        UserError: another parameter of the model has as many rows, or shares them with something else.
     """
     index = torch.tensor(kept)
     for parameter in vocabulary_parameters(model, family).values():
@@ -86,5 +87,9 @@ def _check_shapes(model: nn.Module, family: ModelFamily) -> None:
         expected = family.empty(copy.deepcopy(model.config), family.has_head(model))
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     for name, parameter in expected.named_parameters():
-        if shapes[name] != parameter.shape:
-            raise ValueError(f"{name}: has shape {tuple(shapes[name])}, a smaller model {tuple(parameter.shape)}")
+        now, wanted = tuple(shapes[name]), tuple(parameter.shape)
+        if now != wanted:
+            raise UserError(
+                f"student.vocab: {name} of this {family.name} model has shape {now}, one with fewer pieces {wanted}: it "
+                f"is neither the input embeddings' nor the decoder's, or shares its rows; set student.vocab=all"
+            )

@@ -9,6 +9,7 @@ import torch
 import transformers
 from families.cases import CASES, TOKENS, VOCABULARY, make_model
 
+from homodistil.errors import UserError
 from homodistil.models import FAMILIES, family_of
 from homodistil.models.vocabulary import keep_rows, special_ids, vocabulary_parameters, with_vocab_size
 
@@ -94,3 +95,11 @@ def test_ids_that_a_configuration_names(model_type):
     planned = with_vocab_size(config, 40)
     assert (planned.vocab_size, planned.pad_token_id, config.vocab_size) == (40, 39, VOCABULARY)
     assert not special_ids(planned) - set(range(40))
+
+
+def test_rows_that_are_somewhere_else_as_well_are_refused():
+    """A bias for the pieces that is not the decoder's."""
+    model = make_model("bert")
+    model.cls.predictions.bias = torch.nn.Parameter(torch.zeros(VOCABULARY))
+    with pytest.raises(UserError, match=r"^student.vocab: cls.predictions.bias of this bert model has shape \(97,\)"):
+        keep_rows(model, family_of("bert"), kept_ids("bert"))

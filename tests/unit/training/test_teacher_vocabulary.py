@@ -27,6 +27,8 @@ from homodistil.config.schema import RunConfig, StudentConfig
 from homodistil.distill.teacher import load_config
 from homodistil.engine.build import init_ranks, resolve_engine_config
 from homodistil.errors import UserError
+from homodistil.planning.cluster import find_cluster
+from homodistil.planning.plan import make_plan
 from homodistil.training.inputs import RunInputs, check_plannable, prepare_inputs
 from homodistil.training.resolve import resolve_run
 from homodistil.training.run_folder import check_run_folder
@@ -197,10 +199,10 @@ def test_what_is_known_before_text_is_counted(decoder):
         assert resolved.vocabulary_note.startswith(f"student.vocab={vocab}: {pieces} pieces are assumed")
         assert resolved.teacher_parameters == whole.teacher_parameters - 2 * (336 - pieces) * 24
         assert teacher_facts(config_of(decoder, vocab)).resolved.vocab_size == pieces
-    assert (
-        f"{whole.teacher_parameters - 2 * 46 * 24:,} (teacher)"
-        in run_summary(resolve_run(config_of(decoder, 290)))["parameters"]
-    )
+    planned = resolve_run(config_of(decoder, 290, "train.micro_batch_size=8"))
+    plan = make_plan(planned, {"zero_optimization": {"stage": 2}}, find_cluster("H100", 1))
+    assert f"{whole.teacher_parameters - 2 * 46 * 24:,} (teacher)" in run_summary(planned)["parameters"]
+    assert plan.notes == [planned.vocabulary_note]
     assert whole.vocabulary_note == ""
     for vocab, said in ((337, "found 337, the teacher has 336 pieces"), (256, r"found 256, allowed .* are 257 ")):
         for look in (check_plannable, teacher_facts):
