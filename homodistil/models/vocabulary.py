@@ -90,6 +90,6 @@ def _check_shapes(model: nn.Module, family: ModelFamily) -> None:
         now, wanted = tuple(shapes[name]), tuple(parameter.shape)
         if now != wanted:
             raise UserError(
-                f"student.vocab: {name} of this {family.name} model has shape {now}, one with fewer pieces {wanted}: it "
-                f"is neither the input embeddings' nor the decoder's, or shares its rows; set student.vocab=all"
+                f"student.vocab: {name} of this {family.name} model has shape {now}, with fewer pieces {wanted}: it is "
+                f"neither the input embeddings' nor the decoder's, or shares its rows; set student.vocab=all"
             )
