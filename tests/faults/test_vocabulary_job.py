@@ -64,10 +64,15 @@ def finished(server, inputs) -> tuple[Path, str]:
 
 @pytest.fixture(scope="module")
 def killed(server, inputs, finished) -> Path:
-    """A copy of the inputs and their cache with a run that was killed behind its second checkpoint."""
+    """A copy of the inputs with a job that was killed twice: while it made the teacher, and behind its second
+    checkpoint."""
     folder = inputs.with_name("killed")
-    shutil.copytree(inputs, folder, ignore=shutil.ignore_patterns("finished"))
-    run(server, arguments(folder, folder / "run", *OVERRIDES), (-9, -9), {"HOMODISTIL_FAULT": "train.step:hit=8"})
+    shutil.copytree(inputs, folder, ignore=shutil.ignore_patterns("finished", "cache"))
+    command = arguments(folder, folder / "run", *OVERRIDES)
+    job = server.start(TRAIN, command, env={"HOMODISTIL_FAULT": "vocabulary.written"})
+    assert -9 in job.wait(timeout_s=180), job.output()
+    assert list((folder / "cache" / "teachers").glob("[!.]*")) == [] and not (folder / "run").exists()
+    run(server, command, (-9, -9), {"HOMODISTIL_FAULT": "train.step:hit=8"})
     return folder
 
 
@@ -128,7 +133,7 @@ def test_the_export_is_a_stock_model_with_its_tokenizer(inputs, finished):
     assert f"| vocabulary | {len(PIECES)} -> {SIZE} pieces" in card
 
 
-def test_a_killed_run_ends_bitwise_the_same(server, killed, finished, tmp_path):
+def test_a_run_that_was_killed_twice_ends_bitwise_the_same(server, killed, finished, tmp_path):
     shutil.copytree(killed, tmp_path / "it")
     output = run(server, arguments(tmp_path / "it", tmp_path / "it" / "run", "run.resume=auto", *OVERRIDES))
     assert "resumed from step 6" in output
@@ -155,17 +160,6 @@ def test_a_damaged_teacher_is_made_again(server, killed, finished, tmp_path, nam
     output = run(server, arguments(tmp_path / "it", tmp_path / "it" / "run", "run.resume=auto", *OVERRIDES))
     (warning,) = [line for line in output.splitlines() if "warning: " in line]
     assert "is damaged (" in warning and warning.endswith("made again"), output
-    assert differences(result(tmp_path / "it" / "run"), result(finished[0])) == []
-
-
-def test_a_job_killed_while_it_makes_the_teacher(server, inputs, finished, tmp_path):
-    """Nothing is at its place, and the same command makes it and ends like the job that was not killed."""
-    shutil.copytree(inputs, tmp_path / "it", ignore=shutil.ignore_patterns("finished", "cache"))
-    command = arguments(tmp_path / "it", tmp_path / "it" / "run", *OVERRIDES)
-    job = server.start(TRAIN, command, env={"HOMODISTIL_FAULT": "vocabulary.written"})
-    assert -9 in job.wait(timeout_s=180), job.output()
-    assert list((tmp_path / "it" / "cache" / "teachers").glob("[!.]*")) == []
-    run(server, command)
     assert differences(result(tmp_path / "it" / "run"), result(finished[0])) == []
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -36,7 +37,7 @@ class SmallerTokenizer:
     content: dict[str, Any]
     """Of the new tokenizer.json."""
 
-    @property
+    @functools.cached_property
     def new_ids(self) -> dict[int, int]:
         """Id of before -> new id."""
         return {old: new for new, old in enumerate(self.kept)}
@@ -69,8 +70,8 @@ class SmallerTokenizer:
         return {**settings, "added_tokens_decoder": {str(self.new_ids[int(n)]): entry for n, entry in added.items()}}
 
     def _vocabulary(self) -> dict[str, int]:
-        of_before, new_ids = self.tokenizer.backend_tokenizer.get_vocab(), self.new_ids
-        return {piece: new_ids[number] for piece, number in of_before.items() if number in new_ids}
+        of_before = self.tokenizer.backend_tokenizer.get_vocab()
+        return {piece: self.new_ids[number] for piece, number in of_before.items() if number in self.new_ids}
 
 
 def cut_tokenizer(

@@ -11,7 +11,9 @@ import transformers
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from homodistil.data.prepare.corpus import Rows
 from homodistil.data.sources import assets
+from homodistil.data.vocabulary.counts import piece_counts
 from homodistil.data.vocabulary.cut import SmallerTokenizer, check_cuttable, cut_tokenizer
 from homodistil.errors import UserError
 
@@ -259,3 +261,10 @@ def test_tokenizers_that_cannot_be_cut_are_refused(lines):
         with pytest.raises(UserError, match=rf"is a {what} model, allowed are WordPiece, Unigram, and BPE") as caught:
             check_cuttable(PreTrainedTokenizerFast(tokenizer_object=built, unk_token="<unk>"), "corpus")
         assert "\n" not in str(caught.value)
+
+
+def test_pieces_are_counted_over_all_blocks(tmp_path):
+    blocks = np.random.default_rng(0).integers(0, 40, (70_000, 3), dtype=np.uint16)
+    np.save(tmp_path / "train.npy", blocks)
+    counts = piece_counts(Rows(tmp_path / "train.npy"), 50)
+    assert counts.tolist() == [int((blocks == number).sum()) for number in range(50)]
