@@ -12,7 +12,7 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -79,7 +79,7 @@ class VocabularyCut:
     parameters_before: int
     parameters: int
     share_of_tokens: float
-    """Of the training text, in the tokenizer of before: tokens whose piece stays."""
+    """Of the training text, in the tokenizer of before and without special tokens: tokens whose piece stays."""
     digest: str
     """Of the ids that stay."""
     counted: str
@@ -137,17 +137,13 @@ def _build(folder: Path, config: RunConfig, given: GivenTeacher) -> None:
     corpus = prepare_corpus(config.data, given.tokenizer, checked_bytes=math.inf)
     counts = piece_counts(corpus.train, teacher_config.vocab_size)
     smaller = cut_tokenizer(given.tokenizer, counts, vocabulary_size(config.student), _fixed(teacher_config))
-    model = _model(config, given, teacher_config)
-    before = num_parameters(model)
-    family = family_of(teacher_config.model_type)
-    keep_rows(model, family, smaller.kept)
-    has_head = family.has_head(model)
-    (model if has_head else family.backbone(model)).save_pretrained(folder)
+    parameters = _write_model(folder, _model(config, given, teacher_config), smaller.kept)
     smaller.write(folder)
     if given.modules is not None:
         head = load_sentence_head(given.modules, "teacher.name")
-        write_sentence_folder(folder, head, family.shape(teacher_config).hidden_size, None, shares_space=True)
-    parameters = before, num_parameters(model)
+        hidden_size = family_of(teacher_config.model_type).shape(teacher_config).hidden_size
+        write_sentence_folder(folder, head, hidden_size, None, shares_space=True)
+    counts[given.tokenizer.all_special_ids] = 0  # padding among them
     share = float(counts[smaller.kept].sum() / counts.sum())
     digest = hashlib.sha256(json.dumps(smaller.kept).encode()).hexdigest()[:32]
     pieces = teacher_config.vocab_size, len(smaller.kept)
@@ -155,6 +151,14 @@ def _build(folder: Path, config: RunConfig, given: GivenTeacher) -> None:
     write_atomically(folder / FACTS_FILE, json.dumps(dataclasses.asdict(facts), indent=1) + "\n")
     write_checksums(folder, (path for path in folder.rglob("*") if path.is_file()))
     fault_point("vocabulary.written")
+
+
+def _write_model(folder: Path, model: torch.nn.Module, kept: Sequence[int]) -> tuple[int, int]:
+    """A stock model with these rows alone. Returns the parameters before and after."""
+    family, before = family_of(model.config.model_type), num_parameters(model)
+    keep_rows(model, family, kept)
+    (model if family.has_head(model) else family.backbone(model)).save_pretrained(folder)
+    return before, num_parameters(model)
 
 
 def _model(config: RunConfig, given: GivenTeacher, teacher_config: PretrainedConfig) -> torch.nn.Module:

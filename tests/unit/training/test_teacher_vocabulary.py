@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -96,6 +97,10 @@ def test_a_decoder(decoder, vocab):
         torch.testing.assert_close(stock(torch.tensor([ids])).logits, expected, rtol=2e-2, atol=2e-2)
     assert sum(p.numel() for p in stock.parameters()) == smaller.vocabulary.parameters
     assert sum(p.numel() for p in whole.parameters()) == smaller.vocabulary.parameters_before
+    blocks = inputs_of(decoder, "all").corpus.train
+    words = blocks[range(len(blocks))].ravel()
+    words = words[words != whole_tokenizer.eos_token_id]
+    assert smaller.vocabulary.share_of_tokens == pytest.approx(np.isin(words, kept).mean())
     # Its text is tokenised anew, and a second run finds both in the cache.
     assert int(smaller.corpus.train[[0]].max()) < len(kept)
     made = (Path(smaller.teacher) / "model.safetensors").stat().st_mtime_ns
