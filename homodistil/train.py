@@ -140,6 +140,7 @@ def _teacher_row(run: DistillationRun, correction: dict) -> dict:
     row = result_row(name, parameters, run.teacher_widths["hidden"], run.evaluate_teacher())
     if vocabulary:
         row |= {"parameters_before": vocabulary.parameters_before, "pieces_before": vocabulary.pieces_before}
+        row["cached_teacher"] = Path(run.run_inputs.teacher).name
     if run.config.run.export_milestones:
         with doing("timing the teacher"):
             row |= ranks.on_rank_zero(run.exporter.teacher_speed)

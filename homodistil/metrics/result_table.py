@@ -25,7 +25,8 @@ heldout_lm_loss (nats), perplexity and bits_per_byte; kl_to_teacher (nats); of a
 hidden_distance, attention_distance and embedding_distance to its teacher (loss terms on held-out text); of an embedder
 cosine_to_teacher (mean over held-out texts) and recall_at_10 (of the teacher's nearest texts);
 tokens_per_s_first and tokens_per_s_last (training, first and last logged interval); of a teacher with fewer pieces
-than it was given with, parameters_before and pieces_before. Absent or None: not measured."""
+than it was given with, parameters_before, pieces_before and cached_teacher (its folder's name in the cache). Absent or
+None: not measured."""
 
 # Column -> (heading, how a number is written)
 COLUMNS = {

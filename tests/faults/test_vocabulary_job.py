@@ -14,6 +14,7 @@ from support.small_job import TRAIN, VOCABULARY, arguments, differences, make_ma
 from transformers import AutoModelForMaskedLM, AutoTokenizer, BertTokenizerFast
 
 from homodistil.distributed.exit_codes import USER_ERROR
+from homodistil.training.run_members import members_of
 
 USED = [
     "the",
@@ -91,6 +92,9 @@ def test_what_is_said_and_measured(inputs, finished):
     assert teacher["name"] == f"teacher, {SIZE} of {len(PIECES)} pieces (whole: {whole:,} parameters)"
     assert (teacher["parameters"], teacher["parameters_before"]) == (whole - cut, whole)
     assert student["kl_to_teacher"] > 0
+    # What `homodistil latency` times: the teacher of this row, and the export.
+    timed = [(Path(member.checkpoint), member.label) for member in members_of(folder)]
+    assert timed == [(smaller_teacher(inputs), teacher["name"]), (folder / "export", "homodistil")]
     events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
     assert len(events) == 4
     # Until the first event the student is a copy of the smaller teacher.
