@@ -11,6 +11,7 @@ import torch
 from homodistil.config.command_line import Job
 from homodistil.config.plugins import load_plugins
 from homodistil.config.students import check_stage
+from homodistil.distill.teacher import load_config
 from homodistil.distill.teacher_sharding import num_parameters
 from homodistil.distributed import graceful_stop, groups, invocation, rank_log, ranks, watchdog
 from homodistil.distributed.fault_injection import fault_point
@@ -70,7 +71,12 @@ def _run(job: Job, raw_engine_config: dict, device: torch.device, report: StartR
         ranks.on_rank_zero(lambda path=path, one=one: claim_run_folder(path, one, engine_config))
     num_machines = len(set(groups.machine_groups()))
     if not students:
-        subject = functools.partial(resolve_run, config), calibration_path(config.data), raw_engine_config
+        teacher_config = load_config(run_inputs.teacher) if run_inputs.vocabulary else None
+        subject = (
+            functools.partial(resolve_run, config, teacher_config),
+            calibration_path(config.data),
+            raw_engine_config,
+        )
         sizes = ranks.world_size(), num_machines
         ranks.on_rank_zero(lambda: keep_plan(Path(folder), *subject, *sizes))
     if config.run.rank_logs:
@@ -129,7 +135,12 @@ def _student_rows(run: DistillationRun, row: dict) -> list[dict]:
 
 def _teacher_row(run: DistillationRun, correction: dict) -> dict:
     parameters = num_parameters(run.teacher.model)
-    row = result_row("teacher", parameters, run.teacher_widths["hidden"], run.evaluate_teacher())
+    vocabulary = run.run_inputs.vocabulary
+    name = vocabulary.teacher_name if vocabulary else "teacher"
+    row = result_row(name, parameters, run.teacher_widths["hidden"], run.evaluate_teacher())
+    if vocabulary:
+        row |= {"parameters_before": vocabulary.parameters_before, "pieces_before": vocabulary.pieces_before}
+        row["cached_teacher"] = Path(run.run_inputs.teacher).name
     if run.config.run.export_milestones:
         with doing("timing the teacher"):
             row |= ranks.on_rank_zero(run.exporter.teacher_speed)

@@ -23,6 +23,7 @@ _LATER = {
         *("pooled_cosine", "pooled_mse", "pooled_similarity", "similarity_temperature"),
         *("scores_kl", "scores_mse", "scores_temperature"),
     ),
+    "student": ("vocab",),
     "teacher": ("correction_seed",),
     "pruning": ("basis", "basis_steps", "basis_lr"),
     "train": ("decay_fraction", "uncut_lr_share"),

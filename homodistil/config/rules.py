@@ -44,6 +44,7 @@ def check(config: RunConfig) -> None:
         )
     check_schedule(config)
     _check_size(config)
+    _check_vocabulary(config)
     _check_normalisation(config)
     _check_compensation(config)
     if config.loss.skip_first_tokens >= config.data.seq_len:
@@ -172,6 +173,16 @@ def _check_size(config: RunConfig) -> None:
         raise UserError(
             f"{given[0]}: found {ways[given[0]]:g} beside {', '.join(given[1:])}; {given[0]} chooses all widths at the "
             f"teacher's depth, so give one or the other"
+        )
+
+
+def _check_vocabulary(config: RunConfig) -> None:
+    vocab = config.student.vocab
+    is_number = vocab.isascii() and vocab.isdigit() and len(vocab) < 10 and int(vocab) > 0
+    if vocab not in ("all", "corpus") and not is_number:
+        raise UserError(
+            f"student.vocab: found {vocab[:40]!r}, allowed are all, corpus and a number of pieces in decimal digits; "
+            f"set student.vocab=16000, say"
         )
 
 

@@ -87,6 +87,11 @@ class StudentConfig:
         None, low=0, high=1e9, exclude="low", resume="fixed", students="own", derived={MILESTONE: None}
     )
     """The same in millions of parameters (70: 70 M)."""
+    vocab: str | int = option(
+        "all", limited_by="rules.py: all, corpus or a number", resume="fixed", students="shared", derived=SAME
+    )
+    """Pieces of the vocabulary: all of the teacher's; corpus: those that the text uses; a number: the most frequent
+    ones. The others are taken out of the teacher and its tokenizer before step 0 (docs/vocabulary.md)."""
     init: Literal["teacher", "random"] = option("teacher", resume="fixed", students="own", derived=SAME)
     """Initial weights. teacher: a copy of the teacher, which is then pruned; random: random, at the target size."""
     num_hidden_layers: int | None = option(
@@ -153,6 +158,9 @@ class StudentConfig:
     """Dropout probability during distillation, in [0, 1). The exported config keeps the teacher's values."""
     compile: bool = option(False, resume="fixed", students="own", derived=SAME)
     """Use torch.compile for the student's layers. They are recompiled after each resize event, so use few events."""
+
+    def __post_init__(self) -> None:
+        self.vocab = str(self.vocab)
 
 
 @dataclass(kw_only=True)

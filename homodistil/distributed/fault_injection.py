@@ -35,6 +35,7 @@ POINTS = (
     "checkpoint.before_latest",  # the new folder has its final name, `latest` names the previous checkpoint
     "checkpoint.before_prune",
     "family.exported",  # the stock checkpoint of a milestone is written, its record is not
+    "vocabulary.written",  # one rank per cache: a teacher with fewer pieces is complete, but not in its place
     "start.materials",  # teacher and corpus are ready, nothing has been trained yet
 )
 

@@ -26,7 +26,9 @@ hidden_distance, attention_distance and embedding_distance to its teacher (loss 
 cosine_to_teacher (mean over held-out texts) and recall_at_10 (of the teacher's nearest texts); of a sequence classifier
 kl_to_teacher and label_agreement (share of texts), or, where labels are scores, score_mse, score_pearson and
 score_spearman (means over labels);
-tokens_per_s_first and tokens_per_s_last (training, first and last logged interval). Absent or None: not measured."""
+tokens_per_s_first and tokens_per_s_last (training, first and last logged interval); of a teacher with fewer pieces
+than it was given with, parameters_before, pieces_before and cached_teacher (its folder's name in the cache). Absent or
+None: not measured."""
 
 # Column -> (heading, how a number is written)
 COLUMNS = {

@@ -45,6 +45,8 @@ class ModelFamily(FamilyHeads):
     whole_heads: bool = False
     """The hidden size shrinks by whole heads only: heads keep their dims (rotary positions), and a stock configuration
     has hidden size = heads x dims of a head."""
+    positions_start_behind_padding: bool = False
+    """Position ids begin behind the id of the padding token, which must not change then."""
     dropout_fields: tuple[str, ...] = ()
     """Fields of the configuration that are dropout probabilities."""
     config_names: Mapping[str, str] = {}

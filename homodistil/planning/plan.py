@@ -117,7 +117,7 @@ def make_plan(
             config.train.global_batch_size // cluster.num_ranks,
         ),
         basis=_basis(calibration, cluster),
-        notes=[resolved.note] if resolved.note else [],
+        notes=[note for note in (resolved.note, resolved.vocabulary_note) if note],
     )
 
 

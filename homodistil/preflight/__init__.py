@@ -19,6 +19,7 @@ import torch
 
 from homodistil.config.command_line import Job
 from homodistil.data.task import task_of
+from homodistil.data.vocabulary.choice import ALL
 from homodistil.distributed import graceful_stop, ranks, watchdog
 from homodistil.distributed.exit_codes import USER_ERROR
 from homodistil.engine.build import init_ranks, load_engine_config, resolve_engine_config
@@ -123,7 +124,7 @@ def _check_disks(findings: Findings, job: Job, num_parameters: int, text_bytes: 
     config = job.config
     if ranks.rank() == 0 and (folder := findings.attempt("run folder", lambda: check_run_folder(config))):
         check_disk(findings, "run folder", folder, run_bytes(config.run, num_parameters))
-    needed = cache_bytes(config.teacher, num_parameters, text_bytes)
+    needed = cache_bytes(config.teacher, num_parameters, text_bytes, config.student.vocab != ALL)
     check_disk(findings, "cache folder", cache_dir(config).absolute(), needed)
 
 

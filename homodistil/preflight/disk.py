@@ -25,14 +25,19 @@ def run_bytes(run: RunFolderConfig, num_parameters: int) -> int:
     return one * (1 + len(run.compare))
 
 
-def cache_bytes(teacher: TeacherConfig, num_parameters: int, text_bytes: int) -> int:
+def cache_bytes(teacher: TeacherConfig, num_parameters: int, text_bytes: int, cuts_vocabulary: bool = False) -> int:
     """Upper bound of the bytes that the preparation adds to `data.cache_dir`.
 
     These are the text as Arrow, its tokens (4 bytes per token, about 4 characters), the blocks, and the corrected
-    teacher. `text_bytes` is the size of the text on disk.
+    teacher; with a smaller vocabulary all of this twice, as the text is tokenised twice, and another teacher.
+
+    Args:
+        num_parameters: of the teacher that is trained with.
+        text_bytes: size of the text on disk.
+        cuts_vocabulary: whether student.vocab takes pieces out of the teacher.
     """
-    corrected = FP32_BYTES * num_parameters if teacher.correction_steps else 0
-    return 3 * text_bytes + corrected
+    teachers = bool(teacher.correction_steps) + cuts_vocabulary
+    return 3 * text_bytes * (1 + cuts_vocabulary) + teachers * FP32_BYTES * num_parameters
 
 
 def check_disk(findings: Findings, subject: str, folder: Path, needed: int) -> None:

@@ -50,6 +50,8 @@ def check_model(findings: Findings, look_at: Callable[[Callable[[str], None]], T
     resolved = facts.resolved
     count, hidden = resolved.teacher_parameters, resolved.teacher_widths["hidden"]
     findings.note("model", f"{resolved.config.teacher.name}: {count / 1e6:.1f} M parameters, hidden {hidden}")
+    if resolved.vocabulary_note:
+        findings.note("vocabulary", resolved.vocabulary_note)
     for subject, text in run_summary(resolved).items():
         findings.note(subject, text)
     return facts

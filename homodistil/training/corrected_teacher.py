@@ -13,21 +13,23 @@ import json
 import sys
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-
 from homodistil.data.cache import as_user_error, set_aside, workspace
 from homodistil.data.prepare.integrity import json_object
-from homodistil.files import file_sha256, write_atomically
 from homodistil.training.heldout_scores import language_loss
+from homodistil.training.teacher_checksums import (
+    CHECKSUMS_FILE,
+    check_checksums,
+    check_weights,
+    problem,
+    write_checksums,
+)
 
-FACTS_FILE, CHECKSUMS_FILE = "correction.json", "checksums.json"
+FACTS_FILE = "correction.json"
 
 
-def write_checksums(folder: Path) -> None:
+def write_corrected_checksums(folder: Path) -> None:
     """Write checksums of all files of `folder`; the logs of the correction, in a folder of their own, are left out."""
-    files = sorted(path for path in folder.iterdir() if path.is_file() and path.name != CHECKSUMS_FILE)
-    sums = {path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in files}
-    write_atomically(folder / CHECKSUMS_FILE, json.dumps(sums, indent=1) + "\n")
+    write_checksums(folder, (path for path in folder.iterdir() if path.is_file() and path.name != CHECKSUMS_FILE))
 
 
 def weights_digest(folder: Path) -> str:
@@ -64,25 +66,20 @@ def _remove(folder: Path, reason_of) -> None:
 
 def damage(folder: Path) -> str | None:
     """What is missing or altered in a corrected teacher; None: nothing."""
-    try:
-        if not (folder / CHECKSUMS_FILE).is_file():
-            return _adopt(folder)
-        for name, record in json_object(folder / CHECKSUMS_FILE).items():
-            if (size := (folder / name).stat().st_size) != record["bytes"]:
-                return f"{name} has {size} bytes instead of {record['bytes']}"
-            if file_sha256(folder / name) != record["sha256"]:
-                return f"{name} has another sha256 than {CHECKSUMS_FILE} says"
-        _check_readable(folder)
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
-        return f"{Path(error.filename).name}: {error.strerror}"
-    except (ValueError, KeyError, TypeError, SafetensorError) as error:
-        return " ".join(str(error).split())[:200] or type(error).__name__
-    return None
+    return problem(lambda: _check(folder))
+
+
+def _check(folder: Path) -> None:
+    if not (folder / CHECKSUMS_FILE).is_file():
+        _adopt(folder)
+        return
+    check_checksums(folder)
+    _check_readable(folder)
 
 
 def _adopt(folder: Path) -> None:
     _check_readable(folder)
-    write_checksums(folder)
+    write_corrected_checksums(folder)
     print(f"note: {folder} was made before corrected teachers had checksums: it has them now", file=sys.stderr)
 
 
@@ -92,9 +89,4 @@ def _check_readable(folder: Path) -> None:
     facts = json_object(folder / FACTS_FILE)
     for moment in ("before", "after"):
         float(language_loss(facts[moment]))
-    weights = list(folder.glob("*.safetensors"))
-    if not weights:
-        raise ValueError("no weights")
-    for path in weights:
-        with safe_open(path, "pt"):
-            pass
+    check_weights(folder)

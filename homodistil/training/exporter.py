@@ -91,6 +91,8 @@ class Exporter:
     def _facts(self, folder: Path, measured: dict) -> dict[str, object]:
         facts = {"parameters": self.student.num_parameters(), "hidden_size": self.student.widths["hidden"]}
         facts |= {"widths": describe_widths(self.teacher_widths, self.student.widths)}
+        if self.run_inputs.vocabulary is not None:
+            facts["vocabulary"] = str(self.run_inputs.vocabulary)
         facts |= {"folder": folder.name, "data": self.run_inputs.corpus.description}
         return facts | {name: value for name, value in measured.items() if name not in ("name", *facts)}
 

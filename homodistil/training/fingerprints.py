@@ -20,18 +20,23 @@ from homodistil.data.task import task_of
 from homodistil.distill.teacher import load_config
 from homodistil.errors import UserError
 from homodistil.files import file_sha256
+from homodistil.models.sentence_modules import SentenceModules
+from homodistil.training.embedder import modules_fingerprint
 
 Fingerprints = Mapping[str, str]
 """Hex digests by the names of `_FIELDS`; one that is not there is not compared."""
 
 CORPUS, TOKENIZER, TEACHER, CORRECTED = "corpus", "tokenizer", "teacher", "corrected teacher"
-SENTENCE_MODULES = "sentence modules"
+SENTENCE_MODULES, COUNTED_CORPUS, VOCABULARY = "sentence modules", "counted corpus", "vocabulary"
+_SAME_TEXT = "give the same text, without a word changed or a file added or removed"
 # What a difference is found in, and how to get the old content back.
 _FIELDS = {
     TEACHER: ("teacher.name", "give the same weights and config.json"),
     SENTENCE_MODULES: ("teacher.name", "give the same modules.json, and what it lists"),
     TOKENIZER: ("teacher.name", "give the same tokenizer (and versions of tokenizers and transformers)"),
-    CORPUS: ("data.sources", "give the same text, without a word changed or a file added or removed"),
+    COUNTED_CORPUS: ("data.sources", _SAME_TEXT),
+    VOCABULARY: ("student.vocab", "give the same teacher and text"),
+    CORPUS: ("data.sources", _SAME_TEXT),
     CORRECTED: (
         "teacher.correction_steps",
         "put that teacher back into data.cache_dir, or go on with the ranks, ZeRO stage and precision that made it: "
@@ -75,6 +80,14 @@ def check_same(run_folder: Path, before: Fingerprints | None, now: Fingerprints)
     raise UserError(
         f"{field}: is not what the run in {str(run_folder)!r} began with ({told}); {remedy}, or choose another run.dir"
     )
+
+
+def given_fingerprints(
+    data: DataConfig, folder: str, tokenizer: PreTrainedTokenizerBase, modules: SentenceModules | None
+) -> Fingerprints:
+    """Fingerprints of a teacher as the user gave it. `modules`: of one whose vectors of texts are learned."""
+    of_modules = {} if modules is None else {SENTENCE_MODULES: modules_fingerprint(modules)}
+    return {TEACHER: teacher_fingerprint(folder), TOKENIZER: tokenizer_fingerprint(data, tokenizer), **of_modules}
 
 
 def tokenizer_fingerprint(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> str:

@@ -20,6 +20,7 @@ from homodistil.data.prepare.corpus import Corpus, Rows, prepare_corpus
 from homodistil.data.prepare.integrity import BackgroundCheck
 from homodistil.data.sources.teachers import cached_teacher, is_cached_teacher
 from homodistil.data.task import TASKS
+from homodistil.data.vocabulary.choice import ALL
 from homodistil.distill.classifier_files import check_classifier
 from homodistil.distill.teacher import check_stored, has_lm_head, load_config, load_model, load_tokenizer
 from homodistil.distributed import groups, ranks, watchdog
@@ -32,22 +33,25 @@ from homodistil.models.family_heads import HeadKind
 from homodistil.models.sentence_modules import PoolingMode, SentenceModules
 from homodistil.models.weights import has_weights
 from homodistil.training.classifier import learns_labels
-from homodistil.training.embedder import modules_fingerprint, sentence_modules_of, teacher_of_folder
+from homodistil.training.embedder import sentence_modules_of, teacher_of_folder
 from homodistil.training.fingerprints import (
     CORPUS,
-    SENTENCE_MODULES,
-    TEACHER,
-    TOKENIZER,
     Fingerprints,
     begun_with,
     check_same,
-    teacher_fingerprint,
-    tokenizer_fingerprint,
+    given_fingerprints,
 )
 from homodistil.training.resolve import ResolvedRun, named_teacher_config, resolve_run
 from homodistil.training.run_summary import run_summary
 from homodistil.training.settle import check_head, settle
 from homodistil.training.shape_checks import check_shape
+from homodistil.training.teacher_vocabulary import (
+    GivenTeacher,
+    VocabularyCut,
+    cut_teacher,
+    read_cut,
+)
+from homodistil.training.vocabulary_size import check_vocabulary, planned_config
 
 # Held-out masks are the same for every run and seed, so that results can be compared.
 HELDOUT_SEED = 20230501
@@ -77,6 +81,8 @@ class RunInputs:
     """What models have behind their backbone (`Task.head`)."""
     sentence_modules: SentenceModules | None = None
     """Of a teacher whose vectors of texts are learned (task embedding)."""
+    vocabulary: VocabularyCut | None = None
+    """What was cut of the teacher's vocabulary before anything else; None: nothing."""
 
     @property
     def with_head(self) -> bool:
@@ -173,7 +179,7 @@ def check_teacher(config: RunConfig, say: Callable[[str], None] = lambda line: N
     teacher_config, allow_pickle = load_config(folder), config.teacher.allow_pickle
     if learns_labels(config, teacher_config):
         settle(config, teacher_config, has_head=False, folder=folder)
-        check_shape(resolve_run(config, teacher_config))
+        check_shape(resolve_run(config, planned_config(config.student, teacher_config)))
         check_classifier(folder, allow_pickle, say)
         check_head(config, False, say)
         return folder
@@ -182,7 +188,7 @@ def check_teacher(config: RunConfig, say: Callable[[str], None] = lambda line: N
     if not is_unread:
         has_head = has_lm_head(folder, allow_pickle, say)
     settle(config, teacher_config, has_head, folder)
-    check_shape(resolve_run(config, teacher_config))
+    check_shape(resolve_run(config, planned_config(config.student, teacher_config)))
     if is_unread:
         has_lm_head(folder, allow_pickle, say)  # reads all weights, which may be damaged
     check_head(config, has_head, say)
@@ -214,7 +220,7 @@ def check_plannable(config: RunConfig) -> ResolvedRun:
     teacher_config, folder = named_teacher_config(config), Path(found_teacher(config))
     if folder.is_dir() and has_weights(folder):
         check_teacher(config)
-        load_tokenizer(str(folder), teacher_config, config.data.task)
+        check_vocabulary(config.student, load_tokenizer(str(folder), load_config(str(folder)), config.data.task))
     else:
         settle(config, teacher_config, folder=str(folder) if folder.is_dir() else None)
         check_shape(resolve_run(config, teacher_config))
@@ -257,12 +263,20 @@ def prepare_inputs(
     for one in (config, *students):
         settle(one, teacher_config, head == "lm", folder)
     modules = sentence_modules_of(wanted[0].data, folder)
-    tokenizer = load_tokenizer(folder, teacher_config, task)
+    tokenizer, vocabulary = load_tokenizer(folder, teacher_config, task), None
+    of_given = functools.partial(given_fingerprints, config.data, folder, tokenizer, modules)
+    fingerprints = groups.once(leaders, lambda: accept(**of_given()))
+    if config.student.vocab != ALL:
+        given = GivenTeacher(folder, tokenizer, modules, head)
+        folder = groups.once(leaders, lambda: cut_teacher(config, given, accept))
+        teacher_config, vocabulary = load_config(folder), read_cut(folder)
+        modules, tokenizer = sentence_modules_of(wanted[0].data, folder), load_tokenizer(folder, teacher_config, task)
+        fingerprints = {**fingerprints, **accept(**vocabulary.fingerprints)}
+        _say_on_first_rank(f"vocabulary: {vocabulary} ({folder})")
     for one in wanted:
         for subject, text in run_summary(resolve_run(one, teacher_config)).items():
             _say_on_first_rank(f"{subject}: {text}" if len(wanted) == 1 else f"{one.run.name}: {subject}: {text}")
     # What the others get of the corpus are the names of the files, which they map for themselves.
-    fingerprints = groups.once(leaders, lambda: accept(**_of_teacher(config, folder, tokenizer, modules)))
     names = groups.once(leaders, lambda: prepare_corpus(config.data, tokenizer, lambda now: accept(corpus=now)).names())
     corpus = Corpus.named(names)
     check = BackgroundCheck(corpus.train.path.parent if leaders[ranks.rank()] == ranks.rank() else None)
@@ -280,16 +294,13 @@ def prepare_inputs(
     if ranks.rank() == 0:
         print(f"teacher: {config.teacher.name}; corpus: {corpus.description}", flush=True)
     fingerprints = {**fingerprints, CORPUS: corpus.fingerprint}
-    more = fingerprints, before, check, family_of(teacher_config.model_type).window(teacher_config), head, modules
+    more = fingerprints, before, check, window_of(teacher_config), head, modules, vocabulary
     return RunInputs(folder, tokenizer, corpus, device, config.teacher.allow_pickle, *more)
 
 
-def _of_teacher(
-    config: RunConfig, folder: str, tokenizer: PreTrainedTokenizerBase, modules: SentenceModules | None
-) -> Fingerprints:
-    of_modules = {} if modules is None else {SENTENCE_MODULES: modules_fingerprint(modules)}
-    of_teacher = {TEACHER: teacher_fingerprint(folder), TOKENIZER: tokenizer_fingerprint(config.data, tokenizer)}
-    return of_teacher | of_modules
+def window_of(teacher_config) -> int | None:
+    """`RunInputs.window` of a teacher with this configuration."""
+    return family_of(teacher_config.model_type).window(teacher_config)
 
 
 def teacher_copy(run_inputs: RunInputs, dtype: torch.dtype, dropout: float | None = None):

@@ -51,3 +51,5 @@ def main(argv: list[str]) -> None:
         print(corpus)
     else:
         print(f"{', '.join(config.data.sources)}: {corpus.description} ({corpus.fingerprint})")
+        if config.student.vocab != "all":
+            print(f"student.vocab={config.student.vocab}: a run counts the pieces of this text, and tokenises it again")

@@ -41,6 +41,7 @@ from homodistil.pruning.milestones import Route, plan_route
 from homodistil.pruning.pruner import width_schedule
 from homodistil.pruning.schedule_protocol import Schedule
 from homodistil.training.embedder import teacher_of_folder
+from homodistil.training.vocabulary_size import planned_config, vocabulary_size
 
 
 @dataclass(frozen=True)
@@ -135,6 +136,14 @@ class ResolvedRun:
             return "pruning.schedule=gap decides on the way: full width is assumed until pruning.end_fraction"
         return ""
 
+    @property
+    def vocabulary_note(self) -> str:
+        """What is assumed of the vocabulary before text has been counted, empty if nothing."""
+        if vocabulary_size(self.config.student) is None:
+            return ""
+        vocab, pieces = self.config.student.vocab, self.vocab_size
+        return f"student.vocab={vocab}: {pieces:,} pieces are assumed; which ones stay is known once text is counted"
+
 
 def resolve_run(config: RunConfig, teacher_config: PretrainedConfig | None = None) -> ResolvedRun:
     """What `config` makes of a teacher. No weights are read.
@@ -187,7 +196,14 @@ def _sized(student: StudentConfig, family: ModelFamily, teacher: nn.Module) -> S
 
 
 def named_teacher_config(config: RunConfig) -> PretrainedConfig:
-    """Configuration of `teacher.name`, without its weights; of one that everybody knows without asking the hub."""
+    """Configuration of `teacher.name`, without its weights; of one that everybody knows without asking the hub.
+
+    With as many pieces as student.vocab says, as far as that is known without text.
+    """
+    return planned_config(config.student, _whole_teacher_config(config))
+
+
+def _whole_teacher_config(config: RunConfig) -> PretrainedConfig:
     load_plugins(config.teacher.plugins, "teacher.plugins")
     name = config.teacher.name
     if (folder := cached_teacher(name, Path(config.data.cache_dir).expanduser())) is not None:

@@ -111,6 +111,8 @@ def _of_before(before: dict, section: str, name: str, value: object) -> object:
     """What a run had whose config.yaml does not know the field yet: the default, as far as it was what happened."""
     if (section, name) == ("teacher", "correction_seed") and before["teacher"].get("correction_steps"):
         return before["train"].get("seed", value)  # it seeded the correction, too
+    if (section, name) == ("student", "vocab"):
+        return "all"
     compares_states = any(before["loss"].get(name) for name in ("hidden", "embedding"))
     if section == "loss" and name in _STATES_BEFORE and compares_states:
         return _STATES_BEFORE[name]

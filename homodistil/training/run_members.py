@@ -48,8 +48,9 @@ def is_run_folder(folder: Path) -> bool:
 def members_of(folder: Path) -> list[Member]:
     """The teacher, then the members of the family and the student, as far as they were exported.
 
-    The teacher is the one that the config names: a corrected one has the same architecture. Controls are left out,
-    since they have the widths of the student.
+    The teacher is the one that the config names: a corrected one has the same architecture. One with fewer pieces
+    (student.vocab) is taken from the cache, as long as it is there. Controls are left out, since they have the widths
+    of the student.
 
     Raises:
         UserError: the run has not ended, or files of the folder are damaged.
@@ -58,8 +59,9 @@ def members_of(folder: Path) -> list[Member]:
         raise UserError(f"CHECKPOINT: the run {folder} has no {RESULT_FILE} yet; wait until it has ended")
     rows = [row for row in _read(folder / RESULT_FILE, json.loads, list) if isinstance(row, dict)]
     exports = _exports(folder, rows)
-    teacher = next((str(row["name"]) for row in rows if is_teacher(row)), "teacher")
-    return [Member(_teacher(folder), teacher, folder), *(Member(str(at), name, folder) for name, at in exports.items())]
+    teacher = next((row for row in rows if is_teacher(row)), {"name": "teacher"})
+    first = Member(_teacher(folder, teacher), str(teacher["name"]), folder)
+    return [first, *(Member(str(at), name, folder) for name, at in exports.items())]
 
 
 def _exports(folder: Path, rows: Sequence[Row]) -> dict[str, Path]:
@@ -78,8 +80,13 @@ def _exports(folder: Path, rows: Sequence[Row]) -> dict[str, Path]:
     return exports
 
 
-def _teacher(folder: Path) -> str:
-    teacher = _read(folder / CONFIG_FILE, yaml.safe_load, dict).get("teacher")
+def _teacher(folder: Path, row: Row) -> str:
+    config = _read(folder / CONFIG_FILE, yaml.safe_load, dict)
+    teacher, data = config.get("teacher"), config.get("data")
+    if "cached_teacher" in row and isinstance(data, dict):
+        cached = Path(str(data.get("cache_dir"))).expanduser() / "teachers" / str(row["cached_teacher"])
+        if cached.is_dir():
+            return str(cached)
     name = teacher.get("name") if isinstance(teacher, dict) else None
     if not isinstance(name, str):
         raise UserError(

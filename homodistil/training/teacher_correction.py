@@ -34,7 +34,7 @@ from homodistil.training.corrected_teacher import (
     remove_damaged,
     remove_other,
     weights_digest,
-    write_checksums,
+    write_corrected_checksums,
 )
 from homodistil.training.fingerprints import CORRECTED, check_same
 from homodistil.training.heldout_scores import HeldoutScores, language_loss
@@ -156,7 +156,7 @@ class _Correction:
         card = f"# {self.config.teacher.name}, {how} on: {self.run_inputs.corpus.description}\n"
         save_checkpoint(model, self.run_inputs.tokenizer, card, self.work)
         (self.work / FACTS_FILE).write_text(json.dumps(facts), encoding="utf-8")
-        write_checksums(self.work)
+        write_corrected_checksums(self.work)
 
 
 def _publish(work: Path, final: Path) -> None:

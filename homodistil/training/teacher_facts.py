@@ -11,6 +11,7 @@ from homodistil.config.schema import RunConfig
 from homodistil.distill.teacher import load_config, load_tokenizer
 from homodistil.training.inputs import check_teacher
 from homodistil.training.resolve import ResolvedRun, resolve_run
+from homodistil.training.vocabulary_size import check_vocabulary, planned_config
 
 
 class TeacherFacts(NamedTuple):
@@ -33,4 +34,5 @@ def teacher_facts(config: RunConfig, say: Callable[[str], None] = lambda line: N
     folder = check_teacher(config, say)
     teacher_config = load_config(folder)
     tokenizer = load_tokenizer(folder, teacher_config, config.data.task)
-    return TeacherFacts(folder, tokenizer, resolve_run(config, teacher_config))
+    check_vocabulary(config.student, tokenizer)
+    return TeacherFacts(folder, tokenizer, resolve_run(config, planned_config(config.student, teacher_config)))

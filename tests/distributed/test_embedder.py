@@ -177,3 +177,17 @@ def test_vectors_of_their_own_dims(server, materials):
     assert model.encode(TEXTS).shape == (3, 16) and model[1].pooling_mode == "mean"
     row = json.loads((run_dir / "result.json").read_text())[1]
     assert "cosine_to_teacher" not in row and row["recall_at_10"] > 0 and "each behind" not in output
+
+
+def test_fewer_pieces(server, materials):
+    """The smaller teacher is an embedder, and so is what comes out, with the tokenizer that it learned by."""
+    run_dir = materials / "pieces"
+    output = launched_run.run(server, arguments(materials, run_dir, 2, "student.vocab=16"))
+    assert "-> 16 pieces" in output and "task: embedding" in output
+    model = sentence_transformers.SentenceTransformer(str(run_dir / "export"), device="cpu")
+    assert [type(module).__name__ for module in model] == ["Transformer", "Pooling", "Dense", "Dense", "Normalize"]
+    assert len(model.tokenizer) == model[0].auto_model.config.vocab_size == 16
+    assert model.prompts and model.encode(TEXTS).shape == (3, 9)
+    teacher, student = json.loads((run_dir / "result.json").read_text())
+    assert teacher["cosine_to_teacher"] == 1 > student["cosine_to_teacher"] > 0
+    assert teacher["parameters_before"] - teacher["parameters"] == (teacher["pieces_before"] - 16) * 24

@@ -87,12 +87,20 @@ class Corpus:
         return cls(Rows(train), Rows(heldout), fingerprint, description)
 
 
+def corpus_fingerprint(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> str:
+    """`Corpus.fingerprint` of a corpus that need not have been prepared. Raises `UserError` as `prepare_corpus`."""
+    return _Order(config, tokenizer).fingerprint
+
+
 def prepare_corpus(
-    config: DataConfig, tokenizer: PreTrainedTokenizerBase, accept: Callable[[str], None] = lambda _: None
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    accept: Callable[[str], None] = lambda _: None,
+    checked_bytes: float = CHECKED_AT_ONCE_BYTES,
 ) -> Corpus:
     """The corpus, from the cache if it has been prepared before. Shards that a killed process has finished are reused.
 
-    A cached corpus of up to `CHECKED_AT_ONCE_BYTES` is verified by its hashes; the caller must verify a larger one
+    A cached corpus of up to `checked_bytes` is verified by its hashes; the caller must verify a larger one
     (`integrity.BackgroundCheck`).
 
     Args:
@@ -105,7 +113,7 @@ def prepare_corpus(
     """
     order = _Order(config, tokenizer)
     accept(order.fingerprint)
-    return order.whole(CHECKED_AT_ONCE_BYTES)
+    return order.whole(checked_bytes)
 
 
 def prepare_share(config: DataConfig, tokenizer: PreTrainedTokenizerBase, task: int, tasks: int) -> Corpus | str:
