@@ -42,8 +42,7 @@ def check(config: RunConfig) -> None:
             f"train.lr_steps: {config.train.lr_steps} is below train.steps {config.train.steps}, whose last steps "
             f"would have a rate of 0; allowed: 0, or {config.train.steps} and more"
         )
-    _check_num_events(config)
-    _check_milestones(config)
+    check_schedule(config)
     _check_size(config)
     _check_normalisation(config)
     _check_compensation(config)
@@ -51,6 +50,20 @@ def check(config: RunConfig) -> None:
         raise UserError(
             f"loss.skip_first_tokens: found {config.loss.skip_first_tokens}, which leaves nothing of sequences of "
             f"{config.data.seq_len} tokens (data.seq_len); allowed is 0 .. {config.data.seq_len - 1}"
+        )
+
+
+def check_schedule(config: RunConfig) -> None:
+    """What depends on how widths decrease. Of `auto` it is not known yet."""
+    _check_num_events(config)
+    _check_milestones(config)
+    pruning = config.pruning
+    cuts_at_once = pruning.schedule in ("auto", "one_shot") or "one_shot" in config.run.compare
+    if pruning.one_shot_stages > 1 and not (cuts_at_once and pruning.compensation != "none"):
+        raise UserError(
+            f"pruning.one_shot_stages: found {pruning.one_shot_stages}, allowed is 1 unless pruning.schedule is "
+            f"one_shot (found {pruning.schedule}) and pruning.compensation refit, project or full (found "
+            f"{pruning.compensation})"
         )
 
 
@@ -173,13 +186,6 @@ def _check_normalisation(config: RunConfig) -> None:
 
 def _check_compensation(config: RunConfig) -> None:
     pruning, loss = config.pruning, config.loss
-    cuts_at_once = pruning.schedule == "one_shot" or "one_shot" in config.run.compare
-    if pruning.one_shot_stages > 1 and not (cuts_at_once and pruning.compensation != "none"):
-        raise UserError(
-            f"pruning.one_shot_stages: found {pruning.one_shot_stages}, allowed is 1 unless pruning.schedule is "
-            f"one_shot (found {pruning.schedule}) and pruning.compensation refit, project or full (found "
-            f"{pruning.compensation})"
-        )
     has_projections = loss.hidden > 0 or loss.embedding > 0
     cuts = pruning.schedule != "none" or config.run.compare
     projects = cuts and pruning.compensation in ("auto", "project", "full")

@@ -117,11 +117,13 @@ class TrainConfig:
 class PruningConfig:
     """pruning: when neurons are removed, and which"""
 
-    schedule: Literal["cubic", "linear", "one_shot", "gap", "none"] = option(
-        "cubic", resume="fixed", students="own", derived={CONTROL: "one_shot", MEASUREMENT: COMPUTED}
+    schedule: Literal["auto", "cubic", "linear", "one_shot", "gap", "none"] = option(
+        "auto", resume="fixed", students="own", derived={CONTROL: "one_shot", MEASUREMENT: COMPUTED}
     )
     """How widths decrease: cubic (the paper), linear, one_shot (all at step 0), gap (as fast as gap_bound allows), none
-    (widths do not change)."""
+    (widths do not change). auto: one_shot where cuts are compensated, as no gradual schedule was ahead there; cubic
+    where they are not, and where start_fraction, end_fraction, interval_steps, max_event_fraction or
+    run.export_milestones is set, or run.compare has one_shot; none with student.init=random."""
     start_fraction: float = option(0.0, low=0, high=1, resume="fixed", students="own", derived={MEASUREMENT: 0.0})
     """Start of pruning (t_i in the paper) as a fraction of train.steps, in [0, 1]."""
     end_fraction: float = option(0.1, low=0, high=1, resume="fixed", students="own", derived={MEASUREMENT: COMPUTED})

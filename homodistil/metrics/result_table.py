@@ -13,6 +13,8 @@ from homodistil.files import to_json, write_atomically, writing
 RESULT_FILE = "result.json"
 PLAN_FILE = "plan.json"
 """The plan of the run, written before training (planning/)."""
+LATENCY_FILE = "latency.json"
+"""How fast the run's models are on one machine, as `homodistil latency RUN_DIR` measured it."""
 ROW_FILE = "row.json"
 """The row of one model, written before all rows of the run are known."""
 DASH = "-"
@@ -90,6 +92,11 @@ def write_result(run_dir: Path, rows: Sequence[Row]) -> Path:
 def read_result(run_dir: Path) -> list[dict[str, Any]]:
     """The rows of result.json. Raises FileNotFoundError if the run has not written it yet."""
     return json.loads((Path(run_dir) / RESULT_FILE).read_text(encoding="utf-8"))
+
+
+def is_teacher(row: Row) -> bool:
+    """Whether a row is the teacher's."""
+    return str(row.get("name", "")).lower().startswith("teacher")
 
 
 def columns_of(rows: Sequence[Row]) -> dict[str, tuple[str, str]]:

@@ -2,8 +2,9 @@
 
 run.py reads the folder (the run may still be writing it), curves.py chooses the curves and the logged values they show,
 speed.py describes the speed of the run, and figures.py draws panels of lines as inline SVG. milestones.py makes the
-table of a run with milestones, planned.py the table of a run with a plan, and page.py the HTML. outputs.py checks where
-the page may be written. comparison/ makes one page of several runs.
+table of a run with milestones, latency.py that of a run whose models were timed (latency_file.py reads the times),
+planned.py the table of a run with a plan, and page.py the HTML. outputs.py checks where the page may be written.
+comparison/ makes one page of several runs.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from pathlib import Path
 
 from homodistil.report.comparison import export_curves
 from homodistil.report.curves import curves
+from homodistil.report.latency import latency_section
 from homodistil.report.milestones import family_section
 from homodistil.report.outputs import check_outputs, write_page, writing_report
 from homodistil.report.page import render
@@ -39,7 +41,7 @@ def write_report(run_dir: Path, path: Path | None = None, figures: Path | None =
     path = path or Path(run_dir) / REPORT_FILE
     check_outputs(path, None)
     planned = planned_section(run)
-    page = render(run, family_section(run.rows), planned)
+    page = render(run, family_section(run.rows), planned, latency_section(run))
     with writing_report(path):
         write_page(path, page)
         export_curves(curves(run), figures)

@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from homodistil.metrics.result_table import aligned, cell
+from homodistil.metrics.result_table import aligned, cell, is_teacher
 from homodistil.report.comparison.groups import models
 from homodistil.report.comparison.scatter import scatter
 from homodistil.report.figures import inline
 from homodistil.report.page import FamilySection
-from homodistil.report.run import is_teacher, number
+from homodistil.report.run import number
 
 Row = Mapping[str, Any]
 

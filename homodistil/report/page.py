@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 import jinja2
 from markupsafe import Markup
 
-from homodistil.metrics.result_table import DASH, cells, columns_of
+from homodistil.metrics.result_table import DASH, cells, columns_of, is_teacher
 from homodistil.report.curves import FAMILIES, ONLY_WHERE_NAMED, Curve, curves, gap
 from homodistil.report.figures import draw
 from homodistil.report.planned import HEADINGS, PlannedSection
-from homodistil.report.run import FILES, Run, is_teacher, number
+from homodistil.report.run import FILES, Run, number
 from homodistil.report.speed import memory_sentences, speed_sentences
 
 CSS = """body { margin: 2.5rem auto 4rem; max-width: 82rem; padding: 0 1.5rem; color: #1a1a1a; background: #fff;
@@ -97,6 +97,23 @@ _TEMPLATE = """<!doctype html>
 {% endif %}
 </figure>
 {% endif %}
+{% if latency %}
+
+<h2>Inference</h2>
+<figure><figcaption>{{ latency.caption }}</figcaption>
+<div class="wide"><table class="names">
+<thead><tr>{% for heading in latency.headings %}<th>{{ heading }}</th>{% endfor %}</tr></thead>
+<tbody>
+{% for row in latency.rows %}
+<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}
+</tbody>
+</table></div>
+{% if latency.svg %}
+{{ latency.svg | safe }}
+{% endif %}
+</figure>
+{% endif %}
 {% if planned %}
 
 <h2>Planned and measured</h2>
@@ -161,12 +178,27 @@ class FamilySection(NamedTuple):
     caption: str
 
 
-def render(run: Run, family: FamilySection | None = None, planned: PlannedSection | None = None) -> str:
+class LatencySection(NamedTuple):
+    """The section of a page on the speed of the run's models, from `latency.latency_section`."""
+
+    headings: list[str]
+    rows: list[list[str]]
+    svg: str | None
+    caption: str
+
+
+def render(
+    run: Run,
+    family: FamilySection | None = None,
+    planned: PlannedSection | None = None,
+    latency: LatencySection | None = None,
+) -> str:
     """The HTML text of the page of `run`.
 
     Args:
         family: section of a run with milestones; None: the page has none.
         planned: section of a run with a plan; None: the page has none.
+        latency: section of a run whose models were timed; None: the page has none.
     """
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined, keep_trailing_newline=True
@@ -175,6 +207,7 @@ def render(run: Run, family: FamilySection | None = None, planned: PlannedSectio
         run=run,
         family=family,
         planned=planned,
+        latency=latency,
         planned_headings=HEADINGS,
         files=FILES,
         progress=_progress(run),

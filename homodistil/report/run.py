@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import yaml
 
 from homodistil.errors import UserError
 from homodistil.metrics.log_files import EVENTS_FILE, METRICS_FILE
-from homodistil.metrics.result_table import RESULT_FILE
+from homodistil.metrics.result_table import RESULT_FILE, is_teacher
 
 # File -> when it appears; the page says this while the file is missing.
 FILES = {
@@ -93,11 +93,6 @@ class Run:
 
     def evaluation_points(self, name: str) -> Points:
         return _points(self.evaluations, name)
-
-
-def is_teacher(row: Mapping[str, Any]) -> bool:
-    """Whether a row of the result table is the teacher's."""
-    return str(row.get("name", "")).lower().startswith("teacher")
 
 
 def read_run(folder: Path) -> Run:

@@ -2,6 +2,7 @@
 
     homodistil latency embedded:minilm-l6 runs/quickstart/export
     homodistil latency models/minilm --tokens 128 --threads 1 --json
+    homodistil latency runs/quickstart      # its teacher and its exports; the report of the run shows the table
 
 Backbones are timed, without a language-modelling head. Each number is the median over rounds in which all models take
 turns.
@@ -30,14 +31,17 @@ def main(argv: list[str]) -> None:
         # Imported after parsing, so that --help and bad options are fast.
         from homodistil.metrics.result_table import aligned
         from homodistil.training.latency import as_lines, check_tokens, measure
+        from homodistil.training.run_members import expand, keep
         from homodistil.training.stock_checkpoint import open_checkpoint
 
         cache_dir = arguments.cache_dir.expanduser()
-        checkpoints = [open_checkpoint(name, cache_dir) for name in arguments.checkpoint]
+        members = expand(arguments.checkpoint)
+        checkpoints = [open_checkpoint(member.checkpoint, cache_dir) for member in members]
         check_tokens(checkpoints, arguments.tokens)
         with on_signals(), tempfile.TemporaryDirectory(prefix="homodistil-") as work:
             rows = measure(checkpoints, Path(work), arguments.tokens, arguments.threads, arguments.rounds)
         conditions = {"tokens": arguments.tokens, "threads": arguments.threads, "rounds": arguments.rounds}
+        keep(members, rows, conditions)
         if arguments.json:
             print(to_json(conditions | {"rows": [row._asdict() for row in rows]}))
         else:
@@ -50,7 +54,10 @@ def parser() -> argparse.ArgumentParser:
     """The options of `homodistil latency`."""
     options = OneLineParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = options.add_argument
-    text = "folders or hub names of Hugging Face models, embedded:minilm-l6, or folders that homodistil export wrote"
+    text = (
+        "folders or hub names of Hugging Face models, embedded:minilm-l6, folders that homodistil export wrote, or run"
+    )
+    text += " folders, of which teacher and exports are timed and the table is kept for the report"
     add("checkpoint", nargs="+", metavar="CHECKPOINT", help=text)
     add("--tokens", type=number(int, 1), default=32, help="tokens of a sentence")
     add("--threads", type=number(int, 1, 1024), default=1, help="of torch and onnxruntime")

@@ -24,6 +24,7 @@ from homodistil.metrics.recorder import METRICS_FILE, read_lines
 from homodistil.models.axes import Widths, layer_widths
 from homodistil.pruning.milestones import Milestone, milestone_name
 from homodistil.training.exporter import Exporter
+from homodistil.training.run_folder import EXPORT_FOLDER
 from homodistil.training.train_state import TrainState
 
 FAMILY_FILE = "family.json"
@@ -83,7 +84,7 @@ class Family:
 
 
 def milestone_folder(run_dir: Path, fraction: float) -> Path:
-    return run_dir / "export" / f"milestone-{milestone_name(fraction)}"
+    return run_dir / EXPORT_FOLDER / f"milestone-{milestone_name(fraction)}"
 
 
 def read_family(run_dir: Path) -> list[dict[str, Any]]:

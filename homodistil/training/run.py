@@ -41,6 +41,7 @@ from homodistil.training.inputs import PERIODIC_EVALUATION_SEQUENCES, RunInputs,
 from homodistil.training.micro_batch import MicroBatchPolicy, with_micro_batch
 from homodistil.training.milestone_exports import Family
 from homodistil.training.resolve import resolve_run
+from homodistil.training.run_folder import EXPORT_FOLDER
 from homodistil.training.shrinkable import LiveStudent
 from homodistil.training.shrinking import Shrinker
 from homodistil.training.step_logger import StepLogger, run_recorder, speeds
@@ -218,7 +219,7 @@ class DistillationRun:
         recorder.log_evaluation(self.config.train.steps, measured | self._gap_values())
         row = self._row(measured)
         with doing("exporting the student"):
-            self.exporter.export(engine, self.folder / "export", row)
+            self.exporter.export(engine, self.folder / EXPORT_FOLDER, row)
         engine.destroy()
         row |= self.shrinker.summary()
         row |= ranks.on_rank_zero(lambda: speeds(read_lines(self.folder / METRICS_FILE)))

@@ -18,6 +18,8 @@ from homodistil.errors import UserError
 from homodistil.files import write_atomically
 
 CONFIG_FILE = "config.yaml"
+EXPORT_FOLDER = "export"
+"""The student as a stock checkpoint; members of a family in folders below it."""
 _STATES_BEFORE = {"hidden_space": "raw", "skip_first_tokens": 0}
 """Fields of the loss -> how hidden states were compared before there were these fields."""
 ENGINE_FILE = "ds_config.json"

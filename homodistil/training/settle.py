@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from homodistil.config.rules import check_basis, check_task
+from homodistil.config.rules import check_basis, check_schedule, check_task
 from homodistil.config.schema import LM_HEAD_WEIGHTS, RunConfig, set_value
 from homodistil.config.schema_loss import POOLED_WEIGHTS
 from homodistil.data.task import settle_task, task_of
@@ -18,11 +18,14 @@ from homodistil.training.classifier import learn_labels, learns_labels
 from homodistil.training.embedder import is_embedder, settle_texts
 from homodistil.training.task_defaults import give_defaults, wants_head
 
+OF_GRADUAL_SCHEDULES = ("start_fraction", "end_fraction", "interval_steps", "max_event_fraction")
+"""Fields of pruning that mean nothing to a cut at once: who sets one wants a gradual one."""
+
 
 def settle(config: RunConfig, teacher_config, has_head: bool = True, folder: str | None = None) -> None:
     """Replace what the config leaves to the teacher, in place: data.task, data.prompt, loss.mlm, loss.kl,
-    loss.pooled_cosine, loss.scores_kl, loss.scores_mse, loss.attention_target, loss.hidden_space, pruning.compensation
-    and compensation_sequences.
+    loss.pooled_cosine, loss.scores_kl, loss.scores_mse, loss.attention_target, loss.hidden_space, pruning.compensation,
+    compensation_sequences and schedule.
 
     Args:
         has_head: whether the teacher has a language-modelling head that has been trained.
@@ -51,12 +54,24 @@ def settle(config: RunConfig, teacher_config, has_head: bool = True, folder: str
         weighs = task.head != "none" or task.has_vectors  # what the basis is chosen by: a head, or vectors
         strongest = "full" if weighs else "refit"
         pruning.compensation = "none" if obstacle else strongest
+    if pruning.schedule == "auto":
+        pruning.schedule = _schedule(config)
+        check_schedule(config)
     _check_settled_basis(config)
     if pruning.compensation != "none" and pruning.schedule != "none" and obstacle:
         raise UserError(
             f"pruning.compensation: found {pruning.compensation}, allowed is none for this teacher, {obstacle}; set it "
             f"to none or auto"
         )
+
+
+def _schedule(config: RunConfig) -> str:
+    """What `pruning.schedule=auto` stands for, once the compensation is known."""
+    if config.student.init == "random":
+        return "none"
+    is_gradual = "one_shot" in config.run.compare or bool(config.run.export_milestones)
+    is_gradual |= not config.given.isdisjoint(f"pruning.{name}" for name in OF_GRADUAL_SCHEDULES)
+    return "cubic" if is_gradual or config.pruning.compensation == "none" else "one_shot"
 
 
 def _check_settled_basis(config: RunConfig) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from support import launched_run
+from support.launched_run import StageRuns
 from support.small import small_model
 from support.tiny_decoder import write_text
 from transformers import AutoModel, BertModel, BertTokenizerFast, pipeline
@@ -46,13 +47,14 @@ def materials(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def runs(server, materials) -> dict[int, Path]:
-    """ZeRO stage -> finished run folder."""
-    for stage in STAGES:
+def runs(server, materials) -> StageRuns:
+    def run_stage(stage: int) -> Path:
         run_dir = materials / f"run{stage}"
         output = launched_run.run(server, arguments(materials, run_dir, stage, f"run.report={stage == 2}".lower()))
         (materials / f"zero{stage}.txt").write_text(output)
-    return {stage: materials / f"run{stage}" for stage in STAGES}
+        return run_dir
+
+    return StageRuns(run_stage)
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from support import launched_run
-from support.launched_run import arguments
+from support.launched_run import StageRuns, arguments
 from support.tiny_decoder import write_text
 from support.tiny_modernbert import write_modernbert
 from transformers import AutoModelForMaskedLM, pipeline
@@ -24,11 +24,12 @@ def materials(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def runs(server, materials) -> dict[int, Path]:
-    """ZeRO stage -> finished run folder."""
-    for stage in (2, 3):
+def runs(server, materials) -> StageRuns:
+    def run_stage(stage: int) -> Path:
         launched_run.run(server, arguments(materials, materials / f"run{stage}", stage, STUDENT, _FULL))
-    return {stage: materials / f"run{stage}" for stage in (2, 3)}
+        return materials / f"run{stage}"
+
+    return StageRuns(run_stage)
 
 
 @pytest.mark.parametrize("stage", [2, 3])

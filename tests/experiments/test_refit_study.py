@@ -181,11 +181,17 @@ def test_students_are_a_factor_of_any_teacher(tmp_path):
 
 
 def test_a_tiny_study_of_a_decoder_from_end_to_end(tmp_path, cache_dir):
-    """Two of three layers of a small decoder, corrected; two forms of the cut, alone and trained."""
+    """Two of three layers of a small decoder, corrected; one form of the cut, alone and trained at two rates."""
     text = write_text(tmp_path / "text")
     teacher = write_decoder(tmp_path / "teacher", LlamaConfig, text, num_hidden_layers=3)
     arguments = ["--quick", "--steps=3", "--seeds", "0", "--rates", "1e-3", "--layers=2", f"--teacher={teacher}"]
-    arguments += ["--set", f"data.sources=[{text}]", "data.seq_len=16", f"data.cache_dir={tmp_path / 'cache'}"]
+    arguments += [
+        f"--arms={REFERENCE}",
+        "--set",
+        f"data.sources=[{text}]",
+        "data.seq_len=16",
+        f"data.cache_dir={tmp_path / 'cache'}",
+    ]
     options = _options(tmp_path / "work", *arguments)
     start = spawner(options.work, ROOT / "ds_configs" / "zero2_fp32.json")
     with Pool(options.work, start, 1, lambda line: None) as pool:

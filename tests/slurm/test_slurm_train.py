@@ -1,10 +1,12 @@
 """launcher/slurm/train.sbatch on a real SLURM of two nodes: stopped, requeued, to the end; bitwise as without SLURM.
 
-The quickstart with its real teacher, real text and compensated resizes under ZeRO-2, in fp32 and fewer, smaller steps.
+The small job with compensated resizes under ZeRO-2, in fp32. `make test-full` also has the quickstart, its real teacher
+and text, in fewer and smaller steps.
 """
 
 import json
 import time
+from functools import partial
 
 import pytest
 from slurm_cluster import ROOT
@@ -42,14 +44,22 @@ QUICKSTART = [
 ]
 
 
-def _arguments(folder, cache_dir):
+def _quickstart(folder, cache_dir):
     engine = ROOT / "ds_configs" / "zero2_fp32.json"
     return ["--deepspeed", str(engine), *QUICKSTART, f"data.cache_dir={cache_dir}", f"run.dir={folder}"]
 
 
-def _frozen_job(cluster, site, folder, cache_dir):
+@pytest.fixture(scope="module", params=["small", pytest.param("quickstart", marks=pytest.mark.full)])
+def arguments_in(request, slurm_materials, cache_dir):
+    """Folder of a run -> command line of the job in it."""
+    if request.param == "quickstart":
+        return partial(_quickstart, cache_dir=cache_dir)
+    return lambda folder: arguments(slurm_materials, folder, "pruning.compensation=full")
+
+
+def _frozen_job(cluster, site, command):
     """A job whose rank 1 stands still: in the middle of pruning, and behind the last checkpoint."""
-    job = cluster.submit(SCRIPT, _arguments(folder, cache_dir), NODES, site | FROZEN)
+    job = cluster.submit(SCRIPT, command, NODES, site | FROZEN)
     deadline = time.monotonic() + PATIENCE_S
     while not cluster.has_stopped_process():
         assert time.monotonic() < deadline, cluster.output(job)
@@ -58,21 +68,21 @@ def _frozen_job(cluster, site, folder, cache_dir):
 
 
 @pytest.fixture(scope="module")
-def whole(server, cache_dir, tmp_path_factory):
+def whole(server, arguments_in, tmp_path_factory):
     """Folder of a run of two ranks without SLURM and without an interruption.
 
     It also fetches and prepares everything, as one would on a login node: nodes of the cluster have no network.
     """
     folder = tmp_path_factory.mktemp("whole") / "run"
-    server.run(TRAIN, _arguments(folder, cache_dir), num_ranks=2, timeout_s=300)
+    server.run(TRAIN, arguments_in(folder), num_ranks=2, timeout_s=300)
     return folder
 
 
 @pytest.fixture(scope="module")
-def stopped(cluster, site, whole, cache_dir, tmp_path_factory):
+def stopped(cluster, site, whole, arguments_in, tmp_path_factory):
     """(folder, job) of a job that a signal has stopped; it has been requeued, and has ended."""
     folder = tmp_path_factory.mktemp("stopped") / "run"
-    job = _frozen_job(cluster, site, folder, cache_dir)
+    job = _frozen_job(cluster, site, arguments_in(folder))
     cluster.run("scancel", "--signal=USR1", job)
     cluster.run("scancel", "--signal=CONT", job)
     assert cluster.wait(job, timeout_s=PATIENCE_S) == "COMPLETED", cluster.output(job)
@@ -102,9 +112,9 @@ def _are_the_same(folder, whole):
 
 
 @pytest.mark.full
-def test_requeued_by_slurm_it_equals_a_run_without_slurm(cluster, site, whole, cache_dir, tmp_path):
+def test_requeued_by_slurm_it_equals_a_run_without_slurm(cluster, site, whole, arguments_in, tmp_path):
     """What SLURM sends is CONT and TERM. In `make test`: test_slurm_policy.py, and TERM to ranks in test_stop.py."""
-    job = _frozen_job(cluster, site, tmp_path / "run", cache_dir)
+    job = _frozen_job(cluster, site, arguments_in(tmp_path / "run"))
     cluster.run("scontrol", "requeue", job)
     assert cluster.wait(job, timeout_s=PATIENCE_S) == "COMPLETED", cluster.output(job)
     assert cluster.restarts(job) == 1, cluster.output(job)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -52,6 +53,18 @@ def run(server: ForkServer, command: list[str]) -> str:
     job = server.start(TRAIN, command)
     assert job.wait(timeout_s=300) == [0, 0], job.output()
     return job.output(0)
+
+
+class StageRuns(dict[int, Path]):
+    """ZeRO stage -> finished run folder. A run is made when a test first asks for it: some stages `make test-full` asks
+    for alone."""
+
+    def __init__(self, run_stage: Callable[[int], Path]) -> None:
+        self._run_stage = run_stage
+
+    def __missing__(self, stage: int) -> Path:
+        self[stage] = self._run_stage(stage)
+        return self[stage]
 
 
 def lines(path: Path) -> list[dict]:

@@ -20,8 +20,11 @@ COLUMNS = {
     "perplexity": ("perplexity", "{:,.2f}"),
     "bits_per_byte": ("bits per byte", "{:.3f}"),
     "kl_to_teacher": ("KL to teacher", "{:.3f}"),
+    "cosine_to_teacher": ("cosine to teacher", "{:.4f}"),
+    "recall_at_10": ("recall@10", "{:.3f}"),
     "glue": ("GLUE, mean score", "{:.4f}"),
     "tokens_per_s": ("tokens/s", "{:,.0f}"),
+    "ms_per_sentence": ("ms per sentence", "{:,.2f}"),
 }
 _NO_NUMBER = ("name", "seed", "seeds", "tokens_per_s_first", "tokens_per_s_last", "heldout_mlm_loss_before_correction")
 _OTHER_FORM = "{:.4g}"

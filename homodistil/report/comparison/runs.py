@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from homodistil.metrics.result_table import ROW_FILE
+from homodistil.metrics.result_table import ROW_FILE, is_teacher
 from homodistil.metrics.term_labels import term_label
 from homodistil.report.curves import (
     TEACHER_STYLE,
@@ -27,7 +27,8 @@ from homodistil.report.curves import (
     terms_of,
 )
 from homodistil.report.figures import Line, Panel
-from homodistil.report.run import Points, Run, check_size, clean, is_teacher, read_run
+from homodistil.report.latency_file import timed_rows, torch_times
+from homodistil.report.run import Points, Run, check_size, clean, read_run
 
 GLUE_FILE = Path("glue") / "glue.json"
 """Where `launcher/glue.py --out RUN/glue` writes."""
@@ -63,6 +64,7 @@ def read_entries(folders: Sequence[Path]) -> list[Entry]:
     for entry in entries:
         _add_rows(entry)
         _add_glue(entry)
+        _add_latency(entry)
         _note_state(entry)
     return entries
 
@@ -164,6 +166,14 @@ def _add_glue(entry: Entry) -> None:
         student["glue"] = sum(scores) / len(scores)
     except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError):
         entry.notes.append(f"{GLUE_FILE}: holds no scores")
+
+
+def _add_latency(entry: Entry) -> None:
+    """Add the time of a sentence, in torch, to the rows of models that were timed; of a teacher, too."""
+    times = torch_times(timed_rows(entry.run))
+    for row, renamed in zip(entry.found, entry.rows, strict=True):
+        if (ms := times.get(str(row.get("name")))) is not None:
+            renamed["ms_per_sentence"] = ms
 
 
 def _object(path: Path, notes: list[str]) -> dict[str, Any]:

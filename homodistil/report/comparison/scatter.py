@@ -14,21 +14,34 @@ from homodistil.report.figures import look, side_by_side, spread, within
 _SHAPES = "os^Dv*PX<>hp"
 _SMALL, _LARGE = 4.0, 11.0  # marker diameters in points, slowest and fastest
 _HEIGHT_INCHES = 3.4
-_QUALITY = ("heldout_mlm_loss", "kl_to_teacher", "glue", "masked_top1")
+_QUALITY = ("heldout_mlm_loss", "heldout_lm_loss", "cosine_to_teacher", "recall_at_10", "kl_to_teacher", "glue")
+_QUALITY += ("masked_top1",)
+_SPEED = ("ms_per_sentence", "tokens_per_s")
 
 
 def scatter(models: Sequence[Model]) -> Figure | None:
     """Quality over size for every measured quality, and the first quality over speed; None if nothing can be shown.
+
+    Speed is the time of a sentence where `homodistil latency` has measured it, else that of training.
 
     Size is the number of parameters (hidden size where none of the models has it); larger markers are faster.
     """
     # The teacher comes last, so that all other models have the same colours as in the curves.
     models = sorted(models, key=lambda model: model.name.lower().startswith("teacher"))
     size = next((c for c in ("parameters", "hidden_size") if any(c in model.values for model in models)), None)
-    qualities = [q for q in _QUALITY if any(q in model.values for model in models)]
-    pairs = [(size, quality) for quality in qualities if size] + [
-        ("tokens_per_s", quality) for quality in qualities[:1]
-    ]
+    measured = qualities(models)
+    speed = next((c for c in _SPEED if any(c in model.values for model in models)), _SPEED[-1])
+    pairs = [(size, quality) for quality in measured if size] + [(speed, quality) for quality in measured[:1]]
+    return scatter_of(models, pairs)
+
+
+def qualities(models: Sequence[Model]) -> list[str]:
+    """Columns of quality that any of the models has, the most telling one first."""
+    return [quality for quality in _QUALITY if any(quality in model.values for model in models)]
+
+
+def scatter_of(models: Sequence[Model], pairs: Sequence[tuple[str, str]]) -> Figure | None:
+    """One plot per (column of the x axis, column of the y axis) that some model has both of; None if none has."""
     drawers = [_drawer(models, x, y) for x, y in pairs if any(x in m.values and y in m.values for m in models)]
     return side_by_side(drawers, _HEIGHT_INCHES) if drawers else None
 
@@ -38,7 +51,7 @@ def _drawer(models: Sequence[Model], x: str, y: str) -> Callable[[Axes], None]:
         shown = [(i, model) for i, model in enumerate(models) if x in model.values and y in model.values]
         axes.set_title(f"{COLUMNS[y][0]} over {COLUMNS[x][0]}")
         axes.set_xlabel(COLUMNS[x][0])
-        diameters = _diameters(models) if x != "tokens_per_s" else [7.0] * len(models)
+        diameters = _diameters(models) if x not in _SPEED else [7.0] * len(models)
         for i, model in shown:
             _point(axes, i, model, x, y, diameters[i])
         _x_scale(axes, [model.mean(x) for _, model in shown])
@@ -97,7 +110,7 @@ def _short(value: float) -> str:
     for unit, factor in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if value >= factor:
             return f"{value / factor:.3g}{unit}"
-    return f"{value:g}"
+    return f"{value:.3g}"
 
 
 def _labels(axes: Axes, points: Sequence[tuple[int, str, float, float]]) -> None:

@@ -60,7 +60,7 @@ def test_another_teacher_does_not_get_the_quickstarts_values():
 def test_the_defaults_are_the_best_that_is_measured():
     """docs/results.md, and what the quickstart and HomoBERTs are made of; the paper's form is asked for by name."""
     ours = {"compensation": "full", "end_fraction": 0.1, "max_event_fraction": 0.5, "importance": "sensitivity"}
-    ours |= {"schedule": "cubic", "protect_outliers": 0.1, "carry_moments": True, "compensation_limit": 0.25}
+    ours |= {"protect_outliers": 0.1, "carry_moments": True, "compensation_limit": 0.25}
     losses = {"mlm": 1.0, "kl": 4.0, "hidden": 1.0, "attention": 1.0, "embedding": 1.0, "cosine": 0.0}
     losses |= {"relations": 0.0, "projection": "student", "projection_learned": True, "kl_positions": "masked"}
     sizes = ("base", "small", "xsmall", "tiny")
@@ -71,6 +71,10 @@ def test_the_defaults_are_the_best_that_is_measured():
     for name, config in {"defaults": defaults, **recipes}.items():
         assert {field: getattr(config.pruning, field) for field in ours} == ours, name
         assert {field: getattr(config.loss, field) for field in losses} == losses, name
+    schedules = {name: config.pruning.schedule for name, config in recipes.items()}
+    assert schedules.pop("quickstart") == "cubic"  # compared with one_shot in its table
+    assert set(schedules.values()) == {"one_shot"} and defaults.pruning.schedule == "auto"
+    defaults.pruning.schedule = "cubic"
     assert defaults.pruning == recipes["quickstart"].pruning and RunConfig().pruning.interval_steps == 5
     assert RunConfig().loss == recipes["quickstart"].loss
 

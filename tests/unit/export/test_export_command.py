@@ -16,6 +16,7 @@ from homodistil.export.formats.folder import publish, staging
 from homodistil.export.formats.layout import FORMATS
 from homodistil.export.formats.runners import onnx_runner
 from homodistil.training import export_command, latency_command
+from homodistil.training.run_members import members_of
 
 SENTENCES = ["the cat sees a dog.", "a bird", "the old house and then the small river finds a tree slowly."]
 MODULES = [
@@ -137,6 +138,60 @@ def test_latency_of_a_checkpoint_with_graphs_and_of_graphs_alone(source, exporte
     latency_command.main([names[1], "--tokens=5", "--rounds=1"])
     heading, _, *lines = capsys.readouterr().out.split("\n\n")[1].splitlines()
     assert heading.split()[-2:] == ["ms/sentence", "sentences/s"] and len(lines) == 2
+
+
+@pytest.fixture
+def run_dir(source, exported, tmp_path) -> Path:
+    """A finished run with one member on the way and a control; every model has its graphs."""
+    folder = tmp_path / "run"
+    for place in (tmp_path / "teacher", folder / "export", folder / "export" / "milestone-0.75"):
+        shutil.copytree(source, place)
+        shutil.copytree(exported / "onnx", place / "onnx")
+    (folder / "config.yaml").write_text(f"teacher:\n  name: {tmp_path / 'teacher'}\n")
+    rows = [{"name": "teacher (corrected)"}, {"name": "small @ 0.75", "folder": "export/milestone-0.75"}]
+    rows += [{"name": "small"}, {"name": "one_shot"}, {"name": "one_shot @ 0.75", "milestone": 0.75, "rates": "own"}]
+    (folder / "result.json").write_text(json.dumps(rows))
+    return folder
+
+
+def test_latency_of_a_run_is_kept_in_its_folder(run_dir, exported, capsys):
+    latency_command.main([str(run_dir), str(exported), "--tokens=5", "--rounds=1", "--json"])
+    printed = json.loads(capsys.readouterr().out)
+    kept = json.loads((run_dir / "latency.json").read_text())
+    assert kept["tokens"] == 5 and len(printed["rows"]) == len(kept["rows"]) + 2
+    models = ("teacher (corrected)", "small @ 0.75", "small")
+    names = [(row["checkpoint"], row["format"]) for row in kept["rows"]]
+    assert names == [(model, kind) for model in models for kind in ("torch", "onnx", "onnx-int8")]
+
+
+def test_students_of_one_job_have_folders_of_their_own(run_dir):
+    (run_dir / "export").rename(run_dir / "students")
+    for name in ("half", "third"):
+        shutil.copytree(run_dir / "students" / "milestone-0.75", run_dir / "students" / name / "export")
+    rows = [{"name": "teacher"}, *({"name": name, "student": name} for name in ("half", "third"))]
+    rows.insert(2, {"name": "half: one_shot", "student": "half"})
+    (run_dir / "result.json").write_text(json.dumps(rows))
+    members = members_of(run_dir)
+    assert [member.label for member in members] == ["teacher", "half", "third"]
+    assert members[2].checkpoint == str(run_dir / "students" / "third" / "export")
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("result.json", None, "has no result.json yet; wait until it has ended"),
+        ("result.json", "{}", "result.json cannot be read .found dict, expected list"),
+        ("result.json", "[", "result.json cannot be read"),
+        ("config.yaml", "teacher: 3", "config.yaml has no teacher.name"),
+    ],
+)
+def test_a_run_that_cannot_be_read_is_one_line(run_dir, name, content, message):
+    (run_dir / name).unlink()
+    if content is not None:
+        (run_dir / name).write_text(content)
+    with pytest.raises(UserError, match=f"CHECKPOINT: .*{message}") as raised:
+        latency_command.main([str(run_dir), "--rounds=1"])
+    assert "\n" not in str(raised.value) and not (run_dir / "latency.json").exists()
 
 
 @pytest.mark.parametrize(

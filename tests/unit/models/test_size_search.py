@@ -57,7 +57,7 @@ def test_a_size_that_widths_do_not_reach():
 
 def test_a_run_resolves_to_the_size():
     config = RunConfig()
-    config.student.size, config.pruning.compensation = 0.5, "none"
+    config.student.size, config.pruning.compensation, config.pruning.schedule = 0.5, "none", "one_shot"
     resolved = resolve_run(config, LlamaConfig(**SMOLLM2 | {"num_hidden_layers": 2}))
     assert resolved.target["hidden"] < 576 and resolved.target["layer.1.qk_dim"] == 64
 

@@ -35,7 +35,7 @@ def _config(fractions, steps=400, settle=0, final=HALF, **pruning) -> RunConfig:
     return RunConfig(
         student=StudentConfig(preset="custom", **final._asdict()),
         train=TrainConfig(steps=steps),
-        pruning=PruningConfig(**values),
+        pruning=PruningConfig(**{"schedule": "cubic"} | values),
         run=RunFolderConfig(export_milestones=list(fractions), settle_steps=settle),
     )
 

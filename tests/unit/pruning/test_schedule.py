@@ -72,7 +72,7 @@ def test_event_steps_end_exactly_on_the_last_step():
 
 def _schedule(**changes):
     values = {"end_fraction": 0.5, "interval_steps": 10, "width_multiple": 8, "max_event_fraction": 0.25}
-    config = PruningConfig(**(values | changes))
+    config = PruningConfig(**({"schedule": "cubic"} | values | changes))
     initial = {"hidden": 128, "layer.0.ffn": 512, "layer.0.heads": 4, "layer.0.qk_dim": 32, "layer.0.vo_dim": 32}
     target = {"hidden": 60, "layer.0.ffn": 240, "layer.0.heads": 3, "layer.0.qk_dim": 20, "layer.0.vo_dim": 20}
     return WidthSchedule(initial, target, config, steps=400), initial, target
@@ -114,7 +114,9 @@ def test_a_path_that_cannot_be_walked_is_refused_before_training():
 
 
 def test_reached_is_the_sum_of_all_events_so_far():
-    config = PruningConfig(interval_steps=3, end_fraction=0.8, width_multiple=4, max_event_fraction=0.25)
+    config = PruningConfig(
+        schedule="cubic", interval_steps=3, end_fraction=0.8, width_multiple=4, max_event_fraction=0.25
+    )
     schedule = WidthSchedule({"hidden": 64, "layer.0.ffn": 96}, {"hidden": 32, "layer.0.ffn": 40}, config, steps=30)
     widths: dict[str, int] = {}
     for step in range(31):

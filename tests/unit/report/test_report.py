@@ -281,6 +281,7 @@ def test_a_damaged_file_gives_a_page_and_a_note(run_dir, tmp_path_factory, monke
     other = tmp_path_factory.mktemp("other")
     log_run(other, range(10, 30, 10))
     monkeypatch.setattr("homodistil.report.page.draw", lambda panels, *_names: compose(panels) and "<svg></svg>")
+    monkeypatch.setattr("homodistil.report.comparison.page.inline", lambda figure, *_names: "<svg></svg>")
     (run_dir / name).parent.mkdir(exist_ok=True)
     for content in DAMAGE[name]:
         (run_dir / name).write_text(content, encoding="utf-8", errors="surrogateescape")

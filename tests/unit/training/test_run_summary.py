@@ -81,6 +81,7 @@ def test_a_decoder_in_numbers():
     fields = ["student.hidden_size=36", "student.intermediate_size=40", "student.num_attention_heads=4"]
     depth = ["student.num_hidden_layers=4", "data.seq_len=128"]
     config = parse(["teacher.name=/models/mine", *fields, *depth, "loss.attention=0", "pruning.compensation=none"])
+    settle(config, teacher)
     told = run_summary(resolve_run(config, teacher))
     assert told["task"] == "causal; 127 tokens of each block of 128 are predicted, on average"
     assert told["student"] == "4 layers, hidden 36, ffn 40, 4 heads of 8 in 2 groups; from a copy of /models/mine"

@@ -1,0 +1,53 @@
+"""pruning.schedule=auto: at once where a cut is compensated, gradually where it is not or where the config says so."""
+
+import pytest
+from transformers import BertConfig
+
+from homodistil.config.command_line import parse
+from homodistil.errors import UserError
+from homodistil.training.settle import settle
+
+TEACHER = BertConfig(hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4, vocab_size=99)
+HALF = ("teacher.name=/models/mine", "student.size=0.5")
+
+
+def _settled(*fields: str):
+    config = parse([*HALF, *fields])
+    settle(config, TEACHER)
+    return config
+
+
+@pytest.mark.parametrize(
+    ("fields", "schedule"),
+    [
+        ((), "one_shot"),
+        (("pruning.compensation=refit", "pruning.one_shot_stages=2"), "one_shot"),
+        (("pruning.compensation=none",), "cubic"),
+        (("pruning.end_fraction=0.3",), "cubic"),
+        (("pruning.interval_steps=5",), "cubic"),  # its default, but somebody wants it
+        (("pruning.max_event_fraction=0.25",), "cubic"),
+        (("pruning={start_fraction: 0.1, end_fraction: 0.2}",), "cubic"),
+        (("run.export_milestones=[0.75]",), "cubic"),
+        (("run.compare=[one_shot]",), "cubic"),
+        (("run.compare=[plain_one_shot]",), "one_shot"),
+        (("pruning.schedule=linear", "pruning.compensation=none"), "linear"),
+        (("pruning.schedule=none",), "none"),
+    ],
+)
+def test_auto_is_what_the_config_says(fields, schedule):
+    assert _settled(*fields).pruning.schedule == schedule
+
+
+def test_a_random_student_is_not_cut():
+    assert _settled("student.init=random").pruning.schedule == "none"
+
+
+def test_stages_of_a_cut_that_turns_out_to_be_gradual_are_refused():
+    with pytest.raises(UserError, match=r"pruning.one_shot_stages: found 2, allowed is 1 unless .*found cubic"):
+        _settled("pruning.one_shot_stages=2", "pruning.end_fraction=0.3")
+
+
+def test_a_setting_of_the_file_of_another_run_counts(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("pruning: {end_fraction: 0.5}\n")
+    assert _settled(f"--config={path}").pruning.schedule == "cubic"
