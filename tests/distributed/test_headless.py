@@ -105,8 +105,8 @@ def test_the_export_is_the_student_in_a_stock_class(runs, materials, stage):
     blocks = np.load(blocks).astype(np.int64)
     batch = TASKS["none"].batch_maker(tokenizer, DataConfig(task="none"), 0).without_targets(blocks)
     alone = LossConfig().only(attention=1.0)
-    student = Student(load_model(str(export), with_head=False), alone).eval()
-    teacher = Teacher(load_model(str(materials / "teacher"), with_head=False))
+    student = Student(load_model(str(export), head="none"), alone).eval()
+    teacher = Teacher(load_model(str(materials / "teacher"), head="none"))
     measured = evaluate_distances(student, teacher, [batch], torch.device("cpu"))
     row = json.loads((runs[stage] / "result.json").read_text())[1]
     assert measured["attention_distance"] == pytest.approx(row["attention_distance"], rel=1e-3)
