@@ -149,7 +149,7 @@ def _with_size(job: Job, recipe: str | None, deepspeed: Place | None, fields: di
     from homodistil.distill.teacher import load_config
     from homodistil.models import family_of
     from homodistil.models.shapes import in_proportion
-    from homodistil.training.inputs import found_teacher
+    from homodistil.training.teacher_checks import found_teacher
 
     teacher = load_config(found_teacher(job.config))
     family = family_of(teacher.model_type)  # refuses an architecture that has no axis table

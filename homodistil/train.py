@@ -22,7 +22,7 @@ from homodistil.metrics.progress import doing
 from homodistil.metrics.result_table import format_table, write_result
 from homodistil.planning.save_plan import calibration_path, keep_plan
 from homodistil.training.control_runs import controls
-from homodistil.training.inputs import check_teacher, prepare_inputs
+from homodistil.training.inputs import prepare_inputs
 from homodistil.training.milestone_exports import family_rows, read_family
 from homodistil.training.multi_student import student_runs, train_together
 from homodistil.training.resolve import resolve_run
@@ -30,6 +30,7 @@ from homodistil.training.run import DistillationRun, result_row
 from homodistil.training.run_folder import check_run_folders, claim_run_folder
 from homodistil.training.settings import settings_checks
 from homodistil.training.startup_report import StartReport
+from homodistil.training.teacher_checks import check_teacher
 from homodistil.training.teacher_correction import corrected
 
 

@@ -28,7 +28,7 @@ from homodistil.config import command_line
 from homodistil.distill.teacher import load_config
 from homodistil.errors import UserError
 from homodistil.files import write_atomically
-from homodistil.training.inputs import found_teacher
+from homodistil.training.teacher_checks import found_teacher
 
 
 def main() -> None:

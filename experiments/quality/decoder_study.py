@@ -29,7 +29,7 @@ from experiments.quality.pool import Pool
 from experiments.quality.shallow_teacher import first_layers
 from homodistil.config import command_line
 from homodistil.distill.teacher import load_config
-from homodistil.training.inputs import cache_dir, found_teacher
+from homodistil.training.teacher_checks import cache_dir, found_teacher
 
 CORRECTION = ("teacher.correction_steps=400", "teacher.correction_lr=6e-4")
 """Of a teacher whose last layers are left out."""

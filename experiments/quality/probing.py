@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from experiments.quality.jobs import EvaluateTeacher, Job, Train
 from experiments.quality.specs import content_hash
-from homodistil.training.inputs import cache_dir
+from homodistil.training.teacher_checks import cache_dir
 
 if TYPE_CHECKING:
     from homodistil.evaluation.probe.examples import Examples

@@ -19,7 +19,7 @@ from homodistil.distill.teacher import load_config
 from homodistil.errors import UserError
 from homodistil.models import family_of
 from homodistil.models.shapes import in_proportion
-from homodistil.training.inputs import cache_dir, found_teacher
+from homodistil.training.teacher_checks import cache_dir, found_teacher
 
 BERT_TINY = "embedded:bert-tiny"
 FACTORS = {"half": 0.5, "quarter": 0.25, "eighth": 0.125}

@@ -27,7 +27,8 @@ from homodistil.engine.ds_config import teacher_dtype
 from homodistil.errors import StopRequested
 from homodistil.models import family_of
 from homodistil.training.heldout_scores import HeldoutScores
-from homodistil.training.inputs import RunInputs, check_teacher, prepare_inputs, teacher_copy
+from homodistil.training.inputs import RunInputs, prepare_inputs, teacher_copy
+from homodistil.training.teacher_checks import check_teacher
 from homodistil.training.teacher_correction import corrected
 
 _RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")

@@ -22,8 +22,8 @@ from homodistil.planning.plan import make_plan
 from homodistil.planning.save_plan import calibration_path
 from homodistil.planning.speed import expected_seconds
 from homodistil.planning.table import format_plan
-from homodistil.training.inputs import check_plannable
 from homodistil.training.resolve import resolve_run
+from homodistil.training.teacher_checks import check_plannable
 
 
 def show(job: Job, options: argparse.Namespace) -> None:

@@ -31,10 +31,10 @@ from homodistil.preflight.port import check_port
 from homodistil.preflight.settings import check_model, check_settings
 from homodistil.preflight.step import try_step
 from homodistil.preflight.text import Sample, blocks, check_text
-from homodistil.training.inputs import cache_dir
 from homodistil.training.run_folder import check_run_folder
 from homodistil.training.settings import settings_checks
 from homodistil.training.short_runs import trial
+from homodistil.training.teacher_checks import cache_dir
 from homodistil.training.teacher_facts import TeacherFacts, teacher_facts
 
 JOIN_TIMEOUT_S = 120.0

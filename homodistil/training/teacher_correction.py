@@ -38,8 +38,9 @@ from homodistil.training.corrected_teacher import (
 )
 from homodistil.training.fingerprints import CORRECTED, check_same
 from homodistil.training.heldout_scores import HeldoutScores, language_loss
-from homodistil.training.inputs import PERIODIC_EVALUATION_SEQUENCES, RunInputs, cache_dir, teacher_copy
+from homodistil.training.inputs import PERIODIC_EVALUATION_SEQUENCES, RunInputs, teacher_copy
 from homodistil.training.step_logger import StepLogger, run_recorder, speeds
+from homodistil.training.teacher_checks import cache_dir
 from homodistil.training.trainer import Trainer
 
 TEACHER_FILE = "teacher.json"

@@ -9,8 +9,8 @@ from transformers import PreTrainedTokenizerBase
 
 from homodistil.config.schema import RunConfig
 from homodistil.distill.teacher import load_config, load_tokenizer
-from homodistil.training.inputs import check_teacher
 from homodistil.training.resolve import ResolvedRun, resolve_run
+from homodistil.training.teacher_checks import check_teacher
 from homodistil.training.vocabulary_size import check_vocabulary, planned_config
 
 

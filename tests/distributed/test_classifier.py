@@ -27,7 +27,7 @@ from homodistil.config.command_line import parse
 from homodistil.config.schema import RunConfig
 from homodistil.errors import UserError
 from homodistil.evaluation.scores import compared_scores
-from homodistil.training.inputs import check_teacher
+from homodistil.training.teacher_checks import check_teacher
 
 STUDENT = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 4}
 STAGES = (2, 3)

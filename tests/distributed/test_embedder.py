@@ -19,7 +19,7 @@ from homodistil.evaluation.probe.features import SentenceFeatures
 from homodistil.evaluation.vectors import recall
 from homodistil.models.sentence_head import load_sentence_head
 from homodistil.models.sentence_modules import read_sentence_modules
-from homodistil.training.inputs import check_teacher
+from homodistil.training.teacher_checks import check_teacher
 
 sentence_transformers = pytest.importorskip("sentence_transformers")
 STUDENT = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 4}

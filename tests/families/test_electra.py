@@ -15,7 +15,7 @@ from homodistil.models.known_configs import known_config
 from homodistil.models.shapes import Shape, shape_of, target_widths
 from homodistil.models.size_search import find_shape
 from homodistil.pruning.milestones import plan_route
-from homodistil.training.inputs import settle
+from homodistil.training.settle import settle
 
 SMALL = "google/electra-small-generator"
 

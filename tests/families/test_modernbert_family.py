@@ -27,8 +27,8 @@ from homodistil.models.config_file import check_values
 from homodistil.models.encoders.modernbert import MODERNBERT
 from homodistil.models.known_configs import known_config
 from homodistil.models.shapes import Shape, half_of, in_proportion, shape_of
-from homodistil.training.inputs import settle
 from homodistil.training.resolve import resolve_run
+from homodistil.training.settle import settle
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 WINDOW = 4

@@ -14,8 +14,9 @@ from homodistil.distill.teacher import Teacher
 from homodistil.errors import UserError
 from homodistil.models.activations import show_values
 from homodistil.models.encoders.mpnet import MPNET
-from homodistil.training.inputs import check_shape, settle
 from homodistil.training.resolve import resolve_run
+from homodistil.training.settle import settle
+from homodistil.training.shape_checks import check_shape
 
 CUTS = [{}, {"hidden_size": 16, "num_attention_heads": 4}]
 

@@ -26,9 +26,10 @@ from homodistil.models import FAMILIES, family_of
 from homodistil.models.known_configs import known_config
 from homodistil.planning.cluster import find_cluster
 from homodistil.planning.plan import make_plan
-from homodistil.training.inputs import check_plannable, prepare_inputs
+from homodistil.training.inputs import prepare_inputs
 from homodistil.training.resolve import resolve_run
 from homodistil.training.run import DistillationRun
+from homodistil.training.teacher_checks import check_plannable
 
 NAMES = (
     "roberta-half",

@@ -18,9 +18,9 @@ from homodistil.data.sources import assets, downloads, gguf
 from homodistil.data.sources.gguf import convert
 from homodistil.data.sources.teachers import cached_teacher, is_cached_teacher
 from homodistil.errors import UserError
-from homodistil.training.inputs import found_teacher
 from homodistil.training.resolve import named_teacher_config
 from homodistil.training.show_axes import axes_of
+from homodistil.training.teacher_checks import found_teacher
 
 
 @pytest.fixture

@@ -14,8 +14,8 @@ from homodistil.config.schema import DataConfig, RunConfig
 from homodistil.data.task import TASKS, settle_task, task_of
 from homodistil.distill.teacher import load_config
 from homodistil.errors import UserError
-from homodistil.training.inputs import check_plannable, check_teacher
 from homodistil.training.resolve import resolve_run
+from homodistil.training.teacher_checks import check_plannable, check_teacher
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *map(chr, range(97, 123))]
 TARGET = ("student.hidden_size=12", "student.intermediate_size=20", "student.num_attention_heads=4", "data.seq_len=16")

@@ -15,7 +15,7 @@ from transformers import BertTokenizerFast
 from homodistil.config.schema import RunConfig
 from homodistil.distill.teacher import _from_pretrained, load_config, load_model, load_tokenizer
 from homodistil.errors import UserError
-from homodistil.training.inputs import check_teacher
+from homodistil.training.teacher_checks import check_teacher
 
 
 class Trap:

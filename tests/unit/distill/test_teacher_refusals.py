@@ -26,7 +26,7 @@ from homodistil.errors import UserError
 from homodistil.evaluation.glue.checkpoint import load_encoder
 from homodistil.preflight.findings import Findings
 from homodistil.preflight.settings import check_model
-from homodistil.training.inputs import check_plannable, check_teacher
+from homodistil.training.teacher_checks import check_plannable, check_teacher
 from homodistil.training.teacher_facts import teacher_facts
 
 QUERY = "bert.encoder.layer.1.attention.self.query.weight"

@@ -30,10 +30,11 @@ from homodistil.engine.build import init_ranks, resolve_engine_config
 from homodistil.errors import UserError
 from homodistil.planning.cluster import find_cluster
 from homodistil.planning.plan import make_plan
-from homodistil.training.inputs import RunInputs, check_plannable, prepare_inputs
+from homodistil.training.inputs import RunInputs, prepare_inputs
 from homodistil.training.resolve import resolve_run
 from homodistil.training.run_folder import check_run_folder
 from homodistil.training.run_summary import run_summary
+from homodistil.training.teacher_checks import check_plannable
 from homodistil.training.teacher_correction import corrected
 from homodistil.training.teacher_facts import teacher_facts
 from homodistil.training.vocabulary_size import planned_config
