@@ -9,6 +9,7 @@ Start-up checks, the summary, the run itself, its plan and the check before it r
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import itertools
 from collections.abc import Callable
@@ -41,6 +42,7 @@ from homodistil.pruning.milestones import Route, plan_route
 from homodistil.pruning.pruner import width_schedule
 from homodistil.pruning.schedule_protocol import Schedule
 from homodistil.training.embedder import teacher_of_folder
+from homodistil.training.schedule_choice import schedule_of
 from homodistil.training.vocabulary_size import planned_config, vocabulary_size
 
 
@@ -159,21 +161,22 @@ def resolve_run(config: RunConfig, teacher_config: PretrainedConfig | None = Non
     with torch.device("meta"):
         teacher = family.empty(shape, task_of(config.data, family.task).head)
     widths = family.axis_table(teacher).widths
-    check_student(config.student, config.pruning, config.loss, shape.num_hidden_layers)
-    check_multiples(config.pruning, widths)
+    pruning = dataclasses.replace(config.pruning, schedule=schedule_of(config))
+    check_student(config.student, pruning, config.loss, shape.num_hidden_layers)
+    check_multiples(pruning, widths)
     check_head_dim(config.student.head_dim, family, shape, widths)
     sized = _sized(config.student, family, teacher)
     initial, target = student_widths(config.student, widths, sized, family.whole_heads)
     check_stock(family, target, widths)
-    route = plan_route(config.run, config.pruning, widths, initial, target)
-    schedule = width_schedule(config.pruning, config.train.steps, initial, target, route)
+    route = plan_route(config.run, pruning, widths, initial, target)
+    schedule = width_schedule(pruning, config.train.steps, initial, target, route)
     return ResolvedRun(
         config=config,
         family=family,
         teacher_config=shape,
         teacher=teacher,
         teacher_widths=widths,
-        layer_map=layer_map_of(config.student, config.pruning, shape),
+        layer_map=layer_map_of(config.student, pruning, shape),
         initial=initial,
         target=target,
         route=route,

@@ -16,10 +16,8 @@ from homodistil.metrics.term_labels import language_modelling
 from homodistil.models import family_of
 from homodistil.training.classifier import learn_labels, learns_labels
 from homodistil.training.embedder import is_embedder, settle_texts
+from homodistil.training.schedule_choice import schedule_of
 from homodistil.training.task_defaults import give_defaults, wants_head
-
-OF_GRADUAL_SCHEDULES = ("start_fraction", "end_fraction", "interval_steps", "max_event_fraction")
-"""Fields of pruning that mean nothing to a cut at once: who sets one wants a gradual one."""
 
 
 def settle(config: RunConfig, teacher_config, has_head: bool = True, folder: str | None = None) -> None:
@@ -55,7 +53,7 @@ def settle(config: RunConfig, teacher_config, has_head: bool = True, folder: str
         strongest = "full" if weighs else "refit"
         pruning.compensation = "none" if obstacle else strongest
     if pruning.schedule == "auto":
-        pruning.schedule = _schedule(config)
+        pruning.schedule = schedule_of(config)
         check_schedule(config)
     _check_settled_basis(config)
     if pruning.compensation != "none" and pruning.schedule != "none" and obstacle:
@@ -63,15 +61,6 @@ def settle(config: RunConfig, teacher_config, has_head: bool = True, folder: str
             f"pruning.compensation: found {pruning.compensation}, allowed is none for this teacher, {obstacle}; set it "
             f"to none or auto"
         )
-
-
-def _schedule(config: RunConfig) -> str:
-    """What `pruning.schedule=auto` stands for, once the compensation is known."""
-    if config.student.init == "random":
-        return "none"
-    is_gradual = "one_shot" in config.run.compare or bool(config.run.export_milestones)
-    is_gradual |= not config.given.isdisjoint(f"pruning.{name}" for name in OF_GRADUAL_SCHEDULES)
-    return "cubic" if is_gradual or config.pruning.compensation == "none" else "one_shot"
 
 
 def _check_settled_basis(config: RunConfig) -> None:

@@ -97,6 +97,7 @@ def test_a_head_that_is_there_may_be_left_out(teacher):
     check_teacher(config, said.append)
     assert "the language-modelling head of" in said[0] and config.loss.kl == 0
     resolved, with_head = resolve_run(config, load_config(str(teacher))), config_of(teacher, "data.task=mlm")
+    check_teacher(with_head)
     assert not any(name.startswith("cls.") for name, _ in resolved.student.model.named_parameters())
     head = sum(p.numel() for name, p in small_model().named_parameters() if name.startswith("cls."))
     assert resolved.teacher_parameters == resolve_run(with_head, load_config(str(teacher))).teacher_parameters - head

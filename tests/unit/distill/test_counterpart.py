@@ -94,7 +94,10 @@ def test_minitrons_depths():
         ({"student__init_layers": [0, 3], "student__num_hidden_layers": 3}, r"student.init_layers: found \[0, 3\].*3 "),
         ({"student__init_layers": [3, 0], "student__num_hidden_layers": 2}, "ascending"),
         ({"student__init_layers": [0, 6], "student__num_hidden_layers": 2}, r"0 \.\. 5"),
-        ({"student__init": "random"}, "pruning.schedule: found cubic.*student.init=random"),
+        (
+            {"student__init": "random", "pruning__schedule": "cubic"},
+            "pruning.schedule: found cubic.*student.init=random",
+        ),
         (RANDOM | {"student__init_layers": [0], "student__num_hidden_layers": 1}, "copies no layers"),
         (RANDOM | {"loss__projection_learned": False}, "loss.projection_learned: false"),
     ],

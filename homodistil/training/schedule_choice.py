@@ -1,0 +1,19 @@
+"""What pruning.schedule=auto stands for."""
+
+from __future__ import annotations
+
+from homodistil.config.schema import RunConfig
+
+OF_GRADUAL_SCHEDULES = ("start_fraction", "end_fraction", "interval_steps", "max_event_fraction")
+"""Fields of pruning that mean nothing to a cut at once: who sets one wants a gradual one."""
+
+
+def schedule_of(config: RunConfig) -> str:
+    """`pruning.schedule` as a run has it. A compensation that is still `auto` counts as one."""
+    if config.pruning.schedule != "auto":
+        return config.pruning.schedule
+    if config.student.init == "random":
+        return "none"
+    is_gradual = "one_shot" in config.run.compare or bool(config.run.export_milestones)
+    is_gradual |= not config.given.isdisjoint(f"pruning.{name}" for name in OF_GRADUAL_SCHEDULES)
+    return "cubic" if is_gradual or config.pruning.compensation == "none" else "one_shot"
