@@ -64,7 +64,7 @@ def training_speed(resolved: ResolvedRun, dtype: torch.dtype, device: torch.devi
     """FLOP/s of forward and backward of two layers of the teacher's shape at the run's micro-batch (seconds)."""
     config, family = copy.deepcopy(resolved.teacher_config), resolved.family
     config.num_hidden_layers = min(_LAYERS, config.num_hidden_layers)
-    model = family.empty(config, with_head=True).to(device, dtype)
+    model = family.empty(config, "lm").to(device, dtype)
     backbone, widths = family.backbone(model), family.axis_table(model).widths
     train, seq_len = resolved.config.train, resolved.config.data.seq_len
     ids = torch.randint(config.vocab_size, (train.micro_batch_size, seq_len), device=device)

@@ -9,7 +9,6 @@ Start-up checks, the summary, the run itself, its plan and the check before it r
 from __future__ import annotations
 
 import copy
-import dataclasses
 import functools
 import itertools
 from collections.abc import Callable
@@ -21,7 +20,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from homodistil.config.plugins import load_plugins
-from homodistil.config.schema import RunConfig, StudentConfig
+from homodistil.config.schema import PruningConfig, RunConfig, StudentConfig
 from homodistil.data.sources.teachers import cached_teacher
 from homodistil.data.task import Task, task_of
 from homodistil.distill.build_student import build_student
@@ -42,7 +41,7 @@ from homodistil.pruning.milestones import Route, plan_route
 from homodistil.pruning.pruner import width_schedule
 from homodistil.pruning.schedule_protocol import Schedule
 from homodistil.training.embedder import teacher_of_folder
-from homodistil.training.schedule_choice import schedule_of
+from homodistil.training.schedule_choice import with_schedule
 from homodistil.training.vocabulary_size import planned_config, vocabulary_size
 
 
@@ -78,8 +77,12 @@ class ResolvedRun:
 
     def make_schedule(self) -> Schedule:
         """A new one: the closed loop's has a state."""
-        config = self.config
-        return width_schedule(config.pruning, config.train.steps, self.initial, self.target, self.route)
+        return width_schedule(self.pruning, self.config.train.steps, self.initial, self.target, self.route)
+
+    @property
+    def pruning(self) -> PruningConfig:
+        """The section of the config, with the schedule that `auto` stands for."""
+        return with_schedule(self.config)
 
     def build_student(self, load_teacher: Callable[[], nn.Module]) -> Student:
         """The student at its first widths. `load_teacher`: as in `distill.build_student`."""
@@ -161,7 +164,7 @@ def resolve_run(config: RunConfig, teacher_config: PretrainedConfig | None = Non
     with torch.device("meta"):
         teacher = family.empty(shape, task_of(config.data, family.task).head)
     widths = family.axis_table(teacher).widths
-    pruning = dataclasses.replace(config.pruning, schedule=schedule_of(config))
+    pruning = with_schedule(config)
     check_student(config.student, pruning, config.loss, shape.num_hidden_layers)
     check_multiples(pruning, widths)
     check_head_dim(config.student.head_dim, family, shape, widths)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from homodistil.config.schema import RunConfig
+import dataclasses
+
+from homodistil.config.schema import PruningConfig, RunConfig
 
 OF_GRADUAL_SCHEDULES = ("start_fraction", "end_fraction", "interval_steps", "max_event_fraction")
 """Fields of pruning that mean nothing to a cut at once: who sets one wants a gradual one."""
@@ -17,3 +19,8 @@ def schedule_of(config: RunConfig) -> str:
     is_gradual = "one_shot" in config.run.compare or bool(config.run.export_milestones)
     is_gradual |= not config.given.isdisjoint(f"pruning.{name}" for name in OF_GRADUAL_SCHEDULES)
     return "cubic" if is_gradual or config.pruning.compensation == "none" else "one_shot"
+
+
+def with_schedule(config: RunConfig) -> PruningConfig:
+    """The section `pruning`, with the schedule that a run has."""
+    return dataclasses.replace(config.pruning, schedule=schedule_of(config))

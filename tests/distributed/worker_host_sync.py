@@ -123,6 +123,7 @@ def build_trainer(options: dict, cache_dir: Path, folder: Path) -> Trainer:
     config.student.preset, config.data.seq_len = "quickstart", SEQ_LEN
     config.train.global_batch_size, config.train.micro_batch_size = 4, 2
     config.train.steps, config.train.log_every_steps = 100, 100
+    config.pruning.schedule = "cubic"
     config.pruning.interval_steps, config.pruning.max_event_fraction = 25, 0.9
     config.pruning.compensation, config.pruning.end_fraction, config.loss.kl = "none", 0.3, 1.0
     device = init_ranks()

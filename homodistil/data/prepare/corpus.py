@@ -96,12 +96,12 @@ def prepare_corpus(
     config: DataConfig,
     tokenizer: PreTrainedTokenizerBase,
     accept: Callable[[str], None] = lambda _: None,
-    checked_bytes: float = CHECKED_AT_ONCE_BYTES,
+    checked_bytes: float | None = None,
 ) -> Corpus:
     """The corpus, from the cache if it has been prepared before. Shards that a killed process has finished are reused.
 
-    A cached corpus of up to `checked_bytes` is verified by its hashes; the caller must verify a larger one
-    (`integrity.BackgroundCheck`).
+    A cached corpus of up to `checked_bytes` (None: CHECKED_AT_ONCE_BYTES) is verified by its hashes; the caller must
+    verify a larger one (`integrity.BackgroundCheck`).
 
     Args:
         tokenizer: of the teacher.
@@ -113,7 +113,7 @@ def prepare_corpus(
     """
     order = _Order(config, tokenizer)
     accept(order.fingerprint)
-    return order.whole(checked_bytes)
+    return order.whole(CHECKED_AT_ONCE_BYTES if checked_bytes is None else checked_bytes)
 
 
 def prepare_share(config: DataConfig, tokenizer: PreTrainedTokenizerBase, task: int, tasks: int) -> Corpus | str:
