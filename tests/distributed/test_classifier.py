@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support import launched_run
+from support.launched_run import StageRuns
 from support.small import small_model
 from support.tiny_decoder import write_text
 from transformers import (
@@ -76,13 +77,14 @@ PAIR_FIELDS = ("data.pair_columns=[query,passage]", "data.heldout_fraction=0.2")
 
 
 @pytest.fixture(scope="module")
-def runs(server, materials) -> dict[int, Path]:
-    """ZeRO stage -> finished run folder."""
-    for stage in STAGES:
+def runs(server, materials) -> StageRuns:
+    def run_stage(stage: int) -> Path:
         report = f"run.report={stage == 2}".lower()
         command = arguments(materials, materials / f"run{stage}", stage, *PAIR_FIELDS, report)
         (materials / f"zero{stage}.txt").write_text(launched_run.run(server, command))
-    return {stage: materials / f"run{stage}" for stage in STAGES}
+        return materials / f"run{stage}"
+
+    return StageRuns(run_stage)
 
 
 def heldout_logits(folder: Path, blocks: Path) -> torch.Tensor:
@@ -94,8 +96,8 @@ def heldout_logits(folder: Path, blocks: Path) -> torch.Tensor:
         return model(ids, attention_mask=(ids != 0).long(), token_type_ids=types.long()).logits
 
 
-def test_the_teacher_makes_it_a_classifier(runs, materials):
-    output = (materials / "zero2.txt").read_text()
+def test_the_teacher_makes_it_a_classifier(runs):
+    output = (runs[2].parent / "zero2.txt").read_text()
     assert "scores; logits of pairs (query, passage) of at most 32 tokens (longest_first)" in output
     assert "rotation at full width: KL of labels" in output and "compensation full" in output
     assert "scores_kl x 4" in output and "same label" in output and "KL to teacher" in output

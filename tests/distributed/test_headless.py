@@ -70,7 +70,7 @@ def test_the_student_shrinks_and_is_refitted_without_a_head(runs, stage):
 
 
 def test_the_run_says_what_it_does(runs, materials):
-    output = (materials / "zero2.txt").read_text()
+    output = (runs[2].parent / "zero2.txt").read_text()
     assert "has no language-modelling head: task none" in output
     assert "losses: hidden x 1 (raw), attention x 1 (scores)," in output
     assert "hidden distance" in output and "KL" not in output and "MLM" not in output

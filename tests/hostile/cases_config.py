@@ -12,8 +12,8 @@ LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
 
 
 def field(name: str, override: str, *says: str) -> Case:
-    """A value on the command line."""
-    return Case(name, lambda w: w.train(override), says=[override.partition("=")[0], *says])
+    """A value on the command line. Every rank reads it before they join: one shows what is said of it."""
+    return Case(name, lambda w: w.train(override), says=[override.partition("=")[0], *says], ranks=1)
 
 
 def yaml_file(name: str, content: str | bytes, *says: str) -> Case:
@@ -24,7 +24,7 @@ def yaml_file(name: str, content: str | bytes, *says: str) -> Case:
         path.write_bytes(content.encode() if isinstance(content, str) else content)
         return w.train("--config", str(path))
 
-    return Case(name, build, says=says or ["mine.yaml"])
+    return Case(name, build, says=says or ["mine.yaml"], ranks=1)
 
 
 def _fifo(w: Workspace) -> list[str]:

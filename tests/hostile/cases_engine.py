@@ -20,13 +20,13 @@ def entry(name: str, key: str, value: object, *says: str) -> Case:
 
 
 def raw(name: str, content: str | bytes, *says: str) -> Case:
-    """The whole file."""
+    """The whole file, which every rank reads before they join."""
 
     def build(w: Workspace) -> list[str]:
         w.engine.write_bytes(content.encode() if isinstance(content, str) else content)
         return w.train()
 
-    return Case(name, build, says=["--deepspeed", *says])
+    return Case(name, build, says=["--deepspeed", *says], ranks=1)
 
 
 def instead(name: str, make: Callable[[Workspace], str], *says: str) -> Case:
