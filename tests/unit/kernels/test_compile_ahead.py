@@ -1,7 +1,7 @@
 """Every kernel, as the product would launch it, compiles for both architectures without a GPU, and without spills.
 
-A100 is sm_80 (`make test-full`), H100 and H200 are sm_90. What is compiled: compile_cases.py; how: compile_worker.py, a child process with
-a compilation cache that lives as long as the test. `python -m pytest -s` shows the table.
+A100 is sm_80 (`make test-full`), H100 and H200 are sm_90. What is compiled: compile_cases.py; how: compile_worker.py, a
+child process with a compilation cache that lives as long as the test. `python -m pytest -s` shows the table.
 """
 
 from __future__ import annotations
