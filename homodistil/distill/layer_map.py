@@ -100,7 +100,7 @@ def check_student(student: StudentConfig, pruning: PruningConfig, loss: LossConf
     copied_layers(student, num_teacher_layers)
     if student.init == "teacher":
         return
-    if pruning.schedule not in ("none", "auto"):
+    if pruning.schedule != "none":
         raise UserError(
             f"pruning.schedule: found {pruning.schedule}; a student of student.init=random has its target size "
             f"from the start, so set pruning.schedule=none (or student.init=teacher)"

@@ -13,7 +13,7 @@ from homodistil.models.checkpoint_files import read_json
 from homodistil.models.sentence_modules import LENGTH_FILE, MODULES_FILE, PROMPTS_FILE, sentence_file
 
 _KIND = "CrossEncoder"
-"""`model_type` in its own file."""
+"""`model_type` in the file of its settings."""
 
 
 def copy_cross_encoder_files(teacher: str, folder: Path) -> None:
@@ -25,8 +25,8 @@ def copy_cross_encoder_files(teacher: str, folder: Path) -> None:
     Raises:
         UserError: the teacher's are damaged.
     """
-    own = sentence_file(teacher, PROMPTS_FILE)
-    if own is None or read_json(own, "teacher.name").get("model_type") != _KIND:
+    settings = sentence_file(teacher, PROMPTS_FILE)
+    if settings is None or read_json(settings, "teacher.name").get("model_type") != _KIND:
         return
     for name in (PROMPTS_FILE, LENGTH_FILE, MODULES_FILE):
         if (file := sentence_file(teacher, name)) is not None:

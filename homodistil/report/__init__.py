@@ -40,8 +40,8 @@ def write_report(run_dir: Path, path: Path | None = None, figures: Path | None =
     run = read_run(Path(run_dir))
     path = path or Path(run_dir) / REPORT_FILE
     check_outputs(path, None)
-    planned = planned_section(run)
-    page = render(run, family_section(run.rows), planned, latency_section(run))
+    sections = family_section(run.rows), latency_section(run), planned_section(run)
+    page = render(run, [section for section in sections if section is not None])
     with writing_report(path):
         write_page(path, page)
         export_curves(curves(run), figures)

@@ -9,7 +9,7 @@ from homodistil.report.comparison.groups import COLUMNS, Model
 from homodistil.report.comparison.scatter import qualities, scatter_of
 from homodistil.report.figures import inline
 from homodistil.report.latency_file import read_latency, timed_rows
-from homodistil.report.page import LatencySection
+from homodistil.report.page import TableSection
 from homodistil.report.run import Run, number
 
 _FORMS = {
@@ -24,9 +24,10 @@ _FORMS = {
 Row = dict[str, Any]
 
 
-def latency_section(run: Run) -> LatencySection | None:
+def latency_section(run: Run) -> TableSection | None:
     """The section on the speed of the run's models; None before `homodistil latency RUN_DIR` has measured it."""
-    rows = [_with_quality(row, run) for row in timed_rows(run)]
+    content = read_latency(run.folder, run.notes)
+    rows = [_with_quality(row, run) for row in timed_rows(content)]
     if not rows:
         return None
     models = [_model(row) for row in rows]
@@ -34,11 +35,12 @@ def latency_section(run: Run) -> LatencySection | None:
     columns = _FORMS | {name: COLUMNS[name] for name in measured}
     figure = scatter_of(models, [("ms_per_sentence", quality) for quality in measured[:2]])
     description = "Quality of the run's models over the time that a sentence takes, in every format."
-    return LatencySection(
+    return TableSection(
+        "Inference",
         [heading for heading, _ in columns.values()],
         [[cell(row.get(column), form) for column, (_, form) in columns.items()] for row in rows],
-        inline(figure, "latency", description) if figure else None,
-        _caption(read_latency(run)),
+        _caption(content),
+        svg=inline(figure, "latency", description) if figure else None,
     )
 
 
@@ -56,7 +58,7 @@ def _model(row: Row) -> Model:
 
 def _caption(content: Row) -> str:
     """Under which conditions was timed."""
-    conditions = [f"{content[name]} {name}" for name in ("tokens", "threads", "rounds") if name in content]
+    conditions = [f"{name} {content[name]}" for name in ("tokens", "threads", "rounds") if name in content]
     return (
         f"One sentence at a time, and batches of 32, on the CPU of the machine that measured it "
         f"({', '.join(conditions)}). Backbones without a language-modelling head. Quality is that of the fp32 model; "

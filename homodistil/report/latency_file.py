@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from homodistil.metrics.result_table import LATENCY_FILE
-from homodistil.report.run import Run, check_size, clean, number
+from homodistil.report.run import check_size, clean, number
 
 
-def read_latency(run: Run) -> dict[str, Any]:
-    """What `homodistil latency` wrote: "tokens", "threads", "rounds" and "rows"; {} where there is none.
+def read_latency(folder: Path, notes: list[str]) -> dict[str, Any]:
+    """What `homodistil latency` wrote into a run folder: "tokens", "threads", "rounds" and "rows"; {} without the file.
 
-    If it cannot be read, a note is added to `run.notes`.
+    Args:
+        notes: takes a sentence if the file cannot be read.
     """
-    path = run.folder / LATENCY_FILE
+    path = folder / LATENCY_FILE
     if not path.is_file():
         return {}
     try:
@@ -25,15 +27,14 @@ def read_latency(run: Run) -> dict[str, Any]:
         if not isinstance(content, dict) or not isinstance(content.get("rows"), list):
             raise ValueError("no object with rows")
     except (OSError, ValueError, RecursionError) as error:
-        run.notes.append(f"{LATENCY_FILE}: cannot be read ({' '.join(str(error).split())[:200]})")
+        notes.append(f"{LATENCY_FILE}: cannot be read ({' '.join(str(error).split())[:200]})")
         return {}
     return content
 
 
-def timed_rows(run: Run) -> list[dict[str, Any]]:
+def timed_rows(content: Mapping[str, Any]) -> list[dict[str, Any]]:
     """One row per model and format (training/latency.py, `Timed`), those with a time alone."""
-    rows = read_latency(run).get("rows", [])
-    return [row for row in rows if isinstance(row, dict) and number(row.get("ms_per_sentence"))]
+    return [row for row in content.get("rows", []) if isinstance(row, dict) and number(row.get("ms_per_sentence"))]
 
 
 def torch_times(rows: Sequence[dict[str, Any]]) -> dict[str, float]:

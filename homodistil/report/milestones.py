@@ -14,7 +14,7 @@ from homodistil.metrics.result_table import aligned, cell, is_teacher
 from homodistil.report.comparison.groups import models
 from homodistil.report.comparison.scatter import scatter
 from homodistil.report.figures import inline
-from homodistil.report.page import FamilySection
+from homodistil.report.page import TableSection
 from homodistil.report.run import number
 
 Row = Mapping[str, Any]
@@ -41,7 +41,7 @@ CAPTION = (
 )
 
 
-def family_section(rows: Sequence[Row]) -> FamilySection | None:
+def family_section(rows: Sequence[Row]) -> TableSection | None:
     """The section on the family, from the rows of result.json; None if the run had no milestones."""
     members = _members(rows)
     if not members:
@@ -50,7 +50,7 @@ def family_section(rows: Sequence[Row]) -> FamilySection | None:
     figure = scatter(models([_point(row) for row in ordered]))
     description = "Size, quality and inference speed of the family's members and their controls."
     svg = inline(figure, "family", description) if figure else None
-    return FamilySection(sentences(rows), headings(), [_cells(row) for row in ordered], svg, CAPTION)
+    return TableSection("Family", headings(), [_cells(row) for row in ordered], CAPTION, sentences(rows), svg)
 
 
 def headings() -> list[str]:

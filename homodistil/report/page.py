@@ -11,7 +11,6 @@ from markupsafe import Markup
 from homodistil.metrics.result_table import DASH, cells, columns_of, is_teacher
 from homodistil.report.curves import FAMILIES, ONLY_WHERE_NAMED, Curve, curves, gap
 from homodistil.report.figures import draw
-from homodistil.report.planned import HEADINGS, PlannedSection
 from homodistil.report.run import FILES, Run, number
 from homodistil.report.speed import memory_sentences, speed_sentences
 
@@ -77,57 +76,26 @@ _TEMPLATE = """<!doctype html>
 {% else %}
 <p class="quiet">No results yet.</p>
 {% endif %}
-{% if family %}
+{% for section in sections %}
 
-<h2>Family</h2>
-{% for sentence in family.sentences %}
+<h2>{{ section.title }}</h2>
+{% for sentence in section.sentences %}
 <p>{{ sentence }}</p>
 {% endfor %}
-<figure><figcaption>{{ family.caption }}</figcaption>
-<div class="wide"><table class="names">
-<thead><tr>{% for heading in family.headings %}<th>{{ heading }}</th>{% endfor %}</tr></thead>
+<figure><figcaption>{{ section.caption }}</figcaption>
+<div class="wide"><table{% if section.has_names %} class="names"{% endif %}>
+<thead><tr>{% for heading in section.headings %}<th>{{ heading }}</th>{% endfor %}</tr></thead>
 <tbody>
-{% for row in family.rows %}
+{% for row in section.rows %}
 <tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
 {% endfor %}
 </tbody>
 </table></div>
-{% if family.svg %}
-{{ family.svg | safe }}
+{% if section.svg %}
+{{ section.svg | safe }}
 {% endif %}
 </figure>
-{% endif %}
-{% if latency %}
-
-<h2>Inference</h2>
-<figure><figcaption>{{ latency.caption }}</figcaption>
-<div class="wide"><table class="names">
-<thead><tr>{% for heading in latency.headings %}<th>{{ heading }}</th>{% endfor %}</tr></thead>
-<tbody>
-{% for row in latency.rows %}
-<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
 {% endfor %}
-</tbody>
-</table></div>
-{% if latency.svg %}
-{{ latency.svg | safe }}
-{% endif %}
-</figure>
-{% endif %}
-{% if planned %}
-
-<h2>Planned and measured</h2>
-<figure><figcaption>Plan: {{ planned.caption }}.</figcaption>
-<div class="wide"><table>
-<thead><tr>{% for heading in planned_headings %}<th>{{ heading }}</th>{% endfor %}</tr></thead>
-<tbody>
-{% for row in planned.rows %}
-<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
-{% endfor %}
-</tbody>
-</table></div>
-</figure>
-{% endif %}
 {% for curve in curves %}
 
 <h2>{{ curve.title }}</h2>
@@ -168,47 +136,27 @@ _TEMPLATE = """<!doctype html>
 """
 
 
-class FamilySection(NamedTuple):
-    """The section of a page on the family of a run, from `milestones.family_section`."""
+class TableSection(NamedTuple):
+    """A section of the page that not every run has: a table, with sentences before it and a figure behind it."""
 
-    sentences: list[str]
+    title: str
     headings: list[str]
     rows: list[list[str]]
-    svg: str | None
     caption: str
+    sentences: Sequence[str] = ()
+    svg: str | None = None
+    has_names: bool = True
+    """Whether the first column holds names, which stay in sight when the table is scrolled."""
 
 
-class LatencySection(NamedTuple):
-    """The section of a page on the speed of the run's models, from `latency.latency_section`."""
-
-    headings: list[str]
-    rows: list[list[str]]
-    svg: str | None
-    caption: str
-
-
-def render(
-    run: Run,
-    family: FamilySection | None = None,
-    planned: PlannedSection | None = None,
-    latency: LatencySection | None = None,
-) -> str:
-    """The HTML text of the page of `run`.
-
-    Args:
-        family: section of a run with milestones; None: the page has none.
-        planned: section of a run with a plan; None: the page has none.
-        latency: section of a run whose models were timed; None: the page has none.
-    """
+def render(run: Run, sections: Sequence[TableSection] = ()) -> str:
+    """The HTML text of the page of `run`, with these sections behind its results."""
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined, keep_trailing_newline=True
     )
     return environment.from_string(_TEMPLATE).render(
         run=run,
-        family=family,
-        planned=planned,
-        latency=latency,
-        planned_headings=HEADINGS,
+        sections=sections,
         files=FILES,
         progress=_progress(run),
         sentences=[*summary(run.rows), *speed_sentences(run), *memory_sentences(run)],

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import statistics
-from dataclasses import dataclass
 from typing import Any
 
 from homodistil.metrics.result_table import DASH, PLAN_FILE
+from homodistil.report.page import TableSection
 from homodistil.report.run import Run, clean
 
 HEADINGS = ["hidden size", "steps", "tokens/s planned", "measured", "difference"]
@@ -15,13 +15,7 @@ HEADINGS += ["MB per rank planned", "measured", "difference"]
 _MOST_ROWS = 8
 
 
-@dataclass(frozen=True)
-class PlannedSection:
-    caption: str
-    rows: list[list[str]]
-
-
-def planned_section(run: Run) -> PlannedSection | None:
+def planned_section(run: Run) -> TableSection | None:
     """The section that compares plan.json with the log; None without plan.json or before anything was logged.
 
     If plan.json cannot be read, a note is added to `run.notes`.
@@ -32,7 +26,8 @@ def planned_section(run: Run) -> PlannedSection | None:
     try:
         plan = clean(json.loads(path.read_text(encoding="utf-8")))
         rows = [row for stretch in _some(plan["stretches"], run) if (row := _row(stretch, run.train))]
-        return PlannedSection(str(plan["basis"]), rows) if rows else None
+        caption = f"Plan: {plan['basis']}."
+        return TableSection("Planned and measured", HEADINGS, rows, caption, has_names=False) if rows else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         run.notes.append(f"{PLAN_FILE}: cannot be read ({type(error).__name__})")
         return None

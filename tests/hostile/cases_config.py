@@ -12,7 +12,7 @@ LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
 
 
 def field(name: str, override: str, *says: str) -> Case:
-    """A value on the command line. Every rank reads it before they join: one shows what is said of it."""
+    """A value on the command line, on one rank: every rank reads it by itself, before the ranks join."""
     return Case(name, lambda w: w.train(override), says=[override.partition("=")[0], *says], ranks=1)
 
 

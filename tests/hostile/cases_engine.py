@@ -20,7 +20,7 @@ def entry(name: str, key: str, value: object, *says: str) -> Case:
 
 
 def raw(name: str, content: str | bytes, *says: str) -> Case:
-    """The whole file, which every rank reads before they join."""
+    """The whole file, on one rank: every rank reads it by itself, before the ranks join."""
 
     def build(w: Workspace) -> list[str]:
         w.engine.write_bytes(content.encode() if isinstance(content, str) else content)

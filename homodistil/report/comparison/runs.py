@@ -27,7 +27,7 @@ from homodistil.report.curves import (
     terms_of,
 )
 from homodistil.report.figures import Line, Panel
-from homodistil.report.latency_file import timed_rows, torch_times
+from homodistil.report.latency_file import read_latency, timed_rows, torch_times
 from homodistil.report.run import Points, Run, check_size, clean, read_run
 
 GLUE_FILE = Path("glue") / "glue.json"
@@ -170,7 +170,7 @@ def _add_glue(entry: Entry) -> None:
 
 def _add_latency(entry: Entry) -> None:
     """Add the time of a sentence, in torch, to the rows of models that were timed; of a teacher, too."""
-    times = torch_times(timed_rows(entry.run))
+    times = torch_times(timed_rows(read_latency(entry.run.folder, entry.notes)))
     for row, renamed in zip(entry.found, entry.rows, strict=True):
         if (ms := times.get(str(row.get("name")))) is not None:
             renamed["ms_per_sentence"] = ms

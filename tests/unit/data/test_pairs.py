@@ -124,11 +124,11 @@ def test_blocks_do_not_depend_on_shards_tasks_and_kinds_of_files(tokenizer, pair
     assert isinstance(prepare_share(small, tokenizer, 1, 2), str)
     prepare_share(small, tokenizer, 0, 2)
     prepare_corpus(config_of(str(tmp_path / "table"), tmp_path / "3", shard_bytes=500, weights=[1.5]), tokenizer)
-    first, *others = (
+    first, *rest = (
         {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in cache.glob("corpora/*/*.npy")}
         for cache in (tmp_path / name for name in "123")
     )
-    assert len(first) == 2 and others == [first, first]
+    assert len(first) == 2 and rest == [first, first]
 
 
 def test_what_a_corpus_of_pairs_is_named_by(tokenizer, pairs, tmp_path):

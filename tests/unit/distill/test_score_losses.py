@@ -137,10 +137,10 @@ def test_measures_on_held_out_texts():
     expected = naive_term("scores_kl", ours.double(), theirs.double(), 1.0)
     assert measured["kl_to_teacher"] == pytest.approx(float(expected)) and measured["label_agreement"] == 0.5
     assert measured["kl_to_teacher"] == pytest.approx(float(label_divergence(ours.double(), theirs.double())))
-    scores, others = torch.tensor([[0.0], [1.0], [2.0], [9.0]]), torch.tensor([[0.1], [0.4], [0.2], [0.9]])
-    measured = compared_scores(others, scores, "values")
+    scores, estimates = torch.tensor([[0.0], [1.0], [2.0], [9.0]]), torch.tensor([[0.1], [0.4], [0.2], [0.9]])
+    measured = compared_scores(estimates, scores, "values")
     assert measured["score_spearman"] == pytest.approx(0.8) and 0.8 < measured["score_pearson"] < 1
-    assert measured["score_mse"] == pytest.approx(((scores - others) ** 2).mean().item())
+    assert measured["score_mse"] == pytest.approx(((scores - estimates) ** 2).mean().item())
     assert compared_scores(torch.ones(3, 1), scores[:3], "values").keys() == {"score_mse"}
     for kind, logits in (("categories", ours), ("values", ours)):
         itself = compared_scores(logits, logits, kind)

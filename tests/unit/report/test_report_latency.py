@@ -38,7 +38,7 @@ def test_every_format_has_the_quality_of_its_model(run_dir):
     assert [row["ms per sentence"] for row in shown] == ["4.00", "1.50", "0.25"]
     assert [row["held-out MLM loss"] for row in shown] == ["2.250", "2.500", "2.500"]
     assert shown[2]["sentences/s"] == "8,000" and shown[2]["MB"] == "4.0" and shown[2]["cosine with torch"] == "0.9877"
-    assert "32 tokens, 1 threads, 15 rounds" in section.caption
+    assert "tokens 32, threads 1, rounds 15" in section.caption
     for text in ("homodistil, onnx-int8", "held-out MLM loss over ms per sentence"):
         assert text in section.svg
 
@@ -64,8 +64,10 @@ def test_a_comparison_has_times_of_torch_and_plots_them_instead_of_training_spee
 def test_a_damaged_file_is_a_note(run_dir, text):
     (run_dir / "latency.json").write_text(text)
     run = read_run(run_dir)
+    (entry,) = read_entries([run_dir])
     assert latency_section(run) is None
-    assert [note for note in run.notes if note.startswith("latency.json: cannot be read")]
+    for notes in (run.notes, entry.notes):
+        assert [note for note in notes if note.startswith("latency.json: cannot be read")]
 
 
 def test_rows_without_a_time_are_left_out(run_dir):

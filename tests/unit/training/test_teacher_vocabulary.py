@@ -70,9 +70,9 @@ def kept_of(folder: Path, smaller: RunInputs) -> list[int]:
 def decoder(tmp_path_factory) -> Path:
     """A Llama of bytes and merges in bf16, with more rows than pieces and an end token that the config names."""
     folder = tmp_path_factory.mktemp("decoder")
-    others = write_text(write_text(folder / "text").with_name("more"))
-    (others / "other.txt").write_text("zebras and umbrellas " * 900)
-    tokenizer = make_tokenizer(others, 320)
+    more_text = write_text(write_text(folder / "text").with_name("more"))
+    (more_text / "other.txt").write_text("zebras and umbrellas " * 900)
+    tokenizer = make_tokenizer(more_text, 320)
     sizes = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = LlamaConfig(vocab_size=336, bos_token_id=0, eos_token_id=[0, 330], dtype="bfloat16", **sizes)
     torch.manual_seed(0)
