@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import pytest
 import torch
+from support.gradient_reference import gradient_moment
 from support.small import random_keep, small_batch
 from torch import nn
 from unit.distill.test_score_losses import classifier
@@ -37,31 +36,19 @@ def logits_of(model: nn.Module, batch) -> torch.Tensor:
     return bert.classifier(model).logits(hidden, batch.attention_mask)
 
 
-def seen(states: list, _module: nn.Module, _args: tuple, output: torch.Tensor) -> None:
-    states.append(output if output.requires_grad else output.requires_grad_())
-
-
 @pytest.mark.parametrize("kind", ["categories", "values"])
 def test_gradients_are_those_of_the_drawn_directions(kind):
     """E[g g'] over the places of the stream, token by token, with the states as leaves of autograd."""
     model, seed = frozen(), 7
     statistics = collect(model, bert, BATCHES[:2], [], "fisher", seed, logits=kind)
-    total, count, rows_read = torch.zeros(24, 24, dtype=torch.float64), 0, []
-    for i, batch in enumerate(BATCHES[:2]):
-        states, handles = [], []
-        for norm in [bert.embedding_norm(model), *(b.stream_norm for n in range(3) for b in bert.blocks(model, n))]:
-            handles.append(norm.module.register_forward_hook(partial(seen, states)))
-        with torch.enable_grad():
-            logits = logits_of(model, batch)
-        rows_read.append(states[-1].detach()[:, 0])
-        for direction in drawn_logit_directions(batch, 3 * i, seed, kind, logits.detach()):
-            for gradient in torch.autograd.grad((logits * direction).sum(), states, retain_graph=True):
-                rows = gradient[batch.attention_mask.bool()].double()
-                total, count = total + rows.T @ rows, count + len(rows)
-        for handle in handles:
-            handle.remove()
-    torch.testing.assert_close(statistics.gradient, total / count, rtol=1e-4, atol=1e-8)
-    rows = torch.cat(rows_read).double()
+    moment, _, states = gradient_moment(
+        model,
+        BATCHES[:2],
+        lambda batch: logits_of(model, batch),
+        lambda i, batch, logits: drawn_logit_directions(batch, 3 * i, seed, kind, logits),
+    )
+    torch.testing.assert_close(statistics.gradient, moment, rtol=1e-4, atol=1e-8)
+    rows = torch.cat([state[:, 0] for state in states]).double()
     torch.testing.assert_close(statistics.vectors.second, rows.T @ rows / len(rows), rtol=1e-5, atol=1e-7)
     assert collect(model, bert, BATCHES[:1], [], "pca", seed, logits=kind).gradient is None
 

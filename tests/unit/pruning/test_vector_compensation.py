@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import pytest
 import torch
+from support.gradient_reference import gradient_moment
 from support.small import random_keep, small_batch, small_model
 from torch import nn
 from torch.nn.functional import normalize
@@ -47,30 +46,18 @@ def student_with_vectors() -> Student:
     return Student(model, LossConfig().only(pooled_cosine=1.0, hidden=1.0)).eval()
 
 
-def seen(states: list, _module: nn.Module, _args: tuple, output: torch.Tensor) -> None:
-    states.append(output if output.requires_grad else output.requires_grad_())
-
-
 @pytest.mark.parametrize("pooling", ["mean", "cls", "last"])
 def test_gradients_are_those_of_the_drawn_directions(pooling):
     """E[g g'] over the places of the stream, token by token, with the states as leaves of autograd."""
     model, seed = backbone(), 7
     statistics = collect(model, bert, BATCHES[:2], [], "fisher", seed, pooling)
-    total, count, vectors = torch.zeros(24, 24, dtype=torch.float64), 0, []
-    for i, batch in enumerate(BATCHES[:2]):
-        states, handles = [], []
-        for norm in [bert.embedding_norm(model), *(b.stream_norm for n in range(3) for b in bert.blocks(model, n))]:
-            handles.append(norm.module.register_forward_hook(partial(seen, states)))
-        with torch.enable_grad():
-            unit = normalize(pooled_states(model, bert, batch, pooling), dim=-1)
-        vectors.append(unit.detach())
-        for direction in drawn_directions(batch, 3 * i, seed, 24):
-            for gradient in torch.autograd.grad((unit * direction).sum(), states, retain_graph=True):
-                rows = gradient[batch.attention_mask.bool()].double()
-                total, count = total + rows.T @ rows, count + len(rows)
-        for handle in handles:
-            handle.remove()
-    torch.testing.assert_close(statistics.gradient, total / count, rtol=1e-4, atol=1e-8)
+    moment, vectors, _ = gradient_moment(
+        model,
+        BATCHES[:2],
+        lambda batch: normalize(pooled_states(model, bert, batch, pooling), dim=-1),
+        lambda i, batch, _: drawn_directions(batch, 3 * i, seed, 24),
+    )
+    torch.testing.assert_close(statistics.gradient, moment, rtol=1e-4, atol=1e-8)
     rows = torch.cat(vectors).double()
     torch.testing.assert_close(statistics.vectors.second, rows.T @ rows / len(rows), rtol=1e-5, atol=1e-7)
     assert collect(model, bert, BATCHES[:1], [], "pca", seed, pooling).gradient is None
