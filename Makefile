@@ -19,7 +19,7 @@ PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -
 
 FREE_PORT = $(shell $(BIN)/python -c "import socket; s = socket.socket(); s.bind(('', 0)); print(s.getsockname()[1])")
 
-.PHONY: setup train quality quality-decoder test test-fast test-full lint docs slurm clean prepared
+.PHONY: setup train quality quality-decoder test test-fast test-full lanes lint docs slurm clean prepared
 
 setup: $(VENV)/.ready
 
@@ -58,18 +58,22 @@ AFTERWARDS = -n 2 --dist loadfile $(BY_THE_CLOCK)
 test-fast: setup
 	$(PYTEST) $(IN_LANES) tests/unit -m "not full and not process"
 
+# The compiler works beside the first tests: those that load an op wait for it.
 test: prepared
-	$(PYTEST) $(IN_LANES)
+	@$(MAKE) --no-print-directory -j 2 lanes $(VENV)/.optimizers
 	$(PYTEST) $(AFTERWARDS)
+
+lanes:
+	$(PYTEST) $(IN_LANES)
 
 test-full: prepared
 	$(BIN)/python launcher/build_ops.py
 	$(PYTEST) $(IN_LANES) -m "full or not full"
 	$(PYTEST) $(AFTERWARDS) -m "full or not full"
 
-# All that waits for a compiler or a mirror, at the same time.
+# All that waits for a mirror, at the same time.
 prepared:
-	@$(MAKE) --no-print-directory -j 4 slurm lint setup $(VENV)/.optimizers
+	@$(MAKE) --no-print-directory -j 3 slurm lint setup
 
 # DeepSpeed's own optimizer for the CPU under ZeRO (optimizer.implementation=deepspeed_fused): `make train` does without
 # it. The one of stage 0 is built by `make test-full`.

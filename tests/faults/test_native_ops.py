@@ -11,6 +11,8 @@ from homodistil.engine.native_ops import OF_SETUP
 
 
 def test_what_setup_has_built_is_found_without_an_activated_environment(server, tmp_path):
+    job = server.start("op_jobs:load", [], num_ranks=1)  # which waits for who builds it, or builds it
+    assert job.wait(timeout_s=200) == [0], job.output()
     built = tmp_path / "built"  # a copy, so that nothing happens to the one that all tests use
     shutil.copytree(Path(os.environ.get("TORCH_EXTENSIONS_DIR", OF_SETUP)) / "cpu_adam", built / "cpu_adam")
     job = server.start("op_jobs:load_without_environment", [str(built)], num_ranks=1)

@@ -214,12 +214,16 @@ def test_triton_fp16_keeps_small_gradients(case):
 
 
 # A text of 40 tokens is one tile in bf16, and blocks of 32 in fp32, the second one not full.
-BOTH_KERNELS = [torch.bfloat16, torch.float32]
+# `make test` has each target with one of them, the other in `make test-full`.
+BOTH_KERNELS = [
+    pytest.param(dtype, target, marks=[pytest.mark.full] if (i + j) % 2 else [])
+    for i, dtype in enumerate([torch.bfloat16, torch.float32])
+    for j, target in enumerate(TARGETS)
+]
 
 
 @pytest.mark.interpreted
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("dtype", BOTH_KERNELS, ids=str)
+@pytest.mark.parametrize("dtype, target", BOTH_KERNELS, ids=str)
 def test_triton_takes_any_layout(dtype, target):
     inputs = make(CASES[1], dtype)
     queries, keys = (x.detach() for x in inputs.student)
@@ -292,8 +296,7 @@ def test_torch_without_gradient(target):
 
 
 @pytest.mark.interpreted
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("dtype", BOTH_KERNELS, ids=str)
+@pytest.mark.parametrize("dtype, target", BOTH_KERNELS, ids=str)
 def test_triton_without_gradient(dtype, target):
     inputs = make(CASES[1], dtype)
     with torch.no_grad():
