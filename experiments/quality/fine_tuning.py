@@ -37,6 +37,7 @@ class FineTune(Job):
     task: str
     seed: int
     quick: bool = False
+    rate: float = RATE
 
     @property
     def label(self) -> str:
@@ -48,27 +49,27 @@ class FineTune(Job):
             self.task,
             self.seed,
             self.quick,
-            RATE,
+            self.rate,
             TASKS[self.task].epochs,
         ]
         return work / "tuned" / content_hash(address)
 
     def execute(self, context, folder: Path) -> dict:
         source, start = self.of.checkpoint(context.work), time.process_time()
-        found = _fine_tune(source, self.task, self.seed, self.quick, cache_dir(self.of.spec.config()))
+        found = self._fine_tune(source, cache_dir(self.of.spec.config()))
         return {"score": found[TASKS[self.task].metric], "metrics": found, "cpu_s": time.process_time() - start}
+
+    def _fine_tune(self, checkpoint: Path, cache: Path) -> dict[str, float]:
+        from homodistil.evaluation.glue.fine_tuning import Settings, train
+        from homodistil.evaluation.glue.tasks import find_task
+
+        epochs = TASKS[self.task].epochs
+        settings = Settings(lr=self.rate, batch_size=BATCH_SIZE, epochs=epochs, seed=self.seed, max_length=MAX_TOKENS)
+        encoded = _encoded(_Tokenizer(checkpoint), self.task, self.quick, cache)
+        return train(checkpoint, find_task(self.task), encoded, settings)
 
 
 # homodistil.evaluation.glue is slow to import, and needed in workers only.
-
-
-def _fine_tune(checkpoint: Path, task: str, seed: int, quick: bool, cache: Path) -> dict[str, float]:
-    from homodistil.evaluation.glue.fine_tuning import Settings, train
-    from homodistil.evaluation.glue.tasks import find_task
-
-    epochs = TASKS[task].epochs
-    settings = Settings(lr=RATE, batch_size=BATCH_SIZE, epochs=epochs, seed=seed, max_length=MAX_TOKENS)
-    return train(checkpoint, find_task(task), _encoded(_Tokenizer(checkpoint), task, quick, cache), settings)
 
 
 class _Tokenizer:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.harness.environment import ROOT
-from experiments.quality import decoder_arms
+from experiments.quality import decoder_arms, fine_tuning
 from experiments.quality.arms import ABLATED_ARM, ARMS, UNTRAINED_RATE, Arm
 from experiments.quality.refit_arms import REFERENCE, REFIT_ARMS
 from homodistil.errors import UserError, nearest
@@ -51,6 +51,10 @@ class Options:
     """decoder, refit: the first layers of the teacher that are kept of it (refit: 0 for all)."""
     lengths: tuple[int, ...] = (1,)
     """refit: of training, times the steps."""
+    tasks: tuple[str, ...] = ()
+    """refit: what the exports of the shortest runs are fine-tuned on."""
+    task_rate: float = fine_tuning.RATE
+    """refit: the learning rate of that."""
     is_listed: bool = False
     """decoder: print the runs and how long they take, and make none."""
 
@@ -73,6 +77,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sizes", nargs="+", help="decoder: shares of the teacher's parameters (0.7 0.5)")
     parser.add_argument("--arms", nargs="+", help="main, decoder, refit: see arms.py, decoder_arms.py, refit_arms.py")
     parser.add_argument("--lengths", type=int, nargs="+", choices=LENGTHS, help="refit: of training, times --steps")
+    tasks = list(fine_tuning.TASKS)
+    parser.add_argument("--tasks", nargs="+", choices=tasks, help="refit: fine-tune the shortest runs' students on")
+    parser.add_argument("--task-rate", type=float, default=fine_tuning.RATE, help="refit: learning rate of --tasks")
     parser.add_argument("--table", action="store_true", help="refit: the page of what is there; makes no run")
     parser.add_argument("--teacher", help="decoder, refit: packaged one, GGUF file or folder")
     parser.add_argument("--layers", type=int, help="decoder, refit: first layers of a decoder (30: whole)")
@@ -139,6 +146,8 @@ def options_of(args: argparse.Namespace) -> Options:
         teacher=args.teacher or _TEACHERS.get(args.study, decoder_arms.SMOLLM2),
         layers=_LAYERS.get(args.study, 0) if args.layers is None else args.layers,
         lengths=tuple(args.lengths or (LENGTHS[:1] if quick else LENGTHS)),
+        tasks=tuple(args.tasks or ()),
+        task_rate=args.task_rate,
         is_listed=args.list,
     )
 

@@ -16,7 +16,8 @@ from experiments.quality.arms import UNTRAINED_RATE, Arm
 from experiments.quality.availability import outlook
 from experiments.quality.budget import Budget
 from experiments.quality.comparison import Entry
-from experiments.quality.jobs import Train
+from experiments.quality.fine_tuning import FineTune
+from experiments.quality.jobs import Job, Keep, Train
 from experiments.quality.options import LENGTHS, Options
 from experiments.quality.pool import Pool
 from experiments.quality.refit_arms import DECODER_RATE, REFERENCE, REFIT_ARMS, cut_alone, pace
@@ -27,6 +28,8 @@ from homodistil.training.heldout_scores import language_loss
 
 CUT_STEPS = 40
 """Steps that take as long as a run that only cuts, for the budget."""
+TASK_STEPS = 150
+"""Steps that take as long as a fine-tuning."""
 
 
 @dataclass
@@ -34,13 +37,15 @@ class Cell(Entry):
     """One form of the cut at one width and length."""
 
     length: int = 1
+    tuned: dict[int, dict] = field(default_factory=dict)
+    """Seed -> {"test": task -> score of the fine-tuned export}, as what was measured of the run itself."""
 
     @property
     def label(self) -> str:
         return f"{self.arm.name}/{self.width}/x{self.length}"
 
 
-Plan = tuple[Cell, list[Train]]
+Plan = tuple[Cell, list[Job]]
 """Runs that are made together or not at all."""
 
 
@@ -77,6 +82,8 @@ def run(pool: Pool, options: Options) -> RefitStudy:
                 runner.cut(cells)
             runner.tune(cells)
             runner.seeds(cells)
+            if length == LENGTHS[0]:
+                runner.tasks(cells)
     return study
 
 
@@ -167,26 +174,52 @@ class _Runner:
                 if result:
                     cell.runs[seed] = result
 
+    def tasks(self, cells: list[Cell]) -> None:
+        """Fine-tune the exports of all seeds, each with the seed of its run."""
+        wanted = [(seed, task) for seed in self._options.seeds for task in self._options.tasks]
+        plans = [
+            (cell, [self._tuning(cell, seed, task) for seed, task in wanted if seed in cell.runs]) for cell in cells
+        ]
+        chosen = self._selected("fine-tuning", plans, TASK_STEPS)
+        new = [job.of for _, jobs in chosen for job in jobs if job.result(self._pool.work) is None]
+        self._pool.run("students to fine-tune", list(dict.fromkeys(new)))
+        for cell, results in self._made("fine-tuning", chosen):
+            for (seed, task), result in zip([w for w in wanted if w[0] in cell.runs], results, strict=True):
+                if result:
+                    cell.tuned.setdefault(seed, {"test": {}})["test"][task] = result["score"]
+
+    def _tuning(self, cell: Cell, seed: int, task: str) -> FineTune:
+        run = dataclasses.replace(self._job(cell, cell.rate, seed), keep=Keep.YES)
+        return FineTune(run, task, seed, self._options.quick, self._options.task_rate)
+
     def _job(self, cell: Cell, rate: float, seed: int) -> Train:
         return job(self._options, self._teacher, cell, rate, seed)
 
     def _results(self, phase: str, plans: list[Plan], is_cut: bool = False) -> list[tuple[Cell, list[dict | None]]]:
         """Of the plans that are there or fit."""
+        answers = self._made(phase, self._selected(phase, plans, CUT_STEPS if is_cut else None))
+        for cell, some in answers if not is_cut else ():
+            self._budget.saw(some, self._steps(cell))
+        return answers
+
+    def _selected(self, phase: str, plans: list[Plan], steps: int | None = None) -> list[Plan]:
+        """The plans that are there, and those that are selected and fit.
+
+        Args:
+            steps: of training that take as long as a job of the plans; None: they are trained runs of a length that has
+                to be selected.
+        """
         chosen: list[Plan] = []
         missing = 0
         for cell, jobs in plans:
             new = sum(job.result(self._pool.work) is None for job in jobs)
-            is_selected = cell.arm.name in self._options.arms and (is_cut or cell.length in self._options.lengths)
-            steps = CUT_STEPS if is_cut else self._steps(cell)
-            if not new or (is_selected and self._budget.allows(missing + new, steps)):
+            is_selected = cell.arm.name in self._options.arms and (steps or cell.length in self._options.lengths)
+            if not new or (is_selected and self._budget.allows(missing + new, steps or self._steps(cell))):
                 missing += new
                 chosen.append((cell, jobs))
             elif is_selected:
                 self._study.left_out.append(f"{cell.label}: {phase}")
-        answers = self._made(phase, chosen)
-        for cell, some in answers if not is_cut else ():
-            self._budget.saw(some, self._steps(cell))
-        return answers
+        return chosen
 
     def _made(self, phase: str, chosen: list[Plan]) -> list[tuple[Cell, list[dict | None]]]:
         jobs = [job for _, some in chosen for job in some]

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from benchmarks.harness.rows import Rows
 from benchmarks.harness.run import page
 from benchmarks.harness.table import cell, table
-from experiments.quality.comparison_tables import Metric, failures, rates_section
+from experiments.quality.comparison_tables import TASKS, Metric, failures, rates_section
 from experiments.quality.options import LENGTHS, Options
 from experiments.quality.refit_arms import REFERENCE, REFIT_ARMS, is_gradual
 from experiments.quality.refit_study import Cell, RefitStudy
@@ -29,6 +29,7 @@ def metrics(study: RefitStudy) -> dict[str, Metric]:
 def report(study: RefitStudy, options: Options, errors: Mapping[str, str]) -> str:
     parts = [_order(study, width, name) for width in options.widths for name in metrics(study)]
     parts += [_length_part(study, width, length, options) for width in options.widths for length in LENGTHS]
+    parts += [_tasks_part(study, width, task, options) for width in options.widths for task in TASKS]
     tried = [entry for entry in study.cells if entry.validation]
     parts += [rates_section(tried) if tried else "", _refused(study), _left_out(study), failures(errors)]
     return page("Which form of the cut is best after distillation", _how(options), *parts)
@@ -119,6 +120,26 @@ def _line(study: RefitStudy, which: Cell, base: Runs) -> list:
     return [*line, cpu, len(which.runs)]
 
 
+def _tasks_part(study: RefitStudy, width: str, task: str, options: Options) -> str:
+    """What the exports of the shortest runs come to after fine-tuning on the task."""
+    tuned = {
+        c.arm.name: c.tuned for c in study.at(width, LENGTHS[0]) if any(task in s["test"] for s in c.tuned.values())
+    }
+    if not tuned:
+        return ""
+    base, form = tuned.get(REFERENCE, {}), TASKS[task].form
+    lines = [
+        [REFIT_ARMS[name].label, over_seeds(runs, task), marked(difference(runs, base, task)), len(runs)]
+        for name, runs in tuned.items()
+    ]
+    title = f"## Fine-tuned: {TASKS[task].heading}, width {width}"
+    about = (
+        f"Exports of the x{LENGTHS[0]} runs, learning rate {options.task_rate:g}, one fine-tuning per seed; higher is "
+        f"better."
+    )
+    return f"{title}\n\n{about}\n\n{table(['form', f'score {form}', 'difference {}', 'seeds {}'], lines)}"
+
+
 def _rate(which: Cell) -> str:
     is_end = which.rate in (min(which.validation), max(which.validation))
     return cell(which.rate, "{:g}") + (" (end)" if is_end else "")
@@ -144,6 +165,11 @@ def rows(study: RefitStudy, config: dict) -> Rows:
         about["validation"] = {f"{rate:g}": loss for rate, loss in which.validation.items()}
         about["parameters"] = next((run["parameters"] for run in which.runs.values()), None)
         _add(made, study, which.arm.name, f"{which.width} x{which.length}", which.runs, about)
+        for task, metric in TASKS.items():
+            scores = {seed: tuned["test"][task] for seed, tuned in which.tuned.items() if task in tuned["test"]}
+            if scores:
+                made.add(which.arm.name, task, metric.unit, f"{which.width} fine-tuned", list(scores.values()), **about)
+                made[-1] |= {"values": list(scores.values()), "seeds": list(scores)}
     return made
 
 

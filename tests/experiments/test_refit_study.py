@@ -14,7 +14,7 @@ from experiments.quality import refit_study, refit_tables
 from experiments.quality.arms import BASE, EARLY, FULL, ONE_SHOT, OUR_WEIGHTS, SHAPES
 from experiments.quality.availability import outlook
 from experiments.quality.decoder_arms import DECODER_BASE
-from experiments.quality.jobs import RESULT_FILE
+from experiments.quality.jobs import RESULT_FILE, Keep
 from experiments.quality.pool import Pool, spawner
 from experiments.quality.refit_arms import REFERENCE, REFIT_ARMS
 from experiments.quality.refit_study import Cell, RefitStudy
@@ -153,6 +153,27 @@ def test_the_page_says_whether_the_order_changes(tmp_path):
     rows = {(row["variant"], row["metric"], row["x"]): row for row in refit_tables.rows(study, {})}
     assert rows["none_one_shot", "mlm_loss", "half x4"]["values"] == pytest.approx([3.5, 3.51, 3.52])
     assert rows["none_one_shot", "kl_to_teacher", "half cut alone"]["seeds"] == [0, 1, 2]
+
+
+class _TuningPool(_Pool):
+    def run(self, phase, jobs, later=None) -> list:
+        if phase != "fine-tuning":
+            return super().run(phase, jobs, later)
+        assert all(job.of.keep is Keep.YES and job.of.spec.config().train.seed == job.seed for job in jobs)
+        return [{"score": 0.8 - 0.1 * job.label.startswith("none") + 0.01 * job.seed} for job in jobs]
+
+
+def test_students_are_fine_tuned_with_the_seeds_of_their_runs(tmp_path):
+    pool = _TuningPool(tmp_path, {})
+    options = _options(tmp_path, "--lengths", "1", "--arms", *ARMS, "--tasks", "stsb", "--task-rate", "2e-4")
+    study = refit_study.run(pool, options)
+    again = [(name, seed) for phase, name, _, seed in pool.asked if phase == "students to fine-tune"]
+    assert sorted(again) == [(f"{name}/half/x1", seed) for name in sorted(ARMS) for seed in (0, 1, 2)]
+    text = refit_tables.report(study, options, {})
+    assert "## Fine-tuned: STS-B Spearman, width half\n\nExports of the x1 runs, learning rate 0.0002" in text
+    assert "| selection, one-shot | 0.710 +- 0.010 | -0.100 +- 0.000 * | 3 |" in text and "movie" not in text
+    rows = {(row["variant"], row["metric"], row["x"]): row for row in refit_tables.rows(study, {})}
+    assert rows["full_one_shot", "stsb", "half fine-tuned"]["values"] == pytest.approx([0.8, 0.81, 0.82])
 
 
 def test_ranks_are_of_the_seeds_that_the_reference_has_too():
