@@ -6,6 +6,7 @@
     python -m experiments.quality ablate --base homodistil
     python -m experiments.quality decoder --list      # the runs on SmolLM2 and their time; without --list: makes them
     python -m experiments.quality refit               # which form of the cut is best after training: forms x lengths
+    python -m experiments.quality embedder            # half of a sentence embedder against its rivals
     python -m experiments.quality main --quick        # under 90 s, leaves results/ alone
 
 Two processes of one rank and one thread each train run after run (worker.py) through
@@ -33,6 +34,8 @@ from experiments.quality import (
     decoder_list,
     decoder_study,
     decoder_tables,
+    embedder_study,
+    embedder_tables,
     gap_study,
     gap_tables,
     refit_study,
@@ -49,6 +52,7 @@ STUDIES = {
     "ablate": (ablation.run, ablation_tables),
     "decoder": (decoder_study.run, decoder_tables),
     "refit": (refit_study.run, refit_tables),
+    "embedder": (embedder_study.run, embedder_tables),
 }
 """Study -> its runs, and the module with its `report` and `rows`."""
 

@@ -14,8 +14,7 @@ from experiments.quality.jobs import EvaluateTeacher, Keep, Train
 from experiments.quality.options import Options
 from experiments.quality.pool import Pool
 from experiments.quality.specs import RunSpec
-from experiments.quality.statistics import best_rate, extension
-from homodistil.training.heldout_scores import language_loss
+from experiments.quality.statistics import best_rate, choice_loss, extension
 
 OWN_SHAPE = "own"
 EXTENDED_SHARE = 0.5
@@ -115,7 +114,7 @@ def _validate(pool: Pool, options: Options, phase: str, cells: list[tuple[Entry,
     keep = Keep.IF_NEW if options.tune else Keep.NO
     jobs = [job(options, entry, rate, options.seeds[0], keep) for entry, rate in cells]
     for (entry, rate), found in zip(cells, pool.run(phase, jobs, later), strict=True):
-        entry.validation[rate] = language_loss(found["validation"]) if found else None
+        entry.validation[rate] = choice_loss(found["validation"]) if found else None
 
 
 def run_seeds(pool: Pool, options: Options, entries: list[Entry]) -> None:

@@ -150,7 +150,7 @@ class MeasuredRun(DistillationRun):
         return self.final
 
     def _evaluate_half(self, half: RunInputs, remembered: RememberedLogits) -> dict[str, float]:
-        if self.student.family.is_causal:
+        if self.student.family.is_causal or not half.with_head:
             return HeldoutScores(self.config, half, self.student.family).of_student(self.student, self.teacher)
         teacher = remembered.of(self.teacher.predict)
         return evaluate(self.student.predict, teacher, half.heldout(self.config), half.device)

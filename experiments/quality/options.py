@@ -9,12 +9,13 @@ from pathlib import Path
 from benchmarks.harness.environment import ROOT
 from experiments.quality import decoder_arms, fine_tuning
 from experiments.quality.arms import ABLATED_ARM, ARMS, UNTRAINED_RATE, Arm
+from experiments.quality.embedder_arms import EMBEDDER_ARMS
 from experiments.quality.refit_arms import REFERENCE, REFIT_ARMS
 from homodistil.errors import UserError, nearest
 
 WORK = Path("~/.cache/homodistil/quality")
+CORRECTION = "teacher.correction_steps=5"
 QUICK = (
-    "teacher.correction_steps=5",
     "train.global_batch_size=8",
     "train.micro_batch_size=8",
     "pruning.interval_steps=1",
@@ -75,7 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", help="the first chooses the learning rates")
     parser.add_argument("--widths", nargs="+", choices=["half", "quarter", "eighth"])
     parser.add_argument("--sizes", nargs="+", help="decoder: shares of the teacher's parameters (0.7 0.5)")
-    parser.add_argument("--arms", nargs="+", help="main, decoder, refit: see arms.py, decoder_arms.py, refit_arms.py")
+    parser.add_argument("--arms", nargs="+", help="see arms.py, decoder_arms.py, refit_arms.py, embedder_arms.py")
     parser.add_argument("--lengths", type=int, nargs="+", choices=LENGTHS, help="refit: of training, times --steps")
     tasks = list(fine_tuning.TASKS)
     parser.add_argument("--tasks", nargs="+", choices=tasks, help="refit: fine-tune the shortest runs' students on")
@@ -99,9 +100,10 @@ _LAYERS = {"decoder": LAYERS}
 _TEACHERS = {"refit": "embedded:bert-tiny"}
 LENGTHS = (1, 4, 16)
 """Of training in the study refit, times the steps."""
-_ARMS = {"decoder": decoder_arms.DECODER_ARMS, "refit": REFIT_ARMS}
+_ARMS = {"decoder": decoder_arms.DECODER_ARMS, "refit": REFIT_ARMS, "embedder": EMBEDDER_ARMS}
 """Study -> its methods; of the others: ARMS."""
 _QUICK_ARMS = {"decoder": ("none_one_shot", decoder_arms.BY_DEPTH), "refit": (REFERENCE, "none_one_shot")}
+_QUICK_ARMS["embedder"] = ("ours", "layers", "ours_cut", "selection_cut")
 _EVAL_BLOCKS = {"decoder": 128}
 """Study -> held-out blocks a half; the others take all, for their vocabulary is read at masked tokens alone."""
 
@@ -113,6 +115,7 @@ _DEFAULTS = {
     "ablate": (240, ("half",)),
     "decoder": (128, decoder_arms.SIZES),
     "refit": (240, ("half", "quarter")),
+    "embedder": (240, ("half",)),
 }
 
 _RATES = (3e-3, 6e-3, 1.2e-2)
@@ -137,12 +140,12 @@ def options_of(args: argparse.Namespace) -> Options:
         workers=args.workers,
         deepspeed=args.deepspeed,
         quick=quick,
-        set=(*(QUICK if quick else ()), *args.set),
+        set=(*(_quick(args.study) if quick else ()), *args.set),
         tune=not args.no_tune and args.study != "decoder",
         base=args.base or ("homodistil" if quick else ABLATED_ARM),
         budget_minutes=0.0 if args.table else args.budget_minutes,
         eval_blocks=64 if quick else _EVAL_BLOCKS.get(args.study),
-        own_rates=args.study in ("main", "decoder", "refit") and not (args.rates or quick),
+        own_rates=args.study in ("main", "decoder", "refit", "embedder") and not (args.rates or quick),
         teacher=args.teacher or _TEACHERS.get(args.study, decoder_arms.SMOLLM2),
         layers=_LAYERS.get(args.study, 0) if args.layers is None else args.layers,
         lengths=tuple(args.lengths or (LENGTHS[:1] if quick else LENGTHS)),
@@ -150,6 +153,11 @@ def options_of(args: argparse.Namespace) -> Options:
         task_rate=args.task_rate,
         is_listed=args.list,
     )
+
+
+def _quick(study: str) -> tuple[str, ...]:
+    """Embedders have no language-modelling head that could be corrected."""
+    return QUICK if study == "embedder" else (CORRECTION, *QUICK)
 
 
 def _chosen_arms(args: argparse.Namespace) -> tuple[str, ...]:

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Protocol
 
 from experiments.quality.jobs import Job
+from experiments.quality.statistics import choice_loss
 from experiments.quality.worker import work_off
-from homodistil.training.heldout_scores import language_loss
 
 _ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
@@ -143,7 +143,7 @@ class Pool:
         if error is None:
             self._seconds.setdefault(job.kind, []).append(seconds)
             measured = found.get("validation")
-            outcome = f"{seconds:.0f} s" + (f", validation loss {language_loss(measured):.3f}" if measured else "")
+            outcome = f"{seconds:.0f} s" + (f", validation loss {choice_loss(measured):.3f}" if measured else "")
         else:
             self.errors[job.label] = error
             outcome = f"FAILED: {error}"

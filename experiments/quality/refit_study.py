@@ -22,9 +22,8 @@ from experiments.quality.options import LENGTHS, Options
 from experiments.quality.pool import Pool
 from experiments.quality.refit_arms import DECODER_RATE, REFERENCE, REFIT_ARMS, cut_alone, pace
 from experiments.quality.specs import RunSpec
-from experiments.quality.statistics import FACTOR, best_rate, extension
+from experiments.quality.statistics import FACTOR, best_rate, choice_loss, extension
 from experiments.quality.study_teacher import StudyTeacher, study_teacher
-from homodistil.training.heldout_scores import language_loss
 
 CUT_STEPS = 40
 """Steps that take as long as a run that only cuts, for the budget."""
@@ -162,7 +161,7 @@ class _Runner:
         plans = [(cell, [self._job(cell, rate, self._options.seeds[0]) for rate in some]) for cell, some in wanted]
         for cell, results in self._results(phase, plans):
             for rate, result in zip(tried[cell.label], results, strict=True):
-                cell.validation[rate] = language_loss(result["validation"]) if result else None
+                cell.validation[rate] = choice_loss(result["validation"]) if result else None
 
     def seeds(self, cells: list[Cell]) -> None:
         """At the chosen rates: the reference first, then from the best to the worst of the first seed."""

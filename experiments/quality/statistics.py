@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from benchmarks.harness.table import Mean, cell
+from homodistil.training.heldout_scores import language_loss
 
 FACTOR = 2.0
 """By which a grid of rates is extended, once, where its best is at an end."""
@@ -63,6 +64,12 @@ def verdict(ours: Mean, rival: Mean, lower_is_better: bool) -> Verdict:
     difference, deviation = ours.mean - rival.mean, math.hypot(ours.sd, rival.sd)
     gain = -difference if lower_is_better else difference
     return Verdict(difference, deviation, gain > 2 * deviation)
+
+
+def choice_loss(measured: Mapping[str, float]) -> float:
+    """What learning rates are chosen by, of held-out results: the cross-entropy of the task (nats); 1 - mean cosine to
+    the teacher's vectors, where texts have these instead of words to predict."""
+    return 1 - measured["vector_cosine"] if "vector_cosine" in measured else language_loss(dict(measured))
 
 
 def best_rate(losses: Mapping[float, float | None]) -> float | None:

@@ -1,0 +1,71 @@
+"""The study of a sentence embedder: its methods are what their names say, and its page."""
+
+from __future__ import annotations
+
+from study_fakes import FakePool, measured, study_options
+
+from experiments.quality import embedder_study, embedder_tables
+from experiments.quality.comparison import exports
+from experiments.quality.embedder_arms import EMBEDDER_ARMS, EMBEDDER_BASE
+from experiments.quality.specs import RunSpec
+from experiments.quality.statistics import choice_loss
+
+LEVEL = {"ours": 0.9, "selection": 0.8, "random_init": 0.5, "layers": 0.85, "ours_cut": 0.7, "selection_cut": 0.4}
+
+
+class _Pool(FakePool):
+    """Answers runs by their method, and probes of an export with as much again as its cosine."""
+
+    errors: dict = {}
+
+    def __init__(self, work) -> None:
+        super().__init__(self._answer, work)
+
+    def _answer(self, label: str, rate: float, seed: int) -> dict:
+        cosine = LEVEL[label.split("/")[0]] + 0.001 * seed
+        half = {"vector_cosine": cosine, "recall_at_10": cosine - 0.2}
+        return measured(1.0, 1.0) | {"validation": half, "test": half}
+
+    def run(self, phase, jobs, later=None) -> list:
+        if phase == "teacher":
+            return [{"parameters": 2000}]
+        if phase != "probes":
+            return super().run(phase, jobs, later)
+        return [{"scores": {"cosine": LEVEL.get(job.label.split("/")[0], 1.0)}} for job in jobs]
+
+
+def test_methods_are_what_their_names_say():
+    configs = {
+        name: RunSpec.of(name, EMBEDDER_BASE, arm.overrides, steps=9, lr=1e-3, seed=0).config()
+        for name, arm in EMBEDDER_ARMS.items()
+    }
+    assert {c.data.task for c in configs.values()} == {"embedding"}
+    assert configs["ours"].loss.weights == {"hidden": 1.0, "pooled_cosine": 10.0}
+    for name in ("selection", "random_init"):
+        assert configs[name].loss == configs["ours"].loss and configs[name].student.hidden_size == 192
+    assert configs["selection"].pruning.compensation == "none" and configs["ours"].pruning.compensation == "full"
+    assert configs["layers"].loss.weights == {"pooled_mse": 1920.0} and configs["layers"].student.hidden_size is None
+    assert configs["layers"].student.init_layers == [1, 4] and configs["random_init"].student.init == "random"
+
+
+def test_rates_are_chosen_by_the_vectors():
+    assert choice_loss({"vector_cosine": 0.9, "recall_at_10": 0.1}) == 1 - 0.9
+    assert choice_loss({"mlm_loss": 4.0}) == 4.0 and choice_loss({"lm_loss": 3.0}) == 3.0
+
+
+def test_the_page(tmp_path):
+    options = study_options(tmp_path, "embedder")
+    study = embedder_study.run(_Pool(tmp_path), options)
+    text = embedder_tables.report(study, options, {})
+    assert "| teacher | 2,000 | - | 1.000 | 1.000 | 1.000 | - | - |" in text
+    assert (
+        "| ours: cut at once, compensated | 1,000 | 0.0005 | 0.901 +- 0.001 | 0.701 +- 0.001 | 0.900 +- 0.000 |" in text
+    )
+    wanted = (
+        "| ours: cut at once, compensated | random init, same loss | cosine to the teacher | +0.400 | 0.003 | yes |"
+    )
+    assert wanted in text and "| ours, cut alone | selection, cut alone | STS-B | +0.300 | 0.000 | yes |" in text
+    assert "two layers at the teacher's width" in text and "nan" not in text
+    assert all(len(exports(options, entry)) == 3 for entry in study.entries)
+    rows = {(row["variant"], row["metric"]): row for row in embedder_tables.rows(study, {})}
+    assert rows["layers", "vector_cosine"]["values"] == [0.85, 0.851, 0.852] and rows["teacher", "cosine"]["value"] == 1
