@@ -30,6 +30,18 @@ def known_config(name: str) -> PretrainedConfig | None:
     return None if make is None else make()
 
 
+def _minilm(layers: int, vocab_size: int = 30522) -> PretrainedConfig:
+    return BertConfig(
+        vocab_size=vocab_size, hidden_size=384, intermediate_size=1536, num_hidden_layers=layers, num_attention_heads=12
+    )
+
+
+def _reranker() -> PretrainedConfig:
+    config = _minilm(6)
+    config.num_labels, config.architectures = 1, ["BertForSequenceClassification"]
+    return config
+
+
 def _roberta(kind: type[PretrainedConfig], vocab_size: int) -> PretrainedConfig:
     return kind(vocab_size=vocab_size, max_position_embeddings=514, type_vocab_size=1, layer_norm_eps=1e-5)
 
@@ -108,13 +120,16 @@ def _gemma3(hidden_size: int, intermediate_size: int, layers: int) -> Pretrained
 
 _KNOWN: dict[str, Callable[[], PretrainedConfig]] = {
     **dict.fromkeys(("bert-base-uncased", "google-bert/bert-base-uncased"), BertConfig),
+    "BAAI/bge-small-en-v1.5": lambda: _minilm(12),
+    "intfloat/multilingual-e5-small": lambda: _minilm(12, vocab_size=250037),
+    "cross-encoder/ms-marco-MiniLM-L6-v2": _reranker,
     **dict.fromkeys(("distilbert-base-uncased", "distilbert/distilbert-base-uncased"), DistilBertConfig),
     "google/electra-small-generator": ElectraConfig,
     "google/electra-base-generator": lambda: ElectraConfig(embedding_size=768),
     "microsoft/mpnet-base": lambda: MPNetConfig(max_position_embeddings=514, layer_norm_eps=1e-5),
     **dict.fromkeys(("roberta-base", "FacebookAI/roberta-base"), lambda: _roberta(RobertaConfig, 50265)),
     **dict.fromkeys(("xlm-roberta-base", "FacebookAI/xlm-roberta-base"), lambda: _roberta(XLMRobertaConfig, 250002)),
-    "answerdotai/ModernBERT-base": ModernBertConfig,
+    **dict.fromkeys(("answerdotai/ModernBERT-base", "nomic-ai/modernbert-embed-base"), ModernBertConfig),
     "answerdotai/ModernBERT-large": _modernbert_large,
     "jhu-clsp/ettin-encoder-17m": lambda: _ettin(256, 384, 7, 4),
     "jhu-clsp/ettin-encoder-32m": lambda: _ettin(384, 576, 10, 6),
