@@ -10,6 +10,7 @@ import torch
 
 from homodistil.config.command_line import Job
 from homodistil.config.plugins import load_plugins
+from homodistil.config.schema import DataConfig, RunFolderConfig
 from homodistil.config.students import check_stage
 from homodistil.distill.teacher import load_config
 from homodistil.distill.teacher_sharding import num_parameters
@@ -22,6 +23,7 @@ from homodistil.metrics.progress import doing
 from homodistil.metrics.result_table import format_table, write_result
 from homodistil.planning.save_plan import calibration_path, keep_plan
 from homodistil.training.control_runs import controls
+from homodistil.training.final_formats import add_formats
 from homodistil.training.inputs import prepare_inputs
 from homodistil.training.milestone_exports import family_rows, read_family
 from homodistil.training.multi_student import student_runs, train_together
@@ -95,7 +97,8 @@ def _run(job: Job, raw_engine_config: dict, device: torch.device, report: StartR
         with doing("loading teacher and student"):
             one = DistillationRun(config, engine_config, run_inputs, folder, command)
         rows = _train_one(one, correction)
-    ranks.on_rank_zero(lambda: _conclude(folder, rows, config.run.report))
+    with watchdog.long_phase("writing results"):  # other formats of a large model take minutes
+        ranks.on_rank_zero(lambda: _conclude(folder, rows, config.run, config.data))
     return rows
 
 
@@ -111,7 +114,7 @@ def _train_students(runs: Sequence[DistillationRun], folder: Path, correction: d
     for run, row in zip(runs, finished, strict=True):
         student_rows = _student_rows(run, row)
         ranks.on_rank_zero(
-            lambda run=run, rows=student_rows: _store(run.folder, [teacher, *rows], run.config.run.report)
+            lambda run=run, rows=student_rows: _store(run.folder, [teacher, *rows], run.config.run, run.config.data)
         )
         name = run.config.run.name
         rows += [
@@ -153,10 +156,10 @@ def _teacher_row(run: DistillationRun, correction: dict) -> dict:
     return row
 
 
-def _conclude(folder: Path, rows: list[dict], with_report: bool) -> None:
-    with doing("writing the report" if with_report else "writing the results"):
-        files = _store(folder, rows, with_report)
-    tables = "\n\n".join(filter(None, (format_table(rows), _milestones(rows))))
+def _conclude(folder: Path, rows: list[dict], run: RunFolderConfig, data: DataConfig) -> None:
+    with doing("writing the report" if run.report else "writing the results"):
+        files, formats = _store(folder, rows, run, data)
+    tables = "\n\n".join(filter(None, (format_table(rows), _milestones(rows), formats)))
     print("\n".join([f"\n{tables}\n", *(f"{what}: {path}" for what, path in files.items())]), flush=True)
 
 
@@ -169,13 +172,15 @@ def _milestones(rows: list[dict]) -> str:
     return family_text(rows)
 
 
-def _store(folder: Path, rows: list[dict], with_report: bool) -> dict[str, Path]:
-    """Result and report of one run folder, by what they are; its model cards now know the teacher's results."""
+def _store(folder: Path, rows: list[dict], run: RunFolderConfig, data: DataConfig) -> tuple[dict[str, Path], str]:
+    """Result and report of one run folder, by what they are, and what is to be said of other formats; its model cards
+    now know the teacher's results."""
     complete_cards(folder, rows[0])
     files = {"result": write_result(folder, rows)}
-    if with_report:
+    formats = add_formats(Path(folder), run, data)
+    if run.report:
         # Imports matplotlib: more than a second of every rank's start, and only rank 0 draws, at the end.
         from homodistil.report import write_report
 
         files["report"] = write_report(folder)
-    return files
+    return files, formats

@@ -88,6 +88,15 @@ class RunFolderConfig:
     """Also write the output of each rank to logs/rank-NNNNN.txt in the run folder."""
     report: bool = option(True, resume="free", students="shared", derived=SAME)
     """Write report.html at the end. Without it, `homodistil report` makes the same page at any time."""
+    formats: list[Literal["onnx", "onnx-int8", "openvino"]] = option(
+        [], resume="free", students="shared", derived={CORRECTION: [], MEASUREMENT: [], TRIAL: []}
+    )
+    """Formats in which every export is written at the end besides the stock checkpoint, as by `homodistil export`. One
+    that differs too much from torch is left out with a line; the run and its checkpoint are complete without it."""
+    latency: bool = option(
+        False, resume="free", students="shared", derived={CORRECTION: False, MEASUREMENT: False, TRIAL: False}
+    )
+    """Time teacher and exports on this machine's CPU at the end, as `homodistil latency` does with its defaults."""
     trackers: list[Literal["wandb", "mlflow"]] = option(
         [], resume="free", students="shared", derived={CORRECTION: [], MEASUREMENT: [], TRIAL: []}
     )

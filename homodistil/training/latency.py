@@ -18,8 +18,9 @@ from homodistil.export.formats.layout import FORMATS, Limits
 from homodistil.export.formats.runners import Runner, onnx_runner, output_name, torch_runner
 from homodistil.export.formats.write import files_of, write_formats
 from homodistil.export.inference_speed import BATCH_SIZE, interleaved_medians_s
-from homodistil.metrics.result_table import cell
+from homodistil.metrics.result_table import aligned, cell
 from homodistil.models.weights import has_weights
+from homodistil.training.latency_conditions import Conditions
 from homodistil.training.stock_checkpoint import StockCheckpoint
 
 GRAPHS = ("onnx", "onnx-int8")
@@ -53,9 +54,7 @@ class _Subject(NamedTuple):
     vocab_size: int
 
 
-def measure(
-    checkpoints: Sequence[StockCheckpoint], work: Path, num_tokens: int, num_threads: int, num_rounds: int
-) -> list[Timed]:
+def measure(checkpoints: Sequence[StockCheckpoint], work: Path, conditions: Conditions) -> list[Timed]:
     """Time all of `checkpoints`, each in torch fp32, ONNX and int8 ONNX, as far as they can be had.
 
     Of a checkpoint with weights the backbone is timed. ONNX graphs that lie in its folder are used if they put out
@@ -63,19 +62,19 @@ def measure(
 
     Args:
         work: an empty folder.
-        num_tokens: of every sentence; none is padded.
+        conditions: no sentence is padded.
 
     Raises:
         UserError: a checkpoint cannot be loaded, or has neither weights nor a graph.
     """
     subjects: list[_Subject] = []
-    with _torch_threads(num_threads):
+    with _torch_threads(conditions.threads):
         for number, checkpoint in enumerate(checkpoints):
             with progress.doing(f"loading {checkpoint.name}"):
-                subjects += _subjects(checkpoint, work / str(number), num_threads)
-        passes = [_pass(subject, size, num_tokens) for subject in subjects for size in (1, BATCH_SIZE)]
-        with progress.doing(f"timing {len(subjects)} models in {num_rounds} rounds"):
-            seconds = interleaved_medians_s(passes, num_rounds)
+                subjects += _subjects(checkpoint, work / str(number), conditions.threads)
+        passes = [_pass(subject, size, conditions.tokens) for subject in subjects for size in (1, BATCH_SIZE)]
+        with progress.doing(f"timing {len(subjects)} models in {conditions.rounds} rounds"):
+            seconds = interleaved_medians_s(passes, conditions.rounds)
     pairs = zip(subjects, seconds[::2], seconds[1::2], strict=True)
     return [Timed(*subject.facts, one * 1e3, BATCH_SIZE / many) for subject, one, many in pairs]
 
@@ -155,10 +154,11 @@ def check_tokens(checkpoints: Sequence[StockCheckpoint], num_tokens: int) -> Non
             )
 
 
-def as_lines(rows: Sequence[Timed]) -> list[list[str]]:
-    """The cells of the table, headings first."""
+def as_text(rows: Sequence[Timed], conditions: Conditions) -> str:
+    """The table under a line with the conditions."""
     headings = ["checkpoint", "format", "output", "parameters", "MB", "cosine", "ms/sentence", "sentences/s"]
-    return [headings, *(_cells(row) for row in rows)]
+    heading = ", ".join(f"{name} {value}" for name, value in conditions._asdict().items())
+    return f"{heading}\n\n{aligned([headings, *(_cells(row) for row in rows)])}"
 
 
 def _cells(row: Timed) -> list[str]:

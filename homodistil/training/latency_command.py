@@ -21,6 +21,7 @@ from homodistil.evaluation import progress
 from homodistil.evaluation.command_line import number
 from homodistil.export.formats.layout import require_installed
 from homodistil.files import to_json
+from homodistil.training.latency_conditions import Conditions
 
 
 def main(argv: list[str]) -> None:
@@ -29,8 +30,7 @@ def main(argv: list[str]) -> None:
         arguments = parser().parse_args(argv)
         require_installed(["onnx"])
         # Imported after parsing, so that --help and bad options are fast.
-        from homodistil.metrics.result_table import aligned
-        from homodistil.training.latency import as_lines, check_tokens, measure
+        from homodistil.training.latency import as_text, check_tokens, measure
         from homodistil.training.run_members import expand, keep
         from homodistil.training.stock_checkpoint import open_checkpoint
 
@@ -38,16 +38,14 @@ def main(argv: list[str]) -> None:
         members = expand(arguments.checkpoint)
         checkpoints = [open_checkpoint(member.checkpoint, cache_dir) for member in members]
         check_tokens(checkpoints, arguments.tokens)
+        conditions = Conditions(arguments.tokens, arguments.threads, arguments.rounds)
         with on_signals(), tempfile.TemporaryDirectory(prefix="homodistil-") as work:
-            rows = measure(checkpoints, Path(work), arguments.tokens, arguments.threads, arguments.rounds)
-        conditions = {"tokens": arguments.tokens, "threads": arguments.threads, "rounds": arguments.rounds}
+            rows = measure(checkpoints, Path(work), conditions)
         keep(members, rows, conditions)
         if arguments.json:
-            print(to_json(conditions | {"rows": [row._asdict() for row in rows]}))
+            print(to_json(conditions._asdict() | {"rows": [row._asdict() for row in rows]}))
         else:
-            print(
-                f"\n{', '.join(f'{name} {value}' for name, value in conditions.items())}\n\n{aligned(as_lines(rows))}"
-            )
+            print(f"\n{as_text(rows, conditions)}")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -59,9 +57,9 @@ def parser() -> argparse.ArgumentParser:
     )
     text += " folders, of which teacher and exports are timed and the table is kept for the report"
     add("checkpoint", nargs="+", metavar="CHECKPOINT", help=text)
-    add("--tokens", type=number(int, 1), default=32, help="tokens of a sentence")
-    add("--threads", type=number(int, 1, 1024), default=1, help="of torch and onnxruntime")
-    add("--rounds", type=number(int, 1), default=15, help="timed passes of every model")
+    add("--tokens", type=number(int, 1), default=Conditions().tokens, help="tokens of a sentence")
+    add("--threads", type=number(int, 1, 1024), default=Conditions().threads, help="of torch and onnxruntime")
+    add("--rounds", type=number(int, 1), default=Conditions().rounds, help="timed passes of every model")
     add("--json", action="store_true", help="print one JSON object instead of a table")
     add("--cache-dir", type=Path, default=Path(DataConfig().cache_dir), help="where packaged models are kept")
     return options

@@ -14,6 +14,7 @@ from homodistil.errors import UserError
 from homodistil.files import to_json, write_atomically, writing
 from homodistil.metrics.result_table import LATENCY_FILE, RESULT_FILE, is_teacher
 from homodistil.training.latency import Timed
+from homodistil.training.latency_conditions import Conditions
 from homodistil.training.run_folder import CONFIG_FILE, EXPORT_FOLDER
 
 Row = dict[str, Any]
@@ -106,11 +107,11 @@ def _read(path: Path, parse, kind: type) -> Any:
     return content
 
 
-def keep(members: Sequence[Member], rows: Sequence[Timed], conditions: dict[str, int]) -> None:
+def keep(members: Sequence[Member], rows: Sequence[Timed], conditions: Conditions) -> None:
     """Write the rows of each run to its latency.json, under the names of its result table."""
     for run in dict.fromkeys(member.run for member in members if member.run is not None):
         labels = {member.checkpoint: member.label for member in members if member.run == run}
         of_run = [row._replace(checkpoint=labels[row.checkpoint]) for row in rows if row.checkpoint in labels]
         with writing(run / LATENCY_FILE):
-            text = to_json(conditions | {"rows": [row._asdict() for row in of_run]})
+            text = to_json(conditions._asdict() | {"rows": [row._asdict() for row in of_run]})
             write_atomically(run / LATENCY_FILE, f"{text}\n")

@@ -13,6 +13,7 @@ from homodistil.distill.student_compile import check_student_compile
 from homodistil.engine.ds_config import teacher_dtype, zero_stage
 from homodistil.engine.optimizer import check_implementation
 from homodistil.metrics.trackers.registry import require_installed
+from homodistil.training.final_formats import check_formats
 
 
 def settings_checks(
@@ -27,6 +28,7 @@ def settings_checks(
     yield lambda: teacher_dtype(config.teacher.dtype, engine_config or {}, device)
     yield lambda: check_implementation(config.optimizer.implementation)
     yield lambda: require_installed(config.run.trackers)
+    yield lambda: check_formats(config.run)
     yield lambda: check_teacher_runtime(config.teacher, device)
     if engine_config is not None:
         yield lambda: check_student_compile(config.student, zero_stage(engine_config), device)

@@ -39,11 +39,15 @@ class Limits(NamedTuple):
     """Largest mean KL of a head's probabilities, nats. Logits share a direction: their cosine alone sees too little."""
 
 
-def require_installed(names: Iterable[str]) -> None:
-    """Raise `UserError` where a package that a format of `names` needs is not installed. Imports none of them."""
+def require_installed(names: Iterable[str], field: str = "--format") -> None:
+    """Raise `UserError` where a package that a format of `names` needs is not installed. Imports none of them.
+
+    Args:
+        field: who asked for the formats.
+    """
     for extra in dict.fromkeys(FORMATS[name].extra for name in names):
         if missing := [package for package in EXTRAS[extra] if importlib.util.find_spec(package) is None]:
             raise UserError(
-                f"--format: {', '.join(missing)} not installed; install with pip install {' '.join(EXTRAS[extra])} "
-                f"(in a checkout: pip install -e '.[{extra}]')"
+                f"{field}: {', '.join(missing)} not installed; install with pip install {' '.join(EXTRAS[extra])} "
+                f"(in a checkout: pip install -e '.[{extra}]'){'' if field.startswith('--') else ', or leave it out'}"
             )
