@@ -109,9 +109,9 @@ def missing_wheels(folder: Path) -> list[Path]:
     def normal(name: str) -> str:
         return re.sub(r"[-_.]+", "-", name).lower()
 
-    found = sorted(folder.glob("*.whl"))
+    wheels = sorted(folder.glob("*.whl"))
     installed = {normal(d.metadata["Name"]) for d in importlib.metadata.distributions() if d.metadata["Name"]}
-    return [wheel for wheel in found if normal(wheel.name.split("-")[0]) not in installed]
+    return [wheel for wheel in wheels if normal(wheel.name.split("-")[0]) not in installed]
 
 
 def pip_command(wheels: list[Path], site: Path) -> list[str]:
@@ -245,8 +245,8 @@ def judge_tests(outcome: Outcome, output: str) -> None:
 
 def markdown_of(output: str) -> str:
     """What a benchmark printed from its first heading on."""
-    found = re.search(r"^# .*", output, flags=re.MULTILINE | re.DOTALL)
-    return found.group(0).rstrip() if found else ""
+    match = re.search(r"^# .*", output, flags=re.MULTILINE | re.DOTALL)
+    return match.group(0).rstrip() if match else ""
 
 
 def environment(commit: str | None) -> dict:

@@ -134,9 +134,9 @@ def fresh_live_bytes(engine_name: str, size: Size, widths: dict[str, int], devic
     engine = make_engine(engine_name, model, size)
     for step in range(2):
         train_step(engine, size, step)
-    found = live_tensor_bytes(device) - live_before
+    num_bytes = live_tensor_bytes(device) - live_before
     engine.destroy()
-    return found
+    return num_bytes
 
 
 def slope(readings: list[dict], metric: str) -> tuple[float, float]:
@@ -144,25 +144,25 @@ def slope(readings: list[dict], metric: str) -> tuple[float, float]:
     points = [(float(k), r[metric] - r["accounted"]) for k, r in enumerate(readings) if k >= SETTLING_EVENTS]
     n, mean_x, mean_y = len(points), sum(x for x, _ in points) / len(points), sum(y for _, y in points) / len(points)
     squares = sum((x - mean_x) ** 2 for x, _ in points)
-    found = sum((x - mean_x) * (y - mean_y) for x, y in points) / squares
-    residual = sum((y - mean_y - found * (x - mean_x)) ** 2 for x, y in points)
-    return found, (residual / (n - 2) / squares) ** 0.5
+    rise = sum((x - mean_x) * (y - mean_y) for x, y in points) / squares
+    residual = sum((y - mean_y - rise * (x - mean_x)) ** 2 for x, y in points)
+    return rise, (residual / (n - 2) / squares) ** 0.5
 
 
 def summary(result: dict) -> dict:
     """Slopes in KiB an event, the growth that they add up to, and whether that is nothing."""
     readings = result["readings"]
     freed = readings[0]["accounted"] - readings[-1]["accounted"]
-    found = {"freed_mib": freed / MIB, "fresh_difference_kib": (readings[-1]["live"] - result["fresh_live"]) / 1024}
+    measured = {"freed_mib": freed / MIB, "fresh_difference_kib": (readings[-1]["live"] - result["fresh_live"]) / 1024}
     for metric in ("live", "resident"):
         rise, error = slope(readings, metric)
         growth = rise * (len(readings) - 1)
-        found[metric] = {
+        measured[metric] = {
             "slope_kib": rise / 1024,
             "error_kib": error / 1024,
             "flat": rise <= 2 * error or growth < NEGLIGIBLE_SHARE * freed,
         }
-    return found
+    return measured
 
 
 def section(engine_name: str, result: dict) -> str:

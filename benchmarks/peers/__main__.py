@@ -53,52 +53,54 @@ def parse_args() -> argparse.Namespace:
 
 def all_variants(precision: str, args: argparse.Namespace) -> tuple[list[Variant], dict[str, str]]:
     """(ours first, then every peer in every setting; peer -> why it is left out)."""
-    found = [Variant(OURS, "ours", options={"widths": "final"})]
+    variants = [Variant(OURS, "ours", options={"widths": "final"})]
     settings, missing = SETTINGS[precision], {}
     if args.one_setting:
         settings = settings[-1:]
     for setting in settings:
-        found.append(Variant(MASKS, "masks", setting, {"rows": "all"}))
-        found.append(Variant(MASKS_GENEROUS, "masks", setting, {"rows": "masked"}))
-        found.append(Variant("(c) plain loop", "plain_loop", setting))
+        variants.append(Variant(MASKS, "masks", setting, {"rows": "all"}))
+        variants.append(Variant(MASKS_GENEROUS, "masks", setting, {"rows": "masked"}))
+        variants.append(Variant("(c) plain loop", "plain_loop", setting))
         try:
-            found.append(Variant("(b) TextBrewer", "textbrewer_loop", setting, paths=textbrewer_paths(args.textbrewer)))
+            variants.append(
+                Variant("(b) TextBrewer", "textbrewer_loop", setting, paths=textbrewer_paths(args.textbrewer))
+            )
         except PeerError as error:
             missing["(b) TextBrewer"] = str(error)
-    return found, missing
+    return variants, missing
 
 
 def run(precision: str, args: argparse.Namespace) -> dict:
     """All measurements in one precision."""
     task = replace(SIZES[args.size], precision=precision, kl_positions=args.kl_positions)
     variants, missing = all_variants(precision, args)
-    found: dict = {"task": as_dict(task), "missing": missing}
+    results: dict = {"task": as_dict(task), "missing": missing}
     with tempfile.TemporaryDirectory() as folder:
         place = Place(task, prepare(task, Path(folder)), args.threads, args.clock)
-        found["arithmetic"] = {one.label: totals.arithmetic(one, task, place.files) for one in variants}
+        results["arithmetic"] = {one.label: totals.arithmetic(one, task, place.files) for one in variants}
         with measure.running(variants, place) as peers:
-            found["terms"] = measure.same_loss(peers, place)
+            results["terms"] = measure.same_loss(peers, place)
             if "steps" in args.parts:
-                found["steps"] = measure.steps(peers, place, args.rounds)
-        ours, masks = variants[0], _faster(variants, MASKS, found)
+                results["steps"] = measure.steps(peers, place, args.rounds)
+        ours, masks = variants[0], _faster(variants, MASKS, results)
         if "memory" in args.parts:
-            found["memory"] = measure.memory([*variants, _at_full_width(ours)], place)
+            results["memory"] = measure.memory([*variants, _at_full_width(ours)], place)
         if "schedule" in args.parts:
-            others = [masks, _faster(variants, MASKS_GENEROUS, found)]
-            found["curve"] = measure.curve(ours, others, place, args.widths, max(2, args.rounds // 2))
-    return found
+            compared = [masks, _faster(variants, MASKS_GENEROUS, results)]
+            results["curve"] = measure.curve(ours, compared, place, args.widths, max(2, args.rounds // 2))
+    return results
 
 
 def _at_full_width(ours: Variant) -> Variant:
     return replace(ours, name=f"{OURS}, full width", options={"widths": "full"})
 
 
-def _faster(variants: list[Variant], name: str, found: dict) -> Variant:
+def _faster(variants: list[Variant], name: str, results: dict) -> Variant:
     """The setting of this peer with the smaller median step (the last one if none was timed)."""
-    own = [variant for variant in variants if variant.name == name]
-    if "steps" not in found:
-        return own[-1]
-    return min(own, key=lambda variant: statistics.median(found["steps"][variant.label]))
+    named = [variant for variant in variants if variant.name == name]
+    if "steps" not in results:
+        return named[-1]
+    return min(named, key=lambda variant: statistics.median(results["steps"][variant.label]))
 
 
 def main() -> None:

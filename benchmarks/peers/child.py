@@ -61,8 +61,8 @@ def main() -> None:
     print(json.dumps({"ready": True}), file=answers, flush=True)
     for line in sys.stdin:
         asked = json.loads(line)
-        found = getattr(served, asked.pop("do"))(**asked)
-        print(json.dumps(found), file=answers, flush=True)
+        result = getattr(served, asked.pop("do"))(**asked)
+        print(json.dumps(result), file=answers, flush=True)
     os._exit(0)  # threads and process groups of libraries are not waited for
 
 

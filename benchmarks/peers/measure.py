@@ -51,18 +51,18 @@ def same_loss(peers: list[Running], place: Place) -> dict[str, dict[str, float]]
     Raises:
         PeerError: a peer's term is not the first one's.
     """
-    found, tolerance = {}, TOLERANCE[place.task.precision]
+    terms_of, tolerance = {}, TOLERANCE[place.task.precision]
     for one in peers:
         if one.variant.module != "ours":  # it has done its first step
             step_ms(one, place)
         terms = one.ask("terms")
-        found[one.variant.label] = {name: terms[name] for name in TERMS}
-    first, wanted = next(iter(found.items()))
-    for label, terms in found.items():
+        terms_of[one.variant.label] = {name: terms[name] for name in TERMS}
+    first, wanted = next(iter(terms_of.items()))
+    for label, terms in terms_of.items():
         for name in TERMS:
             if not abs(terms[name] - wanted[name]) <= tolerance * abs(wanted[name]):
                 raise PeerError(f"{label}: {name} is {terms[name]:.6g}, that of {first} {wanted[name]:.6g}")
-    return found
+    return terms_of
 
 
 def steps(peers: list[Running], place: Place, rounds: int) -> dict[str, list[float]]:
@@ -70,11 +70,11 @@ def steps(peers: list[Running], place: Place, rounds: int) -> dict[str, list[flo
     for _ in range(WARMUP_STEPS):
         for one in peers:
             step_ms(one, place)
-    found: dict[str, list[float]] = {one.variant.label: [] for one in peers}
+    times_ms: dict[str, list[float]] = {one.variant.label: [] for one in peers}
     for _ in range(rounds):
         for one in peers:
-            found[one.variant.label].append(step_ms(one, place))
-    return found
+            times_ms[one.variant.label].append(step_ms(one, place))
+    return times_ms
 
 
 def memory(variants: list[Variant], place: Place) -> dict[str, dict[str, float]]:
@@ -82,15 +82,15 @@ def memory(variants: list[Variant], place: Place) -> dict[str, dict[str, float]]
 
     Fresh processes, one at a time, with an allocator that returns freed memory at once.
     """
-    found = {}
+    peaks = {}
     for variant in variants:
         with running([variant], place, STRICT_ALLOCATOR) as [one]:
             step_ms(one, place)  # makes the optimizer's state
             one.ask("start_peak")
             for _ in range(MEMORY_STEPS):
                 step_ms(one, place)
-            found[variant.label] = one.ask("peak")
-    return found
+            peaks[variant.label] = one.ask("peak")
+    return peaks
 
 
 @dataclass(frozen=True)
@@ -113,10 +113,10 @@ class Curve:
     steps: int
 
 
-def curve(ours: Variant, others: list[Variant], place: Place, num_widths: int, rounds: int) -> Curve:
+def curve(ours: Variant, rivals: list[Variant], place: Place, num_widths: int, rounds: int) -> Curve:
     """Steps at widths along the recipe's schedule, `others` by turns with ours."""
     along = replace(ours, options={"widths": "full"})
-    with running([along, *others], place) as [first, *rest]:
+    with running([along, *rivals], place) as [first, *rest]:
         events = [tuple(event) for event in first.ask("schedule")["events"]]
         points = []
         for step, hidden in [(0, place.task.hidden), *_spread(events, place.task, num_widths - 1)]:

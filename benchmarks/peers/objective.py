@@ -44,8 +44,8 @@ def hidden_term(student: Sequence[Tensor], teacher: Sequence[Tensor], projection
     """Sum over the pairs of the MSE over valid tokens. Hidden states (B, T, D), mask (B, T)."""
     valid = mask[:, :, None]
     parts = []
-    for own, wanted, projection in zip(student, teacher, projections, strict=True):
-        squared = functional.mse_loss(projection(own).float(), wanted.float(), reduction="none")
+    for states, wanted, projection in zip(student, teacher, projections, strict=True):
+        squared = functional.mse_loss(projection(states).float(), wanted.float(), reduction="none")
         parts.append((squared * valid).sum() / (mask.sum() * wanted.shape[-1]))
     return torch.stack(parts).sum()
 
@@ -54,19 +54,19 @@ def attention_term(student: Sequence[Tensor], teacher: Sequence[Tensor], mask: T
     """Sum over layers of the MSE over heads and valid pairs. Probabilities (B, N, T, T) of the same heads."""
     pairs = (mask[:, :, None] * mask[:, None, :])[:, None]
     parts = []
-    for own, wanted in zip(student, teacher, strict=True):
-        squared = functional.mse_loss(own.float(), wanted.float(), reduction="none")
-        parts.append((squared * pairs).sum() / (pairs.sum() * own.shape[1]))
+    for scores, wanted in zip(student, teacher, strict=True):
+        squared = functional.mse_loss(scores.float(), wanted.float(), reduction="none")
+        parts.append((squared * pairs).sum() / (pairs.sum() * scores.shape[1]))
     return torch.stack(parts).sum()
 
 
 def adamw(modules: Sequence[nn.Module]) -> torch.optim.AdamW:
     """torch's fused AdamW: decay for matrices of the model (the first module) only."""
     model = list(modules[0].parameters())
-    others = [parameter for module in modules[1:] for parameter in module.parameters()]
+    projections = [parameter for module in modules[1:] for parameter in module.parameters()]
     groups = [
         {"params": [p for p in model if p.ndim > 1], "weight_decay": WEIGHT_DECAY},
-        {"params": [p for p in model if p.ndim == 1] + others, "weight_decay": 0.0},
+        {"params": [p for p in model if p.ndim == 1] + projections, "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=BETAS, eps=EPSILON, fused=True)
 

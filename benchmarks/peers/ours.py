@@ -65,17 +65,17 @@ class Peer:
         keep = pruner.due(step, student.widths, student.origins["hidden"])
         start = time.perf_counter()
         self.trainer.resize(keep)
-        found = {"ms": (time.perf_counter() - start) * 1e3}
+        times = {"ms": (time.perf_counter() - start) * 1e3}
         event = read_lines(self.folder / EVENTS_FILE)[-1]
-        return found | {"move_ms": event["milliseconds"], "hidden": student.widths["hidden"]}
+        return times | {"move_ms": event["milliseconds"], "hidden": student.widths["hidden"]}
 
     def schedule(self) -> list[tuple[int, int]]:
         """(step, hidden width after it) of every resize event."""
-        table, hidden, found = self.run.pruner.schedule.table, self.run.teacher_widths["hidden"], []
+        table, hidden, stages = self.run.pruner.schedule.table, self.run.teacher_widths["hidden"], []
         for step in sorted(table):
             hidden = table[step].get("hidden", hidden)
-            found.append((step, hidden))
-        return found
+            stages.append((step, hidden))
+        return stages
 
 
 def _stay_at(run, keep: dict[str, torch.Tensor]) -> None:

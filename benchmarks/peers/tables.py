@@ -27,26 +27,26 @@ def report(results: dict[str, dict], args: argparse.Namespace) -> str:
         "Medians, 20th to 80th percentile in brackets; ratios, taken round by round: how much longer the peer's step "
         "is."
     )
-    parts = (part for precision, found in results.items() for part in _of_precision(precision, found))
+    parts = (part for precision, result in results.items() for part in _of_precision(precision, result))
     return page("homodistil beside its peers", how, *parts)
 
 
-def _of_precision(precision: str, found: dict) -> Iterator[str]:
+def _of_precision(precision: str, result: dict) -> Iterator[str]:
     yield f"## {precision}"
-    for name, reason in found["missing"].items():
+    for name, reason in result["missing"].items():
         yield f"Not run: {name}: {reason}"
     yield f"First batch, starting weights: the same loss within {TOLERANCE[precision]:g} (relative, each term)."
-    losses = [[label, *(values[name] for name in TERMS)] for label, values in found["terms"].items()]
+    losses = [[label, *(values[name] for name in TERMS)] for label, values in result["terms"].items()]
     yield table(["peer", *(f"{name} {{:.5g}}" for name in TERMS)], losses)
-    if "steps" in found:
-        yield step_table(found["steps"], found["arithmetic"])
-    if "memory" in found:
-        memory = {label: (peak["peak"] / MIB, peak["libraries"] / MIB) for label, peak in found["memory"].items()}
+    if "steps" in result:
+        yield step_table(result["steps"], result["arithmetic"])
+    if "memory" in result:
+        memory = {label: (peak["peak"] / MIB, peak["libraries"] / MIB) for label, peak in result["memory"].items()}
         columns = ["peer", "peak resident MiB {:.0f}", "of these libraries {:.0f}", "the rest {:.0f}"]
         yield table(columns, [[label, peak, before, peak - before] for label, (peak, before) in memory.items()])
-    if "curve" in found:
-        yield curve_table(found["curve"])
-    yield verdict(found)
+    if "curve" in result:
+        yield curve_table(result["curve"])
+    yield verdict(result)
 
 
 def step_table(steps: dict[str, list[float]], arithmetic: dict[str, float]) -> str:
@@ -85,22 +85,22 @@ def _total_text(curve: Curve, label: str) -> str:
     )
 
 
-def verdict(found: dict) -> str:
+def verdict(result: dict) -> str:
     """What was wanted, and what came out, against each peer's faster setting."""
     lines = []
     for name, limit in WANTED.items():
-        labels = _labels(found["arithmetic"], name)
-        if "steps" in found and labels:
-            faster = min(labels, key=lambda label: statistics.median(found["steps"][label]))
-            ratio = statistics.median(_times_ours(found["steps"], faster))
+        labels = _labels(result["arithmetic"], name)
+        if "steps" in result and labels:
+            faster = min(labels, key=lambda label: statistics.median(result["steps"][label]))
+            ratio = statistics.median(_times_ours(result["steps"], faster))
             lines.append([f"step >= {limit} times faster than {name}", f"{ratio:.2f} ({faster})", ratio >= limit])
-    if "curve" in found:
-        ratio = whole_schedule(found["curve"], next(iter(found["curve"].points[0].others_ms))).ratio
+    if "curve" in result:
+        ratio = whole_schedule(result["curve"], next(iter(result["curve"].points[0].others_ms))).ratio
         what = f"whole schedule >= {WANTED_SCHEDULE} times faster than (a) masks"
         lines.append([what, f"{ratio:.2f}", ratio >= WANTED_SCHEDULE])
-    if "memory" in found:
-        ours, *others = found["memory"].items()
-        smallest = min((peak["peak"], label) for label, peak in others if label.startswith("("))
+    if "memory" in result:
+        ours, *rivals = result["memory"].items()
+        smallest = min((peak["peak"], label) for label, peak in rivals if label.startswith("("))
         text = f"{ours[1]['peak'] / MIB:.0f} MiB, the smallest of theirs {smallest[0] / MIB:.0f} ({smallest[1]})"
         lines.append(["peak memory below each of them", text, ours[1]["peak"] < smallest[0]])
     return table(["wanted", "found {}", ""], [[*line, "yes" if holds else "NO"] for *line, holds in lines])
@@ -117,21 +117,21 @@ def _times_ours(steps: dict[str, list[float]], label: str) -> list[float]:
 
 def rows(results: dict[str, dict], config: dict) -> Rows:
     made = Rows("peers", config)
-    for precision, found in results.items():
+    for precision, result in results.items():
 
-        def add(label: str, metric: str, unit: str, x, values, task=found["task"]) -> None:
+        def add(label: str, metric: str, unit: str, x, values, task=result["task"]) -> None:
             made.add(label, metric, unit, x, values, **task)
 
-        for label, values in found.get("steps", {}).items():
+        for label, values in result.get("steps", {}).items():
             add(label, "step", "ms", precision, values)
-            add(label, "ratio", "times ours", precision, _times_ours(found["steps"], label))
-        for label, work in found["arithmetic"].items():
+            add(label, "ratio", "times ours", precision, _times_ours(result["steps"], label))
+        for label, work in result["arithmetic"].items():
             add(label, "arithmetic", "GFLOP", precision, work)
-        for label, values in found.get("memory", {}).items():
+        for label, values in result.get("memory", {}).items():
             for metric in ("peak", "libraries"):
                 add(label, metric, "bytes", precision, values[metric])
-        if "curve" in found:
-            _curve_rows(found["curve"], precision, add)
+        if "curve" in result:
+            _curve_rows(result["curve"], precision, add)
     return made
 
 

@@ -110,14 +110,14 @@ class Peer:
             self.turns.fail(error)
 
     def _matches(self) -> list[dict]:
-        task, found = self.task, []
+        task, matches = self.task, []
         project = ["linear", task.student_hidden, task.hidden]
         for i in range(task.layers + 1):
             layer = {"layer_T": i, "layer_S": i, "weight": 1}
-            found.append(layer | {"feature": "hidden", "loss": "hidden_mse", "proj": list(project)})
+            matches.append(layer | {"feature": "hidden", "loss": "hidden_mse", "proj": list(project)})
             if i < task.layers:
-                found.append(layer | {"feature": "attention", "loss": "attention_mse"})
-        return found
+                matches.append(layer | {"feature": "attention", "loss": "attention_mse"})
+        return matches
 
     def _teacher_adaptor(self, batch: dict, output) -> dict:
         maps = [layer[:, heads] for layer, heads in zip(output.attentions, self.heads, strict=True)]
@@ -137,12 +137,12 @@ class Peer:
 
     @property
     def terms(self) -> dict[str, Tensor]:
-        found = {name.removeprefix("unweighted_"): value for name, value in self.distiller.losses.items()}
-        hidden = [found[f"hidden_hidden_mse_{i}_{i}"] for i in range(self.task.layers + 1)]
-        attention = [found[f"attention_attention_mse_{i}_{i}"] for i in range(self.task.layers)]
+        losses = {name.removeprefix("unweighted_"): value for name, value in self.distiller.losses.items()}
+        hidden = [losses[f"hidden_hidden_mse_{i}_{i}"] for i in range(self.task.layers + 1)]
+        attention = [losses[f"attention_attention_mse_{i}_{i}"] for i in range(self.task.layers)]
         return {
-            "mlm": found["hard_label_loss"],
-            "kl": found["kd_loss"] - self.distiller.teacher_entropy,
+            "mlm": losses["hard_label_loss"],
+            "kl": losses["kd_loss"] - self.distiller.teacher_entropy,
             "hidden": torch.stack(hidden[1:]).sum(),
             "embedding": hidden[0],
             "attention": torch.stack(attention).sum(),

@@ -46,11 +46,11 @@ def implementations(device: torch.device) -> list[str]:
 def problems(device: torch.device, size: str) -> list[Problem]:
     """What a `size` of "quick" or "standard" compares on this device."""
     shapes = _SHAPES[device.type, size]
-    found = [_attention(*shape, target, device) for shape in shapes["attention"] for target in _TARGETS]
-    found += [_rows(rows, device) for rows in shapes["rows"]]
-    found += [_linear(*shape, device) for shape in shapes["linear"]]
-    found += [_head(sequences, device) for sequences in shapes["head"]]
-    return found + [_hidden(*shape, device, space) for shape in shapes["hidden"] for space in ("raw", "normalised")]
+    made = [_attention(*shape, target, device) for shape in shapes["attention"] for target in _TARGETS]
+    made += [_rows(rows, device) for rows in shapes["rows"]]
+    made += [_linear(*shape, device) for shape in shapes["linear"]]
+    made += [_head(sequences, device) for sequences in shapes["head"]]
+    return made + [_hidden(*shape, device, space) for shape in shapes["hidden"] for space in ("raw", "normalised")]
 
 
 _TARGETS = ["scores", "centred_scores", "probabilities", "probabilities_kl"]
@@ -180,12 +180,12 @@ def _rows(m: int, device: torch.device) -> Problem:
 
 def _linear(r: int, hs: int, ht: int, device: torch.device) -> Problem:
     def make(device: torch.device, dtype: torch.dtype) -> Inputs:
-        found = {"labels": _labels(r, device), "half": torch.tensor(0.5, device=device)}
+        inputs = {"labels": _labels(r, device), "half": torch.tensor(0.5, device=device)}
         for name, hidden in (("student", hs), ("teacher", ht)):
-            found[f"{name}_rows"] = _randn(r, hidden, device=device, dtype=dtype)
-            found[f"{name}_weight"] = _randn(VOCABULARY, hidden, device=device, dtype=dtype, scale=hidden**-0.5)
-            found[f"{name}_bias"] = _randn(VOCABULARY, device=device, dtype=dtype, scale=0.1)
-        return found
+            inputs[f"{name}_rows"] = _randn(r, hidden, device=device, dtype=dtype)
+            inputs[f"{name}_weight"] = _randn(VOCABULARY, hidden, device=device, dtype=dtype, scale=hidden**-0.5)
+            inputs[f"{name}_bias"] = _randn(VOCABULARY, device=device, dtype=dtype, scale=0.1)
+        return inputs
 
     def eager(x: Inputs) -> Tensor:
         student = functional.linear(x["student_rows"], x["student_weight"], x["student_bias"])
@@ -244,13 +244,13 @@ def _head(sequences: int, device: torch.device) -> Problem:
 
     def make(device: torch.device, dtype: torch.dtype) -> Inputs:
         masked = torch.randperm(num_rows, device=device)[:num_masked].sort().values
-        found = {"masked": masked, "labels": _labels(num_masked, device)}
+        inputs = {"masked": masked, "labels": _labels(num_masked, device)}
         for name in ("student", "teacher"):
-            found[f"{name}_rows"] = _randn(num_rows, hidden, device=device, dtype=dtype)
+            inputs[f"{name}_rows"] = _randn(num_rows, hidden, device=device, dtype=dtype)
             for part, shape in shapes.items():
-                found[f"{name}_{part}"] = _randn(*shape, device=device, dtype=dtype, scale=hidden**-0.5)
-                found[f"{name}_{part}_bias"] = _randn(shape[0], device=device, dtype=dtype, scale=0.1)
-        return found
+                inputs[f"{name}_{part}"] = _randn(*shape, device=device, dtype=dtype, scale=hidden**-0.5)
+                inputs[f"{name}_{part}_bias"] = _randn(shape[0], device=device, dtype=dtype, scale=0.1)
+        return inputs
 
     def logits(x: Inputs, name: str, index: Tensor | None) -> Tensor:
         rows = x[f"{name}_rows"] if index is None else x[f"{name}_rows"].index_select(0, index)
@@ -305,8 +305,8 @@ def liger_variant(device: torch.device) -> dict[str, Variant]:
 
     def run(x: Inputs) -> Tensor:
         student, teacher = ((x[f"{name}_rows"], x[f"{name}_weight"]) for name in ("student", "teacher"))
-        found = loss(*student, *teacher, x["labels"], x["student_bias"], x["teacher_bias"])
-        return found * len(x["labels"])
+        mean_loss = loss(*student, *teacher, x["labels"], x["student_bias"], x["teacher_bias"])
+        return mean_loss * len(x["labels"])
 
     return {"liger": run}
 
@@ -322,9 +322,9 @@ def _hidden(b: int, t: int, ds: int, dt: int, device: torch.device, space: str) 
     distance = {"raw": hidden_mse, "normalised": normalised_hidden_mse}[space]
 
     def make(device: torch.device, dtype: torch.dtype) -> Inputs:
-        found = {"student": _randn(b, t, ds, device=device, dtype=dtype), "mask": _mask(b, t, device)}
-        found["teacher"] = _randn(b, t, dt, device=device, dtype=dtype)
-        return found | {"weight": _randn(dt, ds, device=device, dtype=dtype, scale=ds**-0.5)}
+        inputs = {"student": _randn(b, t, ds, device=device, dtype=dtype), "mask": _mask(b, t, device)}
+        inputs["teacher"] = _randn(b, t, dt, device=device, dtype=dtype)
+        return inputs | {"weight": _randn(dt, ds, device=device, dtype=dtype, scale=ds**-0.5)}
 
     def eager(x: Inputs) -> Tensor:
         both = functional.linear(x["student"], x["weight"]).float(), x["teacher"].float()

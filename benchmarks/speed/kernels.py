@@ -50,11 +50,11 @@ def measure_times(problem: Problem, inputs: Inputs, device: torch.device, budget
         "forward": {name: lambda f=f: f(inputs) for name, f in problem.variants.items()},
         "forward and backward": {name: lambda f=f: step(f, problem, inputs) for name, f in problem.variants.items()},
     }
-    found: dict[str, dict] = {name: {} for name in problem.variants}
+    times: dict[str, dict] = {name: {} for name in problem.variants}
     for what, runs in passes.items():
         for name, values in interleaved_ms(runs, device, budget_s).items():
-            found[name][what] = values
-    return found
+            times[name][what] = values
+    return times
 
 
 def step(variant, problem: Problem, inputs: Inputs) -> tuple[torch.Tensor, ...]:
@@ -72,11 +72,11 @@ def make_inputs(problem: Problem, device: torch.device, dtype: torch.dtype) -> I
 
 def differences(problem: Problem, inputs: Inputs) -> dict[str, float]:
     """Variant -> largest relative difference to eager, over the loss and every gradient."""
-    found = {name: [part.double() for part in step(f, problem, inputs)] for name, f in problem.variants.items()}
-    expected = found.pop("eager")
+    outputs = {name: [part.double() for part in step(f, problem, inputs)] for name, f in problem.variants.items()}
+    expected = outputs.pop("eager")
     return {
         name: max(float((a - b).norm() / b.norm()) for a, b in zip(parts, expected, strict=True))
-        for name, parts in found.items()
+        for name, parts in outputs.items()
     }
 
 

@@ -75,12 +75,12 @@ def calibrate(device: torch.device) -> dict:
 
 
 def _all_reduce_s(num_bytes: int, device: torch.device) -> float:
-    message, found = torch.zeros(num_bytes // 2, dtype=torch.bfloat16, device=device), []
+    message, times_s = torch.zeros(num_bytes // 2, dtype=torch.bfloat16, device=device), []
     for _ in range(REPEATS):
         dist.barrier()
         synchronize(device)
         start = time.perf_counter()
         dist.all_reduce(message)
         synchronize(device)
-        found.append(time.perf_counter() - start)
-    return statistics.median(found[1:])
+        times_s.append(time.perf_counter() - start)
+    return statistics.median(times_s[1:])

@@ -58,15 +58,15 @@ def run_shape(args: argparse.Namespace, device: torch.device) -> dict:
 
 def merged(stages: list[dict]) -> list[dict]:
     """Neighbours of the same widths as one: the schedule's last events may have nothing left to remove."""
-    found: list[dict] = []
+    distinct: list[dict] = []
     for stage in stages:
-        if found and found[-1]["event_ms"] is None:
-            last = found[-1]
+        if distinct and distinct[-1]["event_ms"] is None:
+            last = distinct[-1]
             last |= {name: last[name] + stage[name] for name in ("steps", "step_ms", "parts")}
             last |= {"peak_bytes": max(last["peak_bytes"], stage["peak_bytes"]), "event_ms": stage["event_ms"]}
         else:
-            found.append(stage)
-    return found
+            distinct.append(stage)
+    return distinct
 
 
 class Measurement:

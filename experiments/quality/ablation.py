@@ -119,9 +119,9 @@ def run(pool: Pool, options: Options) -> Ablation:
         if entry.rate is not None:
             plans += _plans(options, width, entry)
     cells = [(what, seed, job) for what, jobs in plans for seed, job in zip(options.seeds, jobs, strict=False)]
-    for (what, seed, _), found in zip(cells, pool.run("ablation", [cell[2] for cell in cells]), strict=True):
-        if found:
-            what.runs[seed] = found
+    for (what, seed, _), result in zip(cells, pool.run("ablation", [cell[2] for cell in cells]), strict=True):
+        if result:
+            what.runs[seed] = result
     return Ablation(base, [what for what, _ in plans if isinstance(what, Variant)])
 
 

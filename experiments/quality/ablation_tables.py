@@ -17,28 +17,28 @@ COLUMNS = ["variant", "held-out MLM loss {:.3f}", "difference {}", "KL to teache
 COLUMNS += ["masked top-1 {:.4f}", "CPU s {:.0f}", "seeds {}"]
 
 
-def report(found: Ablation, options: Options, errors: Mapping[str, str]) -> str:
+def report(study: Ablation, options: Options, errors: Mapping[str, str]) -> str:
     how = (
         f"{options.steps} steps; one change at a time, at the base's own best rate; TEST half; mean +- standard "
         f"deviation over seeds {', '.join(map(str, options.seeds))}; differences to the base are paired by seed (same "
         f"data, same masks). A difference counts where it is more than twice its deviation (marked *). A variant that "
         f"is the base itself, or means nothing for it, is left out."
     )
-    parts = [_width_part(found, width) for width in found.base]
+    parts = [_width_part(study, width) for width in study.base]
     return page(f"Ablations of {options.base}", how, *parts, failures(errors))
 
 
-def _width_part(found: Ablation, width: str) -> str:
-    base = found.base[width]
+def _width_part(study: Ablation, width: str) -> str:
+    base = study.base[width]
     lines = [_line(base, base, f"base: {base.arm.label}")]
     group = None
-    for variant in found.variants:
+    for variant in study.variants:
         if variant.width == width:
             if variant.group != group:
                 group = variant.group
                 lines.append([f"**{group}**", *[""] * (len(COLUMNS) - 1)])
             lines.append(_line(variant, base, variant.name))
-    refused = [f"* {v.name}: refused. {v.refused}" for v in found.variants if v.width == width and v.refused]
+    refused = [f"* {v.name}: refused. {v.refused}" for v in study.variants if v.width == width and v.refused]
     title = f"## Width: {width}, lr {cell(base.rate, '{:g}')}"
     return "\n\n".join([title, table(COLUMNS, lines), *(["\n".join(refused)] if refused else [])])
 
@@ -53,11 +53,11 @@ def _line(what: Variant | Entry, base: Entry, name: str) -> list:
     return [*line, over_seeds(what.runs, "masked_top1"), cpu.mean, len(what.runs)]
 
 
-def rows(found: Ablation, config: dict) -> Rows:
+def rows(study: Ablation, config: dict) -> Rows:
     """`x` is the width; `values` has a number per seed; `difference` is the paired one to the base."""
     made = Rows("quality_ablate", config)
-    for what in (*found.base.values(), *found.variants):
-        base = found.base[what.width]
+    for what in (*study.base.values(), *study.variants):
+        base = study.base[what.width]
         name = f"{what.group}: {what.name}" if isinstance(what, Variant) else "base"
         for metric, about in METRICS.items() if what.runs else ():
             numbers = [run["test"][metric] for run in what.runs.values()]

@@ -16,8 +16,8 @@ class Budget:
         self._end = None if minutes is None else time.monotonic() + 60 * minutes
         self._workers, self._step_s = workers, []
 
-    def saw(self, found: list[dict | None], steps: int) -> None:
-        self._step_s += [run["wall_s"] / steps for run in found if run and "wall_s" in run]
+    def saw(self, results: list[dict | None], steps: int) -> None:
+        self._step_s += [run["wall_s"] / steps for run in results if run and "wall_s" in run]
 
     def allows(self, num_runs: int, steps: int) -> bool:
         """Whether so many runs of so many steps end in time."""

@@ -95,8 +95,8 @@ def job(options: Options, entry: Entry, rate: float, seed: int, keep: Keep = Kee
 
 def try_rates(pool: Pool, options: Options, entries: list[Entry], extends: bool = True) -> None:
     """The grid on the first seed, then (`extends`) the one further rate where the best is at its end."""
-    others = len(options.seeds) - 1
-    later = {"Train": round(len(entries) * (others + EXTENDED_SHARE))} | _tuning(options, entries)
+    later_seeds = len(options.seeds) - 1
+    later = {"Train": round(len(entries) * (later_seeds + EXTENDED_SHARE))} | _tuning(options, entries)
     cells = [(entry, rate) for entry in entries for rate in options.grid(entry.arm, entry.width)]
     cells.sort(key=lambda cell: cell[1])
     _validate(pool, options, "learning rates", cells, later)
@@ -105,7 +105,7 @@ def try_rates(pool: Pool, options: Options, entries: list[Entry], extends: bool 
         entry.extended = extension(entry.validation) if extends and not entry.arm.is_untrained else None
         if entry.extended is not None:
             cells.append((entry, entry.extended))
-    _validate(pool, options, "further rates", cells, {"Train": len(entries) * others} | _tuning(options, entries))
+    _validate(pool, options, "further rates", cells, {"Train": len(entries) * later_seeds} | _tuning(options, entries))
     for entry in entries:
         entry.rate = best_rate(entry.validation)
 
@@ -113,8 +113,8 @@ def try_rates(pool: Pool, options: Options, entries: list[Entry], extends: bool 
 def _validate(pool: Pool, options: Options, phase: str, cells: list[tuple[Entry, float]], later: dict) -> None:
     keep = Keep.IF_NEW if options.tune else Keep.NO
     jobs = [job(options, entry, rate, options.seeds[0], keep) for entry, rate in cells]
-    for (entry, rate), found in zip(cells, pool.run(phase, jobs, later), strict=True):
-        entry.validation[rate] = choice_loss(found["validation"]) if found else None
+    for (entry, rate), result in zip(cells, pool.run(phase, jobs, later), strict=True):
+        entry.validation[rate] = choice_loss(result["validation"]) if result else None
 
 
 def run_seeds(pool: Pool, options: Options, entries: list[Entry]) -> None:
@@ -122,9 +122,9 @@ def run_seeds(pool: Pool, options: Options, entries: list[Entry]) -> None:
     cells = [(entry, seed) for seed in options.seeds for entry in entries if entry.rate is not None]
     keep = Keep.YES if options.tune else Keep.NO
     jobs = [job(options, entry, entry.rate, seed, keep) for entry, seed in cells]
-    for (entry, seed), found in zip(cells, pool.run("seeds", jobs, _tuning(options, entries)), strict=True):
-        if found:
-            entry.runs[seed] = found
+    for (entry, seed), result in zip(cells, pool.run("seeds", jobs, _tuning(options, entries)), strict=True):
+        if result:
+            entry.runs[seed] = result
 
 
 def _tuning(options: Options, entries: list[Entry]) -> dict[str, int]:
@@ -161,17 +161,17 @@ def exports(options: Options, entry: Entry) -> list[Train]:
 def run_probes(pool: Pool, cells: list[tuple[dict, Source]], limit: int | None) -> None:
     """Add the scores of every source's frozen features to its dict: probe -> scores."""
     jobs = [probing.Probe(source, limit) for _, source in cells]
-    for (probes, _), found in zip(cells, pool.run("probes", jobs), strict=True):
-        for name, score in (found["scores"] if found else {}).items():
+    for (probes, _), result in zip(cells, pool.run("probes", jobs), strict=True):
+        for name, score in (result["scores"] if result else {}).items():
             probes.setdefault(name, []).append(score)
 
 
 def run_fine_tuning(pool: Pool, cells: list[tuple[dict, Source, str, int]], quick: bool) -> None:
     """Add the scores of (dict, source, task, seed) to each dict: task -> scores."""
     jobs = [fine_tuning.FineTune(source, task, seed, quick) for _, source, task, seed in cells]
-    for (tasks, _, task, _), found in zip(cells, pool.run("fine-tuning", jobs), strict=True):
-        if found:
-            tasks.setdefault(task, []).append(found["score"])
+    for (tasks, _, task, _), result in zip(cells, pool.run("fine-tuning", jobs), strict=True):
+        if result:
+            tasks.setdefault(task, []).append(result["score"])
 
 
 def _fine_tune(pool: Pool, options: Options, comparison: Comparison, teacher: EvaluateTeacher) -> None:

@@ -56,7 +56,7 @@ def values(entry: Entry, metric: str) -> list[float]:
     if metric in PROBES:
         return entry.probes.get(metric, [])
     runs = entry.runs.values()
-    return [found["test"][metric] if metric in METRICS else found[metric] * _SCALE.get(metric, 1) for found in runs]
+    return [run["test"][metric] if metric in METRICS else run[metric] * _SCALE.get(metric, 1) for run in runs]
 
 
 def mean(entry: Entry, metric: str) -> Mean | None:
@@ -69,9 +69,9 @@ def failures(errors: Mapping[str, str]) -> str:
     return f"## Runs that failed\n\n{lines}" if errors else ""
 
 
-def report(found: Comparison, options: Options, errors: Mapping[str, str]) -> str:
-    parts = [_width_part(found, width) for width in dict.fromkeys(entry.width for entry in found.entries)]
-    parts += [_verdicts(found), rates_section(found.entries), _published(), failures(errors)]
+def report(study: Comparison, options: Options, errors: Mapping[str, str]) -> str:
+    parts = [_width_part(study, width) for width in dict.fromkeys(entry.width for entry in study.entries)]
+    parts += [_verdicts(study), rates_section(study.entries), _published(), failures(errors)]
     return page("Quality: our method and its rivals", _how(options), *parts)
 
 
@@ -96,11 +96,11 @@ def _grids(options: Options) -> str:
     return ", ".join(f"{rate:g}" for rate in options.rates)
 
 
-def _width_part(found: Comparison, width: str) -> str:
-    entries = [entry for entry in found.entries if entry.width == width]
+def _width_part(study: Comparison, width: str) -> str:
+    entries = [entry for entry in study.entries if entry.width == width]
     columns = METRICS | PROBES | TASKS | COSTS
     headings = ["method", "parameters {:,}", "lr {:g}", *(f"{m.heading} {m.form}" for m in columns.values())]
-    lines = [_teacher_line(found)] + [_line(entry, columns) for entry in entries]
+    lines = [_teacher_line(study)] + [_line(entry, columns) for entry in entries]
     notes = [f"* {entry.arm.label}: {entry.arm.note}." for entry in entries if entry.arm.note]
     hidden = next((run["hidden_size"] for entry in entries for run in entry.runs.values()), None)
     title = "Another parameter count" if width == OWN_SHAPE else f"Width: {width} (hidden {hidden or DASH})"
@@ -112,20 +112,20 @@ def _line(entry: Entry, columns: Mapping[str, Metric]) -> list:
     return [entry.arm.label, parameters, entry.rate, *(mean(entry, metric) for metric in columns)]
 
 
-def _teacher_line(found: Comparison) -> list:
-    teacher = found.teacher
+def _teacher_line(study: Comparison) -> list:
+    teacher = study.teacher
     line = ["teacher (corrected)", teacher.get("parameters"), None]
     line += [teacher["test"][metric] if teacher else None for metric in METRICS]
-    line += [spread(found.teacher_probes.get(probe, [])) for probe in PROBES]
-    return [*line, *(spread(found.teacher_tasks.get(task, [])) for task in TASKS), *[None] * len(COSTS)]
+    line += [spread(study.teacher_probes.get(probe, [])) for probe in PROBES]
+    return [*line, *(spread(study.teacher_tasks.get(task, [])) for task in TASKS), *[None] * len(COSTS)]
 
 
-def _verdicts(found: Comparison) -> str:
+def _verdicts(study: Comparison) -> str:
     headings = ["against", "width", "metric", "difference {}", "2 sd of it {}", "better by more than 2 sd"]
     lines = []
     lost: dict[str, list[str]] = {}
     """Column -> the rivals that our default does not beat there."""
-    for ours, rival in _pairs(found.entries):
+    for ours, rival in _pairs(study.entries):
         for name, metric in (METRICS | PROBES | TASKS).items():
             a, b = mean(ours, name), mean(rival, name)
             if a is None or b is None:
@@ -163,8 +163,8 @@ def _summary(lost: dict[str, list[str]]) -> str:
 def _pairs(entries: Sequence[Entry]) -> list[tuple[Entry, Entry]]:
     """Our default with every other method at its width."""
     defaults = {entry.width: entry for entry in entries if entry.arm.name == DEFAULT_ARM}
-    others = (entry for entry in entries if entry.arm.name != DEFAULT_ARM)
-    return [(defaults[entry.width], entry) for entry in others if entry.width in defaults]
+    rivals = (entry for entry in entries if entry.arm.name != DEFAULT_ARM)
+    return [(defaults[entry.width], entry) for entry in rivals if entry.width in defaults]
 
 
 def rates_section(entries: Sequence[Entry]) -> str:
@@ -187,19 +187,19 @@ def _published() -> str:
     )
 
 
-def rows(found: Comparison, config: dict) -> Rows:
+def rows(study: Comparison, config: dict) -> Rows:
     """One row per method, width and metric: `x` is the width, `values` has a number per seed."""
     made = Rows("quality_main", config)
-    for entry in found.entries:
+    for entry in study.entries:
         about = {"rate": entry.rate, "validation": {f"{rate:g}": loss for rate, loss in entry.validation.items()}}
         about |= {"seeds": list(entry.runs), "parameters": [run["parameters"] for run in entry.runs.values()][:1]}
         for name, metric in (METRICS | PROBES | TASKS | COSTS).items():
             if numbers := values(entry, name):
                 unit = "TFLOP" if name == "flops" else metric.unit
                 made.add(entry.arm.name, name, unit, entry.width, numbers, **about)["values"] = numbers
-    about = {"parameters": [found.teacher["parameters"]]} if found.teacher else {}
-    for name, metric in METRICS.items() if found.teacher else ():
-        made.add("teacher", name, metric.unit, "teacher", found.teacher["test"][name], **about)
-    for name, scores in (found.teacher_probes | found.teacher_tasks).items():
+    about = {"parameters": [study.teacher["parameters"]]} if study.teacher else {}
+    for name, metric in METRICS.items() if study.teacher else ():
+        made.add("teacher", name, metric.unit, "teacher", study.teacher["test"][name], **about)
+    for name, scores in (study.teacher_probes | study.teacher_tasks).items():
         made.add("teacher", name, "fraction", "teacher", scores, **about)
     return made

@@ -67,17 +67,17 @@ class Map:
 def run(pool: Pool, options: Options) -> Map:
     factors = FACTORS[:1] if options.quick else FACTORS
     cells = [Cell(width, options.steps * factor) for factor in factors for width in options.widths]  # cheap ones first
-    found, budget = Map(cells), Budget(options.budget_minutes, options.workers)
+    study, budget = Map(cells), Budget(options.budget_minutes, options.workers)
     for cell in list(cells):
         needed = (len(ENDS) + 1) * (len(options.rates) + 1)
         if not budget.allows(needed, cell.steps):
-            found.left_out.append(f"{cell.label}: all of it")
+            study.left_out.append(f"{cell.label}: all of it")
             cells.remove(cell)
             continue
         _tune(pool, options, cell, budget)
     for cell in cells:
-        _all_seeds(pool, options, cell, budget, found)
-    return found
+        _all_seeds(pool, options, cell, budget, study)
+    return study
 
 
 def _tune(pool: Pool, options: Options, cell: Cell, budget: Budget) -> None:
@@ -98,15 +98,15 @@ def _tune(pool: Pool, options: Options, cell: Cell, budget: Budget) -> None:
 
 
 def _ends(steps: int) -> dict[str, tuple[str, ...]]:
-    found = {}
+    fields_of = {}
     for end in ENDS:
         interval = max(1, round(end * steps / EVENTS))
-        found[f"t_f = {end:g}"] = (
+        fields_of[f"t_f = {end:g}"] = (
             f"pruning.end_fraction={end:g}",
             f"pruning.interval_steps={interval}",
             "pruning.max_event_fraction=0.5",
         )
-    return found
+    return fields_of
 
 
 def _variants(cell: Cell) -> dict[str, tuple[str, ...]]:
@@ -124,16 +124,16 @@ def _validate(pool: Pool, options: Options, cell: Cell, wanted: list[tuple[str, 
     results = pool.run(f"rates, {cell.label}", jobs)
     budget.saw(results, cell.steps)
     losses = cell.gradual.validation | cell.one_shot.validation
-    for (name, rate), found in zip(wanted, results, strict=True):
-        losses[name][rate] = found["validation"]["mlm_loss"] if found else None
+    for (name, rate), result in zip(wanted, results, strict=True):
+        losses[name][rate] = result["validation"]["mlm_loss"] if result else None
 
 
-def _all_seeds(pool: Pool, options: Options, cell: Cell, budget: Budget, found: Map) -> None:
+def _all_seeds(pool: Pool, options: Options, cell: Cell, budget: Budget, study: Map) -> None:
     if cell.gradual.rate is None or cell.one_shot.rate is None:
         return
     seeds = options.seeds if budget.allows(4 * (len(options.seeds) - 1), cell.steps) else options.seeds[:1]
     if len(seeds) < len(options.seeds):
-        found.left_out.append(f"{cell.label}: seeds beyond {seeds[0]}")
+        study.left_out.append(f"{cell.label}: seeds beyond {seeds[0]}")
     for form in (cell.gradual, cell.one_shot):
         jobs = [job(options, cell, form.variant, form.rate, seed) for seed in seeds]
         results = pool.run(f"seeds, {cell.label}", jobs)
@@ -142,7 +142,7 @@ def _all_seeds(pool: Pool, options: Options, cell: Cell, budget: Budget, found: 
         return
     cell.longer_steps = longer_steps(cell.steps, compute_ratio(cell))
     if not budget.allows(len(seeds), cell.longer_steps):
-        found.left_out.append(f"{cell.label}: one-shot at equal compute")
+        study.left_out.append(f"{cell.label}: one-shot at equal compute")
         cell.longer_steps = None
         return
     jobs = [job(options, cell, "one-shot", cell.one_shot.rate, seed, cell.longer_steps) for seed in seeds]

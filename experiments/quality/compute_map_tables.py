@@ -17,7 +17,7 @@ COLUMNS = ["cell", "gradual: t_f, lr {}", "one-shot: lr {:g}", "gradual {:.3f}",
 COLUMNS += ["gradual - one-shot {}", "one-shot, equal compute (steps) {}", "gradual - one-shot {}", "seeds {}"]
 
 
-def report(found: Map, options: Options, errors: Mapping[str, str]) -> str:
+def report(study: Map, options: Options, errors: Mapping[str, str]) -> str:
     how = (
         f"Same losses, selection without compensation. In each cell gradual (end of pruning "
         f"{' or '.join(f'{end:g}' for end in ENDS)} of the steps) and one-shot have their own best rate of "
@@ -27,9 +27,9 @@ def report(found: Map, options: Options, errors: Mapping[str, str]) -> str:
         f"Equal compute: one-shot with as many further steps as gradual costs more, by CPU seconds or FLOPs, whichever "
         f"gives one-shot more, rounded up; at its rate of equal steps."
     )
-    parts = [f"## {title}\n\n{table(COLUMNS, [_line(c, m) for c in found.cells])}" for m, title in METRICS.items()]
-    if found.left_out:
-        listed = "\n".join(f"* {what}" for what in found.left_out)
+    parts = [f"## {title}\n\n{table(COLUMNS, [_line(c, m) for c in study.cells])}" for m, title in METRICS.items()]
+    if study.left_out:
+        listed = "\n".join(f"* {what}" for what in study.left_out)
         parts.append(f"## Left out (--budget-minutes {options.budget_minutes:g})\n\n{listed}")
     return page("Where gradual pruning beats one-shot", how, *parts, failures(errors))
 
@@ -50,15 +50,15 @@ def _line(which: Cell, metric: str) -> list:
     ]
 
 
-def rows(found: Map, config: dict) -> Rows:
+def rows(study: Map, config: dict) -> Rows:
     """`x` is the cell; `values` has a number per seed."""
     made = Rows("quality_map", config)
-    for which in found.cells:
+    for which in study.cells:
         forms = {"gradual": which.gradual.runs, "one_shot": which.one_shot.runs}
         forms["one_shot_equal_compute"] = which.longer
         about = {"width": which.width, "steps": which.steps, "longer_steps": which.longer_steps}
         about |= {"t_f": which.gradual.variant, "rates": [which.gradual.rate, which.one_shot.rate]}
-        about |= {"validation": which.gradual.validation | which.one_shot.validation, "left_out": found.left_out}
+        about |= {"validation": which.gradual.validation | which.one_shot.validation, "left_out": study.left_out}
         for name, runs in forms.items():
             numbers = {metric: [run["test"][metric] for run in runs.values()] for metric in METRICS}
             numbers["cpu_s"] = [run["cpu_s"] for run in runs.values()]

@@ -56,8 +56,8 @@ class FineTune(Job):
 
     def execute(self, context, folder: Path) -> dict:
         source, start = self.of.checkpoint(context.work), time.process_time()
-        found = self._fine_tune(source, cache_dir(self.of.spec.config()))
-        return {"score": found[TASKS[self.task].metric], "metrics": found, "cpu_s": time.process_time() - start}
+        metrics = self._fine_tune(source, cache_dir(self.of.spec.config()))
+        return {"score": metrics[TASKS[self.task].metric], "metrics": metrics, "cpu_s": time.process_time() - start}
 
     def _fine_tune(self, checkpoint: Path, cache: Path) -> dict[str, float]:
         from homodistil.evaluation.glue.fine_tuning import Settings, train

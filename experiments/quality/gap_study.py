@@ -46,10 +46,10 @@ def run(pool: Pool, options: Options) -> list[Course]:
     ends = QUICK_ENDS if options.quick else tuple(ENDS)
     paths = [Course(end, width) for width in options.widths for end in ends]
     cells = [(path, seed, _job(options, path, seed)) for seed in options.seeds for path in paths]
-    for (path, seed, job), found in zip(cells, pool.run("gap", [cell[2] for cell in cells]), strict=True):
-        if found:
+    for (path, seed, job), result in zip(cells, pool.run("gap", [cell[2] for cell in cells]), strict=True):
+        if result:
             folder = job.folder(pool.work)
-            path.runs[seed] = found
+            path.runs[seed] = result
             path.events[seed] = read_lines(folder / EVENTS_FILE)
             path.curves[seed] = curves(folder)
     return paths
@@ -64,21 +64,21 @@ def _job(options: Options, path: Course, seed: int) -> Train:
 
 def curves(folder: Path) -> dict[str, Curve]:
     """Every term of the gap over the steps of a run, from its evaluations and its events, in order of time."""
-    found: dict[str, list[tuple[int, int, float]]] = {}
+    points_of: dict[str, list[tuple[int, int, float]]] = {}
     for line in read_lines(folder / METRICS_FILE):
         if line["kind"] == "evaluation":
             # Step 0 is measured before an event of step 0, later ones after what their step brought.
             place = 0 if line["step"] == 0 else 3
-            _add(found, line["step"], place, {n[4:]: v for n, v in line.items() if n.startswith("gap/")})
+            _add(points_of, line["step"], place, {n[4:]: v for n, v in line.items() if n.startswith("gap/")})
     for event in read_lines(folder / EVENTS_FILE):
-        _add(found, event["step"], 1, event["gap_before"])
-        _add(found, event["step"], 2, event["gap_after"])
-    return {term: [(step, value) for step, _, value in sorted(points)] for term, points in found.items()}
+        _add(points_of, event["step"], 1, event["gap_before"])
+        _add(points_of, event["step"], 2, event["gap_after"])
+    return {term: [(step, value) for step, _, value in sorted(points)] for term, points in points_of.items()}
 
 
-def _add(found: dict, step: int, place: int, values: dict[str, float]) -> None:
+def _add(points_of: dict, step: int, place: int, values: dict[str, float]) -> None:
     for term, value in values.items():
-        found.setdefault(term, []).append((step, place, value))
+        points_of.setdefault(term, []).append((step, place, value))
 
 
 def jumps(events: list[dict], term: str = "kl") -> list[float]:

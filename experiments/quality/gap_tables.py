@@ -19,7 +19,7 @@ COLUMNS += ["highest KL {:.2f}", "final KL (TEST) {:.3f}", "final MLM loss (TEST
 FIGURES = ROOT / "docs" / "figures"
 
 
-def report(found: list[Course], options: Options, errors: Mapping[str, str]) -> str:
+def report(courses: list[Course], options: Options, errors: Mapping[str, str]) -> str:
     how = (
         f"{options.steps} steps, lr {options.rates[0]:g} for all, selection without compensation; mean +- standard "
         f"deviation over seeds {', '.join(map(str, options.seeds))}. Jumps, mean and highest KL: on the probe (48 "
@@ -27,7 +27,7 @@ def report(found: list[Course], options: Options, errors: Mapping[str, str]) -> 
     )
     parts = []
     for width in options.widths:
-        paths = [path for path in found if path.width == width]
+        paths = [path for path in courses if path.width == width]
         parts.append(f"## Width: {width}\n\n{table(COLUMNS, map(_line, paths))}")
         parts.append(f"Distances at the end of training, by layer:\n\n{_layers(paths)}")
         parts.append(f"Events of seed {options.seeds[0]}, KL before -> after:\n\n{_events(paths, options.seeds[0])}")
@@ -78,10 +78,10 @@ def _events(paths: list[Course], seed: int) -> str:
     return "\n".join(lines)
 
 
-def rows(found: list[Course], config: dict) -> Rows:
+def rows(courses: list[Course], config: dict) -> Rows:
     """Final values with a number per seed, and every curve of every seed (a point per evaluation or event)."""
     made = Rows("quality_gap", config)
-    for path in found:
+    for path in courses:
         variant = f"{path.end}/{path.width}"
         for metric in ("mlm_loss", "kl_to_teacher") if path.runs else ():
             made.add(variant, metric, "nats", "final", [run["test"][metric] for run in path.runs.values()])

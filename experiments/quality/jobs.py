@@ -51,10 +51,10 @@ class Job:
         shutil.rmtree(folder, ignore_errors=True)  # of an attempt that did not end
         folder.mkdir(parents=True)
         start = time.monotonic()
-        found = self.execute(context, folder)
-        found["wall_s"] = time.monotonic() - start
-        write_atomically(folder / RESULT_FILE, json.dumps(found) + "\n")
-        return found
+        result = self.execute(context, folder)
+        result["wall_s"] = time.monotonic() - start
+        write_atomically(folder / RESULT_FILE, json.dumps(result) + "\n")
+        return result
 
 
 class Keep(enum.Enum):
@@ -95,11 +95,11 @@ class Train(Job):
         return None if is_missing else super().result(work)
 
     def execute(self, context: Context, folder: Path) -> dict:
-        found = context.train(self.spec.config(), folder, self.eval_blocks)
+        measured = context.train(self.spec.config(), folder, self.eval_blocks)
         gone = ("checkpoints", "tensorboard", *((EXPORT,) if self.keep is Keep.NO else ()))
         for name in gone:
             shutil.rmtree(folder / name, ignore_errors=True)
-        return found
+        return measured
 
 
 @dataclass(frozen=True)

@@ -68,14 +68,14 @@ class Worker:
     def answer(self) -> tuple[dict | None, str | None, float]:
         """Of the job it was given, once `connection` is ready; a process that died is an error too."""
         try:
-            found = self.connection.recv()
+            answer = self.connection.recv()
         except (EOFError, OSError):
             self.process.join()
-            found = (None, f"the worker died with exit code {self.process.exitcode}", 0.0)
-        if found[1] is not None:
+            answer = (None, f"the worker died with exit code {self.process.exitcode}", 0.0)
+        if answer[1] is not None:
             self.end()
         self.job = None
-        return found
+        return answer
 
     def end(self) -> None:
         if self.process is not None:
@@ -139,10 +139,10 @@ class Pool:
 
     def _note(self, phase: str, worker: Worker, place: str, waiting: list[Job], later: dict[str, int]) -> None:
         job = worker.job
-        found, error, seconds = worker.answer()
+        result, error, seconds = worker.answer()
         if error is None:
             self._seconds.setdefault(job.kind, []).append(seconds)
-            measured = found.get("validation")
+            measured = result.get("validation")
             outcome = f"{seconds:.0f} s" + (f", validation loss {choice_loss(measured):.3f}" if measured else "")
         else:
             self.errors[job.label] = error
@@ -158,5 +158,5 @@ class Pool:
         counts = dict(later)
         for job in open_jobs:
             counts[job.kind] = counts.get(job.kind, 0) + 1
-        known = {kind: statistics.fmean(found) for kind, found in self._seconds.items()}
+        known = {kind: statistics.fmean(seconds) for kind, seconds in self._seconds.items()}
         return sum(count * known.get(kind, 0.0) for kind, count in counts.items()) / len(self._workers)

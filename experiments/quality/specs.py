@@ -53,8 +53,8 @@ class RunSpec:
     @classmethod
     def of(cls, label: str, *parts: Sequence[str], steps: int, lr: float, seed: int) -> RunSpec:
         """`parts` in order (a later field wins), then steps, rate and seed."""
-        own = (f"train.steps={steps}", f"train.lr={lr:g}", f"train.seed={seed}")
-        return cls(f"{label} lr {lr:g} seed {seed}", (*(field for part in parts for field in part), *own))
+        settings = (f"train.steps={steps}", f"train.lr={lr:g}", f"train.seed={seed}")
+        return cls(f"{label} lr {lr:g} seed {seed}", (*(field for part in parts for field in part), *settings))
 
     def config(self) -> RunConfig:
         """A copy that the caller may change. Raises `UserError` when an override is none."""
@@ -73,13 +73,13 @@ def _parsed(overrides: tuple[str, ...]) -> RunConfig:
 
 
 def relevant(config: RunConfig) -> dict:
-    found = config.to_dict()
+    content = config.to_dict()
     for section, names in _FREE.items():
-        found[section] = {} if names is None else {n: v for n, v in found[section].items() if n not in names}
+        content[section] = {} if names is None else {n: v for n, v in content[section].items() if n not in names}
     defaults = RunConfig().to_dict()
     for section, names in _LATER.items():
-        found[section] = {n: v for n, v in found[section].items() if n not in names or v != defaults[section][n]}
-    return found
+        content[section] = {n: v for n, v in content[section].items() if n not in names or v != defaults[section][n]}
+    return content
 
 
 def content_hash(content: object) -> str:

@@ -72,8 +72,8 @@ class Context:
             folder = self.work / "corrections" / key
             folder.mkdir(parents=True, exist_ok=True)
             with FileLock(folder / "lock"):  # the other worker waits, and finds it done
-                found, _ = corrected(config, engine_config, prepare_inputs(config, self.device), folder)
-            self._materials[key] = found
+                run_inputs, _ = corrected(config, engine_config, prepare_inputs(config, self.device), folder)
+            self._materials[key] = run_inputs
         return self._materials[key]
 
     def settled_inputs(self, config: RunConfig) -> RunInputs:
@@ -87,10 +87,10 @@ class Context:
         dtype = teacher_dtype(config.teacher.dtype, engine_config, self.device)
         teacher = build_teacher(teacher_copy(run_inputs, dtype), config.teacher, self.device, dtype)
         family = family_of(teacher.model.config.model_type)
-        found = [HeldoutScores(config, half, family).of_teacher(teacher) for half in halves(run_inputs, eval_blocks)]
+        scores = [HeldoutScores(config, half, family).of_teacher(teacher) for half in halves(run_inputs, eval_blocks)]
         return {
-            "validation": found[0],
-            "test": found[1],
+            "validation": scores[0],
+            "test": scores[1],
             "parameters": sum(p.numel() for p in teacher.model.parameters()),
             "hidden_size": teacher.model.config.hidden_size,
             "folder": run_inputs.teacher,
@@ -121,16 +121,16 @@ def _do(job: Job, context: Context) -> tuple[dict | None, str | None, float]:
     start = time.monotonic()
     print(f"\n=== {job.label} -> {job.folder(context.work)}", flush=True)
     try:
-        found, error = job.run(context), None
+        result, error = job.run(context), None
     except StopRequested:
         raise
     except Exception as failure:
         traceback.print_exc()
-        found, error = None, f"{type(failure).__name__}: {failure}".splitlines()[0]
+        result, error = None, f"{type(failure).__name__}: {failure}".splitlines()[0]
         note = {"label": job.label, "error": error}
         (job.folder(context.work) / ERROR_FILE).write_text(json.dumps(note) + "\n", encoding="utf-8")
     gc.collect()
-    return found, error, time.monotonic() - start
+    return result, error, time.monotonic() - start
 
 
 def _write_output_to(log: Path) -> None:

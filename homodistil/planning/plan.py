@@ -68,8 +68,8 @@ class Plan:
     def to_dict(self) -> dict:
         """The plan for JSON; sizes are in bytes, times of steps in seconds, training time in hours."""
         values = asdict(self) | {"peak_bytes": self.peak_bytes, "device_hours": self.device_hours}
-        for stretch, own in zip(values["stretches"], self.stretches, strict=True):
-            stretch["total_bytes"] = own.total_bytes
+        for stretch, original in zip(values["stretches"], self.stretches, strict=True):
+            stretch["total_bytes"] = original.total_bytes
         return values
 
 

@@ -63,16 +63,16 @@ def merged(of_ranks: list[list[Finding]]) -> Findings:
     subjects = list(dict.fromkeys(finding.subject for findings in of_ranks for finding in findings))
     rows = Findings()
     for subject in subjects:
-        found: dict[Finding, list[int]] = {}
+        ranks_of: dict[Finding, list[int]] = {}
         for rank, findings in enumerate(of_ranks):
             for finding in findings:
                 if finding.subject == subject:
-                    found.setdefault(finding, []).append(rank)
-        if all(finding.is_good for finding in found):
-            first = min(ranks[0] for ranks in found.values())
-            rows.extend(finding for finding, ranks in found.items() if ranks[0] == first)
+                    ranks_of.setdefault(finding, []).append(rank)
+        if all(finding.is_good for finding in ranks_of):
+            first = min(ranks[0] for ranks in ranks_of.values())
+            rows.extend(finding for finding, ranks in ranks_of.items() if ranks[0] == first)
         else:
-            rows.extend(_named(finding, ranks) if len(of_ranks) > 1 else finding for finding, ranks in found.items())
+            rows.extend(_named(finding, ranks) if len(of_ranks) > 1 else finding for finding, ranks in ranks_of.items())
     return rows
 
 

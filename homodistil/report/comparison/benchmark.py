@@ -29,11 +29,11 @@ def read_benchmark(file: Path) -> list[dict[str, Any]]:
         for row in content:
             width = "" if row["x"] == row["variant"] else f", {row['x']}"
             name = f"{row['variant']}{width}"
-            found = models.setdefault((row["variant"], str(row["x"])), {"name": name})
-            found |= {
+            model = models.setdefault((row["variant"], str(row["x"])), {"name": name})
+            model |= {
                 column: row["config"][column] for column in ("parameters", "hidden_size") if column in row["config"]
             }
-            found[_COLUMNS.get(row["metric"], row["metric"])] = row.get("values", [row["value"]])
+            model[_COLUMNS.get(row["metric"], row["metric"])] = row.get("values", [row["value"]])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(
             f"{file}: found no rows of experiments/quality ({type(error).__name__}: {str(error)[:200]}); give its "
