@@ -26,7 +26,8 @@ from benchmarks.harness.rows import Rows
 from benchmarks.harness.run import page, parser, publish
 from benchmarks.harness.table import table
 from benchmarks.harness.timing import copy_bytes_per_s, interleaved_ms, peak_bytes, strict_allocator
-from benchmarks.speed.kernel_problems import Inputs, Problem, problems
+from benchmarks.speed.kernel_problem import Inputs, Problem
+from benchmarks.speed.kernel_problems import problems
 from homodistil.metrics.device_peak import peak_flops
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
