@@ -22,6 +22,7 @@ PINNED = (
     "pruning.ema_beta=0.85",
     "pruning.protect_outliers=0.1",
     "pruning.compensation=none",
+    "pruning.compensation_sequences=128",
     "loss.mlm=1",
     "loss.kl_temperature=1",
     "loss.kl_positions=masked",

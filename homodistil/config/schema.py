@@ -153,6 +153,8 @@ class RunConfig:
             return True
         tasks = [task for task, defaults in TASK_DEFAULTS.items() if self.data.task in ("auto", task)]
         is_default = name not in self.given and any(name in TASK_DEFAULTS[task] for task in tasks)
+        if name == "pruning.compensation_sequences" and name not in self.given:
+            is_default |= self.pruning.schedule in ("auto", "one_shot")
         return is_default or (name == "data.prompt" and bool(tasks))
 
     @property

@@ -173,8 +173,8 @@ class PruningConfig:
     compensation_sequences: int = option(
         128, low=1, high=COUNT, resume="fixed", students="own", derived={TRIAL: COMPUTED}
     )
-    """Training sequences over all ranks for the statistics of an event (>= 1). Tasks embedding and scores: 512 unless
-    it is set."""
+    """Training sequences over all ranks for the statistics of an event (>= 1). Unless it is set, 512 where all is cut
+    at once (one_shot), and for tasks embedding and scores."""
     compensation_ridge: float = option(
         1e-2, low=0, high=WEIGHT, exclude="low", resume="fixed", students="own", derived=SAME
     )

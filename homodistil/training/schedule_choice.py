@@ -1,4 +1,4 @@
-"""What pruning.schedule=auto stands for."""
+"""What pruning.schedule=auto stands for, and what a cut at once is fitted to."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from homodistil.config.schema import PruningConfig, RunConfig
 
 OF_GRADUAL_SCHEDULES = ("start_fraction", "end_fraction", "interval_steps", "max_event_fraction")
 """Fields of pruning that mean nothing to a cut at once: who sets one wants a gradual one."""
+
+SEQUENCES_AT_ONCE = 512
+"""pruning.compensation_sequences of a cut at once, unless the user has set it: it is paid for once (LOG.md)."""
 
 
 def schedule_of(config: RunConfig) -> str:
@@ -24,3 +27,9 @@ def schedule_of(config: RunConfig) -> str:
 def with_schedule(config: RunConfig) -> PruningConfig:
     """The section `pruning`, with the schedule that a run has."""
     return dataclasses.replace(config.pruning, schedule=schedule_of(config))
+
+
+def give_sequences(config: RunConfig) -> None:
+    """The number of sequences that suits a schedule that is settled, in place, unless the user has chosen."""
+    if config.pruning.schedule == "one_shot" and "pruning.compensation_sequences" not in config.given:
+        config.pruning.compensation_sequences = SEQUENCES_AT_ONCE

@@ -16,7 +16,7 @@ from homodistil.metrics.term_labels import language_modelling
 from homodistil.models import family_of
 from homodistil.training.classifier import learn_labels, learns_labels
 from homodistil.training.embedder import is_embedder, settle_texts
-from homodistil.training.schedule_choice import schedule_of
+from homodistil.training.schedule_choice import give_sequences, schedule_of
 from homodistil.training.task_defaults import give_defaults, wants_head
 
 
@@ -55,6 +55,7 @@ def settle(config: RunConfig, teacher_config, has_head: bool = True, folder: str
     if pruning.schedule == "auto":
         pruning.schedule = schedule_of(config)
         check_schedule(config)
+    give_sequences(config)
     _check_settled_basis(config)
     if pruning.compensation != "none" and pruning.schedule != "none" and obstacle:
         raise UserError(

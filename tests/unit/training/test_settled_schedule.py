@@ -38,6 +38,30 @@ def test_auto_is_what_the_config_says(fields, schedule):
     assert _settled(*fields).pruning.schedule == schedule
 
 
+@pytest.mark.parametrize(
+    ("fields", "sequences"),
+    [
+        ((), 512),
+        (("pruning.schedule=one_shot",), 512),
+        (
+            ("pruning.schedule=one_shot", "pruning.compensation_sequences=128"),
+            128,
+        ),  # its default, but somebody wants it
+        (("pruning.schedule=cubic",), 128),
+        (("pruning.end_fraction=0.3",), 128),
+        (("pruning.schedule=none",), 128),
+    ],
+)
+def test_a_cut_at_once_is_fitted_to_more_text(fields, sequences):
+    assert _settled(*fields).pruning.compensation_sequences == sequences
+
+
+def test_the_number_is_open_until_the_schedule_is_known():
+    name = "pruning.compensation_sequences"
+    for fields, is_open in (((), True), (("pruning.schedule=cubic",), False), ((f"{name}=128",), False)):
+        assert parse([*HALF, "data.task=mlm", *fields]).leaves_open(name) == is_open
+
+
 def test_a_random_student_is_not_cut():
     assert _settled("student.init=random").pruning.schedule == "none"
 
