@@ -159,7 +159,7 @@ def test_a_token_of_the_user_is_whole_and_stays_in_the_text(tmp_path):
             "found rotary positions that are scaled (llama.rope.scaling.ty",
         ),
         ({f"{PREFIX}.model": (8, "llama")}, "found tokenizer.ggml.model 'llama', allowed are gpt2; give the model's"),
-        ({f"{PREFIX}.pre": (8, "qwen2")}, "found tokenizer.ggml.pre 'qwen2', allowed are smollm, gpt-2, llama-bpe;"),
+        ({f"{PREFIX}.pre": (8, "viking")}, "found tokenizer.ggml.pre 'viking', allowed are smollm, gpt-2, llama-bpe, "),
         ({f"{PREFIX}.tokens": (8, "x")}, "found tokenizer.ggml.tokens 'x', allowed are lists of text"),
         ({f"{PREFIX}.tokens": (9, (8, ["a"] * len(TOKENS)))}, "is damaged (a token twice)"),
         ({f"{PREFIX}.tokens": (9, (8, [*TOKENS, "more"]))}, "266 tokens for 265 rows of token_embd.weight"),

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
 from homodistil.data.sources.gguf import metadata
 from homodistil.data.sources.gguf.container import AGAIN, GgufFile
 from homodistil.data.sources.gguf.model import token_id
+from homodistil.data.sources.gguf.splitting import SPLITTINGS, Splitting
 from homodistil.errors import UserError
 from homodistil.models.checkpoint_files import first_line, short
 
@@ -19,36 +20,6 @@ _MODEL = "gpt2"
 """Byte-level BPE, whosever tokenizer it is."""
 _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4
 """Types of tokens; 1 is normal, 5 unused, 6 a byte."""
-_LLAMA3_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-
-
-class _Splitting(NamedTuple):
-    """How text is cut before BPE."""
-
-    steps: tuple[pre_tokenizers.PreTokenizer, ...]
-    ignore_merges: bool = False
-    """A piece that is in the vocabulary is one token, whatever the merges make of it."""
-    adds_bos: bool = False
-    """Where the file does not say."""
-
-
-_BYTES_BY_GPT2 = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-_SPLITTINGS = {
-    "smollm": _Splitting((pre_tokenizers.Digits(individual_digits=True), _BYTES_BY_GPT2)),
-    "gpt-2": _Splitting((_BYTES_BY_GPT2,)),
-    "llama-bpe": _Splitting(
-        (
-            pre_tokenizers.Split(Regex(_LLAMA3_PATTERN), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ),
-        ignore_merges=True,
-        adds_bos=True,
-    ),
-}
-"""By tokenizer.ggml.pre."""
 
 
 def write_tokenizer(file: GgufFile, folder: Path) -> None:
@@ -58,19 +29,24 @@ def write_tokenizer(file: GgufFile, folder: Path) -> None:
         UserError: another kind of tokenizer, or a damaged one.
         OSError: `folder` cannot be written.
     """
-    splitting = _splitting(file)
-    try:
-        tokenizer = _build(file, splitting)
-    except UserError:
-        raise
-    except Exception as error:  # the library of tokenizers raises plain Exceptions
-        raise UserError(f"{file.where}: is damaged (its tokenizer: {first_line(error)}); {AGAIN}") from None
+    tokenizer = read_tokenizer(file)
     (folder / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
     settings = json.dumps(_settings(file), ensure_ascii=False, indent=2)
     (folder / "tokenizer_config.json").write_text(settings, encoding="utf-8")
 
 
-def _build(file: GgufFile, splitting: _Splitting) -> Tokenizer:
+def read_tokenizer(file: GgufFile) -> Tokenizer:
+    """The tokenizer that the file describes. Raises `UserError`: another kind of tokenizer, or a damaged one."""
+    splitting = _splitting(file)
+    try:
+        return _build(file, splitting)
+    except UserError:
+        raise
+    except Exception as error:  # the library of tokenizers raises plain Exceptions
+        raise UserError(f"{file.where}: is damaged (its tokenizer: {first_line(error)}); {AGAIN}") from None
+
+
+def _build(file: GgufFile, splitting: Splitting) -> Tokenizer:
     tokenizer = Tokenizer(_bpe(file, splitting))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(list(splitting.steps))
     tokenizer.decoder = decoders.ByteLevel()
@@ -83,17 +59,17 @@ def _build(file: GgufFile, splitting: _Splitting) -> Tokenizer:
     return tokenizer
 
 
-def _splitting(file: GgufFile) -> _Splitting:
-    for key, allowed in ((f"{_PREFIX}.model", (_MODEL,)), (f"{_PREFIX}.pre", tuple(_SPLITTINGS))):
+def _splitting(file: GgufFile) -> Splitting:
+    for key, allowed in ((f"{_PREFIX}.model", (_MODEL,)), (f"{_PREFIX}.pre", tuple(SPLITTINGS))):
         if (name := metadata.text(file, key)) not in allowed:
             raise UserError(
                 f"{file.where}: found {key} {short(repr(name))}, allowed are {', '.join(allowed)}; give the model's "
                 f"Hugging Face folder instead"
             )
-    return _SPLITTINGS[name]
+    return SPLITTINGS[name]
 
 
-def _bpe(file: GgufFile, splitting: _Splitting) -> models.BPE:
+def _bpe(file: GgufFile, splitting: Splitting) -> models.BPE:
     tokens, merges = (metadata.texts(file, f"{_PREFIX}.{name}") for name in ("tokens", "merges"))
     vocabulary = {token: i for i, token in enumerate(tokens)}
     if len(vocabulary) < len(tokens):
