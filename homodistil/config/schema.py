@@ -88,7 +88,7 @@ class RunFolderConfig:
     """Also write the output of each rank to logs/rank-NNNNN.txt in the run folder."""
     report: bool = option(True, resume="free", students="shared", derived=SAME)
     """Write report.html at the end. Without it, `homodistil report` makes the same page at any time."""
-    formats: list[Literal["onnx", "onnx-int8", "openvino"]] = option(
+    formats: list[Literal["onnx", "onnx-int8", "openvino", "gguf", "gguf-f32", "gguf-q8_0"]] = option(
         [], resume="free", students="shared", derived={CORRECTION: [], MEASUREMENT: [], TRIAL: []}
     )
     """Formats in which every export is written at the end besides the stock checkpoint, as by `homodistil export`. One

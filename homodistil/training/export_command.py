@@ -1,10 +1,11 @@
-"""Export a checkpoint to ONNX, int8 ONNX or OpenVINO, and keep nothing that differs from torch.
+"""Export a checkpoint to ONNX, int8 ONNX, OpenVINO or GGUF, and keep nothing that differs from torch.
 
     homodistil export runs/quickstart/export
     homodistil export embedded:minilm-l6 --format onnx onnx-int8 --out models/minilm
+    homodistil export embedded:smollm2-135m --format gguf gguf-q8_0
 
 The files lie where sentence-transformers and optimum look for them: FOLDER/onnx/model.onnx,
-FOLDER/onnx/model_qint8_avx512_vnni.onnx, FOLDER/openvino/openvino_model.xml.
+FOLDER/onnx/model_qint8_avx512_vnni.onnx, FOLDER/openvino/openvino_model.xml; those of llama.cpp in FOLDER/gguf.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from homodistil.distributed.graceful_stop import on_signals
 from homodistil.evaluation import progress
 from homodistil.evaluation.command_line import number
 from homodistil.export.formats.layout import FORMATS, Limits, require_installed
+from homodistil.training.gguf_header import gguf_header, plain_name
 
 if TYPE_CHECKING:
     from homodistil.export.formats.agreement import Agreement
@@ -57,12 +59,14 @@ def _export(checkpoint: StockCheckpoint, out: Path, arguments: argparse.Namespac
     names = list(dict.fromkeys(arguments.format))
     check_new(out / checkpoint.inside, names, arguments.force)
     limits = Limits(arguments.min_cosine, arguments.max_kl)
+    has_head = not arguments.no_head
+    header = gguf_header(checkpoint, names, has_head)
     with staging(out) as staged:
         with progress.doing(f"loading {checkpoint.name}"):
             _write_companions(checkpoint, out, staged)
-            model = checkpoint.load(with_head=not arguments.no_head)
+            model = checkpoint.load(with_head=has_head)
         with progress.doing(f"exporting {checkpoint.name} to {', '.join(names)}"):
-            results = write_formats(model, names, staged / checkpoint.inside, limits)
+            results = write_formats(model, names, staged / checkpoint.inside, limits, header)
         table = _table(results, checkpoint.inside, staged)
         return table, publish(staged, out, arguments.force)
 
@@ -89,7 +93,7 @@ def _default_out(checkpoint: StockCheckpoint) -> Path:
     """The checkpoint's own folder; for what lies in a cache, a folder of its name in the working directory."""
     if checkpoint.folder is not None and not checkpoint.is_packaged:
         return checkpoint.folder
-    return Path(checkpoint.name.rpartition("/")[2].rpartition(":")[2])
+    return Path(plain_name(checkpoint))
 
 
 def _table(results: dict[str, Agreement], inside: str, staged: Path) -> str:
@@ -119,9 +123,9 @@ def parser() -> argparse.ArgumentParser:
     add("--out", type=Path, help="folder to write to; None: the checkpoint's, or ./NAME for a hub name or package")
     add("--force", action="store_true", help="overwrite files that are there")
     add("--no-head", action="store_true", help="export the backbone alone: its output is last_hidden_state")
-    text = "smallest mean cosine of int8 outputs with torch's"
+    text = "smallest mean cosine of 8-bit outputs with torch's"
     add("--min-cosine", type=number(float, -1, 1), default=Limits().min_cosine, help=text)
-    text = "largest mean KL of a head's int8 probabilities to torch's, nats"
+    text = "largest mean KL of a head's 8-bit probabilities to torch's, nats"
     add("--max-kl", type=number(float, 0), default=Limits().max_kl, help=text)
     add("--push", metavar="OWNER/NAME", help="upload what was exported to this repository of the hub")
     add("--cache-dir", type=Path, default=Path(DataConfig().cache_dir), help="where packaged models are kept")

@@ -60,11 +60,13 @@ def _write_formats(folder: Path, names: Sequence[str], cache_dir: Path) -> list[
 def _write_format(export: Path, name: str, cache_dir: Path) -> None:
     from homodistil.export.formats.folder import publish, staging
     from homodistil.export.formats.write import write_formats
+    from homodistil.training.gguf_header import gguf_header
     from homodistil.training.stock_checkpoint import open_checkpoint
 
     checkpoint = open_checkpoint(str(export), cache_dir)
+    header = gguf_header(checkpoint, [name], with_head=True)
     with staging(export) as staged:
-        write_formats(checkpoint.load(with_head=True), [name], staged / checkpoint.inside, Limits())
+        write_formats(checkpoint.load(with_head=True), [name], staged / checkpoint.inside, Limits(), header)
         publish(staged, export, force=False)
 
 

@@ -1,1 +1,1 @@
-"""A stock checkpoint in the formats of inference engines (ONNX, int8 ONNX, OpenVINO), checked against torch."""
+"""A stock checkpoint in the formats of inference engines (ONNX, int8 ONNX, OpenVINO, GGUF), checked against torch."""

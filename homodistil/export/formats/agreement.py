@@ -10,11 +10,8 @@ from torch.nn.functional import cosine_similarity, kl_div, log_softmax
 
 from homodistil.errors import UserError
 from homodistil.export.formats.exportable import Exportable
-from homodistil.export.formats.layout import Limits
+from homodistil.export.formats.layout import FORMATS, Limits
 from homodistil.export.formats.runners import Runner, torch_runner
-
-MAX_DIFFERENCE = 1e-4
-"""Of an fp32 graph: largest difference of an output, relative to the largest output. Rounding is about 1e-6."""
 
 
 class Agreement(NamedTuple):
@@ -54,29 +51,30 @@ def agreement(model: Exportable, exported: Runner) -> Agreement:
 
 
 def require(actual: Agreement, name: str, limits: Limits) -> None:
-    """Raise `UserError` where a graph is too far from torch.
+    """Raise `UserError` where a format is too far from torch.
 
     Args:
-        name: of the format; int8 is held to `limits`, every other one to `MAX_DIFFERENCE`.
+        name: of the format; one with weights of 8 bits is held to `limits`, every other one to its `max_difference`.
     """
-    if name == "onnx-int8":
-        _require_int8(actual, limits)
-    elif not actual.difference <= MAX_DIFFERENCE:  # NaN is refused too
+    allowed = FORMATS[name].max_difference
+    if allowed is None:
+        _require_8_bits(actual, name, limits)
+    elif not actual.difference <= allowed:  # NaN is refused too
         raise UserError(
-            f"--format {name}: the graph differs from torch by {actual.difference:.2g} of the largest output, allowed "
-            f"is {MAX_DIFFERENCE:g}; nothing was kept: try other versions of torch and onnxruntime, and report it"
+            f"--format {name}: the file differs from torch by {actual.difference:.2g} of the largest output, allowed "
+            f"is {allowed:g}; nothing was kept: try other versions of torch and {FORMATS[name].extra}, and report it"
         )
 
 
-def _require_int8(actual: Agreement, limits: Limits) -> None:
-    how = "nothing was kept: take onnx, or measure your task with int8 and then"
+def _require_8_bits(actual: Agreement, name: str, limits: Limits) -> None:
+    how = f"nothing was kept: take {name.partition('-')[0]}, or measure your task with 8 bits and then"
     if not actual.cosine >= limits.min_cosine:
         raise UserError(
-            f"--format onnx-int8: mean cosine with torch {actual.cosine:.6f}, allowed is --min-cosine "
+            f"--format {name}: mean cosine with torch {actual.cosine:.6f}, allowed is --min-cosine "
             f"{limits.min_cosine:g} or more; {how} lower --min-cosine"
         )
     if actual.kl is not None and not actual.kl <= limits.max_kl:
         raise UserError(
-            f"--format onnx-int8: mean KL to torch's probabilities {actual.kl:.3g} nats, allowed is --max-kl "
+            f"--format {name}: mean KL to torch's probabilities {actual.kl:.3g} nats, allowed is --max-kl "
             f"{limits.max_kl:g} or less; {how} raise --max-kl"
         )
