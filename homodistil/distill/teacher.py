@@ -74,6 +74,16 @@ class Teacher(nn.Module):
         self.scale = runtime.scale if runtime else self._taps.scale
         """What the softmax multiplies q.k with."""
 
+    @property
+    def device(self) -> torch.device:
+        """Where batches have to be."""
+        return next(self.parameters()).device
+
+    @property
+    def shows_layers(self) -> bool:
+        """Whether there is more to compare with than vectors or scores of whole texts."""
+        return True
+
     def train(self, mode: bool = True) -> Teacher:
         """Never in training mode: its dropout would be noise in every target."""
         return super().train(False)

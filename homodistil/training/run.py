@@ -19,6 +19,7 @@ from homodistil.data.prepare.integrity import json_object
 from homodistil.distill.losses.relations import relation_layer
 from homodistil.distill.objective import Objective
 from homodistil.distill.snapshot import StudentSnapshots
+from homodistil.distill.stored_teacher import StoredTeacher
 from homodistil.distill.student import Student
 from homodistil.distill.student_compile import CompiledLayers
 from homodistil.distill.teacher import Teacher, build_teacher, load_config
@@ -32,7 +33,6 @@ from homodistil.metrics.progress import doing
 from homodistil.metrics.recorder import METRICS_FILE, Recorder, read_lines
 from homodistil.metrics.result_table import HELDOUT_COLUMNS, ROW_FILE
 from homodistil.models.activations import show_values
-from homodistil.models.sentence_head import load_sentence_head
 from homodistil.resize import check_supported
 from homodistil.training.exporter import Exporter
 from homodistil.training.fingerprints import check_same
@@ -156,11 +156,12 @@ class DistillationRun:
         return list(self.run_inputs.heldout(self.config, PROBE_SEQUENCES, batch_size=share))
 
     def _build_teacher(self, device: torch.device, dtype: torch.dtype) -> Teacher:
-        config, model = self.config, teacher_copy(self.run_inputs, dtype)
+        config, head = self.config, self.run_inputs.sentence_head()
+        if config.teacher.is_stored:
+            return StoredTeacher(self.resolved.teacher, device, head)
+        model = teacher_copy(self.run_inputs, dtype)
         if "values" in Objective(config.loss).needs:
             show_values(model, self.resolved.family, relation_layer(config.loss, model.config.num_hidden_layers))
-        modules = self.run_inputs.sentence_modules
-        head = None if modules is None else load_sentence_head(modules, "teacher.name")
         return build_teacher(model, config.teacher, device, dtype, head)
 
     def _heldout_loss(self, student: Student) -> float:
