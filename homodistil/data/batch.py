@@ -48,8 +48,7 @@ class Batch(NamedTuple):
     """(B, T) int64: 0 for tokens of the first text of a pair, 1 for those of the second one; None: all are 0, or the
     model has no types."""
     teacher_outputs: Tensor | None = None
-    """(B, E) fp32, the teacher's vector of each text or the logits of its labels, where these come from files
-    (teacher.outputs=stored)."""
+    """(B, D) fp32, the teacher's pooled state of each text, where these come from files (teacher.outputs=stored)."""
 
     @property
     def padding_mask(self) -> Tensor | None:

@@ -48,7 +48,7 @@ class BatchLoader:
         rank, world_size: whose share.
         window: of the model's layers that have one, to count pairs by (`LossCounts`).
         num_first: tokens at the beginning of each sequence that a count leaves out (`LossCounts.tokens_behind`).
-        outputs: what the teacher says of each of `rows`, for batches to bring along.
+        outputs: the teacher's pooled states of `rows`, for batches to bring along.
 
     Raises:
         UserError: no rows, or a global batch size that is not a multiple of micro-batch size x ranks.
@@ -200,7 +200,7 @@ class EvenlySpread:
     """So many rows, spread evenly over `rows`; all of them where there are no more.
 
     Args:
-        rows: blocks of a split, or what the teacher says of them.
+        rows: blocks of a split, or the teacher's pooled states of them.
     """
 
     def __init__(self, rows: Rows, count: int) -> None:

@@ -1,4 +1,4 @@
-"""Memory-mapped rows of one split: blocks of token ids, or what a teacher says of the text in each block."""
+"""Memory-mapped rows of one split: blocks of token ids, or a teacher's pooled state of the text in each block."""
 
 from __future__ import annotations
 
@@ -42,15 +42,14 @@ class Rows:
 
 
 class OutputRows(Rows):
-    """What a teacher says of the texts of one split: `rows[ids]` is (n, E) fp32, the vectors of these texts, or the
-    logits of their labels."""
+    """A teacher's pooled states of the texts of one split: `rows[ids]` is (n, D) fp32."""
 
     _dtype = np.float32
     _again = "computes the teacher's outputs again"
 
 
 class TextOutputs(NamedTuple):
-    """What a teacher says of every text of a corpus (teacher.outputs=stored); row i belongs to block i of a split."""
+    """A teacher's pooled states of every text of a corpus (teacher.outputs=stored); row i belongs to block i."""
 
     train: OutputRows
     heldout: OutputRows

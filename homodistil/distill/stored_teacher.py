@@ -1,7 +1,9 @@
-"""A teacher that has spoken already: its vectors or scores of whole texts come with the batch, read from files.
+"""A teacher that has run already: its pooled states of whole texts come with the batch, read from files.
 
-Nothing of it is loaded but its shape, and the modules behind the backbone of a sentence embedder, which the student's
-vectors pass as well. `training/stored_outputs.py` makes the files; `compute_outputs` is what they hold.
+Nothing of it is loaded but its shape and what stands behind the backbone: the Dense layers of a sentence embedder, the
+head of a classifier. These run in each step as they would behind a running backbone, for their products are of a few
+rows, whose last bits depend on how many these are; the backbone's do not. `training/stored_outputs.py` makes the files;
+`compute_outputs` is what they hold.
 """
 
 from __future__ import annotations
@@ -17,21 +19,29 @@ from homodistil.distill.teacher import Teacher
 from homodistil.distill.teacher_outputs import TeacherOutputs
 from homodistil.models import family_of
 from homodistil.models.activations import Activations, LayerActivations
+from homodistil.models.classifier import Classifier
 from homodistil.models.sentence_head import SentenceHead
 
 
 class StoredTeacher(Teacher):
-    """Gives each batch what it brings along (`Batch.teacher_outputs`).
+    """Makes vectors or scores of the pooled states that a batch brings along (`Batch.teacher_outputs`).
 
     Args:
         shape: the teacher's model without weights, on the meta device.
         device: of batches.
         sentence_head: of a sentence embedder.
+        classifier: the head of a sequence classifier, with its weights on `device`.
     """
 
-    def __init__(self, shape: nn.Module, device: torch.device, sentence_head: SentenceHead | None = None) -> None:
+    def __init__(
+        self,
+        shape: nn.Module,
+        device: torch.device,
+        sentence_head: SentenceHead | None = None,
+        classifier: Classifier | None = None,
+    ) -> None:
         super().__init__(shape, runtime=_NoPass(shape), sentence_head=sentence_head and sentence_head.to(device))
-        self._device = device
+        self._device, self._classifier = device, classifier
 
     @property
     def device(self) -> torch.device:
@@ -42,22 +52,26 @@ class StoredTeacher(Teacher):
         return False
 
     def forward(self, batch: Batch) -> StoredOutputs:
-        outputs = StoredOutputs(self.model, self.family, batch, self.scale)
-        outputs.sentence_head = self.sentence_head
-        return outputs
+        return StoredOutputs(self, batch)
 
     def for_several(self, batch: Batch, num_students: int) -> list[TeacherOutputs]:
         return [self(batch) for _ in range(num_students)]
 
-    def embed(self, batch: Batch) -> Tensor:
+    def pooled_states(self, batch: Batch) -> Tensor:
         return batch.teacher_outputs
 
+    @torch.no_grad()
     def scores(self, batch: Batch) -> Tensor:
-        return batch.teacher_outputs
+        dtype = self._classifier.linear.weight.dtype
+        return self._classifier.logits_of(self.pooled_states(batch).to(dtype))
 
 
 class StoredOutputs(TeacherOutputs):
     """For terms that take nothing else (`Term.takes_stored`)."""
+
+    def __init__(self, teacher: StoredTeacher, batch: Batch) -> None:
+        super().__init__(teacher.model, teacher.family, batch, teacher.scale)
+        self._teacher, self.sentence_head = teacher, teacher.sentence_head
 
     def take_embedding(self) -> Tensor:
         raise _never()
@@ -72,10 +86,10 @@ class StoredOutputs(TeacherOutputs):
         raise _never()
 
     def vectors(self) -> Tensor:
-        return self.batch.teacher_outputs
+        return self._teacher.embed(self.batch)
 
     def scores(self) -> Tensor:
-        return self.batch.teacher_outputs
+        return self._teacher.scores(self.batch)
 
 
 class _NoPass:
@@ -92,11 +106,19 @@ def _never() -> RuntimeError:
     return RuntimeError("teacher.outputs=stored: something asks for what only a running teacher has")
 
 
+def head_alone(model: nn.Module, device: torch.device) -> Classifier:
+    """The head of a sequence classifier on `device`, frozen; the rest of `model` may go."""
+    classifier = family_of(model.config.model_type).classifier(model.eval().requires_grad_(False))
+    for part in (classifier.linear, classifier.decoder, *([classifier.norm.module] if classifier.norm else [])):
+        part.to(device)
+    return classifier
+
+
 @torch.no_grad()
 def compute_outputs(
     teacher: Teacher, to_batch: BatchMaker, blocks: Rows, samples: np.ndarray, batch_size: int
 ) -> np.ndarray:
-    """What a running teacher says of these texts: its vectors before they are normalised, or the logits of its labels.
+    """A running teacher's pooled states of these texts.
 
     Every pass has the shape that passes have in training, so that its kernels are those of training: the last batch is
     filled up with texts of before.
@@ -107,13 +129,12 @@ def compute_outputs(
         batch_size: texts of a pass.
 
     Returns:
-        (n, E) fp32.
+        (n, D) fp32, exact.
     """
     rows = []
     for first in range(0, len(samples), batch_size):
         here = samples[first : first + batch_size]
         whole = np.resize(here, batch_size)
         batch = to_batch(blocks[whole], whole, np.zeros_like(whole)).to(teacher.device)
-        outputs = teacher.scores(batch) if teacher.sentence_head is None else teacher.embed(batch)
-        rows.append(outputs[: len(here)].float().cpu().numpy())
+        rows.append(teacher.pooled_states(batch)[: len(here)].float().cpu().numpy())
     return np.concatenate(rows)

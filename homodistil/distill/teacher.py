@@ -121,15 +121,21 @@ class Teacher(nn.Module):
         return self._runtime(batch.input_ids, batch.padding_mask, batch.token_types)
 
     @torch.no_grad()
+    def pooled_states(self, batch: Batch) -> Tensor:
+        """What the modules behind the backbone read of each text, (B, D): of a sentence embedder in fp32, of a sequence
+        classifier in the dtype of its hidden states."""
+        last, mask, head = self.run(batch).last, batch.attention_mask, self.sentence_head
+        return self.family.classifier(self.model).rows(last, mask) if head is None else pooled(last, mask, head.pooling)
+
+    @torch.no_grad()
     def embed(self, batch: Batch) -> Tensor:
         """Vectors of the batch's texts, (B, E) fp32, not normalised. Of a sentence embedder alone."""
-        head = self.sentence_head
-        return head.transform(pooled(self.run(batch).last, batch.attention_mask, head.pooling))
+        return self.sentence_head.transform(self.pooled_states(batch))
 
     @torch.no_grad()
     def scores(self, batch: Batch) -> Tensor:
         """Logits of labels, fp32 (B, labels). Of a sequence classifier alone."""
-        return self.family.classifier(self.model).logits(self.run(batch).last, batch.attention_mask)
+        return self.family.classifier(self.model).logits_of(self.pooled_states(batch))
 
     @torch.no_grad()
     def predict(self, batch: Batch) -> Tensor:

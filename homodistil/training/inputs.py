@@ -81,7 +81,7 @@ class RunInputs:
     vocabulary: VocabularyCut | None = None
     """What was cut of the teacher's vocabulary before anything else; None: nothing."""
     outputs: TextOutputs | None = None
-    """What the teacher says of every text (teacher.outputs=stored); None: it is asked in each step."""
+    """The teacher's pooled states of every text (teacher.outputs=stored); None: it runs in each step."""
 
     @property
     def with_head(self) -> bool:
@@ -162,7 +162,7 @@ class RunInputs:
         return np.concatenate([np.empty(0, dtype=np.int64), *shares]), total
 
     def _spread(self, heldout: Rows, limit: int | None) -> Rows | EvenlySpread:
-        """Those of held-out rows, blocks or what the teacher says of them, that are looked at."""
+        """Those of held-out rows, blocks or the teacher's pooled states of them, that are looked at."""
         if not self.has_single_texts:
             return heldout
         return EvenlySpread(heldout, MAX_TEXTS if limit is None else min(limit, MAX_TEXTS))

@@ -1,7 +1,7 @@
 """Files of a teacher's outputs: shards, and the rows that they become, each with its checksums.
 
-<cache_dir>/parts/outputs-<key>/NNNNN/     a shard: rows.npy (texts, E) fp32, checksums.json
-<cache_dir>/teacher_outputs/<key>/         train.npy, heldout.npy (texts, E) fp32, outputs.json, checksums.json
+<cache_dir>/parts/outputs-<key>/NNNNN/     a shard: rows.npy (texts, D) fp32, checksums.json
+<cache_dir>/teacher_outputs/<key>/         train.npy, heldout.npy (texts, D) fp32, outputs.json, checksums.json
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class OutputShards:
     Args:
         num_texts: by split.
         shard_texts: texts of a shard; the last one of a split may have fewer.
-        compute: what the teacher says of the texts of a shard, fp32 (texts, E).
+        compute: the teacher's pooled states of the texts of a shard, fp32 (texts, D).
     """
 
     what, unit = "computing the teacher's outputs", " texts"

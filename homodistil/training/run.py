@@ -19,7 +19,7 @@ from homodistil.data.prepare.integrity import json_object
 from homodistil.distill.losses.relations import relation_layer
 from homodistil.distill.objective import Objective
 from homodistil.distill.snapshot import StudentSnapshots
-from homodistil.distill.stored_teacher import StoredTeacher
+from homodistil.distill.stored_teacher import StoredTeacher, head_alone
 from homodistil.distill.student import Student
 from homodistil.distill.student_compile import CompiledLayers
 from homodistil.distill.teacher import Teacher, build_teacher, load_config
@@ -158,7 +158,9 @@ class DistillationRun:
     def _build_teacher(self, device: torch.device, dtype: torch.dtype) -> Teacher:
         config, head = self.config, self.run_inputs.sentence_head()
         if config.teacher.is_stored:
-            return StoredTeacher(self.resolved.teacher, device, head)
+            has_labels = self.run_inputs.head == "classifier"
+            labels = head_alone(teacher_copy(self.run_inputs, dtype), device) if has_labels else None
+            return StoredTeacher(self.resolved.teacher, device, head, labels)
         model = teacher_copy(self.run_inputs, dtype)
         if "values" in Objective(config.loss).needs:
             show_values(model, self.resolved.family, relation_layer(config.loss, model.config.num_hidden_layers))

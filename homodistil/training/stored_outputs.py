@@ -1,10 +1,10 @@
-"""teacher.outputs=stored: what the teacher says of every text, computed once and kept beside the corpus.
+"""teacher.outputs=stored: the teacher's pooled state of every text, computed once and kept beside the corpus.
 
     run_inputs = with_stored_outputs(config, dtype, run_inputs)     # every rank; computes what is missing
     prepare_outputs(config, dtype, run_inputs, task, tasks)         # ahead of a run, one of several workers
 
-The files are named by the content of all they depend on: text, tokenizer, teacher and its modules, precision. Students
-and seeds do not count.
+The files are named by the content of all they depend on: text, tokenizer, teacher, pooling, precision. Students and
+seeds do not count.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ from homodistil.distill.stored_teacher import compute_outputs
 from homodistil.distill.teacher import Teacher, build_teacher
 from homodistil.distributed import groups, ranks, watchdog
 from homodistil.metrics.progress import doing
-from homodistil.training.embedder import modules_fingerprint
 from homodistil.training.fingerprints import teacher_fingerprint
 from homodistil.training.inputs import RunInputs, teacher_copy
 from homodistil.training.output_shards import OutputShard, OutputShards
@@ -97,11 +96,9 @@ def computed_outputs(config: RunConfig, dtype: torch.dtype, run_inputs: RunInput
 
 def outputs_key(config: RunConfig, dtype: torch.dtype, run_inputs: RunInputs) -> str:
     """Content of everything that the rows depend on."""
-    modules = run_inputs.sentence_modules
     content = (
         *(_VERSION, run_inputs.corpus.fingerprint, teacher_fingerprint(run_inputs.teacher)),
-        *(None if modules is None else modules_fingerprint(modules), run_inputs.head),
-        *(str(dtype), config.teacher.runtime),
+        *(run_inputs.pooling, run_inputs.head, str(dtype), config.teacher.runtime),
     )
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:20]
 
@@ -123,7 +120,7 @@ class _Work:
         )
 
     def compute(self, shard: OutputShard) -> np.ndarray:
-        """fp32 (texts, E)."""
+        """fp32 (texts, D)."""
         return self._of(shard.split, np.arange(shard.first, shard.end))
 
     def neighbours_matter(self) -> float:
@@ -208,7 +205,7 @@ def shard_texts(config: RunConfig) -> int:
 def _facts(config: RunConfig, dtype: torch.dtype, run_inputs: RunInputs) -> dict[str, object]:
     """For whoever looks at the files; nothing reads it."""
     return {
-        "rows": "vectors before they are normalised" if run_inputs.sentence_modules else "logits of labels",
+        "rows": f"last hidden states, {run_inputs.pooling or 'as the head of labels reads them'}",
         "corpus": run_inputs.corpus.fingerprint,
         "teacher_dtype": str(dtype).removeprefix("torch."),
         "texts_of_a_pass": config.train.micro_batch_size,

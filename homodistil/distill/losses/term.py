@@ -128,7 +128,7 @@ class Term:
     needs: frozenset[str] = frozenset()
     """Which of NEEDS it reads. Nothing else is computed, shown or kept on its account."""
     takes_stored: ClassVar[bool] = False
-    """Whether all it asks of the teacher are `vectors` or `scores` of whole texts, which may come from files
+    """Whether all it asks of the teacher are `vectors` or `scores` of whole texts, which files may have
     (teacher.outputs=stored)."""
     module_prefix: ClassVar[str | None] = None
     """Before the moment, in names of learned modules; None: the term's name and an underscore."""
