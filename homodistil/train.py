@@ -87,9 +87,10 @@ def _run(job: Job, raw_engine_config: dict, device: torch.device, report: StartR
         rank_log.keep_in(Path(folder) / "logs")
     with report.part("teacher's correction"):
         run_inputs, correction = corrected(config, engine_config, run_inputs, folder)
-    with report.part("teacher's outputs"):
-        dtype = teacher_dtype(config.teacher.dtype, engine_config, device)
-        run_inputs = with_stored_outputs(config, dtype, run_inputs)
+    if config.teacher.is_stored:
+        with report.part("teacher's outputs"):
+            dtype = teacher_dtype(config.teacher.dtype, engine_config, device)
+            run_inputs = with_stored_outputs(config, dtype, run_inputs)
     if ranks.rank() == 0:
         print(report.line(ranks.world_size(), num_machines, engine_config), flush=True)
     command = invocation.own()

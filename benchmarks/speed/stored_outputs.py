@@ -62,7 +62,8 @@ def measure(num_turns: int, work: Path, overrides: list[str]) -> tuple[dict[str,
             config.data.cache_dir = str(work / "cache")
             run_inputs = prepare_inputs(config, device)
             start_s = _now()
-            run_inputs = with_stored_outputs(config, torch.float32, run_inputs)
+            if config.teacher.is_stored:
+                run_inputs = with_stored_outputs(config, torch.float32, run_inputs)
             computing_s = _now() - start_s
             made = DistillationRun(config, engine_config, run_inputs, work / config.teacher.outputs, "benchmark")
             trainers[way] = stack.enter_context(made.training())

@@ -43,7 +43,7 @@ _VERSION = 1
 
 
 def with_stored_outputs(config: RunConfig, dtype: torch.dtype, run_inputs: RunInputs) -> RunInputs:
-    """`run_inputs`, with the outputs where the config wants them stored. What is missing is computed by all ranks.
+    """`run_inputs` with the outputs that the config wants stored. What is missing is computed by all ranks.
 
     Every rank calls it, while none holds anything on its device.
 
@@ -53,8 +53,6 @@ def with_stored_outputs(config: RunConfig, dtype: torch.dtype, run_inputs: RunIn
     Raises:
         UserError: on every rank, if a file cannot be read or written.
     """
-    if not config.teacher.is_stored:
-        return run_inputs
     leaders, what = groups.cache_leaders(cache_dir(config)), OutputShards.what
     with watchdog.long_phase(what), doing(what):
         key = groups.once(leaders, lambda: outputs_key(config, dtype, run_inputs))

@@ -90,7 +90,7 @@ def test_it_is_bitwise_the_run_with_the_teacher_in_it(live, stored, inputs):
 
 def test_another_student_and_seed_read_the_same_files(server, inputs, stored, tmp_path):
     before = {path: path.stat().st_mtime_ns for path in folder_of(inputs).iterdir()}
-    others = ("student.hidden_size=16", "train.seed=3", "train.micro_batch_size=4", "run.resume=auto")
+    others = ("student.hidden_size=16", "train.seed=3", "train.micro_batch_size=4", "pruning.compensation=refit")
     rows = []
     for outputs in ("stored", "live"):
         folder = tmp_path / outputs
@@ -118,6 +118,37 @@ def test_killed_in_three_places_it_ends_bitwise_the_same(server, inputs, stored,
     assert differences(compared(folder / "run"), compared(live)) == []
 
 
+def test_several_students_of_one_job_read_them(server, inputs, live, stored, tmp_path):
+    files = [tmp_path / f"{name}.yaml" for name in ("half", "wide")]
+    for file, width in zip(files, (12, 16), strict=True):
+        file.write_text(f"student: {{hidden_size: {width}, intermediate_size: 20}}\n")
+    run(server, [*command(inputs, tmp_path / "run", STORED), "--teachers-once", ",".join(map(str, files))])
+    ours, theirs = compared(tmp_path / "run" / "students" / "half"), compared(live)
+    del ours["result.json"], theirs["result.json"]  # the names of rows
+    assert [name for name in differences(ours, theirs) if "'cpu'" not in name] == []  # one random state for both
+
+
+def test_a_check_before_the_run_takes_a_step_without_files(server, inputs, stored, tmp_path):
+    before = {path: path.stat().st_mtime_ns for path in (inputs / "cache").rglob("*")}
+    output = run(server, [*command(inputs, tmp_path / "run", STORED, "loss.similarity_temperature=0.3"), "--check"])
+    assert "forward, backward, step, cut to hidden" in output and "this run can start" in output
+    assert {path: path.stat().st_mtime_ns for path in (inputs / "cache" / "teacher_outputs").rglob("*")}.items() <= (
+        before.items()
+    )
+
+
+def test_resume_may_change_where_the_outputs_come_from(server, inputs, stored, live, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(stored, folder)
+    for name in ("checkpoints/step-000010", "export"):
+        shutil.rmtree(folder / name)
+    (folder / "row.json").unlink()
+    (folder / "checkpoints" / "latest").write_text("step-000009\n")
+    output = run(server, command(inputs, folder, "run.resume=auto"))
+    assert "resumed from step 9" in output
+    assert differences(compared(folder), compared(live)) == []
+
+
 def test_several_workers_compute_them_ahead_of_the_run(server, inputs, stored, tmp_path):
     folder = tmp_path / "it"
     shutil.copytree(inputs, folder, ignore=shutil.ignore_patterns("live", "stored", "cache"))
@@ -136,17 +167,16 @@ def worker(server, arguments: list[str]) -> str:
     return job.output()
 
 
-@pytest.mark.parametrize("name", ["train.npy", "heldout.npy", "outputs.json", "checksums.json"])
-def test_damaged_files_are_made_again(server, inputs, stored, tmp_path, name):
+def test_a_damaged_file_is_named_and_made_again(server, inputs, stored, tmp_path):
     folder = tmp_path / "it"
     shutil.copytree(inputs, folder, ignore=shutil.ignore_patterns("live", "stored"))
-    before, path = contents(folder_of(folder)), folder_of(folder) / name
+    before, path = contents(folder_of(folder)), folder_of(folder) / "train.npy"
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 0xFF
     path.write_bytes(content)
     output = run(server, command(folder, folder / "run", STORED, "train.steps=1"), (0,), num_ranks=1)
     (warning,) = [line for line in output.splitlines() if "warning: " in line]
-    assert str(folder_of(folder)) in warning and name in warning and warning.endswith("made again"), output
+    assert str(folder_of(folder)) in warning and path.name in warning and warning.endswith("made again"), output
     assert contents(folder_of(folder)) == before
 
 
