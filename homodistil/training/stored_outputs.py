@@ -57,8 +57,8 @@ def with_stored_outputs(config: RunConfig, dtype: torch.dtype, run_inputs: RunIn
     with watchdog.long_phase(what), doing(what):
         key = groups.once(leaders, lambda: outputs_key(config, dtype, run_inputs))
         order = _Order(config, dtype, run_inputs, key)
-        if not groups.once(leaders, order.is_intact):
-            groups.once(list(range(ranks.world_size())), order.compute)
+        groups.once(leaders, order.take_away_damaged)
+        groups.once(list(range(ranks.world_size())), order.compute)
         groups.once(leaders, order.finish)
     return dataclasses.replace(run_inputs, outputs=order.outputs())
 
@@ -73,8 +73,8 @@ def prepare_outputs(config: RunConfig, dtype: torch.dtype, run_inputs: RunInputs
         UserError: a file cannot be read or written.
     """
     order = _Order(config, dtype, run_inputs, outputs_key(config, dtype, run_inputs))
-    if not order.is_intact():
-        order.compute(task, tasks)
+    order.take_away_damaged()
+    order.compute(task, tasks)
     left = order.num_left()
     if left:
         return (
@@ -87,7 +87,7 @@ def prepare_outputs(config: RunConfig, dtype: torch.dtype, run_inputs: RunInputs
 
 def computed_outputs(config: RunConfig, dtype: torch.dtype, run_inputs: RunInputs) -> TextOutputs:
     """The outputs in memory, of a few texts that are in no corpus (a trial step)."""
-    work = _Work(config, dtype, run_inputs)
+    work = OutputWork(config, dtype, run_inputs)
     train, heldout = (work.compute(OutputShard(split, 0, num_texts)) for split, num_texts in work.num_texts.items())
     return TextOutputs(train, heldout)
 
@@ -101,7 +101,7 @@ def outputs_key(config: RunConfig, dtype: torch.dtype, run_inputs: RunInputs) ->
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:20]
 
 
-class _Work:
+class OutputWork:
     """What a shard is made of; the teacher is loaded when the first one is made.
 
     Args:
@@ -154,23 +154,25 @@ class _Order:
     """
 
     def __init__(self, config: RunConfig, dtype: torch.dtype, run_inputs: RunInputs, key: str) -> None:
-        self._work, self._shard_texts = _Work(config, dtype, run_inputs), shard_texts(config)
+        self._work, self._shard_texts = OutputWork(config, dtype, run_inputs), shard_texts(config)
         self._facts = _facts(config, dtype, run_inputs)
         self._maker = OutputShards(self._work.num_texts, self._shard_texts, self._work.compute)
         self.target = cache_dir(config) / "teacher_outputs" / key
         parts = cache_dir(config) / "parts" / f"outputs-{key}-{self._shard_texts}"
         self._preparation = Preparation(parts, self._maker, self.target.exists)
 
-    def is_intact(self) -> bool:
-        """Whether the files are there. Damaged ones are taken away first, with a warning."""
+    def take_away_damaged(self) -> None:
+        """Delete files that are not what was written, with a warning."""
         if self.target.exists() and self._maker.whole_damage(self.target):
             with workspace(self.target):
                 if self.target.exists() and (reason := self._maker.whole_damage(self.target)):
                     set_aside(self.target, reason)
-        return self.target.exists()
 
     def compute(self, task: int = 0, tasks: int = 1) -> None:
-        """Make every `tasks`-th shard that is missing; those that others are making are waited for."""
+        """Unless the files are there, make every `tasks`-th shard that is missing; those that others are making are
+        waited for."""
+        if self.target.exists():
+            return
         numbers = range(len(self._maker.sizes))[task::tasks]
         self._preparation.make(numbers, 0)
         if "_teacher" in self._work.__dict__:

@@ -88,18 +88,6 @@ def test_it_is_bitwise_the_run_with_the_teacher_in_it(live, stored, inputs):
     assert not list((inputs / "cache" / "parts").glob("[!.]*"))
 
 
-def test_another_student_and_seed_read_the_same_files(server, inputs, stored, tmp_path):
-    before = {path: path.stat().st_mtime_ns for path in folder_of(inputs).iterdir()}
-    others = ("student.hidden_size=16", "train.seed=3", "train.micro_batch_size=4", "pruning.compensation=refit")
-    rows = []
-    for outputs in ("stored", "live"):
-        folder = tmp_path / outputs
-        run(server, command(inputs, folder, f"teacher.outputs={outputs}", *others), (0,), num_ranks=1)
-        rows.append(compared(folder))
-    assert differences(*rows) == []
-    assert {path: path.stat().st_mtime_ns for path in folder_of(inputs).iterdir()} == before
-
-
 def test_killed_in_three_places_it_ends_bitwise_the_same(server, inputs, stored, live, tmp_path):
     """Twice while the vectors are computed, and once behind the second checkpoint."""
     folder = tmp_path / "it"

@@ -28,7 +28,7 @@ from homodistil.training.inputs import RunInputs, prepare_inputs, teacher_copy
 from homodistil.training.output_shards import OutputShard, OutputShards
 from homodistil.training.resolve import resolve_run
 from homodistil.training.stored_outputs import (
-    _Work,
+    OutputWork,
     computed_outputs,
     outputs_key,
     prepare_outputs,
@@ -174,7 +174,7 @@ def test_a_trial_step_computes_the_rows_of_its_few_texts(prepared):
 
 def test_a_teacher_whose_rows_depend_on_their_neighbours_is_noticed(prepared):
     kind, config, run_inputs = prepared
-    work = _Work(config, torch.float32, run_inputs)
+    work = OutputWork(config, torch.float32, run_inputs)
     assert work.neighbours_matter() == 0
 
     class Centred(Teacher):
