@@ -33,6 +33,8 @@ class StoredTeacher(Teacher):
         classifier: the head of a sequence classifier, with its weights on `device`.
     """
 
+    shows_layers = False
+
     def __init__(
         self,
         shape: nn.Module,
@@ -46,10 +48,6 @@ class StoredTeacher(Teacher):
     @property
     def device(self) -> torch.device:
         return self._device
-
-    @property
-    def shows_layers(self) -> bool:
-        return False
 
     def forward(self, batch: Batch) -> StoredOutputs:
         return StoredOutputs(self, batch)

@@ -16,13 +16,14 @@ from homodistil.checkpoint.checkpoints import Found
 from homodistil.checkpoint.random_state import seed_random_state
 from homodistil.config.schema import RunConfig
 from homodistil.data.prepare.integrity import json_object
+from homodistil.distill.build_teacher import build_teacher
 from homodistil.distill.losses.relations import relation_layer
 from homodistil.distill.objective import Objective
 from homodistil.distill.snapshot import StudentSnapshots
 from homodistil.distill.stored_teacher import StoredTeacher, head_alone
 from homodistil.distill.student import Student
 from homodistil.distill.student_compile import CompiledLayers
-from homodistil.distill.teacher import Teacher, build_teacher, load_config
+from homodistil.distill.teacher import Teacher, load_config
 from homodistil.distributed import ranks
 from homodistil.engine.build import build_engine
 from homodistil.engine.ds_config import student_dtype, teacher_dtype, zero_stage

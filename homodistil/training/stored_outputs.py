@@ -25,8 +25,9 @@ from homodistil.data.cache import build_once, set_aside, workspace
 from homodistil.data.prepare.build_shards import Preparation
 from homodistil.data.rows import OutputRows, Rows, TextOutputs
 from homodistil.data.task import BatchMaker, task_of
+from homodistil.distill.build_teacher import build_teacher
 from homodistil.distill.stored_teacher import compute_outputs
-from homodistil.distill.teacher import Teacher, build_teacher
+from homodistil.distill.teacher import Teacher
 from homodistil.distributed import groups, ranks, watchdog
 from homodistil.metrics.progress import doing
 from homodistil.training.fingerprints import teacher_fingerprint
