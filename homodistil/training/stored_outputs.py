@@ -52,15 +52,18 @@ def with_stored_outputs(config: RunConfig, dtype: torch.dtype, run_inputs: RunIn
         dtype: of the teacher.
 
     Raises:
-        UserError: on every rank, if a file cannot be read or written.
+        UserError: on every rank, if a file cannot be read or written, or rows are to be computed of a damaged corpus.
     """
     leaders, what = groups.cache_leaders(cache_dir(config)), OutputShards.what
     with watchdog.long_phase(what), doing(what):
         key = groups.once(leaders, lambda: outputs_key(config, dtype, run_inputs))
         order = _Order(config, dtype, run_inputs, key)
         groups.once(leaders, order.take_away_damaged)
-        groups.once(list(range(ranks.world_size())), order.compute)
-        groups.once(leaders, order.finish)
+    if any(ranks.gather(not order.target.exists())):
+        run_inputs.require_intact()  # or rows of damaged text would be kept as those of the text
+        with watchdog.long_phase(what), doing(what):
+            groups.once(list(range(ranks.world_size())), order.compute)
+            groups.once(leaders, order.finish)
     return dataclasses.replace(run_inputs, outputs=order.outputs())
 
 

@@ -16,6 +16,7 @@ from transformers import AutoModel, BertForSequenceClassification
 
 from homodistil.config.command_line import parse
 from homodistil.config.schema import RunConfig
+from homodistil.data.prepare import integrity
 from homodistil.data.prepare.build_shards import Preparation
 from homodistil.data.prepare.corpus import Corpus
 from homodistil.distill.stored_teacher import StoredTeacher, head_alone
@@ -218,6 +219,19 @@ def test_one_of_two_workers_merges_what_both_have_made(folders, tmp_path):
     said = [prepare_outputs(config, torch.float32, run_inputs, task, 2) for task in (1, 0)]
     assert "task 1 of 2 is done; 4 shards" in said[0] and said[1].startswith("teacher's outputs: ")
     assert prepare_outputs(config, torch.float32, run_inputs, 0, 1) == said[1]
+
+
+def test_nothing_is_kept_of_a_corpus_that_is_damaged(folders, tmp_path, monkeypatch):
+    """A large one is still being hashed when the rows are computed."""
+    shutil.copytree(folders["vectors"], tmp_path / "it", ignore=shutil.ignore_patterns("teacher_outputs"))
+    config = config_of(tmp_path / "it", "vectors")
+    run_inputs = prepare_inputs(config, torch.device("cpu"))
+    flip(run_inputs.corpus.train.path)
+    monkeypatch.setattr(integrity, "CHECKED_AT_ONCE_BYTES", 0)
+    check = integrity.BackgroundCheck(run_inputs.corpus.train.path.parent)
+    with pytest.raises(UserError, match="is damaged .train.npy has another sha256"):
+        with_stored_outputs(config, torch.float32, dataclasses.replace(run_inputs, corpus_check=check))
+    assert not [*(tmp_path / "it" / "cache").rglob("outputs-*"), *(tmp_path / "it" / "cache").rglob("checksums.json")]
 
 
 # -- the files
