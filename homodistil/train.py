@@ -17,7 +17,7 @@ from homodistil.distill.teacher_sharding import num_parameters
 from homodistil.distributed import graceful_stop, groups, invocation, rank_log, ranks, watchdog
 from homodistil.distributed.fault_injection import fault_point
 from homodistil.engine.build import init_ranks, load_engine_config, resolve_engine_config
-from homodistil.engine.ds_config import zero_stage
+from homodistil.engine.ds_config import teacher_dtype, zero_stage
 from homodistil.export.model_card import complete_cards
 from homodistil.metrics.progress import doing
 from homodistil.metrics.result_table import format_table, write_result
@@ -32,6 +32,7 @@ from homodistil.training.run import DistillationRun, result_row
 from homodistil.training.run_folder import check_run_folders, claim_run_folder
 from homodistil.training.settings import settings_checks
 from homodistil.training.startup_report import StartReport
+from homodistil.training.stored_outputs import with_stored_outputs
 from homodistil.training.teacher_checks import check_teacher
 from homodistil.training.teacher_correction import corrected
 
@@ -86,6 +87,10 @@ def _run(job: Job, raw_engine_config: dict, device: torch.device, report: StartR
         rank_log.keep_in(Path(folder) / "logs")
     with report.part("teacher's correction"):
         run_inputs, correction = corrected(config, engine_config, run_inputs, folder)
+    if config.teacher.is_stored:
+        with report.part("teacher's outputs"):
+            dtype = teacher_dtype(config.teacher.dtype, engine_config, device)
+            run_inputs = with_stored_outputs(config, dtype, run_inputs)
     if ranks.rank() == 0:
         print(report.line(ranks.world_size(), num_machines, engine_config), flush=True)
     command = invocation.own()

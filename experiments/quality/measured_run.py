@@ -14,7 +14,7 @@ from torch import Tensor
 
 from homodistil.config.schema import RunConfig
 from homodistil.data.batch import Batch
-from homodistil.data.prepare.corpus import Rows
+from homodistil.data.rows import Rows
 from homodistil.evaluation.heldout import Predict, evaluate
 from homodistil.metrics.recorder import METRICS_FILE, read_lines
 from homodistil.planning.step_work import run_flops

@@ -24,7 +24,7 @@ _LATER = {
         *("scores_kl", "scores_mse", "scores_temperature"),
     ),
     "student": ("vocab",),
-    "teacher": ("correction_seed",),
+    "teacher": ("correction_seed", "outputs"),
     "pruning": ("basis", "basis_steps", "basis_lr"),
     "train": ("decay_fraction", "uncut_lr_share"),
 }

@@ -20,7 +20,7 @@ from experiments.quality.jobs import ERROR_FILE, Job
 from experiments.quality.measured_run import MeasuredRun, RememberedLogits, halves
 from experiments.quality.specs import content_hash
 from homodistil.config.schema import RunConfig
-from homodistil.distill.teacher import build_teacher
+from homodistil.distill.build_teacher import build_teacher
 from homodistil.distributed import graceful_stop
 from homodistil.engine.build import init_ranks, load_engine_config, resolve_engine_config
 from homodistil.engine.ds_config import teacher_dtype

@@ -63,6 +63,13 @@ class TeacherConfig:
     """GPU: run the teacher on a separate CUDA stream, in parallel to the student's forward (turns lock_step off)."""
     shard: bool = option(False, resume="free", students="shared", derived=SAME)
     """Shard the teacher's layers over the ranks, if it does not fit on a GPU; each layer is gathered before it runs."""
+    outputs: Literal["live", "stored"] = option("live", resume="free", students="shared", derived={MEASUREMENT: "live"})
+    """Tasks embedding and scores: where losses have the teacher's vectors or scores of texts from. live: the teacher
+    runs in every step; stored: from files beside the corpus, computed once (docs/stored-outputs.md)."""
+
+    @property
+    def is_stored(self) -> bool:
+        return self.outputs == "stored"
 
     @property
     def in_lock_step(self) -> bool:

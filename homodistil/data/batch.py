@@ -8,8 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from homodistil.data.rows import Rows
 
 
 class LossCounts(NamedTuple):
@@ -44,6 +47,8 @@ class Batch(NamedTuple):
     token_types: Tensor | None = None
     """(B, T) int64: 0 for tokens of the first text of a pair, 1 for those of the second one; None: all are 0, or the
     model has no types."""
+    teacher_outputs: Tensor | None = None
+    """(B, D) fp32, the teacher's pooled state of each text, where these come from files (teacher.outputs=stored)."""
 
     @property
     def padding_mask(self) -> Tensor | None:
@@ -65,6 +70,10 @@ class Batch(NamedTuple):
         if not num_first:
             return self.attention_mask, self.counts.tokens
         return tokens_behind(self.attention_mask, num_first), self.counts.tokens_behind
+
+    def with_outputs(self, outputs: Rows | None, samples: np.ndarray) -> Batch:
+        """The batch with `teacher_outputs`: those of the blocks `samples` (B,), where there are any."""
+        return self if outputs is None else self._replace(teacher_outputs=torch.from_numpy(outputs[samples]))
 
     def with_tokens_behind(self, num_first: int) -> Batch:
         """The batch with `counts.tokens_behind`, where tokens are left out. To be called on the CPU."""

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from homodistil.config.schema import DataConfig
 from homodistil.data.batch import Batch
-from homodistil.data.prepare.corpus import Rows
+from homodistil.data.rows import OutputRows, Rows
 from homodistil.data.task import task_of
 from homodistil.distributed.graceful_stop import ignore_in_worker
 from homodistil.errors import UserError
@@ -48,6 +48,7 @@ class BatchLoader:
         rank, world_size: whose share.
         window: of the model's layers that have one, to count pairs by (`LossCounts`).
         num_first: tokens at the beginning of each sequence that a count leaves out (`LossCounts.tokens_behind`).
+        outputs: the teacher's pooled states of `rows`, for batches to bring along.
 
     Raises:
         UserError: no rows, or a global batch size that is not a multiple of micro-batch size x ranks.
@@ -65,11 +66,12 @@ class BatchLoader:
         world_size: int,
         window: int | None = None,
         num_first: int = 0,
+        outputs: OutputRows | None = None,
     ) -> None:
         if not len(rows):
             raise UserError("data.sources: the training split holds no block of text; add text")
         self._rows, self._seed, self._workers = rows, seed, config.workers
-        self._num_first = num_first
+        self._num_first, self._outputs = num_first, outputs
         self._to_batch = task_of(config).batch_maker(tokenizer, config, seed, window)
         self.global_batch_size, self._rank, self._world = global_batch_size, rank, world_size
         self._order_epoch, self._order = -1, np.empty(0, dtype=np.uint32)
@@ -131,7 +133,8 @@ class BatchLoader:
         for epoch in np.unique(epochs):
             here = epochs == epoch
             samples[here] = self._order_of(int(epoch))[offsets[here]]
-        return self._to_batch(self._rows[samples], samples, epochs).with_tokens_behind(self._num_first)
+        batch = self._to_batch(self._rows[samples], samples, epochs).with_outputs(self._outputs, samples)
+        return batch.with_tokens_behind(self._num_first)
 
     def _order_of(self, epoch: int) -> np.ndarray:
         if epoch != self._order_epoch:  # cached, because shuffling 10^8 samples takes seconds
@@ -197,7 +200,7 @@ class EvenlySpread:
     """So many rows, spread evenly over `rows`; all of them where there are no more.
 
     Args:
-        rows: blocks of a split.
+        rows: blocks of a split, or the teacher's pooled states of them.
     """
 
     def __init__(self, rows: Rows, count: int) -> None:
@@ -222,6 +225,7 @@ def fixed_batches(
     limit: int | None = None,
     window: int | None = None,
     num_first: int = 0,
+    outputs: OutputRows | EvenlySpread | None = None,
 ) -> Iterator[Batch]:
     """The batches of this rank for evaluation on `rows`; masks depend only on (seed, sample index).
 
@@ -230,7 +234,7 @@ def fixed_batches(
 
     Args:
         rows: blocks of the held-out split.
-        tokenizer, config, seed, rank, world_size, window, num_first: see `BatchLoader`.
+        tokenizer, config, seed, rank, world_size, window, num_first, outputs: see `BatchLoader`.
         batch_size: maximum samples per batch and rank.
         limit: use only the first `limit` samples, over all ranks; None: all.
     """
@@ -240,5 +244,6 @@ def fixed_batches(
         if len(samples):
             batch = to_batch(rows[samples], samples, np.zeros_like(samples))
         else:
-            batch = to_batch.without_targets(rows[[0]])
-        yield batch.with_tokens_behind(num_first)
+            samples = np.zeros(1, dtype=np.int64)
+            batch = to_batch.without_targets(rows[samples])
+        yield batch.with_outputs(outputs, samples).with_tokens_behind(num_first)

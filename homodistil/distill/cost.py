@@ -24,6 +24,7 @@ def step_flops(
     target_rows: float,
     vocab_size: int,
     architecture: Architecture = BERT_LIKE,
+    runs_teacher: bool = True,
 ) -> StepFlops:
     """FLOPs of one optimizer step at the student's current widths.
 
@@ -35,6 +36,7 @@ def step_flops(
         target_rows: rows to predict, over the whole global batch.
         vocab_size: rows of the decoder.
         architecture: of both models (`ModelFamily.architecture`).
+        runs_teacher: False where what terms ask of it is stored.
     """
     terms = active_terms(loss)
     sizes = BatchSizes(student, teacher, num_sequences, seq_len, target_rows, vocab_size, architecture=architecture)
@@ -43,7 +45,7 @@ def step_flops(
         for widths, rows in zip((student, teacher), _head_rows(terms, sizes), strict=True)
     )
     return StepFlops(
-        teacher=of_teacher if any(term.needs_teacher for term in terms) else 0,
+        teacher=of_teacher if runs_teacher and any(term.needs_teacher for term in terms) else 0,
         student=3 * forward,  # backward: one product for the gradient of each of the two factors
         losses=sum(term.flops(sizes) for term in terms),
     )

@@ -6,6 +6,7 @@ import functools
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 import transformers
@@ -14,14 +15,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from homodistil.config.schema import TeacherConfig
 from homodistil.data.batch import Batch
 from homodistil.data.task import TASKS
 from homodistil.data.tokenizer import check_ids, check_special_tokens, check_words, read_tokenizer
 from homodistil.distill.losses.vocabulary import chunked_losses
-from homodistil.distill.runtime import Runtime, SideStream, build_runtime
+from homodistil.distill.runtime import Runtime, SideStream
 from homodistil.distill.teacher_outputs import Layerwise, TeacherOutputs, WholePass, own_lists, wanted_rows
-from homodistil.distill.teacher_sharding import shard_layers
 from homodistil.errors import UserError
 from homodistil.models import family_of
 from homodistil.models.activations import ActivationHooks, Activations, attention_implementation
@@ -55,6 +54,9 @@ class Teacher(nn.Module):
         sentence_head: of a sentence embedder, whose vectors of texts are compared.
     """
 
+    shows_layers: ClassVar[bool] = True
+    """Whether there is more to compare with than vectors or scores of whole texts."""
+
     def __init__(
         self,
         model: nn.Module,
@@ -73,6 +75,11 @@ class Teacher(nn.Module):
         self.sentence_head = sentence_head
         self.scale = runtime.scale if runtime else self._taps.scale
         """What the softmax multiplies q.k with."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where batches have to be."""
+        return next(self.parameters()).device
 
     def train(self, mode: bool = True) -> Teacher:
         """Never in training mode: its dropout would be noise in every target."""
@@ -111,15 +118,21 @@ class Teacher(nn.Module):
         return self._runtime(batch.input_ids, batch.padding_mask, batch.token_types)
 
     @torch.no_grad()
+    def pooled_states(self, batch: Batch) -> Tensor:
+        """What the modules behind the backbone read of each text, (B, D): of a sentence embedder in fp32, of a sequence
+        classifier in the dtype of its hidden states."""
+        last, mask, head = self.run(batch).last, batch.attention_mask, self.sentence_head
+        return self.family.classifier(self.model).rows(last, mask) if head is None else pooled(last, mask, head.pooling)
+
+    @torch.no_grad()
     def embed(self, batch: Batch) -> Tensor:
         """Vectors of the batch's texts, (B, E) fp32, not normalised. Of a sentence embedder alone."""
-        head = self.sentence_head
-        return head.transform(pooled(self.run(batch).last, batch.attention_mask, head.pooling))
+        return self.sentence_head.transform(self.pooled_states(batch))
 
     @torch.no_grad()
     def scores(self, batch: Batch) -> Tensor:
         """Logits of labels, fp32 (B, labels). Of a sequence classifier alone."""
-        return self.family.classifier(self.model).logits(self.run(batch).last, batch.attention_mask)
+        return self.family.classifier(self.model).logits_of(self.pooled_states(batch))
 
     @torch.no_grad()
     def predict(self, batch: Batch) -> Tensor:
@@ -134,24 +147,6 @@ class Teacher(nn.Module):
         decoder = self.family.decoder(self.model)
         loss, _, kl = chunked_losses(rows, decoder, None, batch.target_ids, one, zero)
         return loss, kl
-
-
-def build_teacher(
-    model: nn.Module,
-    config: TeacherConfig,
-    device: torch.device,
-    dtype: torch.dtype,
-    sentence_head: SentenceHead | None = None,
-) -> Teacher:
-    """`model`, moved to `device` as a whole or (teacher.shard) in this rank's part, in the runtime of `config`."""
-    model, family = model.eval().requires_grad_(False), family_of(model.config.model_type)
-    if config.shard:
-        shard_layers(family.layers(model), dtype)
-    model = model.to(device)
-    plain = config.runtime == "torch" and not config.own_stream
-    runtime = None if plain else build_runtime(model, family, config, device, dtype)
-    stream = SideStream(runtime, device) if config.own_stream else None
-    return Teacher(model, config.in_lock_step, runtime, stream, sentence_head and sentence_head.to(device))
 
 
 def load_model(

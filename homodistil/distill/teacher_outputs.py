@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from homodistil.data.batch import Batch
 from homodistil.models.activations import ActivationHooks, Activations, ActivationVisitor, LayerActivations
 from homodistil.models.family import ModelFamily
-from homodistil.models.sentence_head import SentenceHead
+from homodistil.models.sentence_head import SentenceHead, pooled
 
 
 class TeacherOutputs(ABC):
@@ -67,6 +67,12 @@ class TeacherOutputs(ABC):
     def logits(self, positions: str) -> Tensor:
         """(rows, V), of the rows that `wanted_rows` says."""
         return self.family.lm_head(self.model)(wanted_rows(self.take_last(), self.batch, positions))
+
+    @torch.no_grad()
+    def vectors(self) -> Tensor:
+        """Vectors of the texts of a sentence embedder, fp32 (B, E), not normalised."""
+        mask, head = self.batch.attention_mask, self.sentence_head
+        return head.transform(pooled(self.take_last(), mask, head.pooling))
 
     @torch.no_grad()
     def scores(self) -> Tensor:

@@ -36,6 +36,7 @@ POINTS = (
     "checkpoint.before_prune",
     "family.exported",  # the stock checkpoint of a milestone is written, its record is not
     "vocabulary.written",  # one rank per cache: a teacher with fewer pieces is complete, but not in its place
+    "outputs.shard_written",  # a shard of the teacher's outputs is complete, but not in its place
     "start.materials",  # teacher and corpus are ready, nothing has been trained yet
 )
 

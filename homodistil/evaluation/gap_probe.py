@@ -22,8 +22,8 @@ class GapProbe:
     """Measures the MLM, KL, hidden, attention and embedding terms, in total and per layer.
 
     KL, MLM and attention are measured even if their weight in the run is 0; of models without a language-modelling
-    head, attention alone. The hidden and embedding terms need projections, so they are measured only in runs that train
-    with these terms.
+    head, attention alone; where the teacher's outputs are stored, none of these. The hidden and embedding terms need
+    projections, so they are measured only in runs that train with these terms.
 
     Args:
         batches: held-out batches of this rank, the same for every measurement.
@@ -35,7 +35,9 @@ class GapProbe:
         counts = mean_counts(batches, device)
         self.batches = [batch._replace(counts=counts).to(device) for batch in batches]
         has_head = student.family.has_head(student.model)
-        measured = dataclasses.replace(student.objective.config, attention=1.0)
+        measured = student.objective.config
+        if teacher.shows_layers:
+            measured = dataclasses.replace(measured, attention=1.0)
         if has_head:
             measured = dataclasses.replace(measured, mlm=1.0, kl=1.0, kl_positions="masked")
         self.objective = Objective(measured)

@@ -64,8 +64,7 @@ def _nearest(vectors: Tensor, num: int) -> Tensor:
 
 def moved(batches: Iterable[Batch], teacher: Teacher) -> Iterable[Batch]:
     """`batches` on the device of `teacher`."""
-    device = next(teacher.parameters()).device
-    return (batch.to(device) for batch in batches)
+    return (batch.to(teacher.device) for batch in batches)
 
 
 def of_all_ranks(vectors: Tensor, positions: np.ndarray, num_texts: int) -> Tensor:

@@ -58,7 +58,10 @@ class Classifier(NamedTuple):
 
     def logits(self, hidden: Tensor, attention_mask: Tensor) -> Tensor:
         """(B, T, D) as the backbone puts it out, mask (B, T) 1 = token, 0 = padding -> fp32 (B, L)."""
-        rows = self.rows(hidden, attention_mask)
+        return self.logits_of(self.rows(hidden, attention_mask))
+
+    def logits_of(self, rows: Tensor) -> Tensor:
+        """`rows` -> fp32 (B, L)."""
         inner = self.inner(self.linear(self.dropout(rows) if self.drops_first else rows))
         logits = self.decoder(self.dropout(inner))
         return logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -66,7 +66,10 @@ def rank_memory(
 
 
 def _teacher_parameters(resolved: ResolvedRun, num_ranks: int) -> float:
-    """Teacher parameters that a rank holds at once; with `teacher.shard`, its part of the layers and one layer."""
+    """Teacher parameters that a rank holds at once; with `teacher.shard`, its part of the layers and one layer; none
+    where its outputs are stored."""
+    if resolved.config.teacher.is_stored:
+        return 0
     if not resolved.config.teacher.shard:
         return resolved.teacher_parameters
     layers = resolved.teacher_layers

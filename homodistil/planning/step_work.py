@@ -52,6 +52,7 @@ def run_flops(resolved: ResolvedRun, widths: Widths, num_sequences: int) -> Step
         target_rows=num_sequences * resolved.task.target_rows(config.data),
         vocab_size=resolved.vocab_size,
         architecture=resolved.family.architecture,
+        runs_teacher=not config.teacher.is_stored,
     )
 
 
@@ -63,7 +64,10 @@ def step_work(resolved: ResolvedRun, policy: MicroBatchPolicy, widths: Widths, m
     num_micro_batches = sequences // (num_ranks * micro_batch_size)
     flops = run_flops(resolved, widths, sequences)
     trainable, _ = policy.parameter_counts(widths)
-    saved_bytes = policy.sequence_bytes(widths).total + policy.sequence_bytes(resolved.teacher_widths).student / 3
+    saved_bytes, layers = policy.sequence_bytes(widths).total, 3 * num_layers(widths)
+    if not config.teacher.is_stored:
+        saved_bytes += policy.sequence_bytes(resolved.teacher_widths).student / 3
+        layers += num_layers(resolved.teacher_widths)
     shares = 1 if layout.stage == 0 else num_ranks
     gathers = 2.0 * sum(1 for _ in resolved.student.parameters()) if layout.stage == 3 else 0.0
     sent = _sent_bytes(trainable, layout, num_micro_batches)
@@ -76,7 +80,7 @@ def step_work(resolved: ResolvedRun, policy: MicroBatchPolicy, widths: Widths, m
         activation_bytes=saved_bytes * sequences / num_ranks,
         optimizer_bytes=_ADAM_BYTES * trainable / shares,
         communicated_bytes=sent,
-        layers=num_micro_batches * (3 * num_layers(widths) + num_layers(resolved.teacher_widths)),
+        layers=num_micro_batches * layers,
         gathers=gathers * num_micro_batches,
     )
 

@@ -17,7 +17,7 @@ from homodistil.training.resolve import ResolvedRun
 
 
 def step_bytes(resolved: ResolvedRun, engine_config: dict, device: torch.device) -> float:
-    """Predicted bytes per rank before the first cut: student, engine state, activations, and the frozen teacher.
+    """Predicted bytes per rank before the first cut: student, engine state, activations, and the teacher where it runs.
 
     Args:
         resolved: the resolved run. The student counts as a copy of the teacher; projections are not counted.
@@ -35,12 +35,13 @@ def step_bytes(resolved: ResolvedRun, engine_config: dict, device: torch.device)
         vocab_size=resolved.vocab_size,
         student_bytes=student.itemsize,
         teacher_bytes=teacher.itemsize,
-        lock_step=config.teacher.in_lock_step,
+        lock_step=config.teacher.in_lock_step or config.teacher.is_stored,
         keeps_probabilities=keeps_probabilities(device.type, student),
         architecture=resolved.family.architecture,
     ).total
     state = state_bytes(num_parameters, 0, state_layout(engine_config, num_ranks))
-    return state + num_parameters * teacher.itemsize + config.train.micro_batch_size * activations
+    of_teacher = 0 if config.teacher.is_stored else num_parameters * teacher.itemsize
+    return state + of_teacher + config.train.micro_batch_size * activations
 
 
 def free_bytes(device: torch.device) -> tuple[float, str]:

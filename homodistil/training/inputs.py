@@ -15,8 +15,9 @@ from homodistil.config.schema import RunConfig
 from homodistil.data.batch import Batch
 from homodistil.data.loader import BatchLoader, EvenlySpread, fixed_batches, fixed_samples
 from homodistil.data.prefetch import BatchPrefetcher
-from homodistil.data.prepare.corpus import Corpus, Rows, prepare_corpus
+from homodistil.data.prepare.corpus import Corpus, prepare_corpus
 from homodistil.data.prepare.integrity import BackgroundCheck
+from homodistil.data.rows import Rows, TextOutputs
 from homodistil.data.sources.teachers import is_cached_teacher
 from homodistil.data.task import TASKS
 from homodistil.data.vocabulary.choice import ALL
@@ -28,6 +29,7 @@ from homodistil.models import family_of
 from homodistil.models.checkpoint_files import local_folder
 from homodistil.models.classifier import LogitKind, logit_kind
 from homodistil.models.family_heads import HeadKind
+from homodistil.models.sentence_head import SentenceHead, load_sentence_head
 from homodistil.models.sentence_modules import PoolingMode, SentenceModules
 from homodistil.training.embedder import sentence_modules_of
 from homodistil.training.fingerprints import (
@@ -78,6 +80,8 @@ class RunInputs:
     """Of a teacher whose vectors of texts are learned (task embedding)."""
     vocabulary: VocabularyCut | None = None
     """What was cut of the teacher's vocabulary before anything else; None: nothing."""
+    outputs: TextOutputs | None = None
+    """The teacher's pooled states of every text (teacher.outputs=stored); None: it runs in each step."""
 
     @property
     def with_head(self) -> bool:
@@ -98,6 +102,10 @@ class RunInputs:
     def logits(self) -> LogitKind | None:
         """What the logits of the teacher's labels are (task scores)."""
         return logit_kind(load_config(self.teacher)) if self.head == "classifier" else None
+
+    def sentence_head(self) -> SentenceHead | None:
+        """The modules behind the teacher's backbone, loaded anew, on the CPU (task embedding). Raises `UserError`."""
+        return self.sentence_modules and load_sentence_head(self.sentence_modules, "teacher.name")
 
     def require_intact(self) -> None:
         """Wait until the corpus is known to be what was prepared. Every rank calls it before it keeps what it trained.
@@ -126,13 +134,14 @@ class RunInputs:
             ranks.world_size(),
             self.window,
             config.loss.skip_first_tokens,
+            self.outputs and self.outputs.train,
         )
 
     def heldout(self, config: RunConfig, limit: int | None = None, batch_size: int | None = None) -> Iterator[Batch]:
         """This rank's share of the held-out blocks (the first `limit` of all), with fixed masks; of single texts
         `limit` or MAX_TEXTS, spread evenly."""
         batches = fixed_batches(
-            self._heldout_rows(limit),
+            self._spread(self.corpus.heldout, limit),
             self.tokenizer,
             config.data,
             HELDOUT_SEED,
@@ -142,19 +151,21 @@ class RunInputs:
             limit,
             self.window,
             config.loss.skip_first_tokens,
+            self.outputs and self._spread(self.outputs.heldout, limit),
         )
         return watchdog.each("evaluating", batches)
 
     def heldout_positions(self, config: RunConfig, limit: int | None = None) -> tuple[np.ndarray, int]:
         """Of held-out single texts: the number of each in this rank's share, int64 (texts,), and how many there are."""
-        total = len(self._heldout_rows(limit))
+        total = len(self._spread(self.corpus.heldout, limit))
         shares = fixed_samples(total, config.train.eval_batch_size, ranks.rank(), ranks.world_size())
         return np.concatenate([np.empty(0, dtype=np.int64), *shares]), total
 
-    def _heldout_rows(self, limit: int | None) -> Rows | EvenlySpread:
+    def _spread(self, heldout: Rows, limit: int | None) -> Rows | EvenlySpread:
+        """Those of held-out rows, blocks or the teacher's pooled states of them, that are looked at."""
         if not self.has_single_texts:
-            return self.corpus.heldout
-        return EvenlySpread(self.corpus.heldout, MAX_TEXTS if limit is None else min(limit, MAX_TEXTS))
+            return heldout
+        return EvenlySpread(heldout, MAX_TEXTS if limit is None else min(limit, MAX_TEXTS))
 
 
 def _is_cached_here(config: RunConfig) -> bool:

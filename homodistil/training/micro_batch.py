@@ -93,7 +93,7 @@ class MicroBatchPolicy:
             vocab_size=self._vocab_size,
             student_bytes=self.layout.dtype.itemsize,
             teacher_bytes=self.teacher_dtype.itemsize,
-            lock_step=self.config.teacher.in_lock_step,
+            lock_step=self.config.teacher.in_lock_step or self.config.teacher.is_stored,
             keeps_probabilities=keeps_probabilities(self._device_type, self.layout.dtype),
             architecture=self._family.architecture,
         )

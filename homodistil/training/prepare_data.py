@@ -6,6 +6,8 @@
 Training with the same settings then finds everything in data.cache_dir. Killed or stopped (Ctrl-C, SIGTERM, SIGUSR1:
 exit code 75), the same command continues with the shards that are finished. The array task that finishes last merges
 them; so does a later call without --task.
+
+With teacher.outputs=stored (and a teacher.dtype) the same workers then compute what the teacher says of every text.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ def main(argv: list[str]) -> None:
     from homodistil.models import family_of
     from homodistil.training.classifier import learns_labels
     from homodistil.training.embedder import is_embedder, settle_texts, teacher_of_folder
+    from homodistil.training.prepare_outputs import check_preparable, outputs_of_worker
 
     with on_signals(how_to_go_on="the same command goes on with the shards that are finished"):
         check_sources(config.data)
@@ -45,11 +48,17 @@ def main(argv: list[str]) -> None:
         embeds = not labels and is_embedder(config.data, family, folder)
         settle_task(config.data, family.task, config.teacher.name, is_embedder=embeds, is_classifier=labels)
         settle_texts(config.data, folder)
+        check_preparable(config)
         tokenizer = load_tokenizer(folder, teacher_config, config.data.task)
         corpus = prepare_share(config.data, tokenizer, *task)
+        outputs = None
+        if config.teacher.is_stored and not isinstance(corpus, str):
+            outputs = outputs_of_worker(config, folder, tokenizer, corpus, *task)
     if isinstance(corpus, str):
         print(corpus)
     else:
         print(f"{', '.join(config.data.sources)}: {corpus.description} ({corpus.fingerprint})")
         if config.student.vocab != "all":
             print(f"student.vocab={config.student.vocab}: a run counts the pieces of this text, and tokenises it again")
+        if outputs:
+            print(outputs)

@@ -16,12 +16,14 @@ from homodistil.checkpoint.checkpoints import Found
 from homodistil.checkpoint.random_state import seed_random_state
 from homodistil.config.schema import RunConfig
 from homodistil.data.prepare.integrity import json_object
+from homodistil.distill.build_teacher import build_teacher
 from homodistil.distill.losses.relations import relation_layer
 from homodistil.distill.objective import Objective
 from homodistil.distill.snapshot import StudentSnapshots
+from homodistil.distill.stored_teacher import StoredTeacher, head_alone
 from homodistil.distill.student import Student
 from homodistil.distill.student_compile import CompiledLayers
-from homodistil.distill.teacher import Teacher, build_teacher, load_config
+from homodistil.distill.teacher import Teacher, load_config
 from homodistil.distributed import ranks
 from homodistil.engine.build import build_engine
 from homodistil.engine.ds_config import student_dtype, teacher_dtype, zero_stage
@@ -32,7 +34,6 @@ from homodistil.metrics.progress import doing
 from homodistil.metrics.recorder import METRICS_FILE, Recorder, read_lines
 from homodistil.metrics.result_table import HELDOUT_COLUMNS, ROW_FILE
 from homodistil.models.activations import show_values
-from homodistil.models.sentence_head import load_sentence_head
 from homodistil.resize import check_supported
 from homodistil.training.exporter import Exporter
 from homodistil.training.fingerprints import check_same
@@ -156,11 +157,14 @@ class DistillationRun:
         return list(self.run_inputs.heldout(self.config, PROBE_SEQUENCES, batch_size=share))
 
     def _build_teacher(self, device: torch.device, dtype: torch.dtype) -> Teacher:
-        config, model = self.config, teacher_copy(self.run_inputs, dtype)
+        config, head = self.config, self.run_inputs.sentence_head()
+        if config.teacher.is_stored:
+            has_labels = self.run_inputs.head == "classifier"
+            labels = head_alone(teacher_copy(self.run_inputs, dtype), device) if has_labels else None
+            return StoredTeacher(self.resolved.teacher, device, head, labels)
+        model = teacher_copy(self.run_inputs, dtype)
         if "values" in Objective(config.loss).needs:
             show_values(model, self.resolved.family, relation_layer(config.loss, model.config.num_hidden_layers))
-        modules = self.run_inputs.sentence_modules
-        head = None if modules is None else load_sentence_head(modules, "teacher.name")
         return build_teacher(model, config.teacher, device, dtype, head)
 
     def _heldout_loss(self, student: Student) -> float:

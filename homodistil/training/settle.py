@@ -17,6 +17,7 @@ from homodistil.models import family_of
 from homodistil.training.classifier import learn_labels, learns_labels
 from homodistil.training.embedder import is_embedder, settle_texts
 from homodistil.training.schedule_choice import give_sequences, schedule_of
+from homodistil.training.stored_terms import check_stored
 from homodistil.training.task_defaults import give_defaults, wants_head
 
 
@@ -57,6 +58,7 @@ def settle(config: RunConfig, teacher_config, has_head: bool = True, folder: str
         check_schedule(config)
     give_sequences(config)
     _check_settled_basis(config)
+    check_stored(config)
     if pruning.compensation != "none" and pruning.schedule != "none" and obstacle:
         raise UserError(
             f"pruning.compensation: found {pruning.compensation}, allowed is none for this teacher, {obstacle}; set it "

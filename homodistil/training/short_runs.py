@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,10 +16,12 @@ from homodistil.config.schema import RunConfig
 from homodistil.data.prepare.corpus import Corpus
 from homodistil.distributed import ranks
 from homodistil.engine.build import resolve_engine_config
+from homodistil.engine.ds_config import teacher_dtype
 from homodistil.metrics.recorder import Recorder
 from homodistil.training.embedder import sentence_modules_of
 from homodistil.training.inputs import RunInputs, prepare_inputs
 from homodistil.training.run import DistillationRun
+from homodistil.training.stored_outputs import computed_outputs
 from homodistil.training.teacher_facts import TeacherFacts
 from homodistil.training.train_state import TrainState
 from homodistil.training.trainer import Trainer
@@ -68,6 +71,9 @@ def trial(
         sentence_modules=sentence_modules_of(config.data, teacher.folder),
     )
     engine_config = resolve_engine_config(raw, small.train, ranks.world_size())
+    if config.teacher.is_stored:
+        dtype = teacher_dtype(config.teacher.dtype, engine_config, device)
+        run_inputs = dataclasses.replace(run_inputs, outputs=computed_outputs(small, dtype, run_inputs))
     run = DistillationRun(small, engine_config, run_inputs, Path(config.run_dir), command="")
     with _unrecorded(run) as trainer:
         yield trainer

@@ -213,6 +213,7 @@ class StepLogger:
             target_rows=target_rows,
             vocab_size=self.student.model.config.vocab_size,
             architecture=self.student.family.architecture,
+            runs_teacher=not self.config.teacher.is_stored,
         ).total
 
 

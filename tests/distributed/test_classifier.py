@@ -73,6 +73,7 @@ def materials(tmp_path_factory) -> Path:
     return folder
 
 
+LAYERS = ("hidden", "attention", "embedding")
 PAIR_FIELDS = ("data.pair_columns=[query,passage]", "data.heldout_fraction=0.2")
 
 
@@ -247,3 +248,17 @@ def test_a_reranker_of_single_texts(server, materials):
     with torch.no_grad():
         logits = model(**tokens).logits.squeeze(1).numpy()
     np.testing.assert_allclose(student.predict(PAIRS), logits, rtol=1e-4, atol=1e-5)
+
+
+def test_scores_from_stored_outputs_are_bitwise_those_of_a_running_reranker(server, materials):
+    """Micro-batches of three pairs: products of so few rows have last bits of their own."""
+    folders = []
+    for outputs in ("live", "stored"):
+        folders.append(materials / outputs)
+        fields = (f"teacher.name={materials / 'reranker'}", f"teacher.outputs={outputs}", *PAIR_FIELDS)
+        sizes = ("train.global_batch_size=6", "train.micro_batch_size=3", *(f"loss.{name}=0" for name in LAYERS))
+        launched_run.run(server, arguments(materials, folders[-1], 2, *fields, *sizes))
+    assert launched_run.same_export(*folders)
+    rows = [json.loads((folder / "result.json").read_text())[1] for folder in folders]
+    scores = [{name: value for name, value in row.items() if "tokens_per_s" not in name} for row in rows]
+    assert scores[0] == scores[1] and scores[0]["score_mse"] > 0

@@ -7,7 +7,8 @@ import torch
 from support.small import small_batch, small_model
 
 from homodistil.config.schema import TeacherConfig
-from homodistil.distill.teacher import Teacher, build_teacher
+from homodistil.distill.build_teacher import build_teacher
+from homodistil.distill.teacher import Teacher
 from homodistil.distill.teacher_sharding import num_parameters
 from homodistil.engine.build import init_ranks
 from homodistil.models.encoders.bert import BERT as bert

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from homodistil.config.schema import LossConfig, TeacherConfig
 from homodistil.data.batch import Batch
+from homodistil.distill.build_teacher import build_teacher
 from homodistil.distill.student import Student
-from homodistil.distill.teacher import build_teacher
 from homodistil.kernels.triton_support import triton_installed
 
 CPU = torch.device("cpu")

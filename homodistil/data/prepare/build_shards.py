@@ -1,4 +1,4 @@
-"""Makes the missing shards of a plan: in this process, in worker processes, or as one of several array tasks.
+"""Makes the missing shards of something large: in this process, in worker processes, or as one of several array tasks.
 
 A process that makes a shard holds its file lock, which the system releases if the process dies. Any number of jobs can
 thus share the work, take shards that are free without waiting, and be started again after they were killed.
@@ -12,48 +12,84 @@ import os
 import shutil
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
+from typing import Generic, Protocol, TypeVar
 
 from filelock import FileLock, Timeout
 
 from homodistil.data.cache import as_user_error, set_aside
-from homodistil.data.prepare.shard_plan import Plan
-from homodistil.data.prepare.shards import Recipe, damage, make_shard
 from homodistil.distributed.graceful_stop import ignore_in_worker
 from homodistil.errors import UserError
 
 _POLL_S = 0.2
 
 
-class Preparation:
-    """The shards of one corpus in `folder`.
+class ShardMaker(Protocol):
+    """Knows the shards, and how one is made. The same in all processes that make shards."""
+
+    what: str
+    """What is done, for the bar of progress."""
+    unit: str
+    """Of `sizes`."""
+
+    @property
+    def sizes(self) -> Sequence[int]:
+        """The work of each shard."""
+
+    def make(self, folder: Path, index: int, advance: Callable[[int], None]) -> None:
+        """Write shard `index` to `folder`, which does not exist yet, at once and as a whole. The caller holds the lock
+        of the shard.
+
+        Args:
+            advance: called repeatedly with the work that has been done since the last call.
+        """
+
+    def damage(self, folder: Path, index: int, with_checksums: bool = False) -> str | None:
+        """What is missing, truncated or (perhaps only with checksums) changed in a finished shard; None: nothing."""
+
+
+M = TypeVar("M", bound=ShardMaker)
+
+
+class Preparation(Generic[M]):
+    """The shards of one corpus, or of a teacher's outputs for it, in `folder`.
 
     Args:
-        folder: <cache_dir>/parts/<plan>; made if necessary, deleted once the corpus exists.
-        plan: the same in all processes that make shards.
-        recipe: how a shard is made.
-        is_over: returns whether the corpus exists already, so that no shard is needed any more.
+        folder: <cache_dir>/parts/<plan>; made if necessary, deleted once what the shards are for exists.
+        maker: of the shards.
+        is_over: returns whether that exists already, so that no shard is needed any more.
     """
 
-    def __init__(self, folder: Path, plan: Plan, recipe: Recipe, is_over: Callable[[], bool]) -> None:
-        self.folder, self.plan, self.recipe, self._is_over = folder, plan, recipe, is_over
+    def __init__(self, folder: Path, maker: M, is_over: Callable[[], bool]) -> None:
+        self.folder, self.maker, self._is_over = folder, maker, is_over
 
     def shard_folder(self, index: int) -> Path:
         return self.folder / f"{index:05d}"
 
     def unfinished(self, with_checksums: bool = False) -> list[int]:
         """Numbers of the shards that are missing or damaged. Without checksums, changed bytes are not noticed."""
-        numbers = range(len(self.plan.shards))
-        return [index for index in numbers if damage(self.shard_folder(index), with_checksums)]
+        return [index for index in range(len(self.maker.sizes)) if self._damage(index, with_checksums)]
+
+    def _damage(self, index: int, with_checksums: bool = False) -> str | None:
+        return self.maker.damage(self.shard_folder(index), index, with_checksums)
+
+    def whole(self, workers: int) -> list[Path]:
+        """Folder of each shard, once all of them are finished and have their checksums. Arguments and errors as of
+        `make`."""
+        wanted = list(range(len(self.maker.sizes)))
+        while wanted:
+            self.make(wanted, workers)
+            wanted = self.set_aside_altered()
+        return [self.shard_folder(index) for index in range(len(self.maker.sizes))]
 
     def set_aside_altered(self) -> list[int]:
         """Delete shards that are damaged, judged by their checksums, with a warning. Returns their numbers."""
         altered = self.unfinished(with_checksums=True)
         for index in altered:
             with self._lock(index):
-                if reason := damage(self.shard_folder(index), with_checksums=True):
+                if reason := self._damage(index, with_checksums=True):
                     set_aside(self.shard_folder(index), reason)
         return altered
 
@@ -66,9 +102,9 @@ class Preparation:
         Raises:
             UserError: a source cannot be read, the disk is full, or a worker process was killed.
         """
-        missing = [index for index in wanted if damage(self.shard_folder(index))]
-        total = sum(self.plan.shards[index].num_bytes for index in missing)
-        with as_user_error(self.folder), _progress(total) as advance:
+        missing = [index for index in wanted if self._damage(index)]
+        total = sum(self.maker.sizes[index] for index in missing)
+        with as_user_error(self.folder), _progress(total, self.maker.what, self.maker.unit) as advance:
             self.folder.mkdir(parents=True, exist_ok=True)
             if min(workers, len(missing)) > 1:
                 _in_processes(lambda count: self._make_free(missing, count), min(workers, len(missing)), advance)
@@ -97,17 +133,17 @@ class Preparation:
 
     def _make_one(self, index: int, advance: Callable[[int], None]) -> None:
         folder = self.shard_folder(index)
-        if not (reason := damage(folder)):
+        if not (reason := self._damage(index)):
             return
         if folder.exists():
             set_aside(folder, reason)
-        make_shard(folder, self.plan.shards[index], self.recipe, advance)
+        self.maker.make(folder, index, advance)
 
     def _lock(self, index: int, timeout: float = -1):
         return FileLock(self.folder / f".{index:05d}.lock").acquire(timeout=timeout)
 
     def give_up(self) -> None:
-        """Delete the shards once the corpus is there."""
+        """Delete the shards once what they are for is there."""
         retired = self.folder.with_name(f".{self.folder.name}.retired")
         with contextlib.suppress(OSError):  # another process was faster
             os.replace(self.folder, retired)
@@ -115,11 +151,11 @@ class Preparation:
 
 
 @contextlib.contextmanager
-def _progress(total: int) -> Iterator[Callable[[int], None]]:
+def _progress(total: int, what: str, unit: str) -> Iterator[Callable[[int], None]]:
     from tqdm import tqdm
 
     is_quiet = os.environ.get("RANK", "0") != "0" or not total
-    with tqdm(total=total, desc="tokenising", unit="B", unit_scale=True, disable=is_quiet, mininterval=1.0) as bar:
+    with tqdm(total=total, desc=what, unit=unit, unit_scale=True, disable=is_quiet, mininterval=1.0) as bar:
         yield bar.update
 
 

@@ -10,13 +10,11 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-import numpy as np
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
@@ -28,8 +26,9 @@ from homodistil.data.prepare.integrity import CHECKED_AT_ONCE_BYTES, blocks_byte
 from homodistil.data.prepare.merge import SUMMARY_FILE, merge
 from homodistil.data.prepare.pairs import PairRule, pair_rule
 from homodistil.data.prepare.shard_plan import Plan, make_plan
-from homodistil.data.prepare.shards import Recipe
+from homodistil.data.prepare.shards import CorpusShards, Recipe
 from homodistil.data.prepare.texts import RULE_VERSION, TextRule, text_rule
+from homodistil.data.rows import Rows
 from homodistil.data.sources.documents import read
 from homodistil.data.sources.sources import Source, check_sources, open_sources
 from homodistil.data.task import task_of
@@ -38,33 +37,6 @@ from homodistil.errors import UserError
 
 _FIRST_DOCUMENTS, _FIRST_TOKENS = 20, 200
 _FORMAT_VERSION = 1  # of the cached blocks; increase it when reading, splitting or packing changes
-
-
-class Rows:
-    """Memory-mapped blocks of one split. `rows[ids]` is (n, seq_len) int64; only the last block has padding, unless
-    every block holds one text."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._blocks = np.load(path, mmap_mode="r")
-        # Deleting the file does no harm while it is open; truncating it does, and must be noticed.
-        self._file = open(path, "rb")
-        self._num_bytes = os.fstat(self._file.fileno()).st_size
-
-    def __len__(self) -> int:
-        return len(self._blocks)
-
-    def __getitem__(self, ids: np.ndarray | list[int]) -> np.ndarray:
-        if os.fstat(self._file.fileno()).st_size < self._num_bytes:  # reading the map beyond the end is fatal (SIGBUS)
-            raise UserError(
-                f"{self.path}: was cut short while it was being read; run again with run.resume=auto, which prepares "
-                f"the corpus again"
-            )
-        return np.asarray(self._blocks[np.asarray(ids, dtype=np.int64)], dtype=np.int64)
-
-    def __reduce__(self) -> tuple:
-        # Otherwise a memmap would be pickled with its whole content for a loader process.
-        return Rows, (self.path,)
 
 
 @dataclass(frozen=True)
@@ -176,7 +148,7 @@ class _Order:
         if self._is_there():
             return self.whole()
         preparation = self.preparation()
-        numbers = range(len(preparation.plan.shards))
+        numbers = range(len(preparation.maker.sizes))
         preparation.make(numbers[task::tasks], self._config.workers)
         left = [] if self._is_there() else preparation.unfinished()
         if not left:
@@ -193,9 +165,8 @@ class _Order:
         plan = make_plan(self._sources, self._config.shard_bytes, self.fingerprint)
         self._check_language(plan)
         recipe = Recipe(self._sources, self._backend, Filters(self._config), self._texts)
-        return Preparation(
-            folder or self._cache_dir / "parts" / plan.hash[:16], plan, recipe, is_over or self._is_there
-        )
+        folder = folder or self._cache_dir / "parts" / plan.hash[:16]
+        return Preparation(folder, CorpusShards(plan, recipe), is_over or self._is_there)
 
     def _check_language(self, plan: Plan) -> None:
         """Raise `UserError` for a source whose first tokens are unknown, before all of it is tokenised."""
@@ -209,12 +180,8 @@ class _Order:
             check_text_is_known(ids, self._unknown, source.name)
 
     def _build(self, folder: Path, preparation: Preparation) -> None:
-        plan, wanted = preparation.plan, list(range(len(preparation.plan.shards)))
-        while wanted:
-            preparation.make(wanted, self._config.workers)
-            wanted = preparation.set_aside_altered()
-        shards = [preparation.shard_folder(index) for index in range(len(plan.shards))]
-        merge(folder, plan, shards, preparation.recipe, self._frame, self._config)
+        shards = preparation.whole(self._config.workers)
+        merge(folder, *preparation.maker, shards, self._frame, self._config)
 
 
 def check_tokenizer(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Tokenizer:

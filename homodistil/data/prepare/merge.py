@@ -29,14 +29,14 @@ from homodistil.errors import UserError
 SUMMARY_FILE, MANIFEST_FILE = "corpus.json", "manifest.json"
 
 
-def merge(folder: Path, plan: Plan, shards: list[Path], recipe: Recipe, frame: Frame, config: DataConfig) -> None:
+def merge(folder: Path, plan: Plan, recipe: Recipe, shards: list[Path], frame: Frame, config: DataConfig) -> None:
     """Fill `folder`.
 
     Args:
         folder: an empty folder.
         plan: of the corpus.
+        recipe: that made the shards.
         shards: folder of each shard, all finished.
-        recipe: that made them.
         frame: ids around and between the documents of a block.
         config: seq_len, heldout_fraction, and what the manifest reports.
 

@@ -23,7 +23,7 @@ from tokenizers import Tokenizer
 
 from homodistil.data.prepare.filters import HEAD_CHARS, Filters
 from homodistil.data.prepare.pairs import PairRule
-from homodistil.data.prepare.shard_plan import Shard
+from homodistil.data.prepare.shard_plan import Plan, Shard
 from homodistil.data.prepare.texts import TextRule
 from homodistil.data.sources.documents import Piece, read
 from homodistil.data.sources.sources import Source
@@ -49,6 +49,26 @@ class Recipe(NamedTuple):
     @property
     def token_dtype(self) -> np.dtype:
         return np.dtype("<u2" if self.tokenizer.get_vocab_size() < 1 << 16 else "<i4")
+
+
+class CorpusShards(NamedTuple):
+    """The shards of a corpus (a `build_shards.ShardMaker`)."""
+
+    plan: Plan
+    recipe: Recipe
+    what = "tokenising"
+    unit = "B"
+
+    @property
+    def sizes(self) -> list[int]:
+        """Bytes of text."""
+        return [shard.num_bytes for shard in self.plan.shards]
+
+    def make(self, folder: Path, index: int, advance: Callable[[int], None]) -> None:
+        make_shard(folder, self.plan.shards[index], self.recipe, advance)
+
+    def damage(self, folder: Path, _index: int, with_checksums: bool = False) -> str | None:
+        return damage(folder, with_checksums)
 
 
 def make_shard(folder: Path, shard: Shard, recipe: Recipe, advance: Callable[[int], None]) -> None:

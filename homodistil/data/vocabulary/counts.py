@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from homodistil.data.prepare.corpus import Rows
+from homodistil.data.rows import Rows
 
 _ROWS_AT_ONCE = 1 << 16
 

@@ -25,6 +25,7 @@ class Pooled(Term):
 
     names = ("pooled_cosine", "pooled_mse", "pooled_similarity")
     needs = frozenset({"last"})
+    takes_stored = True
     module_prefix = "pooled_"
 
     @property
@@ -37,8 +38,7 @@ class Pooled(Term):
             return None
         head, mask = step.teacher.sentence_head, step.batch.attention_mask
         ours = student_vectors(last, mask, step.student, head)
-        with torch.no_grad():
-            theirs = head.transform(pooled(step.teacher.take_last(), mask, head.pooling))
+        theirs = step.teacher.vectors()
         return self.weighted({name: self._value(name, ours, theirs, head) for name in self.weights})
 
     def _value(self, name: str, ours: Tensor, theirs: Tensor, head: SentenceHead) -> Tensor:

@@ -19,6 +19,7 @@ class _OfLogits(Term):
     """A distance between the logits of student and teacher."""
 
     needs = frozenset({"last"})
+    takes_stored = True
 
     def at_end(self, last: Tensor, step: Step) -> Weighted | None:
         if step.teacher is None:

@@ -127,6 +127,9 @@ class Term:
     """Names of its weights in the config, and of its values in the log (`loss/NAME`). Nearly always one."""
     needs: frozenset[str] = frozenset()
     """Which of NEEDS it reads. Nothing else is computed, shown or kept on its account."""
+    takes_stored: ClassVar[bool] = False
+    """Whether all it asks of the teacher are `vectors` or `scores` of whole texts, which files may have
+    (teacher.outputs=stored)."""
     module_prefix: ClassVar[str | None] = None
     """Before the moment, in names of learned modules; None: the term's name and an underscore."""
 
