@@ -7,6 +7,7 @@ worker_trajectory.py.
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from test_trajectory import IN_BF16, OFFLOAD, assert_close_to_its_control, assert_equals_reference, run_cases
@@ -43,6 +44,11 @@ def test_in_fp32_it_equals_plain_training(cases, i):
 
 def test_in_bf16_it_is_as_close_as_without_events(cases):
     assert_close_to_its_control(*cases[-2:])
+
+
+def test_what_cannot_leave_is_refused_before_anything_has_changed(server):
+    worker = Path(__file__).with_name("worker_removal.py")
+    assert "REFUSED" in server.run(worker, [], num_ranks=2, timeout_s=200)
 
 
 @pytest.mark.full
