@@ -14,7 +14,8 @@ from support.fork_server import ROOT
 from support.small_job import TRAIN, arguments, differences, make_materials, result
 from transformers import AutoModelForMaskedLM
 
-BY_INFLUENCE = ("student.num_hidden_layers=7", "student.layer_choice=influence", "pruning.calibration_batches=2")
+BY_INFLUENCE = ("student.num_hidden_layers=7", "student.layer_choice=influence", "pruning.calibration_batches=1")
+BY_INFLUENCE += ("train.global_batch_size=4", "train.eval_every_steps=0")
 LIVE = (*BY_INFLUENCE, "pruning.depth_schedule=linear", "run.keep_checkpoints=9")
 ENGINES = {2: ROOT / "ds_configs" / "zero2_fp32.json", 3: ROOT / "ds_configs" / "zero3_fp32.json"}
 KILLED = {"HOMODISTIL_FAULT": "train.step:hit=8"}
