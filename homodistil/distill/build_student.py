@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from homodistil.config.schema import LossConfig, PruningConfig, StudentConfig
-from homodistil.distill.layer_map import LayerMap, first_layers
+from homodistil.distill.layer_map import LayerMap, starting_layers
 from homodistil.distill.student import Student
 from homodistil.models import family_of
 from homodistil.models.activations import attention_implementation
@@ -47,7 +47,7 @@ def build_student(
         else:
             model = load_teacher()
             family = family_of(model.config.model_type)
-            family.keep_layers(model, first_layers(student, pruning, teacher_config.num_hidden_layers))
+            family.keep_layers(model, starting_layers(student, pruning, teacher_config.num_hidden_layers))
         return Student(model, loss, layer_map=layer_map)
 
 

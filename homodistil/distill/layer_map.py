@@ -41,11 +41,11 @@ def last_of_blocks(layers: Sequence[int], num_teacher_layers: int) -> tuple[int,
 
 def layer_map_of(student: StudentConfig, pruning: PruningConfig, teacher) -> LayerMap:
     """The counterpart of the run's student. `teacher`: its Hugging Face configuration. Raises as `check_student`."""
-    is_origin = student.init == "teacher"
+    is_origin, whole = student.init == "teacher", tuple(range(teacher.num_hidden_layers))
     return LayerMap(
         teacher.hidden_size,
         teacher.num_attention_heads,
-        first_compared_layers(student, pruning, teacher.num_hidden_layers),
+        whole if starts_whole(student, pruning) else compared_layers(student, teacher.num_hidden_layers),
         is_origin,
         keeps_width=is_origin and pruning.schedule == "none",
     )
@@ -57,14 +57,8 @@ def starts_whole(student: StudentConfig, pruning: PruningConfig) -> bool:
     return student.layer_choice == "influence" or pruning.depth_schedule == "linear"
 
 
-def first_compared_layers(student: StudentConfig, pruning: PruningConfig, num_teacher_layers: int) -> tuple[int, ...]:
-    """`compared_layers` of the student as it starts."""
-    compared = compared_layers(student, num_teacher_layers)
-    return tuple(range(num_teacher_layers)) if starts_whole(student, pruning) else compared
-
-
-def first_layers(student: StudentConfig, pruning: PruningConfig, num_teacher_layers: int) -> tuple[int, ...]:
-    """Teacher layers that a copy starts with; see `copied_layers`."""
+def starting_layers(student: StudentConfig, pruning: PruningConfig, num_teacher_layers: int) -> tuple[int, ...]:
+    """Teacher layers that a copy starts with: `copied_layers`, or all of them. Raises as `copied_layers`."""
     copied = copied_layers(student, num_teacher_layers)
     return tuple(range(num_teacher_layers)) if starts_whole(student, pruning) else copied
 

@@ -29,7 +29,6 @@ from homodistil.distill.layer_map import (
     check_student,
     compared_layers,
     copied_layers,
-    first_compared_layers,
     layer_map_of,
     starts_whole,
 )
@@ -213,12 +212,10 @@ def resolve_run(config: RunConfig, teacher_config: PretrainedConfig | None = Non
 
 def _depth_schedule(config: RunConfig, num_teacher_layers: int) -> DepthSchedule:
     student, pruning = config.student, config.pruning
-    final = copied_layers(student, num_teacher_layers)
-    num_first = len(first_compared_layers(student, pruning, num_teacher_layers))
-    chosen = student.layer_choice == "influence"
-    if num_first == len(final):
+    if not starts_whole(student, pruning):
         return DepthSchedule({}, None)
-    return depth_schedule(pruning, config.train.steps, num_first, final, chosen)
+    final, chosen = copied_layers(student, num_teacher_layers), student.layer_choice == "influence"
+    return depth_schedule(pruning, config.train.steps, num_teacher_layers, final, chosen)
 
 
 def schedule_layers(depth: DepthSchedule, initial: Widths) -> int:
