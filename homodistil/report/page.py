@@ -233,7 +233,8 @@ def _distance(event: dict[str, Any], side: str) -> float | None:
 
 
 def _layers_leave(run: Run) -> bool:
-    return any("layers_after" in event for event in run.events)
+    sides = ([event.get(f"widths_{side}") or {} for side in ("before", "after")] for event in run.events)
+    return any(_num_layers(before) != _num_layers(after) for before, after in sides)
 
 
 def _event_cells(event: dict[str, Any], kinds: Sequence[str], with_layers: bool = False) -> list[str]:
