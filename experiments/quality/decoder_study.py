@@ -12,7 +12,7 @@ from transformers import PretrainedConfig
 
 from experiments.quality import tokens_saved
 from experiments.quality.availability import Outlook, outlook
-from experiments.quality.block_influence import BlockInfluence, most_influential
+from experiments.quality.block_influence import BlockInfluence
 from experiments.quality.comparison import Entry, run_seeds, spec, try_rates
 from experiments.quality.decoder_arms import (
     BY_DEPTH,
@@ -29,6 +29,7 @@ from experiments.quality.pool import Pool
 from experiments.quality.shallow_teacher import first_layers
 from homodistil.config import command_line
 from homodistil.distill.teacher import load_config
+from homodistil.pruning.block_influence import most_influential
 from homodistil.training.teacher_checks import cache_dir, found_teacher
 
 CORRECTION = ("teacher.correction_steps=400", "teacher.correction_lr=6e-4")

@@ -23,9 +23,9 @@ _LATER = {
         *("pooled_cosine", "pooled_mse", "pooled_similarity", "similarity_temperature"),
         *("scores_kl", "scores_mse", "scores_temperature"),
     ),
-    "student": ("vocab",),
+    "student": ("vocab", "layer_choice"),
     "teacher": ("correction_seed", "outputs"),
-    "pruning": ("basis", "basis_steps", "basis_lr"),
+    "pruning": ("basis", "basis_steps", "basis_lr", "depth_schedule"),
     "train": ("decay_fraction", "uncut_lr_share"),
 }
 """Fields that came after results were kept: where they have their defaults, results of before keep their names."""

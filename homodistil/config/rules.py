@@ -59,6 +59,12 @@ def check_schedule(config: RunConfig) -> None:
     _check_num_events(config)
     _check_milestones(config)
     pruning = config.pruning
+    if pruning.depth_schedule == "linear" and config.run.export_milestones:
+        raise UserError(
+            f"run.export_milestones: found {config.run.export_milestones}, allowed is [] with "
+            f"pruning.depth_schedule=linear, whose layers leave at steps of their own; leave it empty, or set "
+            f"pruning.depth_schedule=one_shot"
+        )
     cuts_at_once = pruning.schedule in ("auto", "one_shot") or "one_shot" in config.run.compare
     if pruning.one_shot_stages > 1 and not (cuts_at_once and pruning.compensation != "none"):
         raise UserError(

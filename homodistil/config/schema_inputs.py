@@ -109,7 +109,8 @@ class StudentConfig:
         derived=SAME,
     )
     """Layers M of the student, 1 .. N (None: the N layers of the teacher). Student layer m is compared with the teacher
-    layer nearest to (m + 1) x N / M - 1, and starts as a copy of the teacher layer given by init_layers."""
+    layer nearest to (m + 1) x N / M - 1, and starts as a copy of the teacher layer given by init_layers (unless layers
+    leave in events: docs/depth.md)."""
     init_layers: list[int] = option(
         [],
         limited_by="layer_map.py: layers of the teacher",
@@ -119,6 +120,12 @@ class StudentConfig:
     )
     """Teacher layers that the layers of a shallower student start from, ascending, from 0; empty: those
     nearest to m x N / M (at half the depth every second one, from the first)."""
+    layer_choice: Literal["uniform", "influence"] = option(
+        "uniform", resume="fixed", students="own", derived={MEASUREMENT: "uniform"}
+    )
+    """Which layers a shallower copy keeps, where init_layers is empty. uniform: those nearest to m x N / M; influence:
+    the first one, and those that change their input most (1 - cosine, ShortGPT) on pruning.calibration_batches batches.
+    Each is then compared with the last teacher layer before the next one that stayed."""
     hidden_size: int | None = option(
         None,
         limited_by="models/shapes.py: up to the teacher's",

@@ -124,6 +124,12 @@ class PruningConfig:
     (widths do not change). auto: one_shot where cuts are compensated, as no gradual schedule was ahead there; cubic
     where they are not, and where start_fraction, end_fraction, interval_steps, max_event_fraction or
     run.export_milestones is set, or run.compare has one_shot; none with student.init=random."""
+    depth_schedule: Literal["one_shot", "linear"] = option(
+        "one_shot", resume="fixed", students="own", derived={CONTROL: "one_shot", MEASUREMENT: "one_shot"}
+    )
+    """When the layers leave that student.num_hidden_layers does not keep. one_shot: before step 1; linear: one at a
+    time, evenly from start_fraction to end_fraction, each time the one of least block influence among those that may
+    (docs/depth.md)."""
     start_fraction: float = option(0.0, low=0, high=1, resume="fixed", students="own", derived={MEASUREMENT: 0.0})
     """Start of pruning (t_i in the paper) as a fraction of train.steps, in [0, 1]."""
     end_fraction: float = option(0.1, low=0, high=1, resume="fixed", students="own", derived={MEASUREMENT: COMPUTED})

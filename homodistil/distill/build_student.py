@@ -1,6 +1,6 @@
 """The student before the first step: the teacher's copy, some of the teacher's layers, or fresh weights.
 
-student = build_student(config.student, config.loss, seed, ...)      # fp32, on the CPU, the same on all ranks
+student = build_student(config.student, config.pruning, config.loss, seed, ...)   # fp32, on the CPU, alike on all ranks
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from homodistil.config.schema import LossConfig, StudentConfig
-from homodistil.distill.layer_map import LayerMap, copied_layers
+from homodistil.config.schema import LossConfig, PruningConfig, StudentConfig
+from homodistil.distill.layer_map import LayerMap, starting_layers
 from homodistil.distill.student import Student
 from homodistil.models import family_of
 from homodistil.models.activations import attention_implementation
@@ -21,6 +21,7 @@ from homodistil.models.family_heads import HeadKind
 
 def build_student(
     student: StudentConfig,
+    pruning: PruningConfig,
     loss: LossConfig,
     seed: int,
     teacher_config,
@@ -46,7 +47,7 @@ def build_student(
         else:
             model = load_teacher()
             family = family_of(model.config.model_type)
-            family.keep_layers(model, copied_layers(student, teacher_config.num_hidden_layers))
+            family.keep_layers(model, starting_layers(student, pruning, teacher_config.num_hidden_layers))
         return Student(model, loss, layer_map=layer_map)
 
 

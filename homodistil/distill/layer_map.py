@@ -5,6 +5,7 @@ From configurations alone, so that what does not fit is refused before weights a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from homodistil.config.schema import LossConfig, PruningConfig, StudentConfig
@@ -25,16 +26,41 @@ class LayerMap(NamedTuple):
     """Both residual streams are equally wide for the whole run, and made of the same dims."""
 
 
+def last_of_blocks(layers: Sequence[int], num_teacher_layers: int) -> tuple[int, ...]:
+    """Teacher layer that each of the student's is compared with, where those that stayed are the teacher's `layers`.
+
+    A layer stands for itself and for those behind it that have left: it is compared with the last teacher layer before
+    the next one that stayed, and the last layer always with the teacher's last. Where layers are spread evenly this is
+    `compared_layers`.
+
+    Args:
+        layers: ascending; 0 is the first.
+    """
+    return tuple(following - 1 for following in (*layers[1:], num_teacher_layers))
+
+
 def layer_map_of(student: StudentConfig, pruning: PruningConfig, teacher) -> LayerMap:
     """The counterpart of the run's student. `teacher`: its Hugging Face configuration. Raises as `check_student`."""
-    is_origin = student.init == "teacher"
+    is_origin, whole = student.init == "teacher", tuple(range(teacher.num_hidden_layers))
     return LayerMap(
         teacher.hidden_size,
         teacher.num_attention_heads,
-        compared_layers(student, teacher.num_hidden_layers),
+        whole if starts_whole(student, pruning) else compared_layers(student, teacher.num_hidden_layers),
         is_origin,
         keeps_width=is_origin and pruning.schedule == "none",
     )
+
+
+def starts_whole(student: StudentConfig, pruning: PruningConfig) -> bool:
+    """Whether the student starts with all of the teacher's layers, some of which leave in events (depth_schedule.py),
+    and not as a copy that has its final layers from the start."""
+    return student.layer_choice == "influence" or pruning.depth_schedule == "linear"
+
+
+def starting_layers(student: StudentConfig, pruning: PruningConfig, num_teacher_layers: int) -> tuple[int, ...]:
+    """Teacher layers that a copy starts with: `copied_layers`, or all of them. Raises as `copied_layers`."""
+    copied = copied_layers(student, num_teacher_layers)
+    return tuple(range(num_teacher_layers)) if starts_whole(student, pruning) else copied
 
 
 def num_student_layers(student: StudentConfig, num_teacher_layers: int) -> int:
@@ -94,10 +120,46 @@ def _blocks(student: StudentConfig, num_teacher_layers: int) -> tuple[int, ...]:
     return tuple((2 * m * num_teacher_layers + num_layers) // (2 * num_layers) for m in range(num_layers + 1))
 
 
+def _check_leaving(student: StudentConfig, pruning: PruningConfig, num_teacher_layers: int) -> None:
+    """Raise `UserError` where layers are to leave in events (`starts_whole`) and cannot."""
+    if not starts_whole(student, pruning):
+        return
+    field, value = "student.layer_choice", student.layer_choice
+    if value != "influence":
+        field, value = "pruning.depth_schedule", pruning.depth_schedule
+    default = "uniform" if value == "influence" else "one_shot"
+    if student.init != "teacher":
+        raise UserError(
+            f"{field}: found {value}, but a student of student.init=random has its final layers from the start; set "
+            f"{field}={default}, or student.init=teacher"
+        )
+    if num_student_layers(student, num_teacher_layers) == num_teacher_layers:
+        raise UserError(
+            f"{field}: found {value}, but the student keeps all {num_teacher_layers} layers of the teacher; set "
+            f"student.num_hidden_layers below {num_teacher_layers}, or {field}={default}"
+        )
+    if student.layer_choice == "influence" and student.init_layers:
+        raise UserError(
+            f"student.init_layers: found {student.init_layers} beside student.layer_choice=influence, which chooses "
+            f"layers itself; leave it empty, or set student.layer_choice=uniform"
+        )
+    if student.init_layers and student.init_layers[0] != 0:
+        raise UserError(
+            f"student.init_layers: found {student.init_layers} with pruning.depth_schedule=linear, which keeps the "
+            f"first layer; let it begin with 0, or set pruning.depth_schedule=one_shot"
+        )
+    if pruning.depth_schedule == "linear" and pruning.schedule == "gap":
+        raise UserError(
+            "pruning.depth_schedule: found linear with pruning.schedule=gap, which has to know every rise of the KL; "
+            "set pruning.depth_schedule=one_shot, or pruning.schedule=cubic, linear, one_shot or none"
+        )
+
+
 def check_student(student: StudentConfig, pruning: PruningConfig, loss: LossConfig, num_teacher_layers: int) -> None:
     """Raises `UserError` when the student cannot start as the config says."""
     compared_layers(student, num_teacher_layers)
     copied_layers(student, num_teacher_layers)
+    _check_leaving(student, pruning, num_teacher_layers)
     if student.init == "teacher":
         return
     if pruning.schedule != "none":

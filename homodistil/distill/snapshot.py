@@ -36,6 +36,8 @@ class StudentSnapshots:
             dtype: of the copy.
         """
         made = duplicate(self._mould)
+        if len(self._student.layers) < len(made.layers):
+            made.keep_layers([made.layers.index(layer) for layer in self._student.layers])
         for name, parameter in made.named_parameters():
             parameter.data = weights[name].to(dtype)
         made.origins = dict(self._student.origins)

@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from homodistil.config.schema import LossConfig
 from homodistil.data.batch import Batch
-from homodistil.distill.layer_map import LayerMap
+from homodistil.distill.layer_map import LayerMap, last_of_blocks
 from homodistil.distill.losses.pooled import student_vectors
 from homodistil.distill.losses.settled import settled
 from homodistil.distill.objective import Comparison, LossTerms, Objective
@@ -56,6 +56,8 @@ class Student(nn.Module):
         self.projections = nn.ModuleDict(self._make_modules() if distil else {})
         self._initial_widths = self.family.axis_table(model).widths
         self.origins = axes.whole(self._initial_widths)
+        self.layers = tuple(range(self.num_layers))
+        """Where each layer was in `model` as it was made: layers that have left are absent."""
         self._taps = ActivationHooks(model, self.family)
         self._pruned_heads: dict[int, Tensor | None] = {}
         needs = self.objective.needs
@@ -205,6 +207,46 @@ class Student(nn.Module):
         for projection in self.projections.values():
             projection.after_resize(self.origins["hidden"])
 
+    def layer_parameters(self, layers: Collection[int]) -> set[str]:
+        """Names of all parameters that leave with these layers (current numbers): their own, and those of W."""
+        own = {id(p) for i in layers for p in self.family.layers(self.model)[i].parameters()}
+        moments = {_moment(i) for i in layers}
+        names = (name for (moment, _), name in self._passed.items() if moment in moments)
+        own |= {id(p) for name in names for p in self.projections[name].parameters()}
+        return {name for name, parameter in self.named_parameters() if id(parameter) in own}
+
+    def keep_layers(self, kept: Sequence[int]) -> None:
+        """Let all layers go but `kept` (current numbers, ascending, with 0): they and all that is numbered by layers
+        get new numbers. Each is then compared with the last teacher layer before the next one that stayed.
+
+        Of a student that was made with all of the teacher's layers. In an engine: only inside `remove_parameters`.
+        """
+        num_teacher_layers = self.layer_map.layers[-1] + 1
+        self._keep_modules(kept)
+        self.family.keep_layers(self.model, kept)
+        self._taps.number_layers(self.model)
+        self.origins = axes.of_layers(self.origins, kept)
+        self.layers = tuple(self.layers[i] for i in kept)
+        self.layer_map = self.layer_map._replace(layers=last_of_blocks(self.layers, num_teacher_layers))
+        self._pruned_heads.clear()
+        if "values" in self.objective.needs:
+            show_values(self.model, self.family, -1)
+
+    def _keep_modules(self, kept: Sequence[int]) -> None:
+        """The terms' modules of the layers `kept`, by their new names, in the order in which they would be made."""
+        terms = {term.name: term for term in self.objective.terms}
+        renamed = {_moment(i): _moment(number) for number, i in enumerate(kept)}
+        gone = {_moment(i) for i in range(self.num_layers) if i not in kept}
+        passed, modules = {}, {}
+        for (moment, term), name in self._passed.items():
+            if moment not in gone:
+                now = renamed.get(moment, moment)
+                passed[now, term] = terms[term].module_name(now)
+                modules[passed[now, term]] = self.projections[name]
+        self.projections.clear()
+        self.projections.update(modules)
+        self._passed = passed
+
     @property
     def widths(self) -> dict[str, int]:
         """Axis -> current width."""
@@ -218,6 +260,11 @@ class Student(nn.Module):
     def num_parameters(self) -> int:
         """Parameters of the model that is exported (tied ones once, projections left out)."""
         return sum(full_numel(p) for p in self.model.parameters())
+
+
+def _moment(layer: int) -> str:
+    """The moment of a forward pass behind `layer`, by its name in `Term.modules`."""
+    return f"layer_{layer}"
 
 
 def _copied_from(config) -> LayerMap:

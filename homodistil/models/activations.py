@@ -10,7 +10,6 @@ on.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -105,11 +104,17 @@ class ActivationHooks:
         self.scale = family.softmax_scale(model)
         family.embedding_entry(model).register_forward_pre_hook(self._before_embedding, with_kwargs=True)
         family.embeddings(model).register_forward_hook(self._after_embedding)
-        for i, layer in enumerate(family.layers(model)):
+        self.number_layers(model)
+        for layer in family.layers(model):
             # No closures: a copy of the model is to have hooks of its own.
-            layer.register_forward_pre_hook(functools.partial(self._before_layer, i), with_kwargs=True)
-            layer.register_forward_hook(functools.partial(self._after_layer, i))
+            layer.register_forward_pre_hook(self._before_layer, with_kwargs=True)
+            layer.register_forward_hook(self._after_layer)
         family.tap_attention(model, self.record)
+
+    def number_layers(self, model: nn.Module) -> None:
+        """Call it again once layers of `model` have left: the others are shown by their new numbers."""
+        for i, layer in enumerate(self._family.layers(model)):
+            layer.homodistil_number = i
 
     def visit(
         self,
@@ -158,14 +163,15 @@ class ActivationHooks:
         if self._visitor is not None:
             self._visitor.embedding(output)
 
-    def _before_layer(self, i: int, _module: nn.Module, args: tuple, kwargs: dict) -> None:
+    def _before_layer(self, layer: nn.Module, args: tuple, kwargs: dict) -> None:
         if self._visitor is not None:
-            self._visitor.before_layer(i, args, kwargs)
+            self._visitor.before_layer(layer.homodistil_number, args, kwargs)
 
-    def _after_layer(self, i: int, _module: nn.Module, _args: tuple, output: Tensor | tuple[Tensor, ...]) -> None:
+    def _after_layer(self, layer: nn.Module, _args: tuple, output: Tensor | tuple[Tensor, ...]) -> None:
         if self._visitor is not None:
             hidden = output[0] if isinstance(output, tuple) else output
-            self._visitor.layer(i, LayerActivations(hidden, self._queries, self._keys, self._values))
+            activations = LayerActivations(hidden, self._queries, self._keys, self._values)
+            self._visitor.layer(layer.homodistil_number, activations)
 
 
 class _Collector(ActivationVisitor):

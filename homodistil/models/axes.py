@@ -26,7 +26,7 @@ import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -36,6 +36,8 @@ Widths = Mapping[str, int]
 
 _OUTER_KINDS = {"heads_in_group": ("kv_heads",), "qk_dim": ("heads", "kv_heads"), "vo_dim": ("heads", "kv_heads")}
 """Kind of a nested axis -> kinds of the axis around it; a layer has one of them."""
+
+_Value = TypeVar("_Value")
 
 Keep = Mapping[str, Tensor]
 """Axis name -> int64 indices (in the current numbering) that stay, ascending; an absent axis stays whole.
@@ -193,6 +195,21 @@ def expand_to_teacher(kept: dict[str, Tensor], teacher_widths: dict[str, int]) -
             index = rows
         keep[axis] = index
     return keep
+
+
+def of_layers(by_axis: Mapping[str, _Value], kept: Sequence[int]) -> dict[str, _Value]:
+    """`by_axis` once only the layers `kept` (ascending) are left: renumbered, axes of the whole model as they are."""
+    number = {layer: i for i, layer in enumerate(kept)}
+    return {
+        axis if layer is None else f"layer.{number[layer]}.{kind_of(axis)}": value
+        for axis, value in by_axis.items()
+        if (layer := layer_of(axis)) is None or layer in number
+    }
+
+
+def first_layers(widths: Widths, count: int) -> dict[str, int]:
+    """`widths` without the layers from `count` on."""
+    return {axis: width for axis, width in widths.items() if (layer_of(axis) or 0) < count}
 
 
 def embedding_width(widths: Widths) -> int:

@@ -132,7 +132,7 @@ class ModelFamily(FamilyHeads):
 
     @abstractmethod
     def keep_layers(self, model: nn.Module, kept: Sequence[int]) -> None:
-        """Leave out all layers but these (ascending), in place. Call before anything holds on to layers."""
+        """Leave out all layers but these (ascending), in place; their modules stay the same objects, renumbered."""
 
     @abstractmethod
     def fold_softmax_scale(self, model: nn.Module, ratio: float) -> None:

@@ -67,9 +67,10 @@ class NamedFamily(ModelFamily):
         return _CLASSES[self.auto_class][type(config)](config)
 
     def keep_layers(self, model: nn.Module, kept: Sequence[int]) -> None:
-        holder, _, name = self.layers_name.rpartition(".")
-        parent = self.backbone(model).get_submodule(holder) if holder else self.backbone(model)
-        setattr(parent, name, nn.ModuleList(self.layers(model)[i] for i in kept))
+        layers = self.layers(model)
+        for i in reversed(range(len(layers))):
+            if i not in kept:
+                del layers[i]  # the list renumbers the others
         model.config.num_hidden_layers = len(kept)
 
     def backbone(self, model: nn.Module) -> nn.Module:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from homodistil.config.schema import PruningConfig, StudentConfig
 from homodistil.errors import UserError
-from homodistil.models.axes import Widths, embedding_width, kind_of, layer_of, layer_widths, num_layers
+from homodistil.models.axes import Widths, embedding_width, first_layers, kind_of, layer_widths, num_layers
 from homodistil.models.classifier import CLASSIFIER_AXIS
 from homodistil.models.family import ModelFamily
 from homodistil.models.head_dim import with_head_dim
@@ -134,9 +134,13 @@ def shape_of(widths: Widths) -> Shape:
 
 
 def student_widths(
-    student: StudentConfig, teacher: Widths, sized: Shape | None = None, whole_heads: bool = False
+    student: StudentConfig,
+    teacher: Widths,
+    sized: Shape | None = None,
+    whole_heads: bool = False,
+    all_layers: bool = False,
 ) -> tuple[dict[str, int], dict[str, int]]:
-    """Axis -> width of the student as it starts, and as it ends, for every axis that it has.
+    """Axis -> width of the student as it starts, and as it ends, for every axis that it starts with.
 
     A copy starts with the teacher's widths; one of fewer layers has the axes of that many. Fresh weights have the
     target's widths from the start.
@@ -145,12 +149,15 @@ def student_widths(
         teacher: widths, alike in all layers.
         sized: the target where student.size or student.parameters say how large it is to be.
         whole_heads: `ModelFamily.whole_heads`.
+        all_layers: the student starts with all layers of the teacher, and some leave later.
 
     Raises:
         UserError: as `target_shape` and `target_widths`.
     """
-    layers = student.num_hidden_layers or num_layers(teacher)
-    widths = {axis: width for axis, width in teacher.items() if (layer_of(axis) or 0) < layers}
+    layers = num_layers(teacher)
+    if student.num_hidden_layers and not all_layers:
+        layers = student.num_hidden_layers
+    widths = first_layers(teacher, layers)
     shape = sized or target_shape(student, teacher, whole_heads)
     target = target_widths(shape, widths, student.num_key_value_heads, whole_heads)
     target = with_head_dim(target, student.head_dim)

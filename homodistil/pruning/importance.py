@@ -6,7 +6,7 @@ Knows no DeepSpeed: the pieces come from `resize/`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 import torch
@@ -132,6 +132,10 @@ class Importance:
         outer = axes.outer_axes(widths)
         self.average = axes.compose(self.average, on_device, outer)
         self.uncertainty = axes.compose(self.uncertainty, on_device, outer)
+
+    def keep_layers(self, kept: Sequence[int]) -> None:
+        """Keep the scores of the layers `kept`, renumbered in order."""
+        self.average, self.uncertainty = axes.of_layers(self.average, kept), axes.of_layers(self.uncertainty, kept)
 
     def state_dict(self) -> dict:
         return {"num_updates": self.num_updates, "average": self.average, "uncertainty": self.uncertainty}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -105,6 +106,10 @@ class Pruner:
 
     def after_resize(self, plan: ResizePlan) -> None:
         self.importance.narrow(plan.keep)
+
+    def keep_layers(self, kept: Sequence[int]) -> None:
+        """Only the layers `kept` are left, renumbered in order."""
+        self.importance.keep_layers(kept)
 
     def after_event(self, step: int, kl_before: float, kl_after: float) -> dict[str, object]:
         """Once the gap has been measured anew. Returns what the event's line tells beside."""

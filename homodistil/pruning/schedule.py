@@ -168,7 +168,8 @@ class WidthSchedule:
 
     def _left(self, step: int, widths: Widths) -> dict[str, int]:
         """An event that fell on skipped updates is still due: what counts is the width that has been reached."""
-        return {axis: width for axis, width in self.reached(step, widths).items() if width < widths[axis]}
+        now = self.reached(step, widths)
+        return {axis: width for axis, width in now.items() if axis in widths and width < widths[axis]}
 
     def after_event(self, step: int, kl_before: float, kl_after: float, forced: bool) -> dict[str, object]:
         return {}

@@ -166,13 +166,14 @@ def render(run: Run, sections: Sequence[TableSection] = ()) -> str:
         curves=drawn(curves(run)),
         event_headings=[
             "step",
+            *(["layers"] if _layers_leave(run) else []),
             *(FAMILIES[kind] for kind in _kinds(run)),
             *(f"{_distance_name(run)} {when}" for when in ("before", "after")),
             "ms",
             "moved",
             "hash",
         ],
-        events=[_event_cells(event, _kinds(run)) for event in run.events],
+        events=[_event_cells(event, _kinds(run), _layers_leave(run)) for event in run.events],
     )
 
 
@@ -231,10 +232,16 @@ def _distance(event: dict[str, Any], side: str) -> float | None:
     return gap(event, side, "total") if kl is None else kl
 
 
-def _event_cells(event: dict[str, Any], kinds: Sequence[str]) -> list[str]:
+def _layers_leave(run: Run) -> bool:
+    sides = ([event.get(f"widths_{side}") or {} for side in ("before", "after")] for event in run.events)
+    return any(_num_layers(before) != _num_layers(after) for before, after in sides)
+
+
+def _event_cells(event: dict[str, Any], kinds: Sequence[str], with_layers: bool = False) -> list[str]:
     before, after = event.get("widths_before") or {}, event.get("widths_after") or {}
     return [
         f"{event['step']:,}",
+        *([_changed(*(str(_num_layers(widths)) for widths in (before, after)))] if with_layers else []),
         *(_change(before, after, kind) for kind in kinds),
         _number(_distance(event, "gap_before"), "{:.4f}"),
         _number(_distance(event, "gap_after"), "{:.4f}"),
@@ -246,8 +253,15 @@ def _event_cells(event: dict[str, Any], kinds: Sequence[str]) -> list[str]:
 
 def _change(before: dict[str, int], after: dict[str, int], family: str) -> str:
     """ "128 -> 120", or one number if nothing changes; a range such as "96-128" if the layers differ."""
-    old, new = _range(before, family), _range(after, family)
+    return _changed(_range(before, family), _range(after, family))
+
+
+def _changed(old: str, new: str) -> str:
     return new if old == new else f"{old} \N{RIGHTWARDS ARROW} {new}"
+
+
+def _num_layers(widths: dict[str, int]) -> int:
+    return sum(axis.endswith(".ffn") for axis in widths)
 
 
 def _range(widths: dict[str, int], family: str) -> str:

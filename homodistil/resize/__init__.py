@@ -2,6 +2,7 @@
 
     plan = make_plan(table, keep)          # pruning decides `keep`, models/ defines the table
     cost = resize(engine, plan)            # right after engine.step(); the caller then updates module attributes
+    cost = remove_parameters(engine, names, detach)     # likewise: whole parameters leave (removal.py)
 
 Engine, optimizer, scheduler and hooks stay the same objects, and step counts keep their values. models/resize_plan.py
 translates axes into indices and maps. rewrite.py changes values in place; flat.py, move.py and move_partitions.py
@@ -14,16 +15,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Container, Iterator, Mapping
-from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from homodistil.distributed.fault_injection import fault_point
 from homodistil.models.resize_plan import ResizePlan, make_plan, slice_module, transform
-from homodistil.resize.adapters.adapter import Adapter, GradientSlice, ReadState, StateSlice
+from homodistil.resize.adapters.adapter import GradientSlice, ReadState, StateSlice
+from homodistil.resize.boundary import ResizeCost, check_agreement, check_boundary, synchronize
 from homodistil.resize.engine_state import engine_state, load_engine_state, state_scalars
+from homodistil.resize.removal import check_removable, remove_parameters
 from homodistil.resize.rewrite import apply_maps, overwrite_weights, reset_states
 from homodistil.resize.support import adapter_of, check_config, check_supported
 from homodistil.resize.verify import shapes_after, verify_resize
@@ -34,6 +35,7 @@ __all__ = [
     "ResizePlan",
     "StateSlice",
     "check_config",
+    "check_removable",
     "check_supported",
     "engine_state",
     "gradient_fragments",
@@ -42,6 +44,7 @@ __all__ = [
     "make_plan",
     "master_weights",
     "owned_state",
+    "remove_parameters",
     "reset_moments",
     "resize",
     "slice_module",
@@ -50,14 +53,6 @@ __all__ = [
     "transform",
     "write_weights",
 ]
-
-
-@dataclass(frozen=True)
-class ResizeCost:
-    milliseconds: float
-    """Wall time on this rank, with the accelerator synchronised before and after."""
-    bytes_moved: int
-    """Bytes moved between ranks, summed over all ranks (0 at stage 0); the gathering for maps is not counted."""
 
 
 @torch.no_grad()
@@ -79,21 +74,21 @@ def resize(engine, plan: ResizePlan) -> ResizeCost:
         CheckFailed: the state after the event does not match the plan (verify.py).
     """
     adapter = adapter_of(engine)
-    _check_boundary(adapter)
+    check_boundary(adapter)
     adapter.index_by_parameter(plan)  # a plan for another model is refused before anything has changed
     selection = plan.as_selection()
     expected = shapes_after(adapter, selection)
     device = next(engine.module.parameters()).device
-    _check_agreement(plan, device)
+    check_agreement(plan.hash, device)
     fault_point("resize.before")
-    _synchronize(device)
+    synchronize(device)
     start = time.perf_counter()
     if plan.maps:
         apply_maps(adapter, plan)
     bytes_moved = adapter.resize(selection)
     fault_point("resize.moved")
     verify_resize(adapter, expected)
-    _synchronize(device)
+    synchronize(device)
     return ResizeCost((time.perf_counter() - start) * 1e3, bytes_moved)
 
 
@@ -110,7 +105,7 @@ def write_weights(engine, weights: Mapping[str, Tensor]) -> None:
         ValueError: a name is unknown or a shape differs; nothing has changed.
     """
     adapter = adapter_of(engine)
-    _check_boundary(adapter)
+    check_boundary(adapter)
     overwrite_weights(adapter, weights)
 
 
@@ -163,27 +158,3 @@ def load_state(engine, state_names: list[str], scalars: dict, read: ReadState) -
 def step_applied(engine) -> bool:
     """Whether the last `engine.step()` at a boundary changed the weights; DeepSpeed skips it on an overflow."""
     return bool(engine.was_step_applied())
-
-
-def _check_boundary(adapter: Adapter) -> None:
-    engine = adapter.engine
-    if engine.micro_steps % engine.gradient_accumulation_steps() or adapter.has_pending_gradients():
-        raise RuntimeError("resize: gradients wait for a step; resize only right after engine.step() at a boundary")
-
-
-def _check_agreement(plan: ResizePlan, device: torch.device) -> None:
-    """Raise RuntimeError if ranks have different plans, judged by 63 bits of their hashes."""
-    mine = torch.tensor([int(plan.hash[:16], 16) >> 1], device=device)
-    hashes = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-    dist.all_gather(hashes, mine)
-    differing = [rank for rank, other in enumerate(hashes) if int(other) != int(hashes[0])]
-    if differing:
-        raise RuntimeError(
-            f"resize: ranks {differing} hold another plan than rank 0; the event must be the same on all ranks"
-        )
-
-
-def _synchronize(device: torch.device) -> None:
-    """Wait for all kernels, including those of DeepSpeed's reduction stream; does nothing on the CPU."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)

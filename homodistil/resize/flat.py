@@ -22,6 +22,9 @@ from homodistil.models.resize_plan import DimIndex
 
 Shape = tuple[int, ...]
 
+WHOLE: DimIndex = {0: torch.empty(0, dtype=torch.int64)}
+"""The index of a parameter that leaves as a whole."""
+
 
 class Piece(NamedTuple):
     """The part of one parameter that lies in a window of the flat buffer."""
@@ -86,7 +89,10 @@ class Layout:
 
 @dataclass(frozen=True)
 class FlatMove:
-    """The change from layout `old` to layout `new`, in which the elements `index` of each parameter are kept."""
+    """The change from layout `old` to layout `new`, in which the elements `index` of each parameter are kept.
+
+    A parameter of which nothing is kept (`WHOLE`) has no place in `new`.
+    """
 
     old: Layout
     new: Layout
@@ -99,7 +105,8 @@ class FlatMove:
     @classmethod
     def plan(cls, old: Layout, index: Sequence[DimIndex], alignment: int, parameter_alignment: int = 1) -> FlatMove:
         shapes = [shape_after(shape, kept) for shape, kept in zip(old.shapes, index, strict=True)]
-        new = Layout.packed(shapes, old.num_partitions, alignment, parameter_alignment)
+        staying = [shape for shape in shapes if 0 not in shape]
+        new = Layout.packed(staying, old.num_partitions, alignment, parameter_alignment)
         boundaries = range(old.num_partitions + 1)
         kept = [
             sum(map(survivors_before, old.shapes, index, [r * old.partition_numel - o for o in old.offsets]))

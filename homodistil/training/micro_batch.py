@@ -19,7 +19,7 @@ from homodistil.distill.student import Student
 from homodistil.engine.ds_config import accumulation_dtype, offloads_optimizer, student_dtype, zero_stage
 from homodistil.engine.engine import TrainingEngine
 from homodistil.models.attention import keeps_probabilities
-from homodistil.models.axes import Widths
+from homodistil.models.axes import Widths, num_layers
 from homodistil.models.memory import SequenceBytes, StateLayout, state_bytes
 
 
@@ -50,6 +50,7 @@ class MicroBatchPolicy:
         self._table = student.axis_table()
         self._family = student.family
         self._shapes = {name: (tuple(p.shape), p.requires_grad) for name, p in student.named_parameters()}
+        self._layers = [student.layer_parameters([i]) for i in range(student.num_layers)]
         self._vocab_size = student.model.config.vocab_size
         self._device_type = device_type or student.model.device.type
         # Asked several times at the same widths, one after the other; the parts of a plan also ask for the teacher's.
@@ -74,7 +75,9 @@ class MicroBatchPolicy:
 
     def _count(self, widths: frozenset[tuple[str, int]]) -> tuple[int, int]:
         sizes, counts = self._table.dim_sizes(dict(widths)), {True: 0, False: 0}
-        for name, (shape, is_trainable) in self._shapes.items():
+        gone = set().union(*self._layers[num_layers(dict(widths)) :])  # layers are alike: which ones does not matter
+        for name in self._shapes.keys() - gone:
+            shape, is_trainable = self._shapes[name]
             counts[is_trainable] += math.prod(sizes.get((name, dim), size) for dim, size in enumerate(shape))
         return counts[True], counts[False]
 

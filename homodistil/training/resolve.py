@@ -24,19 +24,27 @@ from homodistil.config.schema import PruningConfig, RunConfig, StudentConfig
 from homodistil.data.sources.teachers import cached_teacher
 from homodistil.data.task import Task, task_of
 from homodistil.distill.build_student import build_student
-from homodistil.distill.layer_map import LayerMap, check_student, layer_map_of
+from homodistil.distill.layer_map import (
+    LayerMap,
+    check_student,
+    compared_layers,
+    copied_layers,
+    layer_map_of,
+    starts_whole,
+)
 from homodistil.distill.student import Student
 from homodistil.distill.teacher import load_config
 from homodistil.distill.teacher_sharding import num_parameters
 from homodistil.models import family_of
 from homodistil.models.activations import attention_implementation
-from homodistil.models.axes import Widths
+from homodistil.models.axes import Widths, first_layers, num_layers
 from homodistil.models.checkpoint_files import local_folder
 from homodistil.models.family import ModelFamily
 from homodistil.models.head_dim import check_head_dim
 from homodistil.models.known_configs import known_config
 from homodistil.models.shapes import Shape, check_multiples, check_stock, student_widths
 from homodistil.models.size_search import find_shape
+from homodistil.pruning.depth_schedule import DepthSchedule, depth_schedule
 from homodistil.pruning.milestones import Route, plan_route
 from homodistil.pruning.pruner import width_schedule
 from homodistil.pruning.schedule_protocol import Schedule
@@ -68,8 +76,10 @@ class ResolvedRun:
     """Which teacher layer each layer of the student is compared with."""
     initial: Widths
     """Widths of the student before the first event."""
-    target: Widths
-    """Final widths of the student."""
+    targets: Widths
+    """Final widths of every layer that the student starts with."""
+    depth: DepthSchedule
+    """When layers leave."""
     route: Route
     """Milestones on the way."""
     table: dict[int, Widths]
@@ -77,7 +87,14 @@ class ResolvedRun:
 
     def make_schedule(self) -> Schedule:
         """A new one: the closed loop's has a state."""
-        return width_schedule(self.pruning, self.config.train.steps, self.initial, self.target, self.route)
+        layers = schedule_layers(self.depth, self.initial)
+        ends = first_layers(self.initial, layers), first_layers(self.targets, layers)
+        return width_schedule(self.pruning, self.config.train.steps, *ends, self.route)
+
+    @property
+    def target(self) -> Widths:
+        """Final widths of the student."""
+        return first_layers(self.targets, len(compared_layers(self.config.student, num_layers(self.teacher_widths))))
 
     @property
     def pruning(self) -> PruningConfig:
@@ -87,7 +104,7 @@ class ResolvedRun:
     def build_student(self, load_teacher: Callable[[], nn.Module]) -> Student:
         """The student at its first widths. `load_teacher`: as in `distill.build_student`."""
         config = self.config
-        sections = config.student, config.loss, config.train.seed
+        sections = config.student, config.pruning, config.loss, config.train.seed
         shapes = self.teacher_config, self.layer_map, self.target
         return build_student(*sections, *shapes, load_teacher, self.task.head)
 
@@ -129,8 +146,9 @@ class ResolvedRun:
         if self.note:
             table = {round(config.pruning.end_fraction * config.train.steps): self.target}
         steps, widths, phases = config.train.steps, dict(self.initial), []
-        for start, end in itertools.pairwise(sorted({0, steps, *(step for step in table if step < steps)})):
-            widths = widths | dict(table.get(start, {}))
+        changes = {0, steps, *(step for step in (*table, *self.depth.table) if step < steps)}
+        for start, end in itertools.pairwise(sorted(changes)):
+            widths = first_layers(widths | dict(table.get(start, {})), self.depth.table.get(start, num_layers(widths)))
             phases.append(WidthPhase(dict(widths), start, end - start))
         return phases
 
@@ -169,10 +187,14 @@ def resolve_run(config: RunConfig, teacher_config: PretrainedConfig | None = Non
     check_multiples(pruning, widths)
     check_head_dim(config.student.head_dim, family, shape, widths)
     sized = _sized(config.student, family, teacher)
-    initial, target = student_widths(config.student, widths, sized, family.whole_heads)
-    check_stock(family, target, widths)
-    route = plan_route(config.run, pruning, widths, initial, target)
-    schedule = width_schedule(pruning, config.train.steps, initial, target, route)
+    begins_whole = starts_whole(config.student, pruning)
+    initial, targets = student_widths(config.student, widths, sized, family.whole_heads, begins_whole)
+    check_stock(family, targets, widths)
+    depth = _depth_schedule(config, shape.num_hidden_layers)
+    layers = schedule_layers(depth, initial)
+    ends = first_layers(initial, layers), first_layers(targets, layers)
+    route = plan_route(config.run, pruning, widths, *ends)
+    schedule = width_schedule(pruning, config.train.steps, *ends, route)
     return ResolvedRun(
         config=config,
         family=family,
@@ -181,10 +203,24 @@ def resolve_run(config: RunConfig, teacher_config: PretrainedConfig | None = Non
         teacher_widths=widths,
         layer_map=layer_map_of(config.student, pruning, shape),
         initial=initial,
-        target=target,
+        targets=targets,
+        depth=depth,
         route=route,
         table=dict(schedule.table),
     )
+
+
+def _depth_schedule(config: RunConfig, num_teacher_layers: int) -> DepthSchedule:
+    student, pruning = config.student, config.pruning
+    if not starts_whole(student, pruning):
+        return DepthSchedule({}, None)
+    final, chosen = copied_layers(student, num_teacher_layers), student.layer_choice == "influence"
+    return depth_schedule(pruning, config.train.steps, num_teacher_layers, final, chosen)
+
+
+def schedule_layers(depth: DepthSchedule, initial: Widths) -> int:
+    """How many layers the schedule of widths is about: those that are there when the first width falls."""
+    return depth.table.get(0, num_layers(initial))
 
 
 def _sized(student: StudentConfig, family: ModelFamily, teacher: nn.Module) -> Shape | None:

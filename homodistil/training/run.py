@@ -34,7 +34,7 @@ from homodistil.metrics.progress import doing
 from homodistil.metrics.recorder import METRICS_FILE, Recorder, read_lines
 from homodistil.metrics.result_table import HELDOUT_COLUMNS, ROW_FILE
 from homodistil.models.activations import show_values
-from homodistil.resize import check_supported
+from homodistil.resize import check_removable, check_supported
 from homodistil.training.exporter import Exporter
 from homodistil.training.fingerprints import check_same
 from homodistil.training.heldout_scores import HeldoutScores
@@ -135,6 +135,8 @@ class DistillationRun:
         snapshots = self.shrinker.snapshots()
         with doing("building DeepSpeed's engine, and trying a resize of it"):
             engine = build_engine(self.student, config.train, config.optimizer, engine_config)
+        if any(self.resolved.depth.table):
+            check_removable(engine.deepspeed, self.student.layer_parameters(range(1, self.student.num_layers)))
         if config.student.compile:
             family, model = self.student.family, self.student.model
             num_kinds = family.num_layer_kinds(model)

@@ -12,7 +12,7 @@ from homodistil.distill.layer_map import copied_layers
 from homodistil.distill.losses.active import active_terms
 from homodistil.distill.teacher_sharding import num_parameters
 from homodistil.metrics.term_labels import term_label
-from homodistil.models.axes import Widths, layer_widths
+from homodistil.models.axes import Widths, first_layers, layer_widths, num_layers
 from homodistil.models.shapes import is_grouped
 from homodistil.pruning.schedule_protocol import Schedule
 from homodistil.training.resolve import ResolvedRun
@@ -22,7 +22,7 @@ def run_summary(resolved: ResolvedRun) -> dict[str, str]:
     """Subject -> what is known of it: task, student, layers, parameters, losses, pruning."""
     config, family, target = resolved.config, resolved.family, resolved.target
     if config.pruning.schedule == "none":
-        target = resolved.initial
+        target = first_layers(resolved.initial, num_layers(target))
     with torch.device("meta"):
         shape = family.student_config(resolved.teacher_config, target)
         student = family.empty(shape, resolved.task.head)
@@ -30,7 +30,7 @@ def run_summary(resolved: ResolvedRun) -> dict[str, str]:
     before, after = resolved.teacher_parameters, num_parameters(student)
     return {
         "task": _task(resolved),
-        "student": f"{_shape(target, len(resolved.layer_map.layers))}; {start}",
+        "student": f"{_shape(target, num_layers(resolved.target))}; {start}",
         "layers": _layers(resolved),
         "parameters": f"{before:,} (teacher) -> {after:,} ({after / before:.0%})",
         "losses": _losses(config.loss, resolved.task.name),
@@ -76,9 +76,16 @@ def _layers(resolved: ResolvedRun) -> str:
     compared = resolved.layer_map.layers
     copied = () if config.student.init == "random" else copied_layers(config.student, num_teacher_layers)
     origin = f"copies of {_teachers(copied, num_teacher_layers)}" if copied else "fresh weights"
+    if resolved.depth.table:
+        count = num_layers(resolved.target)
+        stay = f"{count} by block influence" if resolved.depth.final is None else ", ".join(map(str, copied))
+        origin = f"copies of all {num_teacher_layers} of the teacher's, of which {stay} stay; the others leave "
+        origin += resolved.depth.describe()
     by_layer = [term.name for term in active_terms(config.loss) if term.needs & {"hidden", "queries_keys"}]
     if not by_layer:
         return f"{origin}; no loss compares them with the teacher's"
+    if resolved.depth.table:
+        return f"{origin}; compared ({', '.join(by_layer)}) with the last one before the next that stays"
     with_which = "their own" if copied == compared else _teachers(compared, num_teacher_layers)
     return f"{origin}; compared ({', '.join(by_layer)}) with {with_which}"
 

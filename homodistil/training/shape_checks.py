@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from homodistil.distill.losses.active import check_terms
 from homodistil.distill.losses.attention import check_target
+from homodistil.distill.objective import Objective
 from homodistil.errors import UserError
 from homodistil.training.resolve import ResolvedRun
 
@@ -19,6 +20,12 @@ def check_shape(resolved: ResolvedRun) -> None:
     on_the_way = [resolved.table[step] for step in sorted(resolved.table)]
     check_target(config.loss, resolved.family.architecture)
     check_terms(config.loss, resolved.teacher_widths, [resolved.initial, *on_the_way])
+    if resolved.depth.table and not Objective(config.loss).needs_last_layer:
+        raise UserError(
+            f"student.layer_choice, pruning.depth_schedule: found {config.student.layer_choice}, "
+            f"{config.pruning.depth_schedule} with losses that read nothing of the last layer's output, so that "
+            f"another last layer would not be trained; set uniform, one_shot, or loss.hidden above 0"
+        )
     if config.data.seq_len > (max_tokens := resolved.family.shape(resolved.teacher_config).max_tokens):
         raise UserError(
             f"data.seq_len: {config.data.seq_len} is above the {max_tokens} tokens that the teacher has positions for; "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -15,7 +15,7 @@ from homodistil.distill.student import Student
 from homodistil.engine.engine import TrainingEngine
 from homodistil.models.resize_plan import ResizePlan, slice_module
 from homodistil.pruning.compensation.student import EventChange
-from homodistil.resize import master_weights, reset_moments, resize, write_weights
+from homodistil.resize import master_weights, remove_parameters, reset_moments, resize, write_weights
 from homodistil.training.micro_batch import MicroBatchPolicy, fit_micro_batch
 
 
@@ -32,6 +32,9 @@ class Shrinkable(Protocol):
 
     def resize(self, plan: ResizePlan) -> dict[str, float]:
         """Cut weights and optimizer state, and let the student's modules know their new sizes."""
+
+    def keep_layers(self, kept: Sequence[int]) -> dict[str, float]:
+        """Let all layers go but `kept` (ascending), with weights, optimizer state and all that is numbered by them."""
 
     def write(self, weights: Mapping[str, Tensor]) -> dict[str, float]:
         """Overwrite parameters: the student's name -> full fp32 value, alike on every rank."""
@@ -57,6 +60,10 @@ class PlainStudent:
     def resize(self, plan: ResizePlan) -> dict[str, float]:
         slice_module(self.student, plan)
         self.student.after_resize(plan.keep)
+        return {}
+
+    def keep_layers(self, kept: Sequence[int]) -> dict[str, float]:
+        self.student.keep_layers(kept)
         return {}
 
     @torch.no_grad()
@@ -107,6 +114,13 @@ class LiveStudent:
             reset_moments(self.engine.deepspeed)
         cost = resize(self.engine.deepspeed, plan)
         self.student.after_resize(plan.keep)
+        return {"milliseconds": cost.milliseconds, "bytes_moved": cost.bytes_moved}
+
+    def keep_layers(self, kept: Sequence[int]) -> dict[str, float]:
+        if not self._carry_moments:
+            reset_moments(self.engine.deepspeed)
+        leaving = self.student.layer_parameters(set(range(self.student.num_layers)) - set(kept))
+        cost = remove_parameters(self.engine.deepspeed, leaving, lambda: self.student.keep_layers(kept))
         return {"milliseconds": cost.milliseconds, "bytes_moved": cost.bytes_moved}
 
     def write(self, weights: Mapping[str, Tensor]) -> dict[str, float]:

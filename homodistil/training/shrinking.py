@@ -32,6 +32,7 @@ from homodistil.pruning.protected_dims import protected_dims, variance_shares
 from homodistil.pruning.pruner import Pruner
 from homodistil.pruning.schedule import stage_widths
 from homodistil.training.compensated_events import Compensation
+from homodistil.training.depth_events import choose_layers, depth_event, describe
 from homodistil.training.gradient_scores import (
     measure_importance,
     score_by_drawn_directions,
@@ -68,7 +69,7 @@ class Shrinker:
         self.config = config = resolved.config
         self.run_inputs, self.student, self.teacher, self.gap = run_inputs, student, teacher, gap
         self._heldout_loss, self._initial_widths, self._dtype = heldout_loss, student.widths, dtype
-        self.pruner = self._build_pruner(resolved)
+        self.pruner, self.depth = self._build_pruner(resolved), resolved.depth
         compensates = config.pruning.compensation != "none" and config.pruning.schedule != "none"
         self.compensation = Compensation(config, run_inputs, resolved.teacher_widths["hidden"]) if compensates else None
 
@@ -132,26 +133,58 @@ class Shrinker:
         written = target.write(change.weights)
         return change.report | after_cut | written
 
+    def layers_due(self, done: TrainState) -> int | None:
+        """How many layers are to be left after the update just applied; None, nearly always: no layer leaves."""
+        return self.depth.due(done.step, self.student.num_layers)
+
+    def remove_layers(
+        self, target: Shrinkable, prefetcher: BatchPrefetcher, done: TrainState, recorder: Recorder
+    ) -> None:
+        """The event in which layers leave as a whole, until as many stay as `layers_due` says."""
+        before, layers, widths = self._measure(done), self.student.layers, self.student.widths
+        batches = (batch for step in self._calibration_steps(prefetcher, done.step) for batch in step)
+        choice = choose_layers(target.snapshot(), batches, self.depth, self.layers_due(done))
+        moved = self._keep_layers(target, choice.kept)
+        settled = target.settle(0, self.rate_share)
+        after = self._measure(done)
+        event = depth_event(done.step, choice, layers, (widths, self.student.widths), (before, after))
+        if ranks.rank() == 0:
+            print(describe(event), flush=True)
+        recorder.log_event(event | settled | moved)
+
+    def _keep_layers(self, target: Shrinkable, kept: list[int]) -> dict[str, float]:
+        moved = target.keep_layers(kept)
+        self.pruner.keep_layers(kept)
+        return moved
+
     @property
     def rate_share(self) -> float:
         """Factor on the learning rate at the present widths: `train.uncut_lr_share` before the cut, 1 after it."""
         initial, widths, target = self._initial_widths, self.student.widths, self.pruner.schedule.target
-        progress = [(initial[a] - widths[a]) / (initial[a] - target[a]) for a in target if target[a] < initial[a]]
+        cut = [axis for axis in widths if target[axis] < initial[axis]]
+        progress = [(initial[a] - widths[a]) / (initial[a] - target[a]) for a in cut]
         share = self.config.train.uncut_lr_share
         return share + (1 - share) * fmean(progress) if progress else 1.0
 
     # -- before training: resume, and the one_shot schedule before step 0
 
     def restore(self, state: dict) -> None:
-        """Cut the fresh student to the widths of a checkpoint's `state`; the engine's values are loaded later."""
+        """Cut the fresh student to the layers and widths of a checkpoint's `state`; the engine's values are loaded
+        later."""
+        layers = state.get("layers", self.student.layers)  # checkpoints of before have none
+        if len(layers) < len(self.student.layers):
+            self._keep_layers(PlainStudent(self.student), [self.student.layers.index(layer) for layer in layers])
         keep = expand_to_teacher(state["kept"], self._initial_widths)
         self._cut(PlainStudent(self.student), make_plan(self.student.axis_table(), keep))
         self.pruner.load_state_dict(state["pruner"])
 
     def before_training(self, recorder: Recorder) -> None:
-        """Check that compensation may do what it is asked to; then what one_shot cuts, in its stages."""
-        self._check_rotation()
+        """Layers that leave now; check that compensation may do what it is asked to; then what one_shot cuts, in its
+        stages."""
         target, done = PlainStudent(self.student), TrainState()
+        if self.layers_due(done) is not None:
+            self.remove_layers(target, self.run_inputs.prefetcher(self.config, self.config.train.seed), done, recorder)
+        self._check_rotation()
         due = self.pruner.schedule.table.get(0, {})
         for widths in stage_widths(self.student.widths, due, self.config.pruning.one_shot_stages):
             self._calibrate(target)
@@ -182,6 +215,7 @@ class Shrinker:
         """What `LiveStudent.snapshot` needs, to be made before an engine takes the student; None where nothing asks."""
         tries_cuts = self.config.pruning.schedule == "gap"
         is_asked = tries_cuts or self.compensation or not self.pruner.importance.uses_training or self._is_copy()
+        is_asked = is_asked or any(self.depth.table)  # layers leave live
         return StudentSnapshots(self.student) if is_asked else None
 
     def measure(self, engine: TrainingEngine, step: int) -> Keep | None:

@@ -107,8 +107,15 @@ class Trainer:
         if self.shrinker and applied:  # after a skipped step an event waits for the next one
             with record_function("step.resize"):
                 self.shrinker.accept(scores)
+                if self.shrinker.layers_due(self.state) is not None:  # None nearly always, as below
+                    self.remove_layers()
                 if keep := self.shrinker.due(self.live, self.prefetcher, self.state):  # None nearly always
                     self.resize(keep)
+
+    def remove_layers(self) -> None:
+        """The event in which layers leave."""
+        with self.step_log.timer.paused(), doing(f"removing layers at step {self.state.step}"):
+            self.shrinker.remove_layers(self.live, self.prefetcher, self.state, self.step_log.recorder)
 
     def resize(self, keep: Keep) -> None:
         """The event that leaves `keep` of the axes that it names."""
@@ -142,6 +149,7 @@ class Trainer:
             "step": self.state.step,
             "consumed_samples": self.state.consumed_samples,
             "kept": self.student.origins,
+            "layers": list(self.student.layers),
             "num_lines": dict(self.step_log.recorder.num_lines),
             "pruner": self.shrinker.pruner.state_dict() if self.shrinker else None,
             "step_log": self.step_log.state_dict(),

@@ -23,7 +23,7 @@ from torch import Tensor
 from homodistil.engine.build import init_ranks
 from homodistil.models.encoders.bert import BERT as bert
 from homodistil.models.resize_plan import ResizePlan, make_plan
-from homodistil.resize import check_supported, master_weights, resize
+from homodistil.resize import check_supported, master_weights, remove_parameters, resize
 
 NUM_STEPS = 12
 STATES = ("exp_avg", "exp_avg_sq")
@@ -35,10 +35,11 @@ class Run:
 
     def __init__(self, case: dict):
         self.accumulation = case.get("accumulation", 1)
-        self.events = tiny_bert.events() if case.get("events", True) else {}
+        of_depth = case.get("events") == "depth"
+        self.events = tiny_bert.depth_events() if of_depth else tiny_bert.events() if case.get("events", True) else {}
         self.device = torch.device(get_accelerator().current_device_name())
         dtype = torch.bfloat16 if case.get("bf16") else torch.float32
-        self.model = tiny_bert.make_model()
+        self.model = tiny_bert.make_model(num_layers=tiny_bert.num_layers(self.events))
         self.engine, *_ = deepspeed.initialize(
             model=self.model,
             optimizer=OPTIMIZERS[case.get("optimizer", "torch")](tiny_bert.param_groups(self.model)),
@@ -62,7 +63,8 @@ class Run:
         loss = None
         for step in range(NUM_STEPS):
             if step in self.events:
-                before = self.resize(self.events[step])  # `loss`, and with it the last graph, is still referenced here
+                change = self.remove if "layers" in self.events[step] else self.resize
+                before = change(self.events[step])  # `loss`, and with it the last graph, is still referenced here
             total = torch.zeros(1, device=self.device)
             for micro in range(self.accumulation):
                 batch = tiny_bert.make_batch(step * self.accumulation + micro, ROWS * dist.get_world_size())
@@ -96,6 +98,24 @@ class Run:
         assert after.keys() == before.keys()
         self.check_padding()
         check_supported(engine)  # the layout, once more: it is what a later checkpoint and event rely on
+        return {name: tensor for (kind, name), tensor in after.items() if kind == "master"}
+
+    def remove(self, keep: dict[str, list[int]]) -> dict[str, Tensor]:
+        """Layers leave as a whole. Returns the masters behind it."""
+        kept, before, (objects, parameters, *settings) = keep["layers"], self.everything(), self.what_stays()
+        names = {name for name in self.names if tiny_bert.renamed(name, kept) is None}
+        cost = remove_parameters(self.engine, names, lambda: tiny_bert.drop_layers(self.model, kept))
+        assert cost.milliseconds > 0
+        self.names = [name for name, _ in self.model.named_parameters()]
+        after, (same_objects, left, *same) = self.everything(), self.what_stays()
+        assert (same_objects, same[1:]) == (objects, settings[1:]) and set(left) < set(parameters)
+        expected = {(kind, tiny_bert.renamed(name, kept)): tensor for (kind, name), tensor in before.items()}
+        expected = {key: tensor for key, tensor in expected.items() if key[1] is not None}
+        assert expected.keys() == after.keys()
+        assert all(torch.equal(tensor, after[key]) for key, tensor in expected.items())
+        assert {name for _, name in after} == set(self.names) == set(self.engine.param_names.values())
+        self.check_padding()
+        check_supported(self.engine)
         return {name: tensor for (kind, name), tensor in after.items() if kind == "master"}
 
     def what_stays(self) -> tuple:

@@ -9,19 +9,16 @@ import pytest
 import torch
 import yaml
 from study_fakes import study_options
-from support.tiny_decoder import make_decoder, write_decoder, write_text
-from torch.nn.functional import cosine_similarity
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
+from support.tiny_decoder import write_decoder, write_text
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from experiments.quality import decoder_list, decoder_study, decoder_tables, tokens_saved
-from experiments.quality.block_influence import block_influence, most_influential
 from experiments.quality.comparison import Entry, spec
 from experiments.quality.decoder_arms import DECODER_ARMS, DECODER_BASE, SIZES, SMOLLM2
 from experiments.quality.pool import Pool, spawner
 from experiments.quality.shallow_teacher import first_layers
 from experiments.quality.tokens_saved import Reach
 from homodistil.config.shipped import RECIPES
-from homodistil.data.batch import Batch
 from homodistil.models.known_configs import known_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -71,34 +68,6 @@ def test_the_products_defaults_change_no_arm():
     recipe = yaml.safe_load((RECIPES / "quickstart-decoder.yaml").read_text())
     decided = {f"{section}.{name}" for section in ("pruning", "loss", "run", "data") for name in recipe[section]}
     assert decided - {"run.name"} <= pinned
-
-
-@pytest.mark.parametrize("kind", [LlamaConfig, GPT2Config])
-def test_block_influence_is_one_minus_the_cosine_of_both_ends(kind):
-    model = make_decoder(kind)
-    layers = model.model.layers if kind is LlamaConfig else model.transformer.h
-    ids = torch.randint(300, (3, 7), generator=torch.Generator().manual_seed(0))
-    mask = torch.ones_like(ids)
-    mask[1, 4:] = 0
-    batch = Batch(ids, mask, None, None, mask.flatten().nonzero()[:, 0], None)
-    measured = block_influence(model, layers, [batch, batch])
-    with torch.no_grad():
-        states = model(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states
-    # The last of the library's states is behind the final norm: the layer's own output is not among them.
-    cosines = cosine_similarity(states[0].double(), states[1].double(), dim=-1)
-    assert measured[0] == pytest.approx(1 - float(cosines[mask.bool()].mean()), abs=1e-6)
-    assert len(measured) == 2 and 0 < measured[1] < 2
-
-    with torch.no_grad():  # a layer that adds nothing
-        for name, parameter in layers[1].named_parameters():
-            if "o_proj" in name or "down_proj" in name or "c_proj" in name:
-                parameter.zero_()
-    assert block_influence(model, layers, [batch])[1] == pytest.approx(0, abs=1e-6)
-
-
-def test_the_layers_that_change_most_stay_in_their_order():
-    assert most_influential([0.5, 0.1, 0.3, 0.1, 0.9], 3) == [0, 2, 4]
-    assert most_influential([0.2, 0.1, 0.1], 2) == [0, 1]
 
 
 def test_the_first_layers_of_a_teacher_are_a_folder_of_their_own(tmp_path):

@@ -168,9 +168,19 @@ CASES: dict[str, Case] = {
 """model_type -> its case."""
 
 
-def make_model(model_type: str, attention: str | None = None, seed: int = 0) -> torch.nn.Module:
-    """With weights far from their initial ones, so that nothing is 0 or 1 by accident; in evaluation mode."""
+def make_config(model_type: str, layers: int = LAYERS) -> PretrainedConfig:
+    """The case's configuration; of more layers, their kinds take turns."""
     config = CASES[model_type].make_config()
+    config.num_hidden_layers = layers
+    for name in ("layer_types", "no_rope_layers"):
+        if kinds := getattr(config, name, None):
+            setattr(config, name, [kinds[i % LAYERS] for i in range(layers)])
+    return config
+
+
+def make_model(model_type: str, attention: str | None = None, seed: int = 0, layers: int = LAYERS) -> torch.nn.Module:
+    """With weights far from their initial ones, so that nothing is 0 or 1 by accident; in evaluation mode."""
+    config = make_config(model_type, layers)
     family = family_of(model_type)
     config._attn_implementation = attention or attention_implementation(family)
     torch.manual_seed(seed)

@@ -9,7 +9,7 @@ import copy
 
 import pytest
 import torch
-from families.cases import CASES, LAYERS, TOKENS, VOCABULARY, batch_of, make_model, token_ids
+from families.cases import CASES, LAYERS, TOKENS, VOCABULARY, batch_of, make_config, make_model, token_ids
 from support.small import random_keep
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -291,6 +291,29 @@ def test_fewer_layers(model_type):
     stock = stock_model(weights, student, CASES[model_type].make_config())
     with torch.no_grad():
         torch.testing.assert_close(model(input_ids=token_ids()).logits, stock(input_ids=token_ids()).logits)
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_a_student_whose_layers_left_is_its_stock_export(model_type, tmp_path):
+    """Five layers of both kinds, three of which stay in two events: kinds of layers follow, and so does all that the
+    student numbers by layers. Loaded again without our code; the teacher's layers come after one another in the map."""
+    family, batch = family_of(model_type), batch_of(token_ids())
+    student = Student(make_model(model_type, layers=5), LossConfig(kl=1.0)).eval()
+    student.keep_layers([0, 1, 3, 4])
+    assert (student.layers, student.layer_map.layers) == ((0, 1, 3, 4), (0, 2, 3, 4))
+    student.keep_layers([0, 1, 2])
+    assert (student.layers, student.layer_map.layers) == ((0, 1, 3), (0, 2, 4))
+    assert student.widths == family.axis_table(student.model).widths
+    stock_model(dict(student.named_parameters()), student, make_config(model_type, 5)).save_pretrained(tmp_path)
+    loaded = AUTO[family.auto_class].from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        terms = student(batch, Teacher(make_model(model_type, layers=5))(batch)).terms
+        logits = loaded(input_ids=batch.input_ids).logits.flatten(0, 1)[batch.target_index]
+        torch.testing.assert_close(logits, student.predict(batch), rtol=1e-4, atol=1e-4)
+    assert loaded.config.num_hidden_layers == 3
+    # The first layer is still the teacher's; the others read what they have never seen.
+    of_layers = [float(terms[f"hidden/layer.{i}"]) for i in range(3)]
+    assert of_layers[0] == 0 and min(of_layers[1:]) > 0 and "hidden/layer.3" not in terms
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)

@@ -1,4 +1,5 @@
-"""One rank of test_live_resize.py: live events, a checkpoint behind the second, and the same run resumed, per family.
+"""One rank of test_live_resize.py: live events (a layer leaves, widths fall twice), a checkpoint behind them, and the
+same run resumed, per family.
 
     torchrun --nproc_per_node 2 worker_live.py '[["bert", 2], ["llama", 3]]'
 
@@ -17,7 +18,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from families.cases import VOCABULARY, batch_of, make_model
+from families.cases import VOCABULARY, batch_of, make_config, make_model
 from support.small import random_keep
 
 from homodistil.checkpoint import Checkpoints
@@ -27,11 +28,12 @@ from homodistil.distill.student import Student
 from homodistil.distill.teacher import Teacher
 from homodistil.distributed import ranks
 from homodistil.engine.build import build_engine, init_ranks, resolve_engine_config
+from homodistil.export.stock_model import stock_model
 from homodistil.models.axes import Keep, kind_of
 from homodistil.models.resize_plan import make_plan, select, slice_module
-from homodistil.resize import check_supported, owned_state, resize
+from homodistil.resize import check_supported, master_weights, owned_state, remove_parameters, resize
 
-ROWS, TOKENS = 2, 11
+ROWS, TOKENS, LAYERS = 2, 11, 3
 
 
 def make_engine(student: Student, stage: int):
@@ -87,13 +89,27 @@ def event(engine, student: Student, seed: int) -> Keep:
     return plan.keep
 
 
+def removal(engine, student: Student, kept: list[int]) -> list[int]:
+    """Only the layers `kept` stay. What survives is bitwise what it was, under its new name."""
+    name_of, before = {p: name for name, p in student.named_parameters()}, full_state(engine)
+    names = student.layer_parameters(set(range(student.num_layers)) - set(kept))
+    remove_parameters(engine, names, lambda: student.keep_layers(kept))
+    after = full_state(engine)
+    now = {name_of[p]: name for name, p in student.named_parameters()}
+    assert now.keys() == set(name_of.values()) - names
+    assert after.keys() == {(kind, now[name]) for kind, name in before if name in now}
+    assert all(torch.equal(flat, after[kind, now[name]]) for (kind, name), flat in before.items() if name in now)
+    return kept
+
+
 def _shapes(student: Student) -> dict[str, tuple[int, ...]]:
     return {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in student.named_parameters()}
 
 
-def resumed(model_type: str, stage: int, keeps: list[Keep], checkpoints: Checkpoints):
+def resumed(model_type: str, stage: int, kept: list[int], keeps: list[Keep], checkpoints: Checkpoints):
     """A new engine in the state of the newest checkpoint, its student cut as a resumed run cuts it."""
-    student = Student(make_model(model_type), LossConfig(kl=1.0))
+    student = Student(make_model(model_type, layers=LAYERS), LossConfig(kl=1.0))
+    student.keep_layers(kept)
     for keep in keeps:
         plan = make_plan(student.axis_table(), keep)
         slice_module(student, plan)
@@ -103,18 +119,35 @@ def resumed(model_type: str, stage: int, keeps: list[Keep], checkpoints: Checkpo
     return engine
 
 
+def check_export(engine, student: Student, model_type: str) -> None:
+    """The stock class, of fewer layers and narrower, computes what the student does."""
+    batch, family, weights = batch_of_step(0), student.family, master_weights(engine)
+    hidden_size = student.widths["hidden"]
+    if family.stock_head_dim(student.widths) is None:
+        return  # no stock class for widths on the way
+    stock = stock_model(weights, student, make_config(model_type, LAYERS))
+    assert (stock.config.num_hidden_layers, stock.config.hidden_size) == (2, hidden_size)
+    with torch.no_grad():
+        logits = stock(input_ids=batch.input_ids).logits.flatten(0, 1)[batch.target_index]
+    torch.testing.assert_close(student.predict(batch), logits, rtol=1e-3, atol=1e-3)
+
+
 def check(model_type: str, stage: int, folder: Path) -> None:
-    teacher, student = Teacher(make_model(model_type)), Student(make_model(model_type), LossConfig(kl=1.0))
+    teacher = Teacher(make_model(model_type, layers=LAYERS))
+    student = Student(make_model(model_type, layers=LAYERS), LossConfig(kl=1.0))
     engine, keeps = make_engine(student, stage), []
     for step in range(2):
         train_step(engine, teacher, 2 * step)
+        if step == 0:
+            kept = removal(engine, student, [0, 2])
         keeps.append(event(engine, student, seed=step))
         train_step(engine, teacher, 2 * step + 1)
+    check_export(engine, student, model_type)
     checkpoints = Checkpoints(folder, RunFolderConfig(async_checkpoints=False), 0, {})
     checkpoints.save(engine, 4, {"step": 4})
     expected = [train_step(engine, teacher, step) for step in (4, 5)], full_state(engine)
     engine.destroy()
-    again = resumed(model_type, stage, keeps, checkpoints)
+    again = resumed(model_type, stage, kept, keeps, checkpoints)
     assert [train_step(again, teacher, step) for step in (4, 5)] == expected[0]
     state = full_state(again)
     assert state.keys() == expected[1].keys() and all(torch.equal(state[key], expected[1][key]) for key in state)

@@ -46,7 +46,7 @@ def make_fused(groups: list[dict]) -> torch.optim.Optimizer:
 
 def train(num_steps: int, accumulation: int, world: int, events: dict[int, dict[str, Tensor]]) -> Trajectory:
     """fp32: whole global batches, AdamW, clipping, warm-up; at an event parameters and moments are cut by hand."""
-    model = tiny_bert.make_model()
+    model = tiny_bert.make_model(num_layers=tiny_bert.num_layers(events))
     optimizer = make_optimizer(tiny_bert.param_groups(model))
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, tiny_bert.lr_factor)
     losses = []
@@ -81,7 +81,8 @@ def train_bf16(
         warm_states: a step on zero gradients comes first, as in DeepSpeed's wrappers of stage 0.
         loss_scales: train in fp16 instead, with this factor on the loss of each step; None: the step is left out.
     """
-    model = tiny_bert.make_model(torch.bfloat16 if loss_scales is None else torch.float16)
+    dtype = torch.bfloat16 if loss_scales is None else torch.float16
+    model = tiny_bert.make_model(dtype, tiny_bert.num_layers(events))
     masters = {p: nn.Parameter(p.detach().float()) for p in model.parameters()}
     groups = [g | {"params": [masters[p] for p in g["params"]]} for g in tiny_bert.param_groups(model)]
     optimizer = make_optimizer(groups)
@@ -93,6 +94,7 @@ def train_bf16(
     for step in range(num_steps):
         if step in events:
             cut(model, masters, optimizer, events[step])
+            trainable = [p for p in model.parameters() if p.requires_grad]
         scale = 1.0 if loss_scales is None else loss_scales[step]
         if scale is None:
             continue
@@ -137,6 +139,9 @@ def backward(model: nn.Module, batch: dict[str, Tensor], divisor: int = 1, scale
 
 @torch.no_grad()
 def cut(model: nn.Module, masters: dict, optimizer: torch.optim.Optimizer, keep: dict[str, Tensor]) -> None:
+    if "layers" in keep:
+        drop(model, masters, optimizer, keep["layers"])
+        return
     for name, cuts in tiny_bert.slices(model, keep).items():
         param = model.get_parameter(name)
         master = masters[param]
@@ -147,6 +152,17 @@ def cut(model: nn.Module, masters: dict, optimizer: torch.optim.Optimizer, keep:
             tensor.grad = None
             tensor.data = tiny_bert.take(tensor.data, cuts)
     tiny_bert.refresh(model, keep)
+
+
+def drop(model: nn.Module, masters: dict, optimizer: torch.optim.Optimizer, kept: list[int]) -> None:
+    """Layers leave, by hand."""
+    before = set(model.parameters())
+    tiny_bert.drop_layers(model, kept)
+    gone = {masters.pop(p) for p in before - set(model.parameters())}
+    for group in optimizer.param_groups:
+        group["params"] = [p for p in group["params"] if p not in gone]
+    for master in gone:
+        optimizer.state.pop(master, None)
 
 
 def trajectory(model: nn.Module, masters: dict, optimizer: torch.optim.Optimizer, losses: list[float]) -> Trajectory:

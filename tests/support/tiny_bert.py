@@ -14,11 +14,11 @@ NUM_LAYERS, NUM_HEADS, VOCABULARY, TOKENS = 2, 4, 97, 12
 FROZEN = "bert.embeddings.position_embeddings.weight"
 
 
-def make_model(dtype: torch.dtype = torch.float32) -> BertForMaskedLM:
+def make_model(dtype: torch.dtype = torch.float32, num_layers: int = NUM_LAYERS) -> BertForMaskedLM:
     torch.manual_seed(0)
     config = BertConfig(
         hidden_size=36,
-        num_hidden_layers=NUM_LAYERS,
+        num_hidden_layers=num_layers,
         num_attention_heads=NUM_HEADS,
         intermediate_size=55,
         vocab_size=VOCABULARY,
@@ -93,12 +93,27 @@ def events() -> dict[int, dict[str, Tensor]]:
     }
 
 
+def depth_events() -> dict[int, dict[str, Tensor | list[int]]]:
+    """The same for a model of `num_layers` layers, some of which leave as a whole, the last one among them."""
+    return {
+        2: {"layers": [0, 1, 3]},
+        4: {"layer.2.ffn": pick(55, 41, 1), "hidden": pick(36, 29, 2)},
+        6: {"layers": [0, 1]},
+        9: {"layer.1.ffn": pick(55, 31, 10)},
+    }
+
+
+def num_layers(events: dict[int, dict]) -> int:
+    """Layers that a model for these events has at first."""
+    return 4 if any("layers" in keep for keep in events.values()) else NUM_LAYERS
+
+
 def slices(model: BertForMaskedLM, keep: dict[str, Tensor]) -> dict[str, dict[int, Tensor]]:
     """Parameter name -> dimension -> rows that stay, spelt out for BERT."""
     cuts: dict[str, dict[int, Tensor]] = {}
     if "hidden" in keep:
-        cut_hidden(cuts, keep["hidden"])
-    for i in range(NUM_LAYERS):
+        cut_hidden(cuts, keep["hidden"], len(model.bert.encoder.layer))
+    for i in range(len(model.bert.encoder.layer)):
         layer, ffn = f"bert.encoder.layer.{i}", keep.get(f"layer.{i}.ffn")
         if ffn is not None:
             cuts.setdefault(f"{layer}.intermediate.dense.weight", {})[0] = ffn
@@ -114,14 +129,14 @@ def slices(model: BertForMaskedLM, keep: dict[str, Tensor]) -> dict[str, dict[in
     return cuts
 
 
-def cut_hidden(cuts: dict[str, dict[int, Tensor]], hidden: Tensor) -> None:
+def cut_hidden(cuts: dict[str, dict[int, Tensor]], hidden: Tensor, num_layers: int = NUM_LAYERS) -> None:
     columns = [f"bert.embeddings.{t}_embeddings.weight" for t in ("word", "position", "token_type")]
     columns += ["cls.predictions.transform.dense.weight"]
     vectors = ["bert.embeddings.LayerNorm.weight", "bert.embeddings.LayerNorm.bias"]
     vectors += ["cls.predictions.transform.dense.bias"]
     vectors += ["cls.predictions.transform.LayerNorm.weight", "cls.predictions.transform.LayerNorm.bias"]
     rows = ["cls.predictions.transform.dense.weight"]
-    for i in range(NUM_LAYERS):
+    for i in range(num_layers):
         layer = f"bert.encoder.layer.{i}"
         columns += [f"{layer}.attention.self.{part}.weight" for part in ("query", "key", "value")]
         columns += [f"{layer}.intermediate.dense.weight"]
@@ -144,6 +159,23 @@ def take(tensor: Tensor, cuts: dict[int, Tensor]) -> Tensor:
     for dim, rows in cuts.items():
         tensor = tensor[rows] if dim == 0 else tensor[:, rows]
     return tensor.clone()
+
+
+def drop_layers(model: BertForMaskedLM, kept: list[int]) -> None:
+    """Layers leave; those that stay are renumbered."""
+    for i in reversed(range(len(model.bert.encoder.layer))):
+        if i not in kept:
+            del model.bert.encoder.layer[i]
+    model.config.num_hidden_layers = len(kept)
+
+
+def renamed(name: str, kept: list[int]) -> str | None:
+    """What a parameter is called once only the layers `kept` are left; None: it has left."""
+    prefix, inside, rest = name.partition("encoder.layer.")
+    if not inside:
+        return name
+    layer, _, rest = rest.partition(".")
+    return f"{prefix}{inside}{kept.index(int(layer))}.{rest}" if int(layer) in kept else None
 
 
 def refresh(model: BertForMaskedLM, keep: dict[str, Tensor]) -> None:

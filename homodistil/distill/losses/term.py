@@ -198,7 +198,8 @@ class Term:
 
         It is called with (student, teacher, attention_mask), and where nothing is compared with (student, None, None);
         `student_dim` is the dimension of its only parameter, `weight`, that runs over the student's hidden size, and
-        `after_resize(kept)` tells it which dims are left.
+        `after_resize(kept)` tells it which dims are left. One of "layer_3" leaves with that layer, and those behind it
+        are renumbered with theirs.
 
         Args:
             hidden_size: of the student as it starts.

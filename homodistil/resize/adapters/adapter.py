@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterator, Mapping, Set
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from homodistil.models.parameter_shape import full_shape
 from homodistil.models.resize_plan import DimIndex, ResizePlan, index_by_parameter, select, set_param_data
+from homodistil.resize.flat import WHOLE
 
 ReadState = Callable[[str, str, int, int], Tensor]
 """(kind, parameter name, start, stop) -> those elements, flat; kind is "weight" or the name of an optimizer state."""
@@ -108,9 +109,36 @@ class Adapter(ABC):
     def has_pending_gradients(self) -> bool:
         """Whether there are accumulated gradients that no step has applied yet."""
 
-    @abstractmethod
     def resize(self, plan: ResizePlan) -> int:
         """Apply `plan` to weights and state in place. Collective. Returns the bytes sent by all ranks."""
+        return self.keep(self.index_by_parameter(plan), frozenset())
+
+    def remove(self, leaving: Set[nn.Parameter]) -> int:
+        """Take `leaving` out of weights, optimizer and state; what stays keeps its values and its order. Collective.
+
+        They are empty afterwards, and the caller takes them out of the module. Returns the bytes sent by all ranks.
+        """
+        bytes_moved = self.keep(dict.fromkeys(leaving, WHOLE), leaving)
+        for param in leaving:
+            set_param_data(param, torch.empty(0, dtype=param.dtype, device=param.device))
+            param.requires_grad_(False)  # DeepSpeed's hooks go on listing it at stage 3, and wait for no gradient of it
+        return bytes_moved
+
+    @abstractmethod
+    def keep(self, index_of: Mapping[nn.Parameter, DimIndex], leaving: Set[nn.Parameter]) -> int:
+        """Keep what `index_of` says of each parameter; an absent one stays whole. Collective. Returns the bytes sent.
+
+        Args:
+            leaving: parameters of which nothing stays (`WHOLE`): the wrapper must not name them afterwards.
+        """
+
+    def emptied_groups(self, leaving: Set[str]) -> list[int]:
+        """Groups that would hold no parameter any more without those named."""
+        return [i for i, params in enumerate(self.group_params()) if {self.name_of[p] for p in params} <= leaving]
+
+    @abstractmethod
+    def group_params(self) -> list[list[nn.Parameter]]:
+        """Trained parameters of the model, by the groups that the wrapper divides them into."""
 
     @abstractmethod
     def weights_from_masters(self) -> None:

@@ -44,6 +44,7 @@ class Bf16Adapter(FlatAdapter):
         "_hp_optimizer_states_linked": bool,
         "_param_slice_mappings": list,
         "_muon_exchange_layouts": list,
+        "_grad_acc_hooks": list,
     }
 
     def process_group(self, i: int) -> dist.ProcessGroup:
@@ -102,6 +103,16 @@ class Bf16Adapter(FlatAdapter):
             optimizer.fp32_groups_gradient_flat_partition,
         ):
             views[:] = [None] * len(views)
+
+    def renumber(self) -> None:
+        """Hooks on gradients know a parameter by its number in the group: made again."""
+        optimizer = self.optimizer
+        had_hooks = bool(optimizer._grad_acc_hooks)
+        for hook in optimizer._grad_acc_hooks:
+            hook.remove()
+        optimizer._grad_acc_hooks.clear()
+        if had_hooks:
+            optimizer.create_grad_acc_hooks()
 
     def resize_group(self, i: int, move: FlatMove) -> int:
         return self.move_states(i, move) + self._rebuild_weights(i, move)

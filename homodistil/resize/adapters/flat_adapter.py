@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Set
 from typing import ClassVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from homodistil.models.resize_plan import DimIndex, ResizePlan, set_param_data
+from homodistil.models.resize_plan import DimIndex, set_param_data
 from homodistil.resize.adapters.adapter import Adapter, MasterSlice, StateGroup, select_param
 from homodistil.resize.flat import FlatMove, Layout
 from homodistil.resize.move import move_partition
@@ -55,6 +55,9 @@ class FlatAdapter(Adapter):
     def weights(self, i: int) -> Tensor:
         return getattr(self.optimizer, self.weights_field)[i]
 
+    def group_params(self) -> list[list[nn.Parameter]]:
+        return [self.params(i) for i in range(len(self.masters()))]
+
     def rank(self, i: int) -> int:
         """Index of this rank's partition of group `i`."""
         return dist.get_rank(self.process_group(i))
@@ -83,16 +86,31 @@ class FlatAdapter(Adapter):
 
     # -- resizing
 
-    def resize(self, plan: ResizePlan) -> int:
-        index_of = self.index_by_parameter(plan)
+    def keep(self, index_of: Mapping[nn.Parameter, DimIndex], leaving: Set[nn.Parameter]) -> int:
         self.drop_views()
         bytes_moved = 0
         for i in range(len(self.masters())):
             index = [index_of.get(param, {}) for param in self.params(i)]
-            bytes_moved += self.resize_group(i, FlatMove.plan(self.layout(i), index, *self.alignment(i)))
+            move = FlatMove.plan(self.layout(i), index, *self.alignment(i))
+            if leaving:
+                self.forget(i, leaving)
+            bytes_moved += self.resize_group(i, move)
+        if leaving:
+            self.renumber()
         self.rebuild_maps()
         self._select_unowned(index_of)
         return bytes_moved
+
+    def forget(self, i: int, leaving: Set[nn.Parameter]) -> None:
+        """Take `leaving` out of the wrapper's lists of the parameters of group `i`; the lists stay the same objects."""
+        params = self.params(i)
+        _empty([param for param in params if param in leaving])
+        params[:] = [param for param in params if param not in leaving]
+
+    def renumber(self) -> None:
+        """Mend what the wrapper says of parameters by their number in a group, once some have left. Nothing by
+        default."""
+        return None
 
     def drop_views(self) -> None:
         """Drop all references to the old buffers, which would keep them allocated."""
@@ -116,8 +134,7 @@ class FlatAdapter(Adapter):
 
     def release_weights(self, i: int) -> None:
         """Replace the data of the parameters, which are views of the flat buffer, by empty tensors."""
-        for param in self.params(i):
-            set_param_data(param, torch.empty(0, dtype=param.dtype, device=param.device))
+        _empty(self.params(i))
 
     def bind_weights(self, i: int, layout: Layout) -> None:
         """Make the parameters views of the flat buffer of group `i`, according to `layout`."""
@@ -139,7 +156,7 @@ class FlatAdapter(Adapter):
             dist.broadcast(partition, group=group, group_src=owner)
         return sum(p.nbytes for p in partitions) * (len(partitions) - 1)
 
-    def _select_unowned(self, index_of: dict[nn.Parameter, DimIndex]) -> None:
+    def _select_unowned(self, index_of: Mapping[nn.Parameter, DimIndex]) -> None:
         """Slice frozen parameters, which are in no group, and whole on every rank."""
         owned = {param for i in range(len(self.masters())) for param in self.params(i)}
         for param, index in index_of.items():
@@ -168,6 +185,11 @@ class FlatAdapter(Adapter):
         for key, value in self.torch_optimizer().state.get(master, {}).items():
             if torch.is_tensor(value) and value.ndim > 0 and value.shape != master.shape:
                 raise ValueError(f"optimizer state {key!r} of group {i}: shape {tuple(value.shape)} is not per element")
+
+
+def _empty(params: Iterable[nn.Parameter]) -> None:
+    for param in params:
+        set_param_data(param, torch.empty(0, dtype=param.dtype, device=param.device))
 
 
 def padding_in_partition(layout: Layout, rank: int) -> int:

@@ -6,10 +6,10 @@ layout with one partition, so nothing is sent between ranks.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Set
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from homodistil.resize.adapters.adapter import MasterSlice
 from homodistil.resize.adapters.flat_adapter import FlatAdapter
@@ -68,6 +68,10 @@ class FusedAdapter(FlatAdapter):
 
         return gradient
 
+    def forget(self, i: int, leaving: Set[nn.Parameter]) -> None:
+        super().forget(i, leaving)
+        forget_overflows(self.optimizer, leaving)
+
     def resize_group(self, i: int, move: FlatMove) -> int:
         dtype, device = self.weights(i).dtype, self.weights(i).device
         bytes_moved = self.move_states(i, move)
@@ -81,3 +85,9 @@ class FusedAdapter(FlatAdapter):
     def weights_from_masters(self) -> None:
         for i, flat in enumerate(self.optimizer.fp16_groups_flat):
             self.spread_weights(i, [flat])
+
+
+def forget_overflows(wrapper, leaving: Set[nn.Parameter]) -> None:
+    """Take `leaving` out of the parameters whose gradients a wrapper of stage 0 looks through for overflows."""
+    checker = wrapper.overflow_checker
+    checker.params = [param for param in checker.params if param not in leaving]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Set
 
 import torch
 from torch import Tensor, nn
 
-from homodistil.models.resize_plan import ResizePlan
+from homodistil.models.resize_plan import DimIndex
 from homodistil.resize.adapters.adapter import Adapter, MasterSlice, StateGroup, select_param, select_state
+from homodistil.resize.adapters.fused import forget_overflows
 
 
 class PlainAdapter(Adapter):
@@ -48,9 +49,17 @@ class PlainAdapter(Adapter):
     def has_pending_gradients(self) -> bool:
         return any(param.grad is not None for param in self.parameters.values())
 
-    def resize(self, plan: ResizePlan) -> int:
+    def group_params(self) -> list[list[nn.Parameter]]:
+        return [group["params"] for group in self.optimizer.param_groups]
+
+    def keep(self, index_of: Mapping[nn.Parameter, DimIndex], leaving: Set[nn.Parameter]) -> int:
         masters, state = self.masters(), self.torch_optimizer().state
-        for param, index in self.index_by_parameter(plan).items():
+        if leaving:
+            self.forget(leaving)
+        for param, index in index_of.items():
+            if param in leaving:
+                state.pop(masters.get(param), None)
+                continue
             master = masters.get(param)  # None for a frozen parameter, which is in no group
             if master is not None:
                 select_state(state.get(master, {}), param.shape, index)
@@ -58,6 +67,11 @@ class PlainAdapter(Adapter):
                 select_param(master, index)
             select_param(param, index)
         return 0
+
+    def forget(self, leaving: Set[nn.Parameter]) -> None:
+        """Take `leaving` out of the optimizer's groups; the lists stay the same objects."""
+        for params in self.group_params():
+            params[:] = [param for param in params if param not in leaving]
 
     def weights_from_masters(self) -> None:
         for param, master in self.masters().items():
@@ -76,3 +90,12 @@ class UnfusedAdapter(PlainAdapter):
 
     def torch_optimizer(self) -> torch.optim.Optimizer:
         return self.optimizer.optimizer
+
+    def group_params(self) -> list[list[nn.Parameter]]:
+        return self.optimizer.fp16_groups
+
+    def forget(self, leaving: Set[nn.Parameter]) -> None:
+        for low, high in zip(self.optimizer.fp16_groups, self.optimizer.fp32_groups, strict=True):
+            staying = [i for i, param in enumerate(low) if param not in leaving]
+            low[:], high[:] = [low[i] for i in staying], [high[i] for i in staying]
+        forget_overflows(self.optimizer, leaving)

@@ -9,11 +9,11 @@ derived again, by DeepSpeed's own methods where they exist.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Set
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from homodistil.resize.adapters.adapter import MasterSlice
 from homodistil.resize.adapters.flat_adapter import FlatAdapter, padding_in_partition
@@ -38,6 +38,7 @@ class ZeroAdapter(FlatAdapter):
         "round_robin_bit16_meta": list,
         "round_robin_bit16_padding": list,
         "round_robin_bit16_offsets": list,
+        "round_robin_bit16_indices": list,
         "real_dp_process_group": list,
         "nccl_start_alignment_factor": int,
         "parameter_alignment": bool,
@@ -52,6 +53,7 @@ class ZeroAdapter(FlatAdapter):
         "extra_large_param_to_reduce": dict,
         "_hp_optimizer_states_linked": bool,
         "_param_slice_mappings": list,
+        "_grad_acc_hooks": list,
     }
 
     def process_group(self, i: int) -> dist.ProcessGroup:
@@ -89,6 +91,27 @@ class ZeroAdapter(FlatAdapter):
     def drop_views(self) -> None:
         """Drop the fragments, which are views of the old weights, masters and moments."""
         drop_fragments(param for group in self.optimizer.bit16_groups for param in group)
+
+    def forget(self, i: int, leaving: Set[nn.Parameter]) -> None:
+        """Both orders of the group's parameters, which may be one list; numbers in one and the other follow."""
+        optimizer = self.optimizer
+        super().forget(i, leaving)
+        in_order = optimizer.bit16_groups[i]
+        in_order[:] = [param for param in in_order if param not in leaving]
+        place = {param: number for number, param in enumerate(self.params(i))}
+        optimizer.round_robin_bit16_indices[i] = [place[param] for param in in_order]
+        for number, param in enumerate(in_order):
+            param.param_idx_in_group = number
+
+    def renumber(self) -> None:
+        """Hooks on gradients hold a list of all parameters: made again."""
+        optimizer = self.optimizer
+        had_hooks = bool(optimizer._grad_acc_hooks)
+        for hook in optimizer._grad_acc_hooks:
+            hook.remove()
+        optimizer._grad_acc_hooks.clear()
+        if had_hooks:
+            optimizer.create_gradient_handling_hooks()
 
     def resize_group(self, i: int, move: FlatMove) -> int:
         bytes_moved = self.move_states(i, move) + self._rebuild_weights(i, move)

@@ -5,19 +5,20 @@ to a multiple of the number of ranks) and gathers the rest for every use. The sh
 flat buffer, and masters and states have the same layout. In fp32 without offload, the master is this buffer (the same
 tensor object). With offload, masters, states and reduced gradients are in host memory.
 
-The trace of modules in DeepSpeed's parameter coordinator has no sizes, so it stays valid after an event.
+The trace of modules in DeepSpeed's parameter coordinator has no sizes, so it stays valid after an event, unless modules
+have left.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Set
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from homodistil.models.parameter_shape import full_numel, full_shape
-from homodistil.models.resize_plan import ResizePlan, set_param_data
+from homodistil.models.resize_plan import DimIndex, set_param_data
 from homodistil.resize.adapters.adapter import Adapter, MasterSlice, StateGroup
 from homodistil.resize.adapters.flat_adapter import gaps
 from homodistil.resize.adapters.zero3_check import GRADIENT_OF_ID, check_books
@@ -39,11 +40,14 @@ class Zero3Adapter(Adapter):
         "fp16_partitioned_groups_flat_numel": list,
         "fp32_partitioned_groups_flat": list,
         "lp_param_buffer": Tensor,
+        "fp16_partitioned_groups_flat_id": list,
         "groups_padding": list,
         "grad_partitions_flat_buffer": Tensor,
         GRADIENT_OF_ID: dict,
         "grad_position": dict,
         "averaged_gradients": dict,
+        "param_dict": dict,
+        "params_already_reduced": dict,
         "ipg_buckets": dict,
         "gradient_accumulation_dtype": torch.dtype,
         "offload_optimizer": bool,
@@ -65,6 +69,9 @@ class Zero3Adapter(Adapter):
 
     def params(self, i: int) -> list[nn.Parameter]:
         return self.optimizer.fp16_groups[i]
+
+    def group_params(self) -> list[list[nn.Parameter]]:
+        return self.optimizer.fp16_groups
 
     def masters_are_weights(self) -> bool:
         """Whether masters and model weights are the same tensors, as in fp32 without offload."""
@@ -123,8 +130,7 @@ class Zero3Adapter(Adapter):
 
     # -- resizing
 
-    def resize(self, plan: ResizePlan) -> int:
-        index_of = self.index_by_parameter(plan)
+    def keep(self, index_of: Mapping[nn.Parameter, DimIndex], leaving: Set[nn.Parameter]) -> int:
         self._release_parameters()
         moves = {
             param: FlatMove.plan(self.layout(param), [index_of.get(param, {})], self.num_ranks)
@@ -132,13 +138,33 @@ class Zero3Adapter(Adapter):
         }
         self._drop_gradients()
         bytes_moved = self._move_masters(moves) + self._move_states(moves) + self._move_frozen(moves)
+        if leaving:
+            self._forget(leaving)
         for param, move in moves.items():
-            _describe(param, move)
+            if param not in leaving:
+                _describe(param, move)
         for i, params in enumerate(self.optimizer.fp16_groups):
             self.optimizer.fp16_partitioned_groups_flat_numel[i] = self.masters()[i].numel()
             self.optimizer.groups_padding[i] = [self.padding_size(param) for param in params]
         self._rebuild_gradients()
         return bytes_moved + self._gather_persistent()
+
+    def _forget(self, leaving: Set[nn.Parameter]) -> None:
+        """Take `leaving`, which are empty now, out of DeepSpeed's lists and tables; its trace of modules is void."""
+        optimizer = self.optimizer
+        for params, shares in zip(optimizer.fp16_groups, optimizer.fp16_partitioned_groups, strict=True):
+            params[:] = [param for param in params if param not in leaving]
+            shares[:] = [param.ds_tensor for param in params]
+        optimizer.fp16_partitioned_groups_flat_id[:] = [[p.ds_id for p in params] for params in optimizer.fp16_groups]
+        persistent = optimizer.persistent_parameters
+        persistent[:] = [param for param in persistent if param not in leaving]
+        for param in leaving:
+            for table in (optimizer.grad_position, optimizer.param_dict, optimizer.params_already_reduced):
+                table.pop(optimizer.get_param_id(param), None)
+            param.ds_tensor.data = param.ds_tensor.new_empty(0)  # no view that would keep the buffer allocated
+        coordinator = optimizer.parameter_offload.get_param_coordinator()
+        if not coordinator.is_invalid_trace():
+            coordinator._invalidate_trace()
 
     def _release_parameters(self) -> None:
         """Release all gathered parameters, also small ones that usually stay gathered, and wait for pending gathers."""

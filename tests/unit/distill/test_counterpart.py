@@ -42,6 +42,10 @@ def student_of(config: RunConfig):
 RANDOM = {"student__init": "random", "pruning__schedule": "none"}
 
 
+INFLUENCE = {"student__layer_choice": "influence", "student__num_hidden_layers": 3}
+LEAVING = {"pruning__depth_schedule": "linear", "student__num_hidden_layers": 3}
+
+
 def test_layers_are_compared_uniformly():
     assert compared_layers(StudentConfig(num_hidden_layers=4), 12) == (2, 5, 8, 11)  # TinyBERT_4
     assert compared_layers(StudentConfig(num_hidden_layers=6), 12) == (1, 3, 5, 7, 9, 11)
@@ -100,6 +104,13 @@ def test_minitrons_depths():
         ),
         (RANDOM | {"student__init_layers": [0], "student__num_hidden_layers": 1}, "copies no layers"),
         (RANDOM | {"loss__projection_learned": False}, "loss.projection_learned: false"),
+        (INFLUENCE | {"student__num_hidden_layers": 6}, "student.layer_choice: found influence.*keeps all 6 layers"),
+        (RANDOM | INFLUENCE, "student.layer_choice: found influence.*student.init=random has its final layers"),
+        (INFLUENCE | {"student__init_layers": [0, 1, 5]}, "student.init_layers: found .0, 1, 5. beside"),
+        (LEAVING | {"student__num_hidden_layers": None}, "pruning.depth_schedule: found linear.*below 6"),
+        (RANDOM | LEAVING, "pruning.depth_schedule: found linear.*=one_shot, or student.init=teacher"),
+        (LEAVING | {"student__init_layers": [1, 2, 5]}, "student.init_layers: found .1, 2, 5..*begin with 0"),
+        (LEAVING | {"pruning__schedule": "gap"}, "pruning.depth_schedule: found linear with pruning.schedule=gap"),
     ],
 )
 def test_impossible_starts_name_the_field(changes, message):

@@ -226,6 +226,17 @@ def test_widths_come_from_events_and_otherwise_from_the_log(run_dir, tmp_path_fa
     assert width_history(read_run(plain)) == [(10, {"hidden": 31, "layer.0.ffn": 17})]
 
 
+def test_layers_that_leave_have_a_column_of_events(run_dir):
+    assert "<th>layers</th>" not in write_report(run_dir).read_text()
+    lines = [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]
+    first, *_ = lines
+    fewer = {axis: width for axis, width in first["widths_after"].items() if not axis.startswith("layer.1.")}
+    lines.insert(1, first | {"widths_before": first["widths_after"], "widths_after": fewer, "layers_after": [0]})
+    (run_dir / "events.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    html = write_report(run_dir).read_text()
+    assert "<th>step</th><th>layers</th><th>hidden</th>" in html and "<td>2 \N{RIGHTWARDS ARROW} 1</td>" in html
+
+
 def test_held_out_curves_have_the_teacher_and_the_controls(run_dir):
     log_run(run_dir / "compare" / "one_shot", range(10, 70, 10))
     log_run(run_dir / "compare" / "one_shot-0.75", range(10, 70, 10))

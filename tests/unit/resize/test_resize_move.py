@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from unittest import mock
@@ -18,11 +19,13 @@ from torch import Tensor
 from homodistil.models.axes import AxisTable, AxisUse
 from homodistil.models.resize_plan import make_plan, select, set_param_data
 from homodistil.resize import move_partitions as partition_mover
-from homodistil.resize.flat import FlatMove, Layout
+from homodistil.resize.flat import WHOLE, FlatMove, Layout
 from homodistil.resize.move import compact, exchange, move_partition
 from homodistil.resize.move_partitions import move_partitions
 
 NUM_CASES = 520
+LEAVES: dict[int, list[int]] = {0: []}
+"""What is kept of a parameter that leaves as a whole."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,8 @@ class Case:
         return [array[grid] for array, grid in zip(self.arrays(), grids, strict=True)]
 
     def index(self) -> list[dict[int, Tensor]]:
-        return [{dim: torch.tensor(entries) for dim, entries in kept.items()} for kept in self.kept]
+        as_index = functools.partial(torch.tensor, dtype=torch.int64)
+        return [WHOLE if kept == LEAVES else {dim: as_index(i) for dim, i in kept.items()} for kept in self.kept]
 
     def layout(self) -> Layout:
         return Layout.packed(self.shapes, self.num_ranks, self.alignment, self.parameter_alignment)
@@ -58,13 +62,16 @@ class Case:
 
 @st.composite
 def cases(draw) -> Case:
-    """Shapes of 1 to 3 dimensions, many of length 1; up to 8 ranks, of which some may hold nothing but padding."""
+    """Shapes of 1 to 3 dimensions, many of length 1; up to 8 ranks, of which some may hold nothing but padding. Some
+    parameters leave as a whole."""
     shapes, kept = [], []
     for _ in range(draw(st.integers(1, 6))):
         shape = tuple(draw(st.lists(st.one_of(st.just(1), st.integers(1, 13)), min_size=1, max_size=3)))
         cut = [dim for dim in range(len(shape)) if draw(st.booleans())]
         shapes.append(shape)
         kept.append({dim: sorted(draw(st.sets(st.integers(0, shape[dim] - 1), min_size=1))) for dim in cut})
+    stays = draw(st.integers(0, len(shapes) - 1))
+    kept = [k if i == stays or draw(st.integers(0, 3)) else LEAVES for i, k in enumerate(kept)]
     num_ranks = draw(st.integers(1, 8))
     alignment = num_ranks * draw(st.sampled_from([1, 2, 16]))
     parameter_alignment, chunk_numel = draw(st.sampled_from([1, 4, 8])), draw(st.sampled_from([1, 5, 64, None]))
@@ -74,7 +81,7 @@ def cases(draw) -> Case:
 def lay_out(arrays: list[np.ndarray], case: Case, filler: float) -> np.ndarray:
     """Flat buffer, built by appending: gaps before parameters, then padding at the end."""
     flat = np.zeros(0)
-    for array in arrays:
+    for array in filter(np.size, arrays):
         gap = -len(flat) % case.parameter_alignment
         flat = np.concatenate([flat, np.full(gap, filler), array.flatten()])
     return np.concatenate([flat, np.full(-len(flat) % case.alignment, filler)])
