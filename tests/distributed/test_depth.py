@@ -13,11 +13,11 @@ import pytest
 from test_trajectory import IN_BF16, OFFLOAD, assert_close_to_its_control, assert_equals_reference, run_cases
 
 SETTINGS = [
-    {"stage": 0},
     {"stage": 2, "zero": {"round_robin_gradients": True, "overlap_comm": True}, "accumulation": 2},
     {"stage": 3, "accumulation": 2},
 ]
 IN_FULL = [
+    {"stage": 0},
     {"stage": 1},
     {"stage": 2},
     {"stage": 2, "zero": OFFLOAD | {"parameter_alignment": True}},

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.fork_server import ROOT
+from support.launched_run import StageRuns
 from support.small_job import TRAIN, arguments, differences, make_materials, result
 from transformers import AutoModelForMaskedLM
 
@@ -30,12 +31,15 @@ def deep(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def runs(server, deep, tmp_path_factory) -> dict[int, Path]:
+def runs(server, deep, tmp_path_factory) -> StageRuns:
     """ZeRO stage -> folder of a run that nothing happened to."""
-    folders = {stage: tmp_path_factory.mktemp(f"stage{stage}") / "run" for stage in ENGINES}
-    for stage, folder in folders.items():
+
+    def run(stage: int) -> Path:
+        folder = tmp_path_factory.mktemp(f"stage{stage}") / "run"
         train(server, deep, folder, stage)
-    return folders
+        return folder
+
+    return StageRuns(run)
 
 
 def train(server, deep: Path, folder: Path, stage: int, *overrides: str, num_ranks: int = 2) -> str:

@@ -15,7 +15,7 @@ from homodistil.errors import UserError
 from homodistil.export.formats.layout import FORMATS, Limits
 from homodistil.training import final_formats
 
-INT8 = FORMATS["onnx-int8"].file
+INT8 = FORMATS["gguf-q8_0"].file  # takes a second, ONNX ten
 
 
 def finish(server, run_inputs, folder: Path, *wanted: str) -> str:
@@ -29,13 +29,13 @@ def finish(server, run_inputs, folder: Path, *wanted: str) -> str:
 def test_formats_lie_beside_the_stock_checkpoint(server, run_inputs, tmp_path, monkeypatch):
     """What is there is not made again, and what fails is a line."""
     folder, export = tmp_path / "run", tmp_path / "run" / "export"
-    assert f"onnx-int8: {export}" in finish(server, run_inputs, folder, "run.formats=[onnx-int8]")
+    assert f"gguf-q8_0: {export}" in finish(server, run_inputs, folder, "run.formats=[gguf-q8_0]")
     assert (export / INT8).is_file() and (export / "model.safetensors").is_file()
-    assert not (export / FORMATS["onnx"].file).exists()  # it was not asked for
+    assert not (export / FORMATS["gguf"].file).exists()  # it was not asked for
     before = os.stat(export / INT8)
     run = RunFolderConfig()
-    run.formats = ["onnx-int8"]
-    assert final_formats.add_formats(folder, run, DataConfig()) == f"onnx-int8: {export}"
+    run.formats = ["gguf-q8_0"]
+    assert final_formats.add_formats(folder, run, DataConfig()) == f"gguf-q8_0: {export}"
     after = os.stat(export / INT8)
     assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
     (export / INT8).unlink()
