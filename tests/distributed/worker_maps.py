@@ -34,7 +34,7 @@ class MappedRun(Run):
         super().__init__(case | {"events": False})
         self.events = mapped.events()
 
-    def resize(self, event: Event) -> dict[str, Tensor]:
+    def change(self, event: Event) -> dict[str, Tensor]:
         plan = make_plan(bert.axis_table(self.model), event.keep, event.maps)
         cuts, before, objects = mapped.cuts_of(event, self.model), self.everything(), self.what_stays()[:2]
         if event.resets_moments:

@@ -63,8 +63,7 @@ class Run:
         loss = None
         for step in range(NUM_STEPS):
             if step in self.events:
-                change = self.remove if "layers" in self.events[step] else self.resize
-                before = change(self.events[step])  # `loss`, and with it the last graph, is still referenced here
+                before = self.change(self.events[step])  # `loss`, and with it the last graph, is still referenced here
             total = torch.zeros(1, device=self.device)
             for micro in range(self.accumulation):
                 batch = tiny_bert.make_batch(step * self.accumulation + micro, ROWS * dist.get_world_size())
@@ -78,6 +77,9 @@ class Run:
             dist.all_reduce(total)
             losses.append(total.item() / dist.get_world_size())
         return losses
+
+    def change(self, event: dict[str, Tensor]) -> dict[str, Tensor]:
+        return self.remove(event) if "layers" in event else self.resize(event)
 
     def resize(self, keep: dict[str, Tensor]) -> dict[str, Tensor]:
         """One event and the checks on it. Returns the masters behind it."""

@@ -168,9 +168,11 @@ CASES: dict[str, Case] = {
 """model_type -> its case."""
 
 
-def make_config(model_type: str, layers: int = LAYERS) -> PretrainedConfig:
-    """The case's configuration; of more layers, their kinds take turns."""
+def make_config(model_type: str, layers: int | None = None) -> PretrainedConfig:
+    """The case's configuration; of another number of `layers`, the kinds of the first ones take turns."""
     config = CASES[model_type].make_config()
+    if layers is None:
+        return config
     config.num_hidden_layers = layers
     for name in ("layer_types", "no_rope_layers"):
         if kinds := getattr(config, name, None):
@@ -178,7 +180,9 @@ def make_config(model_type: str, layers: int = LAYERS) -> PretrainedConfig:
     return config
 
 
-def make_model(model_type: str, attention: str | None = None, seed: int = 0, layers: int = LAYERS) -> torch.nn.Module:
+def make_model(
+    model_type: str, attention: str | None = None, seed: int = 0, layers: int | None = None
+) -> torch.nn.Module:
     """With weights far from their initial ones, so that nothing is 0 or 1 by accident; in evaluation mode."""
     config = make_config(model_type, layers)
     family = family_of(model_type)
