@@ -209,11 +209,11 @@ class Student(nn.Module):
 
     def layer_parameters(self, layers: Collection[int]) -> set[str]:
         """Names of all parameters that leave with these layers (current numbers): their own, and those of W."""
-        own = {id(p) for i in layers for p in self.family.layers(self.model)[i].parameters()}
+        leaving = {id(p) for i in layers for p in self.family.layers(self.model)[i].parameters()}
         moments = {_moment(i) for i in layers}
         names = (name for (moment, _), name in self._passed.items() if moment in moments)
-        own |= {id(p) for name in names for p in self.projections[name].parameters()}
-        return {name for name, parameter in self.named_parameters() if id(parameter) in own}
+        leaving |= {id(p) for name in names for p in self.projections[name].parameters()}
+        return {name for name, parameter in self.named_parameters() if id(parameter) in leaving}
 
     def keep_layers(self, kept: Sequence[int]) -> None:
         """Let all layers go but `kept` (current numbers, ascending, with 0): they and all that is numbered by layers

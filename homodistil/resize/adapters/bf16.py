@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from homodistil.resize.adapters.adapter import MasterSlice
-from homodistil.resize.adapters.flat_adapter import FlatAdapter
+from homodistil.resize.adapters.flat_adapter import FlatAdapter, renew_gradient_hooks
 from homodistil.resize.adapters.fragments import drop_fragments, link_fragments, rebuild_fragments
 from homodistil.resize.flat import FlatMove, Layout
 
@@ -106,13 +106,7 @@ class Bf16Adapter(FlatAdapter):
 
     def renumber(self) -> None:
         """Hooks on gradients know a parameter by its number in the group: made again."""
-        optimizer = self.optimizer
-        had_hooks = bool(optimizer._grad_acc_hooks)
-        for hook in optimizer._grad_acc_hooks:
-            hook.remove()
-        optimizer._grad_acc_hooks.clear()
-        if had_hooks:
-            optimizer.create_grad_acc_hooks()
+        renew_gradient_hooks(self.optimizer._grad_acc_hooks, self.optimizer.create_grad_acc_hooks)
 
     def resize_group(self, i: int, move: FlatMove) -> int:
         return self.move_states(i, move) + self._rebuild_weights(i, move)

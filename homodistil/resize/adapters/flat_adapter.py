@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from typing import ClassVar
 
 import torch
@@ -20,6 +20,22 @@ from homodistil.models.resize_plan import DimIndex, set_param_data
 from homodistil.resize.adapters.adapter import Adapter, MasterSlice, StateGroup, select_param
 from homodistil.resize.flat import FlatMove, Layout
 from homodistil.resize.move import move_partition
+
+
+def renew_gradient_hooks(hooks: list, create: Callable[[], None]) -> None:
+    """Make a wrapper's hooks on gradients again, for they hold parameters or their numbers. Does nothing where it has
+    none.
+
+    Args:
+        hooks: handles of the wrapper's hooks, emptied here.
+        create: the wrapper's own method that fills `hooks`.
+    """
+    if not hooks:
+        return
+    for hook in hooks:
+        hook.remove()
+    hooks.clear()
+    create()
 
 
 class FlatAdapter(Adapter):

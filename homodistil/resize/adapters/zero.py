@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from homodistil.resize.adapters.adapter import MasterSlice
-from homodistil.resize.adapters.flat_adapter import FlatAdapter, padding_in_partition
+from homodistil.resize.adapters.flat_adapter import FlatAdapter, padding_in_partition, renew_gradient_hooks
 from homodistil.resize.adapters.fragments import drop_fragments, link_fragments, rebuild_fragments
 from homodistil.resize.flat import FlatMove, Layout
 
@@ -105,13 +105,7 @@ class ZeroAdapter(FlatAdapter):
 
     def renumber(self) -> None:
         """Hooks on gradients hold a list of all parameters: made again."""
-        optimizer = self.optimizer
-        had_hooks = bool(optimizer._grad_acc_hooks)
-        for hook in optimizer._grad_acc_hooks:
-            hook.remove()
-        optimizer._grad_acc_hooks.clear()
-        if had_hooks:
-            optimizer.create_gradient_handling_hooks()
+        renew_gradient_hooks(self.optimizer._grad_acc_hooks, self.optimizer.create_gradient_handling_hooks)
 
     def resize_group(self, i: int, move: FlatMove) -> int:
         bytes_moved = self.move_states(i, move) + self._rebuild_weights(i, move)
