@@ -21,7 +21,7 @@ SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 MERGES = ["Ġ t", "h e", "Ġt he", "1 2", "i n", "Ġ 1"]
 TOKENS = [*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet()), *(merge.replace(" ", "") for merge in MERGES)]
 _SCALARS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}
-_LAYER = {
+LLAMA_LAYER = {
     "input_layernorm": "attn_norm",
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
@@ -126,7 +126,7 @@ def llama_tensors(model: LlamaForCausalLM) -> dict[str, tuple[int, tuple[int, ..
     config, weights = model.config, {name: p.detach().numpy() for name, p in model.named_parameters()}
     names = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
     for i in range(config.num_hidden_layers):
-        names |= {f"model.layers.{i}.{ours}": f"blk.{i}.{theirs}" for ours, theirs in _LAYER.items()}
+        names |= {f"model.layers.{i}.{ours}": f"blk.{i}.{theirs}" for ours, theirs in LLAMA_LAYER.items()}
     tensors = {}
     for name, values in weights.items():
         stored = names[name.removesuffix(".weight")]
