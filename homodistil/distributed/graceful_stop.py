@@ -34,6 +34,8 @@ from homodistil.distributed.launcher_env import rank_before_joining
 from homodistil.errors import Interrupted, StopRequested, UserError
 
 if TYPE_CHECKING:
+    from types import FrameType
+
     import torch
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -116,12 +118,12 @@ def on_signals(how_to_go_on: str = "run it again to go on") -> Iterator[None]:
             requests.mode, requests.how_to_go_on = _Mode.AT_ONCE, before
 
 
-def _on_signal(number: int, _frame: object) -> None:
+def _on_signal(number: int, frame: FrameType | None) -> None:
     if os.getpid() != _requests.pid:  # a child that has just been forked, see _forget_in_child
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
         return
-    if _requests.mode is _Mode.RAISED and getattr(_forking, "is_ending", False):
+    if _requests.mode is _Mode.RAISED and _is_in_hook_of_fork(frame):
         _send_again(number)
         return
     _requests.number = _requests.number or number
@@ -140,6 +142,7 @@ def _listen(requests: _Requests, wakes: socket.socket) -> None:
                     _end(number, requests.how_to_go_on)
                 elif not first:
                     first, first_s = number, time.monotonic()
+                    _send_again(number)  # another thread may have taken it, while the main one waits in C
                 elif time.monotonic() - first_s > SAME_REQUEST_S and not _is_echo(number, first, requests.mode):
                     os._exit(of_signal(number))
 
@@ -159,16 +162,33 @@ def _end(number: int, how_to_go_on: str) -> None:
 
 
 _forking = threading.local()
-"""`mask`: the signals that the forking thread had blocked before the fork; `is_ending`: they are just let go."""
+"""`mask`: the signals that the forking thread had blocked before the fork; None outside one."""
 SEND_AGAIN_S = 0.02
 
 
+def _is_in_hook_of_fork(frame: FrameType | None) -> bool:
+    """Whether what is raised at `frame`, of the main thread, is lost: Python drops exceptions in its hooks of a fork.
+
+    Our hooks are the first before a fork, so others run while `mask` is set; our own begin before and end after it.
+    """
+    if getattr(_forking, "mask", None) is not None:
+        return True
+    hooks = {hook.__code__ for hook in (_hold_signals, _let_signals_go, _forget_in_child)}
+    while frame is not None and frame.f_code not in hooks:
+        frame = frame.f_back
+    return frame is not None
+
+
 def _send_again(number: int) -> None:
-    """To the main thread, in a moment: Python drops what is raised while its hooks of a fork run."""
-    main = threading.main_thread().ident
-    timer = threading.Timer(SEND_AGAIN_S, signal.pthread_kill, (main, number))
+    """To the main thread, in a moment, if it has not handled it by then."""
+    timer = threading.Timer(SEND_AGAIN_S, _interrupt_main_thread, (number,))
     timer.daemon = True
     timer.start()
+
+
+def _interrupt_main_thread(number: int) -> None:
+    if _requests is not None and not _requests.number:  # its handler has not run, or not where it could raise
+        signal.pthread_kill(threading.main_thread().ident, number)
 
 
 def _hold_signals() -> None:
@@ -184,11 +204,8 @@ def _hold_signals() -> None:
 def _let_signals_go() -> None:
     mask = getattr(_forking, "mask", None)
     if mask is not None:
-        _forking.mask, _forking.is_ending = None, True
-        try:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        finally:
-            _forking.is_ending = False
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        _forking.mask = None
 
 
 def _forget_in_child() -> None:

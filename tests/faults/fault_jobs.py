@@ -9,6 +9,7 @@ import resource
 import runpy
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -109,6 +110,13 @@ def be_stopped_during_a_fork() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         graceful_stop._let_signals_go()
         print("let go", flush=True)
+        time.sleep(60)
+
+
+def sleep_while_another_thread_takes_the_signal() -> None:
+    """As the kernel chooses where the main thread has blocked it: nothing wakes the main thread then."""
+    with exit_with_code(), graceful_stop.on_signals():
+        threading.Timer(0.2, lambda: signal.pthread_kill(threading.get_ident(), signal.SIGTERM)).start()
         time.sleep(60)
 
 

@@ -100,9 +100,14 @@ def test_forked_children_have_none_of_it(server):
 def test_a_stop_that_arrives_during_a_fork_is_not_lost(server):
     job = server.start("fault_jobs:be_stopped_during_a_fork", num_ranks=1)
     assert job.wait(timeout_s=30) == [STOPPED], job.output()
-    # Another thread may take the signal that the main one holds: then the rank stops before it lets signals go.
     assert "stopped by SIGTERM outside training" in job.output()
     assert "Traceback" not in job.output()
+
+
+def test_a_stop_that_another_thread_takes_ends_what_the_main_one_waits_for(server):
+    job = server.start("fault_jobs:sleep_while_another_thread_takes_the_signal", num_ranks=1)
+    assert job.wait(timeout_s=30) == [STOPPED], job.output()
+    assert "stopped by SIGTERM outside training" in job.output()
 
 
 def test_the_correction_of_the_teacher_leaves_nothing_behind(server, run_inputs, tmp_path):
