@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from support import launched_run
+from support.launched_run import StageRuns
 from support.small import small_model
 from support.tiny_decoder import write_text
 from transformers import AutoModel, BertModel, BertTokenizerFast
@@ -59,22 +60,23 @@ def materials(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def runs(server, materials) -> dict[int, Path]:
-    """ZeRO stage -> finished run folder."""
-    for stage in STAGES:
-        report = f"run.report={stage == 2}".lower()
-        output = launched_run.run(server, arguments(materials, materials / f"run{stage}", stage, report))
+def runs(server, materials) -> StageRuns:
+    def run_stage(stage: int) -> Path:
+        folder, report = materials / f"run{stage}", f"run.report={stage == 2}".lower()
+        output = launched_run.run(server, arguments(materials, folder, stage, report))
         (materials / f"zero{stage}.txt").write_text(output)
-    return {stage: materials / f"run{stage}" for stage in STAGES}
+        return folder
+
+    return StageRuns(run_stage)
 
 
 def test_the_teacher_makes_it_an_embedder(runs, materials):
+    teacher, student = json.loads((runs[2] / "result.json").read_text())
     output = (materials / "zero2.txt").read_text()
     assert "task embedding" in output and "embedding; vectors of single texts (sentence)" in output
     assert "rotation at full width: 1 - cosine of vectors" in output and "compensation full" in output
     assert "each behind 'the " in output and "pooled_cosine x 10" in output
     assert "cosine to teacher" in output and "recall@10" in output and "KL" not in output and "MLM" not in output
-    teacher, student = json.loads((runs[2] / "result.json").read_text())
     assert teacher["cosine_to_teacher"] == teacher["recall_at_10"] == 1
     assert 0 < student["cosine_to_teacher"] < 1 and 0 < student["recall_at_10"] <= 1
     assert "cosine to teacher" in (runs[2] / "report.html").read_text()
@@ -89,10 +91,11 @@ def test_the_student_shrinks_and_comes_back(runs, stage):
     assert abs(losses[0]["loss/pooled_cosine"]) < 1e-6 and losses[-1]["loss/pooled_cosine"] > 0
 
 
-def test_resume_is_bitwise(server, runs, materials, tmp_path):
-    copy = launched_run.without_end(runs[3], tmp_path / "run")
-    launched_run.run(server, arguments(materials, copy, 3, "run.resume=auto"))
-    assert launched_run.same_export(copy, runs[3])
+@pytest.mark.parametrize("stage", STAGES)
+def test_resume_is_bitwise(server, runs, materials, tmp_path, stage):
+    copy = launched_run.without_end(runs[stage], tmp_path / "run")
+    launched_run.run(server, arguments(materials, copy, stage, "run.resume=auto"))
+    assert launched_run.same_export(copy, runs[stage])
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -11,7 +11,8 @@ WORKER = Path(__file__).with_name("worker_importance.py")
 
 
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
-STAGES = [{"stage": 0}, {"stage": 1}, {"stage": 2}, {"stage": 2, "zero": OFFLOAD}]
+STAGES = [{"stage": 0}, {"stage": 2}]
+MORE_STAGES = [{"stage": 1}, {"stage": 2, "zero": OFFLOAD}]
 BF16 = {"stage": 1, "bf16": True, "config": {"data_types": {"grad_accum_dtype": "fp32"}}}
 FUSED = {"stage": 0, "bf16": True, "fused": True}
 
@@ -20,6 +21,7 @@ FUSED = {"stage": 0, "bf16": True, "fused": True}
     ("num_ranks", "cases", "last_wrapper"),
     [
         (2, [*STAGES, BF16], "BF16_Optimizer"),
+        pytest.param(2, MORE_STAGES, "DeepSpeedZeroOptimizer", marks=pytest.mark.full),  # the adapter of stage 2
         (4, [{"stage": 2}], "DeepSpeedZeroOptimizer"),
         pytest.param(2, [FUSED], "FP16_Optimizer", marks=pytest.mark.full),  # an op that `make test` does not build
     ],

@@ -18,11 +18,11 @@ WORKER = Path(__file__).with_name("worker_micro_batch.py")
 
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
 BF16 = {"bf16": {"enabled": True}}
-FP32_CASES = [{"stage": 0}, {"stage": 2, "zero": {"overlap_comm": True}}, {"stage": 3}]
-MORE_FP32 = [{"stage": 1}, {"stage": 2, "zero": OFFLOAD}]
+FP32_CASES = [{"stage": 2, "zero": {"overlap_comm": True}}, {"stage": 3}]
+MORE_FP32 = [{"stage": 0}, {"stage": 1}, {"stage": 2, "zero": OFFLOAD}]
 SUMS_IN_FP32 = BF16 | {"data_types": {"grad_accum_dtype": "fp32"}}
-BF16_CASES = [{"stage": 2, "engine": BF16}, {"stage": 1, "engine": SUMS_IN_FP32}]
-MORE_BF16 = [{"stage": 0, "engine": BF16}]
+BF16_CASES = [{"stage": 1, "engine": SUMS_IN_FP32}]
+MORE_BF16 = [{"stage": 0, "engine": BF16}, {"stage": 2, "engine": BF16}]
 
 
 def run_cases(server: ForkServer, cases: list[dict], *folder: str) -> list[dict]:

@@ -30,20 +30,20 @@ def test_drawn_directions_see_the_curvature_of_the_distance():
     student, batch = Student(headless(), LossConfig(mlm=0.0, kl=0.0)).eval(), small_batch()
     bias = student.model.bert.encoder.layer[1].intermediate.dense.bias
     loss, squares = drawn_direction_loss(student, seed=3), torch.zeros_like(bias)
-    num_draws = 1000
+    num_draws = 400
     for _ in range(num_draws):
         (gradient,) = torch.autograd.grad(loss(batch), bias)
         squares += (gradient * batch.counts.tokens).square() / num_draws
     for j in (0, 7, 21):
-        # The mean of a chi-squared of one degree: a relative error of sqrt(2 / draws), here 4.5 %; three of these.
-        assert squares[j].item() == pytest.approx(_curvature(student, batch, bias, j), rel=0.14)
+        # The mean of a chi-squared of one degree: a relative error of sqrt(2 / draws), here 7 %; three of these.
+        assert squares[j].item() == pytest.approx(_curvature(student, batch, bias, j), rel=0.21)
 
 
 def test_drawn_vectors_see_the_curvature_of_the_cosine():
     """The squared change of the normalised vectors of texts, which for small changes is twice 1 - cosine."""
     student, batch = Student(headless(), LossConfig(mlm=0.0, kl=0.0)).eval(), small_batch()
     bias = student.model.bert.encoder.layer[1].intermediate.dense.bias
-    loss, squares, num_draws = drawn_vector_loss(student, "mean", seed=3), torch.zeros_like(bias), 1000
+    loss, squares, num_draws = drawn_vector_loss(student, "mean", seed=3), torch.zeros_like(bias), 400
     for _ in range(num_draws):
         (gradient,) = torch.autograd.grad(loss(batch), bias)
         squares += (gradient * len(batch.input_ids)).square() / num_draws
@@ -61,7 +61,7 @@ def test_drawn_vectors_see_the_curvature_of_the_cosine():
         with torch.no_grad():
             bias[j] += 1e-3
         curvature = ((ends[0] - ends[1]) / 2e-3).square().sum().item()
-        assert squares[j].item() == pytest.approx(curvature, rel=0.14)
+        assert squares[j].item() == pytest.approx(curvature, rel=0.21)
 
 
 def _curvature(student: Student, batch, bias: torch.nn.Parameter, j: int, step: float = 1e-3) -> float:

@@ -23,7 +23,7 @@ from homodistil.resize.flat import WHOLE, FlatMove, Layout
 from homodistil.resize.move import compact, exchange, move_partition
 from homodistil.resize.move_partitions import move_partitions
 
-NUM_CASES = 520
+NUM_CASES = 300
 LEAVES: dict[int, list[int]] = {0: []}
 """What is kept of a parameter that leaves as a whole."""
 
