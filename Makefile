@@ -25,6 +25,7 @@ setup: $(VENV)/.ready
 
 $(VENV)/.ready: requirements.txt requirements-dev.txt setup.py pyproject.toml
 	$(PYTHON) -m venv $(VENV)
+	$(PIP_INSTALL) "pip>=25"  # that of an older Python needs three times as long to choose what to install
 	$(PIP_INSTALL) -r requirements-dev.txt setuptools wheel
 	$(PIP_INSTALL) --no-build-isolation --no-deps -e .
 	touch $@
