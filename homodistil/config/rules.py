@@ -5,7 +5,14 @@ from __future__ import annotations
 import math
 
 from homodistil.config.option import Limits
-from homodistil.config.schema import LM_HEAD_WEIGHTS, OPTIONS, TASKS_WITHOUT_LM_HEAD, RunConfig, value_of
+from homodistil.config.schema import (
+    LM_HEAD_WEIGHTS,
+    OPTIONS,
+    TASKS_OF_LABELS,
+    TASKS_WITHOUT_LM_HEAD,
+    RunConfig,
+    value_of,
+)
 from homodistil.config.schema_loss import POOLED_WEIGHTS, SCORE_WEIGHTS
 from homodistil.errors import UserError
 
@@ -128,15 +135,15 @@ def _check_scores(config: RunConfig) -> None:
     _check_pairs(data.pair_columns, data.prompt)
     used = [f"loss.{name}" for name in SCORE_WEIGHTS if getattr(config.loss, name) > 0]
     used += ["data.pair_columns"] * bool(data.pair_columns)
-    if used and data.task not in ("auto", "scores"):
+    if used and data.task not in ("auto", *TASKS_OF_LABELS):
         raise UserError(
             f"{used[0]}: found {value_of(config, used[0])}, but data.task={data.task} has no head of labels, as only "
-            f"sequence classifiers and cross-encoders have; set data.task=scores, or leave {used[0]} out"
+            f"classifiers and cross-encoders have; set data.task=scores, or leave {used[0]} out"
         )
-    if data.task == "scores" and config.pruning.importance == "activation":
+    if data.task in TASKS_OF_LABELS and config.pruning.importance == "activation":
         raise UserError(
-            "pruning.importance: found activation, which does not look at the head of labels of data.task=scores; set "
-            "pruning.importance=sensitivity"
+            f"pruning.importance: found activation, which does not look at the head of labels of "
+            f"data.task={data.task}; set pruning.importance=sensitivity"
         )
 
 

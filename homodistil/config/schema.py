@@ -168,15 +168,18 @@ class RunConfig:
 LM_HEAD_WEIGHTS = ("loss.mlm", "loss.kl")
 """Weights of terms over the vocabulary: 0 where the task has no language-modelling head, unless the user set them."""
 
-TASKS_WITHOUT_LM_HEAD = ("none", "embedding", "scores")
-"""Values of data.task for models without a language-modelling head (data/task.py)."""
+TASKS_OF_LABELS = ("scores", "token_scores")
+"""Values of data.task for models with a head of labels (data/task.py)."""
+TASKS_WITHOUT_LM_HEAD = ("none", "embedding", *TASKS_OF_LABELS)
+"""Values of data.task for models without a language-modelling head."""
 
+_OF_LABELS = {"loss.scores_kl": 4.0, "loss.scores_mse": 1.0, "pruning.compensation_sequences": 512}
 TASK_DEFAULTS = {
     "embedding": {"loss.pooled_cosine": 10.0, "pruning.compensation_sequences": 512},
-    "scores": {"loss.scores_kl": 4.0, "loss.scores_mse": 1.0, "pruning.compensation_sequences": 512},
+    **dict.fromkeys(TASKS_OF_LABELS, _OF_LABELS),
 }
 """Task -> what its student is given unless the user has set it (the weight: one of those that the task alone has; of
-`scores` the one that suits the teacher's labels). A text is shorter than a block of other tasks, and has one vector."""
+labels the one that suits the teacher's). A text is shorter than a block of other tasks, and has one vector."""
 
 SECTIONS: dict[str, type] = {section.name: section.default_factory for section in dataclasses.fields(RunConfig)}
 """Name of each section -> its dataclass."""

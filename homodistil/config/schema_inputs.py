@@ -197,20 +197,22 @@ class DataConfig:
         0.05, low=0, high=1, exclude="both", resume="fixed", students="shared", derived=SAME
     )
     """Fraction of documents kept for evaluation, in (0, 1). Split by document."""
-    task: Literal["auto", "mlm", "causal", "none", "embedding", "scores"] = option(
+    task: Literal["auto", "mlm", "causal", "none", "embedding", "scores", "token_scores"] = option(
         "auto", resume="free", students="shared", derived=SAME
     )
     """What is predicted: masked tokens (mlm), the next one (causal), or nothing (none): an encoder then learns hidden
     states, attention and embeddings alone, without a language-modelling head. embedding: the same, and the vectors of
     texts that sentence-transformers makes of its hidden states. scores: the logits of a sequence classifier or
-    cross-encoder, on texts or pairs. auto: what the teacher does (scores where its config.json names a
-    ...ForSequenceClassification, embedding where it has a modules.json)."""
+    cross-encoder, on texts or pairs; token_scores: those of a token classifier, at every token of single texts, which
+    scores becomes for such a teacher. auto: what the teacher does (scores where its config.json names a
+    ...ForSequenceClassification, token_scores where it names a ...ForTokenClassification, embedding where it has a
+    modules.json)."""
     texts: Literal["document", "passage", "sentence"] = option(
         "passage", resume="fixed", students="shared", derived=SAME
     )
-    """Tasks embedding and scores: what one text is, which gets a sequence of its own. document: its beginning, up to
-    seq_len; passage: each document in pieces of nearly equal length, of at most seq_len; sentence: each sentence, by a
-    simple rule (docs/embedders.md)."""
+    """Tasks embedding, scores and token_scores: what one text is, which gets a sequence of its own. document: its
+    beginning, up to seq_len; passage: each document in pieces of nearly equal length, of at most seq_len; sentence:
+    each sentence, by a simple rule (docs/embedders.md)."""
     pooling: Literal["auto", "mean", "cls", "last"] = option("auto", resume="fixed", students="shared", derived=SAME)
     """Task embedding: how hidden states become one vector: the mean over tokens, or the first (cls) or last token's.
     auto: as the teacher's modules.json says, and mean where it has none."""
@@ -221,8 +223,9 @@ class DataConfig:
         students="shared",
         derived=SAME,
     )
-    """Tasks embedding and scores: what is put before every text: the name of one of the teacher's prompts, or a text
-    such as "query: ". auto: the teacher's default prompt, if it has one; none: nothing. Not for pairs."""
+    """Tasks embedding, scores and token_scores: what is put before every text: the name of one of the teacher's
+    prompts, or a text such as "query: ". auto: the teacher's default prompt, if it has one; none: nothing. Not for
+    pairs."""
     pair_columns: list[str] = option(
         [], limited_by="rules.py: two columns", resume="fixed", students="shared", derived=SAME
     )

@@ -77,6 +77,26 @@ class Masker:
         return uniform.transpose(1, 0, 2)
 
 
+class TokensOfText(Masker):
+    """The same batches with every token as it is, of which all that come from the text count as rows to predict: those
+    that have labels. Not what frames a text, [CLS], [SEP] and padding: a token classifier is not trained there, and its
+    users never see what it says. An unknown word is a word.
+
+    Args:
+        tokenizer, window: see `Masker`.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, window: int | None = None) -> None:
+        super().__init__(tokenizer, mask_probability=0.0, seed=0, window=window)
+        framing = (getattr(tokenizer, f"{name}_token_id") for name in ("cls", "sep", "bos", "eos", "pad"))
+        self._is_of_text = np.ones(len(tokenizer), dtype=bool)
+        self._is_of_text[[number for number in framing if number is not None]] = False
+
+    def __call__(self, blocks: np.ndarray, samples: np.ndarray, epochs: np.ndarray) -> Batch:
+        """Batch of `blocks` (B, T) int64; the other arguments are of masked language modelling."""
+        return self._batch(blocks, blocks, self._is_of_text[blocks])
+
+
 class Unmasked(Masker):
     """The same batches with every token as it is, and nothing to predict."""
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from homodistil.config.schema import DataConfig
 from homodistil.data.batch import Batch
 from homodistil.data.causal_lm import NextToken
-from homodistil.data.masked_lm import Masker, Unmasked
+from homodistil.data.masked_lm import Masker, TokensOfText, Unmasked
 from homodistil.data.pairs import Pairs, pair_frame
 from homodistil.errors import UserError
 from homodistil.models.family_heads import HeadKind
@@ -59,6 +59,8 @@ class Task(ABC):
     as there is space for."""
     has_vectors: bool = False
     """Whether the vectors of texts are learned that a teacher's sentence modules make."""
+    has_token_labels: bool = False
+    """Whether the labels that are learned (`has_labels`) are those of tokens, not of whole texts."""
     head: HeadKind = "lm"
     """What models have behind their backbone."""
 
@@ -177,9 +179,25 @@ class Scores(HiddenStatesOnly):
         return Pairs(tokenizer, pair_frame(tokenizer), window)
 
 
-_ALL = (MaskedLM(), CausalLM(), HiddenStatesOnly(), Embedding(), Scores())
+class TokenScores(Scores):
+    """A token classifier whose logits are learned, at every token that comes from the text. A block holds one text."""
+
+    name = "token_scores"
+    model = "a token classifier"
+    has_token_labels = True
+
+    def batch_maker(
+        self, tokenizer: PreTrainedTokenizerBase, data: DataConfig, seed: int, window: int | None = None
+    ) -> TokensOfText:
+        return TokensOfText(tokenizer, window)
+
+    def target_rows(self, data: DataConfig) -> float:
+        return data.seq_len - 2
+
+
+_ALL = (MaskedLM(), CausalLM(), HiddenStatesOnly(), Embedding(), Scores(), TokenScores())
 TASKS: dict[str, Task] = {task.name: task for task in _ALL}
-ENCODER_TASKS = ("mlm", "none", "embedding", "scores")
+ENCODER_TASKS = ("mlm", "none", "embedding", "scores", "token_scores")
 """What an encoder can be trained to do; its family's own first."""
 
 
@@ -198,16 +216,16 @@ def settle_task(
     teacher: str,
     has_head: bool = True,
     is_embedder: bool = False,
-    is_classifier: bool = False,
+    labels: str | None = None,
 ) -> None:
-    """Replace `auto` by what the teacher does, in place.
+    """Replace `auto` by what the teacher does, and `scores` by `token_scores` for a token classifier, in place.
 
     Args:
         wanted: `ModelFamily.task` of the teacher.
         teacher: what the user named it, for the message.
         has_head: whether it has a language-modelling head, or will get one; an encoder needs none.
         is_embedder: whether it is a sentence embedder, of which nothing is wanted that a head is needed for.
-        is_classifier: whether it is a sequence classifier, likewise.
+        labels: the task of a teacher whose head of labels is learned, `scores` or `token_scores`; None: it is not.
 
     Raises:
         UserError: the config asks for another task.
@@ -218,8 +236,10 @@ def settle_task(
             f"data.task: found {data.task}, but the teacher {teacher!r} is {TASKS[wanted].model}; set "
             f"data.task={wanted} (or leave it auto), or give another teacher"
         )
-    if data.task == "auto":
+    if labels is not None and wanted in ENCODER_TASKS:
+        data.task = labels
+    elif data.task == "auto":
         without_head = "none" if wanted in ENCODER_TASKS else wanted
         data.task = wanted if has_head else without_head
-        if (is_embedder or is_classifier) and wanted in ENCODER_TASKS:
-            data.task = "scores" if is_classifier else "embedding"
+        if is_embedder and wanted in ENCODER_TASKS:
+            data.task = "embedding"

@@ -1,4 +1,4 @@
-"""A teacher that is a sequence classifier: its files, and what its config says of its labels."""
+"""A teacher that is a classifier of texts or tokens: its files, and what its config says of its labels."""
 
 from __future__ import annotations
 
@@ -10,17 +10,20 @@ from homodistil.distill.teacher import FIELD, load_config, read_whole
 from homodistil.errors import UserError
 from homodistil.models import family_of
 from homodistil.models.checkpoint_files import local_folder, short
-from homodistil.models.classifier import ARCHITECTURE_END, CLASSIFIER_CLASS
+from homodistil.models.classifier import OF_TEXTS, OF_TOKENS, label_class
 from homodistil.models.weights import check_finite, check_layers, check_present, stored_tensors, tell_unused
 
+_CLASSES = {"scores": OF_TEXTS, "token_scores": OF_TOKENS}
+"""Task (data/task.py) -> what its teachers are."""
 
-def is_sequence_classifier(config: PretrainedConfig) -> bool:
-    """Whether a config.json names a class with a head of labels for whole texts."""
-    return any(name.endswith(ARCHITECTURE_END) for name in config.architectures or [])
+
+def task_of_labels(config: PretrainedConfig) -> str | None:
+    """The task of a teacher whose config.json names a class with a head of labels; None: it names no such class."""
+    return next((task for task, kind in _CLASSES.items() if kind.made(config)), None)
 
 
 def check_classifier(folder: str, allow_pickle: bool = False, say: Callable[[str], None] = lambda line: None) -> None:
-    """Read the weights of a sequence classifier once: all of it has to be there, its head too.
+    """Read the weights of a classifier once: all of it has to be there, its head too.
 
     Args:
         folder: of it, or a hub name.
@@ -32,33 +35,36 @@ def check_classifier(folder: str, allow_pickle: bool = False, say: Callable[[str
     shape = load_config(folder)
     family, where, local = family_of(shape.model_type), f"{FIELD}: {folder!r}", local_folder(folder, FIELD)
     check_layers(stored_tensors(local, FIELD, allow_pickle) if local else {}, shape.num_hidden_layers, family, where)
-    model, compared = read_whole(folder, allow_pickle, CLASSIFIER_CLASS)
+    model, compared = read_whole(folder, allow_pickle, label_class(shape).auto_class)
     check_present(compared, where)
     check_finite(model, where)
     tell_unused(folder, compared, say)
 
 
-def check_labels(config: PretrainedConfig, teacher: str) -> None:
+def check_labels(config: PretrainedConfig, teacher: str, task: str = "scores") -> None:
     """Refuse a teacher whose logits cannot be read: the student's are in the same order, under the same names.
 
     Args:
         config: the teacher's.
         teacher: what the user named it.
+        task: data.task: `scores` takes both kinds of classifiers.
 
     Raises:
         UserError: no such head, a family without one that can be cut, or labels that are not numbered 0, 1, ...
     """
     where, family = f"{FIELD}: {short(repr(teacher))}", family_of(config.model_type)
     kinds = ", ".join(config.architectures or ["no architectures in its config.json"])
-    if family.is_causal and is_sequence_classifier(config):
+    if family.is_causal and task_of_labels(config):
         raise UserError(
             f"{where} is a decoder with a head of labels ({kinds}), supported are those of encoders; give a "
             f"cross-encoder or classifier made of an encoder, or set data.task=causal to leave its head out"
         )
-    if not is_sequence_classifier(config):
+    wanted = (OF_TOKENS,) if task == "token_scores" else (OF_TEXTS, OF_TOKENS)
+    if not any(kind.made(config) for kind in wanted):
         raise UserError(
-            f"{where} has no head of labels that data.task=scores could learn from (found {kinds}, expected "
-            f"...{ARCHITECTURE_END}); give a sequence classifier or cross-encoder, or another data.task"
+            f"{where} has no head of labels that data.task={task} could learn from (found {kinds}, expected "
+            f"{' or '.join(f'...{kind.architecture_end}' for kind in wanted)}); give a classifier (or, for "
+            f"data.task=scores, a cross-encoder), or another data.task"
         )
     if not family.has_classifiers:
         raise UserError(

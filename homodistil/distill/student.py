@@ -127,7 +127,7 @@ class Student(nn.Module):
         if only_vectors is not None:
             return student_vectors(last, batch.attention_mask, self, only_vectors)
         if only_scores:
-            return self.family.classifier(self.model).logits(last, batch.attention_mask)
+            return self.family.classifier(self.model).logits(last, batch)
         if only_logits:
             return self.lm_logits(wanted_rows(last, batch, "masked"))
         return comparison.finish(last)
@@ -157,7 +157,7 @@ class Student(nn.Module):
 
     @torch.no_grad()
     def scores(self, batch: Batch) -> Tensor:
-        """Logits of labels, fp32 (B, labels). Of a sequence classifier alone."""
+        """Logits of labels, fp32 (rows, labels), of the rows that the head reads. Of a classifier alone."""
         return self(batch, only_scores=True)
 
     @torch.no_grad()

@@ -25,7 +25,7 @@ from homodistil.errors import UserError
 from homodistil.models import family_of
 from homodistil.models.activations import ActivationHooks, Activations, attention_implementation
 from homodistil.models.checkpoint_files import first_line, local_folder
-from homodistil.models.classifier import CLASSIFIER_CLASS
+from homodistil.models.classifier import label_class
 from homodistil.models.config_file import read_config
 from homodistil.models.family_heads import HeadKind
 from homodistil.models.sentence_head import SentenceHead, pooled
@@ -119,10 +119,12 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def pooled_states(self, batch: Batch) -> Tensor:
-        """What the modules behind the backbone read of each text, (B, D): of a sentence embedder in fp32, of a sequence
-        classifier in the dtype of its hidden states."""
-        last, mask, head = self.run(batch).last, batch.attention_mask, self.sentence_head
-        return self.family.classifier(self.model).rows(last, mask) if head is None else pooled(last, mask, head.pooling)
+        """What the modules behind the backbone read of each text, (B, D): of a sentence embedder in fp32, of a
+        classifier in the dtype of its hidden states; of a token classifier of every token, (rows, D)."""
+        last, head = self.run(batch).last, self.sentence_head
+        if head is None:
+            return self.family.classifier(self.model).rows(last, batch)
+        return pooled(last, batch.attention_mask, head.pooling)
 
     @torch.no_grad()
     def embed(self, batch: Batch) -> Tensor:
@@ -131,7 +133,7 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def scores(self, batch: Batch) -> Tensor:
-        """Logits of labels, fp32 (B, labels). Of a sequence classifier alone."""
+        """Logits of labels, fp32 (rows, labels), of the rows that the head reads. Of a classifier alone."""
         return self.family.classifier(self.model).logits_of(self.pooled_states(batch))
 
     @torch.no_grad()
@@ -173,7 +175,7 @@ def load_model(
     if dropout is not None:
         family.set_dropout(config, dropout)
     options = {"config": config, "dtype": dtype, "attn_implementation": attention_implementation(family)}
-    auto_class = CLASSIFIER_CLASS if head == "classifier" else family.auto_class
+    auto_class = label_class(config).auto_class if head == "classifier" else family.auto_class
     model = _from_pretrained(folder, allow_pickle, auto_class, **options)
     if head == "none":
         family.drop_head(model)

@@ -76,8 +76,8 @@ class TeacherOutputs(ABC):
 
     @torch.no_grad()
     def scores(self) -> Tensor:
-        """Logits of the labels of a sequence classifier, fp32 (B, labels)."""
-        return self.family.classifier(self.model).logits(self.take_last(), self.batch.attention_mask)
+        """Logits of the labels of a classifier, fp32 (rows, labels): of each text, or of every token."""
+        return self.family.classifier(self.model).logits(self.take_last(), self.batch)
 
     @torch.no_grad()
     def before_decoder(self, positions: str) -> tuple[Tensor, nn.Linear]:

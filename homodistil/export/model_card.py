@@ -21,7 +21,7 @@ from homodistil.export.provenance import Origin, Teacher, describe_sources, desc
 from homodistil.files import write_atomically, writing
 from homodistil.metrics.result_table import TASK_COLUMNS
 from homodistil.models.axes import Widths, layer_widths
-from homodistil.models.classifier import CLASSIFIER_CLASS, CLASSIFIER_TAG
+from homodistil.models.classifier import OF_TEXTS, OF_TOKENS
 from homodistil.models.family import BACKBONE_CLASS, BACKBONE_TAG, ModelFamily
 
 CARD_FILE = "README.md"
@@ -48,6 +48,7 @@ METRICS = {
     "cosine_to_teacher": _Metric("cosine to the teacher's vectors (higher is better)", "cosine_similarity", "{:.4f}"),
     "recall_at_10": _Metric("recall@10 of the teacher's nearest texts (higher is better)", "recall_at_10", "{:.4f}"),
     "label_agreement": _Metric("texts with the teacher's label (higher is better)", "accuracy", "{:.4f}"),
+    "token_agreement": _Metric("tokens with the teacher's label (higher is better)", "accuracy", "{:.4f}"),
     "score_mse": _Metric("squared distance to the teacher's scores (lower is better)", "mse", "{:.4g}"),
     "score_pearson": _Metric("Pearson correlation with the teacher's scores (higher is better)", "pearsonr", "{:.4f}"),
     "score_spearman": _Metric("Spearman correlation with the teacher's scores", "spearmanr", "{:.4f}"),
@@ -202,7 +203,8 @@ def _usage(task: Task, family: ModelFamily, folder: str) -> str:
 
 def _hub_names(task: Task, family: ModelFamily) -> tuple[str, str]:
     """The class of transformers that loads the checkpoint, and its pipeline tag."""
-    names = {"lm": (family.auto_class, family.pipeline_tag), "classifier": (CLASSIFIER_CLASS, CLASSIFIER_TAG)}
+    labels = OF_TOKENS if task.has_token_labels else OF_TEXTS
+    names = {"lm": (family.auto_class, family.pipeline_tag), "classifier": (labels.auto_class, labels.pipeline_tag)}
     return names.get(task.head, (BACKBONE_CLASS, _EMBEDDER_TAG if task.has_vectors else BACKBONE_TAG))
 
 

@@ -25,7 +25,8 @@ heldout_lm_loss (nats), perplexity and bits_per_byte; kl_to_teacher (nats); of a
 hidden_distance, attention_distance and embedding_distance to its teacher (loss terms on held-out text); of an embedder
 cosine_to_teacher (mean over held-out texts) and recall_at_10 (of the teacher's nearest texts); of a sequence classifier
 kl_to_teacher and label_agreement (share of texts), or, where labels are scores, score_mse, score_pearson and
-score_spearman (means over labels);
+score_spearman (means over labels); of a token classifier kl_to_teacher and token_agreement (share of tokens), or
+score_mse;
 tokens_per_s_first and tokens_per_s_last (training, first and last logged interval); of a teacher with fewer pieces
 than it was given with, parameters_before, pieces_before and cached_teacher (its folder's name in the cache). Absent or
 None: not measured."""
@@ -47,6 +48,7 @@ COLUMNS = {
     "cosine_to_teacher": ("cosine to teacher", "{:.4f}"),
     "recall_at_10": ("recall@10", "{:.1%}"),
     "label_agreement": ("same label", "{:.1%}"),
+    "token_agreement": ("same label", "{:.1%}"),
     "score_mse": ("MSE to teacher", "{:.3g}"),
     "score_pearson": ("Pearson", "{:.4f}"),
     "score_spearman": ("Spearman", "{:.4f}"),
@@ -67,7 +69,7 @@ HELDOUT_COLUMNS = {
     "embedding_distance": "embedding_distance",
     "vector_cosine": "cosine_to_teacher",
     "recall_at_10": "recall_at_10",
-    **dict(zip(*[("label_agreement", "score_mse", "score_pearson", "score_spearman")] * 2, strict=True)),
+    **{name: name for name in ("label_agreement", "token_agreement", "score_mse", "score_pearson", "score_spearman")},
 }
 """What evaluation on held-out text measures -> column."""
 
@@ -77,8 +79,9 @@ TASK_COLUMNS = {
     "none": ("hidden_distance", "attention_distance", "embedding_distance"),
     "embedding": ("cosine_to_teacher", "recall_at_10"),
     "scores": ("label_agreement", "score_mse", "score_pearson", "score_spearman"),
+    "token_scores": ("token_agreement", "score_mse"),
 }
-"""Task (data/task.py) -> columns that it alone has."""
+"""Task (data/task.py) -> columns that not every task has."""
 _OF_ONE_TASK = frozenset().union(*TASK_COLUMNS.values())
 
 

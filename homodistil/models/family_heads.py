@@ -6,12 +6,21 @@ from abc import ABC, abstractmethod
 from typing import Literal
 
 from torch import nn
-from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, PretrainedConfig
+from transformers import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
+    PretrainedConfig,
+)
 
-from homodistil.models.classifier import Classifier
+from homodistil.models.classifier import OF_TEXTS, OF_TOKENS, Classifier, LabelClass, label_class
 
 HeadKind = Literal["lm", "classifier", "none"]
 """What a model has behind its backbone: a language-modelling head, one of labels (classifier.py), or nothing."""
+
+_LABEL_CLASSES = {
+    OF_TEXTS: MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    OF_TOKENS: MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
+}
 
 
 class FamilyHeads(ABC):
@@ -26,9 +35,10 @@ class FamilyHeads(ABC):
         """Token ids -> last hidden states."""
 
     def empty(self, config: PretrainedConfig, head: HeadKind) -> nn.Module:
-        """A freshly initialised model of this shape with a head of this kind."""
+        """A freshly initialised model of this shape with a head of this kind; one of labels has them of tokens where
+        the configuration names a token classifier."""
         if head == "classifier":
-            return MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)](config)
+            return _LABEL_CLASSES[label_class(config)][type(config)](config)
         model = self.empty_model(config)
         if head == "none":
             self.drop_head(model)
@@ -36,7 +46,7 @@ class FamilyHeads(ABC):
 
     def head_kind(self, model: nn.Module) -> HeadKind:
         """What `model` has behind its backbone: an encoder may go without a head (`drop_head`)."""
-        if isinstance(model, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING.get(type(model.config), ())):
+        if any(_is_of(model, kind) for kind in _LABEL_CLASSES):
             return "classifier"
         backbone = self.backbone(model)
         return "lm" if any(child is not backbone for child in model.children()) else "none"
@@ -49,11 +59,15 @@ class FamilyHeads(ABC):
         """Whether `model` has a head of labels (`classifier`)."""
         return self.head_kind(model) == "classifier"
 
+    def labels_tokens(self, model: nn.Module) -> bool:
+        """Whether `model` is a token classifier."""
+        return _is_of(model, OF_TOKENS)
+
     has_classifiers: bool = False
     """Whether the parts of such heads are known (`classifier`)."""
 
     def classifier(self, model: nn.Module) -> Classifier:
-        """The head of a sequence classifier of a family that `has_classifiers`."""
+        """The head of a sequence or token classifier of a family that `has_classifiers`."""
         raise NotImplementedError
 
     def drop_head(self, model: nn.Module) -> None:
@@ -62,3 +76,7 @@ class FamilyHeads(ABC):
         for name, child in list(model.named_children()):
             if child is not backbone:
                 delattr(model, name)
+
+
+def _is_of(model: nn.Module, kind: LabelClass) -> bool:
+    return isinstance(model, _LABEL_CLASSES[kind].get(type(model.config), ()))

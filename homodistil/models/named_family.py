@@ -50,8 +50,9 @@ class NamedFamily(ModelFamily):
         """Uses of layer `i`, likewise."""
 
     def _classifier_widths(self, model: nn.Module) -> dict[str, int]:
-        """The axis of a head of labels, where `model` has one."""
-        return {CLASSIFIER_AXIS: self.classifier(model).linear.out_features} if self.has_classifier(model) else {}
+        """The axis of a head of labels, where `model` has one with two linears."""
+        linear = self.classifier(model).linear if self.has_classifier(model) else None
+        return {} if linear is None else {CLASSIFIER_AXIS: linear.out_features}
 
     def axis_table(self, model: nn.Module) -> AxisTable:
         names = {name for name, _ in model.named_parameters()}

@@ -125,7 +125,7 @@ def drawn_vector_loss(student: Student, pooling: PoolingMode, seed: int) -> Call
 
 
 def drawn_logit_loss(student: Student, kind: LogitKind, seed: int) -> Callable[[Batch], Tensor]:
-    """For a copy of a sequence classifier: micro-batch -> mean over texts of logits times a direction.
+    """For a copy of a classifier: micro-batch -> mean over texts, or tokens with labels, of logits times a direction.
 
     As `drawn_direction_loss`, of the curvature of the KL of the labels' probabilities (the direction is p - onehot of a
     label that the copy draws), or of half the squared distance of logits that are values. The loss has a graph.
@@ -141,13 +141,14 @@ def drawn_logit_loss(student: Student, kind: LogitKind, seed: int) -> Callable[[
     def loss(batch: Batch) -> Tensor:
         inputs = batch.input_ids, batch.padding_mask, batch.token_types
         last = run_backbone(student.model, student.family, *inputs)
-        logits = student.family.classifier(student.model).logits(last, batch.attention_mask)
+        head = student.family.classifier(student.model)
+        logits = head.logits(last, batch)
         if kind == "categories":
             numbers = torch.rand(len(logits), generator=generator, device=device)
             direction = label_direction(logits.detach(), numbers)
         else:
             direction = torch.randn(logits.shape, generator=generator, device=device)
-        return (logits * direction).sum() / len(logits)
+        return (logits * direction).sum() / (batch.counts.target_rows if head.pooling is None else len(logits))
 
     return loss
 

@@ -1,26 +1,35 @@
-"""Whether a run of task `scores` is meant, and the term that suits its teacher's labels."""
+"""Whether a run of task `scores` or `token_scores` is meant, and the term that suits its teacher's labels."""
 
 from __future__ import annotations
 
-from homodistil.config.schema import RunConfig, value_of
+from homodistil.config.schema import TASKS_OF_LABELS, RunConfig, value_of
 from homodistil.config.schema_loss import SCORE_WEIGHTS
-from homodistil.distill.classifier_files import check_labels, is_sequence_classifier
+from homodistil.data.task import TASKS
+from homodistil.distill.classifier_files import check_labels, task_of_labels
 from homodistil.errors import UserError
 from homodistil.models.classifier import logit_kind
 from homodistil.training.task_defaults import give_defaults, wants_head
 
 
-def learns_labels(config: RunConfig, teacher_config) -> bool:
-    """Whether a run learns the logits of a sequence classifier or cross-encoder.
+def labels_task(config: RunConfig, teacher_config) -> str | None:
+    """The task of a run that learns the logits of a classifier or cross-encoder; None: it learns none.
 
     Raises:
-        UserError: it is asked to, and the teacher has no such head or one that cannot be read.
+        UserError: it is asked to, and the teacher has no such head or one that cannot be read; pairs of texts for a
+            token classifier.
     """
     is_left_open = config.data.task == "auto" and not wants_head(config)
-    if config.data.task != "scores" and not (is_left_open and is_sequence_classifier(teacher_config)):
-        return False
-    check_labels(teacher_config, config.teacher.name)
-    return True
+    if config.data.task not in TASKS_OF_LABELS and not (is_left_open and task_of_labels(teacher_config)):
+        return None
+    check_labels(teacher_config, config.teacher.name, config.data.task)
+    task, pairs = task_of_labels(teacher_config), config.data.pair_columns
+    if TASKS[task].has_token_labels and pairs:
+        raise UserError(
+            f"data.pair_columns: found {pairs}, but {config.teacher.name} is a token classifier (data.task={task}), "
+            f"whose labels are those of the tokens of single texts; leave it out, and name the column of the texts in "
+            f"data.text_column"
+        )
+    return task
 
 
 def learn_labels(config: RunConfig, teacher_config) -> None:

@@ -68,7 +68,7 @@ def score_by_drawn_directions(
     Args:
         seed: as in `score_by_drawn_labels`.
         pooling: of a sentence embedder, whose vectors then count instead of each token's states.
-        logits: of a sequence classifier, whose logits then count.
+        logits: of a classifier, whose logits then count.
     """
     draws = _seed_here(seed)
     if logits is not None:

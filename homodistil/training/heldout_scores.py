@@ -7,6 +7,7 @@ import functools
 from torch import Tensor
 
 from homodistil.config.schema import RunConfig
+from homodistil.data.task import task_of
 from homodistil.data.token_bytes import token_bytes
 from homodistil.distill.student import Student
 from homodistil.distill.teacher import Teacher
@@ -14,6 +15,7 @@ from homodistil.evaluation.distances import evaluate_distances, measured_distanc
 from homodistil.evaluation.heldout import evaluate
 from homodistil.evaluation.next_tokens import evaluate_next_tokens
 from homodistil.evaluation.scores import evaluate_scores, scores_of_itself
+from homodistil.evaluation.token_scores import evaluate_token_scores, token_scores_of_itself
 from homodistil.evaluation.vectors import evaluate_vectors
 from homodistil.models.classifier import logit_kind
 from homodistil.models.family import ModelFamily
@@ -44,7 +46,8 @@ class HeldoutScores:
         if self.run_inputs.sentence_modules is not None:
             return {"vector_cosine": 1.0, "recall_at_10": 1.0}
         if self.run_inputs.head == "classifier":
-            return dict(scores_of_itself(logit_kind(teacher.model.config)))
+            of_itself = token_scores_of_itself if self._has_token_labels else scores_of_itself
+            return of_itself(logit_kind(teacher.model.config))
         if not self.run_inputs.with_head:
             return dict.fromkeys(measured_distances(self.config.loss), 0.0)
         if not self.family.is_causal:
@@ -63,7 +66,14 @@ class HeldoutScores:
 
     def _scores(self, student: Student, teacher: Teacher, limit: int | None) -> dict[str, float]:
         positions, total = self.run_inputs.heldout_positions(self.config, limit)
-        return evaluate_scores(student, teacher, self.run_inputs.heldout(self.config, limit), positions, total)
+        batches = self.run_inputs.heldout(self.config, limit)
+        if self._has_token_labels:
+            return evaluate_token_scores(student, teacher, batches, total)
+        return evaluate_scores(student, teacher, batches, positions, total)
+
+    @property
+    def _has_token_labels(self) -> bool:
+        return task_of(self.config.data).has_token_labels
 
     def _masked(self, predict, teacher, limit: int | None) -> dict[str, float]:
         return evaluate(predict, teacher, self.run_inputs.heldout(self.config, limit), self.run_inputs.device)

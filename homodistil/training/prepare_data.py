@@ -30,7 +30,7 @@ def main(argv: list[str]) -> None:
     from homodistil.data.task import settle_task
     from homodistil.distill.teacher import load_config, load_tokenizer
     from homodistil.models import family_of
-    from homodistil.training.classifier import learns_labels
+    from homodistil.training.classifier import labels_task
     from homodistil.training.embedder import is_embedder, settle_texts, teacher_of_folder
     from homodistil.training.prepare_outputs import check_preparable, outputs_of_worker
 
@@ -44,9 +44,9 @@ def main(argv: list[str]) -> None:
         teacher_config = load_config(folder)
         # A missing head changes nothing here: text is framed alike.
         family = family_of(teacher_config.model_type)
-        labels = learns_labels(config, teacher_config)
+        labels = labels_task(config, teacher_config)
         embeds = not labels and is_embedder(config.data, family, folder)
-        settle_task(config.data, family.task, config.teacher.name, is_embedder=embeds, is_classifier=labels)
+        settle_task(config.data, family.task, config.teacher.name, is_embedder=embeds, labels=labels)
         settle_texts(config.data, folder)
         check_preparable(config)
         tokenizer = load_tokenizer(folder, teacher_config, config.data.task)

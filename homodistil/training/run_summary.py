@@ -45,7 +45,7 @@ def _task(resolved: ResolvedRun) -> str:
         return f"{task.name}; logits of pairs ({first}, {second}) of at most {data.seq_len} tokens ({data.truncation})"
     if task.has_single_texts:
         prompt = f", each behind {data.prompt!r}" if data.prompt != NO_PROMPT else ""
-        what = "vectors" if task.has_vectors else "logits"
+        what = "logits of the tokens" if task.has_token_labels else "vectors" if task.has_vectors else "logits"
         return f"{task.name}; {what} of single texts ({data.texts}) of at most {data.seq_len} tokens{prompt}"
     if not task.has_lm_head:
         return f"{task.name}; nothing is masked or predicted"

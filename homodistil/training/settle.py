@@ -14,7 +14,7 @@ from homodistil.distill.losses.settled import settled_fields
 from homodistil.errors import UserError
 from homodistil.metrics.term_labels import language_modelling
 from homodistil.models import family_of
-from homodistil.training.classifier import learn_labels, learns_labels
+from homodistil.training.classifier import labels_task, learn_labels
 from homodistil.training.embedder import is_embedder, settle_texts
 from homodistil.training.schedule_choice import give_sequences, schedule_of
 from homodistil.training.stored_terms import check_stored
@@ -35,7 +35,7 @@ def settle(config: RunConfig, teacher_config, has_head: bool = True, folder: str
     """
     family, pruning = family_of(teacher_config.model_type), config.pruning
     wants = wants_head(config)
-    labels = learns_labels(config, teacher_config)
+    labels = labels_task(config, teacher_config)
     embeds = not (wants or labels) and is_embedder(config.data, family, folder)
     settle_task(config.data, family.task, config.teacher.name, has_head or wants, embeds, labels)
     settle_texts(config.data, folder)

@@ -23,6 +23,11 @@ def check_single_texts(config: RunConfig) -> None:
             f"teacher.outputs: found stored, allowed with data.task={config.data.task} is live, as its blocks hold no "
             f"single texts, of which vectors or scores could be kept; set teacher.outputs=live"
         )
+    if task_of(config.data).has_token_labels:
+        raise UserError(
+            f"teacher.outputs: found stored, allowed with data.task={config.data.task} is live, as a row for every "
+            f"token would take more space than a text; set teacher.outputs=live"
+        )
 
 
 def _check_teacher(config: RunConfig) -> None:

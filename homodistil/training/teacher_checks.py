@@ -12,7 +12,7 @@ from homodistil.distill.classifier_files import check_classifier
 from homodistil.distill.teacher import check_stored, has_lm_head, load_config, load_tokenizer
 from homodistil.models.checkpoint_files import local_folder
 from homodistil.models.weights import has_weights
-from homodistil.training.classifier import learns_labels
+from homodistil.training.classifier import labels_task
 from homodistil.training.embedder import teacher_of_folder
 from homodistil.training.resolve import ResolvedRun, named_teacher_config, resolve_run
 from homodistil.training.settle import check_head, settle
@@ -35,7 +35,7 @@ def check_teacher(config: RunConfig, say: Callable[[str], None] = lambda line: N
     """
     folder = found_teacher(config)
     teacher_config, allow_pickle = load_config(folder), config.teacher.allow_pickle
-    if learns_labels(config, teacher_config):
+    if labels_task(config, teacher_config):
         settle(config, teacher_config, has_head=False, folder=folder)
         check_shape(resolve_run(config, planned_config(config.student, teacher_config)))
         check_classifier(folder, allow_pickle, say)

@@ -42,7 +42,7 @@ def arguments(materials: Path, run_dir: Path, stage: int, *overrides: str) -> li
     return [*command, "pruning.compensation_sequences=48"]
 
 
-def write_teacher(folder: Path, words: list[str], **labels: object) -> None:
+def write_teacher(folder: Path, words: list[str], kind: type = BertForSequenceClassification, **labels: object) -> None:
     """A BERT with a head of random weights that are large enough for different labels, and its tokenizer."""
     folder.parent.mkdir(exist_ok=True)
     vocabulary = folder.parent / "vocab.txt"
@@ -51,7 +51,7 @@ def write_teacher(folder: Path, words: list[str], **labels: object) -> None:
     for name, value in labels.items():
         setattr(config, name, value)
     torch.manual_seed(0)
-    model = BertForSequenceClassification(config)
+    model = kind(config)
     torch.nn.init.normal_(model.classifier.weight, std=2.0)
     model.save_pretrained(folder)
     BertTokenizerFast(vocab=str(vocabulary)).save_pretrained(folder)

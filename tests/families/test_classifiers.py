@@ -19,6 +19,8 @@ from homodistil.distill.teacher import Teacher
 from homodistil.export.stock_model import stock_model
 from homodistil.models import FAMILIES, family_of
 from homodistil.models.activations import attention_implementation
+from homodistil.models.axes import Keep
+from homodistil.models.family import ModelFamily
 from homodistil.models.resize_plan import make_plan, slice_module
 from homodistil.models.shapes import Shape, target_widths
 from homodistil.pruning.compensation import Options, compensate
@@ -74,13 +76,19 @@ def loss() -> LossConfig:
 def cut_student(model_type: str) -> Student:
     """A copy, cut by random selection; `classifier` by another one than the residual stream."""
     student = Student(make_classifier(model_type), loss())
-    table = student.axis_table()
-    target = target_widths(TARGET.get(model_type, Shape(16, 20, 4)), table.widths, None, student.family.whole_heads)
-    keep = random_keep(table, {axis: width for axis, width in target.items() if width < table.widths[axis]}, seed=5)
+    keep = cut(student, TARGET.get(model_type))
     assert not torch.equal(keep["classifier"], keep["hidden"])
+    return student.eval()
+
+
+def cut(student: Student, shape: Shape | None) -> Keep:
+    """What a random selection has left of `student`."""
+    table = student.axis_table()
+    target = target_widths(shape or Shape(16, 20, 4), table.widths, None, student.family.whole_heads)
+    keep = random_keep(table, {axis: width for axis, width in target.items() if width < table.widths[axis]}, seed=5)
     slice_module(student, make_plan(table, keep))
     student.after_resize(keep)
-    return student.eval()
+    return keep
 
 
 def test_the_families_that_have_them():
@@ -134,10 +142,17 @@ def test_a_cut_student_is_exported_as_the_stock_class(model_type, tmp_path):
 
 
 def compensated(model_type: str, widths: dict[str, int], kind: str, **options) -> tuple[float, float]:
-    """Distance of the logits on texts that nothing was fitted to: of the plain selection, and compensated."""
-    family, model = family_of(model_type), make_classifier(model_type)
-    table, fitted_to = family.axis_table(model), [padded_batch(24, seed) for seed in range(6)]
-    keep, fresh = random_keep(table, widths), [padded_batch(24, 90)]
+    """`distances_of_a_cut` on texts that nothing was fitted to."""
+    batches = [padded_batch(24, seed) for seed in range(6)], [padded_batch(24, 90)]
+    return distances_of_a_cut(make_classifier(model_type), family_of(model_type), widths, kind, *batches, **options)
+
+
+def distances_of_a_cut(
+    model: nn.Module, family: ModelFamily, widths: dict[str, int], kind: str, fitted_to: list, fresh: list, **options
+) -> tuple[float, float]:
+    """Distance of the logits on `fresh`: of the plain selection, and compensated."""
+    table = family.axis_table(model)
+    keep = random_keep(table, widths)
     plain = copy.deepcopy(model)
     slice_module(plain, plan := make_plan(table, keep))
     family.refresh(plain, plan.widths_after)

@@ -202,7 +202,7 @@ class ModernBertFamily(NamedFamily, Compensable):
 
     def classifier(self, model: nn.Module) -> Classifier:
         head, norm = model.head, self.norm(model.head.norm)
-        pooling = model.config.classifier_pooling
+        pooling = None if self.labels_tokens(model) else model.config.classifier_pooling
         return Classifier(head.dense, head.act, norm, model.classifier, model.drop, False, pooling)
 
     def layer_norms(self, model: nn.Module) -> dict[str, nn.LayerNorm]:

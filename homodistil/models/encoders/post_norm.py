@@ -24,7 +24,14 @@ from homodistil.models.axes import (
     num_layers,
     uniform_layer_widths,
 )
-from homodistil.models.classifier import Classifier, ClassifierNames, classifier_of, classifier_uses
+from homodistil.models.classifier import (
+    Classifier,
+    ClassifierNames,
+    classifier_of,
+    classifier_uses,
+    token_classifier_of,
+    token_classifier_uses,
+)
 from homodistil.models.compensable import Block, Compensable, HeadLinears, HeadParts
 from homodistil.models.encoders.block_names import (
     BERT_LAYER,
@@ -118,7 +125,12 @@ class PostNormEncoder(NamedFamily, Compensable):
         uses += _vector(head.norm, embedding)
         # Present only when the decoder is not tied to the word embeddings.
         uses += [AxisUse(f"{head.decoder}.weight", 1, (embedding,))]
-        return uses + (classifier_uses(self.classifier_names) if self.has_classifier(model) else [])
+        return uses + self._classifier_uses(model)
+
+    def _classifier_uses(self, model: nn.Module) -> list[AxisUse]:
+        if self.labels_tokens(model):
+            return token_classifier_uses()
+        return classifier_uses(self.classifier_names) if self.has_classifier(model) else []
 
     def _layer_uses(self, i: int) -> list[AxisUse]:
         layer, names = f"{self.backbone_name}.{self.layers_name}.{i}", self.layer_names
@@ -201,7 +213,7 @@ class PostNormEncoder(NamedFamily, Compensable):
         return self.classifier_names is not None
 
     def classifier(self, model: nn.Module) -> Classifier:
-        return classifier_of(self.classifier_names, model)
+        return token_classifier_of(model) if self.labels_tokens(model) else classifier_of(self.classifier_names, model)
 
     def has_token_types(self, config: PretrainedConfig) -> bool:
         return "token_type_embeddings" in self.embedding_tables and config.type_vocab_size > 1

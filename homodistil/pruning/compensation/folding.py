@@ -31,9 +31,9 @@ def fold_gains(model: nn.Module, family: ModelFamily) -> None:
 
 def _readers_of_final_norm(model: nn.Module, family: ModelFamily) -> Sequence[nn.Module]:
     """The linear that reads what the backbone puts out; none where its weight has another reader. That of labels reads
-    one row or the mean of some, both of which a gain scales alike."""
+    single rows or the mean of some, both of which a gain scales alike."""
     if family.has_classifier(model):
-        return (family.classifier(model).linear,)
+        return (family.classifier(model).reader,)
     if not family.has_head(model):
         return ()
     head, decoder = family.head_parts(model), family.decoder(model)

@@ -25,7 +25,7 @@ class Options:
     pooling: PoolingMode | None = None
     """Of a sentence embedder: how its vectors are pooled, by whose gradients fisher then weighs directions."""
     logits: LogitKind | None = None
-    """Of a sequence classifier: what its logits are, by whose gradients fisher then weighs directions."""
+    """Of a classifier: what its logits are, by whose gradients fisher then weighs directions."""
     seed: int = 0
     """project and full: of drawn labels or directions, and of the mixed basis."""
 

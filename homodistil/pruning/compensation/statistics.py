@@ -81,7 +81,7 @@ def collect(
             model has one, on the first half of the batches; fisher: gradients there, too.
         seed: of the labels or directions that are drawn.
         pooling: of a sentence embedder, whose vectors then stand for what a head predicts, on all batches.
-        logits: of a sequence classifier, whose labels do, likewise.
+        logits: of a classifier, whose labels do, likewise.
     """
     collector = _Collector(model, family, sorted(head_layers), basis)
     num_with_head = -(-len(batches) // 2) if basis is not None and family.has_head(model) else 0
@@ -91,7 +91,8 @@ def collect(
             if basis is not None and pooling is not None:
                 collector.run_vectors(batch, drawn_directions(batch, first, seed, _hidden_size(model, family)), pooling)
             elif basis is not None and logits is not None:
-                collector.run_labels(batch, functools.partial(drawn_logit_directions, batch, first, seed, logits))
+                draw = functools.partial(drawn_logit_directions, batch, first, seed, logits)
+                collector.run_labels(batch, functools.partial(draw, of_tokens=family.labels_tokens(model)))
             else:
                 collector.run(batch, uniform_numbers(batch, first, seed) if i < num_with_head else None)
     finally:
@@ -168,13 +169,13 @@ class _Collector:
         """One micro-batch of single texts: what the head of labels reads is seen, and gradients of its logits.
 
         Args:
-            draw: logits (B, L) -> directions (draws, B, L).
+            draw: logits (R, L) -> directions (draws, R, L).
         """
         self._batch, head = batch, self.family.classifier(self.model)
         with torch.set_grad_enabled(self._with_gradients):
             hidden = run_backbone(self.model, self.family, batch.input_ids, batch.padding_mask, batch.token_types)
-            self._add("vectors", moments_of(head.rows(hidden.detach(), batch.attention_mask)))
-            logits = head.logits(hidden, batch.attention_mask)
+            self._add("vectors", moments_of(head.rows(hidden.detach(), batch)))
+            logits = head.logits(hidden, batch)
             if logits.requires_grad:
                 for one in draw(logits.detach()):
                     logits.backward(one, retain_graph=True)

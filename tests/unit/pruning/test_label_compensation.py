@@ -8,8 +8,10 @@ from support.gradient_reference import gradient_moment
 from support.small import random_keep, small_batch
 from torch import nn
 from unit.distill.test_score_losses import classifier
+from unit.distill.test_token_scores import framed, token_classifier
 
 from homodistil.config.schema import LossConfig
+from homodistil.data.batch import Batch
 from homodistil.distill.snapshot import duplicate
 from homodistil.distill.student import Student
 from homodistil.models.backbone import run_backbone
@@ -33,7 +35,7 @@ def frozen() -> nn.Module:
 
 def logits_of(model: nn.Module, batch) -> torch.Tensor:
     hidden = run_backbone(model, bert, batch.input_ids, batch.padding_mask)
-    return bert.classifier(model).logits(hidden, batch.attention_mask)
+    return bert.classifier(model).logits(hidden, batch)
 
 
 @pytest.mark.parametrize("kind", ["categories", "values"])
@@ -51,6 +53,35 @@ def test_gradients_are_those_of_the_drawn_directions(kind):
     rows = torch.cat([state[:, 0] for state in states]).double()
     torch.testing.assert_close(statistics.vectors.second, rows.T @ rows / len(rows), rtol=1e-5, atol=1e-7)
     assert collect(model, bert, BATCHES[:1], [], "pca", seed, logits=kind).gradient is None
+
+
+@pytest.mark.parametrize("kind", ["categories", "values"])
+def test_gradients_of_tokens_are_those_of_one_direction_each(kind):
+    """Of the tokens that count, padding and frame left out; and the same ones in other micro-batches."""
+    model, seed, batches = token_classifier().requires_grad_(False), 7, [framed(1), framed(2)]
+    statistics = collect(model, bert, batches, [], "fisher", seed, logits=kind)
+
+    def directions_of(i: int, batch: Batch, logits: torch.Tensor) -> torch.Tensor:
+        return drawn_logit_directions(batch, 5 * i, seed, kind, logits, of_tokens=True)
+
+    moment, outputs, states = gradient_moment(model, batches, lambda b: logits_of(model, b), directions_of)
+    torch.testing.assert_close(statistics.gradient, moment, rtol=1e-4, atol=1e-8)
+    rows = torch.cat([state.flatten(0, 1)[b.target_index] for state, b in zip(states, batches, strict=True)]).double()
+    torch.testing.assert_close(statistics.vectors.second, rows.T @ rows / len(rows), rtol=1e-5, atol=1e-7)
+    assert len(rows) == sum(map(len, outputs)) == 2 * 19
+    first, alone = batches[0], small_of(batches[0], text=1)
+    drawn, of_one = (
+        directions_of(0, first, outputs[0]),
+        drawn_logit_directions(alone, 1, seed, kind, outputs[0][5:14], True),
+    )
+    assert drawn.shape == (1, 19, 3) and torch.equal(of_one, drawn[:, 5:14])
+
+
+def small_of(batch: Batch, text: int) -> Batch:
+    """Of that text alone, with its places of before."""
+    first, last = (number * batch.input_ids.shape[1] for number in (text, text + 1))
+    index = batch.target_index[(batch.target_index >= first) & (batch.target_index < last)] - first
+    return batch._replace(input_ids=batch.input_ids[text : text + 1], target_index=index)
 
 
 def test_directions_have_the_fisher_information_of_their_kind():
@@ -94,6 +125,24 @@ def test_the_head_is_two_ridge_regressions(ridge):
     for linear, expected in ((new.bert.pooler.dense, first), (new.classifier, second)):
         for parameter, value in zip((linear.weight, linear.bias), expected, strict=True):
             torch.testing.assert_close(parameter.double(), value, rtol=1e-3, atol=1e-3)
+
+
+def test_the_head_of_tokens_is_one_ridge_regression():
+    old, batches = token_classifier().requires_grad_(False), [framed(seed, (11, 9, 16)) for seed in range(4)]
+    table = bert.axis_table(old)
+    new, plan = token_classifier().requires_grad_(False), make_plan(table, random_keep(table, {"hidden": 17}))
+    slice_module(new, plan)
+    bert.refresh(new, plan.widths_after)
+    refit = Refit(old, new, bert, plan, batches, 1e-3)
+    refit.run()
+    after, before = (
+        torch.cat([s.target_rows(getattr(s, side).hidden) for s in refit.streams]).double() for side in ("new", "old")
+    )
+    wanted = before @ old.classifier.weight.double().T + old.classifier.bias.double()
+    expected = ridge_regression(new.classifier, after, wanted, 1e-3)
+    refit_labels(refit)
+    for parameter, value in zip((new.classifier.weight, new.classifier.bias), expected, strict=True):
+        torch.testing.assert_close(parameter.double(), value, rtol=1e-3, atol=1e-3)
 
 
 def ridge_regression(linear: nn.Linear, x: torch.Tensor, y: torch.Tensor, ridge: float) -> tuple:
