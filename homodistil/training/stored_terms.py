@@ -25,8 +25,8 @@ def check_single_texts(config: RunConfig) -> None:
         )
     if task_of(config.data).has_token_labels:
         raise UserError(
-            f"teacher.outputs: found stored, allowed with data.task={config.data.task} is live, as a row for every "
-            f"token would take more space than a text; set teacher.outputs=live"
+            f"teacher.outputs: found stored, allowed with data.task={config.data.task} is live, as files would "
+            f"have to hold a state of every token; set teacher.outputs=live"
         )
 
 
