@@ -38,7 +38,8 @@ class Batch(NamedTuple):
     attention_mask: Tensor
     """(B, T) int64, 1 = token, 0 = padding."""
     target_index: Tensor
-    """(M,) int64, flat positions b * T + t of the rows to predict, ascending."""
+    """(M,) int64, flat positions b * T + t of the rows to predict, ascending; of a token classifier those of the tokens
+    that have labels."""
     target_ids: Tensor
     """(M,) int64, the tokens that stood there."""
     token_index: Tensor

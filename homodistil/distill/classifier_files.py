@@ -19,7 +19,7 @@ _CLASSES = {"scores": OF_TEXTS, "token_scores": OF_TOKENS}
 
 def task_of_labels(config: PretrainedConfig) -> str | None:
     """The task of a teacher whose config.json names a class with a head of labels; None: it names no such class."""
-    return next((task for task, kind in _CLASSES.items() if kind.made(config)), None)
+    return next((task for task, kind in _CLASSES.items() if kind.named_by(config)), None)
 
 
 def check_classifier(folder: str, allow_pickle: bool = False, say: Callable[[str], None] = lambda line: None) -> None:
@@ -60,7 +60,7 @@ def check_labels(config: PretrainedConfig, teacher: str, task: str = "scores") -
             f"cross-encoder or classifier made of an encoder, or set data.task=causal to leave its head out"
         )
     wanted = (OF_TOKENS,) if task == "token_scores" else (OF_TEXTS, OF_TOKENS)
-    if not any(kind.made(config) for kind in wanted):
+    if not any(kind.named_by(config) for kind in wanted):
         raise UserError(
             f"{where} has no head of labels that data.task={task} could learn from (found {kinds}, expected "
             f"{' or '.join(f'...{kind.architecture_end}' for kind in wanted)}); give a classifier (or, for "

@@ -32,7 +32,7 @@ class LabelClass(NamedTuple):
     pipeline_tag: str
     """On the hub."""
 
-    def made(self, config) -> bool:
+    def named_by(self, config) -> bool:
         """Whether this Hugging Face configuration names it."""
         return any(name.endswith(self.architecture_end) for name in config.architectures or [])
 
@@ -43,7 +43,7 @@ OF_TOKENS = LabelClass("ForTokenClassification", "AutoModelForTokenClassificatio
 
 def label_class(config) -> LabelClass:
     """That of a model with a head of labels and this Hugging Face configuration."""
-    return OF_TOKENS if OF_TOKENS.made(config) else OF_TEXTS
+    return OF_TOKENS if OF_TOKENS.named_by(config) else OF_TEXTS
 
 
 CLASSIFIER_AXIS = "classifier"
