@@ -163,8 +163,10 @@ def _do_once() -> None:
 
 def main() -> None:
     sys.path[:0] = [str(path) for path in SEARCHED]
+    gc.disable()  # nothing of it can be freed
     for name in IMPORTED:
         importlib.import_module(name)
+    gc.enable()
     _do_once()
     gc.collect()
     gc.freeze()  # a rank's collector need not look through (and copy the pages of) what the imports have made
