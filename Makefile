@@ -23,9 +23,10 @@ FREE_PORT = $(shell $(BIN)/python -c "import socket; s = socket.socket(); s.bind
 
 setup: $(VENV)/.ready
 
+# The pip of an older Python needs three times as long to choose what to install.
 $(VENV)/.ready: requirements.txt requirements-dev.txt setup.py pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(PIP_INSTALL) "pip>=25"  # that of an older Python needs three times as long to choose what to install
+	$(PIP_INSTALL) "pip>=25"
 	$(PIP_INSTALL) -r requirements-dev.txt setuptools wheel
 	$(PIP_INSTALL) --no-build-isolation --no-deps -e .
 	touch $@
