@@ -192,7 +192,7 @@ def test_resume_after_resizes_is_bitwise_the_uninterrupted_run(server, finished,
 def _cut_off(finished: Path, copy: Path) -> Path:
     """A copy as a power cut some steps after a checkpoint would have left it, several resizes in."""
     shutil.copytree(finished, copy)
-    for leftover in (f"checkpoints/step-{STEPS:06d}", "checkpoints/step-000010", "export", "compare"):
+    for leftover in (f"checkpoints/step-{STEPS:06d}", "checkpoints/step-000010", "export"):
         shutil.rmtree(copy / leftover)
     (copy / "row.json").unlink()
     (copy / "checkpoints" / "latest").write_text(f"step-{SAVE_EVERY:06d}\n")
