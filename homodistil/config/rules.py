@@ -134,11 +134,20 @@ def _check_scores(config: RunConfig) -> None:
     data = config.data
     _check_pairs(data.pair_columns, data.prompt)
     used = [f"loss.{name}" for name in SCORE_WEIGHTS if getattr(config.loss, name) > 0]
-    used += ["data.pair_columns"] * bool(data.pair_columns)
+    used += [name for name in ("loss.labels", "data.pair_columns", "data.label_column") if value_of(config, name)]
     if used and data.task not in ("auto", *TASKS_OF_LABELS):
         raise UserError(
             f"{used[0]}: found {value_of(config, used[0])}, but data.task={data.task} has no head of labels, as only "
             f"classifiers and cross-encoders have; set data.task=scores, or leave {used[0]} out"
+        )
+    if data.label_column in (data.pair_columns or [data.text_column]):
+        raise UserError(
+            f"data.label_column: found {data.label_column!r}, which is a column of texts; name the column of the labels"
+        )
+    if config.loss.labels > 0 and not data.label_column:
+        raise UserError(
+            f"loss.labels: found {config.loss.labels:g}, allowed without data.label_column is 0, as there are no "
+            f"labels to learn; name their column in data.label_column, or set loss.labels=0"
         )
     if data.task in TASKS_OF_LABELS and config.pruning.importance == "activation":
         raise UserError(

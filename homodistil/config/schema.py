@@ -155,6 +155,8 @@ class RunConfig:
         is_default = name not in self.given and any(name in TASK_DEFAULTS[task] for task in tasks)
         if name == "pruning.compensation_sequences" and name not in self.given:
             is_default |= self.pruning.schedule in ("auto", "one_shot")
+        if name == "data.texts" and name not in self.given:
+            return bool(self.data.label_column)
         return is_default or (name == "data.prompt" and bool(tasks))
 
     @property
@@ -173,13 +175,14 @@ TASKS_OF_LABELS = ("scores", "token_scores")
 TASKS_WITHOUT_LM_HEAD = ("none", "embedding", *TASKS_OF_LABELS)
 """Values of data.task for models without a language-modelling head."""
 
-_OF_LABELS = {"loss.scores_kl": 4.0, "loss.scores_mse": 1.0, "pruning.compensation_sequences": 512}
+_OF_LABELS = {"loss.scores_kl": 4.0, "loss.scores_mse": 1.0, "loss.labels": 1.0, "pruning.compensation_sequences": 512}
 TASK_DEFAULTS = {
     "embedding": {"loss.pooled_cosine": 10.0, "pruning.compensation_sequences": 512},
     **dict.fromkeys(TASKS_OF_LABELS, _OF_LABELS),
 }
 """Task -> what its student is given unless the user has set it (the weight: one of those that the task alone has; of
-labels the one that suits the teacher's). A text is shorter than a block of other tasks, and has one vector."""
+labels the one that suits the teacher's, and that of labels of one's own where there are any). A text is shorter than a
+block of other tasks, and has one vector."""
 
 SECTIONS: dict[str, type] = {section.name: section.default_factory for section in dataclasses.fields(RunConfig)}
 """Name of each section -> its dataclass."""

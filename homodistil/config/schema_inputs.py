@@ -235,6 +235,18 @@ class DataConfig:
         "longest_first", resume="fixed", students="shared", derived=SAME
     )
     """Pairs longer than seq_len lose tokens at the end of the longer text, or of the second one (only_second)."""
+    label_column: str | None = option(
+        None,
+        limited_by="data/sources/sources.py: a column of .jsonl and .parquet files",
+        resume="fixed",
+        students="shared",
+        derived=SAME,
+    )
+    """Task scores: column of .jsonl and .parquet files that holds labels of one's own: names or numbers of the
+    teacher's labels, scores, or lists of them; null or -100: the text has none. Texts are then whole documents
+    (data.texts). Unset: no labels."""
+    check_label_order: bool = option(True, resume="free", students="shared", derived=SAME)
+    """Refuse labels that fit the teacher clearly better in another order (docs/classifiers.md), before training."""
     mask_probability: float = option(
         0.15, low=0.0001, high=1, exclude="high", resume="fixed", students="shared", derived={CORRECTION: KEY}
     )

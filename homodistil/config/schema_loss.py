@@ -12,7 +12,8 @@ POOLED_WEIGHTS = ("pooled_cosine", "pooled_mse", "pooled_similarity")
 """Fields of LossConfig that are weights of terms on vectors of texts."""
 SCORE_WEIGHTS = ("scores_kl", "scores_mse")
 """Fields of LossConfig that are weights of terms on the logits of a head of labels."""
-_WEIGHTS = ("mlm", "kl", "hidden", "attention", "embedding", "cosine", "relations", *POOLED_WEIGHTS, *SCORE_WEIGHTS)
+_OF_LAYERS = ("hidden", "attention", "embedding", "cosine", "relations")
+_WEIGHTS = ("mlm", "kl", *_OF_LAYERS, *POOLED_WEIGHTS, *SCORE_WEIGHTS, "labels")
 """Fields of LossConfig that are the weights of loss terms."""
 
 
@@ -70,6 +71,10 @@ class LossConfig:
         1.0, low=0, high=1000, exclude="low", resume="fixed", students="own", derived=SAME
     )
     """Temperature of the scores_kl term (> 0); the term is multiplied by its square."""
+    labels: float = option(0.0, low=0, high=WEIGHT, resume="fixed", students="own", derived={CORRECTION: 0.0})
+    """Weight of the loss against labels of one's own (data.label_column), mean over the texts that have one (>= 0):
+    cross-entropy, squared distance or binary cross-entropy, as the teacher's config.json says (docs/classifiers.md). 1
+    where data.label_column is set, unless it is set."""
     kl_temperature: float = option(1.0, low=0, high=1000, exclude="low", resume="fixed", students="own", derived=SAME)
     """Temperature of the KL term (> 0); the term is multiplied by its square."""
     kl_positions: Literal["masked", "all"] = option("masked", resume="fixed", students="own", derived=SAME)

@@ -30,6 +30,8 @@ class LossCounts(NamedTuple):
     tokens_behind: float | Tensor | None = None
     """Of the tokens, those behind the first ones of each sequence, which loss.skip_first_tokens leaves out; None: it
     leaves out none."""
+    labelled: float | Tensor | None = None
+    """Texts that have a label; None: labels are not read."""
 
 
 class Batch(NamedTuple):
@@ -50,6 +52,8 @@ class Batch(NamedTuple):
     model has no types."""
     teacher_outputs: Tensor | None = None
     """(B, D) fp32, the teacher's pooled state of each text, where these come from files (teacher.outputs=stored)."""
+    labels: Tensor | None = None
+    """(B, W) fp32, the label of each text (data/prepare/labels.py), NaN where it has none; None: none are read."""
 
     @property
     def padding_mask(self) -> Tensor | None:
@@ -75,6 +79,15 @@ class Batch(NamedTuple):
     def with_outputs(self, outputs: Rows | None, samples: np.ndarray) -> Batch:
         """The batch with `teacher_outputs`: those of the blocks `samples` (B,), where there are any."""
         return self if outputs is None else self._replace(teacher_outputs=torch.from_numpy(outputs[samples]))
+
+    def with_labels(self, labels: Rows | None, samples: np.ndarray) -> Batch:
+        """The batch with `labels` and their number: those of the blocks `samples` (B,), where there are any. To be
+        called on the CPU."""
+        if labels is None:
+            return self
+        rows = torch.from_numpy(labels[samples])
+        count = float((~rows[:, 0].isnan()).sum())
+        return self._replace(labels=rows, counts=self.counts._replace(labelled=count))
 
     def with_tokens_behind(self, num_first: int) -> Batch:
         """The batch with `counts.tokens_behind`, where tokens are left out. To be called on the CPU."""

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from homodistil.config.schema import DataConfig
 from homodistil.data.batch import Batch
-from homodistil.data.rows import OutputRows, Rows
+from homodistil.data.rows import LabelRows, OutputRows, Rows
 from homodistil.data.task import task_of
 from homodistil.distributed.graceful_stop import ignore_in_worker
 from homodistil.errors import UserError
@@ -49,6 +49,7 @@ class BatchLoader:
         window: of the model's layers that have one, to count pairs by (`LossCounts`).
         num_first: tokens at the beginning of each sequence that a count leaves out (`LossCounts.tokens_behind`).
         outputs: the teacher's pooled states of `rows`, for batches to bring along.
+        labels: of `rows`, likewise.
 
     Raises:
         UserError: no rows, or a global batch size that is not a multiple of micro-batch size x ranks.
@@ -67,11 +68,12 @@ class BatchLoader:
         window: int | None = None,
         num_first: int = 0,
         outputs: OutputRows | None = None,
+        labels: LabelRows | None = None,
     ) -> None:
         if not len(rows):
             raise UserError("data.sources: the training split holds no block of text; add text")
         self._rows, self._seed, self._workers = rows, seed, config.workers
-        self._num_first, self._outputs = num_first, outputs
+        self._num_first, self._outputs, self._labels = num_first, outputs, labels
         self._to_batch = task_of(config).batch_maker(tokenizer, config, seed, window)
         self.global_batch_size, self._rank, self._world = global_batch_size, rank, world_size
         self._order_epoch, self._order = -1, np.empty(0, dtype=np.uint32)
@@ -134,7 +136,7 @@ class BatchLoader:
             here = epochs == epoch
             samples[here] = self._order_of(int(epoch))[offsets[here]]
         batch = self._to_batch(self._rows[samples], samples, epochs).with_outputs(self._outputs, samples)
-        return batch.with_tokens_behind(self._num_first)
+        return batch.with_labels(self._labels, samples).with_tokens_behind(self._num_first)
 
     def _order_of(self, epoch: int) -> np.ndarray:
         if epoch != self._order_epoch:  # cached, because shuffling 10^8 samples takes seconds
@@ -200,7 +202,7 @@ class EvenlySpread:
     """So many rows, spread evenly over `rows`; all of them where there are no more.
 
     Args:
-        rows: blocks of a split, or the teacher's pooled states of them.
+        rows: blocks of a split, or the teacher's pooled states or labels of them.
     """
 
     def __init__(self, rows: Rows, count: int) -> None:
@@ -226,6 +228,7 @@ def fixed_batches(
     window: int | None = None,
     num_first: int = 0,
     outputs: OutputRows | EvenlySpread | None = None,
+    labels: LabelRows | EvenlySpread | None = None,
 ) -> Iterator[Batch]:
     """The batches of this rank for evaluation on `rows`; masks depend only on (seed, sample index).
 
@@ -234,7 +237,7 @@ def fixed_batches(
 
     Args:
         rows: blocks of the held-out split.
-        tokenizer, config, seed, rank, world_size, window, num_first, outputs: see `BatchLoader`.
+        tokenizer, config, seed, rank, world_size, window, num_first, outputs, labels: see `BatchLoader`.
         batch_size: maximum samples per batch and rank.
         limit: use only the first `limit` samples, over all ranks; None: all.
     """
@@ -246,4 +249,4 @@ def fixed_batches(
         else:
             samples = np.zeros(1, dtype=np.int64)
             batch = to_batch.without_targets(rows[samples])
-        yield batch.with_outputs(outputs, samples).with_tokens_behind(num_first)
+        yield batch.with_outputs(outputs, samples).with_labels(labels, samples).with_tokens_behind(num_first)

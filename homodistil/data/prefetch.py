@@ -131,6 +131,6 @@ def _means(local: Tensor, batches: list[Batch]) -> LossCounts:
     least = 1.0 / (len(batches) * ranks.world_size())
     names = [name for name, count in zip(LossCounts._fields, batches[0].counts, strict=True) if count is not None]
     means = dict(zip(names, counts.float().unbind(), strict=True))
-    for name in {"target_rows", "tokens_behind"} & means.keys():  # there may be none
+    for name in {"target_rows", "tokens_behind", "labelled"} & means.keys():  # there may be none
         means[name] = means[name].clamp(min=least)
     return LossCounts(**means)

@@ -1,4 +1,5 @@
-"""Memory-mapped rows of one split: blocks of token ids, or a teacher's pooled state of the text in each block."""
+"""Memory-mapped rows of one split: blocks of token ids, or of the text in each block a teacher's pooled state
+or the label."""
 
 from __future__ import annotations
 
@@ -46,6 +47,19 @@ class OutputRows(Rows):
 
     _dtype = np.float32
     _again = "computes the teacher's outputs again"
+
+
+class LabelRows(Rows):
+    """Labels of the texts of one split: `rows[ids]` is (n, W) fp32, NaN where a text has none (prepare/labels.py)."""
+
+    _dtype = np.float32
+
+
+class TextLabels(NamedTuple):
+    """Labels of every text of a corpus (data.label_column); row i belongs to block i."""
+
+    train: LabelRows
+    heldout: LabelRows
 
 
 class TextOutputs(NamedTuple):

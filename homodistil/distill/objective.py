@@ -47,8 +47,8 @@ class Objective:
         return any(term.needs_teacher for term in self.terms)
 
     def num_readers(self, need: str) -> int:
-        """Terms that read this."""
-        return sum(need in term.needs for term in self.terms)
+        """Terms that read this of both sides."""
+        return sum(need in term.needs for term in self.terms if term.needs_teacher)
 
 
 class ComparedStudent(StudentSide, Protocol):

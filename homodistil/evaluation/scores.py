@@ -18,15 +18,28 @@ from homodistil.models.classifier import LogitKind, logit_kind
 
 @torch.no_grad()
 def evaluate_scores(
-    student: Student, teacher: Teacher, batches: Iterable[Batch], positions: np.ndarray, num_texts: int
+    student: Student,
+    teacher: Teacher,
+    batches: Iterable[Batch],
+    positions: np.ndarray,
+    num_texts: int,
+    also: Callable[[Tensor], dict[str, float]] = lambda logits: {},
 ) -> dict[str, float]:
     """Measures over the texts of all ranks (`compared_scores`), and their number (evaluated_texts). Every rank calls
-    it. Arguments as of `evaluate_vectors`."""
+    it. Arguments as of `evaluate_vectors`, and `also`: further measures of the student's logits (num_texts, L)."""
     pairs = [(student.scores(here), teacher.scores(here)) for here in moved(batches, teacher)]
     ours, theirs = (
         of_all_ranks(torch.cat(logits)[: len(positions)], positions, num_texts) for logits in zip(*pairs, strict=True)
     )
-    return compared_scores(ours, theirs, logit_kind(teacher.model.config)) | {"evaluated_texts": float(num_texts)}
+    measured = compared_scores(ours, theirs, logit_kind(teacher.model.config)) | also(ours)
+    return measured | {"evaluated_texts": float(num_texts)}
+
+
+@torch.no_grad()
+def teacher_logits(teacher: Teacher, batches: Iterable[Batch], positions: np.ndarray, num_texts: int) -> Tensor:
+    """(num_texts, L), the same on every rank. Every rank calls it. Arguments as of `evaluate_vectors`."""
+    logits = torch.cat([teacher.scores(here) for here in moved(batches, teacher)])
+    return of_all_ranks(logits[: len(positions)], positions, num_texts)
 
 
 def compared_scores(ours: Tensor, theirs: Tensor, kind: LogitKind) -> dict[str, float]:
@@ -40,14 +53,21 @@ def compared_scores(ours: Tensor, theirs: Tensor, kind: LogitKind) -> dict[str, 
     if kind == "categories":
         agreement = (ours.argmax(-1) == theirs.argmax(-1)).double().mean()
         return {"kl_to_teacher": label_divergence(ours, theirs).item(), "label_agreement": agreement.item()}
+    known = {f"score_{name}": value for name, value in correlations(ours, theirs).items()}
+    return {"score_mse": (ours - theirs).square().mean().item()} | known
+
+
+def correlations(ours: Tensor, theirs: Tensor) -> dict[str, float]:
+    """pearson and spearman, means over labels, where there are two different scores at least of each label.
+
+    Args:
+        ours, theirs: float64 (N, L), on the CPU.
+    """
     from scipy.stats import pearsonr, spearmanr  # half a second of every rank's start otherwise
 
-    correlations = {
-        "score_pearson": _correlation(pearsonr, ours, theirs),
-        "score_spearman": _correlation(spearmanr, ours, theirs),
-    }
-    known = {name: value for name, value in correlations.items() if value is not None}
-    return {"score_mse": (ours - theirs).square().mean().item()} | known
+    measures = {"pearson": pearsonr, "spearman": spearmanr}
+    values = {name: _correlation(measure, ours, theirs) for name, measure in measures.items()}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def scores_of_itself(kind: LogitKind) -> dict[str, float]:

@@ -52,6 +52,11 @@ METRICS = {
     "score_mse": _Metric("squared distance to the teacher's scores (lower is better)", "mse", "{:.4g}"),
     "score_pearson": _Metric("Pearson correlation with the teacher's scores (higher is better)", "pearsonr", "{:.4f}"),
     "score_spearman": _Metric("Spearman correlation with the teacher's scores", "spearmanr", "{:.4f}"),
+    "label_accuracy": _Metric("accuracy (higher is better)", "accuracy", "{:.4f}"),
+    "label_f1": _Metric("micro-averaged F1 (higher is better)", "f1", "{:.4f}"),
+    "label_mse": _Metric("squared distance to the labels (lower is better)", "mse", "{:.4g}"),
+    "label_pearson": _Metric("Pearson correlation with the labels (higher is better)", "pearsonr", "{:.4f}"),
+    "label_spearman": _Metric("Spearman correlation with the labels (higher is better)", "spearmanr", "{:.4f}"),
 }
 
 _TEMPLATE = """---

@@ -25,8 +25,9 @@ heldout_lm_loss (nats), perplexity and bits_per_byte; kl_to_teacher (nats); of a
 hidden_distance, attention_distance and embedding_distance to its teacher (loss terms on held-out text); of an embedder
 cosine_to_teacher (mean over held-out texts) and recall_at_10 (of the teacher's nearest texts); of a sequence classifier
 kl_to_teacher and label_agreement (share of texts), or, where labels are scores, score_mse, score_pearson and
-score_spearman (means over labels); of a token classifier kl_to_teacher and token_agreement (share of tokens), or
-score_mse;
+score_spearman (means over labels), and by labels of one's own, as it suits these, label_accuracy, label_f1
+(micro-averaged), or label_mse, label_pearson and label_spearman; of a token classifier kl_to_teacher and
+token_agreement (share of tokens), or score_mse;
 tokens_per_s_first and tokens_per_s_last (training, first and last logged interval); of a teacher with fewer pieces
 than it was given with, parameters_before, pieces_before and cached_teacher (its folder's name in the cache). Absent or
 None: not measured."""
@@ -52,11 +53,18 @@ COLUMNS = {
     "score_mse": ("MSE to teacher", "{:.3g}"),
     "score_pearson": ("Pearson", "{:.4f}"),
     "score_spearman": ("Spearman", "{:.4f}"),
+    "label_accuracy": ("accuracy", "{:.1%}"),
+    "label_f1": ("micro-F1", "{:.1%}"),
+    "label_mse": ("MSE to labels", "{:.3g}"),
+    "label_pearson": ("Pearson to labels", "{:.4f}"),
+    "label_spearman": ("Spearman to labels", "{:.4f}"),
     "tokens_per_s_first": ("tokens/s first", "{:,.0f}"),
     "tokens_per_s_last": ("tokens/s last", "{:,.0f}"),
 }
 
 
+LABEL_COLUMNS = ("label_accuracy", "label_f1", "label_mse", "label_pearson", "label_spearman")
+"""What is measured by labels of one's own (data.label_column)."""
 HELDOUT_COLUMNS = {
     "mlm_loss": "heldout_mlm_loss",
     "masked_top1": "masked_top1",
@@ -70,6 +78,7 @@ HELDOUT_COLUMNS = {
     "vector_cosine": "cosine_to_teacher",
     "recall_at_10": "recall_at_10",
     **{name: name for name in ("label_agreement", "token_agreement", "score_mse", "score_pearson", "score_spearman")},
+    **{name: name for name in LABEL_COLUMNS},
 }
 """What evaluation on held-out text measures -> column."""
 
@@ -78,7 +87,7 @@ TASK_COLUMNS = {
     "causal": ("heldout_lm_loss", "perplexity", "bits_per_byte"),
     "none": ("hidden_distance", "attention_distance", "embedding_distance"),
     "embedding": ("cosine_to_teacher", "recall_at_10"),
-    "scores": ("label_agreement", "score_mse", "score_pearson", "score_spearman"),
+    "scores": ("label_agreement", "score_mse", "score_pearson", "score_spearman", *LABEL_COLUMNS),
     "token_scores": ("token_agreement", "score_mse"),
 }
 """Task (data/task.py) -> columns that not every task has."""

@@ -149,7 +149,19 @@ def classifier_uses(names: ClassifierNames) -> list[AxisUse]:
     return [*uses, AxisUse(f"{names.decoder}.weight", 1, (CLASSIFIER_AXIS,))]
 
 
+ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
+"""Hugging Face's names of what labels are: one of several holds; each holds or not; scores."""
+
+
+def problem_type(config) -> ProblemType:
+    """What the labels of a model with this Hugging Face configuration are, which says what loss its class takes.
+
+    Where the configuration leaves it open, stock classes also look at the labels themselves; here one label is a score,
+    and of several one holds.
+    """
+    return config.problem_type or ("single_label_classification" if config.num_labels > 1 else "regression")
+
+
 def logit_kind(config) -> LogitKind:
     """What the logits of a model with this Hugging Face configuration are, as its class trains them."""
-    kinds = {None: "categories" if config.num_labels > 1 else "values", "single_label_classification": "categories"}
-    return kinds.get(config.problem_type, "values")
+    return "categories" if problem_type(config) == "single_label_classification" else "values"

@@ -51,7 +51,10 @@ def sentence_modules_of(data: DataConfig, folder: str | None) -> SentenceModules
 
 
 def settle_texts(data: DataConfig, folder: str | None) -> None:
-    """Replace the name of a prompt by its text, in place. Raises as `sentence_modules_of`."""
+    """Replace the name of a prompt by its text, and what a text is where texts have labels, in place. Raises as
+    `sentence_modules_of`."""
+    if data.label_column:
+        data.texts = "document"  # labels are those of whole lines
     if (modules := sentence_modules_of(data, folder)) is not None:
         data.prompt = modules.prompt(data.prompt) or NO_PROMPT
     elif task_of(data).has_single_texts and data.prompt == "auto":

@@ -13,11 +13,12 @@ from homodistil.distill.student import Student
 from homodistil.distill.teacher import Teacher
 from homodistil.evaluation.distances import evaluate_distances, measured_distances
 from homodistil.evaluation.heldout import evaluate
+from homodistil.evaluation.labels import compared_to_labels
 from homodistil.evaluation.next_tokens import evaluate_next_tokens
-from homodistil.evaluation.scores import evaluate_scores, scores_of_itself
+from homodistil.evaluation.scores import evaluate_scores, scores_of_itself, teacher_logits
 from homodistil.evaluation.token_scores import evaluate_token_scores, token_scores_of_itself
 from homodistil.evaluation.vectors import evaluate_vectors
-from homodistil.models.classifier import logit_kind
+from homodistil.models.classifier import logit_kind, problem_type
 from homodistil.models.family import ModelFamily
 from homodistil.training.inputs import RunInputs
 
@@ -47,7 +48,7 @@ class HeldoutScores:
             return {"vector_cosine": 1.0, "recall_at_10": 1.0}
         if self.run_inputs.head == "classifier":
             of_itself = token_scores_of_itself if self._has_token_labels else scores_of_itself
-            return of_itself(logit_kind(teacher.model.config))
+            return of_itself(logit_kind(teacher.model.config)) | self._teacher_to_labels(teacher, limit)
         if not self.run_inputs.with_head:
             return dict.fromkeys(measured_distances(self.config.loss), 0.0)
         if not self.family.is_causal:
@@ -69,7 +70,22 @@ class HeldoutScores:
         batches = self.run_inputs.heldout(self.config, limit)
         if self._has_token_labels:
             return evaluate_token_scores(student, teacher, batches, total)
-        return evaluate_scores(student, teacher, batches, positions, total)
+        to_labels = functools.partial(self._to_labels, teacher, limit)
+        return evaluate_scores(student, teacher, batches, positions, total, to_labels)
+
+    def _teacher_to_labels(self, teacher: Teacher, limit: int | None) -> dict[str, float]:
+        if self.run_inputs.corpus.labels is None:
+            return {}
+        positions, total = self.run_inputs.heldout_positions(self.config, limit)
+        logits = teacher_logits(teacher, self.run_inputs.heldout(self.config, limit), positions, total)
+        return self._to_labels(teacher, limit, logits)
+
+    def _to_labels(self, teacher: Teacher, limit: int | None, logits: Tensor) -> dict[str, float]:
+        """Measures of logits (texts, L) by labels of one's own; {} where there are none."""
+        labels = self.run_inputs.heldout_labels(limit)
+        if labels is None:
+            return {}
+        return compared_to_labels(logits, labels, problem_type(teacher.model.config))
 
     @property
     def _has_token_labels(self) -> bool:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from homodistil.config.schema import RunConfig
@@ -17,6 +18,7 @@ from homodistil.data.loader import BatchLoader, EvenlySpread, fixed_batches, fix
 from homodistil.data.prefetch import BatchPrefetcher
 from homodistil.data.prepare.corpus import Corpus, prepare_corpus
 from homodistil.data.prepare.integrity import BackgroundCheck
+from homodistil.data.prepare.labels import label_rule
 from homodistil.data.rows import Rows, TextOutputs
 from homodistil.data.sources.teachers import is_cached_teacher
 from homodistil.data.task import TASKS
@@ -135,6 +137,7 @@ class RunInputs:
             self.window,
             config.loss.skip_first_tokens,
             self.outputs and self.outputs.train,
+            self.corpus.labels and self.corpus.labels.train,
         )
 
     def heldout(self, config: RunConfig, limit: int | None = None, batch_size: int | None = None) -> Iterator[Batch]:
@@ -152,6 +155,7 @@ class RunInputs:
             self.window,
             config.loss.skip_first_tokens,
             self.outputs and self._spread(self.outputs.heldout, limit),
+            self.corpus.labels and self._spread(self.corpus.labels.heldout, limit),
         )
         return watchdog.each("evaluating", batches)
 
@@ -161,8 +165,15 @@ class RunInputs:
         shares = fixed_samples(total, config.train.eval_batch_size, ranks.rank(), ranks.world_size())
         return np.concatenate([np.empty(0, dtype=np.int64), *shares]), total
 
+    def heldout_labels(self, limit: int | None = None) -> Tensor | None:
+        """Labels of all held-out texts that are looked at, fp32 (texts, W); None: labels are not read."""
+        if self.corpus.labels is None:
+            return None
+        rows = self._spread(self.corpus.labels.heldout, limit)
+        return torch.from_numpy(rows[np.arange(len(rows))])
+
     def _spread(self, heldout: Rows, limit: int | None) -> Rows | EvenlySpread:
-        """Those of held-out rows, blocks or the teacher's pooled states of them, that are looked at."""
+        """Those of held-out rows, blocks or what there is of their texts, that are looked at."""
         if not self.has_single_texts:
             return heldout
         return EvenlySpread(heldout, MAX_TEXTS if limit is None else min(limit, MAX_TEXTS))
@@ -218,8 +229,9 @@ def prepare_inputs(
         for subject, text in run_summary(resolve_run(one, teacher_config)).items():
             _say_on_first_rank(f"{subject}: {text}" if len(wanted) == 1 else f"{one.run.name}: {subject}: {text}")
     # What the others get of the corpus are the names of the files, which they map for themselves.
-    names = groups.once(leaders, lambda: prepare_corpus(config.data, tokenizer, lambda now: accept(corpus=now)).names())
-    corpus = Corpus.named(names)
+    labels = label_rule(config.data, teacher_config)
+    prepare = functools.partial(prepare_corpus, config.data, tokenizer, lambda now: accept(corpus=now), labels=labels)
+    corpus = Corpus.named(groups.once(leaders, lambda: prepare().names()))
     check = BackgroundCheck(corpus.train.path.parent if leaders[ranks.rank()] == ranks.rank() else None)
     if corpus.fingerprint != ranks.on_rank_zero(lambda: corpus.fingerprint):
         raise UserError(

@@ -13,9 +13,9 @@ from homodistil.metrics.term_labels import term_label
 
 LIMIT = 0.8
 """Share of the total from which on a term is warned of."""
-NOT_OF_A_COPY = ("mlm",)
-"""Terms that a copy of its teacher has: a cross-entropy to text never falls to 0, and a copy begins with nothing else,
-whatever it weighs."""
+NOT_OF_A_COPY = ("mlm", "labels")
+"""Terms that a copy of its teacher has: a cross-entropy to text or labels never falls to 0, and a copy begins with
+nothing else, whatever it weighs."""
 
 
 class Balance:

@@ -26,6 +26,7 @@ def main(argv: list[str]) -> None:
     config = parse(arguments, f"{__doc__.splitlines()[0]} --task N --tasks M: do only shards N, N + M, ...")
     # After parsing, so that --help and mistakes need no heavy imports.
     from homodistil.data.prepare.corpus import check_sources, prepare_share
+    from homodistil.data.prepare.labels import label_rule
     from homodistil.data.sources.teachers import cached_teacher
     from homodistil.data.task import settle_task
     from homodistil.distill.teacher import load_config, load_tokenizer
@@ -50,7 +51,7 @@ def main(argv: list[str]) -> None:
         settle_texts(config.data, folder)
         check_preparable(config)
         tokenizer = load_tokenizer(folder, teacher_config, config.data.task)
-        corpus = prepare_share(config.data, tokenizer, *task)
+        corpus = prepare_share(config.data, tokenizer, *task, label_rule(config.data, teacher_config))
         outputs = None
         if config.teacher.is_stored and not isinstance(corpus, str):
             outputs = outputs_of_worker(config, folder, tokenizer, corpus, *task)

@@ -14,6 +14,8 @@ import torch
 from homodistil.config.derive import compressed_schedule, measurement_inputs, small_config
 from homodistil.config.schema import RunConfig
 from homodistil.data.prepare.corpus import Corpus
+from homodistil.data.prepare.labels import label_rule
+from homodistil.data.rows import TextLabels
 from homodistil.distributed import ranks
 from homodistil.engine.build import resolve_engine_config
 from homodistil.engine.ds_config import teacher_dtype
@@ -58,7 +60,9 @@ def trial(
     """
     small = small_config(config, ranks.world_size())
     raw = {name: value for name, value in raw_engine_config.items() if name not in _BATCH_ENTRIES}
-    corpus = Corpus(rows, rows, "preflight", "a sample")
+    rule = label_rule(config.data, teacher.resolved.teacher_config)
+    labels = np.zeros((len(rows), rule.width), dtype=np.float32) if rule else None
+    corpus = Corpus(rows, rows, "preflight", "a sample", labels=rule and TextLabels(labels, labels))
     window = teacher.resolved.family.window(teacher.resolved.teacher_config)
     run_inputs = RunInputs(
         teacher.folder,

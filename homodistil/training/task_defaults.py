@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from homodistil.config.schema import LM_HEAD_WEIGHTS, TASK_DEFAULTS, RunConfig, set_value, value_of
 
@@ -13,15 +13,15 @@ def wants_head(config: RunConfig) -> bool:
     return given or config.teacher.correction_steps > 0
 
 
-def give_defaults(config: RunConfig, names: Sequence[str], leave_out: str | None = None) -> None:
+def give_defaults(config: RunConfig, names: Sequence[str], leave_out: Collection[str] = ()) -> None:
     """Give a run what suits its task, where the user has set nothing else.
 
     Args:
         names: the weights that the task alone has; where one of them is set, none is given.
-        leave_out: the one of the task's defaults that does not suit the teacher.
+        leave_out: those of the task's defaults that do not suit the teacher or the data.
     """
     weights = [f"loss.{name}" for name in names]
     has_weight = any(name in config.given or value_of(config, name) > 0 for name in weights)
     for name, value in TASK_DEFAULTS[config.data.task].items():
-        if name not in (*config.given, leave_out) and not (has_weight and name in weights):
+        if name not in (*config.given, *leave_out) and not (has_weight and name in weights):
             set_value(config, name, value)

@@ -23,12 +23,14 @@ from homodistil.data.cache import build_once
 from homodistil.data.prepare.build_shards import Preparation
 from homodistil.data.prepare.filters import Filters, versions
 from homodistil.data.prepare.integrity import CHECKED_AT_ONCE_BYTES, blocks_bytes, content_damage, structure_damage
+from homodistil.data.prepare.label_rows import labels_file
+from homodistil.data.prepare.labels import LabelRule
 from homodistil.data.prepare.merge import SUMMARY_FILE, merge
 from homodistil.data.prepare.pairs import PairRule, pair_rule
 from homodistil.data.prepare.shard_plan import Plan, make_plan
 from homodistil.data.prepare.shards import CorpusShards, Recipe
 from homodistil.data.prepare.texts import RULE_VERSION, TextRule, text_rule
-from homodistil.data.rows import Rows
+from homodistil.data.rows import LabelRows, Rows, TextLabels
 from homodistil.data.sources.documents import read
 from homodistil.data.sources.sources import Source, check_sources, open_sources
 from homodistil.data.task import task_of
@@ -47,16 +49,23 @@ class Corpus:
     """Hash of everything that the blocks depend on; equal fingerprints mean equal blocks."""
     description: str
     """One line: documents, tokens and blocks of each split."""
+    labels: TextLabels | None = None
+    """Of the text in each block (data.label_column); None: labels are not read."""
 
-    def names(self) -> tuple[Path, Path, str, str]:
+    def names(self) -> tuple[Path, Path, str, str, bool]:
         """Plain values from which another process can map the same files (`named`)."""
-        return self.train.path, self.heldout.path, self.fingerprint, self.description
+        return self.train.path, self.heldout.path, self.fingerprint, self.description, self.labels is not None
 
     @classmethod
-    def named(cls, names: tuple[Path, Path, str, str]) -> Corpus:
+    def named(cls, names: tuple[Path, Path, str, str, bool]) -> Corpus:
         """The corpus for the values of `names()`, mapped by this process."""
-        train, heldout, fingerprint, description = names
-        return cls(Rows(train), Rows(heldout), fingerprint, description)
+        train, heldout, fingerprint, description, has_labels = names
+        labels = _labels_in(train.parent) if has_labels else None
+        return cls(Rows(train), Rows(heldout), fingerprint, description, labels)
+
+
+def _labels_in(folder: Path) -> TextLabels:
+    return TextLabels(*(LabelRows(folder / labels_file(split)) for split in ("train", "heldout")))
 
 
 def corpus_fingerprint(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -69,6 +78,7 @@ def prepare_corpus(
     tokenizer: PreTrainedTokenizerBase,
     accept: Callable[[str], None] = lambda _: None,
     checked_bytes: float | None = None,
+    labels: LabelRule | None = None,
 ) -> Corpus:
     """The corpus, from the cache if it has been prepared before. Shards that a killed process has finished are reused.
 
@@ -78,17 +88,21 @@ def prepare_corpus(
     Args:
         tokenizer: of the teacher.
         accept: called with the fingerprint before anything is prepared; may raise.
+        labels: how labels of one's own are read; None: they are not, whatever columns there are.
 
     Raises:
-        UserError: a source is missing, unreadable or without text; there are fewer than two documents; `seq_len` is too
-            long for the model; a package or hub data set cannot be downloaded; the library of a filter is missing.
+        UserError: a source is missing, unreadable or without text, or has a label that is none; there are fewer than
+            two documents; `seq_len` is too long for the model; a package or hub data set cannot be downloaded; the
+            library of a filter is missing.
     """
-    order = _Order(config, tokenizer)
+    order = _Order(config, tokenizer, labels)
     accept(order.fingerprint)
     return order.whole(CHECKED_AT_ONCE_BYTES if checked_bytes is None else checked_bytes)
 
 
-def prepare_share(config: DataConfig, tokenizer: PreTrainedTokenizerBase, task: int, tasks: int) -> Corpus | str:
+def prepare_share(
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase, task: int, tasks: int, labels: LabelRule | None = None
+) -> Corpus | str:
     """The work of one array task: make every `tasks`-th shard, beginning with number `task`.
 
     Returns:
@@ -97,7 +111,7 @@ def prepare_share(config: DataConfig, tokenizer: PreTrainedTokenizerBase, task: 
     Raises:
         UserError: as in `prepare_corpus`.
     """
-    return _Order(config, tokenizer).share(task, tasks)
+    return _Order(config, tokenizer, labels).share(task, tasks)
 
 
 def shards_of(config: DataConfig, tokenizer: PreTrainedTokenizerBase, folder: Path) -> Preparation:
@@ -108,13 +122,14 @@ def shards_of(config: DataConfig, tokenizer: PreTrainedTokenizerBase, folder: Pa
 class _Order:
     """A request for a corpus, with its sources opened."""
 
-    def __init__(self, config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, config: DataConfig, tokenizer: PreTrainedTokenizerBase, labels: LabelRule | None = None) -> None:
         self._backend, task = check_tokenizer(config, tokenizer), task_of(config)
         self._frame = task.frame(tokenizer)
         self._unknown = tokenizer.unk_token_id
-        self._config, self._sources = config, open_sources(config)
+        self._config, self._sources, self._labels = config, open_sources(config), labels
         self._texts = self._text_rule(tokenizer) if task.has_single_texts else None
-        self.fingerprint = _fingerprint(config, self._sources, self._backend, task.fingerprint(tokenizer), self._texts)
+        special_ids = task.fingerprint(tokenizer)
+        self.fingerprint = _fingerprint(config, self._sources, self._backend, special_ids, self._texts, labels)
         self._cache_dir = Path(config.cache_dir).expanduser()
         self._target = self._cache_dir / "corpora" / self.fingerprint
 
@@ -142,7 +157,8 @@ class _Order:
         if preparation is not None:
             preparation.give_up()
         train, heldout = Rows(folder / "train.npy"), Rows(folder / "heldout.npy")
-        return Corpus(train, heldout, self.fingerprint, _describe(folder, self._config.seq_len))
+        labels = None if self._labels is None else _labels_in(folder)
+        return Corpus(train, heldout, self.fingerprint, _describe(folder, self._config.seq_len), labels)
 
     def share(self, task: int, tasks: int) -> Corpus | str:
         if self._is_there():
@@ -164,7 +180,7 @@ class _Order:
     def preparation(self, folder: Path | None = None, is_over: Callable[[], bool] | None = None) -> Preparation:
         plan = make_plan(self._sources, self._config.shard_bytes, self.fingerprint)
         self._check_language(plan)
-        recipe = Recipe(self._sources, self._backend, Filters(self._config), self._texts)
+        recipe = Recipe(self._sources, self._backend, Filters(self._config), self._texts, self._labels)
         folder = folder or self._cache_dir / "parts" / plan.hash[:16]
         return Preparation(folder, CorpusShards(plan, recipe), is_over or self._is_there)
 
@@ -202,7 +218,12 @@ def check_tokenizer(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> T
 
 
 def _fingerprint(
-    config: DataConfig, sources: list[Source], backend: Tokenizer, special_ids: list, texts: TextRule | PairRule | None
+    config: DataConfig,
+    sources: list[Source],
+    backend: Tokenizer,
+    special_ids: list,
+    texts: TextRule | PairRule | None,
+    labels: LabelRule | None,
 ) -> str:
     parts = {
         "version": _FORMAT_VERSION,
@@ -221,6 +242,8 @@ def _fingerprint(
         parts["texts"] = [RULE_VERSION, *texts]
     if isinstance(texts, PairRule):
         parts["pairs"] = texts.identity
+    if labels is not None:
+        parts["labels"] = labels.identity
     if used := versions(config):
         parts["filters"] = [config.boilerplate_filter, config.near_duplicates, used]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]

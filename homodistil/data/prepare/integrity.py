@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from homodistil.data.cache import workspace
+from homodistil.data.prepare.label_rows import labels_file
 from homodistil.data.prepare.merge import MANIFEST_FILE, SUMMARY_FILE
 from homodistil.files import file_sha256
 
@@ -38,8 +39,13 @@ def structure_damage(folder: Path) -> str | None:
             counts, digest = summary[split], manifest["sha256"][f"{split}.npy"]
             if not all(type(counts[name]) is int for name in _COUNTS) or not isinstance(digest, str):
                 return f"{SUMMARY_FILE} or {MANIFEST_FILE} lacks a count or a checksum"
-            if problem := _array_damage(folder / f"{split}.npy", counts["blocks"], manifest["settings"]["seq_len"]):
+            shape = counts["blocks"], manifest["settings"]["seq_len"]
+            if problem := _array_damage(folder / f"{split}.npy", shape, "iu", "token ids"):
                 return problem
+            if "label_column" in manifest["settings"]:
+                shape = counts["blocks"], manifest["label_width"]
+                if problem := _array_damage(folder / labels_file(split), shape, "f", "numbers"):
+                    return problem
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
         return f"{Path(error.filename).name}: {error.strerror}"
     except (ValueError, KeyError, TypeError) as error:
@@ -48,13 +54,13 @@ def structure_damage(folder: Path) -> str | None:
 
 
 def content_damage(folder: Path) -> str | None:
-    """Which split does not have the sha256 in the manifest; None if both have. Reads all blocks."""
+    """Which file does not have the sha256 in the manifest; None if all have. Reads all blocks."""
     if problem := structure_damage(folder):
         return problem
     checksums = json_object(folder / MANIFEST_FILE)["sha256"]
-    for split in _SPLITS:
-        if file_sha256(folder / f"{split}.npy") != checksums[f"{split}.npy"]:
-            return f"{split}.npy has another sha256 than {MANIFEST_FILE} says"
+    for name in (*map("{}.npy".format, _SPLITS), *map(labels_file, _SPLITS)):
+        if name in checksums and file_sha256(folder / name) != checksums[name]:
+            return f"{name} has another sha256 than {MANIFEST_FILE} says"
     return None
 
 
@@ -74,7 +80,8 @@ def json_object(path: Path) -> dict[str, Any]:
     return content
 
 
-def _array_damage(path: Path, num_blocks: int, seq_len: int) -> str | None:
+def _array_damage(path: Path, shape: tuple[int, int], kinds: str, what: str) -> str | None:
+    """`kinds`: of dtypes."""
     try:
         # Also compares the size of the file with the shape in its header.
         blocks = np.lib.format.open_memmap(path, mode="r")
@@ -82,8 +89,8 @@ def _array_damage(path: Path, num_blocks: int, seq_len: int) -> str | None:
         raise
     except Exception as error:  # numpy evaluates the header, so damaged bytes can raise any exception
         return f"{path.name}: {type(error).__name__} in its header"
-    if blocks.shape != (num_blocks, seq_len) or blocks.dtype.kind not in "iu":
-        return f"{path.name} holds {blocks.shape} of {blocks.dtype}, expected {(num_blocks, seq_len)} token ids"
+    if blocks.shape != shape or blocks.dtype.kind not in kinds:
+        return f"{path.name} holds {blocks.shape} of {blocks.dtype}, expected {shape} {what}"
     return None
 
 

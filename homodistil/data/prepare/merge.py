@@ -1,5 +1,7 @@
 """Finished shards -> `train.npy`, `heldout.npy` (n, seq_len), `corpus.json` and `manifest.json`.
 
+With data.label_column there are `train_labels.npy` and `heldout_labels.npy` (n, W) fp32 beside them.
+
 Duplicates and the split are determined over all documents; then every shard is read once, in order. The files do not
 depend on how the text was divided into shards, nor on which processes made these.
 """
@@ -18,6 +20,7 @@ import homodistil
 from homodistil.config.schema import DataConfig
 from homodistil.data.prepare import filters
 from homodistil.data.prepare.document_table import DocumentTable, chosen, document_table, token_rows
+from homodistil.data.prepare.label_rows import block_labels, document_labels, labels_file, write_labels
 from homodistil.data.prepare.packing import BlockFile, Packer, split
 from homodistil.data.prepare.pairs import PairPacker, PairRule
 from homodistil.data.prepare.shard_plan import Plan
@@ -65,6 +68,11 @@ def merge(folder: Path, plan: Plan, recipe: Recipe, shards: list[Path], frame: F
                 side.add(shard.source, chosen(rows, sides[name]))
     summary = {name: side.close() for name, side in to_disk.items()}
     checksums = {f"{name}.npy": part.pop("sha256") for name, part in summary.items()}
+    if recipe.labels is not None:
+        of_documents = document_labels(shards, recipe.labels.width)
+        for name, weights_of_side in (("train", weights), ("heldout", [])):
+            rows = block_labels(of_documents, sides[name], table.source_of, weights_of_side)
+            checksums[labels_file(name)] = write_labels(folder / labels_file(name), rows)
     manifest = _manifest(plan, shards, table, is_heldout, recipe, config)
     _write(folder / MANIFEST_FILE, {**manifest, "splits": summary, "sha256": checksums}, indent=1)
     _write(folder / SUMMARY_FILE, summary)
@@ -161,9 +169,11 @@ def _manifest(plan: Plan, shards: list[Path], table: DocumentTable, is_heldout, 
     fields = ("text_documents", "text_column", "seq_len", "heldout_fraction", "shard_bytes")
     fields += ("boilerplate_filter", "near_duplicates")
     fields += ("pair_columns", "truncation") if config.pair_columns else ()
+    fields += ("label_column",) if recipe.labels is not None else ()
     packages = ("numpy", "tokenizers", "transformers")
     return {
         "plan": plan.hash,
+        **({} if recipe.labels is None else {"label_width": recipe.labels.width}),
         "settings": {name: getattr(config, name) for name in fields},
         "versions": {
             "homodistil": homodistil.__version__,

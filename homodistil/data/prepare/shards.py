@@ -3,6 +3,7 @@
 NNNNN/tokens.bin       token ids of all documents, one after the other
 NNNNN/documents.npy    one row of dtype DOCUMENT per document
 NNNNN/texts.bin        where texts are sentences: tokens of each text, uint32
+NNNNN/labels.bin       with data.label_column: (documents, W) float32 (labels.py)
 NNNNN/signatures.bin   with data.near_duplicates: (documents, NUM_HASHES) uint32
 NNNNN/summary.json     counts, and size and sha256 of each file
 """
@@ -14,7 +15,7 @@ import json
 import os
 import shutil
 from array import array
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,15 +23,18 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from homodistil.data.prepare.filters import HEAD_CHARS, Filters
+from homodistil.data.prepare.labels import LabelRule
 from homodistil.data.prepare.pairs import PairRule
 from homodistil.data.prepare.shard_plan import Plan, Shard
 from homodistil.data.prepare.texts import TextRule
 from homodistil.data.sources.documents import Piece, read
+from homodistil.data.sources.labelled import read_labelled
 from homodistil.data.sources.sources import Source
 from homodistil.files import file_sha256
 
 TOKENS, DOCUMENTS, SIGNATURES, SUMMARY = "tokens.bin", "documents.npy", "signatures.bin", "summary.json"
 TEXTS, TEXT_LENGTH = "texts.bin", np.dtype("<u4")
+LABELS, LABEL = "labels.bin", np.dtype("<f4")
 DOCUMENT = np.dtype([("hash", "<u8"), ("num_tokens", "<i8"), ("num_bytes", "<i8"), ("dropped_by", "u1")])
 # Limits the memory: the objects of the tokenizer need about 100 bytes per token.
 _BATCH_PIECES, _BATCH_CHARS = 4096, 1 << 20
@@ -45,6 +49,8 @@ class Recipe(NamedTuple):
     filters: Filters
     texts: TextRule | PairRule | None = None
     """Where every block holds one text or pair: what that is."""
+    labels: LabelRule | None = None
+    """Where every document has a label, or none by its own account: what that is."""
 
     @property
     def token_dtype(self) -> np.dtype:
@@ -85,8 +91,12 @@ def make_shard(folder: Path, shard: Shard, recipe: Recipe, advance: Callable[[in
     scratch.mkdir(parents=True)
     writer = _Writer(scratch, recipe, advance)
     for span in shard.spans:
-        for pieces in read(recipe.sources[shard.source], span):
-            writer.add_document(pieces)
+        if recipe.labels is None:
+            for pieces in read(recipe.sources[shard.source], span):
+                writer.add_document(pieces)
+        else:
+            for pieces, label in read_labelled(recipe.sources[shard.source], span):
+                writer.add_document(pieces, recipe.labels.numbers(*label))
     writer.close()
     os.replace(scratch, folder)
 
@@ -114,7 +124,7 @@ class _Writer:
 
     def __init__(self, folder: Path, recipe: Recipe, advance: Callable[[int], None]) -> None:
         self._folder, self._dtype, self._filters, self._advance = folder, recipe.token_dtype, recipe.filters, advance
-        self._tokenizer, self._rule = recipe.tokenizer, recipe.texts
+        self._tokenizer, self._rule, self._has_labels = recipe.tokenizer, recipe.texts, recipe.labels is not None
         self._tokenizer.encode_special_tokens = True  # "[MASK]" in a text becomes three ordinary tokens
         self._files = {name: _HashedFile(folder / name) for name in self._names()}
         self._rows = array("Q"), array("q"), array("q"), array("B")
@@ -123,7 +133,7 @@ class _Writer:
         self._chars = self._bytes = 0
 
     def _names(self) -> list[str]:
-        more = {SIGNATURES: self._filters.near_duplicates, TEXTS: self._has_texts}
+        more = {SIGNATURES: self._filters.near_duplicates, TEXTS: self._has_texts, LABELS: self._has_labels}
         return [TOKENS, *(name for name, is_wanted in more.items() if is_wanted)]
 
     @property
@@ -135,8 +145,8 @@ class _Writer:
         """What of a piece of a document is tokenised as one."""
         return self._rule.parts(piece, is_first) if isinstance(self._rule, TextRule) else [piece]
 
-    def add_document(self, pieces) -> None:
-        """Add a document; one that consists of white space only is ignored."""
+    def add_document(self, pieces: Iterable[Piece], label: Sequence[float] = ()) -> None:
+        """Add a document, with its label where labels are read; one that consists of white space only is ignored."""
         hashes, num_tokens, num_bytes, dropped_by = self._rows
         number, digest, size, head = len(hashes), hashlib.blake2b(digest_size=8), 0, _Head(self._filters)
         for piece in pieces:
@@ -154,6 +164,8 @@ class _Writer:
         hashes.append(int.from_bytes(digest.digest(), "little"))
         num_bytes.append(size)
         dropped_by.append(self._filters.judge(head.text()))
+        if self._has_labels:
+            self._files[LABELS].write(np.array(label, dtype=LABEL).tobytes())
         if self._filters.near_duplicates:
             self._files[SIGNATURES].write(self._filters.signature(head.text()).tobytes())
 

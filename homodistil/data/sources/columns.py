@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 from homodistil.data.sources.text_files import TextFile
 from homodistil.errors import UserError, nearest
@@ -24,12 +25,23 @@ def parquet_texts(file: TextFile, column: str, groups: range) -> Iterator[str]:
     return (text for (text,) in parquet_columns(file, [column], groups) if text)
 
 
-def parquet_columns(file: TextFile, columns: Sequence[str], groups: range) -> Iterator[list[str | None]]:
-    """Rows of these columns."""
+def parquet_columns(
+    file: TextFile, columns: Sequence[str], groups: range, label_column: str | None = None
+) -> Iterator[list[Any]]:
+    """Rows of these columns, which hold text, and then of the one that holds labels, if there is one."""
+    wanted = [*columns, label_column] if label_column else list(columns)
     with open_parquet(file, *columns) as table:
-        for batch in table.iter_batches(PARQUET_BATCH_ROWS, row_groups=groups, columns=list(columns)):
-            texts = [_strings(file, batch.column(column)) for column in columns]
-            yield from map(list, zip(*texts, strict=True))
+        if label_column and label_column not in table.schema_arrow.names:
+            raise no_label(file.location, label_column, table.schema_arrow.names)
+        for batch in table.iter_batches(PARQUET_BATCH_ROWS, row_groups=groups, columns=wanted):
+            values = [_strings(file, batch.column(column)) for column in wanted]
+            yield from map(list, zip(*values, strict=True))
+
+
+def first_row(file: TextFile, group: int) -> int:
+    """Rows of a parquet file before a row group."""
+    with open_parquet(file) as table:
+        return sum(table.metadata.row_group(i).num_rows for i in range(group))
 
 
 def _strings(file: TextFile, column) -> list[str | None]:
@@ -76,6 +88,14 @@ def no_column(where: str, column: str, columns: Iterable[str], is_of_pair: bool 
     return UserError(
         f"{_field(is_of_pair)}: {where} has no column {column!r}{nearest(column, columns)}; "
         f"found: {', '.join(columns)}{hint}"
+    )
+
+
+def no_label(where: str, column: str, columns: Iterable[str]) -> UserError:
+    columns = list(columns)
+    return UserError(
+        f"data.label_column: {where} has no column {column!r}{nearest(column, columns)}; found: {', '.join(columns)}; "
+        f"name the column of the labels, and write null where there is none"
     )
 
 

@@ -53,18 +53,18 @@ def read(source: Source, span: Span) -> Iterator[Iterable[Piece]]:
         UserError: the text is unreadable, binary or malformed; the message names file and position.
     """
     if source.hub is not None:
-        return (_cut(text) for text in source.hub.texts(source.text_column, span.start, span.end))
+        return (cut(text) for text in source.hub.texts(source.text_column, span.start, span.end))
     file = source.files[span.file]
     if source.pair_columns is not None:
         return _pairs(file, source.pair_columns, span)
     if file.kind == ".parquet":
-        return (_cut(text) for text in parquet_texts(file, source.text_column, range(span.start, span.end)))
+        return (cut(text) for text in parquet_texts(file, source.text_column, range(span.start, span.end)))
     if file.kind == ".jsonl":
-        return (_cut(text) for text in _json_texts(file, source.text_column, span))
+        return (cut(text) for text in _json_texts(file, source.text_column, span))
     if file.kind == ".xml":
-        return (_cut(text) for text in _dump_texts(file))
+        return (cut(text) for text in _dump_texts(file))
     if source.text_documents == "paragraph":
-        return (_cut(text) for text in _paragraphs(file, span))
+        return (cut(text) for text in _paragraphs(file, span))
     return iter([_whole(_lines(file, span))])
 
 
@@ -134,9 +134,9 @@ def _whole(lines: Iterable[str]) -> Iterator[Piece]:
         held.append(line)
         length += len(line)
         if length >= _PIECE_CHARS:
-            yield from _cut("".join(held))
+            yield from cut("".join(held))
             held, length = [], 0
-    yield from _cut("".join(held))
+    yield from cut("".join(held))
 
 
 def _paragraphs(file: TextFile, span: Span) -> Iterator[str]:
@@ -177,7 +177,7 @@ def _whole_lines(file: TextFile, span: Span) -> Iterator[str]:
         yield "".join(held)
 
 
-def _cut(text: str) -> Iterator[Piece]:
+def cut(text: str) -> Iterator[Piece]:
     """Pieces of at most `_PIECE_CHARS`, cut before white space, so that words and tokens stay the same."""
     start = 0
     while len(text) - start > _PIECE_CHARS:
@@ -195,19 +195,19 @@ def _pairs(file: TextFile, columns: tuple[str, str], span: Span) -> Iterator[Ite
         both = parquet_columns(file, columns, range(span.start, span.end))
     else:
         both = (
-            [_json_string(record, column, "data.pair_columns", where, line) for column in columns]
-            for record, where, line in _json_records(file, columns, span)
+            [json_string(record, column, "data.pair_columns", where, line) for column in columns]
+            for record, where, line in json_records(file, columns, span)
         )
     return (pair for pair in both if all(text and text.strip() for text in pair))
 
 
 def _json_texts(file: TextFile, column: str, span: Span) -> Iterator[str]:
-    for record, where, line in _json_records(file, [column], span):
-        if text := _json_string(record, column, "data.text_column", where, line):
+    for record, where, line in json_records(file, [column], span):
+        if text := json_string(record, column, "data.text_column", where, line):
             yield text
 
 
-def _json_records(
+def json_records(
     file: TextFile, columns: Sequence[str], span: Span
 ) -> Iterator[tuple[dict[str, Any], Callable[[], str], str]]:
     """Objects that have all of `columns`, where each stands (to be called for messages alone), and its line."""
@@ -230,7 +230,7 @@ def _json_records(
         yield record, functools.partial(_place, file, span, number), line
 
 
-def _json_string(record: dict[str, Any], column: str, field: str, where: Callable[[], str], line: str) -> str | None:
+def json_string(record: dict[str, Any], column: str, field: str, where: Callable[[], str], line: str) -> str | None:
     text = record[column]
     if not isinstance(text, str | None):
         raise UserError(f"{field}: {where()}: {column!r} holds {type(text).__name__}, expected a string")

@@ -26,6 +26,11 @@ from homodistil.data.sources.text_files import (
 from homodistil.errors import UserError, nearest
 
 _WITH_COLUMNS = (".jsonl", ".parquet")
+_OF_COLUMNS = {
+    "data.pair_columns": ("pairs", "single texts"),
+    "data.label_column": ("labels", "texts without labels"),
+}
+"""Field that names columns -> what they hold, and what there is without them, for messages."""
 _LONGEST_NAME_BYTES = 4095  # of a path on Linux
 
 
@@ -38,6 +43,8 @@ class Source:
     text_documents: str
     pair_columns: tuple[str, str] | None = None
     """Columns of both texts, where documents are pairs."""
+    label_column: str | None = None
+    """Column of the label of each document, where labels are read."""
     weight: float = 1.0
     """How often each of its training blocks occurs per epoch."""
     files: list[TextFile] = field(default_factory=list)
@@ -47,7 +54,7 @@ class Source:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Those that are read."""
+        """Those of text that are read."""
         return self.pair_columns or (self.text_column,)
 
 
@@ -55,8 +62,10 @@ def check_sources(config: DataConfig) -> None:
     """Raise `UserError` for problems that can be detected without downloading anything."""
     if not config.text_column:
         raise UserError("data.text_column: found an empty name; give the column that holds the text, such as text")
-    for name in config.sources if config.pair_columns else ():
-        _check_has_columns(name, config)
+    columns = {"data.pair_columns": config.pair_columns, "data.label_column": [config.label_column]}
+    for field_name, names in columns.items():
+        for name in config.sources if any(names) else ():
+            _check_has_columns(name, field_name, names)
     _refuse_twice([(place, name) for name in config.sources for place in _places(name)])
 
 
@@ -120,6 +129,8 @@ def _open(name: str, weight: float, config: DataConfig, cache_dir: Path, is_hash
     common = {"name": name, "weight": weight, "text_documents": config.text_documents}
     if config.pair_columns:
         common["pair_columns"] = tuple(config.pair_columns)
+    if config.label_column:
+        common["label_column"] = config.label_column
     if is_hub_name(name):
         hub = open_hub(name, config.text_column)
         return Source(text_column=config.text_column, hub=hub, fingerprint=[f"hub:{hub.fingerprint}"], **common)
@@ -131,15 +142,15 @@ def _open(name: str, weight: float, config: DataConfig, cache_dir: Path, is_hash
     return Source(text_column=column, files=files, fingerprint=fingerprint, **common)
 
 
-def _check_has_columns(name: str, config: DataConfig) -> None:
-    """Raise `UserError` for a source that has no columns for pairs; those of hub data sets are not read yet."""
+def _check_has_columns(name: str, field_name: str, columns: list[str]) -> None:
+    """Raise `UserError` for a source without columns of pairs or labels; those of hub data sets are not read yet."""
     is_local = not (is_hub_name(name) or assets.is_embedded(name))
     kinds = {file.kind for file in _files(name)} if is_local else {"no file"}
     if kinds - {*_WITH_COLUMNS}:
+        what, otherwise = _OF_COLUMNS[field_name]
         raise UserError(
-            f"data.pair_columns: found {','.join(config.pair_columns)}, but {name!r} is {', '.join(sorted(kinds))}; "
-            f"pairs are read from {' and '.join(_WITH_COLUMNS)} files; give such, or leave data.pair_columns out for "
-            f"single texts"
+            f"{field_name}: found {','.join(columns)}, but {name!r} is {', '.join(sorted(kinds))}; {what} are read "
+            f"from {' and '.join(_WITH_COLUMNS)} files; give such, or leave {field_name} out for {otherwise}"
         )
 
 

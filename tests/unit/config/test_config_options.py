@@ -89,6 +89,7 @@ def test_the_facts_that_runs_in_old_folders_depend_on():
         "teacher.shard",
         "teacher.outputs",  # the same numbers, out of files
         "data.task",  # auto, which follows from the teacher, is written down as what it follows to
+        "data.check_label_order",  # before the first step alone
         "data.cache_dir",
         "data.workers",
         "data.shard_bytes",

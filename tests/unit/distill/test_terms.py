@@ -80,8 +80,8 @@ def test_rows_of_the_head_and_logits_that_are_kept():
 def test_every_weight_of_the_config_has_a_term():
     names = [field.name for field in dataclasses.fields(LossConfig) if field.name in registered()]
     pooled = dict.fromkeys(("pooled_cosine", "pooled_mse", "pooled_similarity"), 1.0)
-    scores = dict.fromkeys(("scores_kl", "scores_mse"), 1.0)
-    assert list(LossConfig(cosine=1.0, relations=1.0, **pooled, **scores).weights) == names and len(names) == 12
+    scores = dict.fromkeys(("scores_kl", "scores_mse", "labels"), 1.0)
+    assert list(LossConfig(cosine=1.0, relations=1.0, **pooled, **scores).weights) == names and len(names) == 13
 
 
 def test_only_the_terms_with_a_weight_are_asked():

@@ -1,0 +1,52 @@
+"""Reads documents with their labels: lines of .jsonl files and rows of .parquet files (data.label_column)."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+from homodistil.data.sources.columns import first_row, no_label, parquet_columns
+from homodistil.data.sources.documents import Piece, Span, cut, json_records, json_string
+from homodistil.data.sources.sources import Source
+from homodistil.data.sources.text_files import TextFile
+
+
+class RawLabel(NamedTuple):
+    """A label as it stands in a file."""
+
+    value: Any
+    where: Callable[[], str]
+    """File and line or row, for messages alone."""
+
+
+def read_labelled(source: Source, span: Span) -> Iterator[tuple[Iterable[Piece], RawLabel]]:
+    """The documents of `read` that are not empty, with the label of each. Raises as `read`.
+
+    Args:
+        source: of files that have columns, with `label_column`.
+    """
+    file = source.files[span.file]
+    for texts, label in (_labelled_rows if file.kind == ".parquet" else _labelled_lines)(file, source, span):
+        if all(text and text.strip() for text in texts):
+            yield texts if source.pair_columns else cut(texts[0]), label
+
+
+def _labelled_rows(file: TextFile, source: Source, span: Span) -> Iterator[tuple[list[str | None], RawLabel]]:
+    rows = parquet_columns(file, source.columns, range(span.start, span.end), source.label_column)
+    for number, (*texts, value) in enumerate(rows, start=1):
+        yield texts, RawLabel(value, functools.partial(_row, file, span.start, number))
+
+
+def _row(file: TextFile, group: int, number: int) -> str:
+    """File and row for messages; `number`: from the row group `group` on."""
+    return f"{file.location}: row {first_row(file, group) + number}"
+
+
+def _labelled_lines(file: TextFile, source: Source, span: Span) -> Iterator[tuple[list[str | None], RawLabel]]:
+    field = "data.pair_columns" if source.pair_columns else "data.text_column"
+    for record, where, line in json_records(file, source.columns, span):
+        if source.label_column not in record:
+            raise no_label(where(), source.label_column, record)
+        texts = [json_string(record, column, field, where, line) for column in source.columns]
+        yield texts, RawLabel(record[source.label_column], where)

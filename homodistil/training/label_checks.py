@@ -1,0 +1,67 @@
+"""Refuses labels of one's own that cannot be meant as they are, before anything is trained on them."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from homodistil.config.schema import RunConfig
+from homodistil.distill.build_teacher import build_teacher
+from homodistil.distill.teacher import load_config
+from homodistil.errors import UserError
+from homodistil.evaluation.labels import BetterOrder, better_order
+from homodistil.evaluation.scores import teacher_logits
+from homodistil.metrics.progress import doing
+from homodistil.models.classifier import problem_type
+from homodistil.training.inputs import RunInputs, teacher_copy
+
+_MOST_SHOWN = 8
+
+
+def check_labels(config: RunConfig, run_inputs: RunInputs, dtype: torch.dtype) -> None:
+    """Refuse labels of which none is there, or that fit the teacher clearly better in another order.
+
+    Numbers of another data set may be in another order than the teacher's, and a student would then learn both. A run
+    that has begun is not judged again. Every rank calls it, while none holds anything on its device.
+
+    Args:
+        dtype: of the teacher.
+
+    Raises:
+        UserError: on every rank.
+    """
+    if run_inputs.corpus.labels is None or run_inputs.begun_with is not None:
+        return
+    _check_there_are_some(config.data.label_column, run_inputs)
+    teacher_config = load_config(run_inputs.teacher)
+    if config.data.check_label_order and problem_type(teacher_config) == "single_label_classification":
+        with doing("comparing the labels with the teacher's"):
+            order = better_order(_teacher_logits(config, run_inputs, dtype), run_inputs.heldout_labels())
+        if order is not None:
+            raise UserError(_other_order(config.data.label_column, order, teacher_config.id2label))
+
+
+def _check_there_are_some(column: str, run_inputs: RunInputs) -> None:
+    labels = run_inputs.corpus.labels.train
+    if np.isnan(labels[np.arange(len(labels))]).all():
+        raise UserError(
+            f"data.label_column: {column!r} holds no label for any of the {len(labels)} training texts (null or -100 "
+            f"alone); name the column of the labels, or leave data.label_column out"
+        )
+
+
+def _teacher_logits(config: RunConfig, run_inputs: RunInputs, dtype: torch.dtype) -> Tensor:
+    """Of the held-out texts that are looked at, (texts, L)."""
+    teacher = build_teacher(teacher_copy(run_inputs, dtype), config.teacher, run_inputs.device, dtype)
+    return teacher_logits(teacher, run_inputs.heldout(config), *run_inputs.heldout_positions(config))
+
+
+def _other_order(column: str, better: BetterOrder, names: dict[int, str]) -> str:
+    moved = [(number, names[label]) for number, label in enumerate(better.order) if number != label]
+    shown = ", ".join(f"{number}={name}" for number, name in moved[:_MOST_SHOWN]) + ", ..." * (len(moved) > _MOST_SHOWN)
+    return (
+        f"data.label_column: the teacher gives {better.accuracy_as_given:.1%} of {better.num_texts} held-out texts the "
+        f"label in {column!r}, but {better.accuracy:.1%} if its numbers meant {shown}, which seems to be their order; "
+        f"write the teacher's names into the column, or set data.check_label_order=false to train on them as they are"
+    )
