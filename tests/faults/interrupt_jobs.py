@@ -31,7 +31,7 @@ def script_with_slow_imports(script: str) -> None:
 def train_with_slow_preparation(arguments: list[str]) -> None:
     from homodistil.training import inputs
 
-    def slow(*_arguments: object) -> None:
+    def slow(*_arguments: object, **_named: object) -> None:
         print("preparing slowly", flush=True)
         time.sleep(60)
 
