@@ -25,7 +25,7 @@ from homodistil.planning.save_plan import calibration_path, keep_plan
 from homodistil.training.control_runs import controls
 from homodistil.training.final_formats import add_formats
 from homodistil.training.inputs import prepare_inputs
-from homodistil.training.label_checks import check_labels
+from homodistil.training.label_checks import check_ground_truth
 from homodistil.training.milestone_exports import family_rows, read_family
 from homodistil.training.multi_student import student_runs, train_together
 from homodistil.training.resolve import resolve_run
@@ -70,7 +70,7 @@ def _run(job: Job, raw_engine_config: dict, device: torch.device, report: StartR
             check_teacher(student)
         fault_point("start.materials")
         run_inputs = prepare_inputs(config, device, own_folders or [folder], students)
-        check_labels(config, run_inputs, teacher_dtype(config.teacher.dtype, engine_config, device))
+        check_ground_truth(config, run_inputs, teacher_dtype(config.teacher.dtype, engine_config, device))
     ranks.on_rank_zero(lambda: check_run_folders(config, students))  # again: what was `auto` is known now
     # Claimed only now: whatever the user had to fix until here, the folder is still free.
     for path, one in zip((folder, *own_folders), (config, *students), strict=True):

@@ -181,7 +181,7 @@ TASK_DEFAULTS = {
     **dict.fromkeys(TASKS_OF_LABELS, _OF_LABELS),
 }
 """Task -> what its student is given unless the user has set it (the weight: one of those that the task alone has; of
-labels the one that suits the teacher's, and that of labels of one's own where there are any). A text is shorter than a
+labels the one that suits the teacher's, and that of ground-truth labels where there are any). A text is shorter than a
 block of other tasks, and has one vector."""
 
 SECTIONS: dict[str, type] = {section.name: section.default_factory for section in dataclasses.fields(RunConfig)}

@@ -242,7 +242,7 @@ class DataConfig:
         students="shared",
         derived=SAME,
     )
-    """Task scores: column of .jsonl and .parquet files that holds labels of one's own: names or numbers of the
+    """Task scores: column of .jsonl and .parquet files that holds ground-truth labels: names or numbers of the
     teacher's labels, scores, or lists of them; null or -100: the text has none. Texts are then whole documents
     (data.texts). Unset: no labels."""
     check_label_order: bool = option(True, resume="free", students="shared", derived=SAME)

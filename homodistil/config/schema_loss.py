@@ -72,7 +72,7 @@ class LossConfig:
     )
     """Temperature of the scores_kl term (> 0); the term is multiplied by its square."""
     labels: float = option(0.0, low=0, high=WEIGHT, resume="fixed", students="own", derived={CORRECTION: 0.0})
-    """Weight of the loss against labels of one's own (data.label_column), mean over the texts that have one (>= 0):
+    """Weight of the loss against ground-truth labels (data.label_column), mean over the texts that have one (>= 0):
     cross-entropy, squared distance or binary cross-entropy, as the teacher's config.json says (docs/classifiers.md). 1
     where data.label_column is set, unless it is set."""
     kl_temperature: float = option(1.0, low=0, high=1000, exclude="low", resume="fixed", students="own", derived=SAME)

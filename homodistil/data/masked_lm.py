@@ -78,9 +78,10 @@ class Masker:
 
 
 class TokensOfText(Masker):
-    """The same batches with every token as it is, of which all that come from the text count as rows to predict: those
-    that have labels. Not what frames a text, [CLS], [SEP] and padding: a token classifier is not trained there, and its
-    users never see what it says. An unknown word is a word.
+    """For token classifiers: every token as it is, and all that come from the text are rows to predict.
+
+    The tokens around a text ([CLS], [SEP], padding) are not: token classifiers have no labels there, in training or in
+    use. [UNK] is, for it stands for a word of the text.
 
     Args:
         tokenizer, window: see `Masker`.

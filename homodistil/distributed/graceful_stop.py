@@ -167,9 +167,10 @@ SEND_AGAIN_S = 0.02
 
 
 def _is_in_hook_of_fork(frame: FrameType | None) -> bool:
-    """Whether what is raised at `frame`, of the main thread, is lost: Python drops exceptions in its hooks of a fork.
+    """Whether an exception raised at `frame` of the main thread would be lost: Python drops those of hooks of a fork.
 
-    Our hooks are the first before a fork, so others run while `mask` is set; our own begin before and end after it.
+    `mask` is set while hooks of other libraries run, for ours comes first before a fork. The first and last lines of
+    our hooks lie outside of that time, so the frames are searched for them.
     """
     if getattr(_forking, "mask", None) is not None:
         return True

@@ -1,4 +1,4 @@
-"""How well logits answer labels of one's own, and whether the numbers of the labels are in the teacher's order.
+"""How well logits answer ground-truth labels, and whether the numbers of the labels are in the teacher's order.
 
 N texts, L labels of the head, W numbers of a label (data/prepare/labels.py), NaN where a text has none.
 """

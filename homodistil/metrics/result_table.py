@@ -25,7 +25,7 @@ heldout_lm_loss (nats), perplexity and bits_per_byte; kl_to_teacher (nats); of a
 hidden_distance, attention_distance and embedding_distance to its teacher (loss terms on held-out text); of an embedder
 cosine_to_teacher (mean over held-out texts) and recall_at_10 (of the teacher's nearest texts); of a sequence classifier
 kl_to_teacher and label_agreement (share of texts), or, where labels are scores, score_mse, score_pearson and
-score_spearman (means over labels), and by labels of one's own, as it suits these, label_accuracy, label_f1
+score_spearman (means over labels), and by ground-truth labels, as it suits these, label_accuracy, label_f1
 (micro-averaged), or label_mse, label_pearson and label_spearman; of a token classifier kl_to_teacher and
 token_agreement (share of tokens), or score_mse;
 tokens_per_s_first and tokens_per_s_last (training, first and last logged interval); of a teacher with fewer pieces
@@ -64,7 +64,7 @@ COLUMNS = {
 
 
 LABEL_COLUMNS = ("label_accuracy", "label_f1", "label_mse", "label_pearson", "label_spearman")
-"""What is measured by labels of one's own (data.label_column)."""
+"""What is measured by ground-truth labels (data.label_column)."""
 HELDOUT_COLUMNS = {
     "mlm_loss": "heldout_mlm_loss",
     "masked_top1": "masked_top1",

@@ -149,6 +149,8 @@ def classifier_uses(names: ClassifierNames) -> list[AxisUse]:
     return [*uses, AxisUse(f"{names.decoder}.weight", 1, (CLASSIFIER_AXIS,))]
 
 
+NO_LABEL = -100
+"""Number of a label that is not there, which torch's cross-entropy passes over."""
 ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
 """Hugging Face's names of what labels are: one of several holds; each holds or not; scores."""
 

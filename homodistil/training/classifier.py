@@ -35,7 +35,7 @@ def labels_task(config: RunConfig, teacher_config) -> str | None:
 
 
 def _check_label_column(config: RunConfig, task: str | None) -> None:
-    """Labels of one's own are those of whole texts, of a classifier of texts. `task`: as of `labels_task`."""
+    """Ground-truth labels are those of whole texts, of a classifier of texts. `task`: as of `labels_task`."""
     column, teacher = config.data.label_column, config.teacher.name
     if column and task != "scores":
         kind = "a token classifier, whose labels of tokens are not read yet" if task else "not used as a classifier"

@@ -81,7 +81,7 @@ class HeldoutScores:
         return self._to_labels(teacher, limit, logits)
 
     def _to_labels(self, teacher: Teacher, limit: int | None, logits: Tensor) -> dict[str, float]:
-        """Measures of logits (texts, L) by labels of one's own; {} where there are none."""
+        """Measures of logits (texts, L) by ground-truth labels; {} where there are none."""
         labels = self.run_inputs.heldout_labels(limit)
         if labels is None:
             return {}

@@ -1,4 +1,4 @@
-"""Refuses labels of one's own that cannot be meant as they are, before anything is trained on them."""
+"""Refuses ground-truth labels that cannot be meant as they are, before anything is trained on them."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from homodistil.training.inputs import RunInputs, teacher_copy
 _MOST_SHOWN = 8
 
 
-def check_labels(config: RunConfig, run_inputs: RunInputs, dtype: torch.dtype) -> None:
-    """Refuse labels of which none is there, or that fit the teacher clearly better in another order.
+def check_ground_truth(config: RunConfig, run_inputs: RunInputs, dtype: torch.dtype) -> None:
+    """Refuse a column without any label, and labels that fit the teacher clearly better in another order.
 
     Numbers of another data set may be in another order than the teacher's, and a student would then learn both. A run
     that has begun is not judged again. Every rank calls it, while none holds anything on its device.

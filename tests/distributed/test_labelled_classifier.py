@@ -1,4 +1,4 @@
-"""Labels of one's own through the launcher's own script on two ranks: training, events, resume, measures, refusals."""
+"""Ground-truth labels through the launcher's own script on two ranks: training, events, resume, measures, refusals."""
 
 from __future__ import annotations
 

@@ -88,7 +88,7 @@ def prepare_corpus(
     Args:
         tokenizer: of the teacher.
         accept: called with the fingerprint before anything is prepared; may raise.
-        labels: how labels of one's own are read; None: they are not, whatever columns there are.
+        labels: how ground-truth labels are read; None: they are not, whatever columns there are.
 
     Raises:
         UserError: a source is missing, unreadable or without text, or has a label that is none; there are fewer than

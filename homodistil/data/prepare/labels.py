@@ -1,4 +1,4 @@
-"""Labels of one's own (data.label_column): what stands in a file -> the numbers that a loss compares with.
+"""Ground-truth labels (data.label_column): what stands in a file -> the numbers that a loss compares with.
 
 A text has a row of W numbers, NaN where it has no label. The teacher's config.json says what they are:
 
@@ -19,12 +19,10 @@ import numpy as np
 
 from homodistil.config.schema import DataConfig
 from homodistil.errors import UserError, nearest
-from homodistil.models.classifier import ProblemType, problem_type
+from homodistil.models.classifier import NO_LABEL, ProblemType, problem_type
 
 RULE_VERSION = 1
 """Part of a corpus's fingerprint; raise it when labels become other numbers."""
-NO_LABEL = -100
-"""Stands for a label that is not there, as `null` does: the number that torch's cross-entropy passes over."""
 _MOST_SHOWN = 12
 _LARGEST = float(np.finfo(np.float32).max)
 

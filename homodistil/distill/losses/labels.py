@@ -1,4 +1,4 @@
-"""The term against labels of one's own (data.label_column), beside those to the teacher, of which it asks nothing.
+"""The term against ground-truth labels (data.label_column), beside those to the teacher, of which it asks nothing.
 
 The kind is that of the teacher's class in transformers. B texts of a micro-batch, L labels of the head, W numbers of a
 label (data/prepare/labels.py); a text without a label has NaN there, and counts for the other terms alone.
@@ -10,10 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from homodistil.distill.losses.term import BatchSizes, Step, Term, Weighted
-from homodistil.models.classifier import CLASSIFIER_AXIS, ProblemType, problem_type
-
-_NO_LABEL = -100
-"""A target that cross-entropy passes over."""
+from homodistil.models.classifier import CLASSIFIER_AXIS, NO_LABEL, ProblemType, problem_type
 
 
 class Labels(Term):
@@ -50,8 +47,8 @@ def label_loss(logits: Tensor, labels: Tensor, kind: ProblemType) -> Tensor:
         labels: fp32 (B, W), NaN where there is none.
     """
     if kind == "single_label_classification":
-        targets = labels[:, 0].nan_to_num(_NO_LABEL).long()
-        return functional.cross_entropy(logits, targets, ignore_index=_NO_LABEL, reduction="sum")
+        targets = labels[:, 0].nan_to_num(NO_LABEL).long()
+        return functional.cross_entropy(logits, targets, ignore_index=NO_LABEL, reduction="sum")
     is_there, targets = (~labels.isnan()).to(logits.dtype), labels.nan_to_num()
     if kind == "regression":
         return ((logits - targets).square() * is_there).sum() / logits.shape[1]

@@ -1,4 +1,4 @@
-"""Labels of one's own: from a column to the row of each block, and what is refused; corpora without any as before."""
+"""Ground-truth labels: from a column to the row of each block, and what is refused; corpora without any as before."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The term against labels of one's own, and its gradients, against formulas of one text at a time."""
+"""The term against ground-truth labels, and its gradients, against formulas of one text at a time."""
 
 from __future__ import annotations
 

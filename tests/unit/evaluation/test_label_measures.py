@@ -1,4 +1,4 @@
-"""Measures by labels of one's own against counting, and when another order of them is believed."""
+"""Measures by ground-truth labels against counting, and when another order of them is believed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run with labels of one's own is given, and what is refused before anything is read."""
+"""What a run with ground-truth labels is given, and what is refused before anything is read."""
 
 from __future__ import annotations
 
