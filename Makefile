@@ -17,7 +17,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 # Python compiles what it imports when it first does; pip would spend the better part of a minute on all the rest.
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 
-FREE_PORT = $(shell $(BIN)/python -c "import socket; s = socket.socket(); s.bind(('', 0)); print(s.getsockname()[1])")
+FREE_PORT = $(shell $(BIN)/python -m homodistil.distributed.free_port)
 
 .PHONY: setup train quality quality-decoder test test-fast test-full lanes lint docs slurm clean prepared
 

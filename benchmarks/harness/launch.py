@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -13,6 +12,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.harness.environment import ROOT
+from homodistil.distributed.free_port import free_port
 
 RESULT_FILE = "HOMODISTIL_BENCHMARK_RESULT"
 
@@ -30,12 +30,6 @@ def run_ranks(module: str, args: list[str], num_ranks: int, environment: dict[st
         fixed = {"PYTHONPATH": paths, RESULT_FILE: str(result)}
         subprocess.run(command, env=os.environ | defaults | fixed | environment, check=True)
         return json.loads(result.read_text())
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def is_rank() -> bool:

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from benchmarks.harness.environment import ROOT
-from benchmarks.harness.launch import free_port
 from benchmarks.peers.workload import Files, Task, as_dict
+from homodistil.distributed.free_port import free_port
 
 
 @dataclass(frozen=True)

@@ -22,12 +22,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.harness.environment import ROOT, environment
-from benchmarks.harness.launch import free_port
 from benchmarks.harness.process import Ran, run
 from benchmarks.harness.rows import Rows
 from benchmarks.harness.run import page, parser, publish
 from benchmarks.harness.table import table
 from homodistil.distributed.fault_injection import VARIABLE
+from homodistil.distributed.free_port import free_port
 
 NUM_RANKS, SAVE_EVERY, KILLED_IN = 2, 4, 6
 PROMPT = "The capital of France is"

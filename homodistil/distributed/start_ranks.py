@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import os
 import shlex
-import socket
 import sys
 from pathlib import Path
 from typing import NoReturn
 
 from homodistil.distributed import invocation
+from homodistil.distributed.free_port import free_port
 from homodistil.distributed.launcher_env import is_under_launcher
 from homodistil.errors import UserError
 
@@ -72,10 +72,3 @@ def _check_devices(num_ranks: int) -> None:
             f"--ranks: found {num_ranks}, this machine has {torch.cuda.device_count()} GPUs; start as many ranks as "
             f"GPUs, or set DS_ACCELERATOR=cpu"
         )
-
-
-def free_port() -> int:
-    """A TCP port on which no process of this machine listens."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import atexit
 import datetime
 import os
-import socket
 import warnings
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import torch
 from torch import distributed, nn
 
 from homodistil.config.schema import OptimizerConfig, TrainConfig
+from homodistil.distributed.free_port import free_port
 from homodistil.distributed.launcher_env import adopt_launcher_variables, check_rank_variables
 from homodistil.engine.ds_config import is_enabled
 from homodistil.engine.ds_config_file import check_engine_json, read_engine_json
@@ -97,15 +97,12 @@ def _leave() -> None:
 
 
 def _single_rank_variables() -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     os.environ |= {
         "RANK": "0",
         "LOCAL_RANK": "0",
         "WORLD_SIZE": "1",
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
+        "MASTER_PORT": str(free_port()),
     }
 
 

@@ -4,7 +4,6 @@ import os
 import re
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ import pytest
 from support.small_job import TRAIN, arguments, differences, result
 
 from homodistil.distributed.exit_codes import STOPPED, of_signal
+from homodistil.distributed.free_port import free_port
 
 SCRIPTS = TRAIN.parent
 BIN = Path(sys.executable).parent
@@ -38,11 +38,6 @@ def stopped_at(output: str) -> tuple[int, list[str]]:
     lines = re.findall(pattern, output, re.MULTILINE)
     assert len(lines) == 1 and output.count("stopped by") == 1, output
     return int(lines[0][0]), shlex.split(lines[0][1])
-
-
-def free_port() -> str:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return str(server.getsockname()[1])
 
 
 def interrupted(command: list[str], folder: Path, step: int, out: Path) -> str:
@@ -88,7 +83,7 @@ LAUNCHERS = {
 def test_ctrl_c_under_a_launcher_saves_and_says_what_to_type(launcher, run_inputs, tmp_path):
     folder = tmp_path / "run"
     own = arguments(run_inputs, folder, "train.steps=2000", "train.save_every_steps=1000", "pruning.schedule=none")
-    prefix = [free_port() if part == "PORT" else part for part in LAUNCHERS[launcher]]
+    prefix = [str(free_port()) if part == "PORT" else part for part in LAUNCHERS[launcher]]
     output = interrupted([*prefix, str(TRAIN), *own], folder, 4, tmp_path / "output.txt")
     step, command = stopped_at(output)
     assert (folder / "checkpoints" / "latest").read_text().strip() == f"step-{step:06d}"

@@ -10,10 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.launch import ROOT, free_port
+from support.launch import ROOT
 from support.small_job import TRAIN, arguments
 
 from homodistil.distributed.exit_codes import USER_ERROR
+from homodistil.distributed.free_port import free_port
 
 PROGRAMS = Path(sys.executable).parent
 LIMIT_S = 480

@@ -7,10 +7,11 @@ itself is tested in slurm/test_launchers.py and faults/test_interrupt.py.
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
+
+from homodistil.distributed.free_port import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 TAIL_CHARS = 4000
@@ -47,9 +48,3 @@ def _tail(text: str) -> str:
     """The end of what the ranks themselves wrote: torchrun's own report of a failure says nothing about its cause."""
     traceback = [line for line in text.splitlines() if line.startswith("[rank0]:")]
     return "\n".join(traceback or [text])[-TAIL_CHARS:]
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]

@@ -77,7 +77,9 @@ class RankForks:
         client.close()
 
     def _start(self, client: socket.socket, target, arguments, ranks, folder, env, rank_env, cwd) -> list[int]:
-        port, pids = _free_port(), []
+        from homodistil.distributed.free_port import free_port  # main() has said where it lies
+
+        port, pids = free_port(), []
         for rank in range(ranks):
             output = Path(folder, f"rank-{rank}.txt")
             output.touch()
@@ -140,12 +142,6 @@ def _call(target: str, arguments: list) -> None:
     else:
         module, function = target.split(":")
         getattr(importlib.import_module(module), function)(*arguments)
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def _do_once() -> None:
