@@ -67,15 +67,14 @@ def main() -> None:
         made.error(str(error))
     if options.is_listed and options.study != "decoder":
         made.error("--list: only the study decoder has a list")
-    if args.table and options.study != "refit":
-        made.error("--table: only the study refit writes a page without making runs")
     if options.is_listed:
         print(decoder_list.listing(options))
         return
     run, tables = STUDIES[options.study]
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # ends the workers too
     start = spawner(options.work, options.deepspeed)
-    with Pool(options.work, start, options.workers, say=lambda line: print(line, flush=True)) as pool:
+    workers = 0 if args.table else options.workers
+    with Pool(options.work, start, workers, say=lambda line: print(line, flush=True)) as pool:
         outcome = run(pool, options)
     for label, error in pool.errors.items():
         print(f"failed: {label}: {error}", file=sys.stderr)

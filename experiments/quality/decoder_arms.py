@@ -99,5 +99,5 @@ DECODER_ARMS = {
         ),
     )
 }
-DEFAULT_ORDER = ("full_gradual", "refit_gradual", "none_gradual")
-"""What the product does by default (pruning.compensation=auto) is the first of these that it has."""
+DEFAULT_ORDER = ("full_one_shot", "refit_one_shot", "none_gradual")
+"""What the product does by default (pruning.compensation and schedule auto) is the first of these that it has."""

@@ -81,7 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     tasks = list(fine_tuning.TASKS)
     parser.add_argument("--tasks", nargs="+", choices=tasks, help="refit: fine-tune the shortest runs' students on")
     parser.add_argument("--task-rate", type=float, default=fine_tuning.RATE, help="refit: learning rate of --tasks")
-    parser.add_argument("--table", action="store_true", help="refit: the page of what is there; makes no run")
+    parser.add_argument("--table", action="store_true", help="the page of what is there; makes no run")
     parser.add_argument("--teacher", help="decoder, refit: packaged one, GGUF file or folder")
     parser.add_argument("--layers", type=int, help="decoder, refit: first layers of a decoder (30: whole)")
     parser.add_argument("--list", action="store_true", help="decoder: all runs and the time they take; makes none")

@@ -93,7 +93,7 @@ class Pool:
     Args:
         work: folder of results; what is there already is not made again.
         start: see `spawner`.
-        num_workers: processes.
+        num_workers: processes; 0: nothing is made, and what is not there yet is None.
         say: gets the progress lines.
     """
 
@@ -121,7 +121,7 @@ class Pool:
             later: kind -> number of jobs expected after this phase, for the estimate of the time left.
         """
         unique = {job.folder(self.work): job for job in jobs}
-        waiting = deque(job for job in unique.values() if job.result(self.work) is None)
+        waiting = deque(job for job in unique.values() if job.result(self.work) is None and self._workers)
         total, done = len(waiting), 0
         if len(unique) > total:
             self.say(f"{phase}: {len(unique) - total} of {len(unique)} are there already")

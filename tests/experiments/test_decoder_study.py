@@ -57,9 +57,9 @@ def test_embeddings_that_leave_no_room_for_layers_are_named(tmp_path):
 
 
 def test_the_default_is_the_strongest_compensation_that_is_there():
-    entries = [Entry(DECODER_ARMS[name], "0.7") for name in ("none_gradual", "refit_gradual", "full_one_shot")]
+    entries = [Entry(DECODER_ARMS[name], "0.7") for name in ("none_gradual", "refit_one_shot", "full_gradual")]
     study = decoder_study.DecoderStudy(entries)
-    assert study.default("0.7").arm.name == "refit_gradual" and study.default("0.5") is None
+    assert study.default("0.7").arm.name == "refit_one_shot" and study.default("0.5") is None
     assert decoder_study.peers(study, "0.7") == []
 
 

@@ -100,3 +100,8 @@ def test_jobs_are_done_in_order_once_and_a_failure_or_a_death_ends_nothing(tmp_p
     assert done == ["new", "bad"]
     assert "phase: 2 of 4 are there already" in lines
     assert [result and result["name"] for result in found] == ["a", "c", "new", None]
+
+    done.clear()
+    with Pool(tmp_path, start, 0, lines.append) as pool:  # only what is there
+        found = pool.run("phase", [_named_job(name) for name in ("a", "newer", "bad")])
+    assert not done and not pool.errors and [result and result["name"] for result in found] == ["a", None, None]
