@@ -25,6 +25,8 @@ from homodistil.pruning.compensation.student import EventChange, propose, residu
 from homodistil.pruning.compensation.vectors import mean_turn
 from homodistil.training.inputs import RunInputs
 
+CHECK_SEQUENCES = 512
+"""At most, over all ranks, that a rotation is checked with: it costs as much as an event, and decides on a limit."""
 HeldOutLoss = Callable[[Student], float]
 """Plain student -> held-out MLM loss (nats), the same on every rank."""
 
@@ -96,20 +98,25 @@ class Compensation:
         """Held-out loss of the rotated student; of one without a head the share of its hidden states' variance that is
         lost, 0 before, of an embedder how far its vectors turn (mean of 1 - cosine), and of a classifier the KL of its
         labels, or the share of its scores' variance that is lost."""
-        table, options = student.family.axis_table(student.model), self.options(0)
-        rotated = rotation_only(student.model, student.family, table, self.batches(0), options, fixed)
+        table, options, batches = student.family.axis_table(student.model), self.options(0), self._check_batches()
+        rotated = rotation_only(student.model, student.family, table, batches, options, fixed)
         if options.pooling is not None:
-            models, batches = (student.model, rotated.model), self.batches(0)
+            models = student.model, rotated.model
             turn = mean_turn(models, residual_map(student, rotated.plan), student.family, batches, options.pooling)
             total, count = ranks.total(torch.tensor(turn, dtype=torch.float64, device=self.run_inputs.device)).tolist()
             return total / count
         if options.logits is not None:
             models = student.model, rotated.model
-            sums = ranks.total(logit_distance(models, student.family, self.batches(0), options.logits))
+            sums = ranks.total(logit_distance(models, student.family, batches, options.logits))
             return mean_distance(sums, options.logits)
         if not self.run_inputs.with_head:
             return rotated.report["lost"]
         return loss(Student(rotated.model, student.objective.config, distil=False))
+
+    def _check_batches(self) -> list[Batch]:
+        """The first of this rank's calibration micro-batches."""
+        batches = self.batches(0)
+        return batches[: -(-CHECK_SEQUENCES // (ranks.world_size() * len(batches[0].input_ids)))]
 
     def _tell(self, before: float, rises: list[float], limit: float, fixed: Tensor | None) -> None:
         if ranks.rank() == 0:

@@ -18,11 +18,11 @@ from homodistil.models.classifier import Classifier, LogitKind
 from homodistil.models.family import ModelFamily
 from homodistil.pruning.compensation.least_squares import Rows, fit_linear, fit_norm
 from homodistil.pruning.compensation.refit import Refit
-from homodistil.pruning.compensation.vectors import NUM_DIRECTIONS, generators
+from homodistil.pruning.compensation.vectors import generators
 
 
 def drawn_logit_directions(
-    batch: Batch, first_sequence: int, seed: int, kind: LogitKind, logits: Tensor, of_tokens: bool = False
+    batch: Batch, first_sequence: int, seed: int, kind: LogitKind, logits: Tensor, num_directions: int | None
 ) -> Tensor:
     """Directions of logits (R, L) -> fp32 (draws, R, L), the same however texts are dealt out to micro-batches.
 
@@ -32,13 +32,13 @@ def drawn_logit_directions(
 
     Args:
         first_sequence: place of the batch's first text among those of all ranks.
-        of_tokens: whether rows are tokens; these are so many that one direction each will do, NUM_DIRECTIONS of a text.
+        num_directions: of each text; None: rows are tokens, which are so many that one direction each will do.
     """
     draw = torch.randn if kind == "values" else torch.rand
-    size = (1, batch.input_ids.shape[1]) if of_tokens else (NUM_DIRECTIONS,)
+    size = (1, batch.input_ids.shape[1]) if num_directions is None else (num_directions,)
     size += (logits.shape[1],) if kind == "values" else ()
     numbers = torch.stack([draw(size, generator=one) for one in generators(batch, first_sequence, seed)], 1).to(logits)
-    if of_tokens:
+    if num_directions is None:
         numbers = numbers.flatten(1, 2)[:, batch.target_index]
     return numbers if kind == "values" else torch.stack([label_direction(logits, row) for row in numbers])
 

@@ -7,7 +7,6 @@ Rows are valid tokens, N heads, H dims of a head, D hidden, V vocabulary.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Literal, NamedTuple
@@ -27,7 +26,7 @@ from homodistil.models.norms import Norm
 from homodistil.models.sentence_head import PoolingMode, pooled
 from homodistil.pruning.compensation.labels import draw_labels, drawn_logit_directions
 from homodistil.pruning.compensation.moments import TINY, Moments, moments_of
-from homodistil.pruning.compensation.vectors import drawn_directions
+from homodistil.pruning.compensation.vectors import directions_per_text, drawn_directions
 
 _LOGITS_AT_ONCE = 1 << 25
 """Elements: 128 MiB of probabilities in fp32."""
@@ -85,14 +84,17 @@ def collect(
     """
     collector = _Collector(model, family, sorted(head_layers), basis)
     num_with_head = -(-len(batches) // 2) if basis is not None and family.has_head(model) else 0
+    num_directions = directions_per_text(ranks.world_size() * sum(len(batch.input_ids) for batch in batches))
     try:
         for i, batch in enumerate(batches):
             first = (i * ranks.world_size() + ranks.rank()) * len(batch.input_ids)
             if basis is not None and pooling is not None:
-                collector.run_vectors(batch, drawn_directions(batch, first, seed, _hidden_size(model, family)), pooling)
+                size = family.axis_table(model).widths["hidden"]
+                collector.run_vectors(batch, drawn_directions(batch, first, seed, size, num_directions), pooling)
             elif basis is not None and logits is not None:
-                draw = functools.partial(drawn_logit_directions, batch, first, seed, logits)
-                collector.run_labels(batch, functools.partial(draw, of_tokens=family.labels_tokens(model)))
+                per_text = None if family.labels_tokens(model) else num_directions
+                draw = partial(drawn_logit_directions, batch, first, seed, logits, num_directions=per_text)
+                collector.run_labels(batch, draw)
             else:
                 collector.run(batch, uniform_numbers(batch, first, seed) if i < num_with_head else None)
     finally:
@@ -233,10 +235,6 @@ class _Collector:
         predictions = sums["predictions"] / sums["predictions"].sum().clamp(min=TINY)
         gram = decoder_gram(self.family.decoder(self.model).weight, predictions)
         return Statistics(heads, *kinds, residual, gradient, head_rows, gram)
-
-
-def _hidden_size(model: nn.Module, family: ModelFamily) -> int:
-    return family.axis_table(model).widths["hidden"]
 
 
 def uniform_numbers(batch: Batch, first_sequence: int, seed: int) -> Tensor:

@@ -18,12 +18,23 @@ from homodistil.models.sentence_head import PoolingMode, pooled
 from homodistil.pruning.compensation.least_squares import Rows, fit_linear
 from homodistil.pruning.compensation.moments import TINY
 
-NUM_DIRECTIONS = 4
-"""Drawn for each text: its vector has many more dims, and a calibration has a hundred texts or so."""
+MOST_DIRECTIONS = 4
+"""Drawn for each text where texts are few: its vector has many more dims."""
+ENOUGH_DIRECTIONS = 2048
+"""Over all texts: with so many texts, one each gives the cut that four give (LOG.md)."""
 
 
-def drawn_directions(batch: Batch, first_sequence: int, seed: int, size: int) -> Tensor:
-    """Standard normal directions, fp32 (NUM_DIRECTIONS, B, size): the same however texts are dealt out to
+def directions_per_text(num_texts: int) -> int:
+    """Each of them is a backward pass.
+
+    Args:
+        num_texts: of the calibration, over all ranks.
+    """
+    return min(MOST_DIRECTIONS, max(1, ENOUGH_DIRECTIONS // num_texts))
+
+
+def drawn_directions(batch: Batch, first_sequence: int, seed: int, size: int, num_directions: int) -> Tensor:
+    """Standard normal directions, fp32 (num_directions, B, size): the same however texts are dealt out to
     micro-batches.
 
     Gradients of the vector times such a direction have the second moment J'J: the Fisher information of a normal
@@ -32,8 +43,9 @@ def drawn_directions(batch: Batch, first_sequence: int, seed: int, size: int) ->
     Args:
         first_sequence: place of the batch's first text among those of all ranks.
         size: dims of a vector.
+        num_directions: of each text.
     """
-    drawn = [torch.randn(NUM_DIRECTIONS, size, generator=one) for one in generators(batch, first_sequence, seed)]
+    drawn = [torch.randn(num_directions, size, generator=one) for one in generators(batch, first_sequence, seed)]
     return torch.stack(drawn, 1).to(batch.input_ids.device)
 
 

@@ -19,6 +19,7 @@ from homodistil.errors import UserError
 from homodistil.pruning.compensation import Options, compensate
 from homodistil.pruning.compensation.student import propose, residual_map
 from homodistil.pruning.schedule import stage_widths
+from homodistil.training import compensated_events
 from homodistil.training.compensated_events import Compensation, calibration_config
 from homodistil.training.shrinkable import PlainStudent
 
@@ -185,3 +186,17 @@ def test_dims_that_cost_too_much_to_rotate_stay(losses, fixed, capsys):
         assert ("dims 5 kept" in printed) == bool(fixed)
     assert next(given, None) is None
     assert all(torch.equal(value, weights[name]) for name, value in student.state_dict().items())
+
+
+@pytest.mark.parametrize(("most", "num_batches"), [(1, 1), (3, 1), (4, 2), (100, 3)])
+def test_a_rotation_is_checked_with_the_first_sequences(most, num_batches, monkeypatch):
+    seen, rotation_only = [], compensated_events.rotation_only
+
+    def seeing(model, family, table, batches, *rest):
+        seen.append(batches)
+        return rotation_only(model, family, table, batches, *rest)
+
+    monkeypatch.setattr(compensated_events, "rotation_only", seeing)
+    monkeypatch.setattr(compensated_events, "CHECK_SEQUENCES", most)
+    FixedBatches(0.25).allowed_fixed_dims(small_pair()[0], NONE, lambda _: 4.0)
+    assert seen == [BATCHES[:num_batches]]

@@ -23,6 +23,7 @@ from homodistil.pruning.compensation.labels import drawn_logit_directions, refit
 from homodistil.pruning.compensation.refit import Refit
 from homodistil.pruning.compensation.statistics import collect
 from homodistil.pruning.compensation.student import propose
+from homodistil.pruning.compensation.vectors import MOST_DIRECTIONS
 from homodistil.training.shrinkable import PlainStudent
 
 BATCHES = [small_batch(seed, (11, 9, 16)) for seed in range(8)]
@@ -47,7 +48,7 @@ def test_gradients_are_those_of_the_drawn_directions(kind):
         model,
         BATCHES[:2],
         lambda batch: logits_of(model, batch),
-        lambda i, batch, logits: drawn_logit_directions(batch, 3 * i, seed, kind, logits),
+        lambda i, batch, logits: drawn_logit_directions(batch, 3 * i, seed, kind, logits, MOST_DIRECTIONS),
     )
     torch.testing.assert_close(statistics.gradient, moment, rtol=1e-4, atol=1e-8)
     rows = torch.cat([state[:, 0] for state in states]).double()
@@ -62,7 +63,7 @@ def test_gradients_of_tokens_are_those_of_one_direction_each(kind):
     statistics = collect(model, bert, batches, [], "fisher", seed, logits=kind)
 
     def directions_of(i: int, batch: Batch, logits: torch.Tensor) -> torch.Tensor:
-        return drawn_logit_directions(batch, 5 * i, seed, kind, logits, of_tokens=True)
+        return drawn_logit_directions(batch, 5 * i, seed, kind, logits, None)
 
     moment, outputs, states = gradient_moment(model, batches, lambda b: logits_of(model, b), directions_of)
     torch.testing.assert_close(statistics.gradient, moment, rtol=1e-4, atol=1e-8)
@@ -72,7 +73,7 @@ def test_gradients_of_tokens_are_those_of_one_direction_each(kind):
     first, alone = batches[0], small_of(batches[0], text=1)
     drawn, of_one = (
         directions_of(0, first, outputs[0]),
-        drawn_logit_directions(alone, 1, seed, kind, outputs[0][5:14], True),
+        drawn_logit_directions(alone, 1, seed, kind, outputs[0][5:14], None),
     )
     assert drawn.shape == (1, 19, 3) and torch.equal(of_one, drawn[:, 5:14])
 
@@ -93,12 +94,12 @@ def test_directions_have_the_fisher_information_of_their_kind():
         "values": torch.eye(3).expand(3, 3, 3),
     }
     for kind, information in expected.items():
-        drawn = torch.cat([drawn_logit_directions(batch, 0, seed, kind, logits) for seed in range(1500)])
+        drawn = torch.cat([drawn_logit_directions(batch, 0, seed, kind, logits, 4) for seed in range(1500)])
         second = torch.einsum("sbi,sbj->bij", drawn, drawn) / len(drawn)
         torch.testing.assert_close(second, information.float(), rtol=0, atol=0.06)
         one = batch._replace(input_ids=batch.input_ids[1:2])
-        alone = drawn_logit_directions(one, 1, 3, kind, logits[1:2])
-        assert torch.equal(alone, drawn_logit_directions(batch, 0, 3, kind, logits)[:, 1:2])
+        alone = drawn_logit_directions(one, 1, 3, kind, logits[1:2], 2)
+        assert torch.equal(alone, drawn_logit_directions(batch, 0, 3, kind, logits, 2)[:, 1:2])
 
 
 @pytest.mark.parametrize("ridge", [1e-3, 0.3])

@@ -21,7 +21,8 @@ from homodistil.pruning.compensation.projection import residual_projection
 from homodistil.pruning.compensation.statistics import collect
 from homodistil.pruning.compensation.student import propose
 from homodistil.pruning.compensation.vectors import (
-    NUM_DIRECTIONS,
+    MOST_DIRECTIONS,
+    directions_per_text,
     drawn_directions,
     fit_projection,
     mean_turn,
@@ -55,7 +56,7 @@ def test_gradients_are_those_of_the_drawn_directions(pooling):
         model,
         BATCHES[:2],
         lambda batch: normalize(pooled_states(model, bert, batch, pooling), dim=-1),
-        lambda i, batch, _: drawn_directions(batch, 3 * i, seed, 24),
+        lambda i, batch, _: drawn_directions(batch, 3 * i, seed, 24, MOST_DIRECTIONS),
     )
     torch.testing.assert_close(statistics.gradient, moment, rtol=1e-4, atol=1e-8)
     rows = torch.cat(vectors).double()
@@ -64,12 +65,17 @@ def test_gradients_are_those_of_the_drawn_directions(pooling):
 
 
 def test_directions_do_not_depend_on_micro_batches():
-    whole = drawn_directions(BATCHES[0], 5, 3, 24)
-    assert whole.shape == (NUM_DIRECTIONS, 3, 24)
+    whole = drawn_directions(BATCHES[0], 5, 3, 24, 2)
+    assert whole.shape == (2, 3, 24)
     for b in range(3):
         one = BATCHES[0]._replace(input_ids=BATCHES[0].input_ids[b : b + 1])
-        assert torch.equal(drawn_directions(one, 5 + b, 3, 24), whole[:, b : b + 1])
-    assert not torch.equal(drawn_directions(BATCHES[0], 5, 4, 24), whole)
+        assert torch.equal(drawn_directions(one, 5 + b, 3, 24, 2), whole[:, b : b + 1])
+    assert not torch.equal(drawn_directions(BATCHES[0], 5, 4, 24, 2), whole)
+
+
+def test_many_texts_have_fewer_directions_each():
+    numbers = {num_texts: directions_per_text(num_texts) for num_texts in (1, 512, 513, 1024, 2048, 100_000)}
+    assert numbers == {1: 4, 512: 4, 513: 3, 1024: 2, 2048: 1, 100_000: 1}
 
 
 def test_a_direction_that_vectors_do_not_depend_on_goes_first():
