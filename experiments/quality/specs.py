@@ -20,7 +20,7 @@ _FREE = {"run": None, "data": ("cache_dir", "workers"), "train": ("save_every_st
 _LATER = {
     "data": ("texts", "pooling", "prompt", "pair_columns", "truncation", "label_column", "check_label_order"),
     "loss": (
-        *("pooled_cosine", "pooled_mse", "pooled_similarity", "similarity_temperature", "projection_fit_texts"),
+        *("pooled_cosine", "pooled_mse", "pooled_similarity", "similarity_temperature"),
         *("scores_kl", "scores_mse", "scores_temperature", "labels"),
     ),
     "student": ("vocab", "layer_choice"),

@@ -169,10 +169,10 @@ class CalibrationConfig(NamedTuple):
     """Sequences over all ranks."""
 
 
-def calibration_config(config: RunConfig, num_ranks: int, num_sequences: int) -> CalibrationConfig:
-    """The config for the statistics of an event or a fit: steps of `num_sequences`, rounded up to a multiple of
+def calibration_config(config: RunConfig, num_ranks: int) -> CalibrationConfig:
+    """The config for the statistics of an event: steps of `pruning.compensation_sequences`, rounded up to a multiple of
     micro-batch size x ranks."""
-    share = -(-num_sequences // num_ranks)
+    share = -(-config.pruning.compensation_sequences // num_ranks)
     micro_batch = min(share, config.train.micro_batch_size)
     num_sequences = -(-share // micro_batch) * micro_batch * num_ranks
     computed = {"train.global_batch_size": num_sequences, "train.micro_batch_size": micro_batch}

@@ -61,10 +61,6 @@ class LossConfig:
         0.05, low=0, high=1000, exclude="low", resume="fixed", students="own", derived=SAME
     )
     """Temperature of the pooled_similarity term (> 0)."""
-    projection_fit_texts: int = option(8192, low=0, high=COUNT, resume="fixed", students="own", derived=SAME)
-    """pooled_cosine, pooled_mse: texts over all ranks, those that come next in training, to which the matrix of the
-    vectors is fitted by least squares behind the last step, unless that is no better on one in eight of them, which are
-    left out (>= 0; 0: it stays as trained, as in runs that train on fewer texts than these)."""
     scores_kl: float = option(0.0, low=0, high=WEIGHT, resume="fixed", students="own", derived={CORRECTION: 0.0})
     """Weight of KL(teacher || student) of the probabilities of labels, mean over texts (>= 0). Task scores alone, which
     sets it to 4 for teachers with labels of which one holds, where neither weight of scores is set."""

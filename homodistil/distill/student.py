@@ -30,7 +30,7 @@ from homodistil.models.activations import ActivationHooks, ActivationVisitor, sh
 from homodistil.models.axes import AxisTable, AxisUse, Keep
 from homodistil.models.family import ModelFamily
 from homodistil.models.parameter_shape import full_numel
-from homodistil.models.sentence_head import PoolingMode, SentenceHead, pooled
+from homodistil.models.sentence_head import SentenceHead
 
 
 class Student(nn.Module):
@@ -112,7 +112,6 @@ class Student(nn.Module):
         only_logits: bool = False,
         only_vectors: SentenceHead | None = None,
         only_scores: bool = False,
-        only_pooled: PoolingMode | None = None,
     ) -> LossTerms | Tensor:
         """The training forward: loss terms of one micro-batch. `targets` None: MLM alone.
 
@@ -121,15 +120,12 @@ class Student(nn.Module):
             only_logits: see `predict`.
             only_vectors: see `embed`.
             only_scores: see `scores`.
-            only_pooled: see `pooled_states`.
         """
         objective = objective or self.objective
         comparison = Comparison(objective, self, batch, None if only_logits else targets)
         last = self._taps.visit(batch.input_ids, batch.padding_mask, comparison, batch.token_types)
         if only_vectors is not None:
             return student_vectors(last, batch.attention_mask, self, only_vectors)
-        if only_pooled is not None:
-            return pooled(last, batch.attention_mask, only_pooled)
         if only_scores:
             return self.family.classifier(self.model).logits(last, batch)
         if only_logits:
@@ -158,11 +154,6 @@ class Student(nn.Module):
     def embed(self, batch: Batch, head: SentenceHead) -> Tensor:
         """Vectors of the batch's texts, (B, E) fp32, not normalised. `head`: the teacher's."""
         return self(batch, only_vectors=head)
-
-    @torch.no_grad()
-    def pooled_states(self, batch: Batch, pooling: PoolingMode) -> Tensor:
-        """What W reads of each text to make its vector, fp32 (B, D)."""
-        return self(batch, only_pooled=pooling)
 
     @torch.no_grad()
     def scores(self, batch: Batch) -> Tensor:

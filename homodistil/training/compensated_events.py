@@ -40,9 +40,7 @@ class Compensation:
 
     def __init__(self, config: RunConfig, run_inputs: RunInputs, hidden: int) -> None:
         self.config, self.run_inputs, self._hidden = config, run_inputs, hidden
-        calibration, self.num_sequences = calibration_config(
-            config, ranks.world_size(), config.pruning.compensation_sequences
-        )
+        calibration, self.num_sequences = calibration_config(config, ranks.world_size())
         self._loader = run_inputs.loader(calibration, config.train.seed)
 
     def batches(self, consumed_samples: int) -> list[Batch]:

@@ -41,7 +41,6 @@ from homodistil.training.heldout_scores import HeldoutScores
 from homodistil.training.inputs import PERIODIC_EVALUATION_SEQUENCES, RunInputs, teacher_copy
 from homodistil.training.micro_batch import MicroBatchPolicy, with_micro_batch
 from homodistil.training.milestone_exports import Family
-from homodistil.training.projection_fit import fit_vectors, is_fitted
 from homodistil.training.resolve import resolve_run
 from homodistil.training.run_folder import EXPORT_FOLDER
 from homodistil.training.shrinkable import LiveStudent
@@ -221,7 +220,6 @@ class DistillationRun:
     def finish(self, trainer: Trainer) -> dict:
         """Export and evaluate what has been trained. Returns the row, which is then on disk."""
         engine, recorder = trainer.engine, trainer.step_log.recorder
-        self._fit_vectors(trainer)
         with doing("evaluating the student on held-out text"):
             measured = self.evaluate()
         recorder.log_evaluation(self.config.train.steps, measured | self._gap_values())
@@ -234,19 +232,6 @@ class DistillationRun:
         ranks.on_rank_zero(lambda: self._write_row(row))
         recorder.log_result(row)
         return row
-
-    def _fit_vectors(self, trainer: Trainer) -> None:
-        """The last closed form of an embedder's run, where it has one. No checkpoint has it: a resumed run makes it
-        anew."""
-        if not is_fitted(self.config, self.student):
-            return
-        parts = self.config, self.run_inputs, self.student, self.teacher, trainer.engine
-        with doing("fitting the matrix of the vectors"):
-            fit = fit_vectors(*parts, trainer.state.consumed_samples)
-        if ranks.rank() == 0:
-            kept = "" if fit.after > fit.before else "; it stays as trained"
-            texts = self.config.loss.projection_fit_texts
-            print(f"matrix of vectors: fitted to {texts:,} texts, cosine {fit.before:.4f} -> {fit.after:.4f}{kept}")
 
     def _row(self, measured: dict[str, float] | None = None) -> dict:
         """The student as a row of the result table. `measured`: its held-out results where they exist already."""

@@ -31,7 +31,7 @@ TEXTS = ["the cat sees a dog", "a dog", "the house sees the old cat. a bird sing
 def arguments(materials: Path, run_dir: Path, stage: int, *overrides: str) -> list[str]:
     command = launched_run.arguments(materials, run_dir, stage, STUDENT, *overrides)
     command = [argument for argument in command if not argument.startswith("loss.kl=")]
-    return [*command, "data.texts=sentence", "pruning.compensation_sequences=48", "loss.projection_fit_texts=64"]
+    return [*command, "data.texts=sentence", "pruning.compensation_sequences=48"]
 
 
 @pytest.fixture(scope="module")
@@ -77,8 +77,6 @@ def test_the_teacher_makes_it_an_embedder(runs, materials):
     assert "rotation at full width: 1 - cosine of vectors" in output and "compensation full" in output
     assert "each behind 'the " in output and "pooled_cosine x 10" in output
     assert "cosine to teacher" in output and "recall@10" in output and "KL" not in output and "MLM" not in output
-    before, after = re.search(r"matrix of vectors: fitted to 64 texts, cosine (\S+) -> (\d\.\d+)\n", output).groups()
-    assert float(before) < float(after)
     assert teacher["cosine_to_teacher"] == teacher["recall_at_10"] == 1
     assert 0 < student["cosine_to_teacher"] < 1 and 0 < student["recall_at_10"] <= 1
     assert "cosine to teacher" in (runs[2] / "report.html").read_text()

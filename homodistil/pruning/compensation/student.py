@@ -7,12 +7,10 @@ homodistil/training/shrinkable.py applies a change.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from homodistil.data.batch import Batch
 from homodistil.distill.losses.pooled import PROJECTION
@@ -20,10 +18,9 @@ from homodistil.distill.student import Student
 from homodistil.models.axes import Keep
 from homodistil.models.resize_plan import DimMaps, ResizePlan, make_plan
 from homodistil.pruning.compensation import Compensated, Options, compensate
-from homodistil.pruning.compensation.vectors import fit_projection, pooled_states
+from homodistil.pruning.compensation.vectors import fit_projection
 
-VECTORS_WEIGHT = f"projections.{PROJECTION}.weight"
-"""Name of W of a student's vectors."""
+_VECTORS_WEIGHT = f"projections.{PROJECTION}.weight"
 
 
 @dataclass(frozen=True)
@@ -53,7 +50,7 @@ def propose(student: Student, keep: Keep, batches: Sequence[Batch], options: Opt
     maps |= _projection_maps(student, compensated.plan)
     weights = {f"model.{name}": parameter.detach() for name, parameter in compensated.model.named_parameters()}
     if options.pooling is not None and PROJECTION in student.projections:
-        weights[VECTORS_WEIGHT] = _fitted_projection(student, compensated, batches, options)
+        weights[_VECTORS_WEIGHT] = _fitted_projection(student, compensated, batches, options)
     return EventChange(make_plan(student.axis_table(), compensated.plan.keep, maps), weights, compensated.report)
 
 
@@ -69,18 +66,9 @@ def _fitted_projection(
         start = weight[:, plan.keep["hidden"].to(weight.device)] if "hidden" in plan.keep else weight
     projection = nn.Linear(start.shape[1], start.shape[0], bias=False, device=start.device, dtype=start.dtype)
     projection.weight.data = start.clone()
-    fit_projection(projection, _before_and_after(student, compensated.model, weight, batches, options), options.ridge)
+    models = student.model, compensated.model
+    fit_projection(projection, weight, models, student.family, batches, options.pooling, options.ridge)
     return projection.weight.detach()
-
-
-@torch.no_grad()
-def _before_and_after(
-    student: Student, cut: nn.Module, weight: Tensor, batches: Sequence[Batch], options: Options
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Pooled states of the cut network, and the vectors that they should give: those before the cut, by `weight`."""
-    for batch in batches:
-        old, new = (pooled_states(m, student.family, batch, options.pooling) for m in (student.model, cut))
-        yield new, functional.linear(old, weight)
 
 
 def _projection_maps(student: Student, plan: ResizePlan) -> dict[str, DimMaps]:

@@ -5,7 +5,7 @@ Of a sentence embedder, whose student has no vocabulary head. B texts of a batch
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -56,19 +56,31 @@ def generators(batch: Batch, first_sequence: int, seed: int) -> Iterator[torch.G
 
 
 @torch.no_grad()
-def fit_projection(projection: nn.Linear, pairs: Iterable[tuple[Tensor, Tensor]], ridge: float) -> None:
-    """Fit W, in place, so that W times pooled states are what is wanted, by direction.
+def fit_projection(
+    projection: nn.Linear,
+    target: Tensor,
+    models: tuple[nn.Module, nn.Module],
+    family: ModelFamily,
+    batches: Sequence[Batch],
+    pooling: PoolingMode,
+    ridge: float,
+) -> None:
+    """Fit W, in place, so that the vectors of a cut network are what those of the old one were, by direction.
 
     Args:
-        projection: W as it is, (E, d).
-        pairs: micro-batches of this rank: pooled states (B, d), and what is wanted of them (B, E).
+        projection: W' as the cut has left it, (E, d).
+        target: W before it, (E, D).
+        models: old and new backbone.
         ridge: see `fit_linear`.
     """
-    fit_linear([projection], (Rows(states.float(), wanted, _inverse_norm(wanted)) for states, wanted in pairs), ridge)
 
+    def rows() -> Iterator[Rows]:
+        for batch in batches:
+            old, new = (pooled_states(model, family, batch, pooling) for model in models)
+            wanted = functional.linear(old, target)
+            yield Rows(new, wanted, 1 / wanted.norm(dim=1, keepdim=True).clamp(min=TINY))
 
-def _inverse_norm(rows: Tensor) -> Tensor:
-    return 1 / rows.norm(dim=1, keepdim=True).clamp(min=TINY)
+    fit_linear([projection], rows(), ridge)
 
 
 def pooled_states(model: nn.Module, family: ModelFamily, batch: Batch, pooling: PoolingMode) -> Tensor:

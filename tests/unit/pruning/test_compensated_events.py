@@ -89,8 +89,8 @@ def test_stages_have_equal_ratios_and_end_on_the_target():
 )
 def test_calibration_is_shared_evenly(wanted, ranks, micro_batch, found):
     config = RunConfig()
-    config.train.micro_batch_size = micro_batch
-    calibration, num_sequences = calibration_config(config, ranks, wanted)
+    config.pruning.compensation_sequences, config.train.micro_batch_size = wanted, micro_batch
+    calibration, num_sequences = calibration_config(config, ranks)
     assert num_sequences == calibration.train.global_batch_size == found
     assert num_sequences % (calibration.train.micro_batch_size * ranks) == 0
     assert config.train == dataclasses.replace(RunConfig().train, micro_batch_size=micro_batch)

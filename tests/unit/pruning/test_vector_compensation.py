@@ -94,17 +94,20 @@ def test_a_direction_that_vectors_do_not_depend_on_goes_first():
 
 @pytest.mark.parametrize("ridge", [1e-3, 0.3])
 def test_w_is_a_weighted_ridge_regression(ridge):
+    old, new = backbone(), backbone()
+    with torch.no_grad():
+        new.bert.encoder.layer[1].output.dense.weight.mul_(0.5)
     torch.manual_seed(1)
-    projection = nn.Linear(17, 24, bias=False)
+    target, projection = torch.randn(24, 24), nn.Linear(24, 24, bias=False)
     start = projection.weight.detach().double().clone()
-    pairs = [(torch.randn(rows, 17), torch.randn(rows, 24)) for rows in (3, 1, 9)]
-    fit_projection(projection, pairs, ridge)
-    x, y = (torch.cat(side).double() for side in zip(*pairs, strict=True))
+    fit_projection(projection, target, (old, new), bert, BATCHES, "mean", ridge)
+    x, y = (torch.cat([pooled_states(m, bert, b, "mean") for b in BATCHES]).double() for m in (new, old))
+    y = y @ target.double().T
     weights = 1 / y.norm(dim=1)
     gram = (x.T * weights.square()) @ x / weights.square().sum()
     penalty = ridge * gram.diagonal().mean()
     rest = (x.T * weights.square()) @ (y - x @ start.T) / weights.square().sum()
-    expected = start + torch.linalg.solve(gram + penalty * torch.eye(17).double(), rest).T
+    expected = start + torch.linalg.solve(gram + penalty * torch.eye(24).double(), rest).T
     torch.testing.assert_close(projection.weight.detach().double(), expected, rtol=1e-3, atol=1e-3)
 
 
