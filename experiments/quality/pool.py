@@ -93,7 +93,7 @@ class Pool:
     Args:
         work: folder of results; what is there already is not made again.
         start: see `spawner`.
-        num_workers: processes; 0: nothing is made, and what is not there yet is None.
+        num_workers: processes; 0: no job is run, and the result of one that has not been run is None.
         say: gets the progress lines.
     """
 

@@ -9,15 +9,18 @@ from pathlib import Path
 LOWEST_PORT = 20000
 """Below it are the well-known services."""
 EPHEMERAL_RANGE = Path("/proc/sys/net/ipv4/ip_local_port_range")
+"""Linux: first and last port that the kernel gives to outgoing connections."""
 DEFAULT_EPHEMERAL_START = 32768
 ATTEMPTS = 100
+"""Ports that are drawn before the kernel chooses one of its own range."""
 
 
 def free_port() -> int:
     """A TCP port on which no process of this machine listens, outside the range of ephemeral ports where possible.
 
     The ranks listen seconds later. Until then the kernel may give any ephemeral port to a connection of another
-    process; a port below that range it leaves alone, and jobs that start at the same time draw different ones.
+    process. It does not use ports below that range, and jobs that start at the same time most likely draw different
+    ones. Where no such port is free, the kernel chooses one.
     """
     # Not the generator that a job seeds: jobs with the same seed would draw the same port.
     draw = random.SystemRandom()

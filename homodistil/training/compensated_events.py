@@ -26,7 +26,8 @@ from homodistil.pruning.compensation.vectors import mean_turn
 from homodistil.training.inputs import RunInputs
 
 CHECK_SEQUENCES = 512
-"""At most, over all ranks, that a rotation is checked with: it costs as much as an event, and decides on a limit."""
+"""Maximum number of sequences, over all ranks, that the rotation check reads: it costs as much as an event, and only
+compares a mean with a limit."""
 HeldOutLoss = Callable[[Student], float]
 """Plain student -> held-out MLM loss (nats), the same on every rank."""
 
@@ -114,7 +115,8 @@ class Compensation:
         return loss(Student(rotated.model, student.objective.config, distil=False))
 
     def _check_batches(self) -> list[Batch]:
-        """The first of this rank's calibration micro-batches."""
+        """This rank's first calibration micro-batches, `CHECK_SEQUENCES` sequences over all ranks at most, one
+        micro-batch at least."""
         batches = self.batches(0)
         return batches[: -(-CHECK_SEQUENCES // (ranks.world_size() * len(batches[0].input_ids)))]
 

@@ -77,7 +77,7 @@ class RankForks:
         client.close()
 
     def _start(self, client: socket.socket, target, arguments, ranks, folder, env, rank_env, cwd) -> list[int]:
-        from homodistil.distributed.free_port import free_port  # main() has said where it lies
+        from homodistil.distributed.free_port import free_port  # main() puts it on the path
 
         port, pids = free_port(), []
         for rank in range(ranks):

@@ -19,13 +19,13 @@ from homodistil.pruning.compensation.least_squares import Rows, fit_linear
 from homodistil.pruning.compensation.moments import TINY
 
 MOST_DIRECTIONS = 4
-"""Drawn for each text where texts are few: its vector has many more dims."""
+"""Maximum number for each text, used where texts are few."""
 ENOUGH_DIRECTIONS = 2048
-"""Over all texts: with so many texts, one each gives the cut that four give (LOG.md)."""
+"""Number over all texts: with 2,048 texts, one direction each gives the same cut as four each (LOG.md)."""
 
 
 def directions_per_text(num_texts: int) -> int:
-    """Each of them is a backward pass.
+    """How many directions are drawn for each text (1 to `MOST_DIRECTIONS`); each costs a backward pass.
 
     Args:
         num_texts: of the calibration, over all ranks.
