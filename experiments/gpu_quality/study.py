@@ -143,7 +143,7 @@ class Experiment:
 
     def _rates(self) -> None:
         """Short runs at the first width choose; other widths and arms that share a rate follow."""
-        try_rates(self.pool, self._short, self._rated(), extends=False)
+        try_rates(self.pool, self._short, self._rated(), extensions=0)
         chosen = {entry.arm.name: entry.rate for entry in self._rated()}
         for entry in self.findings.entries:
             entry.rate = chosen.get(SAME_RATE.get(entry.arm.name, entry.arm.name))

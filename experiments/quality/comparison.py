@@ -31,8 +31,8 @@ class Entry:
     """Learning rate -> validation loss of the first seed, in nats (None: failed)."""
     rate: float | None = None
     """The chosen one."""
-    extended: float | None = None
-    """The rate that was tried beyond the grid."""
+    extended: list[float] = field(default_factory=list)
+    """The rates that were tried beyond the grid, in turn."""
     runs: dict[int, dict] = field(default_factory=dict)
     """Seed -> what `MeasuredRun.measured` gives, at the chosen rate."""
     tasks: dict[str, list[float]] = field(default_factory=dict)
@@ -93,21 +93,29 @@ def job(options: Options, entry: Entry, rate: float, seed: int, keep: Keep = Kee
     return Train(spec(options, entry, rate, seed, length), keep, options.eval_blocks)
 
 
-def try_rates(pool: Pool, options: Options, entries: list[Entry], extends: bool = True) -> None:
-    """The grid on the first seed, then (`extends`) the one further rate where the best is at its end."""
+def try_rates(pool: Pool, options: Options, entries: list[Entry], extensions: int = 1) -> None:
+    """The grid on the first seed, then at most `extensions` further rates, as long as the best is at its end."""
     later_seeds = len(options.seeds) - 1
     later = {"Train": round(len(entries) * (later_seeds + EXTENDED_SHARE))} | _tuning(options, entries)
     cells = [(entry, rate) for entry in entries for rate in options.grid(entry.arm, entry.width)]
     cells.sort(key=lambda cell: cell[1])
     _validate(pool, options, "learning rates", cells, later)
-    cells = []
-    for entry in entries:
-        entry.extended = extension(entry.validation) if extends and not entry.arm.is_untrained else None
-        if entry.extended is not None:
-            cells.append((entry, entry.extended))
-    _validate(pool, options, "further rates", cells, {"Train": len(entries) * later_seeds} | _tuning(options, entries))
+    later = {"Train": len(entries) * later_seeds} | _tuning(options, entries)
+    for _ in range(extensions):
+        _validate(pool, options, "further rates", _extend(entries), later)
     for entry in entries:
         entry.rate = best_rate(entry.validation)
+
+
+def _extend(entries: list[Entry]) -> list[tuple[Entry, float]]:
+    """The methods that get one more rate, with it."""
+    cells = []
+    for entry in entries:
+        rate = None if entry.arm.is_untrained else extension(entry.validation)
+        if rate is not None:
+            entry.extended.append(rate)
+            cells.append((entry, rate))
+    return cells
 
 
 def _validate(pool: Pool, options: Options, phase: str, cells: list[tuple[Entry, float]], later: dict) -> None:

@@ -172,9 +172,9 @@ def rates_section(entries: Sequence[Entry]) -> str:
     lines = []
     for entry in entries:
         losses = "; ".join(f"{rate:g}: {cell(loss, '{:.3f}')}" for rate, loss in sorted(entry.validation.items()))
-        lines.append([entry.label, losses, entry.rate, entry.extended])
+        lines.append([entry.label, losses, entry.rate, ", ".join(f"{rate:g}" for rate in entry.extended) or "-"])
     headings = ["method/width", "validation loss by rate (seed of the choice)", "chosen {:g}"]
-    return f"## Learning rates\n\n{table([*headings, 'beyond the grid {:g}'], lines)}"
+    return f"## Learning rates\n\n{table([*headings, 'beyond the grid'], lines)}"
 
 
 def _published() -> str:

@@ -7,7 +7,7 @@ from transformers import PretrainedConfig
 from benchmarks.harness.table import table
 from experiments.quality.availability import outlook
 from experiments.quality.comparison import EXTENDED_SHARE, Entry, spec
-from experiments.quality.decoder_study import CORRECTION, DecoderStudy, peers, plan, teacher_overrides
+from experiments.quality.decoder_study import CORRECTION, EXTENSIONS, DecoderStudy, peers, plan, teacher_overrides
 from experiments.quality.estimate import Estimator
 from experiments.quality.options import Options
 from experiments.quality.tokens_saved import LENGTHS
@@ -53,8 +53,8 @@ def _head(options: Options, study: DecoderStudy, teacher: PretrainedConfig, is_w
     default = [entry.label for size in options.widths if (entry := study.default(size))]
     return (
         f"Teacher {options.teacher}, {depth}; {options.steps} steps; seeds {', '.join(map(str, options.seeds))}. Our "
-        f"default: {', '.join(default) or 'not available'}. Every method at its best of three rates (and one beyond "
-        f"the end); peers also at {' and '.join(map(str, LENGTHS))} times the tokens until they reach its loss."
+        f"default: {', '.join(default) or 'not available'}. Every method at its best of three rates (and "
+        f"up to {EXTENSIONS} beyond the end); peers also at {' and '.join(map(str, LENGTHS))} times the tokens until they reach its loss."
     )
 
 

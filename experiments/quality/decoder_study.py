@@ -1,7 +1,8 @@
 """The study `decoder`: SmolLM2-135M, or its first layers, to 0.7 and 0.5 of its parameters, against peers of today.
 
 Rates and seeds are as in the study `main`: chosen by the loss on the VALIDATION half, on the first seed; what is
-reported is the TEST half. Then every peer is trained longer until it reaches our loss (tokens_saved.py).
+reported is the TEST half. A grid whose best rate is at an end goes on up to three times, for what is selected wants
+rates far above those of what is cut in closed form. Then every peer is trained longer until it reaches our loss (tokens_saved.py).
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ from homodistil.training.teacher_checks import cache_dir, found_teacher
 
 CORRECTION = ("teacher.correction_steps=400", "teacher.correction_lr=6e-4")
 """Of a teacher whose last layers are left out."""
+EXTENSIONS = 3
+"""How many rates a grid may get beyond its end: up to 8 times its highest."""
 NEAR = 0.1
 """How far the parameters of a student of fewer layers may be from those of a narrower one, as a share."""
 
@@ -64,7 +67,7 @@ def run(pool: Pool, options: Options) -> DecoderStudy:
     _choose_layers(pool, options, start, study)
     if not study.entries:
         return study
-    try_rates(pool, options, study.entries)
+    try_rates(pool, options, study.entries, EXTENSIONS)
     run_seeds(pool, options, study.entries)
     some = EvaluateTeacher(spec(options, study.entries[0], options.rates[0], options.seeds[0]), options.eval_blocks)
     study.teacher = pool.run("teacher", [some])[0] or {}

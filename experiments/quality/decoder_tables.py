@@ -9,7 +9,7 @@ from benchmarks.harness.run import page
 from benchmarks.harness.table import table
 from experiments.quality.comparison import Entry, spec
 from experiments.quality.comparison_tables import Metric, failures, rates_section
-from experiments.quality.decoder_study import DecoderStudy, peers
+from experiments.quality.decoder_study import EXTENSIONS, DecoderStudy, peers
 from experiments.quality.options import Options
 from experiments.quality.statistics import over_seeds, spread, verdict
 from experiments.quality.tokens_saved import LENGTHS, Reach
@@ -37,8 +37,8 @@ def _how(study: DecoderStudy, options: Options) -> str:
     return (
         f"Teacher: {options.teacher}, its first {options.layers} layers (all, if it has no more). Every run: "
         f"{options.steps} steps {batches}the same batches for every method (by seed), one process of one thread, "
-        f"{options.deepspeed.name}. Each method at its own best of three learning rates and of one "
-        f"further one beyond the end, chosen by the loss on one half of the held-out blocks, seed {options.seeds[0]}. "
+        f"{options.deepspeed.name}. Each method at its own best of three learning rates and, while "
+        f"the best is at an end, of up to {EXTENSIONS} further ones, chosen by the loss on one half of the held-out blocks, seed {options.seeds[0]}. "
         f"Reported: the other half, mean +- standard deviation over seeds {', '.join(map(str, options.seeds))}. Our "
         f"methods train on 4 x KL + loss, peers on the KL alone, as published."
     )

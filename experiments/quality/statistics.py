@@ -11,7 +11,7 @@ from benchmarks.harness.table import Mean, cell
 from homodistil.training.heldout_scores import language_loss
 
 FACTOR = 2.0
-"""By which a grid of rates is extended, once, where its best is at an end."""
+"""By which a grid of rates is extended where its best is at an end."""
 
 
 class Verdict(NamedTuple):

@@ -31,7 +31,7 @@ def test_the_rate_is_chosen_on_the_validation_half_and_every_grid_is_extended_on
     entries = [Entry(ARMS[name], "half") for name in ("one_shot", "homodistil", "mlm_only")]
     try_rates(pool, options, entries)
     assert [entry.rate for entry in entries] == [0.006, 0.024, 0.003]
-    assert [entry.extended for entry in entries] == [None, 0.024, 0.0015]  # not again to .048, which would be best
+    assert [entry.extended for entry in entries] == [[], [0.024], [0.0015]]  # not again to .048, which would be best
     assert {seed for _, _, _, seed in pool.asked} == {0}
 
     pool.asked.clear()
@@ -42,6 +42,26 @@ def test_the_rate_is_chosen_on_the_validation_half_and_every_grid_is_extended_on
         ("mlm_only/half", 0.003),
     ]
     assert list(entries[0].runs) == [0, 1, 2]
+
+
+def test_a_study_may_extend_a_grid_until_its_best_rate_is_inside(tmp_path):
+
+    losses = {
+        "one_shot/half": {0.003: 4.3, 0.006: 4.2, 0.012: 4.1, 0.024: 4.0, 0.048: 3.9, 0.096: 3.8},
+        "homodistil/half": {0.003: 4.3, 0.006: 4.2, 0.012: 4.1, 0.024: 4.15},
+        "mlm_only/half": {0.0015: 3.9, 0.003: 4.0, 0.006: 4.1, 0.012: 4.2, 0.00075: None},
+    }
+    options = study_options(tmp_path, "main", "--no-tune", "--widths", "half", "--rates", "0.003", "0.006", "0.012")
+    entries = [Entry(ARMS[name], "half") for name in ("one_shot", "homodistil", "mlm_only")]
+
+    def outcome(name: str, rate: float, seed: int):
+        loss = losses[name][rate]
+        return None if loss is None else measured(loss, 4.0)
+
+    try_rates(FakePool(outcome, tmp_path), options, entries, extensions=2)
+    # The first stops at the limit, the second inside its grid; a rate that failed ends the third's.
+    assert [entry.extended for entry in entries] == [[0.024, 0.048], [0.024], [0.0015, 0.00075]]
+    assert [entry.rate for entry in entries] == [0.048, 0.012, 0.0015]
 
 
 def test_every_method_has_a_grid_around_its_own_rate_unless_one_is_given(tmp_path):
