@@ -53,8 +53,9 @@ def _head(options: Options, study: DecoderStudy, teacher: PretrainedConfig, is_w
     default = [entry.label for size in options.widths if (entry := study.default(size))]
     return (
         f"Teacher {options.teacher}, {depth}; {options.steps} steps; seeds {', '.join(map(str, options.seeds))}. Our "
-        f"default: {', '.join(default) or 'not available'}. Every method at its best of three rates (and "
-        f"up to {EXTENSIONS} beyond the end); peers also at {' and '.join(map(str, LENGTHS))} times the tokens until they reach its loss."
+        f"default: {', '.join(default) or 'not available'}. Every method at its best of three rates (and up to "
+        f"{EXTENSIONS} beyond the end); peers also at {' and '.join(map(str, LENGTHS))} times the tokens until they "
+        f"reach its loss."
     )
 
 

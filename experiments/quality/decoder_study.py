@@ -2,7 +2,8 @@
 
 Rates and seeds are as in the study `main`: chosen by the loss on the VALIDATION half, on the first seed; what is
 reported is the TEST half. A grid whose best rate is at an end goes on up to three times, for what is selected wants
-rates far above those of what is cut in closed form. Then every peer is trained longer until it reaches our loss (tokens_saved.py).
+rates far above those of what is cut in closed form. Then every peer is trained longer until it reaches our loss
+(tokens_saved.py).
 """
 
 from __future__ import annotations

@@ -37,10 +37,11 @@ def _how(study: DecoderStudy, options: Options) -> str:
     return (
         f"Teacher: {options.teacher}, its first {options.layers} layers (all, if it has no more). Every run: "
         f"{options.steps} steps {batches}the same batches for every method (by seed), one process of one thread, "
-        f"{options.deepspeed.name}. Each method at its own best of three learning rates and, while "
-        f"the best is at an end, of up to {EXTENSIONS} further ones, chosen by the loss on one half of the held-out blocks, seed {options.seeds[0]}. "
-        f"Reported: the other half, mean +- standard deviation over seeds {', '.join(map(str, options.seeds))}. Our "
-        f"methods train on 4 x KL + loss, peers on the KL alone, as published."
+        f"{options.deepspeed.name}. Each method at its own best of three learning rates and, while the best is at an "
+        f"end, of up to {EXTENSIONS} further ones, chosen by the loss on one half of the held-out blocks, seed "
+        f"{options.seeds[0]}. Reported: the other half, mean +- standard deviation over seeds "
+        f"{', '.join(map(str, options.seeds))}. Our methods train on 4 x KL + loss, peers on the KL alone, as "
+        f"published."
     )
 
 
