@@ -10,6 +10,7 @@ from transformers import PretrainedConfig
 from experiments.quality.specs import RunSpec
 from homodistil.distill.teacher_sharding import num_parameters
 from homodistil.errors import UserError
+from homodistil.models.axes import first_layers, num_layers
 from homodistil.training.resolve import ResolvedRun, resolve_run
 from homodistil.training.settle import settle
 
@@ -40,7 +41,9 @@ def outlook(spec: RunSpec, teacher: PretrainedConfig) -> Outlook:
 
 def student_parameters(resolved: ResolvedRun) -> int:
     """Tied ones once; without what the loss terms learn."""
-    widths = resolved.initial if resolved.config.pruning.schedule == "none" else resolved.target
+    widths = resolved.target
+    if resolved.config.pruning.schedule == "none":  # only layers leave, if any
+        widths = first_layers(resolved.initial, num_layers(widths))
     with torch.device("meta"):
         student = resolved.family.student_config(resolved.teacher_config, widths)
         return num_parameters(resolved.family.empty(student, resolved.task.has_lm_head))

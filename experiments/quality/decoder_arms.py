@@ -39,8 +39,9 @@ SMOLLM2 = "embedded:smollm2-135m"
 
 REFIT = ("pruning.compensation=refit",)
 ONLY_KL = ("loss.mlm=0", "loss.kl=1")
-BY_DEPTH = "layers_kl"
-"""The arm whose students have fewer layers instead of narrower ones."""
+LAYERS_KL, LAYERS_REFIT = "layers_kl", "layers_refit"
+BY_DEPTH = (LAYERS_KL, LAYERS_REFIT)
+"""The arms whose students have fewer layers instead of narrower ones."""
 NARROW = "random_kl"
 """An arm that every version of the product has at the target widths."""
 NO_CUT = ("pruning.schedule=none",)
@@ -81,13 +82,14 @@ DECODER_ARMS = {
             note="arXiv 2407.14679: width pruned by activation importance, distilled by the logits' KL alone",
         ),
         Arm(
-            BY_DEPTH,
+            LAYERS_KL,
             "ShortGPT: layers dropped, + KL",
             (*NO_CUT, *ONLY_KL),
             rate=3e-4,
             note="arXiv 2403.03853: the layers of least block influence go; as many stay as come nearest to the "
             "parameters of the narrower students; then the logits' KL alone",
         ),
+        _ours(LAYERS_REFIT, "ours: the same layers dropped, refitted", *NO_CUT, *REFIT),
         Arm(NARROW, "random init, KL", (*RANDOM, *ONLY_KL), rate=1.2e-3),
         Arm(
             "slicegpt",

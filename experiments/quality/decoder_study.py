@@ -102,7 +102,7 @@ def plan(options: Options, start: tuple[str, ...], teacher: PretrainedConfig) ->
         target = _outlook(options, narrow, teacher)
         for name in options.arms:
             entry = Entry(DECODER_ARMS[name], size, start=narrow.start)
-            if name == BY_DEPTH and target.resolved:
+            if name in BY_DEPTH and target.resolved:
                 entry.start = (*start, *depth_overrides(list(range(_depth(target)))))
             _examine(study, entry, _outlook(options, entry, teacher), target)
     return study
@@ -138,7 +138,7 @@ def _choose_layers(pool: Pool, options: Options, start: tuple[str, ...], study: 
 
     Raises nothing: what failed is in `pool.errors`.
     """
-    shallow = [entry for entry in study.entries if entry.arm.name == BY_DEPTH]
+    shallow = [entry for entry in study.entries if entry.arm.name in BY_DEPTH]
     if not shallow:
         return
     (measured,) = pool.run("layers", [BlockInfluence(spec(options, shallow[0], options.rates[0], options.seeds[0]))])

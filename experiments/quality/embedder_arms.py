@@ -27,6 +27,7 @@ SELECTION = ("pruning.compensation=none",)
 MSE_ALONE = ("loss.hidden=0", "loss.pooled_cosine=0", "loss.pooled_mse=1920")
 LAYERS_KEPT = [1, 4]
 """Of six, as the example keeps 1, 4, 7 and 10 of twelve."""
+_FEWER_LAYERS = (*depth_overrides(LAYERS_KEPT), "student.init_layers=[]", "student.layer_choice=influence")
 
 EMBEDDER_ARMS = {
     arm.name: arm
@@ -42,6 +43,14 @@ EMBEDDER_ARMS = {
             rate=5e-4,
             note="two layers at the teacher's width: another parameter count, for its word embeddings alone are more "
             "than the whole narrow student",
+        ),
+        Arm(
+            "layers_refit",
+            "ours: 2 of 6 layers, refitted, same loss",
+            (*_FEWER_LAYERS, "pruning.schedule=none", "pruning.compensation=refit"),
+            own_shape=True,
+            is_ours=True,
+            rate=5e-4,
         ),
         Arm("ours_cut", "ours, cut alone", (*ONE_SHOT, *FULL), is_ours=True, is_untrained=True),
         Arm("selection_cut", "selection, cut alone", (*ONE_SHOT, *SELECTION), is_untrained=True),

@@ -64,10 +64,10 @@ def scores(entry: Entry, metric: str) -> list[float]:
 
 
 def _verdicts(study: EmbedderStudy) -> str:
-    """Our method against every rival, and our cut against the selection's."""
+    """Our method against every rival, our layers against the others', and our cut against the selection's."""
     arms = {entry.arm.name: entry for entry in study.entries if entry.runs}
     pairs = [(DEFAULT, name) for name in arms if not (arms[name].arm.is_ours or arms[name].arm.is_untrained)]
-    pairs += [("ours_cut", "selection_cut")]
+    pairs += [("layers_refit", "layers"), ("ours_cut", "selection_cut")]
     lines = [
         _verdict(arms[ours], arms[rival], name)
         for ours, rival in pairs

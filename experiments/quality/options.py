@@ -102,7 +102,7 @@ LENGTHS = (1, 4, 16)
 """Of training in the study refit, times the steps."""
 _ARMS = {"decoder": decoder_arms.DECODER_ARMS, "refit": REFIT_ARMS, "embedder": EMBEDDER_ARMS}
 """Study -> its methods; of the others: ARMS."""
-_QUICK_ARMS = {"decoder": ("none_one_shot", decoder_arms.BY_DEPTH), "refit": (REFERENCE, "none_one_shot")}
+_QUICK_ARMS = {"decoder": ("none_one_shot", decoder_arms.LAYERS_KL), "refit": (REFERENCE, "none_one_shot")}
 _QUICK_ARMS["embedder"] = ("ours", "layers", "ours_cut", "selection_cut")
 _EVAL_BLOCKS = {"decoder": 128}
 """Study -> held-out blocks a half; the others take all, for their vocabulary is read at masked tokens alone."""

@@ -109,8 +109,8 @@ class StudentConfig:
         derived=SAME,
     )
     """Layers M of the student, 1 .. N (None: the N layers of the teacher). Student layer m is compared with the teacher
-    layer nearest to (m + 1) x N / M - 1, and starts as a copy of the teacher layer given by init_layers (unless layers
-    leave in events: docs/depth.md)."""
+    layer nearest to (m + 1) x N / M - 1, and starts as the teacher layer given by init_layers, which does the part of
+    those that leave as well, unless pruning.compensation is none (docs/depth.md)."""
     init_layers: list[int] = option(
         [],
         limited_by="layer_map.py: layers of the teacher",

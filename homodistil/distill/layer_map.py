@@ -53,7 +53,15 @@ def layer_map_of(student: StudentConfig, pruning: PruningConfig, teacher) -> Lay
 
 def starts_whole(student: StudentConfig, pruning: PruningConfig) -> bool:
     """Whether the student starts with all of the teacher's layers, some of which leave in events (depth_schedule.py),
-    and not as a copy that has its final layers from the start."""
+    and not as a copy that has its final layers from the start: where the events have to choose layers, come in turns,
+    or compensate for what leaves. A copy without the teacher's first layer has nothing that could make up for it."""
+    if _chooses_in_events(student, pruning):
+        return True
+    leaves = student.init == "teacher" and student.num_hidden_layers is not None
+    return leaves and pruning.compensation != "none" and student.init_layers[:1] in ([], [0])
+
+
+def _chooses_in_events(student: StudentConfig, pruning: PruningConfig) -> bool:
     return student.layer_choice == "influence" or pruning.depth_schedule == "linear"
 
 
@@ -121,8 +129,8 @@ def _blocks(student: StudentConfig, num_teacher_layers: int) -> tuple[int, ...]:
 
 
 def _check_leaving(student: StudentConfig, pruning: PruningConfig, num_teacher_layers: int) -> None:
-    """Raise `UserError` where layers are to leave in events (`starts_whole`) and cannot."""
-    if not starts_whole(student, pruning):
+    """Raise `UserError` where layers are to leave in events, because the config says so, and cannot."""
+    if not _chooses_in_events(student, pruning):
         return
     field, value = "student.layer_choice", student.layer_choice
     if value != "influence":

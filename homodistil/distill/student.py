@@ -67,8 +67,13 @@ class Student(nn.Module):
         if "logits" not in needs:
             for parameter in head_only_parameters(model, self.family):
                 parameter.requires_grad_(False)
+        self._freeze_unread()
+
+    def _freeze_unread(self) -> None:
+        """The parts of the last layer whose output no term reads."""
         if not self.objective.needs_last_layer:
-            for module in self.family.output_modules(model, with_values="values" not in needs):
+            with_values = "values" not in self.objective.needs
+            for module in self.family.output_modules(self.model, with_values=with_values):
                 module.requires_grad_(False)
 
     def _make_modules(self) -> dict[str, nn.Module]:
@@ -219,7 +224,8 @@ class Student(nn.Module):
         """Let all layers go but `kept` (current numbers, ascending, with 0): they and all that is numbered by layers
         get new numbers. Each is then compared with the last teacher layer before the next one that stayed.
 
-        Of a student that was made with all of the teacher's layers. In an engine: only inside `remove_parameters`.
+        Of a student that was made with all of the teacher's layers. In an engine: only inside `remove_parameters`, and
+        only where a term reads the last layer's output.
         """
         num_teacher_layers = self.layer_map.layers[-1] + 1
         self._keep_modules(kept)
@@ -231,6 +237,7 @@ class Student(nn.Module):
         self._pruned_heads.clear()
         if "values" in self.objective.needs:
             show_values(self.model, self.family, -1)
+        self._freeze_unread()
 
     def _keep_modules(self, kept: Sequence[int]) -> None:
         """The terms' modules of the layers `kept`, by their new names, in the order in which they would be made."""

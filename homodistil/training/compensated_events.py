@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from homodistil.distributed import ranks
 from homodistil.models.axes import Keep
 from homodistil.pruning.compensation import Options, rotation_only
 from homodistil.pruning.compensation.labels import logit_distance, mean_distance
-from homodistil.pruning.compensation.student import EventChange, propose, residual_map
+from homodistil.pruning.compensation.student import EventChange, propose, propose_layers, residual_map
 from homodistil.pruning.compensation.vectors import mean_turn
 from homodistil.training.inputs import RunInputs
 
@@ -61,8 +61,18 @@ class Compensation:
             options, fixed = dataclasses.replace(options, mode="refit"), torch.empty(0, dtype=torch.int64)
         elif student.widths["hidden"] < self._hidden:  # an event has brought them to the front
             fixed = torch.arange(len(fixed))
+        return self._timed(lambda batches: propose(student, keep, batches, options, fixed), consumed_samples)
+
+    def propose_layers(self, student: Student, kept: Sequence[int], consumed_samples: int) -> EventChange:
+        """The compensated event after which a plain fp32 student, which is not changed, has the layers `kept` left.
+        Every rank calls it."""
+        options = self.options(consumed_samples)
+        return self._timed(lambda batches: propose_layers(student, kept, batches, options), consumed_samples)
+
+    def _timed(self, make: Callable[[list[Batch]], EventChange], consumed_samples: int) -> EventChange:
+        """What `make` makes of the calibration text, with the report as the event's line has it."""
         start_s = time.perf_counter()
-        change = propose(student, keep, self.batches(consumed_samples), options, fixed)
+        change = make(self.batches(consumed_samples))
         report = {
             "variance_lost": change.report["lost"],
             "milliseconds_compensate": (time.perf_counter() - start_s) * 1e3,

@@ -81,6 +81,7 @@ def _layers(resolved: ResolvedRun) -> str:
         stay = f"{count} by block influence" if resolved.depth.final is None else ", ".join(map(str, copied))
         origin = f"copies of all {num_teacher_layers} of the teacher's, of which {stay} stay; the others leave "
         origin += resolved.depth.describe()
+        origin += ", and what they did is refitted" if config.pruning.compensation != "none" else ""
     by_layer = [term.name for term in active_terms(config.loss) if term.needs & {"hidden", "queries_keys"}]
     if not by_layer:
         return f"{origin}; no loss compares them with the teacher's"

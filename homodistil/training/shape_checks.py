@@ -20,11 +20,11 @@ def check_shape(resolved: ResolvedRun) -> None:
     on_the_way = [resolved.table[step] for step in sorted(resolved.table)]
     check_target(config.loss, resolved.family.architecture)
     check_terms(config.loss, resolved.teacher_widths, [resolved.initial, *on_the_way])
-    if resolved.depth.table and not Objective(config.loss).needs_last_layer:
+    if any(resolved.depth.table) and not Objective(config.loss).needs_last_layer:
         raise UserError(
-            f"student.layer_choice, pruning.depth_schedule: found {config.student.layer_choice}, "
-            f"{config.pruning.depth_schedule} with losses that read nothing of the last layer's output, so that "
-            f"another last layer would not be trained; set uniform, one_shot, or loss.hidden above 0"
+            f"pruning.depth_schedule: found {config.pruning.depth_schedule} with losses that read nothing of the last "
+            f"layer's output, so that another last layer would have parts that nothing has trained; set one_shot, or "
+            f"loss.hidden above 0"
         )
     if config.data.seq_len > (max_tokens := resolved.family.shape(resolved.teacher_config).max_tokens):
         raise UserError(

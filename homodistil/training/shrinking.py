@@ -6,7 +6,7 @@ run has: its text, its teacher and its probe. An event is the same for every `Sh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from statistics import fmean
 
 import torch
@@ -70,7 +70,8 @@ class Shrinker:
         self.run_inputs, self.student, self.teacher, self.gap = run_inputs, student, teacher, gap
         self._heldout_loss, self._initial_widths, self._dtype = heldout_loss, student.widths, dtype
         self.pruner, self.depth = self._build_pruner(resolved), resolved.depth
-        compensates = config.pruning.compensation != "none" and config.pruning.schedule != "none"
+        cuts = config.pruning.schedule != "none" or bool(self.depth.table)
+        compensates = cuts and config.pruning.compensation != "none"
         self.compensation = Compensation(config, run_inputs, resolved.teacher_widths["hidden"]) if compensates else None
 
     def _build_pruner(self, resolved: ResolvedRun) -> Pruner:
@@ -143,14 +144,23 @@ class Shrinker:
         """The event in which layers leave as a whole, until as many stay as `layers_due` says."""
         before, layers, widths = self._measure(done), self.student.layers, self.student.widths
         batches = (batch for step in self._calibration_steps(prefetcher, done.step) for batch in step)
-        choice = choose_layers(target.snapshot(), batches, self.depth, self.layers_due(done))
+        student = target.snapshot()
+        choice = choose_layers(student, batches, self.depth, self.layers_due(done))
+        change = self._prepare_layers(student, choice.kept, done)
         moved = self._keep_layers(target, choice.kept)
+        refit = self._refit(target, change)
         settled = target.settle(0, self.rate_share)
         after = self._measure(done)
         event = depth_event(done.step, choice, layers, (widths, self.student.widths), (before, after))
         if ranks.rank() == 0:
             print(describe(event), flush=True)
-        recorder.log_event(event | settled | moved)
+        recorder.log_event(event | refit | settled | moved)
+
+    def _prepare_layers(self, student: Student, kept: list[int], done: TrainState) -> EventChange:
+        """The event after which `student`, which is not changed, has the layers `kept` left."""
+        if self.compensation is None:
+            return EventChange(make_plan(student.axis_table(), {}))
+        return self.compensation.propose_layers(student, kept, done.consumed_samples)
 
     def _keep_layers(self, target: Shrinkable, kept: list[int]) -> dict[str, float]:
         moved = target.keep_layers(kept)
@@ -171,12 +181,22 @@ class Shrinker:
     def restore(self, state: dict) -> None:
         """Cut the fresh student to the layers and widths of a checkpoint's `state`; the engine's values are loaded
         later."""
-        layers = state.get("layers", self.student.layers)  # checkpoints of before have none
+        layers = self._layers_of(state)
         if len(layers) < len(self.student.layers):
             self._keep_layers(PlainStudent(self.student), [self.student.layers.index(layer) for layer in layers])
         keep = expand_to_teacher(state["kept"], self._initial_widths)
         self._cut(PlainStudent(self.student), make_plan(self.student.axis_table(), keep))
         self.pruner.load_state_dict(state["pruner"])
+
+    def _layers_of(self, state: dict) -> Sequence[int]:
+        """The layers that are left in a checkpoint, as numbers of those that the student starts with.
+
+        Of checkpoints of before some have none, and those of a shallow copy count its own layers: layers left before
+        step 1 in no event yet, compensated or not.
+        """
+        layers, final = state.get("layers", self.student.layers), self.depth.final
+        was_copy = final is not None and self.depth.table == {0: len(final)} and len(layers) == len(final)
+        return sorted(final) if was_copy else layers
 
     def before_training(self, recorder: Recorder) -> None:
         """Layers that leave now; check that compensation may do what it is asked to; then what one_shot cuts, in its

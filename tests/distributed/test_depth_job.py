@@ -1,5 +1,5 @@
-"""From 12 layers to 7 in a whole job: live under ZeRO-2 and ZeRO-3 while widths fall, killed and resumed, exported; and
-before the first step, by block influence."""
+"""From 12 layers to 7 in a whole job: live under ZeRO-2 and ZeRO-3 while widths fall, refitted, killed and resumed,
+exported; and before the first step, by block influence, as they were."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from transformers import AutoModelForMaskedLM
 BY_INFLUENCE = ("student.num_hidden_layers=7", "student.layer_choice=influence", "pruning.calibration_batches=1")
 BY_INFLUENCE += ("train.global_batch_size=4", "train.eval_every_steps=0")
 LIVE = (*BY_INFLUENCE, "pruning.depth_schedule=linear", "run.keep_checkpoints=9")
+LIVE += ("pruning.compensation=refit", "pruning.compensation_sequences=8")
 ENGINES = {2: ROOT / "ds_configs" / "zero2_fp32.json", 3: ROOT / "ds_configs" / "zero3_fp32.json"}
 KILLED = {"HOMODISTIL_FAULT": "train.step:hit=8"}
 """Two events and a checkpoint behind the one of step 6."""
@@ -64,7 +65,8 @@ def test_layers_leave_one_at_a_time_while_widths_fall(runs, stage):
         (left,) = set(layers) - set(line["layers_after"])
         may_leave = {int(layer): value for layer, value in line["influence"].items() if int(layer)}
         assert left == min(may_leave, key=may_leave.get) and line["bytes_moved"] > 0
-        assert math.isfinite(line["gap_after"]["kl"])
+        assert math.isfinite(line["gap_after"]["kl"]) and line["milliseconds_write"] > 0
+        assert 0 < line["variance_lost"] < 1 and math.isfinite(line["kl_after_cut"])
         layers = line["layers_after"]
     assert sum(axis.endswith(".ffn") for axis in lines[-1]["widths_after"]) == 7
 
@@ -106,7 +108,9 @@ def test_another_number_of_ranks_goes_on_from_a_checkpoint_behind_an_event(serve
     ]
     ours, theirs = result(folder), result(runs[2])
     weights = [name for name in ours if isinstance(name, tuple) and "export" in str(name[0])]
-    assert weights and all((ours[name] - theirs[name]).abs().max() < 1e-4 for name in weights)
+    # Two events behind the checkpoint are refitted from sums over ranks, which are added up in another order: fp32
+    # rounding, that a dozen solves on top of each other enlarge.
+    assert weights and all((ours[name] - theirs[name]).abs().max() < 1e-3 for name in weights)
 
 
 def test_before_the_first_step_the_layers_of_least_influence_leave(server, deep, tmp_path):

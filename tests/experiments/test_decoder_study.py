@@ -45,6 +45,10 @@ def test_every_arm_is_there_or_its_refusal_and_sizes_are_alike(tmp_path, layers,
     options = study_options(tmp_path, "decoder")
     shallow = [spec(options, e, 1e-3, 0).config() for e in study.entries if e.arm.name == "layers_kl"]
     assert [config.student.num_hidden_layers for config in shallow] == kept
+    refitted = [spec(options, e, 1e-3, 0).config() for e in study.entries if e.arm.name == "layers_refit"]
+    assert [config.student for config in refitted] == [config.student for config in shallow]
+    assert {config.pruning.compensation for config in refitted} == {"refit"}
+    assert {config.pruning.compensation for config in shallow} == {"none"}
     for label, reason in study.refused.items():  # what the product does not have yet says so by its field
         name = label.partition("/")[0]
         assert reason.startswith("pruning.importance: " if name == "minitron" else "pruning.compensation: "), label

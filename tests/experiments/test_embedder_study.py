@@ -10,7 +10,8 @@ from experiments.quality.embedder_arms import EMBEDDER_ARMS, EMBEDDER_BASE
 from experiments.quality.specs import RunSpec
 from experiments.quality.statistics import choice_loss
 
-LEVEL = {"ours": 0.9, "selection": 0.8, "random_init": 0.5, "layers": 0.85, "ours_cut": 0.7, "selection_cut": 0.4}
+LEVEL = {"ours": 0.9, "selection": 0.8, "random_init": 0.5, "layers": 0.85, "layers_refit": 0.87}
+LEVEL |= {"ours_cut": 0.7, "selection_cut": 0.4}
 
 
 class _Pool(FakePool):
@@ -45,6 +46,10 @@ def test_methods_are_what_their_names_say():
         assert configs[name].loss == configs["ours"].loss and configs[name].student.hidden_size == 192
     assert configs["selection"].pruning.compensation == "none" and configs["ours"].pruning.compensation == "full"
     assert configs["layers"].loss.weights == {"pooled_mse": 1920.0} and configs["layers"].student.hidden_size is None
+    assert configs["layers"].student.num_hidden_layers == configs["layers_refit"].student.num_hidden_layers == 2
+    assert configs["layers_refit"].loss == configs["ours"].loss
+    assert configs["layers_refit"].pruning.compensation == "refit" and configs["layers"].pruning.compensation == "none"
+    assert configs["layers_refit"].student.layer_choice == "influence"
     assert configs["layers"].student.init_layers == [1, 4] and configs["random_init"].student.init == "random"
 
 
@@ -65,6 +70,8 @@ def test_the_page(tmp_path):
         "| ours: cut at once, compensated | random init, same loss | cosine to the teacher | +0.400 | 0.003 | yes |"
     )
     assert wanted in text and "| ours, cut alone | selection, cut alone | STS-B | +0.300 | 0.000 | yes |" in text
+    layers = "| ours: 2 of 6 layers, refitted, same loss | sentence-transformers: 2 of 6 layers, MSE | STS-B | +0.020 |"
+    assert layers in text
     assert "two layers at the teacher's width" in text and "nan" not in text
     assert all(len(exports(options, entry)) == 3 for entry in study.entries)
     rows = {(row["variant"], row["metric"]): row for row in embedder_tables.rows(study, {})}

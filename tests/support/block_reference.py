@@ -24,11 +24,20 @@ class BlockReference:
 
     Args:
         ids: int64 (B, T) each, without padding.
+        kept: layers of `old` that `new` has; None: all.
     """
 
     def __init__(
-        self, old: nn.Module, new: nn.Module, family: ModelFamily, plan: ResizePlan, ids: Sequence[Tensor], ridge: float
+        self,
+        old: nn.Module,
+        new: nn.Module,
+        family: ModelFamily,
+        plan: ResizePlan,
+        ids: Sequence[Tensor],
+        ridge: float,
+        kept: Sequence[int] | None = None,
     ) -> None:
+        self.kept = list(range(len(family.layers(old))) if kept is None else kept)
         self.old, self.new, self.family, self.plan, self.ids, self.ridge = old, new, family, plan, ids, ridge
         self._names = {id(p): name for name, p in old.named_parameters()}
         uses = family.axis_table(old).uses
@@ -42,22 +51,24 @@ class BlockReference:
         if (norm := self.family.embedding_norm(self.new)) is not None:
             old = self.family.embedding_norm(self.old).module
             self._norm(norm.module, norm.offset, lambda: self._stream_of(self._seen(self.old, old, "out")))
-        for i in range(len(self.family.layers(self.old))):
-            both = zip(self.family.blocks(self.old, i), self.family.blocks(self.new, i), strict=True)
-            for number, (old, new) in enumerate(both):
-                self._block(i, number, old, new)
+        for i, kept in enumerate(self.kept):
+            next_kept = [*self.kept, len(self.family.layers(self.old))][i + 1]
+            for number, new in enumerate(self.family.blocks(self.new, i)):
+                last = next_kept - 1 if number else kept  # whose residual stream the block is to leave
+                self._block(number, self.family.blocks(self.old, kept)[number], new, last)
         if (final := self.family.norm(self.family.final_norm(self.new))) is not None:
             old = self.family.final_norm(self.old)
             self._norm(final.module, final.offset, lambda: self._stream_of(self._seen(self.old, old, "out")))
 
-    def _block(self, i: int, number: int, old, new) -> None:
+    def _block(self, number: int, old, new, last: int) -> None:
         if new.input_norm is not None:
             target = self._stream_of(self._seen(self.old, old.input_norm.module, "out"))
             self._norm(new.input_norm.module, new.input_norm.offset, lambda: target)
         for old_linear, linear in zip(old.inputs, new.inputs, strict=True):
             target = self._changed(old_linear, self._seen(self.old, old_linear, "out"))
             self._linear(linear, target, None)
-        summed = self._stream_of(self._summed(self.old, i, number, old))
+        ending = self.family.blocks(self.old, last)[number]
+        summed = self._stream_of(self._summed(self.old, last, number, ending))
         missing = summed - self._entering(new)
         weights = None if new.stream_norm is not None else size(summed)
         if new.output_norm is None:
@@ -70,7 +81,7 @@ class BlockReference:
             self._linear(new.output, self._stream_of(raw), size(self._stream_of(raw)))
             self._norm(new.output_norm.module, new.output_norm.offset, lambda: missing, weights)
         if new.stream_norm is not None:
-            target = self._stream_of(self._seen(self.old, old.stream_norm.module, "out"))
+            target = self._stream_of(self._seen(self.old, ending.stream_norm.module, "out"))
             self._norm(new.stream_norm.module, new.stream_norm.offset, lambda: target)
 
     def _entering(self, block) -> Tensor:

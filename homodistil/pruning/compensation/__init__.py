@@ -13,8 +13,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -27,10 +26,9 @@ from homodistil.models.resize_plan import ResizePlan
 from homodistil.pruning.compensation.axis_maps import is_mapped
 from homodistil.pruning.compensation.event_plan import Network, plan_event
 from homodistil.pruning.compensation.folding import fold_gains
-from homodistil.pruning.compensation.head import can_straighten, refit_head, straighten_head
-from homodistil.pruning.compensation.labels import refit_labels
 from homodistil.pruning.compensation.options import Options
 from homodistil.pruning.compensation.refit import Refit
+from homodistil.pruning.compensation.whole_network import frozen, refit_network
 
 
 class Compensated(NamedTuple):
@@ -72,12 +70,12 @@ def compensate(
     if "hidden" in mapped:
         model = copy.deepcopy(model)
         fold_gains(model, family)
-    with _frozen(model):
+    with frozen(model):
         network = Network(model, family, table, origins)
         plan, statistics = plan_event(network, keep, mapped, batches, options, fixed_dims)
         new = network.cut(plan)
         refit = Refit(model, new, family, plan, batches, options.ridge, options.fits_linears)
-        lost = _refit(refit, statistics.decoder if statistics else None)
+        lost = refit_network(refit, statistics.decoder if statistics else None)
     return Compensated(plan, new, {"seconds": time.perf_counter() - start_s, "lost": lost})
 
 
@@ -93,40 +91,3 @@ def rotation_only(
     gammas do not commute with it). Arguments as of `compensate`."""
     keep = {"hidden": torch.arange(table.widths["hidden"])}
     return compensate(model, family, table, keep, batches, options, fixed_dims)
-
-
-@contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """`model` without dropout and gradients of its own inside, and as it was afterwards."""
-    training = {module: module.training for module in model.modules()}
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    model.eval().requires_grad_(False)
-    try:
-        yield
-    finally:
-        for module, was_training in training.items():
-            module.training = was_training
-        for parameter in trained:
-            parameter.requires_grad_(True)
-
-
-@torch.no_grad()
-def _refit(refit: Refit, decoder_gram: Tensor | None) -> float:
-    """Fit the whole of the new network. Returns the share that `Compensated.report` calls lost.
-
-    Args:
-        decoder_gram: where the residual stream has been projected, for the vocabulary head.
-    """
-    refit.run()
-    lost = refit.lost()
-    if refit.family.has_classifier(refit.new):
-        refit_labels(refit)
-        return lost
-    head = refit.family.head_parts(refit.new) if refit.family.has_head(refit.new) else None
-    if head is None:
-        return lost
-    if decoder_gram is not None and can_straighten(head):
-        straighten_head(refit, decoder_gram)
-    elif refit.is_affected:
-        refit_head(refit)
-    return lost

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -24,17 +25,19 @@ from homodistil.pruning.compensation.changes import Changes
 from homodistil.pruning.compensation.least_squares import Rows, fit_linear, fit_norm, sum_over_rows
 from homodistil.pruning.compensation.moments import TINY
 from homodistil.pruning.compensation.stream import Stream, start
-from homodistil.pruning.compensation.targets import BlockTargets, run_old_layer
+from homodistil.pruning.compensation.targets import BlockTargets, behind_layers, run_old_layer
 
 
 class Refit:
     """Both networks, and where each micro-batch is on its way. `old` and `new` are in evaluation mode.
 
     Args:
-        new: `old` as `plan` has cut it; its weights are changed here.
+        new: `old` as `plan` has cut it, with the layers `kept`; its weights are changed here.
         batches: this rank's calibration micro-batches.
         ridge: see least_squares.
         fits_linears: False: norms alone are fitted; linears stay as `plan` has cut them.
+        kept: layers of `old` that `new` has, ascending, with 0; None: all. The last block of a layer behind which
+            others have left is fitted to what the last of these put out.
     """
 
     def __init__(
@@ -46,8 +49,9 @@ class Refit:
         batches: Sequence[Batch],
         ridge: float,
         fits_linears: bool = True,
+        kept: Sequence[int] | None = None,
     ) -> None:
-        self._fits_linears = fits_linears
+        self._fits_linears, self._kept = fits_linears, kept
         self.old, self.new, self.family, self.ridge = old, new, family, ridge
         self.changes = Changes(old, family.axis_table(old), plan)
         self.is_affected = False
@@ -58,8 +62,10 @@ class Refit:
     def run(self) -> None:
         """All that the backbone has. Parts before the first that the event changes are left alone."""
         self._embeddings()
-        for i in range(len(self.family.layers(self.old))):
-            self._layer(i)
+        num_layers = len(self.family.layers(self.old))
+        kept = range(num_layers) if self._kept is None else self._kept
+        for number, (first, following) in enumerate(pairwise([*kept, num_layers])):
+            self._layer(number, range(first, following))
         self._final_norm()
 
     def lost(self) -> float:
@@ -81,16 +87,25 @@ class Refit:
         batch = stream.batch
         return run_backbone(self.new, self.family, batch.input_ids, batch.padding_mask, batch.token_types)
 
-    def _layer(self, i: int) -> None:
-        old_layer, blocks = self.family.layers(self.old)[i], self.family.blocks(self.old, i)
-        targets = [run_old_layer(old_layer, i, blocks, stream, self.changes) for stream in self.streams]
-        self.is_affected = self.is_affected or self.changes.touch(old_layer)
+    def _layer(self, number: int, span: range) -> None:
+        """Fit layer `number` of the new network to those of the old one that it stands for: itself and, where others
+        have left behind it, these."""
+        targets = [self._targets(stream, span) for stream in self.streams]
+        self.is_affected = (
+            self.is_affected or len(span) > 1 or self.changes.touch(self.family.layers(self.old)[span[0]])
+        )
         if self.is_affected:
-            for number, block in enumerate(self.family.blocks(self.new, i)):
-                self._block(i, block, [of_layer[number] for of_layer in targets])
+            for place, block in enumerate(self.family.blocks(self.new, number)):
+                self._block(number, block, [of_layer[place] for of_layer in targets])
         else:
             for stream in self.streams:
                 stream.new.hidden = stream.old.hidden.clone()
+
+    def _targets(self, stream: Stream, span: range) -> tuple[BlockTargets, BlockTargets]:
+        """Of the blocks of a layer that stands for those of the old network in `span`."""
+        layers = self.family.layers(self.old)
+        of_layers = [run_old_layer(layers[i], i, self.family.blocks(self.old, i), stream, self.changes) for i in span]
+        return behind_layers(of_layers)
 
     def _block(self, i: int, block: Block, targets: list[BlockTargets]) -> None:
         """After this, the new side of the streams is behind the block."""

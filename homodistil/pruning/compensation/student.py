@@ -18,6 +18,7 @@ from homodistil.distill.student import Student
 from homodistil.models.axes import Keep
 from homodistil.models.resize_plan import DimMaps, ResizePlan, make_plan
 from homodistil.pruning.compensation import Compensated, Options, compensate
+from homodistil.pruning.compensation.depth import compensate_layers
 from homodistil.pruning.compensation.vectors import fit_projection
 
 _VECTORS_WEIGHT = f"projections.{PROJECTION}.weight"
@@ -48,10 +49,32 @@ def propose(student: Student, keep: Keep, batches: Sequence[Batch], options: Opt
     compensated = compensate(student.model, student.family, table, keep, batches, options, fixed, student.origins)
     maps: dict[str, DimMaps] = {f"model.{name}": dims for name, dims in compensated.plan.maps.items()}
     maps |= _projection_maps(student, compensated.plan)
+    weights = _weights(student, compensated, batches, options)
+    return EventChange(make_plan(student.axis_table(), compensated.plan.keep, maps), weights, compensated.report)
+
+
+def propose_layers(student: Student, kept: Sequence[int], batches: Sequence[Batch], options: Options) -> EventChange:
+    """The compensated event after which all layers have left but `kept`. Every rank calls it.
+
+    The plan cuts nothing; names in `weights` are those after the event, when layers have got their new numbers.
+
+    Args:
+        student, batches: as of `propose`.
+        kept: ascending, with 0.
+    """
+    compensated = compensate_layers(student.model, student.family, kept, batches, options)
+    weights = _weights(student, compensated, batches, options)
+    return EventChange(make_plan(student.axis_table(), {}), weights, compensated.report)
+
+
+def _weights(
+    student: Student, compensated: Compensated, batches: Sequence[Batch], options: Options
+) -> dict[str, Tensor]:
+    """`EventChange.weights`: the model's, and the W of vectors where there is one."""
     weights = {f"model.{name}": parameter.detach() for name, parameter in compensated.model.named_parameters()}
     if options.pooling is not None and PROJECTION in student.projections:
         weights[_VECTORS_WEIGHT] = _fitted_projection(student, compensated, batches, options)
-    return EventChange(make_plan(student.axis_table(), compensated.plan.keep, maps), weights, compensated.report)
+    return weights
 
 
 def _fitted_projection(

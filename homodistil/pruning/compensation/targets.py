@@ -46,6 +46,13 @@ def run_old_layer(
     return both[0], both[1]
 
 
+def behind_layers(of_layers: Sequence[tuple[BlockTargets, BlockTargets]]) -> tuple[BlockTargets, BlockTargets]:
+    """Targets of a layer that stands for several in a row: its own, but the residual stream it leaves is the last's."""
+    first, second = of_layers[0]
+    last = of_layers[-1][1]
+    return first, second._replace(summed=last.summed, normed=last.normed)
+
+
 def _seen_behind(block: Block) -> list[nn.Module]:
     norms = [norm.module for norm in (block.input_norm, block.stream_norm) if norm is not None]
     return [*norms, *block.inputs, *([block.output] if block.output_norm is not None else [])]

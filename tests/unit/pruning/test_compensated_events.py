@@ -8,16 +8,19 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from support.small import random_keep, small_batch, small_pair
+from support.small import random_keep, small_batch, small_model, small_pair
 
 from homodistil.config.rules import check
-from homodistil.config.schema import RunConfig
+from homodistil.config.schema import LossConfig, RunConfig
 from homodistil.data.batch import Batch
 from homodistil.distill.snapshot import duplicate
 from homodistil.distill.student import Student
+from homodistil.distill.teacher import Teacher
 from homodistil.errors import UserError
+from homodistil.evaluation.gap_probe import GapProbe
 from homodistil.pruning.compensation import Options, compensate
-from homodistil.pruning.compensation.student import propose, residual_map
+from homodistil.pruning.compensation.depth import compensate_layers
+from homodistil.pruning.compensation.student import propose, propose_layers, residual_map
 from homodistil.pruning.schedule import stage_widths
 from homodistil.training import compensated_events
 from homodistil.training.compensated_events import Compensation, calibration_config
@@ -73,6 +76,28 @@ def test_refit_event_selects_and_refits():
     after = PlainStudent(duplicate(student)).after(proposal)
     projection = student.projections["layer_2"].weight
     assert torch.equal(after.projections["layer_2"].weight, projection[:, keep["hidden"]])
+
+
+def test_an_event_in_which_layers_leave():
+    """Names are those of the shallower student; what its W compare does not change; nothing is applied yet."""
+    teacher = small_model(num_hidden_layers=5)
+    student = Student(teacher, LossConfig(kl=1.0, hidden=1.0)).eval()
+    before, kept = copy.deepcopy(student.state_dict()), [0, 1, 4]
+    proposal = propose_layers(student, kept, BATCHES, Options())
+    assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
+
+    plain, target = duplicate(student), PlainStudent(duplicate(student))
+    plain.keep_layers(kept)
+    target.keep_layers(kept)
+    after = target.after(proposal)
+    alone = compensate_layers(student.model, student.family, kept, BATCHES, Options()).model
+    expected = Student(alone, student.objective.config, distil=False).predict(BATCHES[0])
+    torch.testing.assert_close(after.predict(BATCHES[0]), expected, rtol=0, atol=1e-6)  # the same fp32 weights
+    assert after.layer_map.layers == (0, 3, 4) and after.widths == plain.widths
+    assert all(torch.equal(w.weight, plain.projections[name].weight) for name, w in after.projections.items())
+    # Layer 1 takes over what 2 and 3 did: the model comes nearer, and so does what layer 1 is compared with.
+    gaps = [GapProbe(each, Teacher(teacher), BATCHES, torch.device("cpu")).measure() for each in (plain, after)]
+    assert gaps[1]["kl"] < 0.5 * gaps[0]["kl"] and gaps[1]["hidden/layer.1"] < 0.5 * gaps[0]["hidden/layer.1"]
 
 
 def test_stages_have_equal_ratios_and_end_on_the_target():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,8 +24,10 @@ from homodistil.training.micro_batch import MicroBatchPolicy
 from homodistil.training.resolve import ResolvedRun, resolve_run
 from homodistil.training.run_summary import run_summary
 from homodistil.training.shape_checks import check_shape
+from homodistil.training.shrinking import Shrinker
 
 LINEAR = ("pruning.depth_schedule=linear", "pruning.end_fraction=0.5", "pruning.schedule=linear")
+COPY = ("pruning.compensation=none",)
 SIZES = ("student.preset=custom", "student.hidden_size=12", "student.intermediate_size=20")
 STUDENT = (*SIZES, "student.num_attention_heads=4", "student.num_hidden_layers=3", "train.steps=40", "data.seq_len=16")
 
@@ -55,6 +58,35 @@ def test_the_run_starts_whole_and_ends_shallow():
     assert depths[-1][1] == 3 and run.phases[-1].widths == run.target
 
 
+def test_layers_leave_in_an_event_where_what_they_did_is_refitted():
+    event, copy = resolved(), resolved(*COPY)
+    assert (event.depth.table, event.depth.final, num_layers(event.initial)) == ({0: 3}, frozenset({0, 2, 4}), 6)
+    assert (copy.depth.table, num_layers(copy.initial), copy.layer_map.layers) == ({}, 3, (1, 3, 5))
+    assert event.targets.keys() > copy.targets.keys() and event.target == copy.target
+    # What enters a layer behind which others leave has to be what it knows: without the first one it is not.
+    without_first = resolved("student.init_layers=[1,3,5]")
+    assert (without_first.depth.table, num_layers(without_first.initial)) == ({}, 3)
+    fresh = resolved("student.init=random", "pruning.schedule=none")
+    assert (fresh.depth.table, num_layers(fresh.initial)) == ({}, 3)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "state", "layers"),
+    [
+        ((), {"layers": [0, 1, 2]}, [0, 2, 4]),  # of a run of before, that was a copy of three layers
+        ((), {"layers": [0, 2, 4]}, [0, 2, 4]),
+        (("student.layer_choice=influence",), {"layers": [0, 1, 2]}, [0, 1, 2]),
+        (LINEAR, {"layers": [0, 2, 3, 4]}, [0, 2, 3, 4]),
+        (COPY, {"layers": [0, 1, 2]}, [0, 1, 2]),
+        (COPY, {}, (0, 1, 2)),
+    ],
+)
+def test_a_checkpoint_says_which_layers_are_left(overrides, state, layers):
+    run = resolved(*overrides)
+    shrinker = SimpleNamespace(student=run.student, depth=run.depth)
+    assert Shrinker._layers_of(shrinker, state) == layers
+
+
 def test_before_the_first_step_widths_know_the_layers_that_stay_alone():
     run = resolved("student.layer_choice=influence", "pruning.schedule=one_shot")
     assert run.depth.table == {0: 3} and run.depth.final is None
@@ -66,10 +98,18 @@ def test_before_the_first_step_widths_know_the_layers_that_stay_alone():
 @pytest.mark.parametrize(
     ("overrides", "text"),
     [
-        (LINEAR, "of which 0, 2, 4 stay; the others leave in 3 events of steps 7 to 20; compared"),
+        (
+            LINEAR,
+            "of which 0, 2, 4 stay; the others leave in 3 events of steps 7 to 20, and what they did is refitted; ",
+        ),
+        ((*LINEAR, *COPY), "of which 0, 2, 4 stay; the others leave in 3 events of steps 7 to 20; compared"),
         ((*LINEAR, "student.layer_choice=influence"), "of which 3 by block influence stay; the others leave in 3"),
-        (("student.layer_choice=influence",), "3 by block influence stay; the others leave before step 1; compared"),
-        ((), "copies of the teacher's 0, 2, 4; compared (hidden, attention) with the teacher's 1, 3, 5"),
+        (
+            ("student.layer_choice=influence",),
+            "3 by block influence stay; the others leave before step 1, and what they",
+        ),
+        ((), "copies of all 6 of the teacher's, of which 0, 2, 4 stay; the others leave before step 1, and what they"),
+        (COPY, "copies of the teacher's 0, 2, 4; compared (hidden, attention) with the teacher's 1, 3, 5"),
     ],
 )
 def test_the_summary_says_which_layers_stay_and_when_the_others_leave(overrides, text):
@@ -82,11 +122,23 @@ def test_milestones_and_losses_without_a_last_layer_are_refused_in_one_line():
         parse([*STUDENT, *LINEAR, "run.export_milestones=[0.5]"])
     assert "\n" not in str(caught.value)
     only = ("loss.mlm=0", "loss.kl=0", "loss.hidden=0", "loss.embedding=0")
-    with pytest.raises(UserError, match="pruning.depth_schedule: found uniform, linear with losses") as caught:
+    with pytest.raises(UserError, match="pruning.depth_schedule: found linear with losses") as caught:
         check_shape(resolved(*LINEAR, *only))
     assert "\n" not in str(caught.value)
     check_shape(resolved(*only))
+    check_shape(resolved("student.layer_choice=influence", *only))
     check_shape(resolved(*LINEAR))
+
+
+def test_of_a_new_last_layer_nothing_is_trained_that_no_term_reads():
+    """Relations alone: what the last layer puts out is nobody's."""
+    student = Student(small_model(num_hidden_layers=4), LossConfig().only(relations=1.0))
+    student.keep_layers([0, 2])
+    fresh = Student(small_model(num_hidden_layers=2), LossConfig().only(relations=1.0))
+    trained = {name for name, parameter in student.named_parameters() if parameter.requires_grad}
+    assert trained == {name for name, parameter in fresh.named_parameters() if parameter.requires_grad}
+    assert "model.bert.encoder.layer.1.output.dense.weight" not in trained
+    assert "model.bert.encoder.layer.0.output.dense.weight" in trained
 
 
 def test_parameters_are_counted_without_the_layers_that_left():
