@@ -123,3 +123,19 @@ def test_before_the_first_step_the_layers_of_least_influence_leave(server, deep,
     stay = ", ".join(map(str, line["layers_after"]))
     assert f"7 stay: {stay}" in job.output()
     assert AutoModelForMaskedLM.from_pretrained(folder / "export").config.num_hidden_layers == 7
+
+
+def test_before_the_first_step_evenly_spread_layers_take_over_what_the_others_did(server, deep, tmp_path):
+    """The default: no copy, but an event; a run that goes on from a checkpoint has the same layers."""
+    folder, compensated = tmp_path / "run", ("pruning.compensation=full", "pruning.compensation_sequences=32")
+    given = arguments(
+        deep, folder, *BY_INFLUENCE, "student.layer_choice=uniform", "pruning.schedule=one_shot", *compensated
+    )
+    job = server.start(TRAIN, given, env=KILLED)
+    assert set(job.wait(timeout_s=300)) != {0}
+    job = server.start(TRAIN, [*given, "run.resume=must"])
+    assert job.wait(timeout_s=300) == [0, 0] and "resumed from step 6" in job.output(), job.output()
+    line, *_ = events(folder)
+    assert (line["step"], line["layers_after"]) == (0, [0, 2, 3, 5, 7, 9, 10])
+    assert line["gap_after"]["kl"] < 0.7 * line["kl_after_cut"]
+    assert AutoModelForMaskedLM.from_pretrained(folder / "export").config.num_hidden_layers == 7
