@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from homodistil.errors import UserError
 from homodistil.models.axes import AxisTable, layer_widths
-from homodistil.models.shapes import Shape, possible_heads, shape_of, target_widths
+from homodistil.models.shapes import Shape, best_heads, possible_heads, shape_of, target_widths
 
 _STEPS = ((512, 64), (128, 16), (0, 4))
 """(teacher's width from which on, multiple that student widths are): what matrix kernels like, as far as there is room.
@@ -60,7 +60,7 @@ def _in_proportion(hidden_size: int, teacher: Shape, table: AxisTable, whole_hea
     ratio, heads = hidden_size / teacher.hidden_size, possible_heads(hidden_size, table.widths, whole_heads)
     if hidden_size == table.widths.get("embedding") or not heads:
         return None
-    num_heads = min(heads, key=lambda count: (abs(count - ratio * teacher.num_attention_heads), -count))
+    num_heads = best_heads(heads, ratio, table.widths, whole_heads)
     step = _step(teacher.intermediate_size)
     neurons = max(step, round(ratio * teacher.intermediate_size / step) * step)
     return Shape(hidden_size, min(neurons, teacher.intermediate_size), num_heads)

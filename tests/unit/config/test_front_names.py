@@ -109,10 +109,10 @@ def test_ranks_are_split_off(monkeypatch):
     [
         ({}, half_of(BERT_BASE)),
         ({"hidden_size": 384, "num_attention_heads": 6}, (384, 1536, 6)),
-        ({"hidden_size": 256}, (256, 1024, 4)),
+        ({"hidden_size": 256}, (256, 1024, 8)),
         ({"num_attention_heads": 8}, (512, 2048, 8)),
-        ({"intermediate_size": 1536}, (384, 1536, 6)),
-        ({"hidden_size": 384, "intermediate_size": 100}, (384, 100, 6)),
+        ({"intermediate_size": 1536}, (384, 1536, 12)),
+        ({"hidden_size": 384, "intermediate_size": 100}, (384, 100, 12)),
     ],
 )
 def test_sizes_that_are_left_open_go_in_proportion(given, wanted):

@@ -75,7 +75,7 @@ def test_every_preset_can_be_expressed_by_a_stock_config():
         (
             StudentConfig(),
             "student: no target size; for half of this teacher's width set student.hidden_size=384 "
-            r"student.intermediate_size=1536 student.num_attention_heads=6 \(or student.preset=NAME: teacher, quick",
+            r"student.intermediate_size=1536 student.num_attention_heads=12 \(or student.preset=NAME: teacher, quick",
         ),
     ],
 )
@@ -111,9 +111,12 @@ def test_a_hidden_size_that_no_stock_class_holds_names_the_nearest():
     check_stock(family_of("llama"), target, teacher)  # Mistral's class holds it
 
 
-def test_half_of_a_teacher_of_even_sizes_is_half_of_everything():
-    assert half_of(plain_widths(384, 1536, 12)) == Shape(192, 768, 6)
-    assert half_of(plain_widths(128, 512, 2)) == Shape(64, 256, 1)
+def test_half_of_a_teacher_keeps_its_heads_where_they_can_get_narrower():
+    assert half_of(plain_widths(384, 1536, 12)) == Shape(192, 768, 12)
+    assert half_of(plain_widths(128, 512, 2)) == Shape(64, 256, 2)
+    assert half_of(plain_widths(1020, 512, 12)).num_attention_heads == 10  # twelve do not divide 510
+    assert half_of(plain_widths(384, 1536, 12), whole_heads=True) == Shape(192, 768, 6)
+    assert half_of(grouped_widths(384, 1536, 4, 3, head_dim=32)).num_attention_heads == 6
 
 
 def test_fields_override_the_preset():
