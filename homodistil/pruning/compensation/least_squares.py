@@ -17,6 +17,11 @@ from homodistil.models.linears import matrix_of
 from homodistil.models.norms import Norm
 from homodistil.pruning.compensation.moments import TINY, sums_of_products
 
+RIDGES = (1e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0)
+"""What a ridge that is left open is chosen from."""
+_OF_NORMS = 1e-2
+"""The ridge of a norm where it is left open: every dim has two numbers to fit, and all rows for it."""
+
 
 class Rows(NamedTuple):
     """This rank's rows of one micro-batch."""
@@ -30,7 +35,7 @@ class Rows(NamedTuple):
 
 
 @torch.no_grad()
-def fit_linear(linears: Sequence[nn.Module], rows: Iterable[Rows], ridge: float) -> None:
+def fit_linear(linears: Sequence[nn.Module], rows: Iterable[Rows], ridge: float | None) -> None:
     """Fit weights, and biases where there are, of `linears`, which share their inputs, to the targets (in place).
 
     With X and Y centred, where there are biases, and R = Y - X W0^T:
@@ -39,13 +44,30 @@ def fit_linear(linears: Sequence[nn.Module], rows: Iterable[Rows], ridge: float)
 
     Args:
         linears: the targets are those of the first, then those of the second, ...; all have a bias or none.
-        ridge: as a share of the mean variance of the inputs.
+        ridge: as a share of the mean variance of the inputs; None: that of `RIDGES` whose fit to three quarters of the
+            rows does best on the others.
     """
     weight = torch.cat([matrix_of(linear) for linear in linears]).double()
+    has_bias = linears[0].bias is not None
+    if ridge is None:
+        fitted, held_out = _two_sums(rows)
+        ridge = _best_ridge(weight, fitted, held_out, has_bias)
+        sums = fitted + held_out
+    else:
+        sums = sum_over_rows(_products(part) for part in rows)
+    _write_linears(linears, *_solved(weight, sums, ridge, has_bias))
+
+
+def _solved(weight: Tensor, sums: Tensor, ridge: float, has_bias: bool) -> tuple[Tensor, Tensor]:
+    """Weight (M, K) and bias (M,) of the ridge regression, fp64.
+
+    Args:
+        weight: W0.
+        sums: from `_products`.
+    """
     num_inputs = weight.shape[1]
-    sums = sum_over_rows(_products(part) for part in rows)
     means = sums[-1] / sums[-1, -1].clamp(min=TINY)
-    if linears[0].bias is None:
+    if not has_bias:
         means = torch.zeros_like(means)
     mean_x, mean_y = means[:num_inputs], means[num_inputs:-1]
     covariance = sums[:-1, :-1] / sums[-1, -1].clamp(min=TINY) - torch.outer(mean_x, means[:-1])
@@ -53,7 +75,41 @@ def fit_linear(linears: Sequence[nn.Module], rows: Iterable[Rows], ridge: float)
     penalty = (ridge * among_inputs.diagonal().mean()).clamp(min=TINY)
     regular = among_inputs + penalty * torch.eye(num_inputs, dtype=weight.dtype, device=weight.device)
     weight = torch.linalg.solve(regular, with_targets + penalty * weight.T).T
-    _write_linears(linears, weight, mean_y - weight @ mean_x)
+    return weight, mean_y - weight @ mean_x
+
+
+def _two_sums(rows: Iterable[Rows]) -> tuple[Tensor, Tensor]:
+    """`_products` over all ranks: of the first three quarters of every micro-batch's rows, and of the others.
+
+    Rows come sequence by sequence, so what is held out is of other sequences than what is fitted, but for one.
+    """
+    both = None
+    for part in rows:
+        sums = torch.stack([_products(each) for each in _split(part)])
+        both = sums if both is None else both.add_(sums)
+    fitted, held_out = ranks.total(both)
+    return fitted, held_out
+
+
+def _split(rows: Rows) -> tuple[Rows, Rows]:
+    at = len(rows.inputs) * 3 // 4
+    weights = (None, None) if rows.weights is None else (rows.weights[:at], rows.weights[at:])
+    sides = (slice(None, at), slice(at, None))
+    return tuple(Rows(rows.inputs[side], rows.targets[side], part) for side, part in zip(sides, weights, strict=True))
+
+
+def _best_ridge(weight: Tensor, fitted: Tensor, held_out: Tensor, has_bias: bool) -> float:
+    """The one of `RIDGES` with the least squared error on rows that it was not fitted to; the same on every rank."""
+    errors = [_error(held_out, *_solved(weight, fitted, ridge, has_bias)) for ridge in RIDGES]
+    return RIDGES[int(ranks.from_first(torch.stack(errors)).argmin())]
+
+
+def _error(sums: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Sum over rows of |w (W x + b - y)|^2, less that of |w y|^2."""
+    whole = torch.cat([weight, bias.unsqueeze(1)], 1)
+    among_inputs = torch.cat([sums[:, : weight.shape[1]], sums[:, -1:]], 1)
+    with_targets = sums[:, weight.shape[1] : -1]
+    return ((whole @ among_inputs) * whole).sum() - 2 * (whole.T * with_targets).sum()
 
 
 def _products(rows: Rows) -> Tensor:
@@ -73,13 +129,13 @@ def _write_linears(linears: Sequence[nn.Module], weight: Tensor, bias: Tensor) -
 
 
 @torch.no_grad()
-def fit_norm(norm: Norm, rows: Iterable[Rows], ridge: float) -> None:
+def fit_norm(norm: Norm, rows: Iterable[Rows], ridge: float | None) -> None:
     """Fit gain, and shift where it has one, of `norm`, one dim at a time, so that it puts out the targets (in place).
 
     Inputs are those of the norm; each dim is a ridge regression of the target on the standardised input, drawn to the
     present gain.
     """
-    gain = norm.gain
+    gain, ridge = norm.gain, _OF_NORMS if ridge is None else ridge
     sums = sum_over_rows(_norm_sums(norm.standardise(part.inputs), part) for part in rows)
     mean_z, mean_y, square_z, product = sums[:-1] / sums[-1].clamp(min=TINY)
     if norm.shift is None:

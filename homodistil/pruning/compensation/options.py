@@ -12,8 +12,9 @@ from homodistil.models.sentence_head import PoolingMode
 @dataclass(frozen=True)
 class Options:
     mode: Literal["refit", "project", "full"] = "full"
-    ridge: float = 1e-2
-    """Ridge of the refit, as a share of the mean variance of a linear's inputs (> 0)."""
+    ridge: float | None = 1e-2
+    """Ridge of the refit, as a share of the mean variance of a linear's inputs (> 0); None: chosen for each linear
+    (`fit_linear`)."""
     basis: Literal["fisher", "pca", "learned"] = "fisher"
     """project and full: what the residual stream's subspace is chosen by. fisher and pca: in closed form
     (projection.py), where fisher needs a trained head, vectors (`pooling`) or labels (`logits`); learned: such a basis,

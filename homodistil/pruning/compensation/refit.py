@@ -47,7 +47,7 @@ class Refit:
         family: ModelFamily,
         plan: ResizePlan,
         batches: Sequence[Batch],
-        ridge: float,
+        ridge: float | None,
         fits_linears: bool = True,
         kept: Sequence[int] | None = None,
     ) -> None:

@@ -63,7 +63,7 @@ def fit_projection(
     family: ModelFamily,
     batches: Sequence[Batch],
     pooling: PoolingMode,
-    ridge: float,
+    ridge: float | None,
 ) -> None:
     """Fit W, in place, so that the vectors of a cut network are what those of the old one were, by direction.
 

@@ -67,9 +67,9 @@ def shared_event(**options):
     return on_two_ranks(lambda rank: event(BATCHES[rank::2], **options))
 
 
-@pytest.mark.parametrize("mode", ["refit", "project", "full"])
-def test_ranks_agree_to_the_bit_and_with_one_rank_that_has_it_all(mode):
-    alone, (first, second) = event(BATCHES, mode=mode), shared_event(mode=mode)
+@pytest.mark.parametrize("options", [{"mode": "refit"}, {"mode": "project"}, {"mode": "full"}, {"ridge": None}])
+def test_ranks_agree_to_the_bit_and_with_one_rank_that_has_it_all(options):
+    alone, (first, second) = event(BATCHES, **options), shared_event(**options)
     assert first[0] == second[0] and first[2] == second[2]
     for name, weight in first[1].items():
         assert torch.equal(weight, second[1][name]), name
