@@ -148,7 +148,7 @@ def _with_size(job: Job, recipe: str | None, deepspeed: Place | None, fields: di
 
     from homodistil.distill.teacher import load_config
     from homodistil.models import family_of
-    from homodistil.models.shapes import in_proportion
+    from homodistil.models.proposed_shapes import in_proportion
     from homodistil.training.teacher_checks import found_teacher
 
     teacher = load_config(found_teacher(job.config))

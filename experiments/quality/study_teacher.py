@@ -18,7 +18,7 @@ from homodistil.config import command_line
 from homodistil.distill.teacher import load_config
 from homodistil.errors import UserError
 from homodistil.models import family_of
-from homodistil.models.shapes import in_proportion
+from homodistil.models.proposed_shapes import in_proportion
 from homodistil.training.teacher_checks import cache_dir, found_teacher
 
 BERT_TINY = "embedded:bert-tiny"

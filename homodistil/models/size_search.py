@@ -8,7 +8,9 @@ from typing import NamedTuple
 
 from homodistil.errors import UserError
 from homodistil.models.axes import AxisTable, layer_widths
-from homodistil.models.shapes import Shape, best_heads, possible_heads, shape_of, target_widths
+from homodistil.models.proposed_shapes import best_heads, possible_heads
+from homodistil.models.shapes import target_widths
+from homodistil.models.stock_shape import Shape, shape_of
 
 _STEPS = ((512, 64), (128, 16), (0, 4))
 """(teacher's width from which on, multiple that student widths are): what matrix kernels like, as far as there is room.

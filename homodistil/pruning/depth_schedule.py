@@ -36,6 +36,16 @@ class DepthSchedule:
         """
         return [i for i, layer in enumerate(layers) if i and (self.final is None or layer not in self.final)]
 
+    def layers_left(self, saved: Sequence[int]) -> Sequence[int]:
+        """The layers that a checkpoint has, as numbers of those that the student starts with.
+
+        Args:
+            saved: as the checkpoint says. One of before may be of a plain copy, and count the copy's own layers: they
+                are those that the only event, before step 1, leaves.
+        """
+        was_copy = self.final is not None and self.table == {0: len(self.final)} and len(saved) == len(self.final)
+        return sorted(self.final) if was_copy else saved
+
     def describe(self) -> str:
         """When layers leave, for the summary before a run."""
         if list(self.table) == [0]:

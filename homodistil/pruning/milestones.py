@@ -14,7 +14,8 @@ from typing import NamedTuple
 from homodistil.config.schema import PruningConfig, RunFolderConfig
 from homodistil.errors import UserError
 from homodistil.models.axes import Widths
-from homodistil.models.shapes import Shape, is_grouped, shape_of, target_widths
+from homodistil.models.shapes import target_widths
+from homodistil.models.stock_shape import Shape, is_grouped, shape_of
 
 _SAME_AS_FINAL = 0.02
 """How far below the student's final hidden size, as a share of it, a milestone may ask for and mean that size."""

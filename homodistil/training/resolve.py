@@ -42,8 +42,9 @@ from homodistil.models.checkpoint_files import local_folder
 from homodistil.models.family import ModelFamily
 from homodistil.models.head_dim import check_head_dim
 from homodistil.models.known_configs import known_config
-from homodistil.models.shapes import Shape, check_multiples, check_stock, student_widths
+from homodistil.models.shapes import check_multiples, check_stock, student_widths
 from homodistil.models.size_search import find_shape
+from homodistil.models.stock_shape import Shape
 from homodistil.pruning.depth_schedule import DepthSchedule, depth_schedule
 from homodistil.pruning.milestones import Route, plan_route
 from homodistil.pruning.pruner import width_schedule

@@ -13,7 +13,7 @@ from homodistil.distill.losses.active import active_terms
 from homodistil.distill.teacher_sharding import num_parameters
 from homodistil.metrics.term_labels import term_label
 from homodistil.models.axes import Widths, first_layers, layer_widths, num_layers
-from homodistil.models.shapes import is_grouped
+from homodistil.models.stock_shape import is_grouped
 from homodistil.pruning.schedule_protocol import Schedule
 from homodistil.training.resolve import ResolvedRun
 

@@ -6,7 +6,7 @@ run has: its text, its teacher and its probe. An event is the same for every `Sh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from statistics import fmean
 
 import torch
@@ -39,6 +39,7 @@ from homodistil.training.gradient_scores import (
     score_by_drawn_labels,
 )
 from homodistil.training.inputs import RunInputs
+from homodistil.training.resize_events import resize_event
 from homodistil.training.resolve import ResolvedRun
 from homodistil.training.shrinkable import PlainStudent, Shrinkable
 from homodistil.training.step_logger import require_finite
@@ -181,22 +182,12 @@ class Shrinker:
     def restore(self, state: dict) -> None:
         """Cut the fresh student to the layers and widths of a checkpoint's `state`; the engine's values are loaded
         later."""
-        layers = self._layers_of(state)
+        layers = self.depth.layers_left(state.get("layers", self.student.layers))  # checkpoints of before have none
         if len(layers) < len(self.student.layers):
             self._keep_layers(PlainStudent(self.student), [self.student.layers.index(layer) for layer in layers])
         keep = expand_to_teacher(state["kept"], self._initial_widths)
         self._cut(PlainStudent(self.student), make_plan(self.student.axis_table(), keep))
         self.pruner.load_state_dict(state["pruner"])
-
-    def _layers_of(self, state: dict) -> Sequence[int]:
-        """The layers that are left in a checkpoint, as numbers of those that the student starts with.
-
-        Of checkpoints of before some have none, and those of a shallow copy count its own layers: layers left before
-        step 1 in no event yet, compensated or not.
-        """
-        layers, final = state.get("layers", self.student.layers), self.depth.final
-        was_copy = final is not None and self.depth.table == {0: len(final)} and len(layers) == len(final)
-        return sorted(final) if was_copy else layers
 
     def before_training(self, recorder: Recorder) -> None:
         """Layers that leave now; check that compensation may do what it is asked to; then what one_shot cuts, in its
@@ -302,17 +293,3 @@ class Shrinker:
         if report and ranks.rank() == 0:
             print(report, flush=True)
         return self.pruner.schedule.summary()
-
-
-def resize_event(step: int, plan: ResizePlan, before: dict[str, float], after: dict[str, float]) -> dict:
-    """A line of events.jsonl: widths that changed, gap before and after, the keep's hash."""
-    changed = [axis for axis, width in plan.widths_after.items() if width != plan.widths_before[axis]]
-    return {
-        "step": step,
-        "hash": plan.hash,
-        "widths_before": plan.widths_before,
-        "widths_after": plan.widths_after,
-        "changed": changed,
-        "gap_before": before,
-        "gap_after": after,
-    }

@@ -22,7 +22,8 @@ from homodistil.models.activations import attention_implementation
 from homodistil.models.axes import Keep
 from homodistil.models.family import ModelFamily
 from homodistil.models.resize_plan import make_plan, slice_module
-from homodistil.models.shapes import Shape, target_widths
+from homodistil.models.shapes import target_widths
+from homodistil.models.stock_shape import Shape
 from homodistil.pruning.compensation import Options, compensate
 from homodistil.pruning.compensation.labels import logit_distance, mean_distance
 

@@ -25,7 +25,8 @@ from homodistil.models.activations import ActivationHooks
 from homodistil.models.axes import AxisTable, Keep
 from homodistil.models.flops import backbone_flops, head_flops
 from homodistil.models.resize_plan import make_plan, slice_module
-from homodistil.models.shapes import Shape, shape_of, target_widths
+from homodistil.models.shapes import target_widths
+from homodistil.models.stock_shape import Shape, shape_of
 from homodistil.pruning.activation_scores import activation_scores
 from homodistil.pruning.importance import Importance
 

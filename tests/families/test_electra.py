@@ -12,8 +12,9 @@ from homodistil.config.schema import PruningConfig, RunConfig
 from homodistil.errors import UserError
 from homodistil.models.encoders.electra import ELECTRA
 from homodistil.models.known_configs import known_config
-from homodistil.models.shapes import Shape, shape_of, target_widths
+from homodistil.models.shapes import target_widths
 from homodistil.models.size_search import find_shape
+from homodistil.models.stock_shape import Shape, shape_of
 from homodistil.pruning.milestones import plan_route
 from homodistil.training.settle import settle
 

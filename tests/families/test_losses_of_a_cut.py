@@ -20,7 +20,8 @@ from homodistil.distill.losses.settled import settled
 from homodistil.distill.student import Student
 from homodistil.distill.teacher import Teacher
 from homodistil.models import family_of
-from homodistil.models.shapes import Shape, shape_of, target_widths
+from homodistil.models.shapes import target_widths
+from homodistil.models.stock_shape import Shape, shape_of
 
 MODEL_TYPES = sorted(CASES)
 MOST_RATIO = 1000

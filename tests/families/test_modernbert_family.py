@@ -26,7 +26,8 @@ from homodistil.models.attention import keeps_probabilities
 from homodistil.models.config_file import check_values
 from homodistil.models.encoders.modernbert import MODERNBERT
 from homodistil.models.known_configs import known_config
-from homodistil.models.shapes import Shape, half_of, in_proportion, shape_of
+from homodistil.models.proposed_shapes import half_of, in_proportion
+from homodistil.models.stock_shape import Shape, shape_of
 from homodistil.training.resolve import resolve_run
 from homodistil.training.settle import settle
 

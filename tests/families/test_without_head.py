@@ -15,7 +15,8 @@ from homodistil.export.stock_model import stock_model
 from homodistil.models import FAMILIES, family_of
 from homodistil.models.activations import ActivationHooks
 from homodistil.models.resize_plan import make_plan, slice_module
-from homodistil.models.shapes import Shape, shape_of, target_widths
+from homodistil.models.shapes import target_widths
+from homodistil.models.stock_shape import Shape, shape_of
 from homodistil.pruning.compensation import Options, compensate
 
 ENCODERS = sorted(name for name, family in FAMILIES.items() if not family.is_causal)

@@ -20,7 +20,8 @@ from homodistil.errors import UserError
 from homodistil.export.provenance import repeatable
 from homodistil.metrics import progress
 from homodistil.models.axis_listing import axis_listing, entry_parameters
-from homodistil.models.shapes import Shape, half_of, in_proportion
+from homodistil.models.proposed_shapes import half_of, in_proportion
+from homodistil.models.stock_shape import Shape
 from homodistil.training.run_card import origin_of
 from homodistil.training.show_axes import axes_of
 

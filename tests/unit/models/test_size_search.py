@@ -11,8 +11,9 @@ from homodistil.config.schema import RunConfig
 from homodistil.errors import UserError
 from homodistil.models import REFUSED, family_of
 from homodistil.models.config_file import check_values
-from homodistil.models.shapes import Shape, target_widths
+from homodistil.models.shapes import target_widths
 from homodistil.models.size_search import find_shape
+from homodistil.models.stock_shape import Shape
 from homodistil.training.resolve import resolve_run
 
 SMOLLM2 = {

@@ -9,15 +9,9 @@ from homodistil.config.schema import StudentConfig
 from homodistil.errors import UserError
 from homodistil.models import family_of
 from homodistil.models.encoders.bert import BERT as bert
-from homodistil.models.shapes import (
-    PRESETS,
-    Shape,
-    check_stock,
-    half_of,
-    in_proportion,
-    target_shape,
-    target_widths,
-)
+from homodistil.models.proposed_shapes import half_of, in_proportion
+from homodistil.models.shapes import PRESETS, check_stock, target_shape, target_widths
+from homodistil.models.stock_shape import Shape
 
 BERT_BASE = BertConfig()  # Hugging Face's defaults are bert-base-uncased
 

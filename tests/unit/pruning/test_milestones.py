@@ -10,7 +10,8 @@ from homodistil.config.command_line import parse
 from homodistil.config.schema import PruningConfig, RunConfig, RunFolderConfig, StudentConfig, TrainConfig
 from homodistil.errors import UserError
 from homodistil.models.encoders.bert import BERT
-from homodistil.models.shapes import Shape, student_widths
+from homodistil.models.shapes import student_widths
+from homodistil.models.stock_shape import Shape
 from homodistil.pruning.gap_schedule import GapSchedule
 from homodistil.pruning.milestones import Route, plan_route
 from homodistil.pruning.pruner import width_schedule

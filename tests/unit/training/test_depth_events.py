@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,7 +23,6 @@ from homodistil.training.micro_batch import MicroBatchPolicy
 from homodistil.training.resolve import ResolvedRun, resolve_run
 from homodistil.training.run_summary import run_summary
 from homodistil.training.shape_checks import check_shape
-from homodistil.training.shrinking import Shrinker
 
 LINEAR = ("pruning.depth_schedule=linear", "pruning.end_fraction=0.5", "pruning.schedule=linear")
 COPY = ("pruning.compensation=none",)
@@ -71,20 +69,17 @@ def test_layers_leave_in_an_event_where_what_they_did_is_refitted():
 
 
 @pytest.mark.parametrize(
-    ("overrides", "state", "layers"),
+    ("overrides", "saved", "layers"),
     [
-        ((), {"layers": [0, 1, 2]}, [0, 2, 4]),  # of a run of before, that was a copy of three layers
-        ((), {"layers": [0, 2, 4]}, [0, 2, 4]),
-        (("student.layer_choice=influence",), {"layers": [0, 1, 2]}, [0, 1, 2]),
-        (LINEAR, {"layers": [0, 2, 3, 4]}, [0, 2, 3, 4]),
-        (COPY, {"layers": [0, 1, 2]}, [0, 1, 2]),
-        (COPY, {}, (0, 1, 2)),
+        ((), [0, 1, 2], [0, 2, 4]),  # of a run of before, that was a copy of three layers
+        ((), [0, 2, 4], [0, 2, 4]),
+        (("student.layer_choice=influence",), [0, 1, 2], [0, 1, 2]),
+        (LINEAR, [0, 2, 3, 4], [0, 2, 3, 4]),
+        (COPY, [0, 1, 2], [0, 1, 2]),
     ],
 )
-def test_a_checkpoint_says_which_layers_are_left(overrides, state, layers):
-    run = resolved(*overrides)
-    shrinker = SimpleNamespace(student=run.student, depth=run.depth)
-    assert Shrinker._layers_of(shrinker, state) == layers
+def test_a_checkpoint_says_which_layers_are_left(overrides, saved, layers):
+    assert resolved(*overrides).depth.layers_left(saved) == layers
 
 
 def test_before_the_first_step_widths_know_the_layers_that_stay_alone():
