@@ -149,11 +149,11 @@ class _Runner:
     def tune(self, cells: list[Cell]) -> None:
         """The first rates, one beyond where the best is at an end, and the choice."""
         self._validate("rates", [(cell, rates(self._options, self._study, cell)) for cell in cells])
+        further = [(cell, (rate,)) for cell in cells if (rate := extension(cell.validation)) is not None]
+        self._validate("further rates", further)
+        for cell, (rate,) in further:
+            cell.extended = [rate] if rate in cell.validation else []  # else the time did not allow it
         for cell in cells:
-            cell.extended = extension(cell.validation)
-        self._validate("further rates", [(cell, (cell.extended,)) for cell in cells if cell.extended is not None])
-        for cell in cells:
-            cell.extended = cell.extended if cell.extended in cell.validation else None
             cell.rate = best_rate(cell.validation)
 
     def _validate(self, phase: str, wanted: list[tuple[Cell, Sequence[float]]]) -> None:

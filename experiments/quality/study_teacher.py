@@ -18,7 +18,7 @@ from homodistil.config import command_line
 from homodistil.distill.teacher import load_config
 from homodistil.errors import UserError
 from homodistil.models import family_of
-from homodistil.models.proposed_shapes import in_proportion
+from homodistil.models.proposed_shapes import in_proportion, possible_heads
 from homodistil.training.teacher_checks import cache_dir, found_teacher
 
 BERT_TINY = "embedded:bert-tiny"
@@ -49,12 +49,18 @@ class StudyTeacher:
 
 
 def proportional(teacher: PretrainedConfig, factor: float) -> Shape:
-    """The shape at a factor of the teacher's hidden size. Raises nothing: whether it can be cut is for the product."""
+    """The shape at a factor of the teacher's hidden size, with heads in proportion, as all rows were measured.
+
+    Raises nothing: whether it can be cut is for the product.
+    """
     family = family_of(teacher.model_type)
     with torch.device("meta"):
         widths = family.axis_table(family.empty_model(teacher)).widths
-    wanted = {"hidden_size": round(factor * teacher.hidden_size), "intermediate_size": None}
-    return Shape(*in_proportion(wanted | {"num_attention_heads": None}, widths, family.whole_heads))
+    hidden_size, num_heads = round(factor * teacher.hidden_size), factor * teacher.num_attention_heads
+    counts = possible_heads(hidden_size, widths, family.whole_heads)
+    heads = min(counts, key=lambda count: abs(count - num_heads), default=None)
+    wanted = {"hidden_size": hidden_size, "intermediate_size": None, "num_attention_heads": heads}
+    return Shape(*in_proportion(wanted, widths, family.whole_heads))
 
 
 def study_teacher(options: Options, work: Path) -> StudyTeacher:

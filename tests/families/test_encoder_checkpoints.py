@@ -36,4 +36,4 @@ def test_a_size_that_is_left_open_is_half_of_any_configuration(model_type, tmp_p
     CASES[model_type].make_config().save_pretrained(tmp_path)
     fields = {"teacher.name": str(tmp_path)}
     student = _with_size(_job(None, None, fields), None, None, fields).config.student
-    assert (student.hidden_size, student.intermediate_size, student.num_attention_heads) == (15, 22, 3)
+    assert (student.hidden_size, student.intermediate_size, student.num_attention_heads) == (15, 22, 5)

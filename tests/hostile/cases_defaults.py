@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from case import Case, Workspace
 
-HALF = "student.hidden_size=12 student.intermediate_size=20 student.num_attention_heads=2 (or student.preset="
+HALF = "student.hidden_size=12 student.intermediate_size=20 student.num_attention_heads=4 (or student.preset="
 NO_TARGET = ("student.hidden_size=null", "student.intermediate_size=null", "student.num_attention_heads=null")
 
 
@@ -36,7 +36,7 @@ CASES = [
     Case(
         "target_without_heads",
         lambda w: w.train("student.num_attention_heads=null"),
-        says=["student.num_attention_heads: not set beside hidden_size=12", "student.num_attention_heads=2 (or"],
+        says=["student.num_attention_heads: not set beside hidden_size=12", "student.num_attention_heads=4 (or"],
     ),
     Case(
         "target_of_heads_alone",
