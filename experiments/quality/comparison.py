@@ -108,7 +108,7 @@ def try_rates(pool: Pool, options: Options, entries: list[Entry], extensions: in
 
 
 def _extend(entries: list[Entry]) -> list[tuple[Entry, float]]:
-    """The methods that get one more rate, with it."""
+    """The methods whose best rate is at an end of what was tried, each with the further rate that it gets."""
     cells = []
     for entry in entries:
         rate = None if entry.arm.is_untrained else extension(entry.validation)

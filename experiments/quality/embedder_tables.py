@@ -64,7 +64,7 @@ def scores(entry: Entry, metric: str) -> list[float]:
 
 
 def _verdicts(study: EmbedderStudy) -> str:
-    """Our method against every rival, our layers against the others', and our cut against the selection's."""
+    """Our method against every rival, our fewer layers against layer reduction, and our cut against selection."""
     arms = {entry.arm.name: entry for entry in study.entries if entry.runs}
     pairs = [(DEFAULT, name) for name in arms if not (arms[name].arm.is_ours or arms[name].arm.is_untrained)]
     pairs += [("layers_refit", "layers"), ("ours_cut", "selection_cut")]

@@ -60,6 +60,16 @@ class BlockReference:
             old = self.family.final_norm(self.old)
             self._norm(final.module, final.offset, lambda: self._stream_of(self._seen(self.old, old, "out")))
 
+    def check_backbone(self, model: nn.Module) -> None:
+        """Raise `AssertionError` where a parameter of `model`'s backbone is not that of `new`, after `run`."""
+        expected = dict(self.family.backbone(self.new).named_parameters())
+        for name, parameter in self.family.backbone(model).named_parameters():
+            # Both sides are fp64; what the library's norms do in fp32 inside is the same code. A dozen solves on top
+            # of each other carry on what two ways of solving differ by.
+            torch.testing.assert_close(
+                parameter, expected[name], rtol=1e-4, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}"
+            )
+
     def _block(self, number: int, old, new, last: int) -> None:
         if new.input_norm is not None:
             target = self._stream_of(self._seen(self.old, old.input_norm.module, "out"))

@@ -1,7 +1,7 @@
-"""Compensated depth: what layers did that leave, the blocks in front of them learn to do, in closed form.
+"""Compensated depth: the blocks in front of layers that leave take over what these did, in closed form.
 
-The last block of a layer behind which others have left is fitted to the residual stream that the last of these put out
-(one linear for all of them: ReplaceMe, arXiv 2505.02819, fits that linear alone); every later part then makes up for
+The last block of a kept layer is fitted to the residual stream behind the last of the layers that leave directly after
+it (one linear for all of them: ReplaceMe, arXiv 2505.02819, fits that linear alone); every later part then makes up for
 what is still missing, as after a cut of widths (refit.py).
 """
 

@@ -36,8 +36,8 @@ class Refit:
         batches: this rank's calibration micro-batches.
         ridge: see least_squares.
         fits_linears: False: norms alone are fitted; linears stay as `plan` has cut them.
-        kept: layers of `old` that `new` has, ascending, with 0; None: all. The last block of a layer behind which
-            others have left is fitted to what the last of these put out.
+        kept: layers of `old` that `new` has, ascending, with 0; None: all. Where layers have left directly
+            after a kept one, its last block is fitted to what the last of them put out.
     """
 
     def __init__(
@@ -88,8 +88,12 @@ class Refit:
         return run_backbone(self.new, self.family, batch.input_ids, batch.padding_mask, batch.token_types)
 
     def _layer(self, number: int, span: range) -> None:
-        """Fit layer `number` of the new network to those of the old one that it stands for: itself and, where others
-        have left behind it, these."""
+        """Fit layer `number` of the new network.
+
+        Args:
+            span: layers of the old network that it stands for: the same layer, and all that have left directly after
+                it.
+        """
         targets = [self._targets(stream, span) for stream in self.streams]
         self.is_affected = (
             self.is_affected or len(span) > 1 or self.changes.touch(self.family.layers(self.old)[span[0]])
@@ -102,7 +106,7 @@ class Refit:
                 stream.new.hidden = stream.old.hidden.clone()
 
     def _targets(self, stream: Stream, span: range) -> tuple[BlockTargets, BlockTargets]:
-        """Of the blocks of a layer that stands for those of the old network in `span`."""
+        """What the two blocks of a new layer are fitted to, which stands for the layers `span` of the old network."""
         layers = self.family.layers(self.old)
         of_layers = [run_old_layer(layers[i], i, self.family.blocks(self.old, i), stream, self.changes) for i in span]
         return behind_layers(of_layers)

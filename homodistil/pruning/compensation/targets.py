@@ -47,7 +47,12 @@ def run_old_layer(
 
 
 def behind_layers(of_layers: Sequence[tuple[BlockTargets, BlockTargets]]) -> tuple[BlockTargets, BlockTargets]:
-    """Targets of a layer that stands for several in a row: its own, but the residual stream it leaves is the last's."""
+    """Targets of one layer that stands for several consecutive ones: those of the first layer, except for the residual
+    stream behind the second block, which is that of the last layer.
+
+    Args:
+        of_layers: for each layer, the targets of its two blocks.
+    """
     first, second = of_layers[0]
     last = of_layers[-1][1]
     return first, second._replace(summed=last.summed, normed=last.normed)
