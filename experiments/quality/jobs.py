@@ -8,13 +8,10 @@ import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from experiments.quality.context import Context
 from experiments.quality.specs import RunSpec, content_hash
 from homodistil.files import write_atomically
-
-if TYPE_CHECKING:
-    from experiments.quality.worker import Context
 
 RESULT_FILE = "result.json"
 ERROR_FILE = "error.txt"
