@@ -20,12 +20,14 @@ import torch
 from homodistil.config.command_line import Job
 from homodistil.data.task import task_of
 from homodistil.data.vocabulary.choice import ALL
+from homodistil.distill.teacher import load_config
 from homodistil.distributed import graceful_stop, ranks, watchdog
 from homodistil.distributed.exit_codes import USER_ERROR
 from homodistil.engine.build import init_ranks, load_engine_config, resolve_engine_config
 from homodistil.metrics.progress import doing
 from homodistil.preflight.disk import cache_bytes, check_disk, run_bytes
 from homodistil.preflight.findings import Finding, Findings, format_findings, merged
+from homodistil.preflight.labels import check_labels
 from homodistil.preflight.memory import check_memory, step_bytes
 from homodistil.preflight.port import check_port
 from homodistil.preflight.settings import check_model, check_settings
@@ -109,6 +111,8 @@ def _look(
     if int(os.environ.get("LOCAL_RANK", 0)):
         return facts, None
     sample = check_text(findings, config.data, facts.tokenizer) if facts else None
+    if sample is not None:
+        check_labels(findings, config.data, load_config(facts.folder))
     size = facts.resolved.teacher_parameters if facts else 0
     _check_disks(findings, job, size, sample.num_bytes if sample else 0)
     return facts, sample

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from homodistil.config.schema import DataConfig
 from homodistil.data.prepare.corpus import check_tokenizer
 from homodistil.data.prepare.packing import framed
-from homodistil.data.sources.documents import read, start_of
+from homodistil.data.sources.documents import Span, read, start_of
 from homodistil.data.sources.sources import Source, check_sources, unhashed_sources
 from homodistil.data.task import Frame
 from homodistil.data.tokenizer import check_text_is_known
@@ -59,10 +59,15 @@ def _measure(source: Source, size: int) -> str:
     return f"{len(source.files)} files, {size / 1e6:.1f} MB" if source.files else "hub data set"
 
 
-def _tokens_of(source: Source, backend: Tokenizer, unknown: int | None) -> list[int]:
-    """Tokens of the first documents of up to FILES_LOOKED_INTO files, spread evenly over the source."""
+def first_documents(source: Source) -> list[Span]:
+    """Spans that begin up to FILES_LOOKED_INTO files, spread evenly over the source."""
     step = -(-len(source.files) // FILES_LOOKED_INTO) or 1
-    spans = [start_of(source, index) for index in range(0, max(1, len(source.files)), step)]
+    return [start_of(source, index) for index in range(0, max(1, len(source.files)), step)]
+
+
+def _tokens_of(source: Source, backend: Tokenizer, unknown: int | None) -> list[int]:
+    """Tokens of the first documents."""
+    spans = first_documents(source)
     share = max(1, SAMPLE_DOCUMENTS // len(spans))
     tokens: list[int] = []
     for span in spans:

@@ -106,3 +106,10 @@ def test_labels_in_another_order_are_refused_before_anything_is_there(server, ma
     (line,) = [line for line in job.output().splitlines() if "data.label_column" in line]
     assert "if its numbers meant 0=neutral, 1=contradiction, 2=entailment" in line and "check_label_order=false" in line
     launched_run.run(server, arguments(materials, run_dir, source, "data.check_label_order=false", "train.steps=2"))
+
+
+def test_a_check_reads_the_labels(server, materials):
+    job = server.start(TRAIN, [*arguments(materials, materials / "checked"), "--check"])
+    assert job.wait(timeout_s=120) == [0, 0], job.output()
+    (line,) = [line for line in job.output().splitlines() if line.startswith("labels ")]
+    assert " ok " in line and f"'label' of {NUM_TEXTS} texts read" in line

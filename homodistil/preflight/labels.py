@@ -1,0 +1,40 @@
+"""Reads the labels of some documents of every source, to find those on which the preparation would fail."""
+
+from __future__ import annotations
+
+from itertools import chain, islice
+
+from homodistil.config.schema import DataConfig
+from homodistil.data.prepare.labels import LabelRule, label_rule
+from homodistil.data.sources.labelled import read_labelled
+from homodistil.data.sources.sources import Source, unhashed_sources
+from homodistil.preflight.findings import Findings
+from homodistil.preflight.text import first_documents
+
+SAMPLE_LABELS = 2000
+"""Of each source; only those are tokenised that the text's check reads, so more labels than texts are affordable."""
+
+
+def check_labels(findings: Findings, config: DataConfig, teacher_config) -> None:
+    """A row for each source with the labels that its first documents have; none where labels are not read.
+
+    Args:
+        teacher_config: Hugging Face configuration, which says what labels there are.
+    """
+    rule = findings.attempt("labels", lambda: label_rule(config, teacher_config))
+    if rule is None:
+        return
+    for source in findings.attempt("labels", lambda: unhashed_sources(config, config.sources)) or ():
+        measured = findings.attempt("labels", lambda source=source: _measure(source, rule))
+        if measured is not None:
+            findings.note("labels", f"{source.name}: {measured}")
+
+
+def _measure(source: Source, rule: LabelRule) -> str:
+    """How many of the first documents have a label; each of them is checked."""
+    spans = first_documents(source)
+    share = max(1, SAMPLE_LABELS // len(spans))
+    labels = chain.from_iterable(islice(read_labelled(source, span), share) for span in spans)
+    rows = [rule.numbers(*label) for _, label in labels]
+    with_label = sum(row[0] == row[0] for row in rows)  # NaN where there is none
+    return f"{rule.column!r} of {len(rows):,} texts read, {with_label:,} with a label"
