@@ -190,7 +190,8 @@ class DataConfig:
     text_documents: Literal["file", "paragraph"] = option("file", resume="fixed", students="shared", derived=SAME)
     """What counts as a document in .txt files: the whole file, or each block between blank lines."""
     text_column: str = option("text", limited_by="rules.py: not empty", resume="fixed", students="shared", derived=SAME)
-    """Column that holds the text in .jsonl, .parquet and hub data sets."""
+    """Column that holds the text in .jsonl, .parquet and hub data sets. In files it may hold a list of words, which are
+    joined by spaces."""
     seq_len: int = option(64, low=3, high=2**20, resume="fixed", students="shared", derived=SAME)
     """Tokens of a block, with [CLS] and [SEP] where the task has them (3 .. the teacher's max_position_embeddings)."""
     heldout_fraction: float = option(
@@ -243,8 +244,8 @@ class DataConfig:
         derived=SAME,
     )
     """Task scores: column of .jsonl and .parquet files that holds ground-truth labels: names or numbers of the
-    teacher's labels, scores, or lists of them; null or -100: the text has none. Texts are then whole documents
-    (data.texts). Unset: no labels."""
+    teacher's labels, scores, or lists of them; null or -100: the text has none. Of a token classifier: a list with a
+    name or number for each word. Texts are then whole documents (data.texts). Unset: no labels."""
     check_label_order: bool = option(True, resume="free", students="shared", derived=SAME)
     """Refuse labels that fit the teacher clearly better in another order (docs/classifiers.md), before training."""
     mask_probability: float = option(

@@ -31,7 +31,7 @@ class LossCounts(NamedTuple):
     """Of the tokens, those behind the first ones of each sequence, which loss.skip_first_tokens leaves out; None: it
     leaves out none."""
     labelled: float | Tensor | None = None
-    """Texts that have a label; None: labels are not read."""
+    """Texts that have a label, or tokens; None: labels are not read."""
 
 
 class Batch(NamedTuple):
@@ -53,7 +53,8 @@ class Batch(NamedTuple):
     teacher_outputs: Tensor | None = None
     """(B, D) fp32, the teacher's pooled state of each text, where these come from files (teacher.outputs=stored)."""
     labels: Tensor | None = None
-    """(B, W) fp32, the label of each text (data/prepare/labels.py), NaN where it has none; None: none are read."""
+    """(B, W) fp32, the label of each text (data/prepare/labels.py), or (M, 1) of each row of a token classifier, NaN
+    where there is none; None: none are read."""
 
     @property
     def padding_mask(self) -> Tensor | None:
@@ -80,12 +81,18 @@ class Batch(NamedTuple):
         """The batch with `teacher_outputs`: those of the blocks `samples` (B,), where there are any."""
         return self if outputs is None else self._replace(teacher_outputs=torch.from_numpy(outputs[samples]))
 
-    def with_labels(self, labels: Rows | None, samples: np.ndarray) -> Batch:
+    def with_labels(self, labels: Rows | None, samples: np.ndarray, of_tokens: bool = False) -> Batch:
         """The batch with `labels` and their number: those of the blocks `samples` (B,), where there are any. To be
-        called on the CPU."""
+        called on the CPU.
+
+        Args:
+            of_tokens: whether a row of `labels` has a number for each of the T tokens.
+        """
         if labels is None:
             return self
         rows = torch.from_numpy(labels[samples])
+        if of_tokens:
+            rows = rows.reshape(-1, 1)[self.target_index]
         count = float((~rows[:, 0].isnan()).sum())
         return self._replace(labels=rows, counts=self.counts._replace(labelled=count))
 

@@ -74,7 +74,8 @@ class BatchLoader:
             raise UserError("data.sources: the training split holds no block of text; add text")
         self._rows, self._seed, self._workers = rows, seed, config.workers
         self._num_first, self._outputs, self._labels = num_first, outputs, labels
-        self._to_batch = task_of(config).batch_maker(tokenizer, config, seed, window)
+        self._task = task_of(config)
+        self._to_batch = self._task.batch_maker(tokenizer, config, seed, window)
         self.global_batch_size, self._rank, self._world = global_batch_size, rank, world_size
         self._order_epoch, self._order = -1, np.empty(0, dtype=np.uint32)
         self._ahead: list[Iterator[list[Batch]]] = []
@@ -136,7 +137,8 @@ class BatchLoader:
             here = epochs == epoch
             samples[here] = self._order_of(int(epoch))[offsets[here]]
         batch = self._to_batch(self._rows[samples], samples, epochs).with_outputs(self._outputs, samples)
-        return batch.with_labels(self._labels, samples).with_tokens_behind(self._num_first)
+        batch = batch.with_labels(self._labels, samples, self._task.has_token_labels)
+        return batch.with_tokens_behind(self._num_first)
 
     def _order_of(self, epoch: int) -> np.ndarray:
         if epoch != self._order_epoch:  # cached, because shuffling 10^8 samples takes seconds
@@ -241,7 +243,8 @@ def fixed_batches(
         batch_size: maximum samples per batch and rank.
         limit: use only the first `limit` samples, over all ranks; None: all.
     """
-    to_batch = task_of(config).batch_maker(tokenizer, config, seed, window)
+    task = task_of(config)
+    to_batch = task.batch_maker(tokenizer, config, seed, window)
     total = len(rows) if limit is None else min(limit, len(rows))
     for samples in fixed_samples(total, batch_size, rank, world_size):
         if len(samples):
@@ -249,4 +252,5 @@ def fixed_batches(
         else:
             samples = np.zeros(1, dtype=np.int64)
             batch = to_batch.without_targets(rows[samples])
-        yield batch.with_outputs(outputs, samples).with_labels(labels, samples).with_tokens_behind(num_first)
+        batch = batch.with_outputs(outputs, samples).with_labels(labels, samples, task.has_token_labels)
+        yield batch.with_tokens_behind(num_first)

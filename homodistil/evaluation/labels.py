@@ -1,6 +1,6 @@
 """How well logits answer ground-truth labels, and whether the numbers of the labels are in the teacher's order.
 
-N texts, L labels of the head, W numbers of a label (data/prepare/labels.py), NaN where a text has none.
+N texts or tokens, L labels of the head, W numbers of a label (data/prepare/labels.py), NaN where a text has none.
 """
 
 from __future__ import annotations
@@ -8,15 +8,17 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from homodistil.evaluation.scores import correlations
 from homodistil.models.classifier import ProblemType
 
 MIN_TEXTS = 50
-"""Labelled texts, below which no order is judged."""
+"""Labelled texts (or tokens), below which no order is judged."""
 _MIN_GAIN = 0.1
-"""Share of the texts that another order must answer more of than the teacher's."""
+"""Share of the texts that another order must answer more of than the teacher's; of tokens, most of which have one label
+("O"), share of those that have another one."""
 _MIN_DEVIATIONS = 3.0
 """How many standard deviations of chance that must be (McNemar: of the texts that only one of both orders answers)."""
 
@@ -46,6 +48,34 @@ def compared_to_labels(logits: Tensor, labels: Tensor, kind: ProblemType) -> dic
     return {"label_mse": (logits - labels).square().mean().item()} | known
 
 
+def compared_counts(counts: Tensor) -> dict[str, float]:
+    """label_accuracy and label_macro_f1, the mean F1 of the labels that occur. Of tokens, most of which have one label.
+
+    Args:
+        counts: float64 (L, L) as of `label_counts`.
+
+    Returns:
+        Nothing where no token has a label.
+    """
+    if not (total := counts.sum()):
+        return {}
+    has, said, hits = counts.sum(1), counts.sum(0), counts.diagonal()
+    f1 = (2 * hits / (has + said).clamp(min=1))[has > 0].mean()
+    return {"label_accuracy": (hits.sum() / total).item(), "label_macro_f1": f1.item()}
+
+
+def label_counts(logits: Tensor, labels: Tensor) -> Tensor:
+    """Rows of each label (row) to which the logits give each label (column), float64 (L, L), on their device.
+
+    Args:
+        logits: (N, L).
+        labels: (N, 1).
+    """
+    num, has_label = logits.shape[1], ~labels[:, 0].isnan()
+    pairs = labels[has_label, 0].long() * num + logits[has_label].argmax(-1)
+    return pairs.bincount(minlength=num * num).reshape(num, num).double()
+
+
 class BetterOrder(NamedTuple):
     """Another order of labels, which fits a teacher clearly better than its own."""
 
@@ -57,7 +87,14 @@ class BetterOrder(NamedTuple):
     num_texts: int
 
 
-def better_order(logits: Tensor, labels: Tensor) -> BetterOrder | None:
+def halved_counts(logits: Tensor, labels: Tensor) -> Tensor:
+    """`label_counts` of every other row that has a label, and of the rest, float64 (2, L, L)."""
+    has_label = ~labels[:, 0].isnan()
+    logits, labels = logits[has_label], labels[has_label]
+    return torch.stack([label_counts(logits[half::2], labels[half::2]) for half in (0, 1)])
+
+
+def better_order(halves: Tensor, of_tokens: bool = False) -> BetterOrder | None:
     """The one-to-one order of labels that fits best, where it answers clearly more texts than that of the logits; None:
     there is none, or too few texts have a label.
 
@@ -65,33 +102,26 @@ def better_order(logits: Tensor, labels: Tensor) -> BetterOrder | None:
     always fits a teacher that guesses.
 
     Args:
-        logits: the teacher's, (N, L), of which one label holds.
-        labels: (N, 1).
+        halves: `halved_counts` of the teacher's logits, of which one label holds.
+        of_tokens: whether these are tokens: what is gained must be a share of those with other labels than most have.
     """
-    logits, labels = _labelled(logits, labels)
-    num_texts = len(labels)
+    halves = halves.cpu().numpy()
+    whole = halves.sum(0)
+    num_texts = int(whole.sum())
     if num_texts < MIN_TEXTS:
         return None
-    halves = [_counts(logits[half::2], labels[half::2]) for half in (0, 1)]
     gains, differing = 0.0, 0.0
     for chosen_on, counted_on in (halves, halves[::-1]):
         order = _best_order(chosen_on)
         differs = order != np.arange(len(order))
         better, worse = _hits(counted_on, order)[differs].sum(), counted_on.diagonal()[differs].sum()
         gains, differing = gains + better - worse, differing + better + worse
-    if gains <= max(_MIN_GAIN * num_texts, _MIN_DEVIATIONS * differing**0.5):
+    judged = num_texts - whole.sum(1).max() * of_tokens
+    if gains <= max(_MIN_GAIN * judged, _MIN_DEVIATIONS * differing**0.5):
         return None
-    whole = sum(halves)
     order = _best_order(whole)
     shares = float(_hits(whole, order).sum()) / num_texts, float(whole.trace()) / num_texts
     return BetterOrder(tuple(order.tolist()), *shares, num_texts)
-
-
-def _counts(logits: Tensor, labels: Tensor) -> np.ndarray:
-    """Texts of each label (row) to which the teacher gives each label (column), (L, L)."""
-    counts = np.zeros((logits.shape[1],) * 2)
-    np.add.at(counts, (labels[:, 0].long().numpy(), logits.argmax(-1).numpy()), 1)
-    return counts
 
 
 def _best_order(counts: np.ndarray) -> np.ndarray:

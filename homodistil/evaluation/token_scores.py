@@ -12,6 +12,7 @@ from homodistil.distill.losses.scores import label_divergence
 from homodistil.distill.student import Student
 from homodistil.distill.teacher import Teacher
 from homodistil.distributed import ranks
+from homodistil.evaluation.labels import compared_counts, halved_counts, label_counts
 from homodistil.evaluation.vectors import moved
 from homodistil.models.classifier import LogitKind, logit_kind
 
@@ -30,17 +31,29 @@ def evaluate_token_scores(
 
     Returns:
         kl_to_teacher (nats) and token_agreement (share of tokens with the same most probable label); where logits are
-        values score_mse.
+        values score_mse; where tokens have labels `compared_counts` of the student's.
     """
     kind = logit_kind(teacher.model.config)
     sums = torch.zeros(3, dtype=torch.float64, device=teacher.device)
+    counts = sums.new_zeros((teacher.model.config.num_labels,) * 2)
     for batch in moved(batches, teacher):
-        sums += token_sums(student.scores(batch), teacher.scores(batch), kind)
+        ours = student.scores(batch)
+        sums += token_sums(ours, teacher.scores(batch), kind)
+        if batch.labels is not None:
+            counts += label_counts(ours, batch.labels)
     distance, same, count = ranks.total(sums).tolist()
-    sizes = {"evaluated_texts": float(num_texts), "evaluated_tokens": count}
+    sizes = {"evaluated_texts": float(num_texts), "evaluated_tokens": count} | compared_counts(ranks.total(counts))
     if kind == "values":
         return {"score_mse": distance / max(count, 1)} | sizes
     return {"kl_to_teacher": distance / max(count, 1), "token_agreement": same / max(count, 1)} | sizes
+
+
+@torch.no_grad()
+def teacher_label_counts(teacher: Teacher, batches: Iterable[Batch]) -> Tensor:
+    """`halved_counts` of the teacher's logits at the labelled tokens of all ranks' texts, float64 (2, L, L), the same
+    on every rank. Every rank calls it."""
+    parts = [halved_counts(teacher.scores(batch), batch.labels) for batch in moved(batches, teacher)]
+    return ranks.total(torch.stack(parts).sum(0))
 
 
 def token_sums(ours: Tensor, theirs: Tensor, kind: LogitKind) -> Tensor:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from itertools import chain, islice
 
 from homodistil.config.schema import DataConfig
-from homodistil.data.prepare.labels import LabelRule, label_rule
+from homodistil.data.prepare.label_choice import label_rule
+from homodistil.data.prepare.token_labels import AnyLabelRule
 from homodistil.data.sources.labelled import read_labelled
 from homodistil.data.sources.sources import Source, unhashed_sources
 from homodistil.preflight.findings import Findings
@@ -30,11 +31,10 @@ def check_labels(findings: Findings, config: DataConfig, teacher_config) -> None
             findings.note("labels", f"{source.name}: {measured}")
 
 
-def _measure(source: Source, rule: LabelRule) -> str:
+def _measure(source: Source, rule: AnyLabelRule) -> str:
     """How many of the first documents have a label; each of them is checked."""
     spans = first_documents(source)
     share = max(1, SAMPLE_LABELS // len(spans))
     labels = chain.from_iterable(islice(read_labelled(source, span), share) for span in spans)
-    rows = [rule.numbers(*label) for _, label in labels]
-    with_label = sum(row[0] == row[0] for row in rows)  # NaN where there is none
-    return f"{rule.column!r} of {len(rows):,} texts read, {with_label:,} with a label"
+    have_one = [rule.has_label(label) for _, label in labels]
+    return f"{rule.column!r} of {len(have_one):,} texts read, {sum(have_one):,} with a label"

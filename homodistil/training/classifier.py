@@ -35,13 +35,12 @@ def labels_task(config: RunConfig, teacher_config) -> str | None:
 
 
 def _check_label_column(config: RunConfig, task: str | None) -> None:
-    """Ground-truth labels are those of whole texts, of a classifier of texts. `task`: as of `labels_task`."""
+    """Ground-truth labels are those of a classifier, for whole lines. `task`: as of `labels_task`."""
     column, teacher = config.data.label_column, config.teacher.name
-    if column and task != "scores":
-        kind = "a token classifier, whose labels of tokens are not read yet" if task else "not used as a classifier"
+    if column and task is None:
         raise UserError(
-            f"data.label_column: found {column!r}, but {teacher} is {kind}; leave data.label_column out, or give a "
-            f"sequence classifier or cross-encoder"
+            f"data.label_column: found {column!r}, but {teacher} is not used as a classifier; leave data.label_column "
+            f"out, or give a sequence classifier, token classifier or cross-encoder"
         )
     if column and "data.texts" in config.given and config.data.texts != "document" and not config.data.pair_columns:
         raise UserError(

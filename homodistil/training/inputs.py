@@ -18,7 +18,7 @@ from homodistil.data.loader import BatchLoader, EvenlySpread, fixed_batches, fix
 from homodistil.data.prefetch import BatchPrefetcher
 from homodistil.data.prepare.corpus import Corpus, prepare_corpus
 from homodistil.data.prepare.integrity import BackgroundCheck
-from homodistil.data.prepare.labels import label_rule
+from homodistil.data.prepare.label_choice import label_rule
 from homodistil.data.rows import Rows, TextOutputs
 from homodistil.data.sources.teachers import is_cached_teacher
 from homodistil.data.task import TASKS

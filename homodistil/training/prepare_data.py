@@ -26,7 +26,7 @@ def main(argv: list[str]) -> None:
     config = parse(arguments, f"{__doc__.splitlines()[0]} --task N --tasks M: do only shards N, N + M, ...")
     # After parsing, so that --help and mistakes need no heavy imports.
     from homodistil.data.prepare.corpus import check_sources, prepare_share
-    from homodistil.data.prepare.labels import label_rule
+    from homodistil.data.prepare.label_choice import label_rule
     from homodistil.data.sources.teachers import cached_teacher
     from homodistil.data.task import settle_task
     from homodistil.distill.teacher import load_config, load_tokenizer

@@ -14,7 +14,7 @@ import torch
 from homodistil.config.derive import compressed_schedule, measurement_inputs, small_config
 from homodistil.config.schema import RunConfig
 from homodistil.data.prepare.corpus import Corpus
-from homodistil.data.prepare.labels import label_rule
+from homodistil.data.prepare.label_choice import label_rule
 from homodistil.data.rows import TextLabels
 from homodistil.distributed import ranks
 from homodistil.engine.build import resolve_engine_config

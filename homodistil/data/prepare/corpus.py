@@ -24,12 +24,12 @@ from homodistil.data.prepare.build_shards import Preparation
 from homodistil.data.prepare.filters import Filters, versions
 from homodistil.data.prepare.integrity import CHECKED_AT_ONCE_BYTES, blocks_bytes, content_damage, structure_damage
 from homodistil.data.prepare.label_rows import labels_file
-from homodistil.data.prepare.labels import LabelRule
 from homodistil.data.prepare.merge import SUMMARY_FILE, merge
 from homodistil.data.prepare.pairs import PairRule, pair_rule
 from homodistil.data.prepare.shard_plan import Plan, make_plan
 from homodistil.data.prepare.shards import CorpusShards, Recipe
 from homodistil.data.prepare.texts import RULE_VERSION, TextRule, text_rule
+from homodistil.data.prepare.token_labels import AnyLabelRule
 from homodistil.data.rows import LabelRows, Rows, TextLabels
 from homodistil.data.sources.documents import read
 from homodistil.data.sources.sources import Source, check_sources, open_sources
@@ -78,7 +78,7 @@ def prepare_corpus(
     tokenizer: PreTrainedTokenizerBase,
     accept: Callable[[str], None] = lambda _: None,
     checked_bytes: float | None = None,
-    labels: LabelRule | None = None,
+    labels: AnyLabelRule | None = None,
 ) -> Corpus:
     """The corpus, from the cache if it has been prepared before. Shards that a killed process has finished are reused.
 
@@ -101,7 +101,7 @@ def prepare_corpus(
 
 
 def prepare_share(
-    config: DataConfig, tokenizer: PreTrainedTokenizerBase, task: int, tasks: int, labels: LabelRule | None = None
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase, task: int, tasks: int, labels: AnyLabelRule | None = None
 ) -> Corpus | str:
     """The work of one array task: make every `tasks`-th shard, beginning with number `task`.
 
@@ -122,7 +122,9 @@ def shards_of(config: DataConfig, tokenizer: PreTrainedTokenizerBase, folder: Pa
 class _Order:
     """A request for a corpus, with its sources opened."""
 
-    def __init__(self, config: DataConfig, tokenizer: PreTrainedTokenizerBase, labels: LabelRule | None = None) -> None:
+    def __init__(
+        self, config: DataConfig, tokenizer: PreTrainedTokenizerBase, labels: AnyLabelRule | None = None
+    ) -> None:
         self._backend, task = check_tokenizer(config, tokenizer), task_of(config)
         self._frame = task.frame(tokenizer)
         self._unknown = tokenizer.unk_token_id
@@ -223,7 +225,7 @@ def _fingerprint(
     backend: Tokenizer,
     special_ids: list,
     texts: TextRule | PairRule | None,
-    labels: LabelRule | None,
+    labels: AnyLabelRule | None,
 ) -> str:
     parts = {
         "version": _FORMAT_VERSION,

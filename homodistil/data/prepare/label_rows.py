@@ -26,6 +26,24 @@ def document_labels(shards: Sequence[Path], width: int) -> np.ndarray:
     return np.concatenate([np.fromfile(folder / LABELS, LABEL).reshape(-1, width) for folder in shards])
 
 
+def token_labels(shards: Sequence[Path], num_tokens: np.ndarray, first: int, body: int, seq_len: int) -> np.ndarray:
+    """Labels of the tokens of all documents at their places in a block, fp32 (N, seq_len), NaN around them.
+
+    Args:
+        shards: as of `document_labels`.
+        num_tokens: of documents, int64 (N,).
+        first: place of the first token of a text in its block.
+        body: tokens of a text in a block; what is longer is truncated.
+        seq_len: tokens of a block.
+    """
+    flat = np.concatenate([np.fromfile(folder / LABELS, LABEL) for folder in shards])
+    starts, place = np.cumsum(num_tokens) - num_tokens, np.arange(body)
+    is_there = place < num_tokens[:, None]
+    rows = np.full((len(num_tokens), seq_len), np.nan, dtype=np.float32)
+    rows[:, first : first + body][is_there] = flat[(starts[:, None] + place)[is_there]]
+    return rows
+
+
 def block_labels(labels: np.ndarray, is_on: np.ndarray, source_of: np.ndarray, weights: Sequence[float]) -> np.ndarray:
     """Labels of the blocks of a split, fp32 (n, W).
 

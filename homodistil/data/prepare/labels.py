@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from homodistil.config.schema import DataConfig
+from homodistil.data.sources.labelled import RawLabel
 from homodistil.errors import UserError, nearest
-from homodistil.models.classifier import NO_LABEL, ProblemType, problem_type
+from homodistil.models.classifier import NO_LABEL, ProblemType
 
 RULE_VERSION = 1
 """Part of a corpus's fingerprint; raise it when labels become other numbers."""
@@ -45,6 +45,13 @@ class LabelRule(NamedTuple):
         """What the numbers depend on, for a fingerprint."""
         return [RULE_VERSION, self.column, self.problem_type, list(self.names)]
 
+    def read(self, label: RawLabel) -> list[float]:
+        """`numbers` of the label of a text."""
+        return self.numbers(label.value, label.where)
+
+    def has_label(self, label: RawLabel) -> bool:
+        return not math.isnan(self.read(label)[0])
+
     def numbers(self, value: Any, where: Callable[[], str]) -> list[float]:
         """The row of a text, of `width` numbers.
 
@@ -57,7 +64,7 @@ class LabelRule(NamedTuple):
         """
         if _is_missing(value):
             return [math.nan] * self.width
-        made = _READERS[self.problem_type](self, value)
+        made = READERS[self.problem_type](self, value)
         if made is None:
             raise UserError(f"data.label_column: {where()}: {self.column!r} holds {self._refused(value)}")
         return made
@@ -97,28 +104,11 @@ class LabelRule(NamedTuple):
         return f"{shown}{close}, allowed are {allowed}; write null (or {NO_LABEL}) where a text has no label"
 
 
-_READERS: dict[ProblemType, Callable[[LabelRule, Any], list[float] | None]] = {
+READERS: dict[ProblemType, Callable[[LabelRule, Any], list[float] | None]] = {
     "single_label_classification": LabelRule._one,
     "multi_label_classification": LabelRule._each,
     "regression": LabelRule._scores,
 }
-
-
-def label_rule(config: DataConfig, teacher_config) -> LabelRule | None:
-    """The rule of `config` for a teacher with this Hugging Face configuration; None: labels are not read.
-
-    Raises:
-        UserError: a problem_type that is none of Hugging Face's.
-    """
-    if not config.label_column:
-        return None
-    kind, names = problem_type(teacher_config), teacher_config.id2label
-    if kind not in _READERS:
-        raise UserError(
-            f"teacher.name: config.json has problem_type {kind!r}, allowed with data.label_column are "
-            f"{', '.join(_READERS)}; correct it there"
-        )
-    return LabelRule(config.label_column, kind, tuple(names[i] for i in range(len(names))))
 
 
 def _is_missing(value: Any) -> bool:

@@ -20,12 +20,19 @@ import homodistil
 from homodistil.config.schema import DataConfig
 from homodistil.data.prepare import filters
 from homodistil.data.prepare.document_table import DocumentTable, chosen, document_table, token_rows
-from homodistil.data.prepare.label_rows import block_labels, document_labels, labels_file, write_labels
+from homodistil.data.prepare.label_rows import (
+    block_labels,
+    document_labels,
+    labels_file,
+    token_labels,
+    write_labels,
+)
 from homodistil.data.prepare.packing import BlockFile, Packer, split
 from homodistil.data.prepare.pairs import PairPacker, PairRule
 from homodistil.data.prepare.shard_plan import Plan
 from homodistil.data.prepare.shards import SUMMARY, Recipe
 from homodistil.data.prepare.text_packing import TextPacker
+from homodistil.data.prepare.token_labels import TokenLabelRule
 from homodistil.data.task import Frame
 from homodistil.errors import UserError
 
@@ -69,13 +76,22 @@ def merge(folder: Path, plan: Plan, recipe: Recipe, shards: list[Path], frame: F
     summary = {name: side.close() for name, side in to_disk.items()}
     checksums = {f"{name}.npy": part.pop("sha256") for name, part in summary.items()}
     if recipe.labels is not None:
-        of_documents = document_labels(shards, recipe.labels.width)
+        of_documents = _labels(shards, table, recipe, frame, config.seq_len)
         for name, weights_of_side in (("train", weights), ("heldout", [])):
             rows = block_labels(of_documents, sides[name], table.source_of, weights_of_side)
             checksums[labels_file(name)] = write_labels(folder / labels_file(name), rows)
     manifest = _manifest(plan, shards, table, is_heldout, recipe, config)
     _write(folder / MANIFEST_FILE, {**manifest, "splits": summary, "sha256": checksums}, indent=1)
     _write(folder / SUMMARY_FILE, summary)
+
+
+def _labels(shards: list[Path], table: DocumentTable, recipe: Recipe, frame: Frame, seq_len: int) -> np.ndarray:
+    """Of all documents, fp32 (N, W)."""
+    if not isinstance(recipe.labels, TokenLabelRule):
+        return document_labels(shards, recipe.labels.width)
+    num_before = (frame.first is not None) + len(recipe.texts.prompt)
+    body = frame.body(seq_len) - len(recipe.texts.prompt)
+    return token_labels(shards, table.num_tokens, num_before, body, seq_len)
 
 
 def _packer(recipe: Recipe, frame: Frame, seq_len: int, weight: float = 1.0) -> Packer | TextPacker | PairPacker:

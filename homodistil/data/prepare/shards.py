@@ -3,7 +3,7 @@
 NNNNN/tokens.bin       token ids of all documents, one after the other
 NNNNN/documents.npy    one row of dtype DOCUMENT per document
 NNNNN/texts.bin        where texts are sentences: tokens of each text, uint32
-NNNNN/labels.bin       with data.label_column: (documents, W) float32 (labels.py)
+NNNNN/labels.bin       with data.label_column: (documents, W) float32 (labels.py), or (tokens,) (token_labels.py)
 NNNNN/signatures.bin   with data.near_duplicates: (documents, NUM_HASHES) uint32
 NNNNN/summary.json     counts, and size and sha256 of each file
 """
@@ -20,13 +20,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 
 from homodistil.data.prepare.filters import HEAD_CHARS, Filters
-from homodistil.data.prepare.labels import LabelRule
 from homodistil.data.prepare.pairs import PairRule
 from homodistil.data.prepare.shard_plan import Plan, Shard
 from homodistil.data.prepare.texts import TextRule
+from homodistil.data.prepare.token_labels import AnyLabelRule, TokenLabelRule, WordLabels
 from homodistil.data.sources.documents import Piece, read
 from homodistil.data.sources.labelled import read_labelled
 from homodistil.data.sources.sources import Source
@@ -49,7 +49,7 @@ class Recipe(NamedTuple):
     filters: Filters
     texts: TextRule | PairRule | None = None
     """Where every block holds one text or pair: what that is."""
-    labels: LabelRule | None = None
+    labels: AnyLabelRule | None = None
     """Where every document has a label, or none by its own account: what that is."""
 
     @property
@@ -96,7 +96,7 @@ def make_shard(folder: Path, shard: Shard, recipe: Recipe, advance: Callable[[in
                 writer.add_document(pieces)
         else:
             for pieces, label in read_labelled(recipe.sources[shard.source], span):
-                writer.add_document(pieces, recipe.labels.numbers(*label))
+                writer.add_document(pieces, recipe.labels.read(label))
     writer.close()
     os.replace(scratch, folder)
 
@@ -125,6 +125,8 @@ class _Writer:
     def __init__(self, folder: Path, recipe: Recipe, advance: Callable[[int], None]) -> None:
         self._folder, self._dtype, self._filters, self._advance = folder, recipe.token_dtype, recipe.filters, advance
         self._tokenizer, self._rule, self._has_labels = recipe.tokenizer, recipe.texts, recipe.labels is not None
+        self._of_words: list[WordLabels] | None = [] if isinstance(recipe.labels, TokenLabelRule) else None
+        """Labels of the texts that wait to be tokenised, where these are labels of words."""
         self._tokenizer.encode_special_tokens = True  # "[MASK]" in a text becomes three ordinary tokens
         self._files = {name: _HashedFile(folder / name) for name in self._names()}
         self._rows = array("Q"), array("q"), array("q"), array("B")
@@ -145,8 +147,9 @@ class _Writer:
         """What of a piece of a document is tokenised as one."""
         return self._rule.parts(piece, is_first) if isinstance(self._rule, TextRule) else [piece]
 
-    def add_document(self, pieces: Iterable[Piece], label: Sequence[float] = ()) -> None:
-        """Add a document, with its label where labels are read; one that consists of white space only is ignored."""
+    def add_document(self, pieces: Iterable[Piece], label: Sequence[float] | WordLabels = ()) -> None:
+        """Add a document, with its label where labels are read; one that consists of white space only is ignored. One
+        with labels of words is one piece."""
         hashes, num_tokens, num_bytes, dropped_by = self._rows
         number, digest, size, head = len(hashes), hashlib.blake2b(digest_size=8), 0, _Head(self._filters)
         for piece in pieces:
@@ -157,6 +160,8 @@ class _Writer:
                 parts = self._parts(piece, is_first=not size)
                 size += len(encoded)
                 self._bytes += len(encoded)
+                if self._of_words is not None:
+                    self._of_words.append(label)
                 for part in parts:
                     self._add_part(number, part)
         if not size:
@@ -164,7 +169,7 @@ class _Writer:
         hashes.append(int.from_bytes(digest.digest(), "little"))
         num_bytes.append(size)
         dropped_by.append(self._filters.judge(head.text()))
-        if self._has_labels:
+        if self._has_labels and self._of_words is None:
             self._files[LABELS].write(np.array(label, dtype=LABEL).tobytes())
         if self._filters.near_duplicates:
             self._files[SIGNATURES].write(self._filters.signature(head.text()).tobytes())
@@ -179,7 +184,7 @@ class _Writer:
 
     def _tokenize(self) -> None:
         num_tokens = self._rows[1]
-        encodings = self._tokenizer.encode_batch_fast(self._texts, add_special_tokens=False)
+        encodings = self._encodings()
         for owner, ids in zip(self._owners, self._ids_of_parts([encoding.ids for encoding in encodings]), strict=True):
             num_tokens.extend([0] * (owner + 1 - len(num_tokens)))
             num_tokens[owner] += len(ids)
@@ -188,6 +193,17 @@ class _Writer:
                 self._files[TEXTS].write(np.array(len(ids), dtype=TEXT_LENGTH).tobytes())
         self._advance(self._bytes)
         self._texts, self._owners, self._chars, self._bytes = [], [], 0, 0
+
+    def _encodings(self) -> list[Encoding]:
+        """Of the texts that wait; the labels of their words are written for their tokens."""
+        if self._of_words is None:
+            return self._tokenizer.encode_batch_fast(self._texts, add_special_tokens=False)
+        encodings = self._tokenizer.encode_batch(self._texts, add_special_tokens=False)
+        for labels, encoding in zip(self._of_words, encodings, strict=True):
+            row = labels.of_tokens(encoding.offsets, len(self._rule.lead))
+            self._files[LABELS].write(row.astype(LABEL).tobytes())
+        self._of_words = []
+        return encodings
 
     def _ids_of_parts(self, parts: list[list[int]]) -> Iterable[list[int]]:
         """What is written of the token ids of each part. A pair's two texts are never in two batches."""

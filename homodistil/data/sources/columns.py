@@ -22,13 +22,19 @@ _PAIRS = (
 
 
 def parquet_texts(file: TextFile, column: str, groups: range) -> Iterator[str]:
-    return (text for (text,) in parquet_columns(file, [column], groups) if text)
+    return (text for (value,) in parquet_columns(file, [column], groups) if (text := joined(value)))
+
+
+def joined(value: str | list[str | None] | None) -> str | None:
+    """The text of a row, whose column may hold a list of words: these with one space between them."""
+    return " ".join(word or "" for word in value) if isinstance(value, list) else value
 
 
 def parquet_columns(
     file: TextFile, columns: Sequence[str], groups: range, label_column: str | None = None
 ) -> Iterator[list[Any]]:
-    """Rows of these columns, which hold text, and then of the one that holds labels, if there is one."""
+    """Rows of these columns, which hold text (or, where there is one column, lists of words), and then of the one that
+    holds labels, if there is one."""
     wanted = [*columns, label_column] if label_column else list(columns)
     with open_parquet(file, *columns) as table:
         if label_column and label_column not in table.schema_arrow.names:
@@ -77,8 +83,11 @@ def _check_column(file: TextFile, schema, column: str, is_of_pair: bool) -> None
     if column not in schema.names:
         raise no_column(file.location, column, schema.names, is_of_pair)
     kind = schema.field(column).type
-    if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
-        raise UserError(f"{_field(is_of_pair)}: {file.location}: {column!r} holds {kind}, expected strings")
+    is_list = pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind)
+    of_one = kind.value_type if is_list and not is_of_pair else kind
+    if not (pyarrow.types.is_string(of_one) or pyarrow.types.is_large_string(of_one)):
+        expected = "strings" if is_of_pair else "strings or lists of words"
+        raise UserError(f"{_field(is_of_pair)}: {file.location}: {column!r} holds {kind}, expected {expected}")
 
 
 def no_column(where: str, column: str, columns: Iterable[str], is_of_pair: bool = False) -> UserError:

@@ -13,11 +13,12 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, BinaryIO, NamedTuple
 
-from homodistil.data.sources.columns import PARQUET_BATCH_ROWS, no_column, parquet_columns, parquet_texts
+from homodistil.data.sources.columns import PARQUET_BATCH_ROWS, joined, no_column, parquet_columns, parquet_texts
 from homodistil.data.sources.sources import Source
 from homodistil.data.sources.text_files import TextFile
 from homodistil.errors import UserError
 
+TEXT_COLUMN = "data.text_column"
 _PIECE_CHARS = 16_384  # maximum length of a piece, which is tokenised at once
 _PART_BYTES = 16 << 20  # of a line in memory at once, if it may be cut
 _WHOLE_CHARS = 256 << 20  # maximum length of a line or paragraph that must be in memory as a whole
@@ -203,7 +204,7 @@ def _pairs(file: TextFile, columns: tuple[str, str], span: Span) -> Iterator[Ite
 
 def _json_texts(file: TextFile, column: str, span: Span) -> Iterator[str]:
     for record, where, line in json_records(file, [column], span):
-        if text := json_string(record, column, "data.text_column", where, line):
+        if text := json_string(record, column, TEXT_COLUMN, where, line):
             yield text
 
 
@@ -231,15 +232,22 @@ def json_records(
 
 
 def json_string(record: dict[str, Any], column: str, field: str, where: Callable[[], str], line: str) -> str | None:
-    text = record[column]
+    """The text of a record, which may also be a list of words, unless it is one of a pair. `line`: the record's."""
+    may_be_words = field == TEXT_COLUMN
+    text = joined(record[column]) if may_be_words and _are_words(record[column]) else record[column]
     if not isinstance(text, str | None):
-        raise UserError(f"{field}: {where()}: {column!r} holds {type(text).__name__}, expected a string")
+        expected = "a string or a list of words" if may_be_words else "a string"
+        raise UserError(f"{field}: {where()}: {column!r} holds {type(text).__name__}, expected {expected}")
     if "\\u" in line and (half := _SURROGATE.search(text or "")):
         raise UserError(
             f"data.sources: {where()}: {column!r} holds \\u{ord(half.group()):x}, half of a "
             f"pair and no character; remove it, or write the character itself"
         )
     return text
+
+
+def _are_words(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(word, str) for word in value)
 
 
 def _reason(error: Exception) -> str:

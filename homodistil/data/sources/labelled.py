@@ -6,8 +6,8 @@ import functools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
-from homodistil.data.sources.columns import first_row, no_label, parquet_columns
-from homodistil.data.sources.documents import Piece, Span, cut, json_records, json_string
+from homodistil.data.sources.columns import first_row, joined, no_label, parquet_columns
+from homodistil.data.sources.documents import TEXT_COLUMN, Piece, Span, cut, json_records, json_string
 from homodistil.data.sources.sources import Source
 from homodistil.data.sources.text_files import TextFile
 
@@ -18,6 +18,8 @@ class RawLabel(NamedTuple):
     value: Any
     where: Callable[[], str]
     """File and line or row, for messages alone."""
+    words: list[str] | None = None
+    """Of the text, where its column holds a list of them."""
 
 
 def read_labelled(source: Source, span: Span) -> Iterator[tuple[Iterable[Piece], RawLabel]]:
@@ -29,13 +31,15 @@ def read_labelled(source: Source, span: Span) -> Iterator[tuple[Iterable[Piece],
     file = source.files[span.file]
     for texts, label in (_labelled_rows if file.kind == ".parquet" else _labelled_lines)(file, source, span):
         if all(text and text.strip() for text in texts):
-            yield texts if source.pair_columns else cut(texts[0]), label
+            # Words have labels by their places in the text, which must therefore be one piece.
+            yield texts if source.pair_columns or label.words is not None else cut(texts[0]), label
 
 
 def _labelled_rows(file: TextFile, source: Source, span: Span) -> Iterator[tuple[list[str | None], RawLabel]]:
     rows = parquet_columns(file, source.columns, range(span.start, span.end), source.label_column)
     for number, (*texts, value) in enumerate(rows, start=1):
-        yield texts, RawLabel(value, functools.partial(_row, file, span.start, number))
+        where = functools.partial(_row, file, span.start, number)
+        yield [joined(text) for text in texts], RawLabel(value, where, _words(texts))
 
 
 def _row(file: TextFile, group: int, number: int) -> str:
@@ -44,9 +48,15 @@ def _row(file: TextFile, group: int, number: int) -> str:
 
 
 def _labelled_lines(file: TextFile, source: Source, span: Span) -> Iterator[tuple[list[str | None], RawLabel]]:
-    field = "data.pair_columns" if source.pair_columns else "data.text_column"
+    field = "data.pair_columns" if source.pair_columns else TEXT_COLUMN
     for record, where, line in json_records(file, source.columns, span):
         if source.label_column not in record:
             raise no_label(where(), source.label_column, record)
         texts = [json_string(record, column, field, where, line) for column in source.columns]
-        yield texts, RawLabel(record[source.label_column], where)
+        words = _words([record[column] for column in source.columns])
+        yield texts, RawLabel(record[source.label_column], where, words)
+
+
+def _words(values: list) -> list[str] | None:
+    """Those of the only text, where it is a list of them."""
+    return [word or "" for word in values[0]] if isinstance(values[0], list) else None

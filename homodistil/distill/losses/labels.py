@@ -1,7 +1,8 @@
 """The term against ground-truth labels (data.label_column), beside those to the teacher, of which it asks nothing.
 
-The kind is that of the teacher's class in transformers. B texts of a micro-batch, L labels of the head, W numbers of a
-label (data/prepare/labels.py); a text without a label has NaN there, and counts for the other terms alone.
+The kind is that of the teacher's class in transformers. R texts or, of a token classifier, tokens of a micro-batch, L
+labels of the head, W numbers of a label (data/prepare/labels.py); a row without a label has NaN there, and counts for
+the other terms alone.
 """
 
 from __future__ import annotations
@@ -9,12 +10,13 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional
 
+from homodistil.distill.losses.scores import logit_rows
 from homodistil.distill.losses.term import BatchSizes, Step, Term, Weighted
 from homodistil.models.classifier import CLASSIFIER_AXIS, NO_LABEL, ProblemType, problem_type
 
 
 class Labels(Term):
-    """Cross-entropy, squared distance or binary cross-entropy, mean over the texts of the step that have a label."""
+    """Cross-entropy, squared distance or binary cross-entropy, mean over the rows of the step that have a label."""
 
     names = ("labels",)
     needs = frozenset({"last"})
@@ -31,20 +33,20 @@ class Labels(Term):
 
     def flops(self, sizes: BatchSizes) -> float:
         """The first linear of the student's head; the last one's few outputs are left out."""
-        return 2 * sizes.num_sequences * 3 * sizes.student["hidden"] * sizes.student.get(CLASSIFIER_AXIS, 0)
+        return 2 * logit_rows(sizes) * 3 * sizes.student["hidden"] * sizes.student.get(CLASSIFIER_AXIS, 0)
 
     def saved_bytes(self, sizes: BatchSizes) -> float:
         """What the linears read, and what the first one puts out."""
         elements = sizes.student["hidden"] + 2 * sizes.student.get(CLASSIFIER_AXIS, 0)
-        return sizes.num_sequences * elements * sizes.student_bytes
+        return logit_rows(sizes) * elements * sizes.student_bytes
 
 
 def label_loss(logits: Tensor, labels: Tensor, kind: ProblemType) -> Tensor:
-    """Sum over texts that have a label; a mean over the labels of each; fp32 0-dim, with a graph in any case.
+    """Sum over rows that have a label; a mean over the labels of each; fp32 0-dim, with a graph in any case.
 
     Args:
-        logits: fp32 (B, L).
-        labels: fp32 (B, W), NaN where there is none.
+        logits: fp32 (R, L).
+        labels: fp32 (R, W), NaN where there is none.
     """
     if kind == "single_label_classification":
         targets = labels[:, 0].nan_to_num(NO_LABEL).long()

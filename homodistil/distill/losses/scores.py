@@ -41,16 +41,16 @@ class _OfLogits(Term):
     def flops(self, sizes: BatchSizes) -> float:
         """The first linear of both heads, where there is one; the last one's few outputs are left out."""
         student, teacher = (w["hidden"] * w.get(CLASSIFIER_AXIS, 0) for w in (sizes.student, sizes.teacher))
-        return 2 * _num_rows(sizes) * (3 * student + teacher)
+        return 2 * logit_rows(sizes) * (3 * student + teacher)
 
     def saved_bytes(self, sizes: BatchSizes) -> float:
         """What the linears read, and what the first one puts out."""
         elements = sizes.student["hidden"] + 2 * sizes.student.get(CLASSIFIER_AXIS, 0)
-        return _num_rows(sizes) * elements * sizes.student_bytes
+        return logit_rows(sizes) * elements * sizes.student_bytes
 
 
-def _num_rows(sizes: BatchSizes) -> float:
-    """Texts, or the tokens that have labels: of a classifier of texts nothing is predicted at tokens."""
+def logit_rows(sizes: BatchSizes) -> float:
+    """Rows of logits: texts, or the tokens that a token classifier labels (one of texts predicts nothing at tokens)."""
     return sizes.target_rows or sizes.num_sequences
 
 

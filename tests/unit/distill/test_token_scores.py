@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 from support.small import small_batch, small_model
@@ -123,3 +124,27 @@ def test_costs():
         assert term.flops(sizes := BatchSizes(*widths, **usual)) == 3 * 2 * 66 * 15 * 13 + 2 * 66 * 24 * 22
         assert term.saved_bytes(sizes) == 66 * (15 + 2 * 13) * 2
         assert term.flops(sizes := BatchSizes(*one_linear, **usual)) == 0 and term.saved_bytes(sizes) == 66 * 15 * 2
+
+
+def test_the_term_of_labels_is_that_of_the_stock_class():
+    """A mean over the tokens that have a label: -100 for stock classes, NaN here. One text has none."""
+    model, batch = token_classifier(), framed()
+    labels = torch.randint(LABELS, batch.input_ids.shape, generator=torch.Generator().manual_seed(0))
+    is_known = torch.zeros_like(labels, dtype=torch.bool).flatten()
+    is_known[batch.target_index[[0, 3, 4, 9, -1]]] = True
+    is_known = is_known.reshape(labels.shape)
+    rows = labels.float().masked_fill(~is_known, torch.nan).numpy()
+    batch = batch.with_labels(rows, np.arange(len(rows)), of_tokens=True)
+    assert batch.labels.shape == (len(batch.target_index), 1) and batch.counts.labelled == 5
+    student = Student(model, only(labels=1.0))
+    outcome = student(batch._replace(counts=mean_counts([batch], torch.device("cpu"))))
+    outcome.total.backward()
+    ours = {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+    model.zero_grad()
+    inputs = {"attention_mask": batch.attention_mask, "token_type_ids": batch.token_types}
+    expected = model(batch.input_ids, **inputs, labels=labels.masked_fill(~is_known, -100)).loss
+    expected.backward()
+    torch.testing.assert_close(outcome.terms["labels"], expected.detach(), **CLOSE)
+    largest = max(gradient.abs().max() for gradient in ours.values())
+    for name, gradient in ours.items():
+        assert (model.get_parameter(name).grad - gradient).abs().max() <= 2e-5 * largest, name

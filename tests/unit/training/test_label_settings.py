@@ -10,7 +10,7 @@ from transformers import BertConfig
 
 from homodistil.config.command_line import parse
 from homodistil.config.schema import RunConfig
-from homodistil.data.prepare.labels import label_rule
+from homodistil.data.prepare.label_choice import label_rule
 from homodistil.errors import UserError
 from homodistil.training.settle import settle
 
@@ -60,6 +60,17 @@ def test_the_teacher_says_what_labels_are():
         label_rule(data, odd)
 
 
+def test_labels_of_a_token_classifier_are_those_of_words():
+    of = teacher("TokenClassification")
+    config = settled(COLUMN, "data.text_column=tokens", of=of)
+    assert (config.data.task, config.data.texts, config.loss.labels) == ("token_scores", "document", 1)
+    rule = label_rule(config.data, of)
+    assert (rule.words.names, rule.width) == (("LABEL_0", "LABEL_1", "LABEL_2"), config.data.seq_len)
+    scores = teacher("TokenClassification", num_labels=1)
+    with pytest.raises(UserError, match="problem_type 'regression', allowed with data.label_column are single_label_"):
+        label_rule(settled(COLUMN, "data.text_column=tokens", of=scores).data, scores)
+
+
 @pytest.mark.parametrize(
     ("fields", "of", "said"),
     [
@@ -67,9 +78,7 @@ def test_the_teacher_says_what_labels_are():
         ((COLUMN, "data.task=mlm"), teacher(), "data.label_column: found label, but data.task=mlm has no head of"),
         (("data.label_column=text",), teacher(), "data.label_column: found 'text', which is a column of texts"),
         (("data.label_column=b", "data.pair_columns=[a,b]"), teacher(), "data.label_column: found 'b', which is a"),
-        ((COLUMN,), teacher("TokenClassification"), "data.label_column: found 'label', but my-teacher is a "
-         "token classifier, whose labels of tokens are not read yet; leave data.label_column out"),
-        ((COLUMN, "data.task=token_scores"), teacher("TokenClassification"), "is a token classifier, whose labels"),
+        ((COLUMN, "data.texts=sentence"), teacher("TokenClassification"), "data.texts: found sentence, allowed with"),
         ((COLUMN,), teacher("MaskedLM"), "data.label_column: found 'label', but my-teacher is not used as a"),
         ((COLUMN, "loss.mlm=1"), teacher(), "data.label_column: found 'label', but my-teacher is not used as"),
         ((COLUMN, "data.texts=passage"), teacher(), "data.texts: found passage, allowed with data.label_column is doc"),
