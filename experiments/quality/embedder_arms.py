@@ -54,6 +54,22 @@ EMBEDDER_ARMS = {
             is_ours=True,
             rate=5e-4,
         ),
+        Arm(
+            "layers_copied",
+            "the same 2 of 6 layers, as they were, same loss",
+            (*_FEWER_LAYERS, "pruning.schedule=none", *SELECTION),
+            own_shape=True,
+            rate=1e-3,
+            note="what of our layers is the fit",
+        ),
+        Arm(
+            "layers_refit_mse",
+            "the same 2 of 6 layers, refitted, MSE",
+            (*_FEWER_LAYERS, "pruning.schedule=none", "pruning.compensation=refit", *MSE_ALONE),
+            own_shape=True,
+            rate=1e-3,
+            note="what of our layers is the loss",
+        ),
         Arm("ours_cut", "ours, cut alone", (*ONE_SHOT, *FULL), is_ours=True, is_untrained=True),
         Arm("selection_cut", "selection, cut alone", (*ONE_SHOT, *SELECTION), is_untrained=True),
     )

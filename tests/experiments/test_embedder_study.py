@@ -11,7 +11,7 @@ from experiments.quality.specs import RunSpec
 from experiments.quality.statistics import choice_loss
 
 LEVEL = {"ours": 0.9, "selection": 0.8, "random_init": 0.5, "layers": 0.85, "layers_refit": 0.87}
-LEVEL |= {"ours_cut": 0.7, "selection_cut": 0.4}
+LEVEL |= {"ours_cut": 0.7, "selection_cut": 0.4, "layers_copied": 0.86, "layers_refit_mse": 0.84}
 
 
 class _Pool(FakePool):
@@ -50,6 +50,9 @@ def test_methods_are_what_their_names_say():
     assert configs["layers_refit"].loss == configs["ours"].loss
     assert configs["layers_refit"].pruning.compensation == "refit" and configs["layers"].pruning.compensation == "none"
     assert configs["layers_refit"].student.layer_choice == "influence"
+    assert configs["layers_copied"].pruning.compensation == "none"
+    assert configs["layers_copied"].student == configs["layers_refit_mse"].student == configs["layers_refit"].student
+    assert configs["layers_copied"].loss == configs["ours"].loss != configs["layers_refit_mse"].loss
     assert configs["layers"].student.init_layers == [1, 4] and configs["random_init"].student.init == "random"
 
 
