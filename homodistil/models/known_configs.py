@@ -42,6 +42,12 @@ def _reranker() -> PretrainedConfig:
     return config
 
 
+def _ner() -> PretrainedConfig:
+    config = BertConfig(vocab_size=28996)
+    config.num_labels, config.architectures = 9, ["BertForTokenClassification"]
+    return config
+
+
 def _roberta(kind: type[PretrainedConfig], vocab_size: int) -> PretrainedConfig:
     return kind(vocab_size=vocab_size, max_position_embeddings=514, type_vocab_size=1, layer_norm_eps=1e-5)
 
@@ -123,6 +129,7 @@ _KNOWN: dict[str, Callable[[], PretrainedConfig]] = {
     "BAAI/bge-small-en-v1.5": lambda: _minilm(12),
     "intfloat/multilingual-e5-small": lambda: _minilm(12, vocab_size=250037),
     "cross-encoder/ms-marco-MiniLM-L6-v2": _reranker,
+    "dslim/bert-base-NER": _ner,
     **dict.fromkeys(("distilbert-base-uncased", "distilbert/distilbert-base-uncased"), DistilBertConfig),
     "google/electra-small-generator": ElectraConfig,
     "google/electra-base-generator": lambda: ElectraConfig(embedding_size=768),

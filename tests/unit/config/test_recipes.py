@@ -24,7 +24,7 @@ PAPERS = [*(f"{name}-paper" for name in OURS), "paper"]
 HALVES = ["roberta-half", "xlmr-half", "modernbert-half", "modernbert-22m", "smollm2-half", "qwen3-0.6b-to-0.3b"]
 HALVES += ["llama-3.2-1b-half", "quickstart-decoder"]  # tests/unit/config/test_half_recipes.py
 EMBEDDERS = ["quickstart-embedder", "minilm-quarter", "bge-small-half", "e5-one-language", "modernbert-embedder"]
-EMBEDDERS += ["minilm-2-layers", "reranker-half"]  # tests/unit/config/test_text_recipes.py
+EMBEDDERS += ["minilm-2-layers", "reranker-half", "ner-half"]  # tests/unit/config/test_text_recipes.py
 SOURCES = {"paper", "authors", "ours", "same"}
 WORDS = "the a whale ship sea captain white old sails deep over under and harpoon storm night crew of".split()
 

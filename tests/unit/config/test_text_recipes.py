@@ -1,4 +1,4 @@
-"""Recipes for embedders and rerankers: their sizes, their plans without a hub, and two real steps of each task."""
+"""Recipes for embedders and classifiers: their sizes, their plans without a hub, and two real steps of each task."""
 
 from __future__ import annotations
 
@@ -8,7 +8,13 @@ import re
 
 import pytest
 import torch
-from transformers import BertConfig, BertForSequenceClassification, BertModel, BertTokenizer
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    BertModel,
+    BertTokenizer,
+)
 
 from homodistil.config.command_line import parse
 from homodistil.config.shipped import RECIPES, engine_path
@@ -20,7 +26,7 @@ from homodistil.training.inputs import prepare_inputs
 from homodistil.training.run import DistillationRun
 from homodistil.training.teacher_checks import check_plannable
 
-HUB = ("bge-small-half", "e5-one-language", "modernbert-embedder", "reranker-half")
+HUB = ("bge-small-half", "e5-one-language", "modernbert-embedder", "reranker-half", "ner-half")
 WORDS = "the a whale ship sea captain white old sails deep over under and harpoon storm night crew of".split()
 
 
@@ -63,8 +69,13 @@ def materials(tmp_path_factory):
     sizes = {"hidden_size": 48, "intermediate_size": 192, "num_attention_heads": 12, "num_hidden_layers": 3}
     config = BertConfig(vocab_size=len(names), initializer_range=0.1, **sizes)
     torch.manual_seed(0)
-    for task, kind in (("embedding", BertModel), ("scores", BertForSequenceClassification)):
-        config.num_labels = 1
+    kinds = {
+        "embedding": BertModel,
+        "scores": BertForSequenceClassification,
+        "token_scores": BertForTokenClassification,
+    }
+    for task, kind in kinds.items():
+        config.num_labels = 9 if task == "token_scores" else 1
         kind(config).save_pretrained(folder / task)
         BertTokenizer({word: i for i, word in enumerate(names)}).save_pretrained(folder / task)
     draw = random.Random(0)
@@ -74,7 +85,7 @@ def materials(tmp_path_factory):
 
 
 @pytest.mark.process
-@pytest.mark.parametrize("name", ["bge-small-half", "reranker-half"])
+@pytest.mark.parametrize("name", ["bge-small-half", "reranker-half", "ner-half"])
 def test_two_steps_in_an_eighth_of_the_width(materials, name, tmp_path):
     recipe = parse([f"recipe={name}"])
     small = [f"teacher.name={materials / recipe.data.task}", f"data.sources=[{materials / 'pairs.jsonl'}]"]
@@ -91,4 +102,5 @@ def test_two_steps_in_an_eighth_of_the_width(materials, name, tmp_path):
     terms = {"pooled_cosine", "hidden"} if config.data.task == "embedding" else set(config.loss.weights)
     assert [line["step"] for line in steps] == [1, 2] and {f"loss/{term}" for term in terms} <= set(steps[0])
     assert run.student.widths["hidden"] == 24 and run.resolved.config.pruning.schedule == "one_shot"
-    assert ("cosine_to_teacher" if config.data.task == "embedding" else "score_mse") in row
+    measured = {"embedding": "cosine_to_teacher", "scores": "score_mse", "token_scores": "token_agreement"}
+    assert measured[config.data.task] in row
