@@ -186,15 +186,15 @@ def _check_size(config: RunConfig) -> None:
     """The student's size is said in one way."""
     student = config.student
     heads = ("num_attention_heads", "num_key_value_heads", "head_dim")
-    sizes = ("hidden_size", "intermediate_size", *heads, "num_hidden_layers")
+    sizes = ("hidden_size", "intermediate_size", *heads)
     ways = {f"student.{name}": getattr(student, name) for name in ("size", "parameters", *sizes)}
     if student.preset != "custom":
         ways["student.preset"] = student.preset
     given = [name for name, value in ways.items() if value is not None]
     if given and given[0] in ("student.size", "student.parameters") and len(given) > 1:
         raise UserError(
-            f"{given[0]}: found {ways[given[0]]:g} beside {', '.join(given[1:])}; {given[0]} chooses all widths at the "
-            f"teacher's depth, so give one or the other"
+            f"{given[0]}: found {ways[given[0]]:g} beside {', '.join(given[1:])}; {given[0]} chooses all widths, so "
+            f"give one or the other (student.num_hidden_layers may stand beside it)"
         )
 
 

@@ -89,7 +89,7 @@ class StudentConfig:
         None, low=0, high=1, exclude="low", resume="fixed", students="own", derived={MILESTONE: None}
     )
     """Target size as a fraction of the teacher's parameters, instead of the sizes one by one: a stock shape with all
-    widths in proportion is chosen, and shown before the run."""
+    widths in proportion is chosen, at the teacher's depth or num_hidden_layers, and shown before the run."""
     parameters: float | None = option(
         None, low=0, high=1e9, exclude="low", resume="fixed", students="own", derived={MILESTONE: None}
     )

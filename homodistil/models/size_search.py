@@ -24,16 +24,22 @@ class SizedShape(NamedTuple):
 
 
 def find_shape(
-    table: AxisTable, shapes: Mapping[str, Sequence[int]], wanted: float, field: str, whole_heads: bool = False
+    table: AxisTable,
+    shapes: Mapping[str, Sequence[int]],
+    wanted: float,
+    field: str,
+    whole_heads: bool = False,
+    whole: str = "the teacher",
 ) -> SizedShape:
     """The shape whose number of parameters is nearest to `wanted`, all widths in proportion to the teacher's.
 
     Args:
         table: of the teacher.
-        shapes: parameter name -> shape, of all its parameters, tied ones once.
+        shapes: parameter name -> shape, of all its parameters (of layers that stay), tied ones once.
         wanted: number of parameters.
         field: what the user gave it as, for messages.
         whole_heads: `ModelFamily.whole_heads`.
+        whole: what the widest shape is, for messages.
 
     Raises:
         UserError: more than the teacher has, or less than the narrowest shape.
@@ -42,8 +48,9 @@ def find_shape(
     smallest, largest = (size(c.parameters for c in candidates) for size in (min, max))
     if not 0.9 * smallest <= wanted <= largest:
         raise UserError(
-            f"{field}: {wanted:,.0f} parameters are wanted, the teacher has {largest:,}; narrower widths alone lead to "
-            f"{smallest:,} .. {largest:,} (layers and embeddings of all tokens stay); set a size between"
+            f"{field}: {wanted:,.0f} parameters are wanted, {whole} has {largest:,}; narrower widths alone lead to "
+            f"{smallest:,} .. {largest:,} (layers and embeddings of all tokens stay); set a size between, or fewer "
+            f"layers (student.num_hidden_layers) beside it"
         )
     return min(candidates, key=lambda candidate: abs(candidate.parameters - wanted))
 

@@ -232,10 +232,14 @@ def _sized(student: StudentConfig, family: ModelFamily, teacher: nn.Module) -> S
     """
     if student.size is None and student.parameters is None:
         return None
-    shapes = {name: tuple(parameter.shape) for name, parameter in teacher.named_parameters()}
+    layers, depth = family.layers(teacher), student.num_hidden_layers
+    # Layers have the same shapes, so that any of them stand for those that stay.
+    left = {id(parameter) for layer in layers[depth:] for parameter in layer.parameters()} if depth else set()
+    shapes = {name: tuple(p.shape) for name, p in teacher.named_parameters() if id(p) not in left}
     field = "student.parameters" if student.size is None else "student.size"
     wanted = student.size * num_parameters(teacher) if student.parameters is None else student.parameters * 1e6
-    return find_shape(family.axis_table(teacher), shapes, wanted, field, family.whole_heads).shape
+    whole = f"the teacher with {depth} of its {len(layers)} layers" if left else "the teacher"
+    return find_shape(family.axis_table(teacher), shapes, wanted, field, family.whole_heads, whole).shape
 
 
 def named_teacher_config(config: RunConfig) -> PretrainedConfig:

@@ -164,3 +164,28 @@ def test_one_way_to_say_a_size():
     config.student.size, config.student.hidden_size = 0.5, 64
     with pytest.raises(UserError, match="student.size: found 0.5 beside student.hidden_size"):
         check(config)
+
+
+@pytest.mark.parametrize("kind", [BertConfig, LlamaConfig, Gemma3TextConfig])
+def test_a_size_beside_fewer_layers(kind):
+    """What the stock model of that depth has, near the size that is wanted of all; the widths are larger instead."""
+    teacher = BertConfig() if kind is BertConfig else kind(**SMOLLM2)
+    config = RunConfig()
+    config.student.size = 0.4
+    deep = resolve_run(config, teacher)
+    config.student.num_hidden_layers = teacher.num_hidden_layers // 2
+    resolved = resolve_run(config, teacher)
+    family = resolved.family
+    with torch.device("meta"):
+        student = family.empty_model(family.student_config(teacher, resolved.target))
+    assert student.config.num_hidden_layers == teacher.num_hidden_layers // 2
+    assert sum(p.numel() for p in student.parameters()) == pytest.approx(0.4 * resolved.teacher_parameters, rel=0.1)
+    assert student.config.hidden_size > deep.target["hidden"]
+
+
+def test_a_size_that_fewer_layers_do_not_reach():
+    config = RunConfig()
+    config.student.size, config.student.num_hidden_layers = 0.9, 3
+    said = r"^student.size: 98,[\d,]+ parameters are wanted, the teacher with 3 of its 12 layers has 4[\d,]+; narrower"
+    with pytest.raises(UserError, match=said):
+        resolve_run(config, BertConfig())
