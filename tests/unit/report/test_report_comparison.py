@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 import yaml
 from PIL import Image
-from test_report import LAUNCHER, Page, log_run, widths
+from support.html_page import Page
+from support.report_folder import log_run, widths
+from test_report import LAUNCHER
 
 from homodistil.config.schema import RunConfig
 from homodistil.errors import UserError

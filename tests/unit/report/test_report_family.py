@@ -1,6 +1,6 @@
 """The family on the report page and in the terminal: every member and control, and who is better by how much."""
 
-from test_report import Page
+from support.html_page import Page
 
 from homodistil.metrics.result_table import write_result
 from homodistil.report import write_report

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from test_report import Page
+from support.html_page import Page
 from test_report_comparison import make_run
 
 from homodistil.report import write_report
