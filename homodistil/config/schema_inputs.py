@@ -190,8 +190,7 @@ class DataConfig:
     text_documents: Literal["file", "paragraph"] = option("file", resume="fixed", students="shared", derived=SAME)
     """What counts as a document in .txt files: the whole file, or each block between blank lines."""
     text_column: str = option("text", limited_by="rules.py: not empty", resume="fixed", students="shared", derived=SAME)
-    """Column that holds the text in .jsonl, .parquet and hub data sets. In files it may hold a list of words, which are
-    joined by spaces."""
+    """Column that holds the text in .jsonl, .parquet and hub data sets; a list of words is joined by spaces."""
     seq_len: int = option(64, low=3, high=2**20, resume="fixed", students="shared", derived=SAME)
     """Tokens of a block, with [CLS] and [SEP] where the task has them (3 .. the teacher's max_position_embeddings)."""
     heldout_fraction: float = option(
@@ -230,7 +229,7 @@ class DataConfig:
     pair_columns: list[str] = option(
         [], limited_by="rules.py: two columns", resume="fixed", students="shared", derived=SAME
     )
-    """Task scores: the two columns of .jsonl and .parquet files that make a pair, such as [query,passage] or
+    """Task scores: the two columns of .jsonl, .parquet and hub data sets that make a pair, such as [query,passage] or
     [sentence1,sentence2]. Empty: single texts (data.texts)."""
     truncation: Literal["longest_first", "only_second"] = option(
         "longest_first", resume="fixed", students="shared", derived=SAME
@@ -238,12 +237,12 @@ class DataConfig:
     """Pairs longer than seq_len lose tokens at the end of the longer text, or of the second one (only_second)."""
     label_column: str | None = option(
         None,
-        limited_by="data/sources/sources.py: a column of .jsonl and .parquet files",
+        limited_by="data/sources/sources.py: a column of .jsonl, .parquet and hub data sets",
         resume="fixed",
         students="shared",
         derived=SAME,
     )
-    """Task scores: column of .jsonl and .parquet files that holds ground-truth labels: names or numbers of the
+    """Task scores: column of .jsonl, .parquet and hub data sets that holds ground-truth labels: names or numbers of the
     teacher's labels, scores, or lists of them; null or -100: the text has none. Of a token classifier: a list with a
     name or number for each word. Texts are then whole documents (data.texts). Unset: no labels."""
     check_label_order: bool = option(True, resume="free", students="shared", derived=SAME)

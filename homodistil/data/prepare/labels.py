@@ -47,7 +47,20 @@ class LabelRule(NamedTuple):
 
     def read(self, label: RawLabel) -> list[float]:
         """`numbers` of the label of a text."""
-        return self.numbers(label.value, label.where)
+        return self.numbers(self.named(label), label.where)
+
+    def named(self, label: RawLabel) -> Any:
+        """The value of a label, by the teacher's names where the data set gives its own numbers these names: they mean
+        the same whatever the order of both. Elsewhere its numbers are taken for the teacher's."""
+        if label.names is None:
+            return label.value
+        names = label.names if set(label.names) <= set(self.names) else range(len(label.names))
+
+        def of_one(value: Any) -> Any:
+            is_known = isinstance(value, int) and 0 <= value < len(names)
+            return names[value] if is_known else None if value == -1 else value
+
+        return [of_one(value) for value in label.value] if isinstance(label.value, list) else of_one(label.value)
 
     def has_label(self, label: RawLabel) -> bool:
         return not math.isnan(self.read(label)[0])

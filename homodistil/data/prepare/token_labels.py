@@ -61,7 +61,7 @@ class TokenLabelRule(NamedTuple):
         Raises:
             UserError: they are not as many as there are words, or one of them is no label of the teacher's.
         """
-        values = label.value
+        values = self.words.named(label)
         if values is None:
             values = [None] * len(label.words or ())
         if label.words is None or not isinstance(values, list) or len(values) != len(label.words):

@@ -86,8 +86,12 @@ def _check_column(file: TextFile, schema, column: str, is_of_pair: bool) -> None
     is_list = pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind)
     of_one = kind.value_type if is_list and not is_of_pair else kind
     if not (pyarrow.types.is_string(of_one) or pyarrow.types.is_large_string(of_one)):
-        expected = "strings" if is_of_pair else "strings or lists of words"
-        raise UserError(f"{_field(is_of_pair)}: {file.location}: {column!r} holds {kind}, expected {expected}")
+        raise no_text(file.location, column, kind, is_of_pair)
+
+
+def no_text(where: str, column: str, kind: Any, is_of_pair: bool) -> UserError:
+    expected = "strings" if is_of_pair else "strings or lists of words"
+    return UserError(f"{_field(is_of_pair)}: {where}: {column!r} holds {kind}, expected {expected}")
 
 
 def no_column(where: str, column: str, columns: Iterable[str], is_of_pair: bool = False) -> UserError:

@@ -53,6 +53,8 @@ def read(source: Source, span: Span) -> Iterator[Iterable[Piece]]:
     Raises:
         UserError: the text is unreadable, binary or malformed; the message names file and position.
     """
+    if source.hub is not None and source.pair_columns is not None:
+        return _whole_pairs(source.hub.rows(source.pair_columns, span.start, span.end))
     if source.hub is not None:
         return (cut(text) for text in source.hub.texts(source.text_column, span.start, span.end))
     file = source.files[span.file]
@@ -199,7 +201,11 @@ def _pairs(file: TextFile, columns: tuple[str, str], span: Span) -> Iterator[Ite
             [json_string(record, column, "data.pair_columns", where, line) for column in columns]
             for record, where, line in json_records(file, columns, span)
         )
-    return (pair for pair in both if all(text and text.strip() for text in pair))
+    return _whole_pairs(both)
+
+
+def _whole_pairs(pairs: Iterable[list[str | None]]) -> Iterator[Iterable[Piece]]:
+    return (pair for pair in pairs if all(text and text.strip() for text in pair))
 
 
 def _json_texts(file: TextFile, column: str, span: Span) -> Iterator[str]:

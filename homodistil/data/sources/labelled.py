@@ -1,4 +1,5 @@
-"""Reads documents with their labels: lines of .jsonl files and rows of .parquet files (data.label_column)."""
+"""Reads documents with their labels: lines of .jsonl files, rows of .parquet files and hub data sets
+(data.label_column)."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ from typing import Any, NamedTuple
 
 from homodistil.data.sources.columns import first_row, joined, no_label, parquet_columns
 from homodistil.data.sources.documents import TEXT_COLUMN, Piece, Span, cut, json_records, json_string
+from homodistil.data.sources.hub import HubText
 from homodistil.data.sources.sources import Source
 from homodistil.data.sources.text_files import TextFile
 
@@ -20,19 +22,35 @@ class RawLabel(NamedTuple):
     """File and line or row, for messages alone."""
     words: list[str] | None = None
     """Of the text, where its column holds a list of them."""
+    names: tuple[str, ...] | None = None
+    """What its numbers mean, where the data set says so."""
 
 
 def read_labelled(source: Source, span: Span) -> Iterator[tuple[Iterable[Piece], RawLabel]]:
     """The documents of `read` that are not empty, with the label of each. Raises as `read`.
 
     Args:
-        source: of files that have columns, with `label_column`.
+        source: of files that have columns or of a hub data set, with `label_column`.
     """
-    file = source.files[span.file]
-    for texts, label in (_labelled_rows if file.kind == ".parquet" else _labelled_lines)(file, source, span):
+    for texts, label in _labelled(source, span):
         if all(text and text.strip() for text in texts):
             # Words have labels by their places in the text, which must therefore be one piece.
             yield texts if source.pair_columns or label.words is not None else cut(texts[0]), label
+
+
+def _labelled(source: Source, span: Span) -> Iterator[tuple[list[str | None], RawLabel]]:
+    if source.hub is not None:
+        return _labelled_hub_rows(source.hub, source, span)
+    file = source.files[span.file]
+    return (_labelled_rows if file.kind == ".parquet" else _labelled_lines)(file, source, span)
+
+
+def _labelled_hub_rows(hub: HubText, source: Source, span: Span) -> Iterator[tuple[list[str | None], RawLabel]]:
+    names = hub.label_names(source.label_column)
+    rows = hub.rows([*source.columns, source.label_column], span.start, span.end)
+    for number, (*texts, value) in enumerate(rows, start=span.start + 1):
+        where = functools.partial("{}: row {}".format, hub.name, number)
+        yield [joined(text) for text in texts], RawLabel(value, where, _words(texts), names)
 
 
 def _labelled_rows(file: TextFile, source: Source, span: Span) -> Iterator[tuple[list[str | None], RawLabel]]:

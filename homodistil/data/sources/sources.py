@@ -65,7 +65,8 @@ def check_sources(config: DataConfig) -> None:
     columns = {"data.pair_columns": config.pair_columns, "data.label_column": [config.label_column]}
     for field_name, names in columns.items():
         for name in config.sources if any(names) else ():
-            _check_has_columns(name, field_name, names)
+            if not is_hub_name(name):
+                _check_has_columns(name, field_name, names)
     _refuse_twice([(place, name) for name in config.sources for place in _places(name)])
 
 
@@ -132,7 +133,7 @@ def _open(name: str, weight: float, config: DataConfig, cache_dir: Path, is_hash
     if config.label_column:
         common["label_column"] = config.label_column
     if is_hub_name(name):
-        hub = open_hub(name, config.text_column)
+        hub = open_hub(name, config.pair_columns or [config.text_column], config.label_column)
         return Source(text_column=config.text_column, hub=hub, fingerprint=[f"hub:{hub.fingerprint}"], **common)
     if assets.is_embedded(name):
         files, column = [TextFile(str(assets.text_file(name, cache_dir)))], "text"
@@ -143,14 +144,14 @@ def _open(name: str, weight: float, config: DataConfig, cache_dir: Path, is_hash
 
 
 def _check_has_columns(name: str, field_name: str, columns: list[str]) -> None:
-    """Raise `UserError` for a source without columns of pairs or labels; those of hub data sets are not read yet."""
-    is_local = not (is_hub_name(name) or assets.is_embedded(name))
-    kinds = {file.kind for file in _files(name)} if is_local else {"no file"}
+    """Raise `UserError` for a source without columns of pairs or labels, which is no hub data set."""
+    kinds = {"no file"} if assets.is_embedded(name) else {file.kind for file in _files(name)}
     if kinds - {*_WITH_COLUMNS}:
         what, otherwise = _OF_COLUMNS[field_name]
         raise UserError(
             f"{field_name}: found {','.join(columns)}, but {name!r} is {', '.join(sorted(kinds))}; {what} are read "
-            f"from {' and '.join(_WITH_COLUMNS)} files; give such, or leave {field_name} out for {otherwise}"
+            f"from {' and '.join(_WITH_COLUMNS)} files and hub data sets; give such, or leave {field_name} out for "
+            f"{otherwise}"
         )
 
 

@@ -147,17 +147,3 @@ def test_hub_data_set_that_cannot_be_loaded(tokenizer, tmp_path, monkeypatch):
         r"data.sources: cannot load hub data set 'no-such-owner-0/no-such-set' \(\w+: .*\); check the name and the"
     )
     refuse(tokenizer, tmp_path, pattern, "no-such-owner-0/no-such-set")
-
-
-def test_hub_rows_are_read(tmp_path, monkeypatch):
-    """The library takes a folder owner/name for a hub data set of that name: the same code path without a network."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "owner" / "name").mkdir(parents=True)
-    table = pa.table({"text": ["first", "", None, "second"], "id": range(4)})
-    pq.write_table(table, tmp_path / "owner" / "name" / "train.parquet")
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "hf")
-    found = hub.open_hub("owner/name", "text")
-    assert list(found.texts("text")) == ["first", "second"]
-    assert found.fingerprint == hub.open_hub("owner/name", "text").fingerprint
-    with pytest.raises(UserError, match=r"data.text_column: 'owner/name' has no column 'body'; found: text, id"):
-        hub.open_hub("owner/name", "body")
