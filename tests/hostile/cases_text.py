@@ -210,7 +210,7 @@ CASES = [
     _named("parquet_damaged_page", "a.parquet", build=_alone(_damaged_page, "a.parquet")),
     _named("parquet_no_column", "'txt'", "found: txt", build=_alone(_table(txt=SENTENCES), "a.parquet")),
     _named("parquet_numbers", "text_column", "int64", build=_alone(_table(text=[1, 2, 3]), "a.parquet")),
-    _named("parquet_lists", "text_column", "list", build=_alone(_table(text=[SENTENCES]), "a.parquet")),
+    _named("parquet_lists", "text_column", "list", build=_alone(_table(text=[[1, 2, 3]]), "a.parquet")),
     _named("parquet_is_text", "a.parquet", "not a readable", build=_alone(_text("fox"), "a.parquet")),
     _named("parquet_empty", "a.parquet", build=_alone(_text(""), "a.parquet")),
     # Compressed.
