@@ -66,7 +66,11 @@ def finished(server, materials) -> Path:
 
 
 def test_the_student_learns_them_beside_the_teacher(finished, materials):
-    output = (materials / "said.txt").read_text()
+    check_learned(finished, (materials / "said.txt").read_text())
+
+
+def check_learned(finished: Path, output: str) -> None:
+    """The term of labels beside the teacher's in every step, through events; more right answers than chance's."""
     assert "labels x 1" in output and "scores_kl x 4" in output and "accuracy" in output
     logged = [line for line in launched_run.lines(finished / "metrics.jsonl") if "loss/total" in line]
     assert all(line["loss/labels"] > 0 for line in logged) and len(launched_run.lines(finished / "events.jsonl")) >= 3
