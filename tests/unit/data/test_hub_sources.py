@@ -41,9 +41,7 @@ def test_hub_rows_are_read(hub_folder):
     assert opened.fingerprint == hub.open_hub("owner/name", ["text"]).fingerprint
     with pytest.raises(UserError, match=r"data.text_column: 'owner/name' has no column 'body'; found: text, id"):
         hub.open_hub("owner/name", ["body"])
-    with pytest.raises(
-        UserError, match=r"data.text_column: 'owner/name': 'id' holds Value.'int64'., expected str"
-    ):
+    with pytest.raises(UserError, match=r"data.text_column: 'owner/name': 'id' holds Value.'int64'., expected str"):
         hub.open_hub("owner/name", ["id"])
     with pytest.raises(UserError, match=r"data.label_column: 'owner/name' has no column 'label'; found: text, id"):
         hub.open_hub("owner/name", ["text"], "label")
