@@ -24,7 +24,7 @@ from homodistil.training.task_defaults import give_defaults, wants_head
 def settle(config: RunConfig, teacher_config, has_head: bool = True, folder: str | None = None) -> None:
     """Replace what the config leaves to the teacher, in place: data.task, data.prompt, data.texts, loss.mlm, loss.kl,
     loss.pooled_cosine, loss.scores_kl, loss.scores_mse, loss.labels, loss.attention_target, loss.hidden_space,
-    pruning.compensation, compensation_sequences and schedule.
+    pruning.compensation, compensation_sequences, compensation_ridge and schedule.
 
     Args:
         has_head: whether the teacher has a language-modelling head that has been trained.
@@ -41,6 +41,8 @@ def settle(config: RunConfig, teacher_config, has_head: bool = True, folder: str
     settle_texts(config.data, folder)
     if task_of(config.data).has_vectors:
         give_defaults(config, POOLED_WEIGHTS)
+    if family.is_causal:
+        give_defaults(config, ())
     if task_of(config.data).has_labels:
         learn_labels(config, teacher_config)
     if not task_of(config.data).has_lm_head:

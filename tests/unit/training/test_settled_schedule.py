@@ -1,13 +1,20 @@
 """pruning.schedule=auto: at once where a cut is compensated, gradually where it is not or where the config says so."""
 
 import pytest
-from transformers import BertConfig
+from transformers import BertConfig, LlamaConfig
 
 from homodistil.config.command_line import parse
 from homodistil.errors import UserError
 from homodistil.training.settle import settle
 
-TEACHER = BertConfig(hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4, vocab_size=99)
+SIZES = {
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 99,
+}
+TEACHER = BertConfig(**SIZES)
 HALF = ("teacher.name=/models/mine", "student.size=0.5")
 
 
@@ -75,3 +82,20 @@ def test_a_setting_of_the_file_of_another_run_counts(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("pruning: {end_fraction: 0.5}\n")
     assert _settled(f"--config={path}").pruning.schedule == "cubic"
+
+
+def test_decoders_have_the_ridge_of_each_linear_chosen():
+    """Unless somebody wants another, which may be the default of encoders."""
+    decoder = LlamaConfig(**SIZES, num_key_value_heads=2)
+    for fields, of, ridge in (
+        ((), decoder, None),
+        (("pruning.compensation_ridge=0.01",), decoder, 0.01),
+        (("pruning.compensation_ridge=0.5",), decoder, 0.5),
+        ((), TEACHER, 0.01),
+        (("pruning.compensation_ridge=null",), TEACHER, None),
+    ):
+        config = parse([*HALF, *fields])
+        settle(config, of)
+        assert config.pruning.compensation_ridge == ridge, (fields, type(of))
+    assert parse(HALF).leaves_open("pruning.compensation_ridge")
+    assert not parse([*HALF, "data.task=mlm"]).leaves_open("pruning.compensation_ridge")
