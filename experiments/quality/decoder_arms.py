@@ -6,7 +6,8 @@ Peers are what their papers do, within this product: the same teacher, text, ste
 
 from __future__ import annotations
 
-from experiments.quality.arms import EARLY, FULL, ONE_SHOT, PINNED, RANDOM, Arm
+from experiments.quality import arms
+from experiments.quality.arms import EARLY, ONE_SHOT, PINNED, RANDOM, Arm
 
 DECODER_BASE = (
     "recipe=quickstart-decoder",
@@ -22,7 +23,7 @@ DECODER_BASE = (
     "pruning.max_event_fraction=0.25",
     "pruning.ffn_multiple=8",
     "pruning.compensation_sequences=128",
-    "pruning.compensation_ridge=0.5",
+    "pruning.compensation_ridge=0.5",  # as selection, which fits nothing, was measured with
     "loss.kl=4",
     "loss.hidden=0",
     "loss.attention=0",
@@ -37,7 +38,10 @@ _SIZE_FIELDS = ("hidden_size", "intermediate_size", "num_attention_heads", "num_
 SMOLLM2 = "embedded:smollm2-135m"
 """The teacher unless another is given."""
 
-REFIT = ("pruning.compensation=refit",)
+CHOSEN_RIDGE = ("pruning.compensation_ridge=null",)
+"""What decoders have by default."""
+REFIT = ("pruning.compensation=refit", *CHOSEN_RIDGE)
+FULL = (*arms.FULL, *CHOSEN_RIDGE)
 ONLY_KL = ("loss.mlm=0", "loss.kl=1")
 LAYERS_KL, LAYERS_REFIT = "layers_kl", "layers_refit"
 BY_DEPTH = (LAYERS_KL, LAYERS_REFIT)
