@@ -155,6 +155,8 @@ class RunConfig:
         is_default = name not in self.given and any(name in TASK_DEFAULTS[task] for task in tasks)
         if name == "pruning.compensation_sequences" and name not in self.given:
             is_default |= self.pruning.schedule in ("auto", "one_shot")
+        if name == "pruning.compensation_ridge" and name not in self.given:
+            return self.data.task in ("auto", "causal")
         if name == "data.texts" and name not in self.given:
             return bool(self.data.label_column)
         return is_default or (name == "data.prompt" and bool(tasks))
@@ -179,12 +181,10 @@ _OF_LABELS = {"loss.scores_kl": 4.0, "loss.scores_mse": 1.0, "loss.labels": 1.0,
 TASK_DEFAULTS = {
     "embedding": {"loss.pooled_cosine": 10.0, "pruning.compensation_sequences": 512},
     **dict.fromkeys(TASKS_OF_LABELS, _OF_LABELS),
-    "causal": {"pruning.compensation_ridge": None},
 }
 """Task -> what its student is given unless the user has set it (the weight: one of those that the task alone has; of
 labels the one that suits the teacher's, and that of ground-truth labels where there are any). A text is shorter than a
-block of other tasks, and has one vector. The last linears of decoders read thousands of neurons, for which the ridge of
-encoders is far too small (LOG.md)."""
+block of other tasks, and has one vector."""
 
 SECTIONS: dict[str, type] = {section.name: section.default_factory for section in dataclasses.fields(RunConfig)}
 """Name of each section -> its dataclass."""

@@ -16,7 +16,7 @@ from homodistil.metrics.term_labels import language_modelling
 from homodistil.models import family_of
 from homodistil.training.classifier import labels_task, learn_labels
 from homodistil.training.embedder import is_embedder, settle_texts
-from homodistil.training.schedule_choice import give_sequences, schedule_of
+from homodistil.training.schedule_choice import give_ridge, give_sequences, schedule_of
 from homodistil.training.stored_terms import check_stored
 from homodistil.training.task_defaults import give_defaults, wants_head
 
@@ -41,8 +41,6 @@ def settle(config: RunConfig, teacher_config, has_head: bool = True, folder: str
     settle_texts(config.data, folder)
     if task_of(config.data).has_vectors:
         give_defaults(config, POOLED_WEIGHTS)
-    if family.is_causal:
-        give_defaults(config, ())
     if task_of(config.data).has_labels:
         learn_labels(config, teacher_config)
     if not task_of(config.data).has_lm_head:
@@ -59,6 +57,8 @@ def settle(config: RunConfig, teacher_config, has_head: bool = True, folder: str
         pruning.schedule = schedule_of(config)
         check_schedule(config)
     give_sequences(config)
+    if family.is_causal:
+        give_ridge(config)
     _check_settled_basis(config)
     check_stored(config)
     if pruning.compensation != "none" and pruning.schedule != "none" and obstacle:
