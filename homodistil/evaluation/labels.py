@@ -59,8 +59,8 @@ def compared_counts(counts: Tensor) -> dict[str, float]:
     """
     if not (total := counts.sum()):
         return {}
-    has, said, hits = counts.sum(1), counts.sum(0), counts.diagonal()
-    f1 = (2 * hits / (has + said).clamp(min=1))[has > 0].mean()
+    labelled, predicted, hits = counts.sum(1), counts.sum(0), counts.diagonal()
+    f1 = (2 * hits / (labelled + predicted).clamp(min=1))[labelled > 0].mean()
     return {"label_accuracy": (hits.sum() / total).item(), "label_macro_f1": f1.item()}
 
 

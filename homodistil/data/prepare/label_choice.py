@@ -15,16 +15,21 @@ def label_rule(config: DataConfig, teacher_config) -> AnyLabelRule | None:
     not read.
 
     Raises:
-        UserError: a problem_type that is none of Hugging Face's, or not that of labels of tokens.
+        UserError: a problem_type that is none of Hugging Face's, or a token classifier whose labels are values.
     """
     if not config.label_column:
         return None
     kind, names, of_tokens = problem_type(teacher_config), teacher_config.id2label, task_of(config).has_token_labels
-    allowed = ("single_label_classification",) if of_tokens else tuple(READERS)
-    if kind not in allowed:
+    if of_tokens and kind != "single_label_classification":
+        raise UserError(
+            f"data.label_column: found {config.label_column!r}, but the {len(names)} label(s) of the teacher, a token "
+            f"classifier, are values (problem_type {kind}), and words are labelled with one of several; leave "
+            f"data.label_column out"
+        )
+    if kind not in READERS:
         raise UserError(
             f"teacher.name: config.json has problem_type {kind!r}, allowed with data.label_column are "
-            f"{', '.join(allowed)}; correct it there"
+            f"{', '.join(READERS)}; correct it there"
         )
     rule = LabelRule(config.label_column, kind, tuple(names[i] for i in range(len(names))))
     return TokenLabelRule(rule, config.seq_len) if of_tokens else rule

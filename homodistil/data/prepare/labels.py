@@ -46,7 +46,7 @@ class LabelRule(NamedTuple):
         return [RULE_VERSION, self.column, self.problem_type, list(self.names)]
 
     def read(self, label: RawLabel) -> list[float]:
-        """`numbers` of the label of a text."""
+        """The row of a text with this label, of `width` numbers. Raises as `numbers`."""
         return self.numbers(self.named(label), label.where)
 
     def named(self, label: RawLabel) -> Any:
@@ -63,6 +63,7 @@ class LabelRule(NamedTuple):
         return [of_one(value) for value in label.value] if isinstance(label.value, list) else of_one(label.value)
 
     def has_label(self, label: RawLabel) -> bool:
+        """Whether the text has a label. Raises as `numbers`."""
         return not math.isnan(self.read(label)[0])
 
     def numbers(self, value: Any, where: Callable[[], str]) -> list[float]:

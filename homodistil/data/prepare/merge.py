@@ -86,7 +86,7 @@ def merge(folder: Path, plan: Plan, recipe: Recipe, shards: list[Path], frame: F
 
 
 def _labels(shards: list[Path], table: DocumentTable, recipe: Recipe, frame: Frame, seq_len: int) -> np.ndarray:
-    """Of all documents, fp32 (N, W)."""
+    """Labels of all documents, or of the tokens of their blocks, fp32 (N, W)."""
     if not isinstance(recipe.labels, TokenLabelRule):
         return document_labels(shards, recipe.labels.width)
     num_before = (frame.first is not None) + len(recipe.texts.prompt)

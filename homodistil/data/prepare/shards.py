@@ -195,7 +195,7 @@ class _Writer:
         self._texts, self._owners, self._chars, self._bytes = [], [], 0, 0
 
     def _encodings(self) -> list[Encoding]:
-        """Of the texts that wait; the labels of their words are written for their tokens."""
+        """Encodings of the texts that wait. Where words have labels, those of the tokens are written to the file."""
         if self._of_words is None:
             return self._tokenizer.encode_batch_fast(self._texts, add_special_tokens=False)
         encodings = self._tokenizer.encode_batch(self._texts, add_special_tokens=False)

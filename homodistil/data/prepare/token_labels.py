@@ -71,6 +71,7 @@ class TokenLabelRule(NamedTuple):
         return WordLabels(np.cumsum(lengths + 1) - lengths - 1, np.array(numbers, dtype=np.float32))
 
     def has_label(self, label: RawLabel) -> bool:
+        """Whether any word has a label. Raises as `read`."""
         return not np.isnan(self.read(label).numbers).all()
 
     def _refused(self, words: list[str] | None, values: Any) -> str:

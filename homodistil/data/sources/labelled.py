@@ -21,9 +21,9 @@ class RawLabel(NamedTuple):
     where: Callable[[], str]
     """File and line or row, for messages alone."""
     words: list[str] | None = None
-    """Of the text, where its column holds a list of them."""
+    """The words of the text, where its column holds a list of them."""
     names: tuple[str, ...] | None = None
-    """What its numbers mean, where the data set says so."""
+    """Names of the labels that its numbers stand for, in their order, where the data set gives them."""
 
 
 def read_labelled(source: Source, span: Span) -> Iterator[tuple[Iterable[Piece], RawLabel]]:
@@ -76,5 +76,5 @@ def _labelled_lines(file: TextFile, source: Source, span: Span) -> Iterator[tupl
 
 
 def _words(values: list) -> list[str] | None:
-    """Those of the only text, where it is a list of them."""
+    """The words of a single text, where its column holds a list of them. `values`: of the columns of text."""
     return [word or "" for word in values[0]] if isinstance(values[0], list) else None

@@ -67,7 +67,9 @@ def test_labels_of_a_token_classifier_are_those_of_words():
     rule = label_rule(config.data, of)
     assert (rule.words.names, rule.width) == (("LABEL_0", "LABEL_1", "LABEL_2"), config.data.seq_len)
     scores = teacher("TokenClassification", num_labels=1)
-    with pytest.raises(UserError, match="problem_type 'regression', allowed with data.label_column are single_label_"):
+    with pytest.raises(
+        UserError, match=r"found 'label', but the 1 label\(s\) of the teacher, a token classifier, are values"
+    ):
         label_rule(settled(COLUMN, "data.text_column=tokens", of=scores).data, scores)
 
 
