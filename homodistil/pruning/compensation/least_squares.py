@@ -19,6 +19,8 @@ from homodistil.pruning.compensation.moments import TINY, sums_of_products
 
 RIDGES = (1e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0)
 """What a ridge that is left open is chosen from."""
+_SKETCH = 64
+"""Outputs that the choice of a ridge looks at: random sums of all outputs, where these are more."""
 _OF_NORMS = 1e-2
 """The ridge of a norm where it is left open: every dim has two numbers to fit, and all rows for it."""
 
@@ -50,9 +52,7 @@ def fit_linear(linears: Sequence[nn.Module], rows: Iterable[Rows], ridge: float 
     weight = torch.cat([matrix_of(linear) for linear in linears]).double()
     has_bias = linears[0].bias is not None
     if ridge is None:
-        fitted, held_out = _two_sums(rows)
-        ridge = _best_ridge(weight, fitted, held_out, has_bias)
-        sums = fitted + held_out
+        sums, ridge = _sums_and_ridge(weight, rows, has_bias)
     else:
         sums = sum_over_rows(_products(part) for part in rows)
     _write_linears(linears, *_solved(weight, sums, ridge, has_bias))
@@ -78,30 +78,43 @@ def _solved(weight: Tensor, sums: Tensor, ridge: float, has_bias: bool) -> tuple
     return weight, mean_y - weight @ mean_x
 
 
-def _two_sums(rows: Iterable[Rows]) -> tuple[Tensor, Tensor]:
-    """`_products` over all ranks: of the first three quarters of every micro-batch's rows, and of the others.
+def _sums_and_ridge(weight: Tensor, rows: Iterable[Rows], has_bias: bool) -> tuple[Tensor, float]:
+    """`_products` of all rows, over all ranks, and the one of `RIDGES` with the least squared error on held-out rows.
 
-    Rows come sequence by sequence, so what is held out is of other sequences than what is fitted, but for one.
+    Held out is the last quarter of every micro-batch's rows. Rows come sequence by sequence, so these are of other
+    sequences than what is fitted, but for one. Errors are those of `_sketch` of the outputs: the expectation of a sum
+    of squares is the same, and one solution has `_SKETCH` right-hand sides instead of thousands.
     """
-    both = None
+    sketch, total, held_out = _sketch(weight), None, None
     for part in rows:
-        sums = torch.stack([_products(each) for each in _split(part)])
-        both = sums if both is None else both.add_(sums)
-    fitted, held_out = ranks.total(both)
-    return fitted, held_out
+        sums, left_out = _products(part), _products(_left_out(part, sketch))
+        total = sums if total is None else total.add_(sums)
+        held_out = left_out if held_out is None else held_out.add_(left_out)
+    total, held_out = ranks.total(total), ranks.total(held_out)
+    fitted = _sketched(total, sketch, weight.shape[1]) - held_out
+    start = sketch.T @ weight
+    errors = [_error(held_out, *_solved(start, fitted, ridge, has_bias)) for ridge in RIDGES]
+    return total, RIDGES[int(ranks.from_first(torch.stack(errors)).argmin())]
 
 
-def _split(rows: Rows) -> tuple[Rows, Rows]:
+def _left_out(rows: Rows, sketch: Tensor) -> Rows:
     at = len(rows.inputs) * 3 // 4
-    weights = (None, None) if rows.weights is None else (rows.weights[:at], rows.weights[at:])
-    sides = (slice(None, at), slice(at, None))
-    return tuple(Rows(rows.inputs[side], rows.targets[side], part) for side, part in zip(sides, weights, strict=True))
+    weights = None if rows.weights is None else rows.weights[at:]
+    return Rows(rows.inputs[at:], rows.targets[at:] @ sketch.to(rows.targets.dtype), weights)
 
 
-def _best_ridge(weight: Tensor, fitted: Tensor, held_out: Tensor, has_bias: bool) -> float:
-    """The one of `RIDGES` with the least squared error on rows that it was not fitted to; the same on every rank."""
-    errors = [_error(held_out, *_solved(weight, fitted, ridge, has_bias)) for ridge in RIDGES]
-    return RIDGES[int(ranks.from_first(torch.stack(errors)).argmin())]
+def _sketch(weight: Tensor) -> Tensor:
+    """(M, at most `_SKETCH`) signs, the same on every rank and every time; the identity where outputs are few."""
+    num_outputs = len(weight)
+    if num_outputs <= _SKETCH:
+        return torch.eye(num_outputs, dtype=weight.dtype, device=weight.device)
+    drawn = torch.randint(2, (num_outputs, _SKETCH), generator=torch.Generator().manual_seed(0))
+    return (2 * drawn - 1).to(weight) / _SKETCH**0.5
+
+
+def _sketched(sums: Tensor, sketch: Tensor, num_inputs: int) -> Tensor:
+    """`_products` of the same rows with the sketch of their targets."""
+    return torch.cat([sums[:, :num_inputs], sums[:, num_inputs:-1] @ sketch, sums[:, -1:]], 1)
 
 
 def _error(sums: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
