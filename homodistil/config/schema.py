@@ -157,6 +157,8 @@ class RunConfig:
             is_default |= self.pruning.schedule in ("auto", "one_shot")
         if name == "pruning.compensation_ridge" and name not in self.given:
             return self.data.task in ("auto", "causal")
+        if name == "train.lr":
+            return self.train.lr is None
         if name == "data.texts" and name not in self.given:
             return bool(self.data.label_column)
         return is_default or (name == "data.prompt" and bool(tasks))

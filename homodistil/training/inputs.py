@@ -226,7 +226,9 @@ def prepare_inputs(
         fingerprints = {**fingerprints, **accept(**vocabulary.fingerprints)}
         _say_on_first_rank(f"vocabulary: {vocabulary} ({folder})")
     for one in wanted:
-        for subject, text in run_summary(resolve_run(one, teacher_config)).items():
+        resolved = resolve_run(one, teacher_config)
+        one.train.lr = resolved.learning_rate
+        for subject, text in run_summary(resolved).items():
             _say_on_first_rank(f"{subject}: {text}" if len(wanted) == 1 else f"{one.run.name}: {subject}: {text}")
     # What the others get of the corpus are the names of the files, which they map for themselves.
     labels = label_rule(config.data, teacher_config)

@@ -50,6 +50,7 @@ from homodistil.pruning.milestones import Route, plan_route
 from homodistil.pruning.pruner import width_schedule
 from homodistil.pruning.schedule_protocol import Schedule
 from homodistil.training.embedder import teacher_of_folder
+from homodistil.training.rate_choice import rate_of_width
 from homodistil.training.schedule_choice import with_schedule
 from homodistil.training.vocabulary_size import planned_config, vocabulary_size
 
@@ -101,6 +102,17 @@ class ResolvedRun:
     def pruning(self) -> PruningConfig:
         """The section of the config, with the schedule that `auto` stands for."""
         return with_schedule(self.config)
+
+    @property
+    def learning_rate(self) -> float:
+        """At its peak: `train.lr`, or what suits the student's final width where that is left open."""
+        given = self.config.train.lr
+        return rate_of_width(self.last_hidden, self.family.is_causal) if given is None else given
+
+    @property
+    def last_hidden(self) -> int:
+        """Hidden size that the student ends with: its first one if nothing is cut."""
+        return (self.initial if self.pruning.schedule == "none" else self.target)["hidden"]
 
     def build_student(self, load_teacher: Callable[[], nn.Module]) -> Student:
         """The student at its first widths. `load_teacher`: as in `distill.build_student`."""

@@ -1,4 +1,4 @@
-"""What a run will make, in six lines: task, target, layers, parameters, losses, schedule. Known before any cost."""
+"""What a run will make, a line per subject: task, target, layers, losses, rate, cuts. Known before any cost."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from homodistil.training.resolve import ResolvedRun
 
 
 def run_summary(resolved: ResolvedRun) -> dict[str, str]:
-    """Subject -> what is known of it: task, student, layers, parameters, losses, pruning."""
+    """Subject -> what is known of it: task, student, layers, parameters, losses, learning rate, pruning."""
     config, family, target = resolved.config, resolved.family, resolved.target
     if config.pruning.schedule == "none":
         target = first_layers(resolved.initial, num_layers(target))
@@ -34,6 +34,7 @@ def run_summary(resolved: ResolvedRun) -> dict[str, str]:
         "layers": _layers(resolved),
         "parameters": f"{before:,} (teacher) -> {after:,} ({after / before:.0%})",
         "losses": _losses(config.loss, resolved.task.name),
+        "learning rate": _learning_rate(resolved),
         "pruning": _pruning(config, resolved.make_schedule(), resolved.initial, target),
     }
 
@@ -59,6 +60,11 @@ def _losses(loss: LossConfig, task: str) -> str:
     return ", ".join(
         f"{term_label(name, task)} x {weight:g}{compared.get(name, '')}" for name, weight in loss.weights.items()
     )
+
+
+def _learning_rate(resolved: ResolvedRun) -> str:
+    origin = "" if "train.lr" in resolved.config.given else f", for a hidden size of {resolved.last_hidden} (train.lr)"
+    return f"{resolved.learning_rate:g} at its peak{origin}"
 
 
 def _shape(widths: Widths, layers: int) -> str:
