@@ -8,7 +8,7 @@ from pathlib import Path
 
 from benchmarks.harness.environment import ROOT
 from experiments.quality import decoder_arms, fine_tuning
-from experiments.quality.arms import ABLATED_ARM, ARMS, UNTRAINED_RATE, Arm
+from experiments.quality.arms import ABLATED_ARM, ARMS, SHAPES, UNTRAINED_RATE, Arm
 from experiments.quality.embedder_arms import EMBEDDER_ARMS
 from experiments.quality.refit_arms import REFERENCE, REFIT_ARMS
 from homodistil.errors import UserError, nearest
@@ -74,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, help="optimizer steps of a run (map, refit: of its shortest)")
     parser.add_argument("--rates", type=float, nargs="+", help="learning rates, ascending, for all methods")
     parser.add_argument("--seeds", type=int, nargs="+", help="the first chooses the learning rates")
-    parser.add_argument("--widths", nargs="+", choices=["half", "quarter", "eighth"])
+    parser.add_argument("--widths", nargs="+", choices=list(SHAPES))
     parser.add_argument("--sizes", nargs="+", help="decoder: shares of the teacher's parameters (0.7 0.5)")
     parser.add_argument("--arms", nargs="+", help="see arms.py, decoder_arms.py, refit_arms.py, embedder_arms.py")
     parser.add_argument("--lengths", type=int, nargs="+", choices=LENGTHS, help="refit: of training, times --steps")

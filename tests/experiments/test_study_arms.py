@@ -8,13 +8,17 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import yaml
+from transformers import BertConfig
 
-from experiments.quality.arms import ARMS, BASE, SHAPES
+from experiments.quality.arms import ARMS, BASE, DEFAULT_ARM, SHAPES
 from experiments.quality.measured_run import Part, halves
 from experiments.quality.specs import RunSpec
 from homodistil.config import command_line
+from homodistil.config.schema import OPTIONS, value_of
 from homodistil.config.shipped import RECIPES
 from homodistil.training.inputs import RunInputs
+from homodistil.training.schedule_choice import OF_GRADUAL_SCHEDULES
+from homodistil.training.settle import settle
 
 
 def test_the_halves_are_disjoint_cover_everything_and_take_turns():
@@ -56,6 +60,19 @@ def test_the_products_defaults_change_no_arm():
     quickstart = yaml.safe_load((RECIPES / "quickstart.yaml").read_text())
     decided = {f"{section}.{name}" for section in ("pruning", "loss", "run") for name in quickstart.get(section, {})}
     assert decided - {"run.name"} <= pinned
+
+
+def test_the_default_arm_is_what_the_product_does_by_default():
+    """But for the size of the micro-batch, gradual schedules' fields, which mean nothing here, and what is not run."""
+    arm = command_line.parse([*BASE, *SHAPES["half"].overrides, *ARMS[DEFAULT_ARM].overrides])
+    product = command_line.parse([*SHAPES["half"].overrides, "run.compare=[]"])
+    product.given -= {f"pruning.{name}" for name in OF_GRADUAL_SCHEDULES}  # the quickstart's, which is gradual
+    product.pruning.schedule = "auto"
+    for config in (arm, product):
+        settle(config, BertConfig(num_hidden_layers=2, hidden_size=128, num_attention_heads=2))
+    of_this_study = {*(f"pruning.{name}" for name in OF_GRADUAL_SCHEDULES), "train.micro_batch_size"}
+    of_this_study |= {"train.save_every_steps", "train.eval_every_steps", "run.keep_checkpoints"}
+    assert {name for name in OPTIONS if value_of(arm, name) != value_of(product, name)} <= of_this_study
 
 
 def test_no_two_arms_are_the_same_run():
