@@ -43,8 +43,8 @@ CHOSEN_RIDGE = ("pruning.compensation_ridge=null",)
 REFIT = ("pruning.compensation=refit", *CHOSEN_RIDGE)
 FULL = (*arms.FULL, *CHOSEN_RIDGE)
 ONLY_KL = ("loss.mlm=0", "loss.kl=1")
-LAYERS_KL, LAYERS_REFIT = "layers_kl", "layers_refit"
-BY_DEPTH = (LAYERS_KL, LAYERS_REFIT)
+LAYERS_KL, LAYERS_REFIT, LAYERS_COPIED = "layers_kl", "layers_refit", "layers_copied"
+BY_DEPTH = (LAYERS_KL, LAYERS_REFIT, LAYERS_COPIED)
 """The arms whose students have fewer layers instead of narrower ones."""
 NARROW = "random_kl"
 """An arm that every version of the product has at the target widths."""
@@ -94,6 +94,7 @@ DECODER_ARMS = {
             "parameters of the narrower students; then the logits' KL alone",
         ),
         _ours(LAYERS_REFIT, "ours: the same layers dropped, refitted", *NO_CUT, *REFIT),
+        _ours(LAYERS_COPIED, "ours: the same layers dropped, as they were", *NO_CUT),
         Arm(NARROW, "random init, KL", (*RANDOM, *ONLY_KL), rate=1.2e-3),
         Arm(
             "slicegpt",
