@@ -192,7 +192,8 @@ class DataConfig:
     text_column: str = option("text", limited_by="rules.py: not empty", resume="fixed", students="shared", derived=SAME)
     """Column that holds the text in .jsonl, .parquet and hub data sets; a list of words is joined by spaces."""
     seq_len: int = option(64, low=3, high=2**20, resume="fixed", students="shared", derived=SAME)
-    """Tokens of a block, with [CLS] and [SEP] where the task has them (3 .. the teacher's max_position_embeddings)."""
+    """Tokens of a block, with [CLS] and [SEP] where the task has them (3 .. the teacher's max_position_embeddings).
+    Unless it is set: as many as the teacher has positions for, at most 512, and 128 where a block holds one text."""
     heldout_fraction: float = option(
         0.05, low=0, high=1, exclude="both", resume="fixed", students="shared", derived=SAME
     )

@@ -33,6 +33,7 @@ def main(argv: list[str]) -> None:
     from homodistil.models import family_of
     from homodistil.training.classifier import labels_task
     from homodistil.training.embedder import is_embedder, settle_texts, teacher_of_folder
+    from homodistil.training.length_choice import give_length
     from homodistil.training.prepare_outputs import check_preparable, outputs_of_worker
 
     with on_signals(how_to_go_on="the same command goes on with the shards that are finished"):
@@ -48,6 +49,7 @@ def main(argv: list[str]) -> None:
         labels = labels_task(config, teacher_config)
         embeds = not labels and is_embedder(config.data, family, folder)
         settle_task(config.data, family.task, config.teacher.name, is_embedder=embeds, labels=labels)
+        give_length(config, teacher_config)
         settle_texts(config.data, folder)
         check_preparable(config)
         tokenizer = load_tokenizer(folder, teacher_config, config.data.task)

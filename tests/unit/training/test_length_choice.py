@@ -1,0 +1,36 @@
+"""data.seq_len left open: the teacher's positions, at most 512, and 128 where a block holds one text."""
+
+import pytest
+from transformers import BertConfig, LlamaConfig, RobertaConfig
+
+from homodistil.config.command_line import parse
+from homodistil.training.settle import settle
+
+SIZES = {
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 99,
+}
+HALF = ("teacher.name=/models/mine", "student.size=0.5")
+
+
+@pytest.mark.parametrize(
+    ("teacher", "fields", "tokens"),
+    [
+        (BertConfig(**SIZES, max_position_embeddings=100), (), 100),
+        (BertConfig(**SIZES), (), 512),
+        (RobertaConfig(**SIZES, max_position_embeddings=130), (), 128),  # two of its rows are never used
+        (LlamaConfig(**SIZES, max_position_embeddings=8192), (), 512),
+        (BertConfig(**SIZES), ("data.task=embedding",), 128),
+        (BertConfig(**SIZES, max_position_embeddings=40), ("data.task=embedding",), 40),
+        (BertConfig(**SIZES), ("data.seq_len=64",), 64),
+        (BertConfig(**SIZES), ("recipe=homobert-small",), 128),
+    ],
+)
+def test_a_length_that_is_left_open(teacher, fields, tokens):
+    config = parse([*(() if "recipe" in str(fields) else HALF), *fields])
+    assert config.leaves_open("data.seq_len") == (not any("seq_len" in field or "recipe" in field for field in fields))
+    settle(config, teacher)
+    assert config.data.seq_len == tokens
