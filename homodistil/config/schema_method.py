@@ -56,7 +56,7 @@ class TrainConfig:
         None, low=0, high=10, exclude="low", resume="fixed", students="own", derived={CORRECTION: COMPUTED_KEY}
     )
     """Peak learning rate (> 0): linear warm-up, then linear decay to 0 (decay_fraction). null: by the width that the
-    student ends with, .192 / hidden size, and a quarter of it for decoders."""
+    student ends with, .192 / hidden size; a quarter of it for decoders and heads of labels."""
     lr_steps: int = option(
         0,
         low=0,

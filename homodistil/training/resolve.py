@@ -106,8 +106,9 @@ class ResolvedRun:
     @property
     def learning_rate(self) -> float:
         """At its peak: `train.lr`, or what suits the student's final width where that is left open."""
-        given = self.config.train.lr
-        return rate_of_width(self.last_hidden, self.family.is_causal) if given is None else given
+        if self.config.train.lr is not None:
+            return self.config.train.lr
+        return rate_of_width(self.last_hidden, self.family.is_causal or self.task.has_labels)
 
     @property
     def last_hidden(self) -> int:

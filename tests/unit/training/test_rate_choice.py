@@ -1,4 +1,4 @@
-"""train.lr left open: by the width that the student ends with, a quarter of it for decoders."""
+"""train.lr left open: by the width that the student ends with, a quarter of it for decoders and heads of labels."""
 
 import pytest
 from transformers import BertConfig, LlamaConfig
@@ -33,6 +33,7 @@ HALF = (
         (BERT, (*HALF, "pruning.schedule=none", "student.init=random"), 3e-3),
         (BERT, (*HALF, "train.lr=1e-4"), 1e-4),
         (BERT, ("recipe=quickstart", "student.hidden_size=32"), 3e-3),  # the recipe's
+        (BERT, (*HALF, "data.task=scores"), 7.5e-4),
         (LLAMA, (*HALF, "student.num_attention_heads=4", "student.head_dim=16"), 7.5e-4),
     ],
 )
