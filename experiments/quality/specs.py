@@ -18,7 +18,10 @@ RESULTS_VERSION = "2"
 # What decides nothing about a run's results.
 _FREE = {"run": None, "data": ("cache_dir", "workers"), "train": ("save_every_steps", "log_every_steps")}
 _LATER = {
-    "data": ("texts", "pooling", "prompt", "pair_columns", "truncation", "label_column", "check_label_order"),
+    "data": (
+        *("texts", "pooling", "prompt", "pair_columns", "truncation", "label_column", "check_label_order"),
+        *("short_steps",),
+    ),
     "loss": (
         *("pooled_cosine", "pooled_mse", "pooled_similarity", "similarity_temperature"),
         *("scores_kl", "scores_mse", "scores_temperature", "labels"),

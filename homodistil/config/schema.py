@@ -157,8 +157,8 @@ class RunConfig:
             is_default |= self.pruning.schedule in ("auto", "one_shot")
         if name == "pruning.compensation_ridge" and name not in self.given:
             return self.data.task in ("auto", "causal")
-        if name == "data.seq_len":
-            return name not in self.given
+        if name in ("data.seq_len", "data.short_steps"):
+            return not {"data.seq_len", name} & self.given
         if name == "train.lr":
             return self.train.lr is None
         if name == "data.texts" and name not in self.given:

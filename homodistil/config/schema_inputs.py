@@ -194,6 +194,11 @@ class DataConfig:
     seq_len: int = option(64, low=3, high=2**20, resume="fixed", students="shared", derived=SAME)
     """Tokens of a block, with [CLS] and [SEP] where the task has them (3 .. the teacher's max_position_embeddings).
     Unless it is set: as many as the teacher has positions for, at most 512, and 128 where a block holds one text."""
+    short_steps: float = option(
+        0.0, low=0, high=1, exclude="high", resume="fixed", students="shared", derived={CORRECTION: 0.0}
+    )
+    """Tasks mlm and none: share of the steps, in [0, 1), whose blocks are split into 2, 4 or 8 shorter ones, so that
+    short texts are learned, too. Unless it is set: .5 where data.seq_len is left open, otherwise 0."""
     heldout_fraction: float = option(
         0.05, low=0, high=1, exclude="both", resume="fixed", students="shared", derived=SAME
     )

@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from homodistil.config.schema import DataConfig
 from homodistil.data.batch import Batch
 from homodistil.data.rows import LabelRows, OutputRows, Rows
+from homodistil.data.short_steps import numbers_of_parts
 from homodistil.data.task import task_of
 from homodistil.distributed.graceful_stop import ignore_in_worker
 from homodistil.errors import UserError
@@ -76,6 +77,7 @@ class BatchLoader:
         self._num_first, self._outputs, self._labels = num_first, outputs, labels
         self._task = task_of(config)
         self._to_batch = self._task.batch_maker(tokenizer, config, seed, window)
+        self._short_steps = self._task.short_steps(tokenizer, config, seed)
         self.global_batch_size, self._rank, self._world = global_batch_size, rank, world_size
         self._order_epoch, self._order = -1, np.empty(0, dtype=np.uint32)
         self._ahead: list[Iterator[list[Batch]]] = []
@@ -127,18 +129,29 @@ class BatchLoader:
             consumed_samples + self.global_batch_size,
             self._world * self._micro,
         )
-        return [self._batch_at(start) for start in starts]
+        step = consumed_samples // self.global_batch_size
+        return [self._batch_at(start, step) for start in starts]
 
-    def _batch_at(self, start: int) -> Batch:
+    def _batch_at(self, start: int, step: int) -> Batch:
         positions = np.arange(start, start + self._micro)
         epochs, offsets = np.divmod(positions, len(self._rows))
         samples = np.empty(self._micro, dtype=np.int64)
         for epoch in np.unique(epochs):
             here = epochs == epoch
             samples[here] = self._order_of(int(epoch))[offsets[here]]
-        batch = self._to_batch(self._rows[samples], samples, epochs).with_outputs(self._outputs, samples)
+        batch = self._to_batch(*self._shortened(self._rows[samples], samples, epochs, step))
+        batch = batch.with_outputs(self._outputs, samples)
         batch = batch.with_labels(self._labels, samples, self._task.has_token_labels)
         return batch.with_tokens_behind(self._num_first)
+
+    def _shortened(
+        self, blocks: np.ndarray, samples: np.ndarray, epochs: np.ndarray, step: int
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Arguments of the batch maker: in a short step those of the blocks' parts."""
+        parts = self._short_steps.num_parts(step, blocks.shape[1]) if self._short_steps else 1
+        if parts == 1:
+            return blocks, samples, epochs
+        return self._short_steps.split(blocks, parts), numbers_of_parts(samples, parts), epochs.repeat(parts)
 
     def _order_of(self, epoch: int) -> np.ndarray:
         if epoch != self._order_epoch:  # cached, because shuffling 10^8 samples takes seconds

@@ -17,6 +17,7 @@ from homodistil.data.batch import Batch
 from homodistil.data.causal_lm import NextToken
 from homodistil.data.masked_lm import Masker, TokensOfText, Unmasked
 from homodistil.data.pairs import Pairs, pair_frame
+from homodistil.data.short_steps import Ends, ShortSteps
 from homodistil.errors import UserError
 from homodistil.models.family_heads import HeadKind
 
@@ -84,6 +85,10 @@ class Task(ABC):
     ) -> BatchMaker:
         """`seed`: of all draws; `window`: of the model's layers that have one, to count pairs by."""
 
+    def short_steps(self, tokenizer: PreTrainedTokenizerBase, data: DataConfig, seed: int) -> ShortSteps | None:
+        """Steps whose blocks are split (data.short_steps); None: there are none. A causal model learns every length."""
+        return None
+
     @abstractmethod
     def target_rows(self, data: DataConfig) -> float:
         """Tokens of one block that are predicted, on average."""
@@ -108,6 +113,12 @@ class MaskedLM(Task):
         self, tokenizer: PreTrainedTokenizerBase, data: DataConfig, seed: int, window: int | None = None
     ) -> Masker:
         return Masker(tokenizer, data.mask_probability, seed, window)
+
+    def short_steps(self, tokenizer: PreTrainedTokenizerBase, data: DataConfig, seed: int) -> ShortSteps | None:
+        if self.has_single_texts or not data.short_steps:
+            return None
+        ends = Ends(tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id)
+        return ShortSteps(data.short_steps, ends, seed)
 
     def target_rows(self, data: DataConfig) -> float:
         return data.mask_probability * (data.seq_len - 2)

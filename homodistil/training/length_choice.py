@@ -11,13 +11,18 @@ from homodistil.models import family_of
 MOST_TOKENS = 512
 """Of blocks of running text. A student that has seen blocks of 64 is twice as far from its teacher at the positions
 behind them (LOG.md, 2026-12-01)."""
+SHORT_STEPS = 0.5
+"""data.short_steps beside it: without them the student is as far at short texts (the same table)."""
 MOST_OF_ONE_TEXT = 128
 """Of tasks whose block holds one text, padded: as in transformers' scripts for classifiers."""
 
 
 def give_length(config: RunConfig, teacher_config: PretrainedConfig) -> None:
-    """Set `data.seq_len`, in place, unless the user has; `data.task` is settled."""
+    """Set `data.seq_len` and `data.short_steps`, in place, unless the user has; `data.task` is settled."""
+    data, task = config.data, task_of(config.data)
     if "data.seq_len" in config.given:
         return
     positions = family_of(teacher_config.model_type).shape(teacher_config).max_tokens
-    config.data.seq_len = min(positions, MOST_OF_ONE_TEXT if task_of(config.data).has_single_texts else MOST_TOKENS)
+    data.seq_len = min(positions, MOST_OF_ONE_TEXT if task.has_single_texts else MOST_TOKENS)
+    if "data.short_steps" not in config.given and not task.has_single_texts and data.task != "causal":
+        data.short_steps = SHORT_STEPS

@@ -23,9 +23,9 @@ from homodistil.training.task_defaults import give_defaults, wants_head
 
 
 def settle(config: RunConfig, teacher_config, has_head: bool = True, folder: str | None = None) -> None:
-    """Replace what the config leaves to the teacher, in place: data.task, data.seq_len, data.prompt, data.texts,
-    loss.mlm, loss.kl, loss.pooled_cosine, loss.scores_kl, loss.scores_mse, loss.labels, loss.attention_target,
-    loss.hidden_space, pruning.compensation, compensation_sequences, compensation_ridge and schedule.
+    """Replace what the config leaves to the teacher, in place: data.task, data.seq_len, data.short_steps, data.prompt,
+    data.texts, loss.mlm, loss.kl, loss.pooled_cosine, loss.scores_kl, loss.scores_mse, loss.labels,
+    loss.attention_target, loss.hidden_space, pruning.compensation, compensation_sequences, compensation_ridge and schedule.
 
     Args:
         has_head: whether the teacher has a language-modelling head that has been trained.

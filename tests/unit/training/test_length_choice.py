@@ -1,4 +1,4 @@
-"""data.seq_len left open: the teacher's positions, at most 512, and 128 where a block holds one text."""
+"""data.seq_len and data.short_steps left open: the teacher's positions, at most 512, and 128 of single texts."""
 
 import pytest
 from transformers import BertConfig, LlamaConfig, RobertaConfig
@@ -13,6 +13,7 @@ SIZES = {
     "num_attention_heads": 4,
     "vocab_size": 99,
 }
+BERT = BertConfig(**SIZES)
 HALF = ("teacher.name=/models/mine", "student.size=0.5")
 
 
@@ -34,3 +35,22 @@ def test_a_length_that_is_left_open(teacher, fields, tokens):
     assert config.leaves_open("data.seq_len") == (not any("seq_len" in field or "recipe" in field for field in fields))
     settle(config, teacher)
     assert config.data.seq_len == tokens
+
+
+@pytest.mark.parametrize(
+    ("teacher", "fields", "share"),
+    [
+        (BERT, (), 0.5),
+        (BERT, ("data.task=none", "loss.mlm=0", "loss.kl=0"), 0.5),
+        (BERT, ("data.short_steps=0.1",), 0.1),
+        (BERT, ("data.seq_len=64",), 0.0),
+        (BERT, ("data.seq_len=64", "data.short_steps=0.2"), 0.2),
+        (BERT, ("data.task=embedding",), 0.0),  # every text has a length of its own
+        (LlamaConfig(**SIZES), (), 0.0),  # learns every length from one block
+    ],
+)
+def test_short_steps_that_are_left_open(teacher, fields, share):
+    config = parse([*HALF, *fields])
+    assert config.leaves_open("data.short_steps") == (not any("seq_len" in f or "short_steps" in f for f in fields))
+    settle(config, teacher)
+    assert config.data.short_steps == share
