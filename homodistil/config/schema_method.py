@@ -176,7 +176,8 @@ class PruningConfig:
     """What a cut does about what it takes away: none (the paper), refit (least squares of what remains), full (rotated
     heads and a projected residual stream, then refit), project (as full, but only norms and the vocabulary head are
     refitted). auto: full; refit where there is neither a head nor vectors of texts; none where the teacher's family has
-    no compensation. What leaving layers did is refitted, too (docs/depth.md). Without effect where nothing is cut."""
+    no compensation, and for embedders that only lose layers. What leaving layers did is refitted, too (docs/depth.md).
+    Without effect where nothing is cut."""
     compensation_sequences: int = option(
         128, low=1, high=COUNT, resume="fixed", students="own", derived={TRIAL: COMPUTED}
     )

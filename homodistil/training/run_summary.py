@@ -50,7 +50,9 @@ def _task(resolved: ResolvedRun) -> str:
         return f"{task.name}; {what} of single texts ({data.texts}) of at most {data.seq_len} tokens{prompt}"
     if not task.has_lm_head:
         return f"{task.name}; nothing is masked or predicted"
-    return f"{task.name}; {task.target_rows(data):g} tokens of each block of {data.seq_len} are predicted, on average"
+    short = f"; blocks are split in {data.short_steps:.0%} of the steps" if data.short_steps else ""
+    predicted = f"{task.target_rows(data):g} tokens of each block of {data.seq_len} are predicted, on average"
+    return f"{task.name}; {predicted}{short}"
 
 
 def _losses(loss: LossConfig, task: str) -> str:

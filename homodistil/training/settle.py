@@ -17,7 +17,7 @@ from homodistil.models import family_of
 from homodistil.training.classifier import labels_task, learn_labels
 from homodistil.training.embedder import is_embedder, settle_texts
 from homodistil.training.length_choice import give_length
-from homodistil.training.schedule_choice import give_ridge, give_sequences, schedule_of
+from homodistil.training.schedule_choice import compensation_of, give_ridge, give_sequences, schedule_of
 from homodistil.training.stored_terms import check_stored
 from homodistil.training.task_defaults import give_defaults, wants_head
 
@@ -25,7 +25,8 @@ from homodistil.training.task_defaults import give_defaults, wants_head
 def settle(config: RunConfig, teacher_config, has_head: bool = True, folder: str | None = None) -> None:
     """Replace what the config leaves to the teacher, in place: data.task, data.seq_len, data.short_steps, data.prompt,
     data.texts, loss.mlm, loss.kl, loss.pooled_cosine, loss.scores_kl, loss.scores_mse, loss.labels,
-    loss.attention_target, loss.hidden_space, pruning.compensation, compensation_sequences, compensation_ridge and schedule.
+    loss.attention_target, loss.hidden_space, pruning.compensation, compensation_sequences, compensation_ridge and
+    schedule.
 
     Args:
         has_head: whether the teacher has a language-modelling head that has been trained.
@@ -51,10 +52,7 @@ def settle(config: RunConfig, teacher_config, has_head: bool = True, folder: str
         set_value(config, f"loss.{name}", value)
     obstacle = family.refit_obstacle(teacher_config)
     if pruning.compensation == "auto":
-        task = task_of(config.data)
-        weighs = task.head != "none" or task.has_vectors  # what the basis is chosen by: a head, or vectors
-        strongest = "full" if weighs else "refit"
-        pruning.compensation = "none" if obstacle else strongest
+        pruning.compensation = "none" if obstacle else compensation_of(config)
     if pruning.schedule == "auto":
         pruning.schedule = schedule_of(config)
         check_schedule(config)

@@ -102,3 +102,20 @@ def test_decoders_have_the_ridge_of_each_linear_chosen():
         assert config.pruning.compensation_ridge == ridge, (fields, type(of))
     assert parse(HALF).leaves_open("pruning.compensation_ridge")
     assert not parse([*HALF, "data.task=mlm"]).leaves_open("pruning.compensation_ridge")
+
+
+@pytest.mark.parametrize(
+    ("fields", "compensation"),
+    [
+        (("student.preset=teacher", "data.task=embedding"), "none"),
+        (("student.preset=teacher", "data.task=embedding", "pruning.compensation=refit"), "refit"),
+        (("student.preset=teacher", "data.task=embedding", "student.intermediate_size=40"), "full"),
+        (("student.size=0.5", "data.task=embedding"), "full"),
+        (("student.size=0.5", "data.task=embedding", "pruning.schedule=none"), "none"),  # no width falls
+        (("student.preset=teacher",), "full"),
+    ],
+)
+def test_embedders_that_only_lose_layers_keep_the_others_as_they_are(fields, compensation):
+    config = parse(["teacher.name=/models/mine", "student.num_hidden_layers=1", *fields])
+    settle(config, TEACHER)
+    assert config.pruning.compensation == compensation
