@@ -67,7 +67,7 @@ def _verdicts(study: EmbedderStudy) -> str:
     """Our method against every rival, our fewer layers against layer reduction, and our cut against selection."""
     arms = {entry.arm.name: entry for entry in study.entries if entry.runs}
     pairs = [(DEFAULT, name) for name in arms if not (arms[name].arm.is_ours or arms[name].arm.is_untrained)]
-    pairs += [("layers_refit", rival) for rival in ("layers", "layers_copied", "layers_refit_mse")]
+    pairs += [("layers_copied", rival) for rival in ("layers", "layers_refit", "layers_refit_mse")]
     pairs += [("ours_cut", "selection_cut")]
     lines = [
         _verdict(arms[ours], arms[rival], name)
