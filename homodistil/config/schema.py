@@ -146,8 +146,17 @@ class RunConfig:
     given: ClassVar[frozenset[str]] = frozenset()
     """Dotted names of the fields that the user has set; a parsed config has its own."""
 
+    is_settled: ClassVar[bool] = False
+    """Whether the teacher has decided on what was left open (training/inputs.py)."""
+
+    def is_set(self, name: str) -> bool:
+        """Whether the user has set this field, or a program has given it another value than its default."""
+        return name in self.given or value_of(self, name) != value_of(RunConfig(), name)
+
     def leaves_open(self, name: str) -> bool:
-        """Whether the teacher decides on the value of this field."""
+        """Whether the teacher decides on the value of this field, and has not yet."""
+        if self.is_settled:
+            return False
         needs_lm_head = name in LM_HEAD_WEIGHTS and name not in self.given and value_of(self, name) > 0
         if value_of(self, name) == "auto" or (needs_lm_head and self.data.task in ("auto", *TASKS_WITHOUT_LM_HEAD)):
             return True
@@ -157,10 +166,10 @@ class RunConfig:
             is_default |= self.pruning.schedule in ("auto", "one_shot")
         if name == "pruning.compensation_ridge" and name not in self.given:
             return self.data.task in ("auto", "causal")
-        if name in ("data.seq_len", "data.short_steps"):
-            return not {"data.seq_len", name} & self.given
-        if name == "train.lr":
-            return self.train.lr is None
+        if name in ("train.lr", "data.seq_len"):
+            return not self.is_set(name)
+        if name == "data.short_steps":
+            return not (self.is_set(name) or self.is_set("data.seq_len"))
         if name == "data.texts" and name not in self.given:
             return bool(self.data.label_column)
         return is_default or (name == "data.prompt" and bool(tasks))

@@ -52,11 +52,11 @@ class TrainConfig:
         16, low=1, high=COUNT, resume="free", students="shared", derived={CALIBRATION: COMPUTED}
     )
     """Sequences that a rank processes at once; gradient accumulation makes up the global batch."""
-    lr: float | None = option(
-        None, low=0, high=10, exclude="low", resume="fixed", students="own", derived={CORRECTION: COMPUTED_KEY}
+    lr: float = option(
+        3e-3, low=0, high=10, exclude="low", resume="fixed", students="own", derived={CORRECTION: COMPUTED_KEY}
     )
-    """Peak learning rate (> 0): linear warm-up, then linear decay to 0 (decay_fraction). null: by the width that the
-    student ends with, .192 / hidden size; a quarter of it for decoders and heads of labels."""
+    """Peak learning rate (> 0): linear warm-up, then linear decay to 0 (decay_fraction). Unless it is set: by the width
+    that the student ends with, .192 / hidden size; a quarter of it for decoders and heads of labels."""
     lr_steps: int = option(
         0,
         low=0,

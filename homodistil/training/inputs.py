@@ -227,7 +227,7 @@ def prepare_inputs(
         _say_on_first_rank(f"vocabulary: {vocabulary} ({folder})")
     for one in wanted:
         resolved = resolve_run(one, teacher_config)
-        one.train.lr = resolved.learning_rate
+        one.train.lr, one.is_settled = resolved.learning_rate, True
         for subject, text in run_summary(resolved).items():
             _say_on_first_rank(f"{subject}: {text}" if len(wanted) == 1 else f"{one.run.name}: {subject}: {text}")
     # What the others get of the corpus are the names of the files, which they map for themselves.

@@ -20,9 +20,9 @@ MOST_OF_ONE_TEXT = 128
 def give_length(config: RunConfig, teacher_config: PretrainedConfig) -> None:
     """Set `data.seq_len` and `data.short_steps`, in place, unless the user has; `data.task` is settled."""
     data, task = config.data, task_of(config.data)
-    if "data.seq_len" in config.given:
+    if config.is_set("data.seq_len"):
         return
     positions = family_of(teacher_config.model_type).shape(teacher_config).max_tokens
     data.seq_len = min(positions, MOST_OF_ONE_TEXT if task.has_single_texts else MOST_TOKENS)
-    if "data.short_steps" not in config.given and not task.has_single_texts and data.task != "causal":
+    if not config.is_set("data.short_steps") and not task.has_single_texts and data.task != "causal":
         data.short_steps = SHORT_STEPS

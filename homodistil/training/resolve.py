@@ -106,7 +106,7 @@ class ResolvedRun:
     @property
     def learning_rate(self) -> float:
         """At its peak: `train.lr`, or what suits the student's final width where that is left open."""
-        if self.config.train.lr is not None:
+        if self.config.is_set("train.lr"):
             return self.config.train.lr
         return rate_of_width(self.last_hidden, self.family.is_causal or self.task.has_labels)
 

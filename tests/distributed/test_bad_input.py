@@ -224,6 +224,19 @@ def test_resuming_with_another_config_names_the_first_difference(tmp_path):
         check_run_folder(parse([*same, "train.lr=0.5"]))
 
 
+def test_what_is_left_open_is_compared_once_it_is_settled(tmp_path):
+    """A run of a version with another default rate: its own has to be named."""
+    fields = ["teacher.name=/models/mine", "student.size=0.5", f"run.dir={tmp_path / 'run'}"]
+    before = parse(fields)
+    claim_run_folder(check_run_folder(before), before, {})
+    now = parse([*fields, "run.resume=auto"])
+    check_run_folder(now)
+    now.train.lr, now.is_settled = 5e-4, True
+    with pytest.raises(UserError, match=r"train.lr: the run in '.*' has 0.003, this config 0.0005; go on with the"):
+        check_run_folder(now)
+    assert check_run_folder(parse([*fields, "run.resume=auto", "train.lr=0.003"])) == tmp_path / "run"
+
+
 def test_nothing_to_resume(attempt):
     assert "run.resume: must, but" in attempt("run.resume=must")
 

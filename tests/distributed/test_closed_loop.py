@@ -43,6 +43,7 @@ def make_config(parts: Path, **pruning) -> RunConfig:
     config.data.text_documents, config.data.seq_len, config.data.cache_dir = "paragraph", 16, str(parts / "cache")
     student = config.student
     student.hidden_size, student.intermediate_size, student.num_attention_heads = 12, 16, 4
+    config.given = frozenset({"train.lr"})  # the default itself, not one by the width
     config.train.steps, config.train.global_batch_size, config.train.micro_batch_size = STEPS, 8, 8
     config.train.save_every_steps, config.run.keep_checkpoints = 10, 9
     values = {"end_fraction": 0.8, "interval_steps": 2, "ffn_multiple": 4, "calibration_batches": 2} | pruning
