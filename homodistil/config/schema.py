@@ -166,7 +166,7 @@ class RunConfig:
             is_default |= self.pruning.schedule in ("auto", "one_shot")
         if name == "pruning.compensation_ridge" and name not in self.given:
             return self.data.task in ("auto", "causal")
-        if name in ("train.lr", "data.seq_len"):
+        if name in ("teacher.correction_lr", "train.lr", "data.seq_len"):
             return not self.is_set(name)
         if name == "data.short_steps":
             return not (self.is_set(name) or self.is_set("data.seq_len"))

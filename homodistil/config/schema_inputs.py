@@ -44,7 +44,7 @@ class TeacherConfig:
     """Optimizer steps of plain language modelling on the corpus before distillation (0 = none). The result is cached by
     content."""
     correction_lr: float = option(1e-3, low=0, high=10, exclude="low", resume="fixed", students="shared", derived=SAME)
-    """Peak learning rate of the correction (> 0)."""
+    """Peak learning rate of the correction (> 0). Unless it is set: by the teacher's width, as train.lr."""
     correction_seed: int = option(0, low=0, high=SEED, resume="fixed", students="shared", derived=SAME)
     """Seed of data order and masking of the correction (>= 0). Independent of train.seed: all seeds share a teacher."""
     allow_pickle: bool = option(False, resume="free", students="shared", derived=SAME)

@@ -17,16 +17,17 @@ from homodistil.models import family_of
 from homodistil.training.classifier import labels_task, learn_labels
 from homodistil.training.embedder import is_embedder, settle_texts
 from homodistil.training.length_choice import give_length
+from homodistil.training.rate_choice import give_correction_rate
 from homodistil.training.schedule_choice import compensation_of, give_ridge, give_sequences, schedule_of
 from homodistil.training.stored_terms import check_stored
 from homodistil.training.task_defaults import give_defaults, wants_head
 
 
 def settle(config: RunConfig, teacher_config, has_head: bool = True, folder: str | None = None) -> None:
-    """Replace what the config leaves to the teacher, in place: data.task, data.seq_len, data.short_steps, data.prompt,
-    data.texts, loss.mlm, loss.kl, loss.pooled_cosine, loss.scores_kl, loss.scores_mse, loss.labels,
-    loss.attention_target, loss.hidden_space, pruning.compensation, compensation_sequences, compensation_ridge and
-    schedule.
+    """Replace what the config leaves to the teacher, in place: teacher.correction_lr, data.task, data.seq_len,
+    data.short_steps, data.prompt, data.texts, loss.mlm, loss.kl, loss.pooled_cosine, loss.scores_kl, loss.scores_mse,
+    loss.labels, loss.attention_target, loss.hidden_space, pruning.compensation, compensation_sequences,
+    compensation_ridge and schedule.
 
     Args:
         has_head: whether the teacher has a language-modelling head that has been trained.
@@ -41,6 +42,7 @@ def settle(config: RunConfig, teacher_config, has_head: bool = True, folder: str
     embeds = not (wants or labels) and is_embedder(config.data, family, folder)
     settle_task(config.data, family.task, config.teacher.name, has_head or wants, embeds, labels)
     give_length(config, teacher_config)
+    give_correction_rate(config, family.shape(teacher_config).hidden_size, family.is_causal)
     settle_texts(config.data, folder)
     if task_of(config.data).has_vectors:
         give_defaults(config, POOLED_WEIGHTS)

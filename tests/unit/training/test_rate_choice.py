@@ -6,6 +6,7 @@ from transformers import BertConfig, LlamaConfig
 from homodistil.config.command_line import parse
 from homodistil.training.resolve import resolve_run
 from homodistil.training.run_summary import run_summary
+from homodistil.training.settle import settle
 
 BERT = BertConfig(num_hidden_layers=2, hidden_size=128, intermediate_size=512, num_attention_heads=2)
 LLAMA = LlamaConfig(
@@ -48,3 +49,19 @@ def test_the_rate_is_that_of_the_last_width(teacher, fields, rate):
 def test_it_is_open_until_the_teacher_is_known():
     assert parse(list(HALF)).leaves_open("train.lr")
     assert not parse([*HALF, "train.lr=3e-3"]).leaves_open("train.lr")
+
+
+@pytest.mark.parametrize(
+    ("teacher", "fields", "rate"),
+    [
+        (BERT, ("teacher.correction_steps=10",), 1.5e-3),
+        (BERT, ("teacher.correction_steps=10", "teacher.correction_lr=1e-3"), 1e-3),
+        (BERT, (), 1e-3),  # none is made
+        (LLAMA, ("teacher.correction_steps=10",), 3.8e-4),
+    ],
+)
+def test_the_rate_of_the_correction_is_by_the_teachers_width(teacher, fields, rate):
+    config = parse([*HALF, *fields])
+    for _ in range(2):  # a job settles a config more than once
+        settle(config, teacher)
+        assert config.teacher.correction_lr == rate
