@@ -24,11 +24,12 @@ def test_shares_are_told_and_one_term_alone_is_warned_of(server, run_inputs, tmp
         "layers: copies of all 3 of the teacher's; compared (hidden, attention) with their own",
         "parameters: ",
         "losses: ",
+        "learning rate: ",
         "pruning: ",
         "teacher: ",
     ]
     first = [next(i for i, line in enumerate(told) if line.startswith(text)) for text in order]
-    assert first == list(range(first[0], first[0] + 6)) + first[6:] and first[6] > first[5]
+    assert first == list(range(first[0], first[0] + 7)) + first[7:] and first[7] > first[6]
     assert sum("the loss is" in line for line in told) == 2  # before and after the first cut
     warned = [line for line in told if line.startswith("warning: the attention term is ")]
     assert (len(warned) > 0) == (weight == 1000), told

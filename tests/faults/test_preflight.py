@@ -39,7 +39,7 @@ def _verdicts(output: str) -> list[tuple[str, str]]:
 def test_a_good_run_takes_a_step_and_a_cut_on_every_rank(check):
     codes, output = check()
     assert codes == [0, 0], output
-    summary = ["task", "student", "layers", "parameters", "losses", "pruning"]
+    summary = ["task", "student", "layers", "parameters", "losses", "learning rate", "pruning"]
     subjects = ["port", "config", "model", *summary, "memory", "data", "run folder", "cache folder", "step"]
     assert _verdicts(output) == [(subject, "ok") for subject in subjects], output
     assert "3 layers, hidden 12, ffn 20, 4 heads of 3; from a copy of" in output and "compensation none" in output

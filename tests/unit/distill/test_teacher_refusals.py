@@ -116,7 +116,7 @@ def test_a_plan_is_made_of_a_config_alone(teacher):
     for name in ("model.safetensors", "tokenizer.json", "tokenizer_config.json"):
         (teacher / name).unlink()
     check_plannable(config_of(teacher))
-    assert "data.seq_len: 64 is above" in refusal(lambda: check_plannable(config_of(teacher, data__seq_len=64)))
+    assert "data.seq_len: 65 is above" in refusal(lambda: check_plannable(config_of(teacher, data__seq_len=65)))
     set_json(teacher / "config.json", add_cross_attention=True)
     assert "add_cross_attention" in refusal(lambda: check_plannable(config_of(teacher)))
 
