@@ -1,7 +1,7 @@
 """Steps whose blocks are split into shorter ones: a model comes near its teacher only at lengths that it has seen.
 
 Devlin et al. (2019) cut a tenth of their sequences short for this reason (their code's `short_seq_prob`). Here nothing
-is cut off: a block of T tokens becomes n blocks of T / n tokens, so that a step has as many tokens as any other. Which
+is padded: a block of T tokens becomes n blocks of T / n tokens, so that a step has as many tokens as any other. Which
 steps these are depends on (seed, step) alone, whatever the number of ranks and micro-batches.
 """
 
@@ -12,12 +12,14 @@ from typing import NamedTuple
 import numpy as np
 
 PARTS = (2, 4, 8)
-"""Of a block in such a step; each as often as the others."""
-_MIN_TOKENS = 8
-"""Of a part: below, blocks are split into fewer."""
+"""Numbers of parts that a block is split into; each is drawn as often as the others."""
+SHORTEST_BLOCK = 16
+"""Tokens of the shortest block that can be split."""
+_MIN_TOKENS = SHORTEST_BLOCK // PARTS[0]
+"""Least number of tokens of a part, its frame included; shorter blocks are split into fewer parts."""
 _STEP_KEY = 2**64 - 2  # masking uses keys (seed, epoch; sample), the order 2^64 - 1, and no sample has these numbers
 _PART_SHIFT = 48
-"""Parts behind the first draw their masks as samples of their own, of numbers beyond those of any block."""
+"""Part i of sample s draws its masks as sample s + i 2^48; no data set has so many samples."""
 
 
 class Ends(NamedTuple):
@@ -29,10 +31,12 @@ class Ends(NamedTuple):
 
 
 class ShortSteps:
-    """Args:
-    share: of all steps, in [0, 1).
-    ends: of the blocks.
-    seed: of the draw.
+    """Draws the steps whose blocks are split, and splits blocks.
+
+    Args:
+        share: short steps as a fraction of all steps, in [0, 1).
+        ends: token ids that frame the blocks.
+        seed: of the draw.
     """
 
     def __init__(self, share: float, ends: Ends, seed: int) -> None:
@@ -48,7 +52,7 @@ class ShortSteps:
     def split(self, blocks: np.ndarray, num_parts: int) -> np.ndarray:
         """Blocks (B, T) -> (B num_parts, T // num_parts): the text of each in turn, each part framed as a block.
 
-        What is left at a block's end, less than num_parts tokens and their frames, is left out.
+        Every further part needs a frame, so the last tokens of a full block, 2 num_parts or a few more, are left out.
         """
         width = blocks.shape[1] // num_parts
         body = blocks[:, 1:-1][:, : num_parts * (width - 2)].reshape(len(blocks) * num_parts, width - 2)

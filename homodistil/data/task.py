@@ -58,6 +58,9 @@ class Task(ABC):
     has_single_texts: bool = False
     """Whether a block holds one text or pair (data.texts, data.pair_columns), instead of as much of several documents
     as there is space for."""
+    can_split_blocks: bool = False
+    """Whether the blocks of some steps may be split into shorter ones (data.short_steps). A causal model learns every
+    length from one block, and a single text has a length of its own."""
     has_vectors: bool = False
     """Whether the vectors of texts are learned that a teacher's sentence modules make."""
     has_token_labels: bool = False
@@ -86,8 +89,11 @@ class Task(ABC):
         """`seed`: of all draws; `window`: of the model's layers that have one, to count pairs by."""
 
     def short_steps(self, tokenizer: PreTrainedTokenizerBase, data: DataConfig, seed: int) -> ShortSteps | None:
-        """Steps whose blocks are split (data.short_steps); None: there are none. A causal model learns every length."""
-        return None
+        """Steps whose blocks are split (data.short_steps); None: there are none."""
+        if not (self.can_split_blocks and data.short_steps):
+            return None
+        ends = Ends(tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id)
+        return ShortSteps(data.short_steps, ends, seed)
 
     @abstractmethod
     def target_rows(self, data: DataConfig) -> float:
@@ -104,6 +110,7 @@ class MaskedLM(Task):
     name = "mlm"
     special_tokens = ("mask_token", "pad_token", "cls_token", "sep_token")
     model = "a masked language model"
+    can_split_blocks = True
 
     def frame(self, tokenizer: PreTrainedTokenizerBase) -> Frame:
         separator = tokenizer.sep_token_id
@@ -113,12 +120,6 @@ class MaskedLM(Task):
         self, tokenizer: PreTrainedTokenizerBase, data: DataConfig, seed: int, window: int | None = None
     ) -> Masker:
         return Masker(tokenizer, data.mask_probability, seed, window)
-
-    def short_steps(self, tokenizer: PreTrainedTokenizerBase, data: DataConfig, seed: int) -> ShortSteps | None:
-        if self.has_single_texts or not data.short_steps:
-            return None
-        ends = Ends(tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id)
-        return ShortSteps(data.short_steps, ends, seed)
 
     def target_rows(self, data: DataConfig) -> float:
         return data.mask_probability * (data.seq_len - 2)
@@ -172,6 +173,7 @@ class Embedding(HiddenStatesOnly):
 
     name = "embedding"
     has_single_texts = has_vectors = True
+    can_split_blocks = False
 
 
 class Scores(HiddenStatesOnly):
@@ -180,6 +182,7 @@ class Scores(HiddenStatesOnly):
     name = "scores"
     model = "a sequence classifier"
     has_single_texts = True
+    can_split_blocks = False
     head = "classifier"
 
     def batch_maker(

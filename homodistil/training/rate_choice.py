@@ -10,14 +10,14 @@ RATE_TIMES_WIDTH = 0.192
 384. The best rates that we have measured, of students between 16 and 384 wide, are within a factor of two of it
 (LOG.md, 2026-12-01)."""
 LOWER_SHARE = 0.25
-"""Of it, for decoders and heads of labels, whose best rates are lower (the same table)."""
+"""Share of it that decoders and heads of labels get, whose best rates are lower (the same table)."""
 
 
 def rate_of_width(hidden_size: int, is_lower: bool) -> float:
     """Peak learning rate of a student that ends with this hidden size, to two digits.
 
     Args:
-        is_lower: it is a decoder, or learns the logits of labels.
+        is_lower: whether it is a decoder, or learns the logits of labels.
     """
     share = LOWER_SHARE if is_lower else 1.0
     return float(f"{share * RATE_TIMES_WIDTH / hidden_size:.2g}")

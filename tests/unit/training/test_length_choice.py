@@ -4,6 +4,7 @@ import pytest
 from transformers import BertConfig, LlamaConfig, RobertaConfig
 
 from homodistil.config.command_line import parse
+from homodistil.errors import UserError
 from homodistil.training.settle import settle
 
 SIZES = {
@@ -54,3 +55,22 @@ def test_short_steps_that_are_left_open(teacher, fields, share):
     assert config.leaves_open("data.short_steps") == (not any("seq_len" in f or "short_steps" in f for f in fields))
     settle(config, teacher)
     assert config.data.short_steps == share
+
+
+@pytest.mark.parametrize(
+    ("teacher", "fields", "reason"),
+    [
+        (BERT, ("data.task=embedding",), "data.task=embedding and data.seq_len=128"),
+        (LlamaConfig(**SIZES), (), "data.task=causal and data.seq_len=512"),
+        (BERT, ("data.seq_len=15",), "data.task=mlm and data.seq_len=15"),
+    ],
+)
+def test_short_steps_without_effect_are_refused(teacher, fields, reason):
+    with pytest.raises(UserError, match=rf"^data.short_steps: found 0.5, allowed is 0 with {reason}; .*short_steps=0$"):
+        settle(parse([*HALF, "data.short_steps=0.5", *fields]), teacher)
+
+
+def test_blocks_that_are_too_short_are_not_split():
+    config = parse(list(HALF))
+    settle(config, BertConfig(**SIZES, max_position_embeddings=15))
+    assert (config.data.seq_len, config.data.short_steps) == (15, 0.0)
