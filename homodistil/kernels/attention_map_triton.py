@@ -50,7 +50,7 @@ def configuration(
     masked: bool = False,
 ) -> dict[str, Launch]:
     """The kernels that run for these shapes, by name, and how. None spills registers (test_compile_ahead.py), but
-    for up to 64 bytes a thread of some in fp32 with a mask or shared keys.
+    for up to 64 bytes a thread of some in fp32.
 
     Args:
         in_fp32: one of the models computes in fp32. Such products run without tensor cores, from registers alone.
