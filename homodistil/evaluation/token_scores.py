@@ -12,7 +12,8 @@ from homodistil.distill.losses.scores import label_divergence
 from homodistil.distill.student import Student
 from homodistil.distill.teacher import Teacher
 from homodistil.distributed import ranks
-from homodistil.evaluation.labels import compared_counts, halved_counts, label_counts
+from homodistil.evaluation.labels import halved_counts
+from homodistil.evaluation.token_labels import TokenLabels
 from homodistil.evaluation.vectors import moved
 from homodistil.models.classifier import LogitKind, logit_kind
 
@@ -31,21 +32,31 @@ def evaluate_token_scores(
 
     Returns:
         kl_to_teacher (nats) and token_agreement (share of tokens with the same most probable label); where logits are
-        values score_mse; where tokens have labels `compared_counts` of the student's.
+        values score_mse; where tokens have labels `TokenLabels.measures` of the student's.
     """
     kind = logit_kind(teacher.model.config)
     sums = torch.zeros(3, dtype=torch.float64, device=teacher.device)
-    counts = sums.new_zeros((teacher.model.config.num_labels,) * 2)
+    labels = TokenLabels(teacher.model.config.id2label, teacher.device)
     for batch in moved(batches, teacher):
         ours = student.scores(batch)
         sums += token_sums(ours, teacher.scores(batch), kind)
         if batch.labels is not None:
-            counts += label_counts(ours, batch.labels)
+            labels.add(ours, batch)
     distance, same, count = ranks.total(sums).tolist()
-    sizes = {"evaluated_texts": float(num_texts), "evaluated_tokens": count} | compared_counts(ranks.total(counts))
+    sizes = {"evaluated_texts": float(num_texts), "evaluated_tokens": count} | labels.measures()
     if kind == "values":
         return {"score_mse": distance / max(count, 1)} | sizes
     return {"kl_to_teacher": distance / max(count, 1), "token_agreement": same / max(count, 1)} | sizes
+
+
+@torch.no_grad()
+def teacher_to_labels(teacher: Teacher, batches: Iterable[Batch]) -> dict[str, float]:
+    """`TokenLabels.measures` of the teacher's logits, over the labelled tokens of all ranks' texts. Every rank calls
+    it."""
+    labels = TokenLabels(teacher.model.config.id2label, teacher.device)
+    for batch in moved(batches, teacher):
+        labels.add(teacher.scores(batch), batch)
+    return labels.measures()
 
 
 @torch.no_grad()

@@ -55,6 +55,7 @@ METRICS = {
     "label_accuracy": _Metric("accuracy (higher is better)", "accuracy", "{:.4f}"),
     "label_f1": _Metric("micro-averaged F1 (higher is better)", "f1", "{:.4f}"),
     "label_macro_f1": _Metric("F1 of tokens, mean over labels (higher is better)", "f1", "{:.4f}"),
+    "label_entity_f1": _Metric("F1 of whole entities (higher is better)", "f1", "{:.4f}"),
     "label_mse": _Metric("squared distance to the labels (lower is better)", "mse", "{:.4g}"),
     "label_pearson": _Metric("Pearson correlation with the labels (higher is better)", "pearsonr", "{:.4f}"),
     "label_spearman": _Metric("Spearman correlation with the labels (higher is better)", "spearmanr", "{:.4f}"),

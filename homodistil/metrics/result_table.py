@@ -27,7 +27,8 @@ cosine_to_teacher (mean over held-out texts) and recall_at_10 (of the teacher's 
 kl_to_teacher and label_agreement (share of texts), or, where labels are scores, score_mse, score_pearson and
 score_spearman (means over labels), and by ground-truth labels, as it suits these, label_accuracy, label_f1
 (micro-averaged), or label_mse, label_pearson and label_spearman; of a token classifier kl_to_teacher and
-token_agreement (share of tokens), or score_mse, and by ground-truth labels label_accuracy and label_macro_f1;
+token_agreement (share of tokens), or score_mse, and by ground-truth labels label_accuracy, label_macro_f1 and, of
+named entities, label_entity_f1;
 tokens_per_s_first and tokens_per_s_last (training, first and last logged interval); of a teacher with fewer pieces
 than it was given with, parameters_before, pieces_before and cached_teacher (its folder's name in the cache). Absent or
 None: not measured."""
@@ -56,6 +57,7 @@ COLUMNS = {
     "label_accuracy": ("accuracy", "{:.1%}"),
     "label_f1": ("micro-F1", "{:.1%}"),
     "label_macro_f1": ("macro-F1", "{:.1%}"),
+    "label_entity_f1": ("entity F1", "{:.1%}"),
     "label_mse": ("MSE to labels", "{:.3g}"),
     "label_pearson": ("Pearson to labels", "{:.4f}"),
     "label_spearman": ("Spearman to labels", "{:.4f}"),
@@ -64,7 +66,9 @@ COLUMNS = {
 }
 
 
-LABEL_COLUMNS = ("label_accuracy", "label_f1", "label_macro_f1", "label_mse", "label_pearson", "label_spearman")
+TOKEN_LABEL_COLUMNS = ("label_accuracy", "label_macro_f1", "label_entity_f1")
+TEXT_LABEL_COLUMNS = ("label_accuracy", "label_f1", "label_mse", "label_pearson", "label_spearman")
+LABEL_COLUMNS = tuple(dict.fromkeys((*TEXT_LABEL_COLUMNS, *TOKEN_LABEL_COLUMNS)))
 """What is measured by ground-truth labels (data.label_column)."""
 HELDOUT_COLUMNS = {
     "mlm_loss": "heldout_mlm_loss",
@@ -88,8 +92,8 @@ TASK_COLUMNS = {
     "causal": ("heldout_lm_loss", "perplexity", "bits_per_byte"),
     "none": ("hidden_distance", "attention_distance", "embedding_distance"),
     "embedding": ("cosine_to_teacher", "recall_at_10"),
-    "scores": ("label_agreement", "score_mse", "score_pearson", "score_spearman", *LABEL_COLUMNS),
-    "token_scores": ("token_agreement", "score_mse", "label_accuracy", "label_macro_f1"),
+    "scores": ("label_agreement", "score_mse", "score_pearson", "score_spearman", *TEXT_LABEL_COLUMNS),
+    "token_scores": ("token_agreement", "score_mse", *TOKEN_LABEL_COLUMNS),
 }
 """Task (data/task.py) -> columns that not every task has."""
 _OF_ONE_TASK = frozenset().union(*TASK_COLUMNS.values())

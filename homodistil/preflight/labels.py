@@ -9,6 +9,8 @@ from homodistil.data.prepare.label_choice import label_rule
 from homodistil.data.prepare.token_labels import AnyLabelRule
 from homodistil.data.sources.labelled import read_labelled
 from homodistil.data.sources.sources import Source, unhashed_sources
+from homodistil.data.task import task_of
+from homodistil.evaluation.token_labels import lacks_package, spell_entities
 from homodistil.preflight.findings import Findings
 from homodistil.preflight.text import first_documents
 
@@ -29,6 +31,8 @@ def check_labels(findings: Findings, config: DataConfig, teacher_config) -> None
         measured = findings.attempt("labels", lambda source=source: _measure(source, rule))
         if measured is not None:
             findings.note("labels", f"{source.name}: {measured}")
+    if task_of(config).has_token_labels and spell_entities(teacher_config.id2label.values()) and lacks_package():
+        findings.note("labels", "entity F1 is left out of the result table; for it: pip install seqeval")
 
 
 def _measure(source: Source, rule: AnyLabelRule) -> str:

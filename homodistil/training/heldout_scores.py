@@ -13,10 +13,10 @@ from homodistil.distill.student import Student
 from homodistil.distill.teacher import Teacher
 from homodistil.evaluation.distances import evaluate_distances, measured_distances
 from homodistil.evaluation.heldout import evaluate
-from homodistil.evaluation.labels import compared_counts, compared_to_labels
+from homodistil.evaluation.labels import compared_to_labels
 from homodistil.evaluation.next_tokens import evaluate_next_tokens
 from homodistil.evaluation.scores import evaluate_scores, scores_of_itself, teacher_logits
-from homodistil.evaluation.token_scores import evaluate_token_scores, teacher_label_counts, token_scores_of_itself
+from homodistil.evaluation.token_scores import evaluate_token_scores, teacher_to_labels, token_scores_of_itself
 from homodistil.evaluation.vectors import evaluate_vectors
 from homodistil.models.classifier import logit_kind, problem_type
 from homodistil.models.family import ModelFamily
@@ -77,7 +77,7 @@ class HeldoutScores:
         if self.run_inputs.corpus.labels is None:
             return {}
         if self._has_token_labels:
-            return compared_counts(teacher_label_counts(teacher, self.run_inputs.heldout(self.config, limit)).sum(0))
+            return teacher_to_labels(teacher, self.run_inputs.heldout(self.config, limit))
         positions, total = self.run_inputs.heldout_positions(self.config, limit)
         logits = teacher_logits(teacher, self.run_inputs.heldout(self.config, limit), positions, total)
         return self._to_labels(teacher, limit, logits)

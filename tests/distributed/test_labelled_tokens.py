@@ -11,6 +11,7 @@ import pytest
 import torch
 from distributed import test_classifier
 from distributed.test_labelled_classifier import check_learned
+from seqeval.metrics import f1_score as entity_f1
 from sklearn.metrics import f1_score
 from support import launched_run
 from support.launched_run import TRAIN
@@ -66,6 +67,11 @@ def materials(tmp_path_factory) -> Path:
     return folder
 
 
+def names_by_text(numbers: np.ndarray, known: np.ndarray) -> list[list[str]]:
+    """Names of the labels of each text's labelled tokens."""
+    return [[NAMES[int(number)] for number in row[has]] for row, has in zip(numbers, known, strict=True)]
+
+
 @pytest.fixture(scope="module")
 def finished(server, materials) -> Path:
     (materials / "said.txt").write_text(launched_run.run(server, arguments(materials, materials / "run")))
@@ -87,10 +93,12 @@ def test_what_is_measured_is_what_the_stock_model_answers(finished, materials):
     for folder, row in zip((materials / "teacher", finished / "export"), rows, strict=True):
         model = AutoModelForTokenClassification.from_pretrained(folder).eval()
         with torch.no_grad():
-            said = model(ids, attention_mask=(ids > 0).long()).logits.argmax(-1).numpy()[known]
-        expected = labels[known].astype(int)
+            answers = model(ids, attention_mask=(ids > 0).long()).logits.argmax(-1).numpy()
+        expected, said = labels[known].astype(int), answers[known]
         assert row["label_accuracy"] == pytest.approx((said == expected).mean(), abs=0.01)  # near ties may turn
         assert row["label_macro_f1"] == pytest.approx(f1_score(expected, said, average="macro"), abs=0.02)
+        whole = entity_f1(*(names_by_text(numbers, known) for numbers in (labels, answers)))
+        assert 0 < whole <= 1 and row["label_entity_f1"] == pytest.approx(whole, abs=0.02)
     assert "F1 of tokens, mean over labels" in (finished / "export" / "README.md").read_text()
 
 

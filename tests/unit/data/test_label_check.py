@@ -9,6 +9,7 @@ import pytest
 from transformers import BertConfig
 
 from homodistil.config.schema import DataConfig
+from homodistil.preflight import labels as labels_check
 from homodistil.preflight.findings import Findings
 from homodistil.preflight.labels import SAMPLE_LABELS, check_labels
 
@@ -54,3 +55,16 @@ def test_a_column_that_is_not_there_is_named(tmp_path):
 
 def test_nothing_is_read_where_labels_are_not(tmp_path):
     assert checked(tmp_path, ["maybe"], column="") == []
+
+
+@pytest.mark.parametrize("is_missing", [False, True])
+def test_what_is_missing_for_whole_entities_is_told(tmp_path, monkeypatch, is_missing):
+    monkeypatch.setattr(labels_check, "lacks_package", lambda: is_missing)
+    (tmp_path / "a.jsonl").write_text(json.dumps({"tokens": ["Anna", "waits"], "tags": ["B-PER", "O"]}))
+    columns = {"text_column": "tokens", "label_column": "tags"}
+    findings, data = Findings(), DataConfig(task="token_scores", sources=[str(tmp_path)], **columns)
+    check_labels(findings, data, BertConfig(id2label={0: "O", 1: "B-PER"}, problem_type="single_label_classification"))
+    assert all(finding.is_good for finding in findings)
+    assert [finding.found for finding in findings if "pip install seqeval" in finding.found] == [
+        "entity F1 is left out of the result table; for it: pip install seqeval"
+    ] * is_missing
