@@ -32,6 +32,7 @@ COMMANDS = {
     "prepare-data": Command("tokenise and cache the corpus ahead of a run", "homodistil.training.prepare_data:main"),
     "glue": Command("fine-tune a checkpoint on GLUE and write its table", "homodistil.evaluation.glue.command:main"),
     "squad": Command("fine-tune a checkpoint on SQuAD", "homodistil.evaluation.squad.command:main"),
+    "mteb": Command("score sentence embedders on tasks of MTEB", "homodistil.evaluation.mteb.command:main"),
     "lm-eval": Command("score decoders on tasks of EleutherAI's harness", "homodistil.evaluation.lm_eval.command:main"),
     "probe": Command("what frozen features know of sentences", "homodistil.evaluation.probe.command:main"),
     "export": Command("a checkpoint as ONNX, int8 ONNX or OpenVINO", "homodistil.training.export_command:main"),

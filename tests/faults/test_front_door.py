@@ -82,7 +82,7 @@ def test_the_package_comes_from_the_wheel_and_its_import_is_light(call, installe
 
 def test_help_and_recipes_from_any_folder(call):
     text = call("--help")
-    names = "train check plan prepare-data glue squad lm-eval probe report recipes axes"
+    names = "train check plan prepare-data glue squad mteb lm-eval probe report recipes axes"
     for name in names.split():
         assert f"\n  {name} " in text
     lines = call("recipes").splitlines()

@@ -41,13 +41,18 @@ def checkpoint_folder(name: str | Path, cache_dir: Path) -> str:
     return str(local_folder(name, FIELD) or name)
 
 
-def checkpoint_identity(folder: str) -> str:
-    """sha256 over config, tokenizer and weights of a folder, to recognise results of another model; or the hub name."""
+def checkpoint_identity(folder: str, with_modules: bool = False) -> str:
+    """sha256 over config, tokenizer and weights of a folder, to recognise results of another model; or the hub name.
+
+    Args:
+        with_modules: also over what lies in subfolders, as the modules of sentence-transformers do.
+    """
     if not Path(folder).is_dir():
         return f"hub:{folder}"
-    kinds = (".json", ".safetensors", ".txt")
-    files = [path for path in sorted(Path(folder).iterdir()) if path.suffix in kinds and path.is_file()]
-    return hashlib.sha256("".join(f"{p.name} {file_sha256(p)}\n" for p in files).encode()).hexdigest()
+    root, kinds = Path(folder), (".json", ".safetensors", ".txt")
+    paths = sorted(root.rglob("*") if with_modules else root.iterdir())
+    files = [path for path in paths if path.suffix in kinds and path.is_file()]
+    return hashlib.sha256("".join(f"{p.relative_to(root)} {file_sha256(p)}\n" for p in files).encode()).hexdigest()
 
 
 def load_tokenizer(folder: str, max_length: int, num_texts: int = 1) -> PreTrainedTokenizerBase:

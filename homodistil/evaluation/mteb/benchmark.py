@@ -1,0 +1,130 @@
+"""MTEB itself: which tasks are meant, and their scores of an embedder. Nothing here computes a score."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from homodistil.errors import UserError, nearest
+from homodistil.evaluation.glue.checkpoint import FIELD, checkpoint_identity, readable
+from homodistil.models.checkpoint_files import first_line
+from homodistil.models.sentence_modules import sentence_root
+
+PACKAGES = ("mteb", "sentence_transformers")
+
+
+class Embedder(NamedTuple):
+    model: Any
+    """A `sentence_transformers.SentenceTransformer`."""
+    identity: str
+    """Hash of the checkpoint."""
+    num_parameters: int
+
+
+def check_installed() -> None:
+    """Raise `UserError` where a package is not installed. They are extras: training and export do without them."""
+    for package in PACKAGES:
+        try:
+            importlib.import_module(package)
+        except ImportError as error:
+            raise UserError(
+                f"mteb: {package} cannot be imported ({first_line(error)}); install it with "
+                f"pip install 'mteb>=2.26' sentence-transformers"
+            ) from None
+
+
+def device_of(wanted: str) -> str:
+    """Of auto, cpu or cuda. Raises `UserError` where there is no GPU."""
+    has_gpu = torch.cuda.is_available()
+    if wanted == "cuda" and not has_gpu:
+        raise UserError("--device: found cuda, but torch sees no GPU; set --device cpu")
+    return "cuda" if has_gpu and wanted != "cpu" else "cpu"
+
+
+def load_embedder(folder: str, device: str) -> Embedder:
+    """Raises `UserError` for a checkpoint that cannot be loaded, or whose pooling nothing says."""
+    from sentence_transformers import SentenceTransformer
+
+    root = sentence_root(folder)
+    if root is None:
+        raise UserError(
+            f"{FIELD}: {folder!r} has no modules.json, which says how vectors are made of its hidden states; give an "
+            f"embedder of sentence-transformers, as runs with data.task=embedding export them"
+        )
+    with readable(folder):
+        model = SentenceTransformer(root, device=device, trust_remote_code=False)
+    return Embedder(model, checkpoint_identity(root, with_modules=True), sum(p.numel() for p in model.parameters()))
+
+
+def open_tasks(names: Sequence[str]) -> list[Any]:
+    """The tasks (`mteb.abstasks.AbsTask`) of these names and folders, each once, in this order. Data are not read, but
+    those of folders.
+
+    Raises:
+        UserError: no such task or benchmark, or a folder that is not in BEIR's form.
+    """
+    import mteb
+
+    logging.getLogger("mteb").setLevel(logging.ERROR)  # it warns of every prompt that an embedder has not
+    tasks: dict[str, Any] = {}
+    for name in names:
+        for task in _tasks(mteb, name):
+            if task.metadata.modalities != ["text"]:
+                raise UserError(f"--tasks: {task.metadata.name!r} of {name!r} is not of texts alone; leave it out")
+            tasks.setdefault(task.metadata.name, task)
+    return list(tasks.values())
+
+
+def _tasks(mteb, name: str) -> list[Any]:
+    if Path(name).is_dir():
+        from homodistil.evaluation.mteb.retrieval_data import retrieval_task
+
+        return [retrieval_task(Path(name))]
+    benchmarks = {benchmark.name: benchmark for benchmark in mteb.get_benchmarks()}
+    if name in benchmarks:
+        return list(benchmarks[name].tasks)
+    try:
+        return [mteb.get_task(name)]
+    except KeyError:
+        known = [*benchmarks, *(task.metadata.name for task in mteb.get_tasks(exclude_superseded=False))]
+        raise UserError(
+            f"--tasks: found {name!r}, allowed are names of tasks and benchmarks of MTEB, such as NanoBEIR or "
+            f"STSBenchmark, and folders with corpus.jsonl, queries.jsonl and qrels/test.tsv{nearest(name, known)}"
+        ) from None
+
+
+def score(embedder: Embedder, task, batch_size: int) -> dict[str, Any]:
+    """MTEB's `result` of a task; beside it its main_score (mean over subsets and splits), metric and parameters.
+
+    Raises:
+        UserError: the data of the task cannot be had.
+    """
+    import mteb
+
+    try:
+        task.load_data()
+    except Exception as error:  # of datasets and the hub client
+        raise UserError(
+            f"--tasks: cannot load the data of {task.metadata.name!r} ({type(error).__name__}: {first_line(error)}); "
+            f"they come from the hub, or its cache: run it where that can be reached once, or leave the task out"
+        ) from None
+    results = mteb.evaluate(
+        embedder.model,
+        task,
+        co2_tracker=False,
+        encode_kwargs={"batch_size": batch_size},
+        cache=None,  # its key is a name, which a student may share with its teacher
+        show_progress_bar=False,
+    )
+    (result,) = results.task_results
+    facts = {
+        "main_score": result.get_score(),
+        "metric": task.metadata.main_score,
+        "parameters": embedder.num_parameters,
+    }
+    return facts | {"result": result.model_dump(mode="json")}

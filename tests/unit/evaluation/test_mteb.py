@@ -1,0 +1,178 @@
+"""MTEB on sentence embedders: scores of retrieval data against ranking by stock vectors, and what is refused.
+
+The package is an extra. Where it is not installed, only what comes before it and behind it is tested.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from support.fork_server import ROOT
+from support.small_job import make_materials
+from support.tiny_decoder import make_decoder, make_tokenizer, write_text
+from transformers import BertConfig
+
+from homodistil.errors import UserError
+from homodistil.evaluation.mteb.command import main
+from homodistil.evaluation.mteb.result_table import Scores, write_table
+
+with_mteb = pytest.mark.skipif(importlib.util.find_spec("mteb") is None, reason="mteb is not installed")
+MODULES = [
+    {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
+    {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
+]
+DOCUMENTS = {
+    "d1": ("cat", "the cat sees a dog."),
+    "d2": ("", "a small bird finds the old house."),
+    "d3": ("river", "and then the small river finds a tree slowly."),
+    "d4": ("", "the dog hears the house again."),
+}
+QUERIES = {"q1": "a cat and a dog", "q2": "the river", "q3": "a bird finds a house", "q4": "nobody knows"}
+RELEVANT = {"q1": {"d1": 2, "d4": 1}, "q2": {"d3": 1}, "q3": {"d2": 1}}
+
+
+@pytest.fixture(scope="module")
+def embedders(tmp_path_factory) -> list[Path]:
+    """Two of random weights, of mean and of first token."""
+    folder = tmp_path_factory.mktemp("embedders")
+    tokenizer = make_tokenizer(write_text(folder / "text"))
+    tokenizer.model_max_length, tokenizer.pad_token = 32, tokenizer.eos_token
+    for pooling in ("mean_tokens", "cls_token"):
+        make_decoder(BertConfig, len(tokenizer)).save_pretrained(folder / pooling)
+        tokenizer.save_pretrained(folder / pooling)
+        (folder / pooling / "modules.json").write_text(json.dumps(MODULES))
+        (folder / pooling / "1_Pooling").mkdir()
+        settings = {"word_embedding_dimension": 32, f"pooling_mode_{pooling}": True}
+        (folder / pooling / "1_Pooling" / "config.json").write_text(json.dumps(settings))
+    return [folder / "mean_tokens", folder / "cls_token"]
+
+
+@pytest.fixture
+def search(tmp_path) -> Path:
+    """A folder of retrieval data, in which a query has no relevant document."""
+    folder = tmp_path / "my-search"
+    (folder / "qrels").mkdir(parents=True)
+    corpus = [{"_id": name, "title": title, "text": text} for name, (title, text) in DOCUMENTS.items()]
+    corpus = [{key: value for key, value in row.items() if value} for row in corpus]
+    queries = [{"_id": name, "text": text} for name, text in QUERIES.items()]
+    for name, rows in (("corpus", corpus), ("queries", queries)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lines = [f"{query}\t{name}\t{score}\n" for query, row in RELEVANT.items() for name, score in row.items()]
+    (folder / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\n" + "".join(lines))
+    return folder
+
+
+def ndcg(folder: Path) -> float:
+    """Mean over the queries, by vectors of the stock class. trec_eval's gain is the relevance itself."""
+    from sentence_transformers import SentenceTransformer
+
+    model = SentenceTransformer(str(folder), device="cpu")
+    documents = model.encode([f"{title} {text}".strip() for title, text in DOCUMENTS.values()])
+    values = []
+    for query, relevant in RELEVANT.items():
+        similar = model.similarity(model.encode([QUERIES[query]]), documents)[0]
+        order = [list(DOCUMENTS)[place] for place in similar.argsort(descending=True)]
+        gains = [relevant.get(name, 0) for name in order]
+        best = sorted(relevant.values(), reverse=True)
+        values.append(discounted(gains) / discounted(best))
+    return sum(values) / len(values)
+
+
+def discounted(gains: list[int]) -> float:
+    return sum(gain / math.log2(rank + 1) for rank, gain in enumerate(gains, 1))
+
+
+@with_mteb
+def test_scores_are_those_of_stock_vectors(embedders, search, tmp_path, capsys):
+    names, out = list(map(str, embedders)), tmp_path / "out"
+    words = ["--checkpoint", *names, "--tasks", str(search), "--device", "cpu", "--out", str(out)]
+    main(words)
+    content = json.loads((out / "mteb.json").read_text())
+    assert list(content["checkpoints"]) == names and len(set(content["checkpoints"].values())) == 2
+    scores = content["tasks"]["my-search"]
+    for folder in embedders:
+        assert scores[str(folder)]["main_score"] == pytest.approx(ndcg(folder), abs=1e-4)  # MTEB rounds to 5 digits
+        assert content["mean"][str(folder)] == scores[str(folder)]["main_score"]
+        assert "recall_at_10" in scores[str(folder)]["result"]["scores"]["test"][0]
+    table = (out / "mteb.md").read_text()
+    assert table in capsys.readouterr().out and table.count("| my-search | ndcg_at_10 |") == 1
+    with pytest.raises(UserError, match="has the results of another call"):
+        main(words)
+
+
+@with_mteb
+def test_names_are_those_of_mteb(embedders, tmp_path):
+    from homodistil.evaluation.mteb.benchmark import open_tasks
+
+    names = [task.metadata.name for task in open_tasks(["NanoBEIR", "STSBenchmark", "NanoNQRetrieval"])]
+    assert len(names) == len(set(names)) == 14 and names[-1] == "STSBenchmark" and "NanoNQRetrieval" in names
+    with pytest.raises(UserError, match=r"^--tasks: found 'STSBenchmrk', .*did you mean 'STSBenchmark'") as caught:
+        open_tasks(["STSBenchmrk"])
+    assert "\n" not in str(caught.value)
+
+
+@with_mteb
+@pytest.mark.parametrize(
+    ("file", "line", "message"),
+    [
+        (
+            "corpus.jsonl",
+            '{"_id": "d9"}',
+            r"corpus\.jsonl:5: found .* expected a JSON object with the texts _id",
+        ),
+        ("queries.jsonl", "[1", r"queries\.jsonl:5: found \[1, expected"),
+        ("qrels/test.tsv", "q1\td9\t1", r"test\.tsv:6: found .* the _id of a query, that of a document"),
+        ("qrels/test.tsv", "q1 d1 1", r"test\.tsv:6: found"),
+        ("qrels/test.tsv", None, r"cannot read .*test\.tsv \(No such file.*; a folder of retrieval data has corpus"),
+    ],
+)
+def test_retrieval_data_that_do_not_fit_are_named(embedders, search, tmp_path, file, line, message):
+    path = search / file
+    if line is None:
+        path.unlink()
+    else:
+        path.write_text(path.read_text() + line + "\n")
+    with pytest.raises(UserError, match=message) as caught:
+        main(["--checkpoint", str(embedders[0]), "--tasks", str(search), "--out", str(tmp_path / "out")])
+    assert str(caught.value).startswith("--tasks: ") and "\n" not in str(caught.value)
+    assert not list((tmp_path / "out").glob("*"))
+
+
+@with_mteb
+def test_a_model_without_pooling_is_refused(search, tmp_path):
+    make_materials(tmp_path)
+    with pytest.raises(UserError, match=r"^--checkpoint: .* has no modules\.json, .*data\.task=embedding export them$"):
+        main(["--checkpoint", str(tmp_path / "teacher"), "--tasks", str(search), "--out", str(tmp_path / "out")])
+
+
+def test_without_the_extra_it_says_how_to_install_it(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "mteb", None)  # what an import of a package that is not there looks like
+    with pytest.raises(UserError, match=r"^mteb: mteb cannot be imported .* install it with pip install") as caught:
+        main(["--checkpoint", "x", "--tasks", "x", "--out", str(tmp_path / "out")])
+    assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
+    wanted = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["mteb"]
+    assert wanted[0] in str(caught.value)
+
+
+def test_the_table_of_what_is_scored_so_far(tmp_path):
+    """A task that the second checkpoint has not finished is in no mean."""
+    scores = Scores({"a|b": "1", "c": "2"})
+    for task, name, value in (("one", "a|b", 0.5), ("one", "c", 0.4), ("two", "a|b", 0.75)):
+        result = {"task_name": task, "mteb_version": "2.26"}
+        scores.add(name, {"main_score": value, "metric": "map", "parameters": 1_230_000, "result": result})
+    assert write_table(scores, tmp_path).splitlines()[2:8] == [
+        "| task | metric | a\\|b | c |",
+        "| --- | --- | --: | --: |",
+        "| parameters, M |  | 1.2 | 1.2 |",
+        "| one | map | 0.5000 | 0.4000 (80.0%) |",
+        "| two | map | 0.7500 | - |",
+        "| mean |  | 0.5000 | 0.4000 (80.0%) |",
+    ]
+    content = json.loads((tmp_path / "mteb.json").read_text())
+    assert content["mean"] == {"a|b": 0.5, "c": 0.4} and content["tasks"]["two"].keys() == {"a|b"}
