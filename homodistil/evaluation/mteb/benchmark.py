@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import torch
 
 from homodistil.errors import UserError, nearest
-from homodistil.evaluation.glue.checkpoint import FIELD, checkpoint_identity, readable
+from homodistil.evaluation import progress
+from homodistil.evaluation.glue.checkpoint import checkpoint_identity, readable
 from homodistil.models.checkpoint_files import first_line
 from homodistil.models.sentence_modules import sentence_root
 
@@ -47,18 +48,21 @@ def device_of(wanted: str) -> str:
 
 
 def load_embedder(folder: str, device: str) -> Embedder:
-    """Raises `UserError` for a checkpoint that cannot be loaded, or whose pooling nothing says."""
+    """An embedder of sentence-transformers. Of an encoder whose pooling nothing says it is the mean over hidden states,
+    as data.pooling=auto takes it.
+
+    Raises:
+        UserError: it cannot be loaded.
+    """
     from sentence_transformers import SentenceTransformer
 
     root = sentence_root(folder)
     if root is None:
-        raise UserError(
-            f"{FIELD}: {folder!r} has no modules.json, which says how vectors are made of its hidden states; give an "
-            f"embedder of sentence-transformers, as runs with data.task=embedding export them"
-        )
+        progress.say(f"{folder}: no modules.json, which would say how vectors are made: the mean of its hidden states")
     with readable(folder):
-        model = SentenceTransformer(root, device=device, trust_remote_code=False)
-    return Embedder(model, checkpoint_identity(root, with_modules=True), sum(p.numel() for p in model.parameters()))
+        model = SentenceTransformer(root or folder, device=device, trust_remote_code=False)
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    return Embedder(model, checkpoint_identity(root or folder, with_modules=True), num_parameters)
 
 
 def open_tasks(names: Sequence[str]) -> list[Any]:

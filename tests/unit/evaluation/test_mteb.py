@@ -8,13 +8,13 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import shutil
 import sys
 import tomllib
 from pathlib import Path
 
 import pytest
 from support.fork_server import ROOT
-from support.small_job import make_materials
 from support.tiny_decoder import make_decoder, make_tokenizer, write_text
 from transformers import BertConfig
 
@@ -145,10 +145,21 @@ def test_retrieval_data_that_do_not_fit_are_named(embedders, search, tmp_path, f
 
 
 @with_mteb
-def test_a_model_without_pooling_is_refused(search, tmp_path):
-    make_materials(tmp_path)
-    with pytest.raises(UserError, match=r"^--checkpoint: .* has no modules\.json, .*data\.task=embedding export them$"):
-        main(["--checkpoint", str(tmp_path / "teacher"), "--tasks", str(search), "--out", str(tmp_path / "out")])
+def test_the_mean_where_no_pooling_is_said(embedders, tmp_path, capsys):
+    from homodistil.evaluation.mteb.benchmark import load_embedder
+
+    folder = shutil.copytree(embedders[0], tmp_path / "bare")
+    (folder / "modules.json").unlink()
+    bare, whole = (load_embedder(str(path), "cpu") for path in (folder, embedders[0]))
+    text = DOCUMENTS["d1"][1]
+    assert (bare.model.encode(text) == whole.model.encode(text)).all() and bare.identity != whole.identity
+    assert "no modules.json" in capsys.readouterr().out
+
+
+@with_mteb
+def test_a_folder_that_is_not_there_is_named(search, tmp_path):
+    with pytest.raises(UserError, match=r"^--checkpoint: no folder '.*nowhere'"):
+        main(["--checkpoint", str(tmp_path / "nowhere"), "--tasks", str(search), "--out", str(tmp_path / "out")])
 
 
 def test_without_the_extra_it_says_how_to_install_it(tmp_path, monkeypatch):
