@@ -17,7 +17,7 @@ from homodistil.models.axes import AxisTable
 from homodistil.models.backbone import run_backbone
 from homodistil.models.classifier import LogitKind
 from homodistil.models.sentence_head import PoolingMode
-from homodistil.pruning.compensation.labels import label_direction
+from homodistil.pruning.compensation.label_draws import NUMBERS, label_direction
 from homodistil.pruning.compensation.vectors import pooled_states
 from homodistil.pruning.importance import Importance
 
@@ -144,7 +144,7 @@ def drawn_logit_loss(student: Student, kind: LogitKind, seed: int) -> Callable[[
         head = student.family.classifier(student.model)
         logits = head.logits(last, batch)
         if kind == "categories":
-            numbers = torch.rand(len(logits), generator=generator, device=device)
+            numbers = torch.rand(len(logits), NUMBERS, generator=generator, device=device)
             direction = label_direction(logits.detach(), numbers)
         else:
             direction = torch.randn(logits.shape, generator=generator, device=device)

@@ -16,6 +16,7 @@ from homodistil.data.batch import Batch
 from homodistil.models.backbone import run_backbone
 from homodistil.models.classifier import Classifier, LogitKind
 from homodistil.models.family import ModelFamily
+from homodistil.pruning.compensation.label_draws import NUMBERS, label_direction
 from homodistil.pruning.compensation.least_squares import Rows, fit_linear, fit_norm
 from homodistil.pruning.compensation.refit import Refit
 from homodistil.pruning.compensation.vectors import generators
@@ -36,23 +37,11 @@ def drawn_logit_directions(
     """
     draw = torch.randn if kind == "values" else torch.rand
     size = (1, batch.input_ids.shape[1]) if num_directions is None else (num_directions,)
-    size += (logits.shape[1],) if kind == "values" else ()
+    size += (logits.shape[1] if kind == "values" else NUMBERS,)
     numbers = torch.stack([draw(size, generator=one) for one in generators(batch, first_sequence, seed)], 1).to(logits)
     if num_directions is None:
         numbers = numbers.flatten(1, 2)[:, batch.target_index]
     return numbers if kind == "values" else torch.stack([label_direction(logits, row) for row in numbers])
-
-
-def label_direction(logits: Tensor, numbers: Tensor) -> Tensor:
-    """p - onehot of a label drawn from the logits (R, L), by numbers in [0, 1) (R,); of the shape of `logits`."""
-    shares = logits.softmax(-1)
-    return shares - functional.one_hot(draw_labels(shares, numbers), shares.shape[1]).to(shares)
-
-
-def draw_labels(probabilities: Tensor, numbers: Tensor) -> Tensor:
-    """A label for each row (rows, V), by its cumulative probability; torch.multinomial draws a number an entry."""
-    sums = probabilities.cumsum(-1)
-    return torch.searchsorted(sums, numbers.unsqueeze(1).to(sums)).squeeze(1).clamp(max=probabilities.shape[1] - 1)
 
 
 def refit_labels(refit: Refit) -> None:

@@ -24,7 +24,8 @@ from homodistil.models.classifier import LogitKind
 from homodistil.models.family import ModelFamily
 from homodistil.models.norms import Norm
 from homodistil.models.sentence_head import PoolingMode, pooled
-from homodistil.pruning.compensation.labels import draw_labels, drawn_logit_directions
+from homodistil.pruning.compensation.label_draws import draw_labels, uniform_numbers
+from homodistil.pruning.compensation.labels import drawn_logit_directions
 from homodistil.pruning.compensation.moments import TINY, Moments, moments_of
 from homodistil.pruning.compensation.vectors import directions_per_text, drawn_directions
 
@@ -235,19 +236,6 @@ class _Collector:
         predictions = sums["predictions"] / sums["predictions"].sum().clamp(min=TINY)
         gram = decoder_gram(self.family.decoder(self.model).weight, predictions)
         return Statistics(heads, *kinds, residual, gradient, head_rows, gram)
-
-
-def uniform_numbers(batch: Batch, first_sequence: int, seed: int) -> Tensor:
-    """Random numbers in [0, 1), fp32, one for each row to predict of `batch`: the same however sequences are dealt out
-    to micro-batches.
-
-    Args:
-        first_sequence: place of the batch's first sequence among those of all ranks.
-    """
-    num_sequences, seq_len = batch.input_ids.shape
-    seeds = ((seed * 1_000_003 + first_sequence + b) % 2**63 for b in range(num_sequences))
-    numbers = [torch.rand(seq_len, generator=torch.Generator().manual_seed(one)) for one in seeds]
-    return torch.cat(numbers).to(batch.target_index.device)[batch.target_index]
 
 
 def decoder_gram(decoder_weight: Tensor, predictions: Tensor) -> Tensor:

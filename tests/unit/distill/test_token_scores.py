@@ -22,7 +22,7 @@ from homodistil.distill.student import Student
 from homodistil.distill.teacher import Teacher
 from homodistil.evaluation.token_scores import evaluate_token_scores, token_scores_of_itself, token_sums
 from homodistil.pruning.calibration import drawn_logit_loss
-from homodistil.pruning.compensation.labels import label_direction
+from homodistil.pruning.compensation.label_draws import NUMBERS, label_direction
 
 
 def token_classifier(seed: int = 0, **changes) -> nn.Module:
@@ -110,7 +110,7 @@ def test_importance_of_a_copy_draws_a_label_for_every_token():
     student, batch = Student(token_classifier(), only(scores_kl=1.0)).eval(), framed()
     value = drawn_logit_loss(student, "categories", seed=3)(batch)
     logits = student.scores(batch)
-    numbers = torch.rand(len(logits), generator=torch.Generator().manual_seed(3))
+    numbers = torch.rand(len(logits), NUMBERS, generator=torch.Generator().manual_seed(3))
     expected = (logits * label_direction(logits, numbers)).sum() / 19
     torch.testing.assert_close(value.detach(), expected, **CLOSE)
 

@@ -22,8 +22,9 @@ from torch import Tensor
 from homodistil.models.encoders.bert import BERT as bert
 from homodistil.models.resize_plan import make_plan, slice_module
 from homodistil.pruning.compensation import Options, compensate, rotation_only
+from homodistil.pruning.compensation.label_draws import draw_labels, uniform_numbers
 from homodistil.pruning.compensation.projection import _mix, residual_projection
-from homodistil.pruning.compensation.statistics import collect, draw_labels, uniform_numbers
+from homodistil.pruning.compensation.statistics import collect
 
 HEADS, LAYERS = 3, 2
 BATCHES = [small_batch(seed, lengths) for seed, lengths in enumerate([(16, 11, 5), (13, 9), (16, 16, 3, 12)])]
@@ -150,30 +151,6 @@ def test_gradients_are_those_of_the_drawn_labels(model):
         found += drawn_gradients(weights, batch, labels, LAYERS, HEADS, scale)
     rows = torch.cat(found)
     torch.testing.assert_close(statistics.gradient, rows.T @ rows / len(rows), rtol=1e-3, atol=1e-6)
-
-
-def test_draws_do_not_depend_on_how_sequences_are_dealt_out():
-    batch = small_batch(7, (16, 11, 5, 9))
-    parts = [split_batch(batch, rows) for rows in (slice(0, 1), slice(1, 4))]
-    numbers = [uniform_numbers(part, first, seed=2**31) for part, first in zip(parts, (0, 1), strict=True)]
-    assert torch.equal(torch.cat(numbers), uniform_numbers(batch, 0, seed=2**31))
-    assert len(numbers[0].unique()) == len(numbers[0]) and 0 <= numbers[0].min() and numbers[0].max() < 1
-
-
-def split_batch(batch, rows: slice):
-    """Some sequences of a batch, as far as draws look at it."""
-    length = batch.input_ids.shape[1]
-    index = batch.target_index
-    here = index[(index >= rows.start * length) & (index < rows.stop * length)]
-    return batch._replace(input_ids=batch.input_ids[rows], target_index=here - rows.start * length)
-
-
-def test_labels_are_drawn_by_their_probability():
-    probabilities = torch.tensor([0.1, 0.0, 0.6, 0.3]).repeat(20_000, 1)
-    numbers = torch.rand(20_000, generator=torch.Generator().manual_seed(1))
-    shares = draw_labels(probabilities, numbers).bincount(minlength=4) / 20_000
-    torch.testing.assert_close(shares, probabilities[0], rtol=0, atol=0.012)  # 3.5 standard deviations
-    assert shares[1] == 0
 
 
 @pytest.mark.parametrize("basis", ["fisher", "pca"])
