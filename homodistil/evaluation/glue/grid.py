@@ -131,6 +131,13 @@ def check_out(out: Path) -> None:
         ) from None
 
 
+def check_new(out: Path, file: str) -> None:
+    """Raise `UserError` where `out` cannot be written to, or has `file`, which is never overwritten."""
+    check_out(out)
+    if (out / file).exists():
+        raise UserError(f"--out: {str(out / file)!r} has the results of another call; give another --out")
+
+
 def write_output(file: Path, text: str) -> None:
     """Write `text` to `file` atomically. Raises `UserError` if it cannot be written."""
     try:

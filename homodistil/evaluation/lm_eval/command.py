@@ -25,15 +25,16 @@ def main(argv: list[str]) -> None:
         arguments = parser().parse_args(argv)
         # Imported after parsing, so that --help and bad options are fast.
         from homodistil.evaluation.glue.checkpoint import checkpoint_folder
+        from homodistil.evaluation.glue.grid import check_new
         from homodistil.evaluation.lm_eval.harness import check_checkpoint, check_installed, open_tasks, score
-        from homodistil.evaluation.lm_eval.result_table import check_new, write_table
+        from homodistil.evaluation.lm_eval.result_table import JSON_FILE, write_table
 
         cache_dir = arguments.cache_dir.expanduser()
         folders = {name: checkpoint_folder(name, cache_dir) for name in arguments.checkpoint}
         for folder in folders.values():
             check_checkpoint(folder)
         check_installed()
-        check_new(arguments.out)
+        check_new(arguments.out, JSON_FILE)
         tasks = open_tasks(arguments.tasks)
         scores = {}
         with on_signals():

@@ -9,11 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
 from homodistil.data.tokenizer import check_ids, read_tokenizer
 from homodistil.errors import UserError
 from homodistil.evaluation.glue.checkpoint import FIELD, checkpoint_identity, readable
+from homodistil.evaluation.trainer_arguments import on_cpu
 from homodistil.models import FAMILIES
 from homodistil.models.checkpoint_files import first_line
 from homodistil.models.config_file import read_config
@@ -106,10 +105,7 @@ def score(folder: str, tasks: Tasks, arguments: argparse.Namespace) -> Results:
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
-    has_gpu = torch.cuda.is_available()
-    if arguments.device == "cuda" and not has_gpu:
-        raise UserError("--device: found cuda, but torch sees no GPU; set --device cpu")
-    device = "cpu" if arguments.device == "cpu" or not has_gpu else "cuda"
+    device = "cpu" if on_cpu(arguments.device) else "cuda"
     with readable(folder):
         model = HFLM(pretrained=folder, device=device, dtype=arguments.dtype, batch_size=arguments.batch_size)
     results = lm_eval.simple_evaluate(

@@ -7,18 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from homodistil.errors import UserError
-from homodistil.evaluation.glue.grid import check_out, write_output
+from homodistil.evaluation.glue.grid import write_output
 
 MARKDOWN_FILE = "lm_eval.md"
 JSON_FILE = "lm_eval.json"
-
-
-def check_new(out: Path) -> None:
-    """Raise `UserError` where `out` cannot be written to, or has results, which are never overwritten."""
-    check_out(out)
-    if (out / JSON_FILE).exists():
-        raise UserError(f"--out: {str(out / JSON_FILE)!r} has the results of another call; give another --out")
 
 
 def write_table(scores: Mapping[str, Mapping[str, Any]], out: Path) -> str:

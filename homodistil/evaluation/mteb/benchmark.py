@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
 from homodistil.errors import UserError, nearest
 from homodistil.evaluation import progress
 from homodistil.evaluation.glue.checkpoint import checkpoint_identity, readable
@@ -37,14 +35,6 @@ def check_installed() -> None:
                 f"mteb: {package} cannot be imported ({first_line(error)}); install it with "
                 f"pip install 'mteb>=2.26' sentence-transformers"
             ) from None
-
-
-def device_of(wanted: str) -> str:
-    """Of auto, cpu or cuda. Raises `UserError` where there is no GPU."""
-    has_gpu = torch.cuda.is_available()
-    if wanted == "cuda" and not has_gpu:
-        raise UserError("--device: found cuda, but torch sees no GPU; set --device cpu")
-    return "cuda" if has_gpu and wanted != "cpu" else "cpu"
 
 
 def load_embedder(folder: str, device: str) -> Embedder:

@@ -26,12 +26,14 @@ def main(argv: list[str]) -> None:
         arguments = parser().parse_args(argv)
         # Imported after parsing, so that --help and bad options are fast.
         from homodistil.evaluation.glue.checkpoint import checkpoint_folder
-        from homodistil.evaluation.mteb.benchmark import check_installed, device_of, load_embedder, open_tasks, score
-        from homodistil.evaluation.mteb.result_table import Scores, check_new, write_table
+        from homodistil.evaluation.glue.grid import check_new
+        from homodistil.evaluation.mteb.benchmark import check_installed, load_embedder, open_tasks, score
+        from homodistil.evaluation.mteb.result_table import JSON_FILE, Scores, write_table
+        from homodistil.evaluation.trainer_arguments import on_cpu
 
-        device = device_of(arguments.device)
+        device = "cpu" if on_cpu(arguments.device) else "cuda"
         check_installed()
-        check_new(arguments.out)
+        check_new(arguments.out, JSON_FILE)
         tasks = open_tasks(arguments.tasks)
         cache_dir = arguments.cache_dir.expanduser()
         models = {name: load_embedder(checkpoint_folder(name, cache_dir), device) for name in arguments.checkpoint}

@@ -8,8 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from homodistil.errors import UserError
-from homodistil.evaluation.glue.grid import check_out, write_output
+from homodistil.evaluation.glue.grid import write_output
 
 MARKDOWN_FILE = "mteb.md"
 JSON_FILE = "mteb.json"
@@ -34,13 +33,6 @@ class Scores:
         if not complete:
             return {}
         return {name: sum(row[name]["main_score"] for row in complete) / len(complete) for name in self.identities}
-
-
-def check_new(out: Path) -> None:
-    """Raise `UserError` where `out` cannot be written to, or has results, which are never overwritten."""
-    check_out(out)
-    if (out / JSON_FILE).exists():
-        raise UserError(f"--out: {str(out / JSON_FILE)!r} has the results of another call; give another --out")
 
 
 def write_table(scores: Scores, out: Path) -> str:
