@@ -187,8 +187,8 @@ class PruningConfig:
         1e-2, low=0, high=WEIGHT, exclude="low", resume="fixed", students="own", derived=SAME
     )
     """Ridge of the refit, as a share of the mean variance of its inputs (> 0; far below 1e-4 the rounding of fp32
-    products counts). null, which decoders that are cut at once have unless it is set: chosen for each linear from .001
-    to 1, by a quarter of the rows held out."""
+    products counts). null, which decoders have unless it is set: chosen for each linear from .001 to 1, by a quarter of
+    the rows held out."""
     basis: Literal["auto", "fisher", "pca", "learned"] = option(
         "auto", resume="fixed", students="own", derived={PLAIN_CONTROL: "auto", MEASUREMENT: "auto"}
     )

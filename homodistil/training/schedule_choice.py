@@ -59,12 +59,9 @@ def give_sequences(config: RunConfig) -> None:
 
 
 def give_ridge(config: RunConfig) -> None:
-    """Let the ridge of each linear of a decoder be chosen, in place, where it is cut at once and the user has set none.
+    """Let the ridge of each linear of a decoder be chosen, in place, where the user has set none.
 
-    Its last linears read thousands of neurons, for which the ridge of encoders is too small (LOG.md). Choosing takes
-    about as long as the rest of a fit, which a gradual schedule would pay at every event.
+    Its last linears read thousands of neurons, for which the ridge of encoders is too small (LOG.md).
     """
-    pruning = config.pruning
-    is_at_once = pruning.schedule in ("one_shot", "none") and pruning.depth_schedule == "one_shot"
-    if is_at_once and "pruning.compensation_ridge" not in config.given:
-        pruning.compensation_ridge = None
+    if "pruning.compensation_ridge" not in config.given:
+        config.pruning.compensation_ridge = None
