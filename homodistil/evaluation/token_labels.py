@@ -1,4 +1,4 @@
-"""How well a token classifier answers the labels of words: tokens counted one by one, and whole entities."""
+"""How well a token classifier predicts the labels of words, by tokens and by whole entities."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _PREFIXES = ("B-", "I-", "E-", "S-")
 
 
 class TokenLabels:
-    """Sums over batches, and what they mean over those of all ranks.
+    """Counts over batches, and the measures that follow from those of all ranks.
 
-    Entities are cut out as conlleval does (package seqeval), and one counts as found where kind, begin and end are
-    right. They are left out where labels do not spell them, or where the package is not installed.
+    Entities are extracted as conlleval does (package seqeval); one is correct where its type, first and last token are.
+    They are not counted where labels do not name parts of entities, or where the package is not installed.
 
     Args:
         names: number of each label -> its name, as `id2label` of the model's config.
@@ -34,8 +34,8 @@ class TokenLabels:
         self.names = [names[number] for number in range(len(names))]
         self.counts = torch.zeros(len(names), len(names), dtype=torch.float64, device=device)
         self.entities = self.counts.new_zeros(3)
-        """Found, said by the model, and labelled; NaN: not counted."""
-        if not spell_entities(self.names) or lacks_package():
+        """Numbers of correct, predicted and labelled entities; NaN: not counted."""
+        if not name_entities(self.names) or seqeval_is_missing():
             self.entities += torch.nan
 
     def add(self, logits: Tensor, batch: Batch) -> None:
@@ -49,23 +49,24 @@ class TokenLabels:
             self.entities += self._entities(logits, batch)
 
     def measures(self) -> dict[str, float]:
-        """`compared_counts`, and label_entity_f1, micro-averaged over the kinds of entities. Every rank calls it."""
-        found, said, labelled = ranks.total(self.entities).tolist()
+        """`compared_counts`, and label_entity_f1, micro-averaged over the types of entities. Every rank calls it."""
+        correct, predicted, labelled = ranks.total(self.entities).tolist()
         measured = compared_counts(ranks.total(self.counts))
-        if measured and said + labelled > 0:
-            measured["label_entity_f1"] = 2 * found / (said + labelled)
+        if measured and predicted + labelled > 0:
+            measured["label_entity_f1"] = 2 * correct / (predicted + labelled)
         return measured
 
     def _entities(self, logits: Tensor, batch: Batch) -> Tensor:
         has_label = ~batch.labels[:, 0].isnan()
         texts = (batch.target_index // batch.input_ids.shape[1])[has_label].tolist()
         labelled = entities_of(batch.labels[has_label, 0].long().tolist(), texts, self.names)
-        said = entities_of(logits[has_label].argmax(-1).tolist(), texts, self.names)
-        return self.entities.new_tensor([len(labelled & said), len(said), len(labelled)])
+        predicted = entities_of(logits[has_label].argmax(-1).tolist(), texts, self.names)
+        return self.entities.new_tensor([len(labelled & predicted), len(predicted), len(labelled)])
 
 
 def entities_of(labels: list[int], texts: list[int], names: list[str]) -> set[tuple[str, int, int]]:
-    """(kind, first, last) of each entity, places among all tokens where one that is no entity ends each text.
+    """(type, first, last) of each entity. Positions count all labelled tokens, and one more behind each text, so that
+    no entity goes on into the next.
 
     Args:
         labels: number of the label of each labelled token.
@@ -78,12 +79,12 @@ def entities_of(labels: list[int], texts: list[int], names: list[str]) -> set[tu
     return set(get_entities([[names[label] for _, label in pairs] for _, pairs in of_text]))
 
 
-def lacks_package() -> bool:
-    """Whether entities cannot be cut out here."""
+def seqeval_is_missing() -> bool:
+    """Whether the package that extracts entities is not installed."""
     return importlib.util.find_spec("seqeval") is None
 
 
-def spell_entities(names: Iterable[str]) -> bool:
-    """Whether labels say of a token what part of an entity it is."""
+def name_entities(names: Iterable[str]) -> bool:
+    """Whether every label but O says which part of an entity a token is."""
     kinds = {name for name in names if name != OUTSIDE}
     return bool(kinds) and all(name.startswith(_PREFIXES) for name in kinds)

@@ -10,7 +10,7 @@ from homodistil.data.prepare.token_labels import AnyLabelRule
 from homodistil.data.sources.labelled import read_labelled
 from homodistil.data.sources.sources import Source, unhashed_sources
 from homodistil.data.task import task_of
-from homodistil.evaluation.token_labels import lacks_package, spell_entities
+from homodistil.evaluation.token_labels import name_entities, seqeval_is_missing
 from homodistil.preflight.findings import Findings
 from homodistil.preflight.text import first_documents
 
@@ -31,8 +31,10 @@ def check_labels(findings: Findings, config: DataConfig, teacher_config) -> None
         measured = findings.attempt("labels", lambda source=source: _measure(source, rule))
         if measured is not None:
             findings.note("labels", f"{source.name}: {measured}")
-    if task_of(config).has_token_labels and spell_entities(teacher_config.id2label.values()) and lacks_package():
-        findings.note("labels", "entity F1 is left out of the result table; for it: pip install seqeval")
+    if task_of(config).has_token_labels and name_entities(teacher_config.id2label.values()) and seqeval_is_missing():
+        findings.note(
+            "labels", "the result table will have no entity F1, as seqeval is not installed: pip install seqeval"
+        )
 
 
 def _measure(source: Source, rule: AnyLabelRule) -> str:

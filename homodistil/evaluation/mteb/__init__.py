@@ -1,4 +1,4 @@
 """Sentence embedders on tasks of MTEB: its tasks, its retrieval, its scores, one table beside the teacher.
 
-benchmark.py (tasks and scores, retrieval_data.py for texts of one's own) -> result_table.py
+benchmark.py (tasks and scores, retrieval_data.py for local retrieval data) -> result_table.py
 """

@@ -38,17 +38,17 @@ def check_installed() -> None:
 
 
 def load_embedder(folder: str, device: str) -> Embedder:
-    """An embedder of sentence-transformers. Of an encoder whose pooling nothing says it is the mean over hidden states,
-    as data.pooling=auto takes it.
+    """Load an embedder of sentence-transformers. An encoder without modules.json gets mean pooling, as in a run with
+    data.pooling=auto, and a line says so.
 
     Raises:
-        UserError: it cannot be loaded.
+        UserError: the checkpoint cannot be loaded.
     """
     from sentence_transformers import SentenceTransformer
 
     root = sentence_root(folder)
     if root is None:
-        progress.say(f"{folder}: no modules.json, which would say how vectors are made: the mean of its hidden states")
+        progress.say(f"{folder} has no modules.json: its vectors are the means of its last hidden states")
     with readable(folder):
         model = SentenceTransformer(root or folder, device=device, trust_remote_code=False)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -56,11 +56,11 @@ def load_embedder(folder: str, device: str) -> Embedder:
 
 
 def open_tasks(names: Sequence[str]) -> list[Any]:
-    """The tasks (`mteb.abstasks.AbsTask`) of these names and folders, each once, in this order. Data are not read, but
-    those of folders.
+    """The tasks (`mteb.abstasks.AbsTask`) of these names and folders, each once, in this order. Only the data of
+    folders are read.
 
     Raises:
-        UserError: no such task or benchmark, or a folder that is not in BEIR's form.
+        UserError: no such task or benchmark, or a folder that is not in the format of BEIR.
     """
     import mteb
 
@@ -70,6 +70,8 @@ def open_tasks(names: Sequence[str]) -> list[Any]:
         for task in _tasks(mteb, name):
             if task.metadata.modalities != ["text"]:
                 raise UserError(f"--tasks: {task.metadata.name!r} of {name!r} is not of texts alone; leave it out")
+            if Path(name).is_dir() and task.metadata.name in tasks:
+                raise UserError(f"--tasks: {name!r} has the name of another task; rename the folder")
             tasks.setdefault(task.metadata.name, task)
     return list(tasks.values())
 

@@ -3,9 +3,10 @@
     homodistil mteb --checkpoint BAAI/bge-small-en-v1.5 runs/half/export --tasks NanoBEIR --out runs/mteb
     homodistil mteb --checkpoint embedded:minilm-l6 runs/half/export --tasks my_search/ STSBenchmark --out runs/mteb
 
-Needs the package: pip install 'mteb>=2.26' sentence-transformers. A task is a name that MTEB knows, of a task or of a
-benchmark, whose data come from the hub; or a folder of retrieval data in BEIR's form: corpus.jsonl (_id, title, text),
-queries.jsonl (_id, text) and qrels/test.tsv (query-id, corpus-id, score). Shares are of the first checkpoint's scores.
+Needs the package: pip install 'mteb>=2.26' sentence-transformers. --tasks takes names of MTEB's tasks and benchmarks,
+whose data come from the hub, and folders of retrieval data in the format of BEIR: corpus.jsonl (_id, title, text),
+queries.jsonl (_id, text) and qrels/test.tsv (query-id, corpus-id, score). The shares in the table are of the first
+checkpoint's scores.
 """
 
 from __future__ import annotations
@@ -54,7 +55,12 @@ def parser() -> argparse.ArgumentParser:
     options = OneLineParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = options.add_argument
     add("--checkpoint", nargs="+", required=True, help="folders or hub names of sentence-transformers; a column each")
-    add("--tasks", nargs="+", required=True, help="names of tasks or benchmarks of MTEB, or folders in BEIR's form")
+    add(
+        "--tasks",
+        nargs="+",
+        required=True,
+        help="names of tasks or benchmarks of MTEB, or folders in the format of BEIR",
+    )
     add("--batch-size", type=number(int, 1), default=32, help="texts at once")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="cuda: the first visible GPU")
     add("--out", type=Path, required=True, help="folder for results, without results of another call")

@@ -1,4 +1,4 @@
-"""Retrieval data of one's own, in BEIR's form, as a task of MTEB.
+"""Local retrieval data in the format of BEIR, as a task of MTEB.
 
 FOLDER/corpus.jsonl     {"_id": "d1", "title": "Rome", "text": "..."}   (title may be left out)
 FOLDER/queries.jsonl    {"_id": "q1", "text": "..."}
@@ -28,7 +28,7 @@ def retrieval_task(folder: Path) -> Any:
     queries = list(_texts(folder / QUERIES, ("text",)))
     relevant = _relevant(folder / RELEVANT, {row["id"] for row in queries}, {row["id"] for row in corpus})
 
-    class OwnRetrieval(AbsTaskRetrieval):
+    class LocalRetrieval(AbsTaskRetrieval):
         metadata = TaskMetadata(
             name=folder.resolve().name,
             description="Retrieval data of a local folder.",
@@ -44,7 +44,7 @@ def retrieval_task(folder: Path) -> Any:
             self.dataset = {"default": {"test": parts | {"relevant_docs": relevant, "top_ranked": None}}}
             self.data_loaded = True
 
-    return OwnRetrieval()
+    return LocalRetrieval()
 
 
 def _texts(file: Path, columns: tuple[str, ...]) -> Iterator[dict[str, str]]:

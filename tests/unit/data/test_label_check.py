@@ -59,12 +59,12 @@ def test_nothing_is_read_where_labels_are_not(tmp_path):
 
 @pytest.mark.parametrize("is_missing", [False, True])
 def test_what_is_missing_for_whole_entities_is_told(tmp_path, monkeypatch, is_missing):
-    monkeypatch.setattr(labels_check, "lacks_package", lambda: is_missing)
+    monkeypatch.setattr(labels_check, "seqeval_is_missing", lambda: is_missing)
     (tmp_path / "a.jsonl").write_text(json.dumps({"tokens": ["Anna", "waits"], "tags": ["B-PER", "O"]}))
     columns = {"text_column": "tokens", "label_column": "tags"}
     findings, data = Findings(), DataConfig(task="token_scores", sources=[str(tmp_path)], **columns)
     check_labels(findings, data, BertConfig(id2label={0: "O", 1: "B-PER"}, problem_type="single_label_classification"))
     assert all(finding.is_good for finding in findings)
     assert [finding.found for finding in findings if "pip install seqeval" in finding.found] == [
-        "entity F1 is left out of the result table; for it: pip install seqeval"
+        "the result table will have no entity F1, as seqeval is not installed: pip install seqeval"
     ] * is_missing

@@ -7,7 +7,7 @@ import torch
 
 from homodistil.data.batch import Batch, LossCounts
 from homodistil.evaluation import token_labels
-from homodistil.evaluation.token_labels import TokenLabels, entities_of, spell_entities
+from homodistil.evaluation.token_labels import TokenLabels, entities_of, name_entities
 
 NAMES = ["O", "B-PER", "I-PER", "B-LOC", "I-LOC"]
 DEVICE = torch.device("cpu")
@@ -60,8 +60,8 @@ def test_labels_of_no_entity_have_no_such_measure(monkeypatch):
     pairs = [labels_of(3, 9, seed=0)]
     parts_of_speech = ["NOUN", "VERB", "ADJ", "DET", "O"]
     assert measured(pairs, parts_of_speech).keys() == {"label_accuracy", "label_macro_f1"}
-    assert not spell_entities(parts_of_speech) and not spell_entities(["O"]) and spell_entities(["O", "S-X", "E-X"])
-    monkeypatch.setattr(token_labels, "lacks_package", lambda: True)
+    assert not name_entities(parts_of_speech) and not name_entities(["O"]) and name_entities(["O", "S-X", "E-X"])
+    monkeypatch.setattr(token_labels, "seqeval_is_missing", lambda: True)
     assert measured(pairs).keys() == {"label_accuracy", "label_macro_f1"}
 
 

@@ -118,6 +118,17 @@ def test_names_are_those_of_mteb(embedders, tmp_path):
 
 
 @with_mteb
+def test_two_folders_of_one_name_are_refused(search, tmp_path):
+    from homodistil.evaluation.mteb.benchmark import open_tasks
+
+    twin = shutil.copytree(search, tmp_path / "twin" / search.name)
+    with pytest.raises(
+        UserError, match=r"^--tasks: .*twin/my-search' has the name of another task; rename the folder$"
+    ):
+        open_tasks([str(search), str(twin)])
+
+
+@with_mteb
 @pytest.mark.parametrize(
     ("file", "line", "message"),
     [
@@ -153,7 +164,7 @@ def test_the_mean_where_no_pooling_is_said(embedders, tmp_path, capsys):
     bare, whole = (load_embedder(str(path), "cpu") for path in (folder, embedders[0]))
     text = DOCUMENTS["d1"][1]
     assert (bare.model.encode(text) == whole.model.encode(text)).all() and bare.identity != whole.identity
-    assert "no modules.json" in capsys.readouterr().out
+    assert "has no modules.json" in capsys.readouterr().out
 
 
 @with_mteb
