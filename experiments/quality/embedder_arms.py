@@ -27,37 +27,45 @@ EMBEDDER_BASE = (
 SELECTION = ("pruning.compensation=none",)
 # The mean over 384 dims of squared differences of unit vectors: a gradient as large as that of 10 x cosine distance.
 MSE_ALONE = ("loss.hidden=0", "loss.pooled_cosine=0", "loss.pooled_mse=1920")
-LAYERS_KEPT = [1, 4]
-"""Of six, as the example keeps 1, 4, 7 and 10 of twelve."""
-_FEWER_LAYERS = (*depth_overrides(LAYERS_KEPT), "student.init_layers=[]", "student.layer_choice=influence")
+NUM_LAYERS = 6
+"""Of the packaged embedder."""
 
-EMBEDDER_ARMS = {
-    arm.name: arm
-    for arm in (
+
+def layers_kept(num_layers: int) -> list[int]:
+    """By the rival's rule, which of twelve keeps 1, 4, 7 and 10."""
+    return list(range(1, num_layers, 3))
+
+
+def embedder_arms(num_layers: int) -> dict[str, Arm]:
+    """The methods by name, for a teacher of this many layers."""
+    kept = layers_kept(num_layers)
+    fewer_layers = (*depth_overrides(kept), "student.init_layers=[]", "student.layer_choice=influence")
+    share = f"{len(kept)} of {num_layers} layers"
+    arms = (
         Arm("ours", "ours: cut at once, compensated", (*ONE_SHOT, *FULL), is_ours=True, rate=1e-3),
         Arm("selection", "cut at once, selection, same loss", (*ONE_SHOT, *SELECTION), rate=2e-3),
         Arm("random_init", "random init, same loss", RANDOM, rate=2e-3),
         Arm(
             "layers",
-            "sentence-transformers: 2 of 6 layers, MSE",
-            (*depth_overrides(LAYERS_KEPT), "pruning.schedule=none", *MSE_ALONE),
+            f"sentence-transformers: {share}, MSE",
+            (*depth_overrides(kept), "pruning.schedule=none", *MSE_ALONE),
             own_shape=True,
             rate=5e-4,
-            note="two layers at the teacher's width: another parameter count, for its word embeddings alone are more "
-            "than the whole narrow student",
+            note=f"{len(kept)} layers at the teacher's width: another parameter count, for its word embeddings alone "
+            "are more than the whole narrow student",
         ),
         Arm(
             "layers_refit",
             "the same layers, refitted, same loss",
-            (*_FEWER_LAYERS, "pruning.schedule=none", "pruning.compensation=refit"),
+            (*fewer_layers, "pruning.schedule=none", "pruning.compensation=refit"),
             own_shape=True,
             is_ours=True,
             rate=5e-4,
         ),
         Arm(
             "layers_copied",
-            "ours: 2 of 6 layers by block influence, as they were, same loss",
-            (*_FEWER_LAYERS, "pruning.schedule=none", *SELECTION),
+            f"ours: {share} by block influence, as they were, same loss",
+            (*fewer_layers, "pruning.schedule=none", *SELECTION),
             own_shape=True,
             is_ours=True,
             rate=1e-3,
@@ -66,7 +74,7 @@ EMBEDDER_ARMS = {
         Arm(
             "layers_refit_mse",
             "the same layers, refitted, MSE",
-            (*_FEWER_LAYERS, "pruning.schedule=none", "pruning.compensation=refit", *MSE_ALONE),
+            (*fewer_layers, "pruning.schedule=none", "pruning.compensation=refit", *MSE_ALONE),
             own_shape=True,
             is_ours=True,
             rate=1e-3,
@@ -75,5 +83,8 @@ EMBEDDER_ARMS = {
         Arm("ours_cut", "ours, cut alone", (*ONE_SHOT, *FULL), is_ours=True, is_untrained=True),
         Arm("selection_cut", "selection, cut alone", (*ONE_SHOT, *SELECTION), is_untrained=True),
     )
-}
+    return {arm.name: arm for arm in arms}
+
+
+EMBEDDER_ARMS = embedder_arms(NUM_LAYERS)
 DEFAULT = "ours"

@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from benchmarks.harness.rows import Rows
 from benchmarks.harness.run import page
 from benchmarks.harness.table import table
+from experiments.quality import deeper_teacher
 from experiments.quality.comparison import Entry
 from experiments.quality.comparison_tables import Metric, failures, mean, rates_section, values
-from experiments.quality.embedder_arms import DEFAULT
+from experiments.quality.embedder_arms import DEFAULT, NUM_LAYERS
 from experiments.quality.embedder_study import EmbedderStudy
 from experiments.quality.options import Options
 from experiments.quality.statistics import spread, verdict
@@ -30,13 +31,23 @@ def report(study: EmbedderStudy, options: Options, errors: Mapping[str, str]) ->
 
 def _how(options: Options) -> str:
     return (
-        f"Teacher: MiniLM-L6 (embedded:minilm-l6). Every run: {options.steps} steps of 32 sentences of 32 tokens, the "
+        f"Teacher: {_teacher(options)}. Every run: {options.steps} steps of 32 sentences of 32 tokens, the "
         f"same for every method (by seed), one process of one thread, {options.deepspeed.name}. Each method at its own "
         f"best of three learning rates, a factor of 2 apart, and of one beyond the end where the best is at an end; "
         f"chosen by the mean cosine to the teacher's vectors on one half of the held-out sentences, seed "
         f"{options.seeds[0]} (in the table of rates: 1 - cosine). Reported: the other half, mean +- standard deviation "
         f"over seeds {', '.join(map(str, options.seeds))}. recall@10: of the teacher's ten nearest sentences the share "
         f"that is among the student's; STS-B: Spearman of the export's cosines on the packaged dev pairs."
+    )
+
+
+def _teacher(options: Options) -> str:
+    name = "MiniLM-L6 (embedded:minilm-l6)"
+    if options.layers in (0, NUM_LAYERS):
+        return name
+    return (
+        f"an embedder of {options.layers} layers, each of those of {name} {options.layers // NUM_LAYERS} times, "
+        f"trained to its vectors for {deeper_teacher.STEPS} steps of {deeper_teacher.BATCH} sentences"
     )
 
 

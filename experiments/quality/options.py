@@ -49,7 +49,8 @@ class Options:
     teacher: str = decoder_arms.SMOLLM2
     """decoder, refit: whose students are made."""
     layers: int = 0
-    """decoder, refit: the first layers of the teacher that are kept of it (refit: 0 for all)."""
+    """decoder, refit: the first layers of the teacher that are kept of it (refit: 0 for all); embedder: its layers,
+    repeated (0: as they are)."""
     lengths: tuple[int, ...] = (1,)
     """refit: of training, times the steps."""
     tasks: tuple[str, ...] = ()
@@ -83,7 +84,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--task-rate", type=float, default=fine_tuning.RATE, help="refit: learning rate of --tasks")
     parser.add_argument("--table", action="store_true", help="the page of what is there; makes no run")
     parser.add_argument("--teacher", help="decoder, refit: packaged one, GGUF file or folder")
-    parser.add_argument("--layers", type=int, help="decoder, refit: first layers of a decoder (30: whole)")
+    parser.add_argument(
+        "--layers", type=int, help="decoder, refit: first layers of a decoder (30: whole); embedder: 12"
+    )
     parser.add_argument("--list", action="store_true", help="decoder: all runs and the time they take; makes none")
     parser.add_argument("--base", choices=list(ARMS), help="ablate: the arm that is varied")
     parser.add_argument("--budget-minutes", type=float, help="map, refit: what does not fit is left out, and named")
