@@ -1,4 +1,4 @@
-"""MTEB itself: which tasks are meant, and their scores of an embedder. Nothing here computes a score."""
+"""MTEB itself: which tasks are meant, and their scores of a checkpoint. Nothing here computes a score."""
 
 from __future__ import annotations
 
@@ -6,23 +6,13 @@ import importlib
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from homodistil.errors import UserError, nearest
-from homodistil.evaluation import progress
-from homodistil.evaluation.glue.checkpoint import checkpoint_identity, readable
+from homodistil.evaluation.mteb.checkpoints import Checkpoint
 from homodistil.models.checkpoint_files import first_line
-from homodistil.models.sentence_modules import sentence_root
 
 PACKAGES = ("mteb", "sentence_transformers")
-
-
-class Embedder(NamedTuple):
-    model: Any
-    """A `sentence_transformers.SentenceTransformer`."""
-    identity: str
-    """Hash of the checkpoint."""
-    num_parameters: int
 
 
 def check_installed() -> None:
@@ -35,24 +25,6 @@ def check_installed() -> None:
                 f"mteb: {package} cannot be imported ({first_line(error)}); install it with "
                 f"pip install 'mteb>=2.26' sentence-transformers"
             ) from None
-
-
-def load_embedder(folder: str, device: str) -> Embedder:
-    """Load an embedder of sentence-transformers. An encoder without modules.json gets mean pooling, as in a run with
-    data.pooling=auto, and a line says so.
-
-    Raises:
-        UserError: the checkpoint cannot be loaded.
-    """
-    from sentence_transformers import SentenceTransformer
-
-    root = sentence_root(folder)
-    if root is None:
-        progress.say(f"{folder} has no modules.json: its vectors are the means of its last hidden states")
-    with readable(folder):
-        model = SentenceTransformer(root or folder, device=device, trust_remote_code=False)
-    num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    return Embedder(model, checkpoint_identity(root or folder, with_modules=True), num_parameters)
 
 
 def open_tasks(names: Sequence[str]) -> list[Any]:
@@ -94,14 +66,39 @@ def _tasks(mteb, name: str) -> list[Any]:
         ) from None
 
 
-def score(embedder: Embedder, task, batch_size: int) -> dict[str, Any]:
+def score(checkpoint: Checkpoint, task, batch_size: int, prediction_folder: str | None = None) -> dict[str, Any]:
     """MTEB's `result` of a task; beside it its main_score (mean over subsets and splits), metric and parameters.
+
+    Args:
+        prediction_folder: where MTEB writes what was found for each query of a retrieval task.
 
     Raises:
         UserError: the data of the task cannot be had.
     """
     import mteb
 
+    _load_data(task)
+    results = mteb.evaluate(
+        checkpoint.model,
+        task,
+        co2_tracker=False,
+        encode_kwargs={"batch_size": batch_size},
+        cache=None,  # its key is a name, which a student may share with its teacher
+        prediction_folder=prediction_folder,
+        show_progress_bar=False,
+    )
+    (result,) = results.task_results
+    facts = {
+        "main_score": result.get_score(),
+        "metric": task.metadata.main_score,
+        "parameters": checkpoint.num_parameters,
+    }
+    return facts | {"result": result.model_dump(mode="json")}
+
+
+def _load_data(task) -> None:
+    if task.data_loaded:
+        return
     try:
         task.load_data()
     except Exception as error:  # of datasets and the hub client
@@ -109,18 +106,3 @@ def score(embedder: Embedder, task, batch_size: int) -> dict[str, Any]:
             f"--tasks: cannot load the data of {task.metadata.name!r} ({type(error).__name__}: {first_line(error)}); "
             f"they come from the hub, or its cache: run it where that can be reached once, or leave the task out"
         ) from None
-    results = mteb.evaluate(
-        embedder.model,
-        task,
-        co2_tracker=False,
-        encode_kwargs={"batch_size": batch_size},
-        cache=None,  # its key is a name, which a student may share with its teacher
-        show_progress_bar=False,
-    )
-    (result,) = results.task_results
-    facts = {
-        "main_score": result.get_score(),
-        "metric": task.metadata.main_score,
-        "parameters": embedder.num_parameters,
-    }
-    return facts | {"result": result.model_dump(mode="json")}

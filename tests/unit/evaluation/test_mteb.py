@@ -1,4 +1,4 @@
-"""MTEB on sentence embedders: scores of retrieval data against ranking by stock vectors, and what is refused.
+"""MTEB on embedders and rerankers: scores of retrieval data against ranking by stock classes, and what is refused.
 
 The package is an extra. Where it is not installed, only what comes before it and behind it is tested.
 """
@@ -11,12 +11,14 @@ import math
 import shutil
 import sys
 import tomllib
+from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 from support.fork_server import ROOT
 from support.tiny_decoder import make_decoder, make_tokenizer, write_text
-from transformers import BertConfig
+from transformers import BertConfig, BertForSequenceClassification
 
 from homodistil.errors import UserError
 from homodistil.evaluation.mteb.command import main
@@ -68,17 +70,51 @@ def search(tmp_path) -> Path:
     return folder
 
 
-def ndcg(folder: Path) -> float:
-    """Mean over the queries, by vectors of the stock class. trec_eval's gain is the relevance itself."""
+@pytest.fixture(scope="module")
+def rerankers(embedders) -> list[Path]:
+    """Two of random weights, of one label each, with the tokenizer of the embedders."""
+    folders = [embedders[0].parent / f"reranker{seed}" for seed in (1, 2)]
+    for seed, folder in enumerate(folders, 1):
+        shutil.copytree(
+            embedders[0], folder, ignore=shutil.ignore_patterns("modules.json", "1_Pooling", "*.safetensors")
+        )
+        config = BertConfig.from_pretrained(embedders[0], num_labels=1)
+        torch.manual_seed(seed)
+        model = BertForSequenceClassification(config)
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+        model.save_pretrained(folder)
+    return folders
+
+
+def texts() -> list[str]:
+    return [f"{title} {text}".strip() for title, text in DOCUMENTS.values()]
+
+
+def by_vectors(folder: Path, query: str) -> list[str]:
+    """Documents by the stock class, from the most to the least similar."""
     from sentence_transformers import SentenceTransformer
 
     model = SentenceTransformer(str(folder), device="cpu")
-    documents = model.encode([f"{title} {text}".strip() for title, text in DOCUMENTS.values()])
+    similar = model.similarity(model.encode([query]), model.encode(texts()))[0]
+    return [list(DOCUMENTS)[place] for place in similar.argsort(descending=True)]
+
+
+def reranked(folder: Path, query: str, candidates: list[str]) -> list[str]:
+    """Candidates by the stock class, from the highest to the lowest score."""
+    from sentence_transformers import CrossEncoder
+
+    known = dict(zip(DOCUMENTS, texts(), strict=True))
+    scores = CrossEncoder(str(folder), device="cpu").predict([(query, known[name]) for name in candidates])
+    return [candidates[place] for place in (-scores).argsort()]
+
+
+def ndcg(order) -> float:
+    """Mean over the queries with a relevant document of the order of documents that `order` gives a query. trec_eval's
+    gain is the relevance itself."""
     values = []
     for query, relevant in RELEVANT.items():
-        similar = model.similarity(model.encode([QUERIES[query]]), documents)[0]
-        order = [list(DOCUMENTS)[place] for place in similar.argsort(descending=True)]
-        gains = [relevant.get(name, 0) for name in order]
+        gains = [relevant.get(name, 0) for name in order(QUERIES[query])]
         best = sorted(relevant.values(), reverse=True)
         values.append(discounted(gains) / discounted(best))
     return sum(values) / len(values)
@@ -97,13 +133,64 @@ def test_scores_are_those_of_stock_vectors(embedders, search, tmp_path, capsys):
     assert list(content["checkpoints"]) == names and len(set(content["checkpoints"].values())) == 2
     scores = content["tasks"]["my-search"]
     for folder in embedders:
-        assert scores[str(folder)]["main_score"] == pytest.approx(ndcg(folder), abs=1e-4)  # MTEB rounds to 5 digits
+        assert scores[str(folder)]["main_score"] == pytest.approx(
+            ndcg(partial(by_vectors, folder)), abs=1e-4
+        )  # MTEB rounds to 5 digits
         assert content["mean"][str(folder)] == scores[str(folder)]["main_score"]
         assert "recall_at_10" in scores[str(folder)]["result"]["scores"]["test"][0]
     table = (out / "mteb.md").read_text()
     assert table in capsys.readouterr().out and table.count("| my-search | ndcg_at_10 |") == 1
     with pytest.raises(UserError, match="has the results of another call"):
         main(words)
+
+
+@with_mteb
+def test_rerankers_order_what_the_first_stage_has_found(embedders, rerankers, search, tmp_path):
+    names, first, out = list(map(str, rerankers)), str(embedders[0]), tmp_path / "out"
+    words = ["--checkpoint", *names, "--first-stage", first, "--top-k", "3", "--tasks", str(search), "--device", "cpu"]
+    main([*words, "--out", str(out)])
+    scores = json.loads((out / "mteb.json").read_text())["tasks"]["my-search"]
+    assert list(scores) == [first, *names]
+    assert scores[first]["main_score"] == pytest.approx(ndcg(partial(by_vectors, embedders[0])), abs=1e-4)
+    for folder in rerankers:
+        expected = ndcg(lambda query, folder=folder: reranked(folder, query, by_vectors(embedders[0], query)[:3]))
+        assert scores[str(folder)]["main_score"] == pytest.approx(expected, abs=1e-4)
+    assert len({round(result["main_score"], 4) for result in scores.values()}) > 1  # or nothing was told apart
+    header = (out / "mteb.md").read_text().splitlines()[2]
+    assert header == f"| task | metric | {' | '.join([*names, first])} |"
+
+
+@with_mteb
+@pytest.mark.parametrize(
+    ("kinds", "first_stage", "task", "message"),
+    [
+        (
+            "re",
+            None,
+            "search",
+            r"^--checkpoint: '.*reranker1' is a reranker and '.*mean_tokens' an embedder",
+        ),
+        ("e", "x", "search", r"^--first-stage: found 'x', but there is no reranker in --checkpoint; leave it out$"),
+        ("r", None, "search", r"^--first-stage: missing; on 'my-search' the reranker '.*' orders what an"),
+        (
+            "r",
+            "x",
+            "STSBenchmark",
+            r"^--tasks: 'STSBenchmark' is of type STS, allowed .* are Retrieval, Reranking",
+        ),
+        ("c", None, "search", r"^--checkpoint: '.*' is a classifier of 3 labels; a reranker has one"),
+    ],
+)
+def test_kinds_that_do_not_fit_are_named(embedders, rerankers, search, tmp_path, kinds, first_stage, task, message):
+    classifier = shutil.copytree(rerankers[0], tmp_path / "classifier")
+    model = BertForSequenceClassification.from_pretrained(classifier, num_labels=3, ignore_mismatched_sizes=True)
+    model.save_pretrained(classifier)
+    folders = {"e": embedders[0], "r": rerankers[0], "c": classifier}
+    words = ["--checkpoint", *(str(folders[kind]) for kind in kinds), "--out", str(tmp_path / "out")]
+    words += ["--tasks", str(search) if task == "search" else task]
+    with pytest.raises(UserError, match=message) as caught:
+        main([*words, *(["--first-stage", first_stage] if first_stage else [])])
+    assert "\n" not in str(caught.value) and not list((tmp_path / "out").glob("*"))
 
 
 @with_mteb
@@ -157,11 +244,11 @@ def test_retrieval_data_that_do_not_fit_are_named(embedders, search, tmp_path, f
 
 @with_mteb
 def test_the_mean_where_no_pooling_is_said(embedders, tmp_path, capsys):
-    from homodistil.evaluation.mteb.benchmark import load_embedder
+    from homodistil.evaluation.mteb.checkpoints import embedder
 
     folder = shutil.copytree(embedders[0], tmp_path / "bare")
     (folder / "modules.json").unlink()
-    bare, whole = (load_embedder(str(path), "cpu") for path in (folder, embedders[0]))
+    bare, whole = (embedder(str(path), "cpu") for path in (folder, embedders[0]))
     text = DOCUMENTS["d1"][1]
     assert (bare.model.encode(text) == whole.model.encode(text)).all() and bare.identity != whole.identity
     assert "has no modules.json" in capsys.readouterr().out
