@@ -10,10 +10,7 @@ import shutil
 from pathlib import Path
 
 from homodistil.models.checkpoint_files import read_json
-from homodistil.models.sentence_modules import LENGTH_FILE, MODULES_FILE, PROMPTS_FILE, sentence_file
-
-_KIND = "CrossEncoder"
-"""`model_type` in the file of its settings."""
+from homodistil.models.sentence_modules import CROSS_ENCODER, LENGTH_FILE, MODULES_FILE, PROMPTS_FILE, sentence_file
 
 
 def copy_cross_encoder_files(teacher: str, folder: Path) -> None:
@@ -26,7 +23,7 @@ def copy_cross_encoder_files(teacher: str, folder: Path) -> None:
         UserError: the teacher's are damaged.
     """
     settings = sentence_file(teacher, PROMPTS_FILE)
-    if settings is None or read_json(settings, "teacher.name").get("model_type") != _KIND:
+    if settings is None or read_json(settings, "teacher.name").get("model_type") != CROSS_ENCODER:
         return
     for name in (PROMPTS_FILE, LENGTH_FILE, MODULES_FILE):
         if (file := sentence_file(teacher, name)) is not None:

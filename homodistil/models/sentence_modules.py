@@ -10,6 +10,7 @@ sentence-transformers itself reads it, mean pooling, and its vectors are normali
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -26,6 +27,8 @@ MODULES_FILE, PROMPTS_FILE, LENGTH_FILE = (
     "config_sentence_transformers.json",
     "sentence_bert_config.json",
 )
+CROSS_ENCODER = "CrossEncoder"
+"""`model_type` of a cross-encoder in PROMPTS_FILE."""
 PoolingMode = Literal["mean", "cls", "last"]
 ACTIVATIONS = ("Identity", "Tanh", "ReLU", "GELU", "SiLU", "Sigmoid")
 """Classes of torch.nn that a Dense may end with."""
@@ -71,10 +74,16 @@ class SentenceModules:
 
 
 def sentence_root(name: str) -> str | None:
-    """The folder or hub name with the `modules.json` of the model at `name`; None: it has none.
+    """The folder or hub name with the `modules.json` of the embedder at `name`; None: it has none.
 
-    That of a local Transformer in a subfolder is its parent's. A hub that cannot be asked has none.
+    That of a local Transformer in a subfolder is its parent's. A hub that cannot be asked has none, and neither has a
+    cross-encoder, which newer versions save with a `modules.json` as well.
     """
+    root = _modules_root(name)
+    return None if root is None or _is_cross_encoder(root) else root
+
+
+def _modules_root(name: str) -> str | None:
     path = Path(name).expanduser()
     if not path.is_dir():
         return name if sentence_file(name, MODULES_FILE) else None
@@ -85,6 +94,13 @@ def sentence_root(name: str) -> str | None:
         return None
     first = _entries(str(parent), MODULES_FILE)[0]
     return str(parent) if first.get("path") == path.name else None
+
+
+def _is_cross_encoder(root: str) -> bool:
+    settings = sentence_file(root, PROMPTS_FILE)
+    with contextlib.suppress(UserError):  # who reads the whole of it says what is wrong
+        return settings is not None and read_json(settings, PROMPTS_FILE).get("model_type") == CROSS_ENCODER
+    return False
 
 
 def transformer_folder(folder: Path, where: str) -> Path:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from transformers import AutoConfig
+
 from homodistil.errors import UserError
 from homodistil.evaluation import progress
 from homodistil.evaluation.glue.checkpoint import FIELD, checkpoint_identity, readable
 from homodistil.models.classifier import OF_TEXTS
-from homodistil.models.config_file import read_config
 from homodistil.models.sentence_modules import sentence_root
 
 
@@ -25,14 +26,17 @@ class Checkpoint(NamedTuple):
 
 
 def load(folder: str, device: str) -> Checkpoint:
-    """A sequence classifier without modules.json is a reranker, anything else an embedder.
+    """A sequence classifier is a reranker, unless it lies in the folder of an embedder; anything else is an embedder.
 
     Raises:
         UserError: the checkpoint cannot be loaded, or is a classifier of several labels.
     """
-    root = sentence_root(folder)
-    config = None if root else read_config(folder, FIELD)
-    return _reranker(folder, config, device) if config and OF_TEXTS.named_by(config) else embedder(folder, device)
+    if sentence_root(folder) is None:
+        with readable(folder):
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        if OF_TEXTS.named_by(config):
+            return _reranker(folder, config.num_labels, device)
+    return embedder(folder, device)
 
 
 def embedder(folder: str, device: str) -> Checkpoint:
@@ -52,12 +56,12 @@ def embedder(folder: str, device: str) -> Checkpoint:
     return Checkpoint(model, checkpoint_identity(root or folder, with_modules=True))
 
 
-def _reranker(folder: str, config: Any, device: str) -> Checkpoint:
+def _reranker(folder: str, num_labels: int, device: str) -> Checkpoint:
     from sentence_transformers import CrossEncoder
 
-    if config.num_labels != 1:
+    if num_labels != 1:
         raise UserError(
-            f"{FIELD}: {folder!r} is a classifier of {config.num_labels} labels; a reranker has one, the score of a "
+            f"{FIELD}: {folder!r} is a classifier of {num_labels} labels; a reranker has one, the score of a "
             f"query and a text"
         )
     with readable(folder):

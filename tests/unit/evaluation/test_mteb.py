@@ -87,6 +87,20 @@ def rerankers(embedders) -> list[Path]:
     return folders
 
 
+@with_mteb
+def test_a_reranker_with_a_modules_file_is_one(rerankers, tmp_path):
+    """As newer versions of sentence-transformers save it; one whose file is damaged is named."""
+    from sentence_transformers import CrossEncoder
+
+    from homodistil.evaluation.mteb.checkpoints import load
+
+    CrossEncoder(str(rerankers[0]), device="cpu").save_pretrained(str(tmp_path / "saved"))
+    assert (tmp_path / "saved" / "modules.json").is_file() and load(str(tmp_path / "saved"), "cpu").is_reranker
+    (tmp_path / "saved" / "model.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match=r"^--checkpoint: cannot load '.*saved'"):
+        load(str(tmp_path / "saved"), "cpu")
+
+
 def texts() -> list[str]:
     return [f"{title} {text}".strip() for title, text in DOCUMENTS.values()]
 

@@ -75,6 +75,24 @@ def test_a_plain_model_is_read_as_sentence_transformers_reads_it(plain):
     torch.testing.assert_close(ours(plain), torch.nn.functional.normalize(theirs), rtol=1e-5, atol=1e-6)
 
 
+def test_a_cross_encoder_has_no_modules_of_an_embedder(tmp_path):
+    """Though sentence-transformers saves it with a modules.json; damaged settings are left to who reads all of them."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    config = BertConfig(vocab_size=len(WORDS), hidden_size=8, num_hidden_layers=1, num_attention_heads=2, num_labels=1)
+    BertForSequenceClassification(config).save_pretrained(tmp_path / "plain")
+    (tmp_path / "vocab.txt").write_text("\n".join(WORDS))
+    BertTokenizerFast(vocab=str(tmp_path / "vocab.txt")).save_pretrained(tmp_path / "plain")
+    saved_one = tmp_path / "saved"
+    sentence_transformers.CrossEncoder(str(tmp_path / "plain"), device="cpu").save_pretrained(str(saved_one))
+    assert (saved_one / "modules.json").is_file() and sentence_root(str(saved_one)) is None
+    settings = saved_one / "config_sentence_transformers.json"
+    settings.write_text(settings.read_text().replace("CrossEncoder", "SentenceTransformer"))
+    assert sentence_root(str(saved_one)) == str(saved_one)
+    settings.write_text("{")
+    assert sentence_root(str(saved_one)) == str(saved_one)
+
+
 @pytest.mark.parametrize("mode", ["mean", "cls", "last"])
 @pytest.mark.parametrize("on_the_left", [False, True])
 def test_pooling_is_its_definition(mode, on_the_left):
