@@ -74,8 +74,11 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # ends the workers too
     start = spawner(options.work, options.deepspeed)
     workers = 0 if args.table else options.workers
-    with Pool(options.work, start, workers, say=lambda line: print(line, flush=True)) as pool:
-        outcome = run(pool, options)
+    try:
+        with Pool(options.work, start, workers, say=lambda line: print(line, flush=True)) as pool:
+            outcome = run(pool, options)
+    except UserError as error:  # a teacher that cannot be had, or not of so many layers
+        made.error(str(error))
     for label, error in pool.errors.items():
         print(f"failed: {label}: {error}", file=sys.stderr)
     config = {"command": command(), "steps": options.steps, "quick": options.quick, **environment()}

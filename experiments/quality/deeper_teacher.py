@@ -48,9 +48,10 @@ def deeper_embedder(config: RunConfig, num_layers: int, work: Path, steps: int =
     Args:
         config: of a run whose teacher is an encoder of sentence vectors, and whose texts it is trained on.
         work: where the folder is made, once.
+        steps: of its training, each of BATCH texts.
 
     Raises:
-        UserError: `num_layers` is not a multiple of the teacher's.
+        UserError: no such teacher, or `num_layers` is not a multiple of its layers.
     """
     depth = AutoConfig.from_pretrained(found_teacher(config)).num_hidden_layers
     if num_layers % depth:
@@ -72,7 +73,7 @@ def _make(config: RunConfig, times: int, steps: int, folder: Path) -> None:
 
 
 def repeat_layers(model: nn.Module, times: int) -> nn.Module:
-    """A copy of an encoder in which each layer stands `times` times in a row."""
+    """A copy of an encoder in which each layer stands `times` times in a row. Its layers must be of one kind."""
     deeper = copy.deepcopy(model)
     layers = family_of(model.config.model_type).layers(deeper)
     repeated = [copy.deepcopy(layer) for layer in layers for _ in range(times)]

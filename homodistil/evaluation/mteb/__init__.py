@@ -1,4 +1,5 @@
-"""Sentence embedders on tasks of MTEB: its tasks, its retrieval, its scores, one table beside the teacher.
+"""Sentence embedders and rerankers on tasks of MTEB: its tasks, its retrieval and scores, one table beside the teacher.
 
-benchmark.py (tasks and scores, retrieval_data.py for local retrieval data) -> result_table.py
+command.py -> checkpoints.py (embedders, rerankers), benchmark.py (tasks and scores, retrieval_data.py for local data)
+-> score_all.py (with first_stage.py for rerankers) -> result_table.py
 """

@@ -36,10 +36,10 @@ def load(folder: str, device: str) -> Checkpoint:
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         if OF_TEXTS.named_by(config):
             return _reranker(folder, config.num_labels, device)
-    return embedder(folder, device)
+    return _embedder(folder, device)
 
 
-def embedder(folder: str, device: str) -> Checkpoint:
+def _embedder(folder: str, device: str) -> Checkpoint:
     """An embedder of sentence-transformers. An encoder without modules.json gets mean pooling, as in a run with
     data.pooling=auto, and a line says so.
 

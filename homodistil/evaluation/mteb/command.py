@@ -46,7 +46,7 @@ def main(argv: list[str]) -> None:
         name, first_stage = arguments.first_stage, None
         check_kinds(models, tasks, name)
         if name:
-            embedder = checkpoints.embedder(checkpoint_folder(name, cache_dir), device)
+            embedder = checkpoints.load(checkpoint_folder(name, cache_dir), device)
             first_stage = FirstStage(name, embedder, arguments.top_k)
         with on_signals():
             table = score_all(models, first_stage, tasks, arguments.batch_size, arguments.out)

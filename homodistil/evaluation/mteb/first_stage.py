@@ -26,7 +26,13 @@ class FirstStage:
     top_k: int
     """How many texts of a query the rerankers order again."""
 
+    def __post_init__(self) -> None:
+        """Raise `UserError` for a reranker, which has no vectors to search by."""
+        if self.embedder.is_reranker:
+            raise UserError(f"{_OPTION}: found {self.name!r}, which is a reranker; name an embedder")
+
     def is_for(self, task: Any) -> bool:
+        """Whether rerankers need it on `task`."""
         return task.metadata.type == _RETRIEVAL
 
     def find(self, task: Any, batch_size: int) -> dict[str, Any]:

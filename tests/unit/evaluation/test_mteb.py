@@ -192,6 +192,7 @@ def test_rerankers_order_what_the_first_stage_has_found(embedders, rerankers, se
             "STSBenchmark",
             r"^--tasks: 'STSBenchmark' is of type STS, allowed .* are Retrieval, Reranking",
         ),
+        ("r", "r", "search", r"^--first-stage: found '.*reranker1', which is a reranker; name an embedder$"),
         ("c", None, "search", r"^--checkpoint: '.*' is a classifier of 3 labels; a reranker has one"),
     ],
 )
@@ -203,7 +204,7 @@ def test_kinds_that_do_not_fit_are_named(embedders, rerankers, search, tmp_path,
     words = ["--checkpoint", *(str(folders[kind]) for kind in kinds), "--out", str(tmp_path / "out")]
     words += ["--tasks", str(search) if task == "search" else task]
     with pytest.raises(UserError, match=message) as caught:
-        main([*words, *(["--first-stage", first_stage] if first_stage else [])])
+        main([*words, *(["--first-stage", str(folders.get(first_stage, first_stage))] if first_stage else [])])
     assert "\n" not in str(caught.value) and not list((tmp_path / "out").glob("*"))
 
 
@@ -258,11 +259,11 @@ def test_retrieval_data_that_do_not_fit_are_named(embedders, search, tmp_path, f
 
 @with_mteb
 def test_the_mean_where_no_pooling_is_said(embedders, tmp_path, capsys):
-    from homodistil.evaluation.mteb.checkpoints import embedder
+    from homodistil.evaluation.mteb.checkpoints import load
 
     folder = shutil.copytree(embedders[0], tmp_path / "bare")
     (folder / "modules.json").unlink()
-    bare, whole = (embedder(str(path), "cpu") for path in (folder, embedders[0]))
+    bare, whole = (load(str(path), "cpu") for path in (folder, embedders[0]))
     text = DOCUMENTS["d1"][1]
     assert (bare.model.encode(text) == whole.model.encode(text)).all() and bare.identity != whole.identity
     assert "has no modules.json" in capsys.readouterr().out
