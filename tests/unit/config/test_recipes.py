@@ -44,6 +44,17 @@ def test_every_value_names_its_source(name):
         assert label and label[1] in SOURCES, f"{name}: {line}"
 
 
+@pytest.mark.parametrize("name", recipe_names())
+def test_what_is_the_same_as_in_another_recipe_is_the_same(name):
+    config, section = parse([f"recipe={name}"]), ""
+    for line in (RECIPES / f"{name}.yaml").read_text().splitlines():
+        section = match[1] if (match := re.match(r"(\w+):", line)) else section
+        if match := re.match(r"  (\w+):.*# same as ([\w.-]+)", line):
+            field, model = match.groups()
+            here, there = (getattr(getattr(c, section), field) for c in (config, parse([f"recipe={model}"])))
+            assert here == there, f"{name}: {section}.{field} is {here}, in {model} {there}"
+
+
 @pytest.mark.parametrize("name", PAPERS)
 def test_the_papers_numbers(name):
     config = parse([f"recipe={name}"])
