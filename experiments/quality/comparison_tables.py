@@ -71,8 +71,8 @@ def failures(errors: Mapping[str, str]) -> str:
 
 def report(study: Comparison, options: Options, errors: Mapping[str, str]) -> str:
     parts = [_width_part(study, width) for width in dict.fromkeys(entry.width for entry in study.entries)]
-    parts += [_verdicts(study), rates_section(study.entries), _published(), failures(errors)]
-    return page("Quality: our method and its rivals", _how(options), *parts)
+    parts += [rates_section(study.entries), _published(), failures(errors)]
+    return page("Quality: our method and its rivals", _how(options), _verdicts(study), *parts)
 
 
 def _how(options: Options) -> str:

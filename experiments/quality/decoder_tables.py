@@ -25,8 +25,9 @@ _COLUMNS += ["tokens {:,}", "CPU s {:.0f}"]
 
 def report(study: DecoderStudy, options: Options, errors: Mapping[str, str]) -> str:
     parts = [_size_part(study, size) for size in options.widths]
-    parts += [_verdicts(study, options), _saved(study), rates_section(study.entries), _refused(study), failures(errors)]
-    return page("Quality of decoders: our method and its peers", _how(study, options), *parts)
+    parts += [_saved(study), rates_section(study.entries), _refused(study), failures(errors)]
+    how = _how(study, options)
+    return page("Quality of decoders: our method and its peers", how, _verdicts(study, options), *parts)
 
 
 def _how(study: DecoderStudy, options: Options) -> str:

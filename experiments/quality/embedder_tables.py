@@ -25,7 +25,7 @@ METRICS = {
 
 def report(study: EmbedderStudy, options: Options, errors: Mapping[str, str]) -> str:
     trained = [entry for entry in study.entries if not entry.arm.is_untrained]
-    parts = [_results(study), _verdicts(study), rates_section(trained), failures(errors)]
+    parts = [_verdicts(study), _results(study), rates_section(trained), failures(errors)]
     return page("Half of a sentence embedder: our method and its rivals", _how(options), *parts)
 
 
@@ -87,7 +87,9 @@ def _verdicts(study: EmbedderStudy) -> str:
         for name in METRICS
     ]
     columns = ["ours", "against", "metric", "difference {:+.3f}", "2 sd of it {:.3f}", "better by more than 2 sd"]
-    return f"## Verdict\n\n{table(columns, lines)}" if lines else ""
+    won = sum(line[-1] == "yes" for line in lines)
+    how = f"Ours is better by more than two standard deviations in {won} of {len(lines)} rows."
+    return f"## Verdict\n\n{how} Difference: ours - the other.\n\n{table(columns, lines)}" if lines else ""
 
 
 def _verdict(ours: Entry, rival: Entry, name: str) -> list:
