@@ -160,6 +160,7 @@ def test_peers_train_on_until_they_reach_our_loss(tmp_path):
     assert by_name["0.7", label][2:] == ["3.000", "3.400", "3.200", "2.800", "2.83", "185,364"]
     assert by_name["teacher", "134,515,008"][3] == "2.500"
     assert "better than its peers by more than two standard deviations in 2 of 4 rows" in text
+    assert text.index("## Verdict") < text.index("## 0.7 of the parameters")
     assert "* minitron/0.7: pruning.importance: found 'activation'" in text
     rows = {(row["variant"], row["metric"]): row for row in decoder_tables.rows(study, {})}
     assert rows["random_kl", "lm_loss"]["values"] == [3.4, 3.4, 3.4]

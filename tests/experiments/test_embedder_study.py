@@ -121,6 +121,8 @@ def test_the_page(tmp_path):
     study = embedder_study.run(_Pool(tmp_path), options)
     text = embedder_tables.report(study, options, {})
     assert "| teacher | 2,000 | - | 1.000 | 1.000 | 1.000 | - | - |" in text
+    verdict = text.index("Ours is better by more than two standard deviations in ")
+    assert text.index("## Verdict") < verdict < text.index("## Results")
     assert (
         "| ours: cut at once, compensated | 1,000 | 0.0005 | 0.901 +- 0.001 | 0.701 +- 0.001 | 0.900 +- 0.000 |" in text
     )
